@@ -1,0 +1,194 @@
+"""What a tokenised dataset is: its manifest, and the fingerprint by which runs and scores name it.
+
+Preprocessing writes `<prefix>.manifest.json` beside `<prefix>.bin` and `<prefix>.idx`: counts, tokenizer, sources, and hashes
+of every byte, taken while the files were written. A dataset with a manifest has a `content:` fingerprint. Files that
+other tools wrote have none and get a `sampled:` one, a hash of sizes, index header and a fixed sample of blocks: cheap,
+and blind to changes between the blocks. Start-up reads the same small sample either way; verify=True reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from megatron_salt.errors import UserError
+
+FORMAT = 1
+_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
+_BLOCK_BYTES = 4096
+_BLOCKS = 32  # of each file
+
+
+def content_hash() -> hashlib.blake2b:
+    """A fresh hash of the kind that manifests hold: feed it a file's bytes in order."""
+    return hashlib.blake2b(digest_size=32)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one input file gave."""
+
+    file: str
+    """The path as it was given to preprocessing."""
+    size_bytes: int
+    lines: int
+    documents: int
+    rejected_lines: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `<prefix>.manifest.json`. Hashes are hexadecimal blake2b-256."""
+
+    documents: int
+    tokens: int
+    dtype: str
+    """numpy's name of the stored ids' type: uint16 or int32."""
+    bin_bytes: int
+    idx_bytes: int
+    bin_hash: str
+    idx_hash: str
+    sampled: str
+    """The `sampled:` fingerprint of the same files: a cheap check at every start."""
+    tokenizer_type: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eod: int | None
+    """End-of-document id; None: the tokenizer has none."""
+    append_eod: bool
+    """Whether every document ends with eod."""
+    json_key: str
+    sources: tuple[Source, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """`content:` and the hash of both files' hashes: the same for equal files, wherever they lie."""
+        return _content_fingerprint(self.bin_hash, self.idx_hash)
+
+
+def manifest_path(prefix: str) -> Path:
+    """Where the manifest of a dataset lies."""
+    return Path(prefix + ".manifest.json")
+
+
+def tokenizer_directory(prefix: str) -> Path:
+    """Where preprocessing leaves a copy of the tokenizer that made the dataset (`tokenizer.load_tokenizer` reads it)."""
+    return Path(prefix + ".tokenizer")
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the manifest as JSON; the file appears whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as stream:
+        json.dump({"format": FORMAT, **asdict(manifest)}, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(tmp, path)
+
+
+def read_manifest(prefix: str) -> Manifest | None:
+    """The dataset's manifest; None where there is none. UserError when it cannot be understood."""
+    path = manifest_path(prefix)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable manifest ({error}); "
+                        "restore it, or delete it to use the dataset without one") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{path} has manifest format {found}, this version reads {FORMAT}")
+    del raw["format"]
+    expected = {field.name for field in fields(Manifest)}
+    if set(raw) != expected:
+        raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
+    try:
+        raw["sources"] = tuple(Source(**source) for source in raw["sources"])
+    except TypeError as error:
+        raise UserError(f"{path}: its sources cannot be read ({error})") from None
+    return Manifest(**raw)
+
+
+def sampled_fingerprint(prefix: str) -> str:
+    """`sampled:` and a hash of both sizes, the index header and up to 32 blocks of 4 KiB spread over each file."""
+    digest = content_hash()
+    for suffix in (".idx", ".bin"):
+        path = prefix + suffix
+        size = _size(prefix, suffix)
+        digest.update(f"{suffix} {size}\n".encode())
+        with open(path, "rb") as stream:
+            if suffix == ".idx":
+                digest.update(stream.read(_HEADER_BYTES))
+            for offset in _block_offsets(size):
+                stream.seek(offset)
+                digest.update(stream.read(_BLOCK_BYTES))
+    return f"sampled:{digest.hexdigest()}"
+
+
+def fingerprint(prefix: str, verify: bool = False) -> str:
+    """The name of a dataset's contents: `content:<hash>` or `sampled:<hash>` (see the module's docstring).
+
+    With a manifest the files' sizes and sampled blocks must agree with it. verify=True (--verify-data) hashes both files
+    whole, compares with the manifest when there is one, and always answers with the `content:` kind.
+    UserError when files are missing or disagree with the manifest.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        if not verify:
+            return sampled_fingerprint(prefix)
+        return _content_fingerprint(_hash_file(prefix, ".bin"), _hash_file(prefix, ".idx"))
+    path = manifest_path(prefix)
+    for suffix, expected in ((".bin", manifest.bin_bytes), (".idx", manifest.idx_bytes)):
+        size = _size(prefix, suffix)
+        if size != expected:
+            raise UserError(f"{prefix}{suffix} has {size} bytes, its manifest {path} says {expected}")
+    if manifest.tokens * np.dtype(manifest.dtype).itemsize != manifest.bin_bytes:
+        raise UserError(f"{path} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} "
+                        f"are not {manifest.bin_bytes} bytes")
+    if verify:
+        for suffix, recorded in ((".bin", manifest.bin_hash), (".idx", manifest.idx_hash)):
+            found = _hash_file(prefix, suffix)
+            if found != recorded:
+                raise UserError(f"--verify-data: {prefix}{suffix} has content hash {found}, "
+                                f"its manifest {path} says {recorded}")
+    sampled = sampled_fingerprint(prefix)
+    if sampled != manifest.sampled:
+        raise UserError(f"{prefix}.bin and .idx are not the files that their manifest {path} describes: "
+                        f"their blocks give {sampled}, the manifest says {manifest.sampled}")
+    return manifest.fingerprint
+
+
+def _content_fingerprint(bin_hash: str, idx_hash: str) -> str:
+    digest = content_hash()
+    digest.update(f"{bin_hash} {idx_hash}".encode())
+    return f"content:{digest.hexdigest()}"
+
+
+def _block_offsets(size: int) -> list[int]:
+    """First, last and evenly spread blocks; all of a small file."""
+    blocks = -(-size // _BLOCK_BYTES)
+    chosen = min(blocks, _BLOCKS)
+    if chosen < 2:
+        return [0] * chosen
+    return [i * (blocks - 1) // (chosen - 1) * _BLOCK_BYTES for i in range(chosen)]
+
+
+def _size(prefix: str, suffix: str) -> int:
+    try:
+        return os.path.getsize(prefix + suffix)
+    except OSError as error:
+        raise UserError(f"{prefix}{suffix} cannot be read ({error.strerror}): --data-path and --valid-data-path take the "
+                        "common prefix of a .bin and an .idx file") from None
+
+
+def _hash_file(prefix: str, suffix: str) -> str:
+    _size(prefix, suffix)
+    with open(prefix + suffix, "rb") as stream:
+        return hashlib.file_digest(stream, content_hash).hexdigest()
