@@ -1,0 +1,529 @@
+"""What a run is: one tree of frozen dataclasses, one leaf a flag.
+
+Precedence is defaults < `--config file.yaml` < flags (`cli.py` does the reading). Flags are flat and carry
+Megatron-LM's names, so leaf names are unique over the whole tree; a field's docstring is its help text.
+`__post_init__` checks what one section knows by itself; what needs two sections is checked where they first meet.
+Architecture defaults are Megatron-LM's, except for dropout, which is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_salt.errors import UserError
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _at_least(section: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{flag(name)} must be at least {minimum}, got {value}")
+
+
+def _within(section: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{flag(name)} must lie in [{low}, {high}], got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's architecture. Saved in every checkpoint; a checkpoint of another architecture is refused."""
+
+    num_layers: int = 12
+    """Transformer layers in the whole model."""
+
+    hidden_size: int = 768
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the MLP; default 4 x hidden size, and with --swiglu 8/3 x hidden size rounded up to a multiple of 64."""
+
+    num_attention_heads: int = 12
+    """Query heads."""
+
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); default: as many as query heads."""
+
+    kv_channels: int | None = None
+    """Width of one head; default: hidden size / query heads."""
+
+    max_position_embeddings: int | None = None
+    """Longest context; the size of the table of learned positions. Default: --seq-length."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How a token knows its place."""
+
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's channels that are rotated."""
+
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Normalisation before attention, before the MLP and at the end."""
+
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside a norm."""
+
+    qk_layernorm: bool = False
+    """Normalise queries and keys per head before attention."""
+
+    swiglu: bool = False
+    """Gated MLP with SiLU. Default without this and --squared-relu: GELU."""
+
+    squared_relu: bool = False
+    """Squared ReLU in the MLP."""
+
+    disable_bias_linear: bool = False
+    """No bias in the linear layers."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own instead of the word embeddings."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights; output projections are scaled down by sqrt(2 x layers)."""
+
+    hidden_dropout: float = 0.0
+    """Dropout after embedding, attention and MLP."""
+
+    attention_dropout: float = 0.0
+    """Dropout of attention weights."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this, whatever the tensor-parallel size, so that checkpoints reshard.
+    Must be a multiple of the tensor-parallel size. Padded ids take no part in the loss."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                  "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by")
+        _within(self, 0.0, 1.0, "hidden_dropout", "attention_dropout", "rotary_percent")
+        if self.swiglu and self.squared_relu:
+            raise UserError("--swiglu and --squared-relu name two different activations; give one")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
+                            f"{self.num_attention_heads}; change one, or give --kv-channels")
+        if self.num_attention_heads % self.query_groups:
+            raise UserError(f"--num-attention-heads {self.num_attention_heads} is not divisible by "
+                            f"--num-query-groups {self.query_groups}")
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Channels of the MLP."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.swiglu else 4 * self.hidden_size
+
+    def padded_vocabulary(self, vocabulary: int) -> int:
+        """Rows of the embedding for a tokenizer with `vocabulary` ids."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-vocabulary // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each layer."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that each hold a run of layers."""
+
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Model chunks a pipeline rank holds (interleaved schedule when above 1)."""
+
+    context_parallel_size: int = 1
+    """Ranks that split each sequence."""
+
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP along the sequence, over the tensor-parallel ranks."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers in the first pipeline stage; the others share the rest evenly."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers in the last pipeline stage; the others share the rest evenly."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as one layer when layers are spread over stages."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output head and loss as one layer when layers are spread over stages."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward is still running."""
+
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward is already running; needs the distributed optimizer and --overlap-grad-reduce."""
+
+    ddp_bucket_size: int | None = None
+    """Parameters per gradient bucket under --overlap-grad-reduce; default: megatron-core's choice."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in backward: whole layers, or core attention alone."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full recompute: equal chunks of layers, or the first layers of each stage."""
+
+    recompute_num_layers: int | None = None
+    """With full recompute: layers per chunk (uniform) or recomputed layers per stage (block)."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size",
+                  "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "decoder_first_pipeline_num_layers",
+                  "decoder_last_pipeline_num_layers", "recompute_num_layers", "ddp_bucket_size")
+        if self.distributed_timeout_minutes <= 0:
+            raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")
+        if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
+            raise UserError(f"--num-virtual-stages-per-pipeline-rank {self.num_virtual_stages_per_pipeline_rank} needs "
+                            "--pipeline-model-parallel-size above 1, got 1")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+        if self.recompute_granularity == "full" and (self.recompute_method is None or self.recompute_num_layers is None):
+            raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
+            raise UserError("--recompute-method and --recompute-num-layers belong to --recompute-granularity full, "
+                            f"got --recompute-granularity {self.recompute_granularity}")
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that together hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Model chunks per pipeline rank as megatron-core spells it: None without interleaving."""
+        stages = self.num_virtual_stages_per_pipeline_rank
+        return stages if stages > 1 else None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, on how much at a time, in which precision."""
+
+    seq_length: int = 1024
+    """Tokens of one sample."""
+
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one replica."""
+
+    global_batch_size: int | None = None
+    """Samples of one step over all replicas; default: one microbatch a replica."""
+
+    train_iters: int | None = None
+    """Steps of the run."""
+
+    train_samples: int | None = None
+    """Samples of the run, instead of --train-iters; must be a multiple of --global-batch-size."""
+
+    seed: int = 1234
+    """Seeds initial weights, dropout and the order of samples."""
+
+    bf16: bool = False
+    """Train in bfloat16, with float32 main parameters and gradient reduction; default: float32."""
+
+    transformer_impl: Literal["torch"] = "torch"
+    """Implementation of the layers: plain torch modules with scaled-dot-product attention."""
+
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at one time in the output head; default: what fits --loss-chunk-mib."""
+
+    loss_chunk_mib: int = 256
+    """Memory budget from which --loss-chunk-tokens is derived."""
+
+    eval_interval: int = 1000
+    """Steps between evaluations on held-out data."""
+
+    eval_iters: int = 0
+    """Global batches of one evaluation; 0 turns evaluation off."""
+
+    skip_samples: tuple[str, ...] = ()
+    """Ranges A:B of consumed samples to jump over, such as 51200:56320 after a loss spike. Pure: the same flags give the same order."""
+
+    exit_interval: int | None = None
+    """Save and leave when the step is a multiple of this."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and leave after this many minutes."""
+
+    exit_signal_handler: bool = False
+    """Save and leave when SIGTERM or SIGUSR1 arrives."""
+
+    max_nonfinite_steps: int = 10
+    """So many steps in a row with a non-finite gradient norm end the run. Each such step leaves parameters and optimizer untouched."""
+
+    manual_gc: bool = False
+    """Collect Python garbage at the same step on every rank instead of whenever Python likes."""
+
+    manual_gc_interval: int = 100
+    """Steps between collections under --manual-gc; 0: never."""
+
+    profile: bool = False
+    """Write a torch profiler trace of --profile-step-start to --profile-step-end to --tensorboard-dir."""
+
+    profile_step_start: int = 10
+    """First profiled step."""
+
+    profile_step_end: int = 12
+    """First step that is no longer profiled."""
+
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that profile."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
+                  "loss_chunk_tokens", "loss_chunk_mib", "eval_interval", "exit_interval", "max_nonfinite_steps")
+        _at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start")
+        if self.train_iters is not None and self.train_samples is not None:
+            raise UserError(f"--train-iters {self.train_iters} and --train-samples {self.train_samples} are two lengths of one run; give one")
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            raise UserError(f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and its clipping, with Megatron's meanings."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate that the decay ends at."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the learning rate after warm-up."""
+
+    lr_decay_iters: int | None = None
+    """Steps until --min-lr is reached; default: the whole run."""
+
+    lr_decay_samples: int | None = None
+    """The same in samples, for runs given in --train-samples."""
+
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+
+    lr_warmup_samples: int = 0
+    """The same in samples."""
+
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of the decay's length, instead of a count."""
+
+    lr_warmup_init: float = 0.0
+    """Learning rate that warm-up starts at."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of WSD's final decay."""
+
+    lr_wsd_decay_iters: int | None = None
+    """Steps of WSD's final decay."""
+
+    lr_wsd_decay_samples: int | None = None
+    """The same in samples."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases and norms have none."""
+
+    start_weight_decay: float | None = None
+    """Weight decay at the start under a --weight-decay-incr-style other than constant; default: --weight-decay."""
+
+    end_weight_decay: float | None = None
+    """Weight decay at the end under a --weight-decay-incr-style other than constant; default: --weight-decay."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How weight decay moves from start to end."""
+
+    adam_beta1: float = 0.9
+    """Decay of the gradient's average."""
+
+    adam_beta2: float = 0.999
+    """Decay of the squared gradient's average."""
+
+    adam_eps: float = 1e-8
+    """Added to the root of the squared gradient's average."""
+
+    clip_grad: float = 1.0
+    """Global gradient norm that gradients are scaled down to; 0: no clipping."""
+
+    override_opt_param_scheduler: bool = False
+    """On resume take the schedule from the flags, not from the checkpoint."""
+
+    use_checkpoint_opt_param_scheduler: bool = False
+    """On resume take the schedule from the checkpoint whatever the flags say."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay",
+                  "start_weight_decay", "end_weight_decay", "clip_grad", "adam_eps")
+        _at_least(self, 1, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+        _within(self, 0.0, 1.0, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+        if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
+            raise UserError(f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} / "
+                            f"--lr-warmup-samples {self.lr_warmup_samples} are two lengths of one warm-up; give one")
+        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
+            raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError("--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler contradict each other; give one")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens, cut and masked how."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx pairs, or weight prefix pairs: `0.7 web 0.3 code`. Without weights every window of every dataset is visited once an epoch."""
+
+    valid_data_path: tuple[str, ...] = ()
+    """Held-out data, in the same form as --data-path."""
+
+    valid_share: float = 0.0
+    """Share of each dataset's last windows that is held out from training when there is no --valid-data-path."""
+
+    eod_mask_loss: bool = False
+    """No loss where the input token is the end-of-document id."""
+
+    reset_position_ids: bool = False
+    """Positions start again after each end-of-document id."""
+
+    reset_attention_mask: bool = False
+    """Tokens attend inside their own document alone."""
+
+    verify_data: bool = False
+    """Hash every byte of the data at start instead of a fixed sample of blocks."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 0.5, "valid_share")
+        if self.valid_share and self.valid_data_path:
+            raise UserError(f"--valid-share {self.valid_share} and --valid-data-path {' '.join(self.valid_data_path)} both name held-out data; give one")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What turned text into ids."""
+
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteLevelTokenizer"] | None = None
+    """Kind of tokenizer. None: the one named in the dataset's manifest or in the checkpoint."""
+
+    tokenizer_model: str | None = None
+    """SentencePiece model file, or Hugging Face tokenizer.json."""
+
+    vocab_file: str | None = None
+    """GPT-2 vocabulary (encoder.json)."""
+
+    merge_file: str | None = None
+    """GPT-2 merges (vocab.bpe)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept, where, and what a resumed run takes from it."""
+
+    save: str | None = None
+    """Directory for checkpoints."""
+
+    load: str | None = None
+    """Directory to resume from: its latest checkpoint, or one iter_* directory. A --load without a checkpoint starts afresh when it equals --save, and is refused otherwise."""
+
+    save_interval: int | None = None
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep_last: int | None = None
+    """Keep this many routine checkpoints and delete older ones; default: keep all."""
+
+    async_save: bool = False
+    """Write checkpoints from a background process while training goes on."""
+
+    dist_ckpt_optim_fully_reshardable: bool = False
+    """Write routine checkpoints' optimizer state so that it loads under any layout. It gathers on data-parallel rank 0, so it is slower; the last save always does."""
+
+    load_fallback: bool = False
+    """When the newest checkpoint is damaged, report it and resume from the one before."""
+
+    finetune: bool = False
+    """Take the weights alone from --load: step 0, fresh optimizer, data from the start."""
+
+    new_data: bool = False
+    """Resume on other data than the checkpoint's: optimizer and step stay, the new data starts at its beginning, and the change is recorded."""
+
+    no_load_optim: bool = False
+    """Resume without the optimizer's state."""
+
+    no_load_rng: bool = False
+    """Resume without the random state."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a failed save (a full disk, say) does to the run. The last good checkpoint stands either way."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "save_interval", "keep_last")
+        if self.save_interval is not None and self.save is None:
+            raise UserError(f"--save-interval {self.save_interval} needs --save")
+        if self.load is None:
+            for name in ("finetune", "new_data", "no_load_optim", "no_load_rng", "load_fallback"):
+                if getattr(self, name):
+                    raise UserError(f"{flag(name)} needs --load")
+        if self.finetune and self.new_data:
+            raise UserError("--finetune starts at step 0 and --new-data keeps the step; give one")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run says about itself."""
+
+    log_interval: int = 1
+    """Steps between log lines."""
+
+    tensorboard_dir: str | None = None
+    """TensorBoard directory; default: SAVE/tensorboard."""
+
+    jsonl: str | None = None
+    """File that gets one JSON object a step; default: SAVE/train.jsonl."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the wandb package)."""
+
+    wandb_exp_name: str | None = None
+    """Weights & Biases run name."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "log_interval")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

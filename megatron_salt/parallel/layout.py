@@ -1,0 +1,95 @@
+"""Where each rank sits.
+
+A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp.
+Pure arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A rank's place in each dimension."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the four dimensions; their product is the number of ranks."""
+
+    tensor: int = 1
+    context: int = 1
+    data: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        assert min(self.tensor, self.context, self.data, self.pipeline) >= 1, self
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.tensor * self.context * self.data * self.pipeline
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a global rank sits."""
+        assert 0 <= rank < self.world_size, (rank, self)
+        rest, tp = divmod(rank, self.tensor)
+        rest, cp = divmod(rest, self.context)
+        pp, dp = divmod(rest, self.data)
+        return Coordinates(tp, cp, dp, pp)
+
+    def rank(self, at: Coordinates) -> int:
+        """The global rank at a place."""
+        return at.tp + self.tensor * (at.cp + self.context * (at.dp + self.data * at.pp))
+
+    def groups(self, *varying: str) -> list[list[int]]:
+        """The partition of all ranks into groups whose members differ in the named dimensions ("tp", "cp", "dp", "pp") alone.
+
+        Groups and their members are in rank order, as megatron-core's RankGenerator gives them.
+        """
+        fixed = [name for name in ("tp", "cp", "dp", "pp") if name not in varying]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            at = self.coordinates(rank)
+            groups.setdefault(tuple(getattr(at, name) for name in fixed), []).append(rank)
+        return sorted(groups.values())
+
+    def replica(self, rank: int) -> list[int]:
+        """The ranks that hold one copy of the model together with `rank`."""
+        return next(group for group in self.groups("tp", "cp", "pp") if rank in group)
+
+
+def student_layout(parallel: ParallelConfig, world_size: int) -> Layout:
+    """Spread `world_size` ranks as the flags say; what tp x pp x cp leaves over is data parallelism."""
+    ranks = parallel.replica_ranks
+    if world_size % ranks:
+        raise UserError(
+            f"{world_size} ranks cannot hold whole replicas of --tensor-model-parallel-size {parallel.tensor_model_parallel_size} "
+            f"x --pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x --context-parallel-size "
+            f"{parallel.context_parallel_size} = {ranks} ranks"
+        )
+    return Layout(
+        tensor=parallel.tensor_model_parallel_size,
+        context=parallel.context_parallel_size,
+        data=world_size // ranks,
+        pipeline=parallel.pipeline_model_parallel_size,
+    )
+
+
+def context_slice(length: int, context: int, rank: int) -> list[slice]:
+    """Which positions of a sequence a context-parallel rank holds: chunks r and 2n-1-r of 2n, which balances causal attention."""
+    if context == 1:
+        return [slice(0, length)]
+    assert length % (2 * context) == 0, (length, context)
+    chunk = length // (2 * context)
+    other = 2 * context - 1 - rank
+    return [slice(rank * chunk, (rank + 1) * chunk), slice(other * chunk, (other + 1) * chunk)]
