@@ -1,0 +1,313 @@
+"""From a command line and a YAML file to a checked RunConfig, and back to YAML.
+
+Precedence: defaults < `--config file.yaml` < flags. YAML is nested by section, flags are flat; both use the leaf names of
+`config.py`, and both refuse what they do not know, with a suggestion. Checks run once, on the merged result, so that a
+file may hold one half of what a flag completes. YAML is read by YAML 1.2's core schema: `1e-3` is a number, `yes` and
+`10:20` are strings. Mistakes are UserErrors; `exit_status` turns them into one line on stderr and status 2.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+import types
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from megatron_salt.config import ModelConfig, RunConfig, flag
+from megatron_salt.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CommandLine(RunConfig):
+    """Pretrain a language model. Precedence: defaults < --config file.yaml < flags."""
+
+    config: str | None = None
+    """YAML file with the same names as the flags, nested by section (model:, parallel:, training: ...)."""
+
+    print_config: bool = False
+    """Print the resolved configuration as YAML, fit for --config, and exit."""
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The run that `argv` (without the program's name) asks for.
+
+    Raises UserError for mistakes. --help and --print-config print to stdout and raise SystemExit(0).
+    """
+    path = _config_path(argv)
+    values: Mapping[str, Mapping[str, Any]] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path} cannot be read: {error}") from error
+        values = read_sections(text, path)
+    defaults = CommandLine(**{name: _unchecked(section, values.get(name, {})) for name, section in sections().items()})
+    command_line = parse_flags(CommandLine, argv, defaults)
+    run = RunConfig(**{name: getattr(command_line, name) for name in sections()})
+    if command_line.print_config:
+        print(to_yaml(run), end="")
+        raise SystemExit(0)
+    return run
+
+
+def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Sequence[str] | None = None) -> int:
+    """Parse flags into `config_class` (a frozen dataclass whose field docstrings are help texts), call `main` with it and
+    return the exit status: main's (None means 0), or that of `exit_status`. argv: default sys.argv[1:]."""
+    words = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: main(parse_flags(config_class, words)))
+
+
+def exit_status(action: Callable[[], int | None]) -> int:
+    """Run `action`; its status (None means 0), 2 after printing `error: ...` for a UserError, 130 for Ctrl-C."""
+    try:
+        return action() or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+def parse_flags(config_class: type[T], argv: Sequence[str], defaults: T | None = None) -> T:
+    """`config_class` (nested dataclasses become flat flags) from flags alone, or over `defaults`. Raises UserError."""
+    _refuse_unknown_flags(config_class, argv)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_class, args=list(argv), default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as leaving:
+        if leaving.code in (None, 0):  # --help
+            raise
+        raise (_user_error_behind(leaving) or UserError(_plain(complaint.getvalue()))) from None
+
+
+def leaves(config_class: type) -> list[tuple[str, Any]]:
+    """(name, type) of every leaf field, depth first, over nested dataclasses."""
+    found: list[tuple[str, Any]] = []
+    for name, hint in _hints(config_class).items():
+        found.extend(leaves(hint) if is_dataclass(hint) and isinstance(hint, type) else [(name, hint)])
+    return found
+
+
+def known_flags(config_class: type) -> list[str]:
+    """Every flag that `config_class` answers to; booleans also as --no-NAME."""
+    return ["--help"] + [word for name, hint in leaves(config_class)
+                         for word in ([flag(name), flag("no_" + name)] if hint is bool else [flag(name)])]
+
+
+def _refuse_unknown_flags(config_class: type, argv: Iterable[str]) -> None:
+    known = known_flags(config_class)
+    for word in argv:
+        if word.startswith("--") and not word.startswith("--tyro-"):
+            name = word.partition("=")[0].replace("_", "-")
+            if name not in known:
+                raise UserError(f"unknown flag {word.partition('=')[0]}{_suggest(name, known)}; --help lists all flags")
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """The value of --config, which must be known before the other flags are read over it."""
+    found = [value for word, value in zip(argv, [*argv[1:], "--"], strict=True) if word == "--config" and value[:2] != "--"]
+    found += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if len(found) > 1:
+        raise UserError(f"--config is given {len(found)} times ({', '.join(found)}); give one file")
+    return found[0] if found else None
+
+
+def _user_error_behind(leaving: BaseException) -> UserError | None:
+    """The UserError that made tyro leave, when a dataclass's own check raised one."""
+    cause: BaseException | None = leaving
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _plain(box: str) -> str:
+    """The first paragraph inside tyro's error box, as one line."""
+    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
+    paragraph = rows[:next((i for i, row in enumerate(rows) if row.startswith(("──", "╰"))), len(rows))]
+    return " ".join(paragraph).removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole tree as YAML; `from_yaml` reads it back to an equal RunConfig."""
+    tree = {name: {key: _listed(value) for key, value in vars(getattr(config, name)).items()} for name in sections()}
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
+
+
+def from_yaml(text: str, source: str) -> RunConfig:
+    """The checked run that a YAML text describes, defaults where it is silent. `source` names it in errors (UserError)."""
+    values = read_sections(text, source)
+    try:
+        return RunConfig(**{name: section(**values.get(name, {})) for name, section in sections().items()})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def model_from_yaml(text: str, source: str) -> ModelConfig:
+    """The `model` section alone, as saved with a checkpoint; other sections may hold anything."""
+    values = _section_values("model", ModelConfig, _load(text, source).get("model"), source)
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def read_sections(text: str, source: str) -> dict[str, dict[str, Any]]:
+    """{section: {leaf: value}} of what a YAML text sets, types checked, sections' own checks not yet run."""
+    tree = _load(text, source)
+    for name in tree:
+        if name not in sections():
+            home = next((section for section, members in sections().items() if name in _hints(members)), None)
+            hint = f" (it belongs under {home}:)" if home else _suggest(str(name), sections())
+            raise UserError(f"{source}: unknown section {name}{hint}; sections are {', '.join(sections())}")
+    return {name: _section_values(name, sections()[name], entries, source) for name, entries in tree.items()}
+
+
+def sections() -> dict[str, type]:
+    """{name: dataclass} of RunConfig's sections."""
+    return _hints(RunConfig)
+
+
+@cache
+def _hints(config_class: type) -> dict[str, Any]:
+    hints = get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in fields(config_class)}
+
+
+def _load(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: expected sections ({', '.join(sections())}) at the top, got {_described(tree)}")
+    return tree
+
+
+def _section_values(name: str, section: type, entries: Any, source: str) -> dict[str, Any]:
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{source}: {name}: expected a mapping of settings, got {_described(entries)}")
+    hints = _hints(section)
+    for key in entries:
+        if key not in hints:
+            home = next((other for other, members in sections().items() if key in _hints(members)), None)
+            hint = f" (it belongs under {home}:)" if home else _suggest(str(key), hints)
+            raise UserError(f"{source}: unknown key {name}.{key}{hint}")
+    return {key: _typed(value, hints[key], f"{source}: {name}.{key}") for key, value in entries.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`; an int is taken for a float, a list for a tuple. `where` starts the error."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = next(choice for choice in choices if choice is not type(None))
+        return None if value is None else _typed(value, inner, where)
+    if origin is Literal:
+        if value in choices:
+            return value
+        raise UserError(f"{where}: expected one of {', '.join(choices)}, got {_described(value)}"
+                        f"{_suggest(str(value), choices)}")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list such as [a, b], got {_described(value)}")
+        return tuple(_typed(_as_word(item, choices[0]), choices[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
+    raise UserError(f"{where}: expected {expected}, got {_described(value)}" +
+                    ("; put it in quotes" if hint is str and isinstance(value, (int, float)) else ""))
+
+
+def _as_word(item: Any, kind: type) -> Any:
+    """Weights beside prefixes ([0.7, web, 0.3, code]) are words on a command line, so they may be numbers in YAML."""
+    return str(item) if kind is str and type(item) in (int, float) else item
+
+
+def _described(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return {dict: "a mapping", list: "a list"}.get(type(value)) or repr(value)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _unchecked(section: type, values: Mapping[str, Any]) -> Any:
+    """A section with `values` over its defaults whose checks have not run: flags may still complete it."""
+    instance = object.__new__(section)
+    for field in fields(section):
+        assert field.name in values or field.default is not MISSING, f"{section.__name__}.{field.name} has no default"
+        object.__setattr__(instance, field.name, values.get(field.name, field.default))
+    return instance
+
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema; a key that is given twice is an error."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that the loader would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_float(self, data: float) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:float", repr(data)) if abs(data) < float("inf") \
+            else super().represent_float(data)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 010 is ten
+_Dumper.add_representer(float, _Dumper.represent_float)
+for _tag, _pattern, _first in (("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+                               ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+                               ("int", re.compile(r"[-+]?[0-9]+$"), "-+0123456789"),
+                               ("float", _FLOAT, "-+.0123456789")):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
