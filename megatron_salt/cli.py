@@ -2,9 +2,8 @@
 
 Precedence: defaults < `--config file.yaml` < flags. YAML is nested by section, flags are flat; both use the leaf names of
 `config.py`, and both refuse what they do not know, with a suggestion. Checks run once, on the merged result, so that a
-file may hold one half of what a flag completes. YAML is read by YAML 1.2's core schema: `1e-3` is a number, `yes` and
-`10:20` are strings. Mistakes are UserErrors; `exit_status` turns them into one line on stderr and status 2.
-Imports no torch.
+file may hold one half of what a flag completes. Mistakes are UserErrors; `exit_status` turns them into one line on
+stderr and status 2. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-import re
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 
+from megatron_salt import yaml_core
 from megatron_salt.config import ModelConfig, RunConfig, flag
 from megatron_salt.errors import UserError
 
@@ -90,11 +89,13 @@ def parse_flags(config_class: type[T], argv: Sequence[str], defaults: T | None =
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=list(argv), default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+            parsed = tyro.cli(config_class, args=list(argv), default=defaults, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as leaving:
         if leaving.code in (None, 0):  # --help
             raise
         raise (_user_error_behind(leaving) or UserError(_plain(complaint.getvalue()))) from None
+    assert parsed is not None
+    return parsed
 
 
 def leaves(config_class: type) -> list[tuple[str, Any]]:
@@ -122,7 +123,7 @@ def _refuse_unknown_flags(config_class: type, argv: Iterable[str]) -> None:
 
 def _config_path(argv: Sequence[str]) -> str | None:
     """The value of --config, which must be known before the other flags are read over it."""
-    found = [value for word, value in zip(argv, [*argv[1:], "--"], strict=True) if word == "--config" and value[:2] != "--"]
+    found = [value for word, value in pairwise([*argv, "--"]) if word == "--config" and value[:2] != "--"]
     found += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     if len(found) > 1:
         raise UserError(f"--config is given {len(found)} times ({', '.join(found)}); give one file")
@@ -156,7 +157,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 def to_yaml(config: RunConfig) -> str:
     """The whole tree as YAML; `from_yaml` reads it back to an equal RunConfig."""
     tree = {name: {key: _listed(value) for key, value in vars(getattr(config, name)).items()} for name in sections()}
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
+    return yaml_core.dump(tree)
 
 
 def from_yaml(text: str, source: str) -> RunConfig:
@@ -201,9 +202,9 @@ def _hints(config_class: type) -> dict[str, Any]:
 
 def _load(text: str, source: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        tree = yaml_core.load(text)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -257,7 +258,7 @@ def _as_word(item: Any, kind: type) -> Any:
 def _described(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return {dict: "a mapping", list: "a list"}.get(type(value)) or repr(value)
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
 
 
 def _listed(value: Any) -> Any:
@@ -266,48 +267,8 @@ def _listed(value: Any) -> Any:
 
 def _unchecked(section: type, values: Mapping[str, Any]) -> Any:
     """A section with `values` over its defaults whose checks have not run: flags may still complete it."""
-    instance = object.__new__(section)
+    instance: Any = object.__new__(section)
     for field in fields(section):
         assert field.name in values or field.default is not MISSING, f"{section.__name__}.{field.name} has no default"
         object.__setattr__(instance, field.name, values.get(field.name, field.default))
     return instance
-
-
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema; a key that is given twice is an error."""
-
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every string that the loader would read as something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def represent_float(self, data: float) -> Any:
-        return self.represent_scalar("tag:yaml.org,2002:float", repr(data)) if abs(data) < float("inf") \
-            else super().represent_float(data)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 010 is ten
-_Dumper.add_representer(float, _Dumper.represent_float)
-for _tag, _pattern, _first in (("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
-                               ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-                               ("int", re.compile(r"[-+]?[0-9]+$"), "-+0123456789"),
-                               ("float", _FLOAT, "-+.0123456789")):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))

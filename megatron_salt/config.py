@@ -9,6 +9,7 @@ Architecture defaults are Megatron-LM's, except for dropout, which is off.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from megatron_salt.errors import UserError
@@ -22,8 +23,17 @@ def flag(name: str) -> str:
 def _at_least(section: object, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # so phrased, it refuses nan too
             raise UserError(f"{flag(name)} must be at least {minimum}, got {value}")
+        if value == inf:
+            raise UserError(f"{flag(name)} must be finite, got {value}")
+
+
+def _above_zero(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < inf:
+            raise UserError(f"{flag(name)} must be above 0 and finite, got {value}")
 
 
 def _within(section: object, low: float, high: float, *names: str) -> None:
@@ -104,7 +114,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                   "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by")
+        _at_least(self, 0, "init_method_std")
         _within(self, 0.0, 1.0, "hidden_dropout", "attention_dropout", "rotary_percent")
+        _above_zero(self, "rotary_base", "norm_epsilon")
         if self.swiglu and self.squared_relu:
             raise UserError("--swiglu and --squared-relu name two different activations; give one")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
@@ -196,8 +208,7 @@ class ParallelConfig:
         _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size",
                   "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "decoder_first_pipeline_num_layers",
                   "decoder_last_pipeline_num_layers", "recompute_num_layers", "ddp_bucket_size")
-        if self.distributed_timeout_minutes <= 0:
-            raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
+        _above_zero(self, "distributed_timeout_minutes")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")
         if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
@@ -299,11 +310,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
                   "loss_chunk_tokens", "loss_chunk_mib", "eval_interval", "exit_interval", "max_nonfinite_steps")
-        _at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start")
+        _at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start", "exit_duration_in_mins")
         if self.train_iters is not None and self.train_samples is not None:
             raise UserError(f"--train-iters {self.train_iters} and --train-samples {self.train_samples} are two lengths of one run; give one")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise UserError(f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}")
+        if any(rank < 0 for rank in self.profile_ranks):
+            raise UserError(f"--profile-ranks must be at least 0, got {' '.join(map(str, self.profile_ranks))}")
 
 
 @dataclass(frozen=True)

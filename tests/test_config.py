@@ -1,0 +1,106 @@
+"""Single-section checks: what each section refuses by itself, and the sizes that it derives."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from megatron_salt import cli, config
+from megatron_salt.config import (CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig,
+                                  TrainingConfig, flag)
+from megatron_salt.errors import UserError
+
+REFUSED = [
+    (ModelConfig, dict(num_layers=0), "--num-layers must be at least 1, got 0"),
+    (ModelConfig, dict(hidden_dropout=1.5), "--hidden-dropout must lie in [0.0, 1.0], got 1.5"),
+    (ModelConfig, dict(rotary_base=0.0), "--rotary-base must be above 0 and finite, got 0.0"),
+    (ModelConfig, dict(norm_epsilon=float("nan")), "--norm-epsilon"),
+    (ModelConfig, dict(init_method_std=-0.1), "--init-method-std must be at least 0, got -0.1"),
+    (ModelConfig, dict(swiglu=True, squared_relu=True), "--swiglu and --squared-relu"),
+    (ModelConfig, dict(hidden_size=100, num_attention_heads=12), "--hidden-size 100 is not divisible by --num-attention-heads 12"),
+    (ModelConfig, dict(num_query_groups=5), "--num-attention-heads 12 is not divisible by --num-query-groups 5"),
+    (ParallelConfig, dict(tensor_model_parallel_size=0), "--tensor-model-parallel-size must be at least 1, got 0"),
+    (ParallelConfig, dict(sequence_parallel=True), "--sequence-parallel needs --tensor-model-parallel-size above 1"),
+    (ParallelConfig, dict(num_virtual_stages_per_pipeline_rank=2), "--num-virtual-stages-per-pipeline-rank 2 needs"),
+    (ParallelConfig, dict(overlap_param_gather=True), "--overlap-param-gather needs --use-distributed-optimizer"),
+    (ParallelConfig, dict(recompute_granularity="full"), "--recompute-granularity full needs --recompute-method"),
+    (ParallelConfig, dict(recompute_granularity="selective", recompute_num_layers=1), "--recompute-granularity selective"),
+    (ParallelConfig, dict(distributed_timeout_minutes=0.0), "--distributed-timeout-minutes must be above 0 and finite, got 0.0"),
+    (TrainingConfig, dict(micro_batch_size=0), "--micro-batch-size must be at least 1, got 0"),
+    (TrainingConfig, dict(train_iters=5, train_samples=10), "--train-iters 5 and --train-samples 10"),
+    (TrainingConfig, dict(profile=True, profile_step_start=5, profile_step_end=5), "--profile-step-end 5 must be after"),
+    (TrainingConfig, dict(profile=True, profile_ranks=(-1,)), "--profile-ranks"),
+    (TrainingConfig, dict(exit_duration_in_mins=-1.0), "--exit-duration-in-mins must be at least 0, got -1.0"),
+    (OptimizerConfig, dict(lr=float("nan")), "--lr must be at least 0, got nan"),
+    (OptimizerConfig, dict(lr=float("inf")), "--lr must be finite, got inf"),
+    (OptimizerConfig, dict(lr=1e-4, min_lr=1e-3), "--min-lr 0.001 is above --lr 0.0001"),
+    (OptimizerConfig, dict(adam_beta2=1.5), "--adam-beta2 must lie in [0.0, 1.0], got 1.5"),
+    (OptimizerConfig, dict(lr_warmup_fraction=0.1, lr_warmup_iters=5), "--lr-warmup-fraction 0.1 and --lr-warmup-iters 5"),
+    (OptimizerConfig, dict(lr_decay_style="WSD"), "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+    (OptimizerConfig, dict(override_opt_param_scheduler=True, use_checkpoint_opt_param_scheduler=True), "contradict"),
+    (DataConfig, dict(valid_share=0.6), "--valid-share must lie in [0.0, 0.5], got 0.6"),
+    (DataConfig, dict(valid_share=0.1, valid_data_path=("v",)), "--valid-share 0.1 and --valid-data-path v"),
+    (CheckpointConfig, dict(save_interval=5), "--save-interval 5 needs --save"),
+    (CheckpointConfig, dict(finetune=True), "--finetune needs --load"),
+    (CheckpointConfig, dict(finetune=True, new_data=True, load="x"), "--finetune starts at step 0"),
+    (LoggingConfig, dict(log_interval=0), "--log-interval must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize("section, values, named", REFUSED, ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_a_section_refuses_what_cannot_be(section, values, named):
+    with pytest.raises(UserError) as refused:
+        section(**values)
+    assert named in str(refused.value)
+
+
+def test_the_defaults_stand():
+    RunConfig()
+
+
+def test_sections_are_values():
+    with pytest.raises(FrozenInstanceError):
+        ModelConfig().num_layers = 3  # type: ignore[misc]
+    assert ModelConfig() == ModelConfig() and hash(RunConfig()) == hash(RunConfig())
+
+
+@pytest.mark.parametrize("values, derived", [
+    (dict(hidden_size=768, num_attention_heads=12), (12, 64, 3072)),
+    (dict(hidden_size=64, num_attention_heads=8, num_query_groups=2, kv_channels=32, ffn_hidden_size=100), (2, 32, 100)),
+    (dict(hidden_size=768, num_attention_heads=12, swiglu=True), (12, 64, 2048)),
+    (dict(hidden_size=100, num_attention_heads=10, swiglu=True), (10, 10, 320)),  # 266.7 rounded up to a multiple of 64
+])
+def test_derived_sizes(values, derived):
+    model = ModelConfig(**values)
+    assert (model.query_groups, model.head_width, model.ffn_width) == derived
+
+
+@pytest.mark.parametrize("vocabulary, rows", [(1, 128), (128, 128), (129, 256), (50257, 50304)])
+def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary, rows):
+    assert ModelConfig().padded_vocabulary(vocabulary) == rows
+
+
+def test_every_leaf_has_a_help_text():
+    """The docstring after each field is its help: a field without one has empty --help."""
+    for section in cli.sections().values():
+        tree = ast.parse(inspect.getsource(section)).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        documented = {before.target.id for before, after in zip(tree.body, tree.body[1:], strict=False)
+                      if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+                      and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)}
+        assert {field.name for field in fields(section)} <= documented
+
+
+def test_messages_spell_flags_that_exist():
+    """Every --word in config.py is a flag: a renamed field must take its messages along."""
+    known = set(cli.known_flags(cli.CommandLine))
+    source = inspect.getsource(config)
+    words = {word.strip("`.,;:)'\"") for text in source.split() for word in [text.lstrip("`(\"'f")] if word.startswith("--")}
+    assert sorted(word for word in words if word not in known and "{" not in word and len(word) > 2) == []
+
+
+def test_flag_spelling():
+    assert flag("tensor_model_parallel_size") == "--tensor-model-parallel-size"
