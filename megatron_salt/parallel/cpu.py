@@ -1,6 +1,6 @@
 """What lets megatron-core's CUDA literals mean the CPU. The only file that patches torch or megatron-core.
 
-Importing this module, before any `megatron` import, applies the seam once. Where `torch.cuda.is_available()` it changes
+Importing this module, before any `megatron` import, applies the seam once (and lets `adamw.py` answer for apex's optimizer, with or without a GPU). Where `torch.cuda.is_available()` it changes
 nothing at all, so that a GPU runs megatron-core and torch untouched. Elsewhere: device="cuda" in factory calls, `.cuda()`,
 `Tensor.type()`, `torch.cuda.*`, autocast and the CUDA random generator are answered by the CPU, and the weight-gradient
 kernel of gradient-accumulation fusion gets a CPU stand-in. No function of megatron-core is replaced but the two random-state helpers
@@ -20,12 +20,18 @@ from typing import Any
 
 import torch
 
+import megatron_salt.parallel.adamw  # noqa: F401  (before megatron, which asks for apex's optimizer as it is imported)
+
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
     "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
 
 _CPU = torch.device("cpu")
+
+SENDS_COPY = torch.cuda.is_available()
+"""Whether a tensor may be freed once its send was issued. On gloo it may not: megatron-core 0.16.1's interleaved schedule frees
+a pipeline stage's output while it is still being sent, and the losses are silently wrong."""
 
 
 def device() -> torch.device:

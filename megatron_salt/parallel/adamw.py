@@ -1,0 +1,86 @@
+"""AdamW with the state layout of apex's and Transformer Engine's FusedAdam: one `step` a parameter group.
+
+torch's own AdamW keeps a step tensor per parameter, and megatron-core's distributed optimizer cannot resume from that. So where neither
+Transformer Engine nor apex is importable, on CPU or GPU, this one stands where megatron-core looks for apex's; its checkpoints
+and theirs interchange. Importing this module does so; `parallel/cpu.py`, which every user of megatron-core imports first, imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Decoupled weight decay Adam on torch's fused kernel; the constructor takes what megatron-core passes to apex's.
+
+    State: `exp_avg` and `exp_avg_sq` per parameter, shaped and typed like it; an int `step` per group, counted from 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode, "only decoupled weight decay"
+        super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            states = [self._state_of(param) for param in params]
+            step = torch.tensor(float(group["step"]), device=params[0].device)
+            torch._fused_adamw_(
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [step] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[param]
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        return state
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def _stand_in_for_apex() -> None:
+    """Answer `from apex.optimizers import FusedAdam`. `import apex` still fails, so nothing else of apex is looked for."""
+    assert "megatron.core.optimizer" not in sys.modules, "megatron_salt.parallel.adamw must be imported before megatron.core.optimizer"
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam, module.FusedSGD = FusedAdam, torch.optim.SGD  # type: ignore[attr-defined]
+    sys.modules["apex.optimizers"] = module
+
+
+if not (_importable("transformer_engine") or _importable("apex.optimizers")):
+    _stand_in_for_apex()

@@ -1,0 +1,76 @@
+"""A layout made live: its process groups.
+
+The student's mesh is the one registered with megatron-core's `parallel_state`, because megatron-core and Transformer Engine
+still read it; our own code never does. Whatever communicates takes the mesh, or the single group that it uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import megatron_salt.parallel.cpu as cpu  # before megatron
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_salt.parallel.layout import Coordinates, Layout
+
+_GROUPS = ("tp", "cp", "dp", "pp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "embd", "pos_embd")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One model's layout with its groups, as seen from this rank."""
+
+    layout: Layout
+    groups: ProcessGroupCollection
+    rank: int
+    """Global rank."""
+
+    @property
+    def at(self) -> Coordinates:
+        """This rank's coordinates."""
+        return self.layout.coordinates(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.at.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output head, and so the loss."""
+        return self.at.pp == self.layout.pipeline - 1
+
+    def warm_up(self) -> None:
+        """One small all-reduce in every group, in one fixed order. Collective over all ranks.
+
+        A batched point-to-point exchange as a group's first NCCL operation can hang; after this none is.
+        """
+        token = torch.zeros(1, device=cpu.device())
+        for name in _GROUPS:
+            group = getattr(self.groups, name)
+            if group is not None:
+                dist.all_reduce(token, group=group)
+
+
+def make_student_mesh(layout: Layout, virtual_stages: int | None = None, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
+    """Make the student's groups and register them with megatron-core. Collective over all ranks.
+
+    `virtual_stages` is the number of model chunks a pipeline rank holds; None without interleaving.
+    """
+    assert layout.world_size == dist.get_world_size(), (layout, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_stages,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+        create_gloo_process_groups=False,
+    )
+    mesh = Mesh(layout, ProcessGroupCollection.use_mpu_process_groups(), dist.get_rank())
+    mesh.warm_up()
+    return mesh

@@ -1,0 +1,131 @@
+"""megatron-core's data parallelism, optimizer and learning-rate schedule, from our flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megatron_salt.config import OptimizerConfig, ParallelConfig
+from megatron_salt.errors import UserError
+from megatron_salt.parallel.mesh import Mesh
+
+
+def wrap_in_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig, mesh: Mesh) -> list[DistributedDataParallel]:
+    """Give each chunk its gradient buffers, in float32, and its reduction over dp and cp. Collective over nothing."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
+    )
+    # Later chunks' gradients are ready long before the first chunk's: without overlap one bucket a chunk is best (as Megatron does).
+    return [
+        DistributedDataParallel(
+            get_model_config(chunk), config, chunk, disable_bucketing=number > 0 and not parallel.overlap_param_gather,
+            pg_collection=mesh.groups,
+        )
+        for number, chunk in enumerate(chunks)
+    ]  # fmt: skip
+
+
+def build_optimizer(
+    ddp_chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype, mesh: Mesh
+) -> MegatronOptimizer:
+    """AdamW over this rank's shard, and the hooks by which the schedules reach it. dtype: of the parameters."""
+    core = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    built = get_megatron_optimizer(core, list(ddp_chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
+    config = get_model_config(ddp_chunks[0])
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = built.scale_loss
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in ddp_chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
+    return built
+
+
+def build_scheduler(
+    built: MegatronOptimizer, optimizer: OptimizerConfig, train_samples: int, global_batch_size: int
+) -> OptimizerParamScheduler:
+    """megatron-core's schedule of learning rate and weight decay. It counts samples; `train_samples` is the run's length."""
+
+    def in_samples(iters: int | None, samples: int | None) -> int | None:
+        return samples if samples is not None else None if iters is None else iters * global_batch_size
+
+    decay = in_samples(optimizer.lr_decay_iters, optimizer.lr_decay_samples) or train_samples
+    warmup = in_samples(optimizer.lr_warmup_iters, optimizer.lr_warmup_samples or None) or 0
+    if optimizer.lr_warmup_fraction is not None:
+        warmup = int(optimizer.lr_warmup_fraction * decay)
+    if warmup >= decay:
+        raise UserError(f"--lr-warmup-iters (or -samples, -fraction) comes to {warmup} samples, and the decay ends at {decay} "
+                        "(--lr-decay-iters, or the whole run); the warm-up must be shorter")
+    wsd_decay = in_samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples)
+    if optimizer.lr_decay_style == "WSD" and wsd_decay is not None and wsd_decay > decay:
+        raise UserError(f"--lr-wsd-decay-iters comes to {wsd_decay} samples, and the whole decay has {decay}")
+    constant = optimizer.weight_decay_incr_style == "constant"
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    if constant and (start is not None or end is not None):
+        raise UserError(f"--start-weight-decay {start} and --end-weight-decay {end} need a --weight-decay-incr-style other than constant")
+    return OptimizerParamScheduler(
+        built,
+        init_lr=optimizer.lr_warmup_init,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=optimizer.lr_decay_style,
+        start_wd=optimizer.weight_decay if start is None else start,
+        end_wd=optimizer.weight_decay if end is None else end,
+        wd_incr_steps=train_samples,
+        wd_incr_style=optimizer.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=optimizer.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=optimizer.override_opt_param_scheduler,
+        wsd_decay_steps=wsd_decay,
+        lr_wsd_decay_style=optimizer.lr_wsd_decay_style,
+    )
+
+
+def restore_scheduler(scheduler: OptimizerParamScheduler, saved: dict, optimizer: OptimizerConfig) -> None:
+    """Continue a checkpoint's schedule. UserError where its shape differs from the flags' and no flag says which one holds.
+
+    What follows from the run's length alone may change: a longer --train-iters stretches the decay that is not given explicitly.
+    """
+    own = scheduler.state_dict()
+    if optimizer.use_checkpoint_opt_param_scheduler:
+        wanted = saved
+    else:
+        wanted = {**own, "num_steps": saved["num_steps"]}
+        free = {"num_steps", "wd_incr_steps"}
+        if optimizer.lr_decay_iters is None and optimizer.lr_decay_samples is None:
+            free |= {"lr_decay_steps"} | ({"lr_warmup_steps"} if optimizer.lr_warmup_fraction is not None else set())
+        differing = sorted(name for name in own if name not in free and own[name] != saved[name])
+        if differing and not optimizer.override_opt_param_scheduler:
+            both = "; ".join(f"{name} is {saved[name]} in the checkpoint and {own[name]} by the flags" for name in differing)
+            raise UserError(f"the schedule changed: {both} (steps counted in samples). Give --override-opt-param-scheduler to take the flags', "
+                            "or --use-checkpoint-opt-param-scheduler to keep the checkpoint's")
+    checks = scheduler.use_checkpoint_opt_param_scheduler, scheduler.override_opt_param_scheduler
+    scheduler.use_checkpoint_opt_param_scheduler, scheduler.override_opt_param_scheduler = True, False
+    scheduler.load_state_dict(wanted)
+    scheduler.use_checkpoint_opt_param_scheduler, scheduler.override_opt_param_scheduler = checks

@@ -1,0 +1,143 @@
+"""One optimizer step: microbatches through the pipeline, gradients made one, parameters moved.
+
+The forward step is a stateless function of (chunk, microbatch). A step whose global gradient norm is not finite leaves parameters and
+optimizer untouched on every rank; learning rate and data advance all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import megatron_salt.parallel.cpu as cpu  # before megatron
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.model.attention import attention_mask, positions_of
+from megatron_salt.model.gpt import GPT
+from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model being trained, as this rank holds it."""
+
+    chunks: list[DistributedDataParallel]
+    """One per virtual stage."""
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    mesh: Mesh
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A microbatch on this rank's device, cut to its context-parallel share of the sequence."""
+
+    tokens: Tensor
+    """int64 [b, s/cp]"""
+    labels: Tensor
+    """int64 [b, s/cp]"""
+    loss_mask: Tensor
+    """float32 [b, s/cp]"""
+    position_ids: Tensor
+    """int64 [b, s/cp]"""
+    documents: Tensor | None
+    """int64 [b, s], of the whole sequence, where attention stays inside documents"""
+
+
+def place(microbatch: Microbatch, mesh: Mesh) -> Placed:
+    """Bring a microbatch to the device."""
+    device, length = cpu.device(), microbatch.tokens.size(1)
+
+    def share(tensor: Tensor) -> Tensor:
+        if mesh.layout.context > 1:
+            tensor = tensor[:, positions_of(length, mesh.layout.context, mesh.at.cp, tensor.device)]
+        return tensor.to(device, non_blocking=True)
+
+    documents = None if microbatch.documents is None else microbatch.documents.to(device, non_blocking=True)
+    return Placed(
+        share(microbatch.tokens), share(microbatch.labels), share(microbatch.loss_mask), share(microbatch.position_ids), documents
+    )
+
+
+def unwrap(chunk: nn.Module) -> GPT:
+    """The model inside its data-parallel wrapper."""
+    module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    assert isinstance(module, GPT)
+    return module
+
+
+def forward_step(chunk: nn.Module, batch: Placed) -> tuple[Tensor, LossFunction]:
+    """-> (hidden states, the loss function that the last stage calls on them)."""
+    model = unwrap(chunk)
+    length = batch.tokens.size(1) * model.cp_group.size()
+    mask = attention_mask(batch.documents, length, model.cp_group, batch.tokens.device)
+    hidden = chunk(batch.tokens, batch.position_ids, mask)
+
+    def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask)
+        return total, batch.loss_mask.sum().int(), metrics
+
+    return hidden, loss
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step came to."""
+
+    grad_norm: float
+    """Global, before clipping; the same on every rank."""
+
+    applied: bool
+    """Whether parameters moved: the gradient norm was finite."""
+
+    sums: Tensor | None
+    """float32 [microbatches, metrics] of this replica's share, on its device; None but on the last stage."""
+
+
+def train_step(student: Student, microbatches: Sequence[Microbatch]) -> StepOutcome:
+    """Carry out one step on this replica's microbatches. Collective over all ranks."""
+    for chunk in student.chunks:
+        chunk.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    sums = run_pipeline(
+        student.chunks, forward_step, [place(microbatch, student.mesh) for microbatch in microbatches], student.mesh,
+        student.seq_length, student.micro_batch_size, forward_only=False,
+    )  # fmt: skip
+    grad_norm = finish_step(student)
+    return StepOutcome(grad_norm, math.isfinite(grad_norm), torch.stack(sums) if sums else None)
+
+
+def finish_step(student: Student) -> float:
+    """Clip, move parameters where the gradient norm is finite, advance the schedule. Returns the norm. Collective over all ranks.
+
+    megatron-core's own `optimizer.step()` applies a NaN in bfloat16 without a loss scaler, so its parts are called one by one.
+    """
+    optimizer = student.optimizer
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if math.isfinite(grad_norm):
+        for part in optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        optimizer.step_with_ready_grads()
+    student.scheduler.step(increment=student.global_batch_size)
+    return grad_norm
