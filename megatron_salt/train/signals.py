@@ -1,0 +1,80 @@
+"""When a run saves and leaves before its end: a signal, a time limit, a step.
+
+Signals and clocks differ between ranks, so the decision is made in common: each rank turns what it knows into a small
+integer, the largest over all ranks counts, and every rank answers the same. The reduction is passed in; this module
+imports the standard library alone, so that signals can be caught before the slow imports begin.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
+
+_NONE, _TIME = 0, 1  # a signal is _TIME + its number
+
+
+class SignalWatch:
+    """Notes the arrival of a leave signal; the run goes on until it asks. Main thread only.
+
+    Any number of signals is like one. A forked child (a background writer, say) dies of the signal as if nobody watched.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the first signal; 0: none yet
+        self._owner = os.getpid()
+        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in LEAVE_SIGNALS}
+
+    def restore(self) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # A handler does the least it can: the main thread may be anywhere, inside a lock of the logger too.
+        if os.getpid() != self._owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.received:
+            self.received = number
+
+
+class ExitPlan:
+    """Asks after every step whether to save and leave."""
+
+    def __init__(self, *, exit_interval: int | None, exit_duration_in_mins: float | None, watch: SignalWatch | None,
+                 agree: Callable[[int], int], started: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began.
+
+        What is configured, and so whether `agree` is called, is the same on every rank.
+        """
+        self._exit_interval = exit_interval
+        self._exit_duration_in_mins = exit_duration_in_mins
+        self._watch = watch
+        self._agree = agree
+        self._started = started
+        self._clock = clock
+
+    def reason_to_leave(self, step: int) -> str | None:
+        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless only
+        --exit-interval (or nothing) is configured."""
+        code = self._agree(self._local_code()) if self._watch is not None or self._exit_duration_in_mins is not None else _NONE
+        if code > _TIME:
+            return f"{signal.Signals(code - _TIME).name} received"
+        if code == _TIME:
+            return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
+        if self._exit_interval is not None and step % self._exit_interval == 0:
+            return f"step {step} is a multiple of --exit-interval {self._exit_interval}"
+        return None
+
+    def _local_code(self) -> int:
+        if self._watch is not None and self._watch.received:
+            return _TIME + self._watch.received
+        minutes = self._exit_duration_in_mins
+        return _TIME if minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE

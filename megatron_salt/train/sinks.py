@@ -1,0 +1,144 @@
+"""Where a run's numbers go: a JSONL file, TensorBoard, Weights & Biases.
+
+A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. After a crash the run
+resumes at an earlier step; every sink then drops what it holds of later steps, so that a curve has one value a step.
+Opened on one rank alone. A missing package or an unusable file is a UserError; a failing write is an OSError and
+loses nothing: the JSONL keeps what it could not write and tries again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_salt.errors import UserError
+
+Entry = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Takes entries in the order of their steps."""
+
+    name: str
+
+    def write(self, entry: Entry) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Jsonl:
+    """One JSON object a line, each line one append. nan and inf are null."""
+
+    name = "--jsonl"
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Continue `path` after `start_step`; a run from step 0 keeps an older file as PATH.old."""
+        self._unwritten = b""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                if start_step == 0:
+                    os.replace(path, path.with_name(path.name + ".old"))
+                else:
+                    drop_later_steps(path, start_step)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise UserError(f"--jsonl {path} cannot be written: {error}") from error
+
+    def write(self, entry: Entry) -> None:
+        self._unwritten += json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
+        self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+
+    def close(self) -> None:
+        with self._file:
+            self._file.write(self._unwritten)
+
+
+def drop_later_steps(path: Path, last_step: int) -> None:
+    """Rewrite a JSONL file without entries of steps after `last_step` and without lines that a crash tore; whole or not at all.
+
+    Raises UserError for a file whose first line is not an entry: it is not ours to rewrite.
+    """
+    tmp = path.with_name(path.name + ".tmp")
+    with open(path, "rb") as old, open(tmp, "wb") as new:
+        for number, line in enumerate(old):
+            step = _step_of(line)
+            if number == 0 and step is None and line.endswith(b"\n"):
+                raise UserError(f"--jsonl {path} exists and is not a run's log (its first line has no step); name another file")
+            if step is not None and step <= last_step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(tmp, path)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    step = entry.get("step") if isinstance(entry, dict) and line.endswith(b"\n") else None
+    return step if isinstance(step, int) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalars(entry: Entry) -> dict[str, float]:
+    """An entry's numbers under the names of its curves: train/loss, time/data, valid/loss ..."""
+    prefix = {"step": "train", "eval": entry.get("name"), "event": "event"}[entry["kind"]]
+    curves = {f"{prefix}/{key}": float(value) for key, value in entry.items()
+              if isinstance(value, (int, float)) and key not in ("step", "time")}
+    return curves | {f"time/{phase}": float(seconds) for phase, seconds in entry.get("phases", {}).items()}
+
+
+class TensorBoard:
+    """Scalars in a TensorBoard directory."""
+
+    name = "--tensorboard-dir"
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+        except OSError as error:
+            raise UserError(f"--tensorboard-dir {directory} cannot be written: {error}") from error
+
+    def write(self, entry: Entry) -> None:
+        for curve, value in scalars(entry).items():
+            self._writer.add_scalar(curve, value, entry["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Scalars in a Weights & Biases run; with a name, a resumed run continues it."""
+
+    name = "--wandb-project"
+
+    def __init__(self, project: str, run_name: str | None, config: Mapping[str, Any]) -> None:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+
+        self._run = wandb.init(project=project, name=run_name, id=run_name, resume="allow", config=dict(config))
+
+    def write(self, entry: Entry) -> None:
+        self._run.log(scalars(entry), step=entry["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require_package(package: str, flag_name: str) -> None:
+    """Raise UserError where `package` is not importable. Cheap: every rank asks, so that all refuse together."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{flag_name} needs the package {package}, which is not installed; try: pip install {package}")
