@@ -22,6 +22,7 @@ FORMAT = 1
 _HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
+_JSON_TYPES = {"int": (int,), "str": (str,), "bool": (bool,), "int | None": (int, type(None)), "tuple[Source, ...]": (list,)}
 
 
 def content_hash() -> hashlib.blake2b:
@@ -38,7 +39,11 @@ class Source:
     size_bytes: int
     lines: int
     documents: int
+    """Documents written."""
+    empty_documents: int
+    """Texts without a token, left out."""
     rejected_lines: int
+    """Lines that could not be used: --max-bad-lines."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,9 @@ def read_manifest(prefix: str) -> Manifest | None:
     expected = {field.name for field in fields(Manifest)}
     if set(raw) != expected:
         raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
+    for field in fields(Manifest):
+        if type(raw[field.name]) not in _JSON_TYPES[str(field.type)]:
+            raise UserError(f"{path}: {field.name} should be {field.type}, it is {raw[field.name]!r}")
     try:
         raw["sources"] = tuple(Source(**source) for source in raw["sources"])
     except TypeError as error:

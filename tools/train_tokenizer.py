@@ -1,0 +1,152 @@
+"""Train a SentencePiece tokenizer on JSON lines or plain text, for --tokenizer-type SentencePieceTokenizer.
+
+What it makes is lossless: text is not normalised, white space (line feeds too) is kept, and characters without a piece of
+their own become byte pieces. (U+2581, SentencePiece's own sign for a space, comes back as a space.) Digits stand
+alone. Id 0 is <unk>, id 1 is <eod>, which ends documents and which no text can spell; there is no BOS and no
+padding piece. The same text and flags give the same file, byte for byte.
+
+    python tools/train_tokenizer.py --input 'corpus/*.jsonl' --output web.model --vocab-size 32000
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_salt.cli import run_tool
+from megatron_salt.data.documents import BadLine, BadLines, decode_line, input_files, json_texts, line_batches
+from megatron_salt.errors import UserError
+
+BATCH_BYTES = 1 << 20
+SENTENCE_CHARACTERS = 4096
+THREADS = 4  # a constant: unigram's sums, and so its file, depend on it
+_LINES = re.compile(r"[^\n]+\n*|\n+")
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """Train a SentencePiece tokenizer."""
+
+    input: tuple[str, ...]
+    """Files or glob patterns: .jsonl and .json hold one JSON object a line, others plain text; .gz is decompressed."""
+
+    output: str
+    """The model file, for --tokenizer-model."""
+
+    vocab_size: int = 32000
+    """Pieces in all, <unk>, <eod> and 256 bytes among them."""
+
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Byte-pair encoding, or SentencePiece's unigram language model."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys whose strings are read from JSON lines."""
+
+    byte_fallback: bool = True
+    """Spell what has no piece in bytes, so that nothing is lost; without it such characters become <unk>."""
+
+    character_coverage: float = 0.9995
+    """Share of the text's characters that get a piece of their own."""
+
+    max_sentences: int = 1000000
+    """Lines to train on: with more, a random but fixed choice among all of them. Bounds memory and time."""
+
+    overwrite: bool = False
+    """Replace a model that is already there."""
+
+    max_bad_lines: int = 0
+    """Lines that may be left out because they are malformed, lack a key, hold no string or are not UTF-8."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("vocab-size", self.vocab_size, 3), ("max-sentences", self.max_sentences, 1),
+                                   ("max-bad-lines", self.max_bad_lines, 0)):
+            if value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+        if not 0.9 <= self.character_coverage <= 1.0:
+            raise UserError(f"--character-coverage must lie in [0.9, 1], got {self.character_coverage}")
+        if not self.json_keys:
+            raise UserError("--json-keys names no key")
+
+
+def train_tokenizer(config: TrainTokenizerConfig) -> None:
+    """The whole tool. UserError for the user's mistakes; the model appears whole or not at all."""
+    files = input_files(config.input)
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise UserError(f"--output {output} exists; --overwrite replaces it")
+    bad_lines = BadLines(config.max_bad_lines)
+    texts = itertools.chain.from_iterable(read_texts(file, config.json_keys, bad_lines) for file in files)
+    chosen = choose(itertools.chain.from_iterable(map(sentences, texts)), config.max_sentences)
+    if not chosen:
+        raise UserError(f"--input {' '.join(config.input)} holds no text")
+    print(f"training on {len(chosen)} lines of {len(files)} files", flush=True)
+    model = train(chosen, config)
+    tmp = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_bytes(model)
+        os.replace(tmp, output)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+    print(f"wrote {output}: {config.model_type}, {config.vocab_size} pieces, {len(model)} bytes")
+
+
+def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines) -> Iterator[str]:
+    """The strings under `keys` of each JSON line, or each line of a plain text with its line feed."""
+    is_json = file.removesuffix(".gz").endswith((".jsonl", ".json"))
+    for batch in line_batches(file, BATCH_BYTES):
+        for number, line in enumerate(batch.lines, start=batch.first_line):
+            try:
+                if line.strip():
+                    yield from json_texts(line, keys) if is_json else [decode_line(line)]
+            except BadLine as reason:
+                bad_lines.add(file, [(number, str(reason))])
+
+
+def sentences(text: str) -> Iterator[str]:
+    """A text cut after its line feeds, and long lines every SENTENCE_CHARACTERS: joined, the text again."""
+    for match in _LINES.finditer(text):
+        line = match.group()
+        for start in range(0, len(line), SENTENCE_CHARACTERS):
+            yield line[start:start + SENTENCE_CHARACTERS]
+
+
+def choose(lines: Iterable[str], bound: int) -> list[str]:
+    """All of `lines`, or `bound` of them by reservoir sampling: each equally likely, the same ones every time."""
+    source = iter(lines)
+    kept = list(itertools.islice(source, bound))
+    generator = random.Random(0)
+    for seen, line in enumerate(source, start=bound + 1):
+        slot = int(generator.random() * seen)
+        if slot < bound:
+            kept[slot] = line
+    return kept
+
+
+def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
+    """The model file that SentencePiece makes of `lines`. UserError where the vocabulary does not fit the text."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type=config.model_type, vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage, byte_fallback=config.byte_fallback,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            split_digits=True, max_sentence_length=4 * SENTENCE_CHARACTERS, unk_id=0, eos_id=1, eos_piece="<eod>", bos_id=-1,
+            pad_id=-1, num_threads=THREADS, minloglevel=2)
+    except RuntimeError as error:
+        raise UserError(f"--vocab-size {config.vocab_size} does not fit this text: {error}") from None
+    return model.getvalue()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(TrainTokenizerConfig, train_tokenizer))
