@@ -1,0 +1,165 @@
+"""Which window of which dataset stands at a position of the endless stream of samples.
+
+Without weights all windows form one pool: each is visited once an epoch, whatever dataset it is in. With weights each dataset is a
+pool with epochs of its own, and the datasets take turns so evenly that the first p samples hold each dataset's share of p to within
+ceil(log2(datasets)) / 2 samples, and every BLOCK of samples holds the shares exactly. Both are pure, and O(log datasets) a sample.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from megatron_salt.data.order import Pool, Progress
+from megatron_salt.errors import UserError
+
+BLOCK = 1 << 30
+
+
+class Blend(Protocol):
+    """A total function from positions to windows."""
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(dataset, window in that dataset) at each position: int [n] >= 0 -> int64 [n], int64 [n]."""
+
+    def progress(self, position: int) -> list[Progress]:
+        """Where each pool stands after the first `position` samples."""
+
+
+def make_blend(name: str, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> Blend:
+    """The stream `name` over datasets of these many windows (each at least 1); weights are relative, None: one pool."""
+    if weights is None:
+        return Concatenation(tuple(sizes), Pool(name, sum(sizes), seed))
+    pools = tuple(Pool(f"{name}.{dataset}", size, seed) for dataset, size in enumerate(sizes))
+    return Mixture(pools, shares(weights))
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """Datasets end to end as one pool."""
+
+    sizes: tuple[int, ...]
+    pool: Pool
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.sizes, dtype=np.int64)
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        samples = self.pool.ids(positions)
+        dataset = np.searchsorted(self._ends, samples, side="right")
+        return dataset, samples - (self._ends - self.sizes)[dataset]
+
+    def progress(self, position: int) -> list[Progress]:
+        return [self.pool.progress(position)]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets that take turns by share.
+
+    The turns come from a binary tree over the datasets. A node that has seen p samples has sent round(p * left share) of them to
+    its left child, so the position inside a dataset is a closed form, and the positions of a dataset appear in order without a gap.
+    """
+
+    pools: tuple[Pool, ...]
+    block_counts: tuple[int, ...]
+    """Samples of each dataset in a block of BLOCK; all at least 1."""
+
+    @cached_property
+    def _depth(self) -> int:
+        return math.ceil(math.log2(len(self.pools)))
+
+    @cached_property
+    def _totals(self) -> np.ndarray:
+        """int64 [2 << depth]: samples of a block below each node; node i has the children 2i and 2i + 1, the root is 1."""
+        totals = np.zeros(2 << self._depth, np.int64)
+        totals[1 << self._depth:][:len(self.pools)] = self.block_counts
+        for node in range((1 << self._depth) - 1, 0, -1):
+            totals[node] = totals[2 * node] + totals[2 * node + 1]
+        return totals
+
+    def _sent_left(self, seen: np.ndarray, node: np.ndarray) -> np.ndarray:
+        """How many of the first `seen` samples of a node belong to its left child."""
+        total, left = self._totals[node], self._totals[2 * node]
+        blocks, rest = np.divmod(seen, np.maximum(total, 1))
+        return blocks * left + (rest * left + total // 2) // np.maximum(total, 1)      # below 2^60: rest, left < 2^30
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        place = np.array(positions, np.int64)                    # position among the samples of the current node
+        node = np.ones_like(place)
+        for _ in range(self._depth):
+            left = self._sent_left(place, node)
+            goes_right = self._sent_left(place + 1, node) == left
+            place = np.where(goes_right, place - left, left)
+            node = 2 * node + goes_right
+        dataset = node - (1 << self._depth)
+        window = np.empty_like(place)
+        for index in np.unique(dataset).tolist():
+            here = dataset == index
+            window[here] = self.pools[index].ids(place[here])
+        return dataset, window
+
+    def progress(self, position: int) -> list[Progress]:
+        drawn = np.array([position], np.int64)
+        for level in range(self._depth):
+            left = self._sent_left(drawn, np.arange(1 << level, 2 << level))
+            drawn = np.stack([left, drawn - left], axis=1).reshape(-1)
+        return [pool.progress(count) for pool, count in zip(self.pools, drawn.tolist(), strict=False)]
+
+
+def shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Samples of each dataset in a BLOCK: BLOCK * weight / sum of weights, by largest remainder, ties to the first."""
+    total = math.fsum(weights)
+    exact = [BLOCK * (weight / total) for weight in weights]
+    counts = [int(count) for count in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for index in by_remainder[:BLOCK - sum(counts)]:
+        counts[index] += 1
+    assert min(counts) >= 1 and sum(counts) == BLOCK, (weights, counts)
+    return tuple(counts)
+
+
+def parse_data_path(values: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:
+    """`prefix ...` or `weight prefix ...` -> (prefixes without .bin or .idx, weights or None); UserError, naming `flag`, otherwise."""
+    if not values:
+        raise UserError(f"{flag} is missing: it takes the prefix of a .bin/.idx pair, or several, or weight prefix pairs")
+    numbers = [_as_number(value) for value in values]
+    weights = [number for number in numbers if number is not None]
+    if not weights:
+        prefixes = list(values)
+    else:
+        if len(values) % 2 or None in numbers[::2] or any(number is not None for number in numbers[1::2]):
+            raise UserError(f"{flag} takes either prefixes alone or a weight before each prefix, got {' '.join(values)} "
+                            "(write a prefix that looks like a number as ./NUMBER)")
+        for weight, value in zip(weights, values[::2], strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(f"{flag}: weights must be finite and above 0, got {value}")
+        if min(weights) / math.fsum(weights) < 1 / BLOCK:
+            raise UserError(f"{flag}: weight {min(weights)} is less than 1/{BLOCK} of the sum of all weights, {math.fsum(weights)}")
+        prefixes = list(values[1::2])
+    prefixes = [_without_suffix(prefix) for prefix in prefixes]
+    seen: dict[str, str] = {}
+    for prefix in prefixes:
+        other = seen.setdefault(os.path.realpath(prefix), prefix)
+        if other is not prefix:
+            raise UserError(f"{flag} names one dataset twice, as {other} and as {prefix}; to see it more often, give it a larger weight")
+    return prefixes, weights or None
+
+
+def _as_number(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _without_suffix(prefix: str) -> str:
+    stem, suffix = os.path.splitext(prefix)
+    return stem if suffix in (".bin", ".idx") and not os.path.exists(f"{prefix}.idx") else prefix
