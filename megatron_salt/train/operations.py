@@ -45,7 +45,7 @@ class Profiler:
         if training.profile and directory is None:
             raise UserError("--profile has nowhere to write its trace; give --tensorboard-dir or --save")
         self._steps = range(training.profile_step_start, training.profile_step_end)
-        self._waiting = training.profile and rank in training.profile_ranks
+        self._wanted = training.profile and rank in training.profile_ranks
         self._directory = directory
         self._rank = rank
         self._profile: torch.profiler.profile | None = None
@@ -55,8 +55,7 @@ class Profiler:
         """Start or end the trace, where `step` is the one about to run. A run resumed inside the range profiles the rest."""
         if self._profile is not None and step not in self._steps:
             self.stop(step)
-        elif self._profile is None and self._waiting and step in self._steps:
-            self._waiting = False
+        elif self._profile is None and self._wanted and step in self._steps:
             self._first_step = step
             self._profile = torch.profiler.profile()
             self._profile.start()
