@@ -1,9 +1,9 @@
 """From the number of consumed samples to this replica's microbatches.
 
-`Samples` is the open data of one split; `Batches` cuts global batches out of it. Which samples a step sees, and in which order, depends
-on the consumed count alone: not on replicas, micro-batch size or restarts. Any rank may read any microbatch, so tokens are never shipped.
-A sample's global id numbers all windows of all datasets of a split in --data-path order, held-out ones included: it depends on
-neither seed, weights nor --valid-share.
+`Samples` is the open data of one split; `Batches` cuts global batches out of it. Which samples a step sees, and in
+which order, depends on the consumed count alone: not on replicas, micro-batch size or restarts. Any rank may read any
+microbatch, so tokens are never shipped. A sample's global id numbers all windows of all datasets of a split in
+--data-path order, held-out ones included: it depends on neither seed, weights nor --valid-share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_salt.config import DataConfig, flag
 from megatron_salt.data import manifest
-from megatron_salt.data.blend import Blend, make_blend, parse_data_path
+from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
 from megatron_salt.data.order import Progress
 from megatron_salt.data.windows import TokenFile, Windows
 from megatron_salt.errors import UserError
@@ -75,7 +75,7 @@ class Masking:
         if self.eod_mask_loss:
             loss_mask[is_eod] = 0.0
         if self.reset_position_ids:
-            starts = np.zeros(tokens.shape, np.int64)            # first position of the token's document
+            starts = np.zeros(tokens.shape, np.int64)  # first position of the token's document
             starts[:, 1:] = np.maximum.accumulate(np.where(is_eod, position_ids + 1, 0), axis=1)[:, :-1]
             position_ids = position_ids - starts
         documents = np.cumsum(is_eod, axis=1) - is_eod if self.reset_attention_mask else None
@@ -85,8 +85,18 @@ class Masking:
 class Samples:
     """The open data of one split: windows of one or more datasets, in an endless order."""
 
-    def __init__(self, split: str, windows: Sequence[Windows], first: Sequence[int], sizes: Sequence[int], weights: Sequence[float] | None,
-                 seed: int, masking: Masking, vocabulary_size: int, verify: bool) -> None:
+    def __init__(
+        self,
+        split: str,
+        windows: Sequence[Windows],
+        first: Sequence[int],
+        sizes: Sequence[int],
+        weights: Sequence[float] | None,
+        seed: int,
+        masking: Masking,
+        vocabulary_size: int,
+        verify: bool,
+    ) -> None:
         """Dataset d contributes its windows [first[d], first[d] + sizes[d]). Token ids must be below `vocabulary_size`."""
         self.split = split
         self.windows = list(windows)
@@ -110,9 +120,14 @@ class Samples:
 
         Reads sampled blocks of each dataset, with --verify-data every byte: call it on one rank.
         """
-        facts = {"split": self.split, "seq_length": self.windows[0].seq_length, "weights": self._weights,
-                 "datasets": [manifest.fingerprint(w.file.prefix, verify=self._verify) for w in self.windows],
-                 "first": self._first.tolist(), "sizes": self._sizes}
+        facts = {
+            "split": self.split,
+            "seq_length": self.windows[0].seq_length,
+            "shares": None if self._weights is None else shares(self._weights),
+            "datasets": [manifest.fingerprint(w.file.prefix, verify=self._verify) for w in self.windows],
+            "first": self._first.tolist(),
+            "sizes": self._sizes,
+        }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         datasets = f"{len(self.windows)} dataset{'s' if len(self.windows) > 1 else ''}"
         return f"{digest} ({self.split}: {self.size} samples of --seq-length {facts['seq_length']} from {datasets})"
@@ -124,7 +139,10 @@ class Samples:
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, window in its file) of global ids: int64 [n] -> int64 [n], int64 [n]."""
-        assert sample_ids.size == 0 or (0 <= sample_ids.min() and sample_ids.max() < self._offsets[-1]), (sample_ids, self._offsets[-1])
+        assert sample_ids.size == 0 or (sample_ids.min() >= 0 and sample_ids.max() < self._offsets[-1]), (
+            sample_ids,
+            self._offsets[-1],
+        )
         dataset = np.searchsorted(self._offsets, sample_ids, side="right") - 1
         return dataset, sample_ids - self._offsets[dataset]
 
@@ -150,27 +168,40 @@ class Samples:
 
     def repeats(self, num_samples: int) -> str | None:
         """What to tell the user if `num_samples` samples are more than there are, else None."""
-        over = [pool for pool in self.progress(num_samples) if pool.num_repeats]
-        if not over:
-            return None
-        return "; ".join(f"{num_samples} samples take {pool.drawn} from pool {pool.pool}, which has {pool.size}: "
-                         f"{pool.num_repeats} are repeats, the last in epoch {(pool.drawn - 1) // pool.size + 1}" for pool in over)
+        names = [f"the {self.split} data"] if self._weights is None else [w.file.prefix for w in self.windows]
+        told = [
+            f"{num_samples} samples take {pool.drawn} from {name}, which has {pool.size}: "
+            f"{pool.num_repeats} are repeats, the last in epoch {(pool.drawn - 1) // pool.size + 1}"
+            for name, pool in zip(names, self.progress(num_samples), strict=True)
+            if pool.num_repeats
+        ]
+        return "; ".join(told) or None
 
     def _refuse(self, tokens: np.ndarray, dataset: np.ndarray, window: np.ndarray) -> None:
         row, column = np.argwhere((tokens >= self._vocabulary_size) | (tokens < 0))[0]
         file = self.windows[dataset[row]].file
-        raise UserError(f"{file.flag} {file.prefix}: token id {tokens[row, column]} at window {window[row]}, token {column} of it, is not in "
-                        f"the vocabulary of {self._vocabulary_size}; was {file.prefix}.bin made with this --tokenizer-type?")
+        raise UserError(
+            f"{file.flag} {file.prefix}: token id {tokens[row, column]} at window {window[row]}, token {column} of it, is not "
+            f"in the vocabulary of {self._vocabulary_size}; was {file.prefix}.bin made with this --tokenizer-type?"
+        )
 
 
 class Batches:
     """The share of one data-parallel replica in each global batch.
 
-    Sample j of the global batch (0 <= j < G) belongs to replica j // (G / replicas); a replica's microbatches are consecutive slices.
+    Sample j of the global batch (0 <= j < G) belongs to replica j // (G / replicas); a replica's microbatches are
+    consecutive slices.
     """
 
-    def __init__(self, samples: Samples, global_batch_size: int, micro_batch_size: int, replica: int, num_replicas: int,
-                 skip: SkipRanges = ()) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        global_batch_size: int,
+        micro_batch_size: int,
+        replica: int,
+        num_replicas: int,
+        skip: SkipRanges = (),
+    ) -> None:
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
@@ -183,14 +214,22 @@ class Batches:
         """This replica's microbatches of the step that starts after `consumed` samples."""
         counts = np.arange(consumed + self._first, consumed + self._first + self._share)
         sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip))
-        return [self._microbatch(sample_ids[start:start + self._micro_batch_size], tokens[start:start + self._micro_batch_size])
-                for start in range(0, self._share, self._micro_batch_size)]
+        return [
+            self._microbatch(sample_ids[start : start + self._micro_batch_size], tokens[start : start + self._micro_batch_size])
+            for start in range(0, self._share, self._micro_batch_size)
+        ]
 
     def _microbatch(self, sample_ids: np.ndarray, tokens: np.ndarray) -> Microbatch:
         inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
         loss_mask, position_ids, documents = self.samples.masking.of(inputs)
-        return Microbatch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(loss_mask), torch.from_numpy(position_ids),
-                          None if documents is None else torch.from_numpy(documents), sample_ids)
+        return Microbatch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(labels),
+            torch.from_numpy(loss_mask),
+            torch.from_numpy(position_ids),
+            None if documents is None else torch.from_numpy(documents),
+            sample_ids,
+        )
 
 
 def parse_skip_samples(values: Sequence[str]) -> SkipRanges:
@@ -219,15 +258,19 @@ def stream_positions(consumed: np.ndarray, skip: SkipRanges) -> np.ndarray:
     return consumed + jumped[np.searchsorted(starts, consumed, side="right")]
 
 
-def open_training_data(data: DataConfig, seq_length: int, seed: int, tokenizer_vocab_size: int,
-                       eod: int | None) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None). Every rank calls; O(1) in the size of the data. UserError for whatever is wrong with it.
+def open_training_data(
+    data: DataConfig, seq_length: int, seed: int, tokenizer_vocab_size: int, eod: int | None
+) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None). Every rank calls; O(1) in the size of the data.
 
+    UserError, by flag, file and numbers, for data that cannot be used.
     Held-out data has one order, whatever the seed: each evaluation that starts at 0 sees the same windows.
     """
     masking = Masking(eod, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
 
-    def samples(split: str, windows: list[Windows], first: list[int], sizes: list[int], weights: list[float] | None, seed: int) -> Samples:
+    def samples(
+        split: str, windows: list[Windows], first: list[int], sizes: list[int], weights: list[float] | None, seed: int
+    ) -> Samples:
         return Samples(split, windows, first, sizes, weights, seed, masking, tokenizer_vocab_size, data.verify_data)
 
     windows, weights = _open_windows(data.data_path, "--data-path", seq_length)
@@ -236,7 +279,9 @@ def open_training_data(data: DataConfig, seq_length: int, seed: int, tokenizer_v
     train = samples("train", windows, [0] * len(windows), kept, weights, seed)
     if data.valid_data_path:
         valid_windows, valid_weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length)
-        return train, samples("valid", valid_windows, [0] * len(valid_windows), [len(w) for w in valid_windows], valid_weights, seed=0)
+        return train, samples(
+            "valid", valid_windows, [0] * len(valid_windows), [len(w) for w in valid_windows], valid_weights, seed=0
+        )
     return train, samples("valid", windows, kept, held_out, weights, seed=0) if data.valid_share else None
 
 
@@ -250,6 +295,8 @@ def _held_out(windows: Windows, valid_share: float) -> int:
     if not valid_share:
         return 0
     if len(windows) < 2:
-        raise UserError(f"--valid-share {valid_share}: {windows.file.prefix} has {len(windows)} window of --seq-length {windows.seq_length}; "
-                        "at least one must remain for training and one be held out")
+        raise UserError(
+            f"--valid-share {valid_share}: {windows.file.prefix} has {len(windows)} window of --seq-length "
+            f"{windows.seq_length}; at least one must remain for training and one be held out"
+        )
     return max(1, int(len(windows) * valid_share))

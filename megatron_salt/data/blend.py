@@ -1,8 +1,9 @@
 """Which window of which dataset stands at a position of the endless stream of samples.
 
-Without weights all windows form one pool: each is visited once an epoch, whatever dataset it is in. With weights each dataset is a
-pool with epochs of its own, and the datasets take turns so evenly that the first p samples hold each dataset's share of p to within
-ceil(log2(datasets)) / 2 samples, and every BLOCK of samples holds the shares exactly. Both are pure, and O(log datasets) a sample.
+Without weights all windows form one pool: each is visited once an epoch, whatever dataset it is in. With weights each
+dataset is a pool with epochs of its own, and the datasets take turns so evenly that the first p samples hold each
+dataset's share of p to within ceil(log2(datasets)) / 2 samples, and every BLOCK of samples holds the shares exactly.
+Both are pure, and O(log datasets) a sample.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Concatenation:
 class Mixture:
     """Datasets that take turns by share.
 
-    The turns come from a binary tree over the datasets. A node that has seen p samples has sent round(p * left share) of them to
-    its left child, so the position inside a dataset is a closed form, and the positions of a dataset appear in order without a gap.
+    The turns come from a binary tree over the datasets. A node that has seen p samples has sent round(p * left share)
+    of them to its left child, so the position inside a dataset is a closed form, and the positions of a dataset appear
+    in order without a gap.
     """
 
     pools: tuple[Pool, ...]
@@ -80,7 +82,7 @@ class Mixture:
     def _totals(self) -> np.ndarray:
         """int64 [2 << depth]: samples of a block below each node; node i has the children 2i and 2i + 1, the root is 1."""
         totals = np.zeros(2 << self._depth, np.int64)
-        totals[1 << self._depth:][:len(self.pools)] = self.block_counts
+        totals[1 << self._depth :][: len(self.pools)] = self.block_counts
         for node in range((1 << self._depth) - 1, 0, -1):
             totals[node] = totals[2 * node] + totals[2 * node + 1]
         return totals
@@ -89,10 +91,10 @@ class Mixture:
         """How many of the first `seen` samples of a node belong to its left child."""
         total, left = self._totals[node], self._totals[2 * node]
         blocks, rest = np.divmod(seen, np.maximum(total, 1))
-        return blocks * left + (rest * left + total // 2) // np.maximum(total, 1)      # below 2^60: rest, left < 2^30
+        return blocks * left + (rest * left + total // 2) // np.maximum(total, 1)  # below 2^60: rest, left < 2^30
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        place = np.array(positions, np.int64)                    # position among the samples of the current node
+        place = np.array(positions, np.int64)  # position among the samples of the current node
         node = np.ones_like(place)
         for _ in range(self._depth):
             left = self._sent_left(place, node)
@@ -120,14 +122,14 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
     exact = [BLOCK * (weight / total) for weight in weights]
     counts = [int(count) for count in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for index in by_remainder[:BLOCK - sum(counts)]:
+    for index in by_remainder[: BLOCK - sum(counts)]:
         counts[index] += 1
     assert min(counts) >= 1 and sum(counts) == BLOCK, (weights, counts)
     return tuple(counts)
 
 
 def parse_data_path(values: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:
-    """`prefix ...` or `weight prefix ...` -> (prefixes without .bin or .idx, weights or None); UserError, naming `flag`, otherwise."""
+    """`prefix ...` or `weight prefix ...` -> (prefixes without .bin or .idx, weights or None); UserError naming `flag`."""
     if not values:
         raise UserError(f"{flag} is missing: it takes the prefix of a .bin/.idx pair, or several, or weight prefix pairs")
     numbers = [_as_number(value) for value in values]
@@ -136,20 +138,26 @@ def parse_data_path(values: Sequence[str], flag: str) -> tuple[list[str], list[f
         prefixes = list(values)
     else:
         if len(values) % 2 or None in numbers[::2] or any(number is not None for number in numbers[1::2]):
-            raise UserError(f"{flag} takes either prefixes alone or a weight before each prefix, got {' '.join(values)} "
-                            "(write a prefix that looks like a number as ./NUMBER)")
+            raise UserError(
+                f"{flag} takes either prefixes alone or a weight before each prefix, got {' '.join(values)} "
+                "(write a prefix that looks like a number as ./NUMBER)"
+            )
         for weight, value in zip(weights, values[::2], strict=True):
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"{flag}: weights must be finite and above 0, got {value}")
         if min(weights) / math.fsum(weights) < 1 / BLOCK:
-            raise UserError(f"{flag}: weight {min(weights)} is less than 1/{BLOCK} of the sum of all weights, {math.fsum(weights)}")
+            raise UserError(
+                f"{flag}: weight {min(weights)} is less than 1/{BLOCK} of the sum of all weights, {math.fsum(weights)}"
+            )
         prefixes = list(values[1::2])
     prefixes = [_without_suffix(prefix) for prefix in prefixes]
     seen: dict[str, str] = {}
     for prefix in prefixes:
         other = seen.setdefault(os.path.realpath(prefix), prefix)
         if other is not prefix:
-            raise UserError(f"{flag} names one dataset twice, as {other} and as {prefix}; to see it more often, give it a larger weight")
+            raise UserError(
+                f"{flag} names one dataset twice, as {other} and as {prefix}; to see it more often, give it a larger weight"
+            )
     return prefixes, weights or None
 
 

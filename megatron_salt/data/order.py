@@ -1,9 +1,9 @@
 """The order of samples: a keyed permutation of 0..size-1, computed one index at a time.
 
-Nothing is stored or shuffled: `ids(positions)` costs the same at 10 samples and at 10^11, and depends on nothing but seed, pool name
-and position. Each epoch of a pool has a key, so an order, of its own, and visits every sample exactly once.
-The permutation is an unbalanced Feistel network over a rectangle a little larger than `size`, with cycle walking back into it
-(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It shuffles well; it is no cipher.
+Nothing is stored or shuffled: `ids(positions)` costs the same at 10 samples and at 10^11, and depends on nothing but
+seed, pool name and position. Each epoch of a pool has a key, so an order, of its own, and visits every sample exactly
+once. The permutation is a Feistel network over the cells of a rectangle a little larger than `size`, with cycle walking
+back into it (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It shuffles well; it is no cipher.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 MAX_SIZE = 1 << 62
 _NUM_ROUNDS = 8
-_CHUNK = 1 << 14                                                 # elements that stay in cache over all rounds
-_MULTIPLY_1, _MULTIPLY_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)      # splitmix64's
+_CHUNK = 1 << 14  # elements that stay in cache over all rounds
+_MULTIPLY_1, _MULTIPLY_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's
 _SHIFT_29, _SHIFT_32 = np.uint64(29), np.uint64(32)
 
 
@@ -42,7 +42,11 @@ class Pool:
         """Samples at these positions of the endless stream of epochs: int [n] >= 0 -> int64 [n], each below `size`."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.size)
         distinct, which = np.unique(epochs, return_inverse=True)
-        keys = np.stack([_epoch_keys(self.seed, self.name, epoch) for epoch in distinct.tolist()], axis=1) if distinct.size else None
+        keys = (
+            np.stack([_epoch_keys(self.seed, self.name, epoch) for epoch in distinct.tolist()], axis=1)
+            if distinct.size
+            else None
+        )
         if keys is None:
             return offsets
         return _permute(offsets, self.size, keys if distinct.size == 1 else keys[:, which])
@@ -86,22 +90,24 @@ def _round_keys(key: int) -> np.ndarray:
 def _permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """`keys`: uint64 [rounds, 1], or [rounds, n] where each element has its own permutation."""
     assert 1 <= size <= MAX_SIZE, size
-    assert index.size == 0 or (0 <= index.min() and index.max() < size), (index.min(), index.max(), size)
+    assert index.size == 0 or (index.min() >= 0 and index.max() < size), (index.min(), index.max(), size)
     if index.size > _CHUNK:
         cuts = range(0, index.size, _CHUNK)
-        return np.concatenate([_permute(index[i:i + _CHUNK], size, keys if keys.shape[1] == 1 else keys[:, i:i + _CHUNK]) for i in cuts])
-    rows = math.isqrt(size - 1) + 1                              # rows * columns >= size, with fewer than `rows` cells to spare
+        return np.concatenate(
+            [_permute(index[i : i + _CHUNK], size, keys if keys.shape[1] == 1 else keys[:, i : i + _CHUNK]) for i in cuts]
+        )
+    rows = math.isqrt(size - 1) + 1  # rows * columns >= size, with fewer than `rows` cells to spare
     columns = -(-size // rows)
     cells = _feistel(index.astype(np.uint64), rows, columns, keys)
     outside = np.flatnonzero(cells >= size)
-    while outside.size:                                          # walk the cycle until it comes back inside
+    while outside.size:  # walk the cycle until it comes back inside
         cells[outside] = _feistel(cells[outside], rows, columns, keys if keys.shape[1] == 1 else keys[:, outside])
         outside = outside[cells[outside] >= size]
     return cells.astype(np.int64)
 
 
 def _feistel(cells: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of 0..rows*columns-1: each round turns every row, or every column, by an amount that depends on where it lies."""
+    """A permutation of 0..rows*columns-1: a round turns each row, or each column, by its own pseudo-random amount."""
     num_rows, num_columns = np.uint64(rows), np.uint64(columns)
     row, column = np.divmod(cells, num_columns)
     for pair in range(0, _NUM_ROUNDS, 2):

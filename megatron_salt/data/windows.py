@@ -2,8 +2,8 @@
 
 Window i of a stream of N tokens is tokens [i*L, i*L + L]: L inputs and, one further, L labels. Its last token is the
 first of window i+1, so there are (N-1)//L windows, whatever the seed, batch size or number of epochs.
-Opening reads the header, two pointers and one length, so its cost does not grow with the data.
-Tokens are read with pread instead of a memory map: a file cut short under a running job is then an error with a name, not SIGBUS.
+Opening reads the header, two pointers and one length, so its cost does not grow with the data. Tokens are read with
+pread instead of a memory map: a file cut short under a running job is then an error with a name, not SIGBUS.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 from megatron_salt.errors import UserError
 
-# Layout of an .idx file (megatron/core/datasets/indexed_dataset.py): magic, version u64, dtype code u8, number of sequences u64, number of
-# document boundaries u64, then int32 lengths [sequences], int64 byte pointers [sequences], int64 boundaries [documents + 1], and only for
-# multimodal data int8 modes [sequences].
+# An .idx file (megatron/core/datasets/indexed_dataset.py): magic, version u64, dtype code u8, number of sequences u64, number
+# of document boundaries u64, then int32 lengths [sequences], int64 byte pointers [sequences], int64 boundaries
+# [documents + 1] and, for multimodal data alone, int8 modes [sequences].
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
@@ -29,7 +29,7 @@ _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float6
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One open dataset: the tokens of all its documents, end to end. Not picklable; threads and forked processes may share it."""
+    """One open dataset: the tokens of all its documents, end to end. Threads and forked processes may share it."""
 
     prefix: str
     """Path without .bin and .idx."""
@@ -50,7 +50,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, prefix: str, flag: str = "--data-path") -> TokenFile:
-        """Open PREFIX.bin and PREFIX.idx and check that they agree; O(1) in their size. UserError if they are not one sound dataset."""
+        """Open PREFIX.bin and PREFIX.idx, O(1) in their size. UserError if they are not one sound dataset."""
         for path in (f"{prefix}.idx", f"{prefix}.bin"):
             if not os.path.isfile(path):
                 raise UserError(f"{flag} {prefix}: {path} does not exist")
@@ -58,13 +58,15 @@ class TokenFile:
             num_tokens, num_documents, dtype = _read_index(f"{prefix}.idx", f"{flag} {prefix}")
             descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{flag} {prefix}: cannot read {error.filename}: {error.strerror}") from error
+            raise UserError(f"{flag} {prefix}: cannot read {error.filename or prefix}: {error.strerror}") from error
         file = cls(prefix, num_tokens, num_documents, dtype, flag, descriptor)
         promised, found = num_tokens * dtype.itemsize, os.fstat(descriptor).st_size
         if found != promised:
             how = "truncated" if found < promised else "longer than its index says"
-            raise UserError(f"{flag} {prefix}: {prefix}.bin is {how}: it has {found} bytes, "
-                            f"{prefix}.idx speaks of {num_tokens} {dtype.name} tokens, {promised} bytes")
+            raise UserError(
+                f"{flag} {prefix}: {prefix}.bin is {how}: it has {found} bytes, "
+                f"{prefix}.idx speaks of {num_tokens} {dtype.name} tokens, {promised} bytes"
+            )
         return file
 
     def read(self, starts: np.ndarray, count: int) -> np.ndarray:
@@ -77,11 +79,13 @@ class TokenFile:
     def _fill(self, row: np.ndarray, offset: int) -> None:
         try:
             done = os.preadv(self.descriptor, [row.data], offset)
-            while done < row.nbytes:                             # a network file system may return less than was asked for
+            while done < row.nbytes:  # a network file system may return less than was asked for
                 more = os.preadv(self.descriptor, [row.data.cast("B")[done:]], offset + done)
                 if more == 0:
-                    raise UserError(f"{self.flag} {self.prefix}: {self.prefix}.bin ends at byte {offset + done}; it had "
-                                    f"{self.num_tokens * self.dtype.itemsize} bytes when it was opened")
+                    raise UserError(
+                        f"{self.flag} {self.prefix}: {self.prefix}.bin ends at byte {offset + done}; it had "
+                        f"{self.num_tokens * self.dtype.itemsize} bytes when it was opened"
+                    )
                 done += more
         except OSError as error:
             raise OSError(error.errno, error.strerror, f"{self.prefix}.bin") from error
@@ -102,10 +106,12 @@ def _read_index(path: str, context: str) -> tuple[int, int, np.dtype]:
         if dtype.kind not in "iu":
             raise UserError(f"{context}: {path} has dtype code {code} ({_DTYPES.get(code, 'unknown')}); token ids are integers")
         promised = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
-        if size not in (promised, promised + num_sequences):     # the second: with modes, which text does not need
+        if size not in (promised, promised + num_sequences):  # the second: with modes, which text does not need
             how = "truncated" if size < promised else "longer than its header says"
-            raise UserError(f"{context}: {path} is {how}: it has {size} bytes, {num_sequences} sequences and "
-                            f"{num_boundaries} document boundaries take {promised}")
+            raise UserError(
+                f"{context}: {path} is {how}: it has {size} bytes, {num_sequences} sequences and "
+                f"{num_boundaries} document boundaries take {promised}"
+            )
         if num_sequences == 0:
             raise UserError(f"{context}: the dataset is empty: {path} lists 0 sequences")
         lengths, pointers = _HEADER.size, _HEADER.size + 4 * num_sequences
@@ -113,8 +119,10 @@ def _read_index(path: str, context: str) -> tuple[int, int, np.dtype]:
         last_length = _read_integer(stream, lengths + 4 * (num_sequences - 1), 4)
         last_pointer = _read_integer(stream, pointers + 8 * (num_sequences - 1), 8)
     if first_pointer != 0 or last_pointer < 0 or last_length < 0 or last_pointer % dtype.itemsize:
-        raise UserError(f"{context}: {path} is damaged: its first sequence starts at byte {first_pointer}, its last at {last_pointer} "
-                        f"with {last_length} {dtype.name} tokens")
+        raise UserError(
+            f"{context}: {path} is damaged: its first sequence starts at byte {first_pointer}, its last at {last_pointer} "
+            f"with {last_length} {dtype.name} tokens"
+        )
     num_tokens = last_pointer // dtype.itemsize + last_length
     if num_tokens == 0:
         raise UserError(f"{context}: the dataset is empty: {path} lists {num_sequences} sequences without a token")
@@ -134,8 +142,10 @@ class Windows:
         self.seq_length = seq_length
         self._num_windows = (file.num_tokens - 1) // seq_length
         if self._num_windows == 0:
-            raise UserError(f"{file.flag} {file.prefix}: {file.num_tokens} tokens are fewer than one sample of --seq-length {seq_length}, "
-                            f"which takes {seq_length + 1}")
+            raise UserError(
+                f"{file.flag} {file.prefix}: {file.num_tokens} tokens are fewer than one sample of --seq-length {seq_length}, "
+                f"which takes {seq_length + 1}"
+            )
 
     def __len__(self) -> int:
         return self._num_windows
@@ -146,5 +156,5 @@ class Windows:
 
     def read_many(self, windows: np.ndarray) -> np.ndarray:
         """Tokens of several windows, int [n], in the order given -> int64 [n, L + 1]."""
-        assert windows.size == 0 or (0 <= windows.min() and windows.max() < self._num_windows), (windows, self._num_windows)
+        assert windows.size == 0 or (windows.min() >= 0 and windows.max() < self._num_windows), (windows, self._num_windows)
         return self.file.read(windows.astype(np.int64) * self.seq_length, self.seq_length + 1)

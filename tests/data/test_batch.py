@@ -46,7 +46,9 @@ def test_a_global_id_is_a_window_of_the_files_end_to_end(data: DataConfig) -> No
     """Oracle: slices of the two token lists."""
     train = open_train(data)
     web, code = stream(documents(1)), stream(documents(2))
-    expected = [tokens[i * LENGTH:i * LENGTH + LENGTH + 1] for tokens in (web, code) for i in range((len(tokens) - 1) // LENGTH)]
+    expected = [
+        tokens[i * LENGTH : i * LENGTH + LENGTH + 1] for tokens in (web, code) for i in range((len(tokens) - 1) // LENGTH)
+    ]
     assert len(train) == len(expected)
     assert train.tokens(np.arange(len(train))).tolist() == expected
     ids, tokens = train.read(np.arange(len(train)))
@@ -56,22 +58,27 @@ def test_a_global_id_is_a_window_of_the_files_end_to_end(data: DataConfig) -> No
 
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize("micro, replicas", [(1, 1), (3, 1), (12, 1), (1, 2), (2, 3), (4, 3), (1, 12)])
-def test_a_step_has_the_same_samples_in_the_same_order_for_any_dp_and_micro_batch(data: DataConfig, micro: int, replicas: int, mix: bool) -> None:
+def test_a_step_has_the_same_samples_in_the_same_order_for_any_dp_and_micro_batch(
+    data: DataConfig, micro: int, replicas: int, mix: bool
+) -> None:
     """Oracle: the order itself. 40 steps of 12 are several epochs, each of which holds every sample once."""
     train = open_train(weighted(data) if mix else data)
     batches = [Batches(train, 12, micro, replica, replicas) for replica in range(replicas)]
     order = train.ids(np.arange(480))
     for step in range(40):
         microbatches = [m for replica in batches for m in replica.fetch(12 * step)]
-        assert all(m.tokens.shape == m.labels.shape == m.loss_mask.shape == m.position_ids.shape == (micro, LENGTH) for m in microbatches)
+        assert all(
+            m.tokens.shape == m.labels.shape == m.loss_mask.shape == m.position_ids.shape == (micro, LENGTH)
+            for m in microbatches
+        )
         ids = np.concatenate([m.sample_ids for m in microbatches])
-        assert ids.tolist() == order[12 * step:12 * (step + 1)].tolist()
+        assert ids.tolist() == order[12 * step : 12 * (step + 1)].tolist()
         tokens = train.tokens(ids)
         assert torch.equal(torch.cat([m.tokens for m in microbatches]), torch.from_numpy(tokens[:, :-1]))
         assert torch.equal(torch.cat([m.labels for m in microbatches]), torch.from_numpy(tokens[:, 1:]))
     if not mix:
         for first in range(0, 480 - len(train), len(train)):
-            assert sorted(order[first:first + len(train)].tolist()) == list(range(len(train)))
+            assert sorted(order[first : first + len(train)].tolist()) == list(range(len(train)))
 
 
 def test_the_batch_size_may_change_between_steps_without_losing_or_repeating_a_sample(data: DataConfig) -> None:
@@ -128,7 +135,8 @@ def test_masks_equal_megatron_cores(flags: tuple[bool, bool, bool]) -> None:
     loss_mask, position_ids, document_of = Masking(EOD, *flags).of(tokens)
     for row in range(20):
         hidden, their_loss_mask, their_position_ids = _get_ltor_masks_and_position_ids(
-            torch.from_numpy(tokens[row]), EOD, reset_position_ids, reset_attention_mask, eod_mask_loss, True)
+            torch.from_numpy(tokens[row]), EOD, reset_position_ids, reset_attention_mask, eod_mask_loss, True
+        )
         assert loss_mask[row].tolist() == their_loss_mask.tolist()
         assert position_ids[row].tolist() == their_position_ids.tolist()
         visible = np.tril(np.ones((13, 13), bool))
@@ -148,10 +156,16 @@ def test_batches_carry_the_masks_of_their_own_samples(data: DataConfig) -> None:
         assert all(tensor.is_contiguous() for tensor in (m.tokens, m.labels, m.loss_mask, m.position_ids, m.documents))
 
 
-@pytest.mark.parametrize("name", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
-def test_masks_need_an_end_of_document_token(data: DataConfig, name: str) -> None:
-    with pytest.raises(UserError, match="--" + name.replace("_", "-") + " needs an end-of-document token"):
-        open_training_data(dataclasses.replace(data, **{name: True}), LENGTH, 1, 100, None)
+@pytest.mark.parametrize("flag, options", [
+    ("--eod-mask-loss", DataConfig(eod_mask_loss=True)),
+    ("--reset-position-ids", DataConfig(reset_position_ids=True)),
+    ("--reset-attention-mask", DataConfig(reset_attention_mask=True)),
+])  # fmt: skip
+def test_masks_need_an_end_of_document_token(data: DataConfig, flag: str, options: DataConfig) -> None:
+    options = dataclasses.replace(options, data_path=data.data_path)
+    open_training_data(options, LENGTH, 1, 100, EOD)
+    with pytest.raises(UserError, match=f"^{flag} needs an end-of-document token"):
+        open_training_data(options, LENGTH, 1, 100, None)
 
 
 @pytest.mark.parametrize("mix", [False, True])
@@ -160,7 +174,8 @@ def test_the_held_out_share_is_the_last_windows_of_each_dataset(data: DataConfig
     everything = open_train(data)
     train, valid = open_training_data(dataclasses.replace(data, valid_share=0.1), LENGTH, 1234, 100, EOD)
     assert valid is not None
-    held_out, first = [], 0
+    held_out: list[int] = []
+    first = 0
     for windows in everything.windows:
         held_out += range(first + len(windows) - int(len(windows) * 0.1), first + len(windows))
         first += len(windows)
@@ -175,7 +190,7 @@ def test_evaluations_see_the_same_windows_whatever_the_seed(data: DataConfig) ->
     valid = [open_training_data(dataclasses.replace(data, valid_share=0.2), LENGTH, seed, 100, EOD)[1] for seed in (1, 2)]
     assert valid[0] is not None and valid[1] is not None
     assert valid[0].ids(np.arange(50)).tolist() == valid[1].ids(np.arange(50)).tolist()
-    assert set(valid[0].locate(valid[0].ids(np.arange(8)))[0].tolist()) == {0, 1}        # a short evaluation samples every dataset
+    assert set(valid[0].locate(valid[0].ids(np.arange(8)))[0].tolist()) == {0, 1}  # a short evaluation samples every dataset
 
 
 def test_valid_data_path_opens_other_files(data: DataConfig) -> None:
@@ -190,12 +205,15 @@ def test_more_samples_than_there_are_wrap_and_are_told_with_numbers(data: DataCo
     train = open_train(data)
     size = len(train)
     assert train.repeats(size) is None
-    assert train.repeats(2 * size + 5) == f"{2 * size + 5} samples take {2 * size + 5} from pool train, which has {size}: {size + 5} are repeats, the last in epoch 3"
+    assert train.repeats(2 * size + 5) == (
+        f"{2 * size + 5} samples take {2 * size + 5} from the train data, which has {size}: "
+        f"{size + 5} are repeats, the last in epoch 3"
+    )
     assert sorted(train.ids(np.arange(size, 2 * size)).tolist()) == list(range(size))
     mixture = open_train(weighted(data))
     small = len(mixture.windows[0])
     message = mixture.repeats(2 * small)
-    assert message is not None and f"pool train.0, which has {small}: " in message and "train.1" not in message
+    assert message is not None and f"web, which has {small}: " in message and "code" not in message
 
 
 @pytest.mark.parametrize("skip, expected", [
@@ -234,9 +252,13 @@ def test_ids_beyond_the_vocabulary_are_refused_by_file_and_window(write_dataset:
     train.tokens(np.arange(4))
     train, _ = open_training_data(DataConfig(data_path=(prefix,)), LENGTH, 1, 30, None)
     train.tokens(np.arange(3))
-    with pytest.raises(UserError, match="--data-path .*web: token id 30 at window 3, token 6 of it, is not in the vocabulary of 30"):
+    with pytest.raises(
+        UserError, match="--data-path .*web: token id 30 at window 3, token 6 of it, is not in the vocabulary of 30"
+    ):
         train.tokens(np.arange(4))
-    negative, _ = open_training_data(DataConfig(data_path=(write_dataset("bad", [[1, -7] * 10], np.int32),)), LENGTH, 1, 40, None)
+    negative, _ = open_training_data(
+        DataConfig(data_path=(write_dataset("bad", [[1, -7] * 10], np.int32),)), LENGTH, 1, 40, None
+    )
     with pytest.raises(UserError, match="token id -7"):
         negative.tokens(np.arange(1))
 
@@ -245,10 +267,19 @@ def test_data_that_cannot_be_used_is_refused_by_flag_and_numbers(write_dataset: 
     short = write_dataset("short", [[1] * LENGTH])
     for bad, message in [
         (DataConfig(), "--data-path is missing"),
-        (dataclasses.replace(data, data_path=(*data.data_path, short)), f"--data-path .*short: {LENGTH} tokens .* --seq-length {LENGTH}"),
-        (dataclasses.replace(data, valid_data_path=(short,)), f"--valid-data-path .*short: {LENGTH} tokens .* --seq-length {LENGTH}"),
+        (
+            dataclasses.replace(data, data_path=(*data.data_path, short)),
+            f"--data-path .*short: {LENGTH} tokens .* --seq-length {LENGTH}",
+        ),
+        (
+            dataclasses.replace(data, valid_data_path=(short,)),
+            f"--valid-data-path .*short: {LENGTH} tokens .* --seq-length {LENGTH}",
+        ),
         (dataclasses.replace(data, data_path=("nowhere",)), "--data-path nowhere: nowhere.idx does not exist"),
-        (DataConfig(data_path=(write_dataset("one", [[1] * (LENGTH + 1)]),), valid_share=0.1), "--valid-share 0.1: .*one has 1 window"),
+        (
+            DataConfig(data_path=(write_dataset("one", [[1] * (LENGTH + 1)]),), valid_share=0.1),
+            "--valid-share 0.1: .*one has 1 window",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             open_training_data(bad, LENGTH, 1, 100, EOD)
@@ -263,15 +294,23 @@ def test_the_fingerprint_names_content_cut_weights_and_split_and_not_the_path(da
         return open_training_data(DataConfig(data_path, valid_share=valid_share), length, seed, 100, EOD)[0].fingerprint
 
     base = fingerprint(web)
+    assert fingerprint("7", web, "3", code) == fingerprint("0.7", web, "0.3", code)
     assert base == fingerprint(str(tmp_path / "moved")) == fingerprint(web, seed=2)
-    others = [fingerprint(code), fingerprint(web, code), fingerprint(code, web), fingerprint(web, length=4), fingerprint("0.5", web, "0.5", code),
-              fingerprint("0.4", web, "0.6", code), fingerprint(web, valid_share=0.1)]
+    others = [
+        fingerprint(code),
+        fingerprint(web, code),
+        fingerprint(code, web),
+        fingerprint(web, length=4),
+        fingerprint("0.5", web, "0.5", code),
+        fingerprint("0.4", web, "0.6", code),
+        fingerprint(web, valid_share=0.1),
+    ]
     assert len({base, *others}) == 1 + len(others)
     assert f"--seq-length {LENGTH} from 1 dataset" in base
 
 
 def test_a_billion_samples_open_and_the_last_is_found_without_an_index(tmp_path: Path) -> None:
-    """Oracle: bytes read and memory allocated; the last window ends in known tokens, and an epoch's last position is one of its samples."""
+    """Oracle: bytes read and memory allocated; the last window ends in known tokens."""
     num_windows, length = 10**9, 16
     prefix = write_sparse(tmp_path / "huge", num_windows * length + 1, 10**6, tail=list(range(1, length + 2)))
     before = bytes_read()

@@ -61,7 +61,7 @@ def test_each_block_holds_the_shares_exactly() -> None:
 
 
 def test_with_weights_each_dataset_has_epochs_of_its_own() -> None:
-    """Oracle: the windows of a dataset, in the order in which they come, are its own pool read from position 0 without a gap."""
+    """Oracle: the windows of a dataset, in the order in which they come, are its own pool from position 0 without a gap."""
     sizes, weights = [7, 400, 31], [0.5, 0.2, 0.3]
     blend = make_blend("train", sizes, weights, seed=9)
     dataset, window = blend.locate(np.arange(3000))
@@ -69,7 +69,7 @@ def test_with_weights_each_dataset_has_epochs_of_its_own() -> None:
         mine = window[dataset == index]
         assert mine.tolist() == Pool(f"train.{index}", size, 9).ids(np.arange(len(mine))).tolist()
         for first in range(0, len(mine) - size + 1, size):
-            assert sorted(mine[first:first + size].tolist()) == list(range(size))
+            assert sorted(mine[first : first + size].tolist()) == list(range(size))
         for prefix in range(0, len(mine), 97):
             visits = Counter(mine[:prefix].tolist())
             assert max(visits.values(), default=0) - min((visits[w] for w in range(size)), default=0) <= 1
@@ -91,7 +91,7 @@ def test_the_seed_and_the_split_choose_the_windows() -> None:
     assert windows("train", 1) == windows("train", 1)
     assert windows("train", 1) != windows("train", 2)
     assert windows("train", 1) != windows("valid", 1)
-    assert windows("train", 1)[::2] != windows("train", 1)[1::2]             # equal sizes, but an order for each dataset
+    assert windows("train", 1)[::2] != windows("train", 1)[1::2]  # equal sizes, but an order for each dataset
 
 
 def test_no_memory_grows_with_the_data() -> None:
@@ -119,7 +119,9 @@ def test_rare_datasets_are_seen_as_often_as_their_weight_says() -> None:
     (["data.v1/web.bin", "code.idx"], ["data.v1/web", "code"], None),
     (["web.v2"], ["web.v2"], None),
 ])  # fmt: skip
-def test_data_path_is_prefixes_or_weight_prefix_pairs(values: list[str], prefixes: list[str], weights: list[float] | None) -> None:
+def test_data_path_is_prefixes_or_weight_prefix_pairs(
+    values: list[str], prefixes: list[str], weights: list[float] | None
+) -> None:
     assert parse_data_path(values, "--data-path") == (prefixes, weights)
 
 

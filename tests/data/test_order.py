@@ -19,7 +19,9 @@ def test_permute_is_a_permutation(size: int) -> None:
 
 @pytest.mark.parametrize("size", [10**9, 10**11 + 3, 2**40 - 1, 2**40, 2**40 + 1, 10**18, MAX_SIZE])
 def test_permute_is_injective_and_in_range_at_any_size(size: int) -> None:
-    index = np.unique(np.concatenate([np.arange(5000), size - 1 - np.arange(5000), np.linspace(0, size - 1, 5001).astype(np.int64)]))
+    index = np.unique(
+        np.concatenate([np.arange(5000), size - 1 - np.arange(5000), np.linspace(0, size - 1, 5001).astype(np.int64)])
+    )
     index = index[(index >= 0) & (index < size)]
     image = permute(index, size, 42)
     assert image.dtype == np.int64
@@ -32,10 +34,10 @@ def test_permute_is_injective_and_in_range_at_any_size(size: int) -> None:
 def test_an_index_is_mapped_alone_as_in_company() -> None:
     """Oracle: one index at a time. Chunks, cycle walking and neighbours make no difference."""
     pool = Pool("all", 40_000, seed=3)
-    positions = np.arange(35_000, 85_000)                                    # three epochs, several chunks
+    positions = np.arange(35_000, 85_000)  # three epochs, several chunks
     together = pool.ids(positions)
     for place in (0, 1, 4_999, 5_000, 16_383, 16_384, 49_999):
-        assert pool.ids(positions[place:place + 1]).tolist() == [together[place]]
+        assert pool.ids(positions[place : place + 1]).tolist() == [together[place]]
     assert pool.ids(positions[::-1]).tolist() == together[::-1].tolist()
     assert pool.ids(np.array([], np.int64)).tolist() == []
 
@@ -52,16 +54,27 @@ def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(size: int) -
 def test_seed_name_and_epoch_all_choose_the_order_and_nothing_else_does() -> None:
     positions = np.arange(1000)
     base = Pool("all", 1000, seed=1).ids(positions)
-    for other in (Pool("all", 1000, seed=2).ids(positions), Pool("rest", 1000, seed=1).ids(positions),
-                  Pool("all", 1000, seed=1).ids(positions + 1000), Pool("all", 1000, seed=11).ids(positions)):
+    for other in (
+        Pool("all", 1000, seed=2).ids(positions),
+        Pool("rest", 1000, seed=1).ids(positions),
+        Pool("all", 1000, seed=1).ids(positions + 1000),
+        Pool("all", 1000, seed=11).ids(positions),
+    ):
         assert (other == base).mean() < 0.01
     assert Pool("all", 1000, seed=1).ids(positions).tolist() == base.tolist()
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
     """Golden: these numbers are part of every run and every checkpoint; a change of the algorithm is a change of the data."""
-    assert Pool("train", 10, seed=1234).ids(np.arange(20)).tolist() == [0, 5, 7, 9, 8, 3, 1, 4, 2, 6, 5, 0, 2, 4, 3, 9, 8, 1, 7, 6]
-    assert Pool("train", 10**11, seed=1234).ids(np.array([0, 1, 2, 10**11 - 1, 10**11])).tolist() == [95080562731, 54416232773, 97451275855, 94697906829, 60611045013]
+    two_epochs = Pool("train", 10, seed=1234).ids(np.arange(20)).tolist()
+    assert two_epochs == [0, 5, 7, 9, 8, 3, 1, 4, 2, 6, 5, 0, 2, 4, 3, 9, 8, 1, 7, 6]
+    assert Pool("train", 10**11, seed=1234).ids(np.array([0, 1, 2, 10**11 - 1, 10**11])).tolist() == [
+        95080562731,
+        54416232773,
+        97451275855,
+        94697906829,
+        60611045013,
+    ]
 
 
 def chi_square(counts: np.ndarray) -> float:

@@ -13,18 +13,20 @@ from megatron_salt.data.windows import TokenFile, Windows
 from megatron_salt.errors import UserError
 from tests.data.conftest import WriteDataset, bytes_read, write_sparse
 
-DOCUMENTS = [[1, 2, 3, 0], [4, 0], [5, 6, 7, 8, 9, 0], [10]]                # 13 tokens
+DOCUMENTS = [[1, 2, 3, 0], [4, 0], [5, 6, 7, 8, 9, 0], [10]]  # 13 tokens
 STREAM = [token for document in DOCUMENTS for token in document]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])
 @pytest.mark.parametrize("seq_length", [1, 3, 4, 5, 12])
-def test_windows_are_slices_of_the_stream_and_share_one_token(write_dataset: WriteDataset, seq_length: int, dtype: type) -> None:
+def test_windows_are_slices_of_the_stream_and_share_one_token(
+    write_dataset: WriteDataset, seq_length: int, dtype: type
+) -> None:
     file = TokenFile.open(write_dataset("web", DOCUMENTS, dtype))
     windows = Windows(file, seq_length)
     assert (file.num_tokens, file.num_documents, file.dtype) == (13, 4, np.dtype(dtype))
     assert len(windows) == (13 - 1) // seq_length
-    expected = [STREAM[i * seq_length:i * seq_length + seq_length + 1] for i in range(len(windows))]
+    expected = [STREAM[i * seq_length : i * seq_length + seq_length + 1] for i in range(len(windows))]
     assert [windows.read(i).tolist() for i in range(len(windows))] == expected
     backwards = windows.read_many(np.arange(len(windows))[::-1])
     assert backwards.dtype == np.int64 and backwards.tolist() == expected[::-1]
@@ -43,7 +45,7 @@ def test_empty_documents_are_fine(write_dataset: WriteDataset) -> None:
 
 def test_a_billion_windows_open_without_reading_or_building_an_index(tmp_path: Path) -> None:
     """Oracle: the bytes that were read, and the memory that was allocated, are those of a handful of tokens."""
-    num_windows, seq_length, num_sequences = 10**9, 16, 10**8                # .idx of 2 GB, .bin of 32 GB, both holes
+    num_windows, seq_length, num_sequences = 10**9, 16, 10**8  # .idx of 2 GB, .bin of 32 GB, both holes
     prefix = write_sparse(tmp_path / "huge", num_windows * seq_length + 1, num_sequences, tail=list(range(1, seq_length + 2)))
     before = bytes_read()
     tracemalloc.start()
@@ -85,7 +87,10 @@ DAMAGE = {
     "odd pointer": (lambda p: overwrite(p + ".idx", 74, b"\x03"), "web.idx is damaged"),
     "negative length": (lambda p: overwrite(p + ".idx", 46, b"\xff" * 4), "web.idx is damaged"),
     "first pointer": (lambda p: overwrite(p + ".idx", 50, b"\x02"), "web.idx is damaged"),
-    "wrong last length": (lambda p: overwrite(p + ".idx", 46, b"\x05"), "web.bin is truncated: it has 26 bytes, .* 17 uint16 tokens"),
+    "wrong last length": (
+        lambda p: overwrite(p + ".idx", 46, b"\x05"),
+        "web.bin is truncated: it has 26 bytes, .* 17 uint16 tokens",
+    ),
 }
 
 
