@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 import megatron.core
@@ -17,3 +22,24 @@ def megatron_core_version() -> str:
 def takes(function: Callable, parameter: str) -> bool:
     """Whether a function of megatron-core has a parameter of that name."""
     return parameter in inspect.signature(function).parameters
+
+
+@contextmanager
+def quiet_checkpointing() -> Iterator[None]:
+    """Keep megatron-core's checkpointing from announcing torch's and its own deprecations on every rank."""
+    logger = logging.getLogger("megatron.core.dist_checkpointing")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def begin_sharded_save(strategy: Any, tensors: dict, directory: Path) -> Any:
+    """Plan a torch_dist save with megatron-core's own writer, which 0.19.x no longer takes by default. Its AsyncRequest."""
+    if takes(strategy.async_save, "async_strategy"):
+        return strategy.async_save(tensors, directory, async_strategy="mcore")
+    return strategy.async_save(tensors, directory)

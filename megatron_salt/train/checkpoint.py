@@ -1,0 +1,284 @@
+"""Checkpoints: model, optimizer, schedule, random state, position in the data and everything needed to use them, together.
+
+`iter_0000100/` holds torch_dist shards, `state.json` (what is no tensor), `run.yaml`, `tokenizer/` and `checksums.json`. A crash at any byte of
+a save leaves the last good checkpoint (shelf.py), a damaged one is found before anything of it is used (integrity.py), and
+one that belongs to another run is refused with both sides named. Resumed equals uninterrupted, bit for bit on the CPU.
+Every method is collective over all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_salt.config import CheckpointConfig
+from megatron_salt.data.tokenizer import Tokenizer
+from megatron_salt.errors import UserError
+from megatron_salt.parallel.launch import seed_everything
+from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.parallel.versions import megatron_core_version
+from megatron_salt.train import integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.train.resume import Progress, RunIdentity
+
+log = logging.getLogger(__name__)
+
+RUN_YAML = "run.yaml"
+TOKENIZER = "tokenizer"
+
+
+@dataclass
+class _Pending:
+    """A save that is being written."""
+
+    step: int
+    write: writer.Write
+    sums: dict[str, integrity.FileSum]
+    """Of what rank 0 wrote at once; empty elsewhere."""
+    reshardable: bool
+    started: float
+
+
+class Checkpointer:
+    """Saves and loads one run. Invariant: at most one save is under way, and what `latest` names is whole."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        run: RunIdentity,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        chunks: Sequence[nn.Module],
+        optimizer: MegatronOptimizer | None,
+        scheduler: OptimizerParamScheduler | None,
+    ) -> None:
+        """`chunks` are the bare or wrapped model chunks of this rank. Raises UserError where --save cannot be written."""
+        self._config, self._run, self._tokenizer, self._mesh = config, run, tokenizer, mesh
+        self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
+        self._save = None if config.save is None else Path(config.save)
+        self._queue = AsyncCallsQueue()
+        self._pending: _Pending | None = None
+        self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
+        if self._save is not None:
+            prepare_directory(self._save)
+
+    # ---- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress, name: str | None = None, final: bool = False) -> None:
+        """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout.
+
+        Returns when it is whole; under --async-save as soon as it has been copied (a named or final one too: call `finish`). When
+        saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error says.
+        """
+        assert self._save is not None, "save without --save"
+        self.finish()
+        reshardable = final or name is not None or self._config.dist_ckpt_optim_fully_reshardable
+        if self._complete is not None and self._complete[0] == progress.step and name is None and (self._complete[1] or not reshardable):
+            return
+        directory = shelf.partial_of(self._save, progress.step)
+        sums: dict[str, integrity.FileSum] = {}
+        started = time.monotonic()
+        with sharded.settled(self._chunks):
+            state, facts = self._state_to_save(progress, name, reshardable)
+            problem = writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
+            if problem is not None:
+                return self._failed(progress.step, problem)
+            self._pending = _Pending(progress.step, writer.plan(state, directory, self._mesh.groups), sums, reshardable, started)
+            if self._config.async_save:
+                self._queue.schedule_async_request(self._pending.write.request._replace(finalize_fns=[self._publish]))
+            else:
+                writer.write_now(self._pending.write)
+        if self._config.async_save:
+            log.info("step %d: copied for saving in %.2f s", progress.step, time.monotonic() - started)
+        else:
+            self._publish()
+
+    def poll(self) -> None:
+        """Complete an --async-save that every rank has finished writing; returns at once otherwise. Call it every step."""
+        if self._pending is not None:
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for an --async-save that is under way and complete it."""
+        if self._pending is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _state_to_save(self, progress: Progress, name: str | None, reshardable: bool) -> tuple[sharded.State, dict[str, Any]]:
+        names, vector = rng.capture()
+        model = sharded.model_state(self._chunks, self._mesh.groups)
+        state: sharded.State = {**model, "rng": sharded.rng_state(vector, self._mesh.layout, self._mesh.rank)}
+        facts: dict[str, Any] = {
+            "format": resume.FORMAT,
+            "name": name,
+            "saved_at": time.time(),
+            "megatron_core": megatron_core_version(),
+            "torch": torch.__version__,
+            **asdict(progress),
+            **resume.identity_facts(self._run),
+            "layout": asdict(self._mesh.layout),
+            "chunks": len(self._chunks),
+            "rng": names,
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "optimizer": None,
+        }
+        if self._optimizer is not None:
+            form = resume.common_form(sharded.form_for(self._optimizer, reshardable))
+            facts["optimizer"] = {
+                "form": form,
+                "step": sharded.optimizer_step(self._optimizer),
+                "bucket_plans": resume.bucket_plans(sharded.bucket_plan(self._chunks, model), self._mesh) if form == "dp_reshardable" else {},
+            }
+            state["optimizer"] = sharded.optimizer_state(self._optimizer, model, form, is_loading=False)
+        return state, facts
+
+    def _write_companions(self, directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> None:
+        """Rank 0: everything but the shards."""
+        if directory.exists():
+            shelf.delete(directory)
+        (directory / TOKENIZER).mkdir(parents=True)
+        self._tokenizer.save(directory / TOKENIZER)
+        for path in sorted((directory / TOKENIZER).iterdir()):
+            sums[f"{TOKENIZER}/{path.name}"] = integrity.sum_of_file(path)
+        sums[RUN_YAML] = integrity.write_whole(directory / RUN_YAML, self._run.yaml.encode())
+        sums[shelf.STATE] = integrity.write_whole(directory / shelf.STATE, json.dumps(facts, indent=1).encode())
+        sums |= resume.write_core_files(directory)
+
+    def _publish(self) -> None:
+        """Complete the pending save after every rank has written."""
+        pending, self._pending = self._pending, None
+        assert pending is not None and self._save is not None
+        shards, problem = writer.finish(pending.write)
+        problem = problem or writer.on_rank_0(partial(self._seal, pending, shards))
+        if problem is not None:
+            return self._failed(pending.step, problem)
+        self._complete = (pending.step, pending.reshardable)
+        log.info("step %d: saved %s, %.2f s after the call", pending.step, shelf.directory_of(self._save, pending.step),
+                 time.monotonic() - pending.started)
+
+    def _seal(self, pending: _Pending, shards: dict[str, integrity.FileSum]) -> None:
+        """Rank 0: checksums, the final name, the tracker; then make room."""
+        assert self._save is not None
+        directory = pending.write.directory
+        metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
+        integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
+        shelf.publish(self._save, pending.step)
+        if self._config.keep_last is not None:
+            for step in shelf.surplus(shelf.saved_under(self._save), self._config.keep_last, latest=pending.step):
+                shelf.delete(shelf.whole_checkpoints(self._save)[step])
+
+    def _failed(self, step: int, problem: str) -> None:
+        assert self._save is not None
+        partial_directory = shelf.partial_of(self._save, step)
+        if dist.get_rank() == 0 and partial_directory.exists():
+            with contextlib.suppress(OSError):
+                shelf.delete(partial_directory)
+        good = max(shelf.whole_checkpoints(self._save), default=None)
+        stands = "there is no earlier checkpoint" if good is None else f"{shelf.directory_of(self._save, good)} stands"
+        message = f"saving step {step} to --save {self._save} failed on {problem}; what was written is removed, {stands}"
+        if self._config.on_save_error == "stop":
+            raise UserError(f"{message} (--on-save-error continue would go on without it)")
+        log.error("%s", message)
+
+    # ---- loading ------------------------------------------------------------------------------------------------------
+
+    def load(self) -> Progress | None:
+        """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Where training continues.
+
+        None: there is nothing to load, so the run starts at step 0. Raises UserError (DamagedCheckpoint, UnsafePickle) with nothing changed.
+        """
+        config = self._config
+        if config.load is None:
+            return None
+        found = resume.open_checkpoint(Path(config.load), config.load_fallback)
+        if found is None:
+            if config.save is None or os.path.realpath(config.load) != os.path.realpath(config.save):
+                raise UserError(f"--load {config.load} holds no checkpoint (only where it equals --save does a run start afresh without one)")
+            log.info("no checkpoint in --load %s: starting afresh", config.load)
+            return None
+        resume.refuse_other_run(found, self._run, config.finetune, config.new_data)
+        self._load_tensors(found)
+        if config.finetune:
+            return Progress(0, 0, events=({"event": "finetune", "from": str(found.directory), "step": found.facts["step"]},))
+        if self._scheduler is not None and found.facts["scheduler"] is not None:
+            resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
+        return resume.progress_from(found, self._run, config.new_data)
+
+    def _load_tensors(self, found: resume.Found) -> None:
+        facts = found.facts
+        model = sharded.model_state(self._chunks, self._mesh.groups)
+        state: sharded.State = dict(model)
+        with_optimizer = self._optimizer is not None and not (self._config.finetune or self._config.no_load_optim)
+        if with_optimizer:
+            form = resume.loadable_form(found, self._optimizer, sharded.bucket_plan(self._chunks, model), self._mesh, len(self._chunks))
+            state["optimizer"] = sharded.optimizer_state(self._optimizer, model, form, is_loading=True)
+        with_rng = not (self._config.finetune or self._config.no_load_rng)
+        names, vector = rng.capture()
+        same_generators = facts["layout"] == asdict(self._mesh.layout) and facts["rng"] == [list(name) for name in names]
+        if with_rng and same_generators:
+            state["rng"] = sharded.rng_state(torch.empty_like(vector), self._mesh.layout, self._mesh.rank)
+        resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
+        loaded = sharded.load(state, found.directory, self._mesh.groups)
+        sharded.load_model(self._chunks, loaded)
+        if with_optimizer:
+            sharded.load_optimizer(self._optimizer, loaded["optimizer"], facts["optimizer"]["step"])
+        elif self._optimizer is not None:
+            self._optimizer.reload_model_params()
+        if with_rng and same_generators:
+            rng.restore(names, loaded["rng"].flatten())
+        elif with_rng:
+            seed_everything(self._run.seed + facts["step"], self._mesh)
+            log.warning("%s has random state for %s, this run is %s: generators are seeded anew from --seed and the step",
+                        found.directory, facts["layout"], asdict(self._mesh.layout))
+
+
+def prepare_directory(save: Path) -> None:
+    """Make --save, clear up what crashed runs left there, and see that every rank can write in it. Raises UserError."""
+
+    def prepare() -> None:
+        save.mkdir(parents=True, exist_ok=True)
+        for line in shelf.tidy(save):
+            log.warning("--save %s: %s", save, line)
+
+    problem = writer.on_rank_0(prepare) or writer.agree(_probe(save))
+    if problem is not None:
+        raise UserError(f"--save {save} cannot be written: {problem}")
+
+
+def load_weights(load: Path, chunks: Sequence[nn.Module], mesh: Mesh) -> dict[str, Any]:
+    """Put the weights alone of a checkpoint (a directory of checkpoints, or one iter_* directory) into model chunks of any layout.
+
+    Its state.json. Raises UserError where there is none, it is damaged, or shapes differ.
+    """
+    found = resume.open_checkpoint(load, fallback=False)
+    if found is None:
+        raise UserError(f"{load} holds no checkpoint")
+    state = sharded.model_state(chunks, mesh.groups)
+    resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
+    sharded.load_model(chunks, sharded.load(state, found.directory, mesh.groups))
+    return found.facts
+
+
+def _probe(save: Path) -> str | None:
+    path = save / f".probe-{dist.get_rank()}"
+    try:
+        integrity.write_whole(path, b"probe")
+        path.unlink()
+    except OSError as error:
+        return writer.describe(error)
+    return None

@@ -1,0 +1,115 @@
+"""Whether a checkpoint's files are what was written, and files that appear whole or not at all.
+
+Every file of a checkpoint is listed in `checksums.json` with its size and SHA-256 (hashlib's fastest strong hash where the CPU
+has SHA instructions), and that list carries a hash of itself. Checksums find damage, not malice: see pickles.py for that.
+Standard library only; no function here communicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_salt.errors import UserError
+
+CHECKSUMS = "checksums.json"
+METADATA = ".metadata"
+"""torch_dist's table of contents: which tensor lies where."""
+
+
+class DamagedCheckpoint(UserError):
+    """Files are missing, truncated or altered; the message names each with both checksums."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file should be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"sha256 {self.sha256[:16]}..., {self.size} bytes"
+
+
+def sum_of_file(path: Path) -> FileSum:
+    """Size and hash of a file's present contents, read as a stream."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileSum(file.tell(), digest)
+
+
+def write_whole(path: Path, content: bytes) -> FileSum:
+    """Write a file so that it appears whole or not at all, also after a loss of power, and return its sum."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+    return FileSum(len(content), hashlib.sha256(content).hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checksums(directory: Path, sums: Mapping[str, FileSum]) -> None:
+    """List a checkpoint's files; names are relative to `directory`."""
+    files = {name: asdict(sums[name]) for name in sorted(sums)}
+    write_whole(directory / CHECKSUMS, json.dumps({"files": files, "sha256_of_files": _hash_of(files)}, indent=1).encode())
+
+
+def read_checksums(directory: Path, required: Iterable[str] = (METADATA,)) -> dict[str, FileSum]:
+    """The list that `write_checksums` wrote. Raises DamagedCheckpoint where it is missing, altered or lacks a `required` name."""
+    path = directory / CHECKSUMS
+    try:
+        content = json.loads(path.read_bytes())
+        stated, actual = content["sha256_of_files"], _hash_of(content["files"])
+        if stated != actual:
+            raise DamagedCheckpoint(f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {stated[:16]}...")
+        sums = {name: FileSum(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: is missing, so this is no whole checkpoint of megatron_salt") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
+    missing = sorted(set(required) - sums.keys())
+    if missing:
+        raise DamagedCheckpoint(f"{path}: does not list {', '.join(missing)}")
+    return sums
+
+
+def damaged_files(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
+    """One line for each file that is not as `sums` says, naming the file and both sums; empty when all is well."""
+    problems = []
+    for name, expected in sums.items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            found = sum_of_file(path) if size == expected.size else None
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}; expected {expected}")
+            continue
+        if found is None:
+            problems.append(f"{path}: has {size} bytes; expected {expected}")
+        elif found != expected:
+            problems.append(f"{path}: has {found}; expected {expected}")
+    return problems
+
+
+def _hash_of(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,285 @@
+"""Whether a checkpoint may be used, and what a run takes over from it.
+
+A checkpoint is opened by all ranks together: each verifies a share of the files, and rank 0 looks at the pickles before
+megatron-core does. Then its facts (`state.json`) are held against this run's: another architecture, tokenizer or data is a
+UserError that names both sides, unless a flag says what is meant. Functions say whether they are collective.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_salt.config import OptimizerConfig, flag
+from megatron_salt.errors import UserError
+from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.train import integrity, pickles, sharded, shelf
+from megatron_salt.train.writer import agree
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 1
+_CORE_CONFIG = "metadata.json"
+_REQUIRED = (integrity.METADATA, pickles.COMMON, _CORE_CONFIG, shelf.STATE)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint must share with the run that resumes from it, and the run's own description."""
+
+    yaml: str
+    """The whole configuration, kept for people and tools."""
+    architecture: dict[str, Any]
+    """ModelConfig's fields and whatever else shapes the model, by field name."""
+    tokenizer_fingerprint: str
+    data_fingerprint: str
+    seed: int
+    schedule_follows_run: tuple[str, ...] = ()
+    """Names in the schedule's state whose values were derived from the length of the run: see `schedule_follows_run`."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. JSON values only."""
+
+    step: int
+    consumed_samples: int
+    data: dict[str, Any] = field(default_factory=dict)
+    """Positions of the data's pools; empty: they start at their beginning."""
+    events: tuple[dict[str, Any], ...] = ()
+    """What happened to the run and must be remembered, such as a change of data."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- facts that a checkpoint carries -----------------------------------------------------------------------------------
+
+
+def identity_facts(run: RunIdentity) -> dict[str, Any]:
+    """The part of state.json that `refuse_other_run` compares."""
+    return {"architecture": run.architecture, "tokenizer": run.tokenizer_fingerprint, "data_fingerprint": run.data_fingerprint}
+
+
+def write_core_files(directory: Path) -> dict[str, integrity.FileSum]:
+    """The two small files by which megatron-core, of any release, knows its own checkpoints. There is nothing in them."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    return {
+        pickles.COMMON: integrity.write_whole(directory / pickles.COMMON, buffer.getvalue()),
+        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(config).encode()),
+    }
+
+
+def common_form(form: sharded.Form) -> sharded.Form:
+    """The form that every rank can save in. Collective over all ranks."""
+    forms: list[sharded.Form] = [form] * dist.get_world_size()
+    dist.all_gather_object(forms, form)
+    return "fully_reshardable" if "fully_reshardable" in forms else form
+
+
+def bucket_plans(plan: str, mesh: Mesh) -> dict[str, str]:
+    """Every model-parallel rank's `sharded.bucket_plan`, by place. Collective over all ranks."""
+    plans: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(plans, (_place(mesh), plan))
+    return dict(plans)
+
+
+def _place(mesh: Mesh) -> str:
+    return f"pp{mesh.at.pp}.tp{mesh.at.tp}"
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files are whole and whose pickles are harmless."""
+
+    directory: Path
+    facts: dict[str, Any]
+    """state.json"""
+    sizes: dict[str, tuple[int, ...]]
+    """Global size of every tensor, by key."""
+
+
+def open_checkpoint(load: Path, fallback: bool) -> Found | None:
+    """Find and verify what --load means; None where there is no checkpoint. Collective over all ranks.
+
+    Raises UserError; DamagedCheckpoint where files are not what was written, unless `fallback` and there is one before.
+    """
+    paths = _from_rank_0(lambda: shelf.candidates(load, fallback))
+    for directory, before in zip(paths, [*paths[1:], None], strict=True):
+        try:
+            return _open(directory)
+        except integrity.DamagedCheckpoint as error:
+            if before is None:
+                raise
+            if not fallback:
+                raise integrity.DamagedCheckpoint(f"{error}\n--load-fallback would resume from {before} instead") from None
+            log.error("%s\n--load-fallback: trying %s", error, before)
+    return None
+
+
+def _open(directory: Path) -> Found:
+    sums = _from_rank_0(lambda: integrity.read_checksums(directory, _REQUIRED))
+    share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+    lines: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lines, integrity.damaged_files(directory, {name: sums[name] for name in share}))
+    damage = [line for part in lines for line in part]
+    if damage:
+        raise integrity.DamagedCheckpoint(f"{directory} is damaged:\n  " + "\n  ".join(damage))
+
+    def read() -> Found:
+        metadata = pickles.check_pickles(directory, sums)
+        facts = read_facts(directory)
+        sizes = {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+        return Found(directory, facts, sizes)
+
+    return _from_rank_0(read)
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Not collective."""
+    facts = json.loads((directory / shelf.STATE).read_bytes())
+    if facts["format"] != FORMAT:
+        raise UserError(f"{directory / shelf.STATE} has format {facts['format']}; this release reads format {FORMAT}")
+    return facts
+
+
+def _from_rank_0(action: Callable[[], T]) -> T:
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+# ---- holding it against this run ---------------------------------------------------------------------------------------
+
+
+def refuse_other_run(found: Found, run: RunIdentity, finetune: bool, new_data: bool) -> None:
+    """Raise UserError, naming both sides, where the checkpoint belongs to another run than the flags allow. Pure."""
+    there, here = found.facts["architecture"], json.loads(json.dumps(run.architecture))
+    differences = [f"{flag(name)} is {there.get(name)} there and {here.get(name)} here"
+                   for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if finetune:  # whether the weights fit is seen from their shapes
+        for difference in differences:
+            log.warning("--finetune from another architecture: %s", difference)
+        return
+    if differences:
+        raise UserError(f"{found.directory} holds another architecture: {'; '.join(differences)}")
+    if found.facts["tokenizer"] != run.tokenizer_fingerprint:
+        raise UserError(f"{found.directory} was trained with tokenizer {found.facts['tokenizer']}, this run has {run.tokenizer_fingerprint}; "
+                        "--finetune takes the weights alone")
+    if found.facts["data_fingerprint"] != run.data_fingerprint and not new_data:
+        raise UserError(f"{found.directory} was trained on data {found.facts['data_fingerprint']}, --data-path is {run.data_fingerprint}; "
+                        "--new-data goes on with it, --finetune takes the weights alone")
+
+
+def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> None:
+    """Raise UserError where any rank found tensors that do not fit. Collective over all ranks."""
+    shown = "; ".join(map(str, mismatches[:4])) + (f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else "")
+    problem = agree(shown or None)
+    if problem is not None:
+        raise UserError(f"{directory} does not fit this model: {problem}")
+
+
+def loadable_form(found: Found, optimizer: MegatronOptimizer, plan: str, mesh: Mesh, num_chunks: int) -> sharded.Form:
+    """The form of the checkpoint's optimizer state. Raises UserError where this run cannot load it. Collective over all ranks."""
+    saved, layout = found.facts["optimizer"], found.facts["layout"]
+    if saved is None:
+        raise UserError(f"{found.directory} has no optimizer state; resume with --no-load-optim, or take the weights alone with --finetune")
+    form, mine = saved["form"], sharded.form_for(optimizer, reshardable=False)
+    if (form == "plain") != (mine == "plain"):
+        with_, without = ("this run", "the checkpoint") if form == "plain" else ("the checkpoint", "this run")
+        raise UserError(f"{found.directory}: {with_} has --use-distributed-optimizer and {without} has not; "
+                        "use the same, or resume with --no-load-optim")
+    if form != "dp_reshardable":
+        return form
+    there = (layout["tensor"], layout["pipeline"], found.facts["chunks"])
+    here = (mesh.layout.tensor, mesh.layout.pipeline, num_chunks)
+    problem = None
+    if there != here:
+        problem = (f"was written at {_layout_flags(*there)}, this run has {_layout_flags(*here)}")
+    elif agree(None if saved["bucket_plans"].get(_place(mesh)) == plan else "another plan") is not None:
+        problem = "was written with another split into stages or gradient buckets (--decoder-first-pipeline-num-layers and its like, " \
+                  "--ddp-bucket-size, --overlap-grad-reduce)"
+    elif agree(None if mine == form else "an empty bucket") is not None:
+        problem = f"cannot be cut for {mesh.layout.data * mesh.layout.context} data- and context-parallel ranks: some would hold nothing of a bucket"
+    if problem is not None:
+        raise UserError(
+            f"the optimizer state in {found.directory} is in form dp_reshardable and {problem}. Resume it once as it was and save with "
+            "--dist-ckpt-optim-fully-reshardable (the last save of a run always is), or resume with --no-load-optim"
+        )
+    return form
+
+
+def _layout_flags(tensor: int, pipeline: int, chunks: int) -> str:
+    return (f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline} "
+            f"--num-virtual-stages-per-pipeline-rank {chunks}")
+
+
+# ---- taking over -------------------------------------------------------------------------------------------------------
+
+
+def progress_from(found: Found, run: RunIdentity, new_data: bool) -> Progress:
+    """Where the run goes on. On other data the pools start at their beginning, and the change is recorded. Pure."""
+    facts = found.facts
+    data, events = facts["data"], tuple(facts["events"])
+    if facts["data_fingerprint"] != run.data_fingerprint:
+        assert new_data
+        change = {"event": "new_data", "step": facts["step"], "from": facts["data_fingerprint"], "to": run.data_fingerprint}
+        data, events = {}, (*events, change)
+    return Progress(facts["step"], facts["consumed_samples"], data, events, facts["extra"])
+
+
+def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:
+    """Which numbers of the schedule these flags leave to the length of the run, so that changing the length may change them. Pure."""
+    follows = ["wd_incr_steps"]
+    if optimizer.lr_decay_iters is None and optimizer.lr_decay_samples is None:
+        follows.append("lr_decay_steps")
+        if optimizer.lr_warmup_fraction is not None:
+            follows.append("lr_warmup_steps")
+    return tuple(follows)
+
+
+def load_schedule(scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer | None, found: Found, follows: tuple[str, ...]) -> None:
+    """Move the schedule to where the checkpoint's is. Raises UserError where the two are different schedules.
+
+    --override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler, which the scheduler knows, decide which one holds.
+    """
+    saved, mine = dict(found.facts["scheduler"]), scheduler.state_dict()
+    if not scheduler.use_checkpoint_opt_param_scheduler:
+        for name in follows:
+            if saved[name] != mine[name]:
+                log.warning("the run's length changed: %s is %s samples, in %s it was %s", name, mine[name], found.directory, saved[name])
+                saved[name] = mine[name]
+    if not (scheduler.use_checkpoint_opt_param_scheduler or scheduler.override_opt_param_scheduler):
+        differences = [f"{name} is {saved[name]} there and {mine[name]} here" for name in mine if name != "num_steps" and saved[name] != mine[name]]
+        if differences:
+            raise UserError(f"{found.directory} has another schedule: {'; '.join(differences)}. --override-opt-param-scheduler takes "
+                            "the flags', --use-checkpoint-opt-param-scheduler the checkpoint's")
+    scheduler.load_state_dict(saved)
+    if optimizer is not None:  # the groups carry a copy of the peak and the floor
+        for group in optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr
+        scheduler.step(increment=0)

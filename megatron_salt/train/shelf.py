@@ -1,0 +1,177 @@
+"""What lies in a directory of checkpoints, which of it is whole, and which is the one to load.
+
+A save is written under `iter_0000100.partial` and renamed to `iter_0000100` once every byte of it is durable; only then does
+`latest_checkpointed_iteration.txt` (Megatron's name) move. So a directory named iter_* is whole, whatever instant a crash
+chose, and everything else with one of our suffixes is a leftover. Where a step is saved again, the old one steps aside as
+`.replaced` until the new one has its name. Standard library only; nothing here communicates: one rank writes, any may read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_salt.errors import UserError
+from megatron_salt.train.integrity import sync_directory, write_whole
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = "state.json"
+
+_PARTIAL, _REPLACED, _DELETING = ".partial", ".replaced", ".deleting"
+_NAME = re.compile(r"iter_(\d{7,})(\.partial|\.replaced|\.deleting)?")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What retention needs to know of one whole checkpoint."""
+
+    step: int
+    saved_at: float
+    """Seconds since the epoch at which it was saved: after a rewind, a lower step can be the newer one."""
+    name: str | None
+    """Named checkpoints are kept; routine ones (None) make room for newer ones."""
+
+
+def directory_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is whole."""
+    return root / f"iter_{step:07d}"
+
+
+def partial_of(root: Path, step: int) -> Path:
+    """Where it lies while it is being written."""
+    return root / f"iter_{step:07d}{_PARTIAL}"
+
+
+def whole_checkpoints(root: Path) -> dict[int, Path]:
+    """Every whole checkpoint under `root`, by step."""
+    found: dict[int, Path] = {}
+    for path in _entries(root):
+        step, suffix = _parse(path)
+        if suffix is None or (suffix == _REPLACED and not directory_of(root, step).exists()):
+            found[step] = path
+    return dict(sorted(found.items()))
+
+
+def read_tracker(root: Path) -> int | None:
+    """The step that `latest` names; None where there is no tracker. Raises UserError where it names none."""
+    path = root / TRACKER
+    try:
+        return int(path.read_text(encoding="ascii").strip())
+    except FileNotFoundError:
+        return None
+    except (ValueError, UnicodeDecodeError):
+        raise UserError(f"{path} does not hold the number of a step; put there the step of a whole iter_* directory beside it, "
+                        "or give that directory to --load") from None
+
+
+def write_tracker(root: Path, step: int) -> None:
+    """Move `latest`."""
+    write_whole(root / TRACKER, f"{step}\n".encode("ascii"))
+
+
+def candidates(load: Path, fallback: bool = False) -> list[Path]:
+    """What --load can mean, the one to try first at the front, then the ones before it. Empty: there is no checkpoint.
+
+    `load` is a directory of checkpoints or one iter_* directory. Raises UserError where the tracker names what is not there,
+    unless `fallback`: then the highest step comes first.
+    """
+    if _NAME.fullmatch(load.name) and load.is_dir():
+        step, suffix = _parse(load)
+        if suffix == _PARTIAL or suffix == _DELETING:
+            raise UserError(f"--load {load}: a save that was never finished; its beginning is not a checkpoint")
+        return [load, *_before(load.parent, step)]
+    whole = whole_checkpoints(load)
+    try:
+        latest = read_tracker(load)
+    except UserError:
+        if not fallback:
+            raise
+        latest = None
+    if latest is None or (fallback and latest not in whole):
+        return list(reversed(whole.values()))
+    if latest not in whole:
+        others = ", ".join(path.name for path in whole.values()) or "none"
+        raise UserError(f"{load / TRACKER} names step {latest}, and {directory_of(load, latest)} is not there; "
+                        f"whole checkpoints: {others}. Give one of them to --load")
+    return [whole[latest], *_before(load, latest)]
+
+
+def publish(root: Path, step: int) -> Path:
+    """Give a whole partial its name and move the tracker. Its files must be durable already."""
+    partial, final = partial_of(root, step), directory_of(root, step)
+    sync_directory(partial)
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    sync_directory(root)
+    write_tracker(root, step)
+    if replaced.exists():
+        delete(replaced)
+    return final
+
+
+def tidy(root: Path) -> list[str]:
+    """Remove what crashed runs left half-done and put a replaced checkpoint back where its successor never came. What was done."""
+    done = []
+    for path in _entries(root):
+        step, suffix = _parse(path)
+        final = directory_of(root, step)
+        if suffix == _REPLACED and not final.exists():
+            os.rename(path, final)
+            done.append(f"restored {final.name}, whose replacement was never finished")
+        elif suffix is not None:
+            shutil.rmtree(path)
+            done.append(f"removed {path.name}, left over from an unfinished run")
+    (root / (TRACKER + ".tmp")).unlink(missing_ok=True)
+    return done
+
+
+def delete(path: Path) -> None:
+    """Remove a checkpoint so that a crash in the middle leaves a recognisable leftover, never half a checkpoint."""
+    step, suffix = _parse(path)
+    doomed = directory_of(path.parent, step)
+    doomed = doomed.with_name(doomed.name + _DELETING)
+    if suffix != _DELETING:
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def saved_under(root: Path) -> list[Saved]:
+    """Every whole checkpoint whose state can be read, oldest save first."""
+    found = []
+    for step, path in whole_checkpoints(root).items():
+        try:
+            state = json.loads((path / STATE).read_bytes())
+            found.append(Saved(step, float(state["saved_at"]), state["name"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not ours, or damaged: not ours to delete either
+    return sorted(found, key=lambda saved: (saved.saved_at, saved.step))
+
+
+def surplus(saved: list[Saved], keep_last: int, latest: int) -> list[int]:
+    """The steps to delete so that `keep_last` routine checkpoints stay. Pure. `saved` is oldest first; `latest` is never deleted."""
+    routine = [one.step for one in saved if one.name is None]
+    return [step for step in routine[: max(0, len(routine) - keep_last)] if step != latest]
+
+
+def _before(root: Path, step: int) -> list[Path]:
+    return [path for earlier, path in reversed(whole_checkpoints(root).items()) if earlier < step]
+
+
+def _entries(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _parse(path: Path) -> tuple[int, str | None]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1]), match[2]

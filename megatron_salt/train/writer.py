@@ -1,0 +1,142 @@
+"""One torch_dist save: planned, written by every rank (now or from a forked process), and finished with one verdict.
+
+A rank whose disk is full must not leave the others waiting: whatever fails on one rank is known to all of them when `finish`
+returns. Each writer also checksums the shards that it wrote, in the process that wrote them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+import megatron_salt.parallel.cpu as cpu  # before megatron
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_salt.parallel.versions import begin_sharded_save, quiet_checkpointing
+from megatron_salt.train.integrity import FileSum, sum_of_file
+from megatron_salt.train.sharded import State
+
+_PATIENCE = 30.0  # seconds until the file system must show rank 0 what other ranks wrote
+
+
+@dataclass
+class Write:
+    """A planned save. `request` is megatron-core's AsyncRequest."""
+
+    directory: Path
+    request: Any
+    sums: SimpleQueue
+
+
+def agree(problem: str | None) -> str | None:
+    """The first rank's problem on every rank; None where no rank has one. Collective over all ranks."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problem)
+    return next((f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one is not None), None)
+
+
+def on_rank_0(action: Callable[[], None]) -> str | None:
+    """Run `action` on rank 0 alone; an OSError there is told to every rank. Collective over all ranks."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = describe(error)
+    return agree(problem)
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {error}"
+
+
+def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write:
+    """Decide who writes what, so that the data- and context-parallel ranks share the work. Collective over all ranks.
+
+    Tensors on a GPU are copied when the write starts; those on the CPU are read while it runs, which a forked process does
+    from its own snapshot. `directory` exists and is seen by every rank.
+    """
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), groups.dp_cp)
+    with quiet_checkpointing():
+        tensors, rest = save_preprocess(state)
+        assert not rest, f"only tensors are saved, found {list(rest)}"
+        request = begin_sharded_save(strategy, tensors, directory)
+    sums: SimpleQueue = multiprocessing.get_context("fork").SimpleQueue()
+    if request.async_fn is not None:
+        request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, directory, dist.get_rank(), sums))
+    return Write(directory, request, sums)
+
+
+def write_now(write: Write) -> None:
+    """Write this rank's shards in this process. Errors come out of `finish`."""
+    request = write.request
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    if request.async_fn is not None:
+        with quiet_checkpointing():
+            request.async_fn(*arguments)
+
+
+def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
+    """After every rank has written: write `.metadata`, collect the sums. What went wrong, if anything. Collective over all ranks."""
+    problem = None
+    try:
+        for finalize in write.request.finalize_fns:
+            finalize()
+    except CheckpointException as error:  # megatron-core raises it on every rank, with the reason on rank 0
+        failures = [reason for reason, _ in error.failures.values()]
+        problem = describe(failures[0]) if failures else None
+    except OSError as error:
+        # Rank 0 could not write .metadata, and the other ranks wait for the verdict that megatron-core broadcasts after it.
+        dist.broadcast(torch.ones(1, dtype=torch.int, device=cpu.device()), src=0)
+        problem = describe(error)
+    mine = {} if write.sums.empty() else write.sums.get()
+    everyone: list[tuple[dict[str, FileSum], str | None]] = [({}, None)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (mine, problem))
+    problems = [f"rank {rank}: {one}" for rank, (_, one) in enumerate(everyone) if one is not None]
+    if problems:
+        return {}, problems[0]
+    sums = {name: one for part, _ in everyone for name, one in part.items()}
+    return sums, _unseen(write.directory, sums)
+
+
+def _write_and_sum(write: Callable[..., None], directory: Path, rank: int, sums: SimpleQueue, *arguments: Any) -> None:
+    write(*arguments)
+    sums.put({path.name: sum_of_file(path) for path in directory.glob(f"__{rank}_*.distcp")})
+
+
+def _unseen(directory: Path, sums: dict[str, FileSum]) -> str | None:
+    """Rank 0 must see every rank's files, whole: --save on a disk of each node's own would be a checkpoint of nothing."""
+    problem = None
+    if dist.get_rank() == 0:
+        deadline = time.monotonic() + _PATIENCE
+        for name, one in sums.items():
+            while (found := _size(directory / name)) != one.size and time.monotonic() < deadline:
+                time.sleep(0.5)
+            if found != one.size:
+                problem = (f"{directory / name} has {found} bytes here and {one.size} on the rank that wrote it; "
+                           "--save must be on a file system that all nodes share")
+                break
+    return agree(problem)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
