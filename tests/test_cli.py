@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,9 +44,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(yaml_file):
 
 
 def test_flags_are_flat_and_reach_every_section():
-    run = cli.parse("--num-layers 3 --tensor-model-parallel-size=2 --train_iters 7 --lr 1e-2 --data-path 0.7 a 0.3 b --bf16 "
-                    "--profile-ranks 0 3 --tokenizer-type ByteLevelTokenizer --save out --log-interval 5 "
-                    "--recompute-granularity selective --no-swiglu --skip-samples 10:20 30:40".split())
+    run = cli.parse(shlex.split(
+        "--num-layers 3 --tensor-model-parallel-size=2 --train_iters 7 --lr 1e-2 --data-path 0.7 a 0.3 b --bf16 --save out "
+        "--profile-ranks 0 3 --tokenizer-type ByteLevelTokenizer --log-interval 5 --recompute-granularity selective "
+        "--no-swiglu --skip-samples 10:20 30:40"))
     assert run.model == ModelConfig(num_layers=3)
     assert run.parallel.tensor_model_parallel_size == 2 and run.parallel.recompute_granularity == "selective"
     assert run.training == TrainingConfig(train_iters=7, bf16=True, profile_ranks=(0, 3), skip_samples=("10:20", "30:40"))
@@ -129,8 +131,8 @@ def test_yaml_values_mean_what_they_look_like(yaml_file):
     assert run.data.data_path == ("0.7", "web", "3", "code")
 
 
-AWKWARD = ("", "~", "null", "yes", "on", "1", "1e5", "1e-3", ".5", "010", "0x1f", "1_000", "10:20", "2024-01-01", "<<", "=", "nan",
-           ".inf", " x ", "#x", "a: b", "- a", "é", "line\nline", "true", "'", '"', "x" * 300)
+AWKWARD = ("", "~", "null", "yes", "on", "1", "1e5", "1e-3", ".5", "010", "0x1f", "1_000", "10:20", "2024-01-01", "<<", "=",
+           "nan", ".inf", " x ", "#x", "a: b", "- a", "é", "line\nline", "true", "'", '"', "x" * 300)
 
 
 @pytest.mark.parametrize("word", AWKWARD)
@@ -145,7 +147,7 @@ def test_any_number_survives_yaml(number):
 
 
 def test_print_config_is_a_config_file_for_the_same_run(yaml_file, capsys):
-    argv = ["--num-layers", "2", "--data-path", "0.5", "a", "0.5", "b", "--lr", "1e-5", "--save", "1e5", "--tensorboard-dir", "yes"]
+    argv = shlex.split("--num-layers 2 --data-path 0.5 a 0.5 b --lr 1e-5 --save 1e5 --tensorboard-dir yes")
     with pytest.raises(SystemExit) as leaving:
         cli.parse([*argv, "--print-config"])
     assert leaving.value.code == 0

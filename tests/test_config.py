@@ -9,8 +9,9 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from megatron_salt import cli, config
-from megatron_salt.config import (CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig,
-                                  TrainingConfig, flag)
+from megatron_salt.config import (
+    CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig, flag,
+)
 from megatron_salt.errors import UserError
 
 REFUSED = [
@@ -20,15 +21,18 @@ REFUSED = [
     (ModelConfig, dict(norm_epsilon=float("nan")), "--norm-epsilon"),
     (ModelConfig, dict(init_method_std=-0.1), "--init-method-std must be at least 0, got -0.1"),
     (ModelConfig, dict(swiglu=True, squared_relu=True), "--swiglu and --squared-relu"),
-    (ModelConfig, dict(hidden_size=100, num_attention_heads=12), "--hidden-size 100 is not divisible by --num-attention-heads 12"),
+    (ModelConfig, dict(hidden_size=100, num_attention_heads=12),
+     "--hidden-size 100 is not divisible by --num-attention-heads 12"),
     (ModelConfig, dict(num_query_groups=5), "--num-attention-heads 12 is not divisible by --num-query-groups 5"),
     (ParallelConfig, dict(tensor_model_parallel_size=0), "--tensor-model-parallel-size must be at least 1, got 0"),
     (ParallelConfig, dict(sequence_parallel=True), "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     (ParallelConfig, dict(num_virtual_stages_per_pipeline_rank=2), "--num-virtual-stages-per-pipeline-rank 2 needs"),
     (ParallelConfig, dict(overlap_param_gather=True), "--overlap-param-gather needs --use-distributed-optimizer"),
     (ParallelConfig, dict(recompute_granularity="full"), "--recompute-granularity full needs --recompute-method"),
-    (ParallelConfig, dict(recompute_granularity="selective", recompute_num_layers=1), "--recompute-granularity selective"),
-    (ParallelConfig, dict(distributed_timeout_minutes=0.0), "--distributed-timeout-minutes must be above 0 and finite, got 0.0"),
+    (ParallelConfig, dict(recompute_granularity="selective", recompute_num_layers=1),
+     "got --recompute-granularity selective"),
+    (ParallelConfig, dict(distributed_timeout_minutes=0.0),
+     "--distributed-timeout-minutes must be above 0 and finite, got 0.0"),
     (TrainingConfig, dict(micro_batch_size=0), "--micro-batch-size must be at least 1, got 0"),
     (TrainingConfig, dict(train_iters=5, train_samples=10), "--train-iters 5 and --train-samples 10"),
     (TrainingConfig, dict(profile=True, profile_step_start=5, profile_step_end=5), "--profile-step-end 5 must be after"),

@@ -130,7 +130,8 @@ class RunLog:
     """The run's voice: `with RunLog(...) as log: log.step(...); log.evaluation(...); log.event(...)`."""
 
     def __init__(self, logging: LoggingConfig, *, active: bool, save: str | None, start_step: int, total_steps: int,
-                 flops_per_token: float, world_size: int, config: Mapping[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
+                 flops_per_token: float, world_size: int, config: Mapping[str, Any],
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """Open the sinks where `active`. Every rank calls, so that a missing package is refused by all (UserError).
 
         start_step: the step resumed at, 0 for a fresh run: later entries of an interrupted run are dropped.
@@ -206,9 +207,10 @@ class RunLog:
             rate = record.tokens / max(record.seconds, 1e-9)
             entry: dict[str, Any] = {
                 "kind": "step", "time": time.time(), "step": record.step, "consumed_samples": record.consumed_samples,
-                "loss": float(record.loss), "lr": record.lr, "grad_norm": float(record.grad_norm), "nonfinite": bool(record.nonfinite),
-                "tokens": record.tokens, "seconds": record.seconds, "tokens_per_second": rate,
-                "tflops_per_rank": rate * self._flops_per_token_and_rank / 1e12, "memory_gib": memory, "phases": dict(record.phases),
+                "loss": float(record.loss), "lr": record.lr, "grad_norm": float(record.grad_norm),
+                "nonfinite": bool(record.nonfinite), "tokens": record.tokens, "seconds": record.seconds,
+                "tokens_per_second": rate, "tflops_per_rank": self._tflops_per_rank(rate), "memory_gib": memory,
+                "phases": dict(record.phases),
             }
             assert not record.extra.keys() & entry.keys(), f"extra metrics repeat {sorted(record.extra.keys() & entry.keys())}"
             entry |= {name: float(value) for name, value in record.extra.items()}
@@ -241,12 +243,16 @@ class RunLog:
         rate = sum(entry["tokens"] for entry in entries) / max(seconds, 1e-9)
         parts = [
             f"step {last['step']}/{self._total_steps}", f"loss {mean('loss'):.4f}", f"lr {last['lr']:.3e}",
-            f"grad norm {mean('grad_norm'):.3f}", f"{rate:.0f} tokens/s", f"{rate * self._flops_per_token_and_rank / 1e12:.3g} TFLOP/s a rank",
-            f"{last['memory_gib']:.2f} GiB", f"{last['consumed_samples']} samples", f"{_clock_time(self._seconds_left(last))} left",
+            f"grad norm {mean('grad_norm'):.3f}", f"{rate:.0f} tokens/s", f"{self._tflops_per_rank(rate):.3g} TFLOP/s a rank",
+            f"{last['memory_gib']:.2f} GiB", f"{last['consumed_samples']} samples",
+            f"{_clock_time(self._seconds_left(last))} left",
         ]
         parts += [f"{name} {mean(name):.4g}" for name in last if name not in STEP_KEYS]
         parts += [f"{self._num_nonfinite} non-finite"] if self._num_nonfinite else []
         return " | ".join(parts)
+
+    def _tflops_per_rank(self, tokens_per_second: float) -> float:
+        return tokens_per_second * self._flops_per_token_and_rank / 1e12
 
     def _seconds_left(self, last: Mapping[str, Any]) -> float:
         """By the pace since the first record, evaluations and saves included."""

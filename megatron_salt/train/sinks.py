@@ -127,7 +127,7 @@ class Wandb:
     name = "--wandb-project"
 
     def __init__(self, project: str, run_name: str | None, config: Mapping[str, Any]) -> None:
-        import wandb  # type: ignore[import-not-found, unused-ignore]
+        import wandb
 
         self._run = wandb.init(project=project, name=run_name, id=run_name, resume="allow", config=dict(config))
 

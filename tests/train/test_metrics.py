@@ -1,16 +1,11 @@
-"""What a run says of itself: FLOPs against a counter, times that add up, one value a step after any crash."""
+"""What a run says of itself: FLOPs against a counter, times that add up, lines and entries, no waiting in between."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +13,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_salt.config import LoggingConfig, ModelConfig
-from megatron_salt.errors import UserError
-from megatron_salt.train import metrics, sinks
-from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord, flops_per_token
+from megatron_salt.train import metrics
+from megatron_salt.train.metrics import PhaseTimer, flops_per_token
+from tests.train.logs import Clock, entries, open_log, record
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -45,7 +40,8 @@ def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.
 
 @pytest.mark.parametrize("model", [
     ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4),
-    ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=16, swiglu=True, ffn_hidden_size=40),
+    ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=16, swiglu=True,
+                ffn_hidden_size=40),
     ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=2, squared_relu=True),
 ])
 def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(model):
@@ -58,14 +54,6 @@ def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(model
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
 
 def test_phases_add_up_and_an_inner_phase_is_not_counted_twice():
     clock = Clock()
@@ -112,20 +100,6 @@ class Late:
         return self.value
 
 
-def record(step: int, loss: Any = 2.0, **values: Any) -> StepRecord:
-    return StepRecord(step=step, consumed_samples=8 * step, loss=loss, lr=1e-3, grad_norm=0.5, tokens=800, seconds=0.5, **values)
-
-
-def open_log(path: Path, start_step: int = 0, total_steps: int = 10, active: bool = True, clock: Any = None, **logging: Any) -> RunLog:
-    logging = {"jsonl": str(path / "log.jsonl")} | logging
-    return RunLog(LoggingConfig(**logging), active=active, save=None, start_step=start_step, total_steps=total_steps,
-                  flops_per_token=1e9, world_size=4, config={"model": {}}, clock=clock or Clock())
-
-
-def entries(path: Path, kind: str = "step") -> list[dict[str, Any]]:
-    return [entry for entry in map(json.loads, (path / "log.jsonl").read_text().splitlines()) if entry["kind"] == kind]
-
-
 def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
     with open_log(tmp_path, total_steps=11) as log:
         log.step(record(1, loss=torch.tensor(2.5), phases={"data": 0.1}, extra={"kl": torch.tensor(0.25)}))
@@ -136,8 +110,8 @@ def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
                      "8 samples", "0m05s left", "kl 0.25"]  # 1600 tokens/s * 1e9 FLOPs / 4 ranks; 10 steps of 0.5 s
     entry, = entries(tmp_path)
     assert {key: entry[key] for key in entry if key not in ("time", "memory_gib")} == {
-        "kind": "step", "step": 1, "consumed_samples": 8, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "nonfinite": False, "tokens": 800,
-        "seconds": 0.5, "tokens_per_second": 1600.0, "tflops_per_rank": 0.4, "phases": {"data": 0.1}, "kl": 0.25}
+        "kind": "step", "step": 1, "consumed_samples": 8, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "nonfinite": False,
+        "tokens": 800, "seconds": 0.5, "tokens_per_second": 1600.0, "tflops_per_rank": 0.4, "phases": {"data": 0.1}, "kl": 0.25}
     assert 0.01 < entry["memory_gib"] < 100
 
 
@@ -150,7 +124,8 @@ def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, capsys):
             assert len(entries(tmp_path)) == (7 if step == 7 else step // 3 * 3)
     assert [entry["loss"] for entry in entries(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:2] for line in lines] == [["step 3/7", "loss 2.0000"], ["step 6/7", "loss 5.0000"], ["step 7/7", "loss 7.0000"]]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["step 3/7", "loss 2.0000"], ["step 6/7", "loss 5.0000"], ["step 7/7", "loss 7.0000"]]
 
 
 def test_a_skipped_step_is_counted_and_left_out_of_the_means(tmp_path, capsys):
@@ -162,7 +137,8 @@ def test_a_skipped_step_is_counted_and_left_out_of_the_means(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "loss 3.0000" in first and first.endswith("1 non-finite")
     assert ("loss nan" in second or "loss inf" in second) and second.endswith("3 non-finite")
-    assert [(entry["loss"], entry["nonfinite"]) for entry in entries(tmp_path)] == [(None, True), (3.0, False), (None, True), (None, True)]
+    assert [entry["loss"] for entry in entries(tmp_path)] == [None, 3.0, None, None]
+    assert [entry["nonfinite"] for entry in entries(tmp_path)] == [True, False, True, True]
 
 
 def test_the_time_left_follows_the_pace_with_evaluations_included(tmp_path, capsys):
@@ -182,7 +158,8 @@ def test_an_evaluation_and_an_event_have_line_and_entry_after_the_steps_before_t
         log.event(1, "teacher freed", {"freed_gib": 3.5})
         log.evaluation(1, "valid", 1e9, tokens=1, seconds=0.0)
     evaluation, event, _ = capsys.readouterr().out.splitlines()
-    assert evaluation == "step 1/10 | valid loss 2.0000 | perplexity 7.389 | 640 tokens in 1.5 s" and event == "step 1/10 | teacher freed"
+    assert evaluation == "step 1/10 | valid loss 2.0000 | perplexity 7.389 | 640 tokens in 1.5 s"
+    assert event == "step 1/10 | teacher freed"
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert kinds == ["step", "eval", "event", "eval"]
     assert entries(tmp_path, "eval")[0]["perplexity"] == math.exp(2) and entries(tmp_path, "event")[0]["freed_gib"] == 3.5
@@ -215,142 +192,10 @@ def test_a_device_that_died_does_not_hide_the_error_that_ends_the_run(tmp_path):
         log.step(record(1, Dead()))
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
-
-def train(path: Path, steps: Sequence[int], start_step: int, evaluate_at: Sequence[int] = (), **logging: Any) -> None:
-    with open_log(path, start_step=start_step, **logging) as log:
-        for step in steps:
-            log.step(record(step, loss=step + start_step / 10))
-            if step in evaluate_at:
-                log.evaluation(step, "valid", float(step + start_step / 10), tokens=1, seconds=1.0)
-
-
-def test_after_crashes_every_step_has_one_value_and_it_is_the_last_runs(tmp_path):
-    train(tmp_path, range(1, 8), start_step=0, evaluate_at=(4, 6))
-    train(tmp_path, range(5, 10), start_step=4, evaluate_at=(6, 8))
-    train(tmp_path, range(8, 11), start_step=7, evaluate_at=(8,))
-    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == (
-        [(step, step) for step in range(1, 5)] + [(step, step + 0.4) for step in range(5, 8)] + [(step, step + 0.7) for step in range(8, 11)])
-    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path, "eval")] == [(4, 4), (6, 6.4), (8, 8.7)]
-
-
-@pytest.mark.parametrize("torn", ['{"kind": "step", "st', '{"kind": "step", "step": 2}', "\0\0\0\0", "{}\n", "[]\n", "\n"])
-def test_a_torn_last_line_is_dropped(tmp_path, torn):
-    train(tmp_path, (1, 2), start_step=0)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write(torn)
-    train(tmp_path, (3,), start_step=2)
-    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
-
-
-def test_a_crash_while_trimming_leaves_the_old_file(tmp_path, monkeypatch):
-    train(tmp_path, (1, 2, 3), start_step=0)
-    before = (tmp_path / "log.jsonl").read_bytes()
-
-    def crash(*paths: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        sinks.drop_later_steps(tmp_path / "log.jsonl", 1)
-    assert (tmp_path / "log.jsonl").read_bytes() == before
-
-
-def test_a_run_from_step_0_keeps_the_older_log_beside_its_own(tmp_path):
-    train(tmp_path, (1, 2), start_step=0)
-    train(tmp_path, (1,), start_step=0)
-    assert len(entries(tmp_path)) == 1 and len((tmp_path / "log.jsonl.old").read_text().splitlines()) == 2
-
-
-def test_a_file_that_is_no_log_is_not_touched(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"text": "somebody\'s corpus"}\n')
-    with pytest.raises(UserError, match=r"--jsonl .*log.jsonl exists and is not a run's log"):
-        train(tmp_path, (3,), start_step=2)
-    assert (tmp_path / "log.jsonl").read_text() == '{"text": "somebody\'s corpus"}\n'
-
-
-@pytest.mark.parametrize("name", ["jsonl", "tensorboard_dir"])
-def test_an_unusable_path_is_refused_by_flag(tmp_path, name):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        open_log(tmp_path, **{name: str(tmp_path / "file" / "inside")})
-
-
-def test_a_full_disk_does_not_end_the_run_and_loses_nothing_once_there_is_room(tmp_path, capsys):
-    class FillingFile:
-        """Takes half a line, then nothing, then everything."""
-
-        def __init__(self) -> None:
-            self.kept, self.room = b"", 50
-
-        def write(self, data: bytes) -> int:
-            if self.room == 0:
-                raise OSError(28, "No space left on device")
-            taken = data[:self.room]
-            self.kept, self.room = self.kept + taken, self.room - len(taken)
-            return len(taken)
-
-        def __enter__(self) -> FillingFile:
-            return self
-
-        def __exit__(self, *error: Any) -> None: ...
-
-    disk = FillingFile()
-    with open_log(tmp_path, total_steps=4) as log:
-        log._sinks[0]._file = disk  # type: ignore[attr-defined]
-        for step in (1, 2, 3):
-            log.step(record(step))
-        disk.room = 10**6
-        log.step(record(4))
-    assert [json.loads(line)["step"] for line in disk.kept.splitlines()] == [1, 2, 3, 4]
-    output = capsys.readouterr()
-    assert len(output.out.splitlines()) == 4
-    assert output.err.count("warning: --jsonl cannot be written") == 1
-
-
-# --- TensorBoard and Weights & Biases ---------------------------------------------------------------------------------
-
-def test_tensorboard_has_one_value_a_step_after_a_crash(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = str(tmp_path / "board")
-    train(tmp_path, range(1, 6), start_step=0, evaluate_at=(2,), tensorboard_dir=board)
-    train(tmp_path, range(4, 7), start_step=3, tensorboard_dir=board)
-    curves = EventAccumulator(board, purge_orphaned_data=True).Reload()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "valid/loss"} <= set(curves.Tags()["scalars"])
-    assert [(event.step, round(event.value, 3)) for event in curves.Scalars("train/loss")] == [
-        (1, 1), (2, 2), (3, 3), (4, 4.3), (5, 5.3), (6, 6.3)]
-    assert [(event.step, event.value) for event in curves.Scalars("valid/loss")] == [(2, 2)]
-
-
-def test_curves_are_named_by_kind():
-    step = {"kind": "step", "step": 3, "time": 1.0, "loss": 2.0, "nonfinite": True, "phases": {"data": 0.5}}
-    assert sinks.scalars(step) == {"train/loss": 2.0, "train/nonfinite": 1.0, "time/data": 0.5}
-    assert sinks.scalars({"kind": "eval", "step": 3, "name": "valid", "loss": 1.0}) == {"valid/loss": 1.0}
-
-
-@pytest.mark.parametrize("active", [True, False])
-def test_every_rank_refuses_wandb_where_it_is_missing(tmp_path, monkeypatch, active):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match="--wandb-project needs the package wandb, .* pip install wandb"):
-        open_log(tmp_path, active=active, wandb_project="salt")
-
-
-def test_wandb_gets_the_same_numbers_and_its_run_is_finished(tmp_path, monkeypatch):
-    calls: list[Any] = []
-
-    def init(**settings: Any) -> SimpleNamespace:
-        calls.append((settings["project"], settings["id"], settings["resume"]))
-        return SimpleNamespace(log=lambda values, step: calls.append((step, values["train/loss"])), finish=lambda: calls.append("finish"))
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
-    train(tmp_path, (1, 2), start_step=0, wandb_project="salt", wandb_exp_name="first")
-    assert calls == [("salt", "first", "allow"), (1, 1.0), (2, 2.0), "finish"]
-
-
 def test_files_go_beside_the_checkpoints_unless_placed_and_nowhere_without_either():
     placed = LoggingConfig(jsonl="a/b.jsonl", tensorboard_dir="c")
-    assert metrics.jsonl_path(placed, "save") == Path("a/b.jsonl") and metrics.tensorboard_directory(placed, "save") == Path("c")
+    assert metrics.jsonl_path(placed, "save") == Path("a/b.jsonl")
+    assert metrics.tensorboard_directory(placed, "save") == Path("c")
     assert metrics.jsonl_path(LoggingConfig(), "save") == Path("save/train.jsonl")
     assert metrics.tensorboard_directory(LoggingConfig(), "save") == Path("save/tensorboard")
     assert metrics.jsonl_path(LoggingConfig(), None) is None and metrics.tensorboard_directory(LoggingConfig(), None) is None
