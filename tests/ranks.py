@@ -4,7 +4,7 @@ One pool of processes lives as long as the test session and grows to the largest
 gloo group (file:// rendezvous in a new directory) and leaves nothing behind: process groups, megatron-core's global state,
 random state, environment and signal handlers are as before. What goes wrong in a rank is raised here as RankError, with
 that rank's traceback: an exception, a hang (with every stuck rank's stack), a dead process. After a hang or a death the
-pool is killed, and the next call starts another. Every worker computes on one thread.
+pool is killed, and the next call starts another. Every worker computes on one thread, and on the CPU wherever it runs.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _error(workers: list[_Worker], function: Callable[..., Any], outcomes: dict[
 def _worker_environment() -> dict[str, str]:
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     # Gloo otherwise looks up the machine's own name, which need not resolve.
-    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _stack_file(directory: str, rank: int) -> Path:

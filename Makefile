@@ -1,0 +1,81 @@
+# Every target sets up what it needs from nothing but Python: an environment in .venv (.venv-3.12, ... for other versions).
+#
+#   make test PYTHON=python3.12      another interpreter: a name on PATH, a pyenv version, or a path
+#   make quickstart SHORT=1          the short form
+#   make test OPTIONS="-k layout"    options for pytest
+
+PYTHON ?= python3.11
+SHORT ?= 0
+OPTIONS ?=
+
+# The interpreter: PYTHON itself, else pyenv's newest of that name, else (unless PYTHON was asked for) any Python from 3.11 on.
+PYENV_ROOT ?= $(HOME)/.pyenv
+ASKED_FOR := $(filter command environment,$(firstword $(origin PYTHON)))
+CANDIDATES := "$(PYTHON)" $$(ls -dr "$(PYENV_ROOT)"/versions/$(patsubst python%,%,$(notdir $(PYTHON))).*/bin/python 2>/dev/null)
+ifeq ($(ASKED_FOR),)
+CANDIDATES += python3.12 $$(ls -dr "$(PYENV_ROOT)"/versions/3.12.*/bin/python 2>/dev/null) python3 python
+endif
+SUITS := import ensurepip, sys, venv; assert sys.version_info >= (3, 11); print("%d.%d" % sys.version_info[:2])
+FOUND := $(shell for python in $(CANDIDATES); do version=$$("$$python" -c '$(SUITS)' 2>/dev/null) && echo "$$python $$version" && break; done)
+INTERPRETER := $(firstword $(FOUND))
+VERSION := $(word 2,$(FOUND))
+
+VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+CONSTRAINTS := $(wildcard constraints-py$(subst .,,$(VERSION)).txt)
+
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export PIP_DEFAULT_TIMEOUT ?= 60
+export PIP_RETRIES ?= 10
+INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full lint format clean python
+.DELETE_ON_ERROR:
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
+
+setup: $(VENV)/.installed  ## The environment for training
+
+setup-dev: $(VENV)/.installed-dev  ## The environment for tests
+
+quickstart: setup  ## Text -> tokenizer -> tokens -> a small model trained on 2 ranks, on the CPU (SHORT=1: a shorter run)
+	PYTHON=$(abspath $(BIN))/python SHORT=$(SHORT) bash examples/quickstart.sh
+
+quickstart-short:  ## The same in under 3 minutes
+	@$(MAKE) --no-print-directory quickstart SHORT=1
+
+test: lint  ## Lint, types and tests; of every grid of layouts a subset that covers all pairs
+	$(BIN)/python -m pytest $(OPTIONS)
+
+test-short: setup-dev  ## The last case of every test, without the long ones
+	$(BIN)/python -m pytest --short $(OPTIONS)
+
+test-full: lint  ## Everything
+	$(BIN)/python -m pytest --full $(OPTIONS)
+
+lint: setup-dev  ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+format: setup-dev  ## Mend what ruff can mend
+	$(BIN)/python -m ruff check --fix --exit-zero .
+	$(BIN)/python -m ruff format .
+
+clean:  ## Remove environments and caches
+	rm -rf .venv .venv-3.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+python:
+	@test -n "$(INTERPRETER)" || { echo "No Python from 3.11 on that can make environments (venv, ensurepip) was found as $(PYTHON); give one: make ... PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+$(VENV)/.installed: requirements.txt $(CONSTRAINTS) | python
+	@$(BIN)/python -c 'import sys, pip; assert "%d.%d" % sys.version_info[:2] == "$(VERSION)"' 2>/dev/null || "$(INTERPRETER)" -m venv --clear $(VENV)
+	@echo "Installing into $(VENV) from $< $(CONSTRAINTS) (some minutes the first time)"
+	@$(INSTALL) -r requirements.txt setuptools
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@$(INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,45 @@
+"""Which tests run, and the end of the pool of ranks.
+
+`pytest` runs all but the cases marked `full`; `--full` (`make test-full`) runs those too; `--short` (`make test-short`) runs the
+last case of every test, without those marked `full` or `long`. Tests marked `gpu` are skipped where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the machine's cores belong to the ranks, and sums keep their order
+
+import pytest
+
+from tests import ranks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    which = parser.getgroup("megatron_salt")
+    which.addoption("--full", action="store_true", help="every case of every grid")
+    which.addoption("--short", action="store_true", help="the last case of every test, without long ones")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = items if config.getoption("--full") else [item for item in items if not item.get_closest_marker("full")]
+    if config.getoption("--short"):
+        last = {item.nodeid.partition("[")[0]: item for item in wanted if not item.get_closest_marker("long")}
+        wanted = list(last.values())
+    kept = set(wanted)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = wanted
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_sessionfinish() -> None:
+    ranks.shutdown()
