@@ -27,7 +27,7 @@ CONSTRAINTS := $(wildcard constraints-py$(subst .,,$(VERSION)).txt)
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
-INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full lint format clean python
 .DELETE_ON_ERROR:

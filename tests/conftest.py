@@ -1,7 +1,7 @@
 """Which tests run, and the end of the pool of ranks.
 
-`pytest` runs all but the cases marked `full`; `--full` (`make test-full`) runs those too; `--short` (`make test-short`) runs the
-last case of every test, without those marked `full` or `long`. Tests marked `gpu` are skipped where there is none.
+`pytest` runs all but the cases marked `full`; `--full` (`make test-full`) runs those too; `--short` (`make test-short`)
+runs the last case of every test, without those marked `full` or `long`. Tests marked `gpu` are skipped where there is none.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def grid(where: Callable[..., bool] = lambda **_: True, **axes: Sequence[Any]) -
 
 
 def pairwise(cases: Sequence[Sequence[Any]]) -> list[int]:
-    """Numbers of cases that together hold every pair of values (of two axes) that any case holds. Greedy, the same each time."""
+    """Numbers of cases that together hold every pair of values (of two axes) that any case holds. Greedy and repeatable."""
     pairs = [set(itertools.combinations(enumerate(map(repr, case)), 2)) for case in cases]
     chosen, missing = [], set().union(*pairs) if cases else set()
     while missing:

@@ -174,7 +174,8 @@ def _exit(worker: _Worker) -> str:
     return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
 
 
-def _error(workers: list[_Worker], function: Callable[..., Any], outcomes: dict[int, _Outcome], directory: str, late: str) -> RankError:
+def _error(workers: list[_Worker], function: Callable[..., Any], outcomes: dict[int, _Outcome], directory: str,
+           late: str) -> RankError:
     """What went wrong: the failed ranks' tracebacks, then the stacks of the ranks that have not answered."""
     failed = [rank for rank, outcome in outcomes.items() if outcome.trace]  # in the order in which they failed
     stuck = [rank for rank in range(len(workers)) if rank not in outcomes]
@@ -213,8 +214,9 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    modules = [importlib.import_module(name) for name in PRELOAD + STATEFUL if _exists(name)]
-    clean = [(module, _state(module)) for module in modules if module.__name__ in STATEFUL]
+    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+
+    clean = [(module, _state(module)) for module in map(importlib.import_module, STATEFUL)]
     gc.collect()
     gc.freeze()
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -225,16 +227,6 @@ def _serve(pipe: Connection) -> None:
                 pipe.recv_bytes()  # every rank is done: nobody's last message is lost by closing connections
                 outcome = _attempt(_take_down, clean)
             pipe.send_bytes(pickle.dumps(outcome))
-
-
-def _exists(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        return False
-    return True
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> _Outcome:
@@ -255,7 +247,8 @@ def _work(call: _Call) -> Any:
     import torch.distributed as dist
 
     sys.path[:] = call.path
-    os.environ.update(RANK=str(call.rank), LOCAL_RANK=str(call.rank), WORLD_SIZE=str(call.world_size), LOCAL_WORLD_SIZE=str(call.world_size))
+    rank, world_size = str(call.rank), str(call.world_size)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
     dist.init_process_group("gloo", init_method=f"file://{call.directory}/rendezvous", rank=call.rank,
                             world_size=call.world_size, timeout=datetime.timedelta(seconds=call.timeout + 30))
     random.seed(0)
@@ -271,10 +264,8 @@ def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> None:
     import torch.distributed as dist
 
     gc.collect()
-    parallel_state = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is not None and dist.is_initialized():
-        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
         dist.destroy_process_group()
     for module, state in clean:
         vars(module).update({name: copy.copy(value) for name, value in state.items()})
@@ -287,8 +278,9 @@ def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> None:
 
 def _state(module: Any) -> dict[str, Any]:
     """A module's globals that hold data, not code."""
-    plain = (type(None), bool, int, float, str, list, dict, set)
-    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, plain) and not name.startswith("__")}
+    data = (type(None), bool, int, float, str, list, dict, set)
+    items = ((name, value) for name, value in vars(module).items() if not name.startswith("__"))
+    return {name: copy.copy(value) for name, value in items if isinstance(value, data)}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 
@@ -63,9 +64,8 @@ def what_is_there() -> dict[str, object]:
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.tensor_parallel import random as megatron_random
 
-    groups = {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and not callable(value) and not name.startswith("__")}
     return {
-        "groups": {name: repr(value) for name, value in groups.items()},
+        "groups": {name: repr(value) for name, value in vars(parallel_state).items() if re.match("_[A-Za-z]", name)},
         "microbatches": num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None,
         "rerun": rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE is None,
         "tracker": megatron_random._CUDA_RNG_STATE_TRACKER is None,
