@@ -165,7 +165,7 @@ class GPT(LanguageModule):
         )  # fmt: skip
         if post_process:
             self.output_layer = OutputHead(
-                config.hidden_size, self.vocab_size, config=config, init_method=config.init_method, bias=False,
+                config.hidden_size, self.vocab_size, config=config, init_method=config.init_method,
                 skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights, tp_group=groups.tp,
                 num_valid=vocabulary, chunk_tokens=chunk_tokens,
             )  # fmt: skip

@@ -22,11 +22,6 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.mesh import Mesh
 
 
-def world_size_from_environment() -> int:
-    """How many ranks the launcher started; 1 without a launcher. Needs no torch.distributed."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def distributed(timeout: timedelta) -> Iterator[None]:
     """Bind this rank's device, join the world, and leave it at the end. Collective over all ranks.

@@ -1,11 +1,12 @@
 """Where each rank sits.
 
 A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp.
-Pure arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
+Arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from megatron_salt.config import ParallelConfig
@@ -66,6 +67,11 @@ class Layout:
     def replica(self, rank: int) -> list[int]:
         """The ranks that hold one copy of the model together with `rank`."""
         return next(group for group in self.groups("tp", "cp", "pp") if rank in group)
+
+
+def world_size_from_environment() -> int:
+    """How many ranks the launcher started; 1 without a launcher. Needs no torch.distributed."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def student_layout(parallel: ParallelConfig, world_size: int) -> Layout:

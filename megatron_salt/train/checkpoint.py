@@ -1,9 +1,9 @@
 """Checkpoints: model, optimizer, schedule, random state, position in the data and everything needed to use them, together.
 
-`iter_0000100/` holds torch_dist shards, `state.json` (what is no tensor), `run.yaml`, `tokenizer/` and `checksums.json`. A crash at any byte of
-a save leaves the last good checkpoint (shelf.py), a damaged one is found before anything of it is used (integrity.py), and
-one that belongs to another run is refused with both sides named. Resumed equals uninterrupted, bit for bit on the CPU.
-Every method is collective over all ranks.
+`iter_0000100/` holds torch_dist shards, `state.json` (what is no tensor), `run.yaml`, `tokenizer/` and `checksums.json`.
+A crash at any byte of a save leaves the last good checkpoint (shelf.py), a damaged one is found before anything of it is used
+(integrity.py), and one that belongs to another run is refused with both sides named (resume.py). Resumed equals
+uninterrupted, bit for bit on the CPU. Every function here is collective over all ranks.
 """
 
 from __future__ import annotations
@@ -83,13 +83,14 @@ class Checkpointer:
     def save(self, progress: Progress, name: str | None = None, final: bool = False) -> None:
         """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout.
 
-        Returns when it is whole; under --async-save as soon as it has been copied (a named or final one too: call `finish`). When
-        saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error says.
+        Returns when it is whole; under --async-save as soon as it has been copied (call `poll` every step, and `finish` at the
+        end). When saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error
+        says.
         """
         assert self._save is not None, "save without --save"
         self.finish()
         reshardable = final or name is not None or self._config.dist_ckpt_optim_fully_reshardable
-        if self._complete is not None and self._complete[0] == progress.step and name is None and (self._complete[1] or not reshardable):
+        if name is None and (self._complete == (progress.step, True) or self._complete == (progress.step, reshardable)):
             return
         directory = shelf.partial_of(self._save, progress.step)
         sums: dict[str, integrity.FileSum] = {}
@@ -98,12 +99,14 @@ class Checkpointer:
             state, facts = self._state_to_save(progress, name, reshardable)
             problem = writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
             if problem is not None:
-                return self._failed(progress.step, problem)
-            self._pending = _Pending(progress.step, writer.plan(state, directory, self._mesh.groups), sums, reshardable, started)
+                self._failed(progress.step, problem)
+                return
+            write = writer.plan(state, directory, self._mesh.groups)
+            self._pending = _Pending(progress.step, write, sums, reshardable, started)
             if self._config.async_save:
-                self._queue.schedule_async_request(self._pending.write.request._replace(finalize_fns=[self._publish]))
+                self._queue.schedule_async_request(write.request._replace(finalize_fns=[self._publish]))
             else:
-                writer.write_now(self._pending.write)
+                writer.write_now(write)
         if self._config.async_save:
             log.info("step %d: copied for saving in %.2f s", progress.step, time.monotonic() - started)
         else:
@@ -139,11 +142,8 @@ class Checkpointer:
         }
         if self._optimizer is not None:
             form = resume.common_form(sharded.form_for(self._optimizer, reshardable))
-            facts["optimizer"] = {
-                "form": form,
-                "step": sharded.optimizer_step(self._optimizer),
-                "bucket_plans": resume.bucket_plans(sharded.bucket_plan(self._chunks, model), self._mesh) if form == "dp_reshardable" else {},
-            }
+            plans = resume.bucket_plans(sharded.bucket_plan(self._chunks, model), self._mesh)
+            facts["optimizer"] = {"form": form, "step": sharded.optimizer_step(self._optimizer), "bucket_plans": plans}
             state["optimizer"] = sharded.optimizer_state(self._optimizer, model, form, is_loading=False)
         return state, facts
 
@@ -166,7 +166,8 @@ class Checkpointer:
         shards, problem = writer.finish(pending.write)
         problem = problem or writer.on_rank_0(partial(self._seal, pending, shards))
         if problem is not None:
-            return self._failed(pending.step, problem)
+            self._failed(pending.step, problem)
+            return
         self._complete = (pending.step, pending.reshardable)
         log.info("step %d: saved %s, %.2f s after the call", pending.step, shelf.directory_of(self._save, pending.step),
                  time.monotonic() - pending.started)
@@ -200,7 +201,7 @@ class Checkpointer:
     def load(self) -> Progress | None:
         """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Where training continues.
 
-        None: there is nothing to load, so the run starts at step 0. Raises UserError (DamagedCheckpoint, UnsafePickle) with nothing changed.
+        None: there is nothing to load, so the run starts at step 0. Raises UserError (also DamagedCheckpoint, UnsafePickle).
         """
         config = self._config
         if config.load is None:
@@ -208,7 +209,7 @@ class Checkpointer:
         found = resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
             if config.save is None or os.path.realpath(config.load) != os.path.realpath(config.save):
-                raise UserError(f"--load {config.load} holds no checkpoint (only where it equals --save does a run start afresh without one)")
+                raise UserError(f"--load {config.load} holds no checkpoint; a run starts without one only where --save is the same")
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             return None
         resume.refuse_other_run(found, self._run, config.finetune, config.new_data)
@@ -223,10 +224,11 @@ class Checkpointer:
         facts = found.facts
         model = sharded.model_state(self._chunks, self._mesh.groups)
         state: sharded.State = dict(model)
-        with_optimizer = self._optimizer is not None and not (self._config.finetune or self._config.no_load_optim)
-        if with_optimizer:
-            form = resume.loadable_form(found, self._optimizer, sharded.bucket_plan(self._chunks, model), self._mesh, len(self._chunks))
-            state["optimizer"] = sharded.optimizer_state(self._optimizer, model, form, is_loading=True)
+        optimizer = None if self._config.finetune or self._config.no_load_optim else self._optimizer
+        if optimizer is not None:
+            plan = sharded.bucket_plan(self._chunks, model)
+            form = resume.loadable_form(found, optimizer, plan, self._mesh, len(self._chunks))
+            state["optimizer"] = sharded.optimizer_state(optimizer, model, form, is_loading=True)
         with_rng = not (self._config.finetune or self._config.no_load_rng)
         names, vector = rng.capture()
         same_generators = facts["layout"] == asdict(self._mesh.layout) and facts["rng"] == [list(name) for name in names]
@@ -235,8 +237,8 @@ class Checkpointer:
         resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
         loaded = sharded.load(state, found.directory, self._mesh.groups)
         sharded.load_model(self._chunks, loaded)
-        if with_optimizer:
-            sharded.load_optimizer(self._optimizer, loaded["optimizer"], facts["optimizer"]["step"])
+        if optimizer is not None:
+            sharded.load_optimizer(optimizer, loaded["optimizer"], facts["optimizer"]["step"])
         elif self._optimizer is not None:
             self._optimizer.reload_model_params()
         if with_rng and same_generators:
@@ -261,9 +263,10 @@ def prepare_directory(save: Path) -> None:
 
 
 def load_weights(load: Path, chunks: Sequence[nn.Module], mesh: Mesh) -> dict[str, Any]:
-    """Put the weights alone of a checkpoint (a directory of checkpoints, or one iter_* directory) into model chunks of any layout.
+    """Put the weights alone of a checkpoint into model chunks of any layout; returns its state.json.
 
-    Its state.json. Raises UserError where there is none, it is damaged, or shapes differ.
+    `load` is a directory of checkpoints, or one iter_* directory. Raises UserError where there is none, it is damaged, or
+    shapes differ.
     """
     found = resume.open_checkpoint(load, fallback=False)
     if found is None:

@@ -73,7 +73,7 @@ def write_checksums(directory: Path, sums: Mapping[str, FileSum]) -> None:
 
 
 def read_checksums(directory: Path, required: Iterable[str] = (METADATA,)) -> dict[str, FileSum]:
-    """The list that `write_checksums` wrote. Raises DamagedCheckpoint where it is missing, altered or lacks a `required` name."""
+    """What `write_checksums` wrote. Raises DamagedCheckpoint where it is missing, altered or lacks a `required` name."""
     path = directory / CHECKSUMS
     try:
         content = json.loads(path.read_bytes())

@@ -105,27 +105,3 @@ def build_scheduler(
         wsd_decay_steps=wsd_decay,
         lr_wsd_decay_style=optimizer.lr_wsd_decay_style,
     )
-
-
-def restore_scheduler(scheduler: OptimizerParamScheduler, saved: dict, optimizer: OptimizerConfig) -> None:
-    """Continue a checkpoint's schedule. UserError where its shape differs from the flags' and no flag says which one holds.
-
-    What follows from the run's length alone may change: a longer --train-iters stretches the decay that is not given explicitly.
-    """
-    own = scheduler.state_dict()
-    if optimizer.use_checkpoint_opt_param_scheduler:
-        wanted = saved
-    else:
-        wanted = {**own, "num_steps": saved["num_steps"]}
-        free = {"num_steps", "wd_incr_steps"}
-        if optimizer.lr_decay_iters is None and optimizer.lr_decay_samples is None:
-            free |= {"lr_decay_steps"} | ({"lr_warmup_steps"} if optimizer.lr_warmup_fraction is not None else set())
-        differing = sorted(name for name in own if name not in free and own[name] != saved[name])
-        if differing and not optimizer.override_opt_param_scheduler:
-            both = "; ".join(f"{name} is {saved[name]} in the checkpoint and {own[name]} by the flags" for name in differing)
-            raise UserError(f"the schedule changed: {both} (steps counted in samples). Give --override-opt-param-scheduler to take the flags', "
-                            "or --use-checkpoint-opt-param-scheduler to keep the checkpoint's")
-    checks = scheduler.use_checkpoint_opt_param_scheduler, scheduler.override_opt_param_scheduler
-    scheduler.use_checkpoint_opt_param_scheduler, scheduler.override_opt_param_scheduler = True, False
-    scheduler.load_state_dict(wanted)
-    scheduler.use_checkpoint_opt_param_scheduler, scheduler.override_opt_param_scheduler = checks

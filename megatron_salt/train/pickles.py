@@ -58,7 +58,7 @@ def read_metadata(directory: Path) -> Metadata:
             metadata = _MetadataUnpickler(file).load()
     except UnsafePickle as error:
         raise UnsafePickle(f"{path}: {error}; it was not loaded") from None
-    except Exception as error:  # a damaged pickle can fail in any way
+    except Exception as error:  # a damaged pickle fails in any way it likes
         raise DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(metadata, Metadata):
         raise UnsafePickle(f"{path}: holds a {type(metadata).__name__}, not torch_dist metadata")
@@ -74,7 +74,7 @@ def check_pickles(directory: Path, names: Iterable[str]) -> Metadata:
     metadata = read_metadata(directory)
     for index, place in (metadata.storage_data or {}).items():
         if place.relative_path not in names:
-            raise UnsafePickle(f"{directory / METADATA}: points {index.fqn} to {place.relative_path}, which is no file of this checkpoint")
+            raise UnsafePickle(f"{directory / METADATA}: points {index.fqn} to {place.relative_path}, no file of the checkpoint")
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             with open(directory / place.relative_path, "rb") as file:
                 file.seek(place.offset)

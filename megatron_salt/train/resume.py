@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core.optimizer import MegatronOptimizer
@@ -77,7 +77,9 @@ def write_core_files(directory: Path) -> dict[str, integrity.FileSum]:
     """The two small files by which megatron-core, of any release, knows its own checkpoints. There is nothing in them."""
     buffer = io.BytesIO()
     torch.save({}, buffer)
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    config = {
+        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+    }  # fmt: skip
     return {
         pickles.COMMON: integrity.write_whole(directory / pickles.COMMON, buffer.getvalue()),
         _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(config).encode()),
@@ -146,10 +148,15 @@ def _open(directory: Path) -> Found:
     def read() -> Found:
         metadata = pickles.check_pickles(directory, sums)
         facts = read_facts(directory)
-        sizes = {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
-        return Found(directory, facts, sizes)
+        return Found(directory, facts, tensor_sizes(metadata))
 
     return _from_rank_0(read)
+
+
+def tensor_sizes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Global size of every tensor in torch_dist's table of contents. Pure."""
+    tables = metadata.state_dict_metadata.items()
+    return {key: tuple(entry.size) for key, entry in tables if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
@@ -188,11 +195,11 @@ def refuse_other_run(found: Found, run: RunIdentity, finetune: bool, new_data: b
     if differences:
         raise UserError(f"{found.directory} holds another architecture: {'; '.join(differences)}")
     if found.facts["tokenizer"] != run.tokenizer_fingerprint:
-        raise UserError(f"{found.directory} was trained with tokenizer {found.facts['tokenizer']}, this run has {run.tokenizer_fingerprint}; "
-                        "--finetune takes the weights alone")
+        raise UserError(f"{found.directory} was trained with tokenizer {found.facts['tokenizer']}, this run has "
+                        f"{run.tokenizer_fingerprint}; --finetune takes the weights alone")
     if found.facts["data_fingerprint"] != run.data_fingerprint and not new_data:
-        raise UserError(f"{found.directory} was trained on data {found.facts['data_fingerprint']}, --data-path is {run.data_fingerprint}; "
-                        "--new-data goes on with it, --finetune takes the weights alone")
+        raise UserError(f"{found.directory} was trained on data {found.facts['data_fingerprint']}, --data-path is "
+                        f"{run.data_fingerprint}; --new-data goes on with it, --finetune takes the weights alone")
 
 
 def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> None:
@@ -204,10 +211,10 @@ def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> No
 
 
 def loadable_form(found: Found, optimizer: MegatronOptimizer, plan: str, mesh: Mesh, num_chunks: int) -> sharded.Form:
-    """The form of the checkpoint's optimizer state. Raises UserError where this run cannot load it. Collective over all ranks."""
+    """The form of the checkpoint's optimizer state. Raises UserError where this run cannot load it. Collective."""
     saved, layout = found.facts["optimizer"], found.facts["layout"]
     if saved is None:
-        raise UserError(f"{found.directory} has no optimizer state; resume with --no-load-optim, or take the weights alone with --finetune")
+        raise UserError(f"{found.directory} has no optimizer state; --no-load-optim or --finetune goes without it")
     form, mine = saved["form"], sharded.form_for(optimizer, reshardable=False)
     if (form == "plain") != (mine == "plain"):
         with_, without = ("this run", "the checkpoint") if form == "plain" else ("the checkpoint", "this run")
@@ -219,16 +226,16 @@ def loadable_form(found: Found, optimizer: MegatronOptimizer, plan: str, mesh: M
     here = (mesh.layout.tensor, mesh.layout.pipeline, num_chunks)
     problem = None
     if there != here:
-        problem = (f"was written at {_layout_flags(*there)}, this run has {_layout_flags(*here)}")
+        problem = f"was written at {_layout_flags(*there)}, this run has {_layout_flags(*here)}"
     elif agree(None if saved["bucket_plans"].get(_place(mesh)) == plan else "another plan") is not None:
-        problem = "was written with another split into stages or gradient buckets (--decoder-first-pipeline-num-layers and its like, " \
-                  "--ddp-bucket-size, --overlap-grad-reduce)"
+        problem = ("was written with another split into stages or gradient buckets (--decoder-first-pipeline-num-layers and "
+                   "its like, --ddp-bucket-size, --overlap-grad-reduce)")
     elif agree(None if mine == form else "an empty bucket") is not None:
-        problem = f"cannot be cut for {mesh.layout.data * mesh.layout.context} data- and context-parallel ranks: some would hold nothing of a bucket"
+        problem = f"cannot be cut for {mesh.groups.dp_cp.size()} data- and context-parallel ranks: some would get nothing"
     if problem is not None:
         raise UserError(
-            f"the optimizer state in {found.directory} is in form dp_reshardable and {problem}. Resume it once as it was and save with "
-            "--dist-ckpt-optim-fully-reshardable (the last save of a run always is), or resume with --no-load-optim"
+            f"the optimizer state in {found.directory} is in form dp_reshardable and {problem}. Resume it once as it was and "
+            "save with --dist-ckpt-optim-fully-reshardable (the last save of a run always is), or resume with --no-load-optim"
         )
     return form
 
@@ -253,7 +260,7 @@ def progress_from(found: Found, run: RunIdentity, new_data: bool) -> Progress:
 
 
 def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:
-    """Which numbers of the schedule these flags leave to the length of the run, so that changing the length may change them. Pure."""
+    """Which numbers of the schedule these flags leave to the length of the run: changing the one changes the other. Pure."""
     follows = ["wd_incr_steps"]
     if optimizer.lr_decay_iters is None and optimizer.lr_decay_samples is None:
         follows.append("lr_decay_steps")
@@ -262,7 +269,9 @@ def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:
     return tuple(follows)
 
 
-def load_schedule(scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer | None, found: Found, follows: tuple[str, ...]) -> None:
+def load_schedule(
+    scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer | None, found: Found, follows: tuple[str, ...]
+) -> None:
     """Move the schedule to where the checkpoint's is. Raises UserError where the two are different schedules.
 
     --override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler, which the scheduler knows, decide which one holds.
@@ -271,13 +280,14 @@ def load_schedule(scheduler: OptimizerParamScheduler, optimizer: MegatronOptimiz
     if not scheduler.use_checkpoint_opt_param_scheduler:
         for name in follows:
             if saved[name] != mine[name]:
-                log.warning("the run's length changed: %s is %s samples, in %s it was %s", name, mine[name], found.directory, saved[name])
+                log.warning("the run's length changed, and so does %s, from %s to %s", name, saved[name], mine[name])
                 saved[name] = mine[name]
     if not (scheduler.use_checkpoint_opt_param_scheduler or scheduler.override_opt_param_scheduler):
-        differences = [f"{name} is {saved[name]} there and {mine[name]} here" for name in mine if name != "num_steps" and saved[name] != mine[name]]
+        differences = [f"{name} is {saved[name]} there and {mine[name]} here"
+                       for name in mine if name != "num_steps" and saved[name] != mine[name]]
         if differences:
-            raise UserError(f"{found.directory} has another schedule: {'; '.join(differences)}. --override-opt-param-scheduler takes "
-                            "the flags', --use-checkpoint-opt-param-scheduler the checkpoint's")
+            raise UserError(f"{found.directory} has another schedule: {'; '.join(differences)}. --override-opt-param-scheduler "
+                            "takes the flags --use-checkpoint-opt-param-scheduler the checkpoint's")
     scheduler.load_state_dict(saved)
     if optimizer is not None:  # the groups carry a copy of the peak and the floor
         for group in optimizer.param_groups:

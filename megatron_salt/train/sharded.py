@@ -1,10 +1,11 @@
 """Model and optimizer as megatron-core's sharded state, and that state on its way to and from disk (torch_dist).
 
 Only tensors travel: a parameter group takes nothing from a checkpoint but its `step` (everything else in it comes from the
-flags and the schedule), so no pickled object is written and `common.pt` is empty. Keys are GPTModel's. Optimizer state has one of
-three forms. `dp_reshardable`: megatron-core's buckets as they lie in memory, no communication, loads under any data- and
-context-parallel size while tp, pp and the split into chunks and buckets stay. `fully_reshardable`: shaped like the parameters, loads under
-any layout; it gathers over the data-parallel ranks, into host memory. `plain`: without the distributed optimizer; any layout.
+flags and the schedule), so no pickled object is written and `common.pt` is empty. Keys are GPTModel's. Optimizer state has one
+of three forms. `dp_reshardable`: megatron-core's buckets as they lie in memory, no communication, loads under any data- and
+context-parallel size while tp, pp and the split into chunks and buckets stay. `fully_reshardable`: shaped like the
+parameters, loads under any layout; every data- and context-parallel rank gathers the state of its group in host memory (12
+bytes a parameter of its tp and pp share). `plain`: without the distributed optimizer; any layout.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from torch import nn
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -54,7 +60,8 @@ def settled(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
     Under --overlap-param-gather a step leaves every rank with fresh values of its own shard alone until the next forward.
     """
-    waiting = [chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather]
+    wrapped = [chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]
+    waiting = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
     for chunk in waiting:
         chunk.disable_forward_pre_hook()
     yield
@@ -73,8 +80,11 @@ def chunk_keys(num_chunks: int) -> list[str]:
 def model_state(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> State:
     """The sharded parameters and buffers of this rank's chunks, under "model", or "model0", "model1"... when interleaved."""
     metadata = {"dp_cp_group": groups.dp_cp}
-    return {key: _without_empty_objects(unwrapped(chunk).sharded_state_dict(metadata=metadata))
-            for key, chunk in zip(chunk_keys(len(chunks)), chunks, strict=True)}
+    states = {}
+    for key, chunk in zip(chunk_keys(len(chunks)), chunks, strict=True):
+        model: Any = unwrapped(chunk)
+        states[key] = _without_empty_objects(model.sharded_state_dict(metadata=metadata))
+    return states
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model: State, form: Form, is_loading: bool) -> State:
@@ -88,7 +98,8 @@ def optimizer_state(optimizer: MegatronOptimizer, model: State, form: Form, is_l
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Updates that the optimizer has made; 0 before the first. Groups without parameters on this rank do not count."""
-    steps = {group["step"] for part in _parts(optimizer) for group in part.optimizer.param_groups if group["params"] and "step" in group}
+    groups = [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
+    steps = {group["step"] for group in groups if group["params"] and "step" in group}
     assert len(steps) <= 1, f"parameter groups disagree on the step: {sorted(steps)}"
     return int(steps.pop()) if steps else 0
 
@@ -112,7 +123,8 @@ def form_for(optimizer: MegatronOptimizer, reshardable: bool) -> Form:
     shards = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
     if not shards:
         return "plain"
-    whole = all(bucket["param_map"] for part in shards for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
+    buffers = [buckets for part in shards for buffer in part.gbuf_ranges for buckets in buffer.values()]
+    whole = all(bucket["param_map"] for buckets in buffers for bucket in buckets)
     return "dp_reshardable" if whole and not reshardable else "fully_reshardable"
 
 

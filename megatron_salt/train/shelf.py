@@ -81,7 +81,7 @@ def candidates(load: Path, fallback: bool = False) -> list[Path]:
     """
     if _NAME.fullmatch(load.name) and load.is_dir():
         step, suffix = _parse(load)
-        if suffix == _PARTIAL or suffix == _DELETING:
+        if suffix in (_PARTIAL, _DELETING):
             raise UserError(f"--load {load}: a save that was never finished; its beginning is not a checkpoint")
         return [load, *_before(load.parent, step)]
     whole = whole_checkpoints(load)
@@ -116,7 +116,7 @@ def publish(root: Path, step: int) -> Path:
 
 
 def tidy(root: Path) -> list[str]:
-    """Remove what crashed runs left half-done and put a replaced checkpoint back where its successor never came. What was done."""
+    """Remove what crashed runs left half-done; put a replaced checkpoint back where its successor never came. What was done."""
     done = []
     for path in _entries(root):
         step, suffix = _parse(path)
@@ -156,7 +156,7 @@ def saved_under(root: Path) -> list[Saved]:
 
 
 def surplus(saved: list[Saved], keep_last: int, latest: int) -> list[int]:
-    """The steps to delete so that `keep_last` routine checkpoints stay. Pure. `saved` is oldest first; `latest` is never deleted."""
+    """The steps to delete so that `keep_last` routine checkpoints stay, `latest` among them. `saved` is oldest first. Pure."""
     routine = [one.step for one in saved if one.name is None]
     return [step for step in routine[: max(0, len(routine) - keep_last)] if step != latest]
 

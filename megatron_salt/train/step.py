@@ -24,6 +24,7 @@ from megatron_salt.model.attention import attention_mask, positions_of
 from megatron_salt.model.gpt import GPT
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.train.metrics import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,18 @@ class StepOutcome:
     """float32 [microbatches, metrics] of this replica's share, on its device; None but on the last stage."""
 
 
-def train_step(student: Student, microbatches: Sequence[Microbatch]) -> StepOutcome:
+def train_step(student: Student, microbatches: Sequence[Microbatch], timer: PhaseTimer) -> StepOutcome:
     """Carry out one step on this replica's microbatches. Collective over all ranks."""
-    for chunk in student.chunks:
-        chunk.zero_grad_buffer()
-    student.optimizer.zero_grad()
-    sums = run_pipeline(
-        student.chunks, forward_step, [place(microbatch, student.mesh) for microbatch in microbatches], student.mesh,
-        student.seq_length, student.micro_batch_size, forward_only=False,
-    )  # fmt: skip
-    grad_norm = finish_step(student)
+    with timer.phase("forward-backward"):
+        for chunk in student.chunks:
+            chunk.zero_grad_buffer()
+        student.optimizer.zero_grad()
+        sums = run_pipeline(
+            student.chunks, forward_step, [place(microbatch, student.mesh) for microbatch in microbatches], student.mesh,
+            student.seq_length, student.micro_batch_size, forward_only=False,
+        )  # fmt: skip
+    with timer.phase("optimizer"):
+        grad_norm = finish_step(student)
     return StepOutcome(grad_norm, math.isfinite(grad_norm), torch.stack(sums) if sums else None)
 
 

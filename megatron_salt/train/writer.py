@@ -93,7 +93,7 @@ def write_now(write: Write) -> None:
 
 
 def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
-    """After every rank has written: write `.metadata`, collect the sums. What went wrong, if anything. Collective over all ranks."""
+    """After every rank has written: write `.metadata`, collect the sums. What went wrong, if anything. Collective."""
     problem = None
     try:
         for finalize in write.request.finalize_fns:

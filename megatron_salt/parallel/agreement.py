@@ -1,0 +1,36 @@
+"""Small agreements between ranks: one answer everywhere, and one error everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import megatron_salt.parallel.cpu as cpu
+
+from megatron_salt.errors import UserError
+
+T = TypeVar("T")
+
+
+def from_rank_0(action: Callable[[], T]) -> T:
+    """Rank 0's result of `action`, on every rank; its UserError or OSError is raised on every rank. Collective over all ranks."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def largest(value: int) -> int:
+    """The largest of every rank's int. Collective over all ranks."""
+    tensor = torch.tensor(value, dtype=torch.int64, device=cpu.device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)

@@ -1,0 +1,48 @@
+"""Pretraining, from the command line to the last checkpoint. The file to read first.
+
+    torchrun --nproc-per-node 2 -m megatron_salt.pretrain --config examples/quickstart.yaml --train-iters 300
+
+parse -> check -> read inputs -> join the world -> build -> train -> leave. A user's mistake ends with one line and exit code 2, before
+anything is written. `--help` and mistakes in flags need neither torch nor other ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from megatron_salt.cli import exit_status, parse
+from megatron_salt.config import RunConfig
+from megatron_salt.model.shapes import check_masking, check_shapes
+from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.train.plan import RunPlan, plan_run
+from megatron_salt.train.signals import SignalWatch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what `argv` asks for; the exit status."""
+    started = time.monotonic()
+    return exit_status(lambda: pretrain(parse(sys.argv[1:] if argv is None else argv), started))
+
+
+def pretrain(config: RunConfig, started: float) -> None:
+    """Train as configured. started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts."""
+    watch = SignalWatch() if config.training.exit_signal_handler else None
+    layout, plan = check(config, world_size_from_environment())
+
+    from megatron_salt.train.session import run_session  # torch and megatron-core, whose imports take seconds
+
+    run_session(config, layout, plan, watch, started)
+
+
+def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
+    """Everything that the flags alone can get wrong. Raises UserError."""
+    layout = student_layout(config.parallel, world_size)
+    check_shapes(config.model, config.parallel, config.training.seq_length)
+    check_masking(config.model, config.data)
+    return layout, plan_run(config.training, config.parallel, layout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

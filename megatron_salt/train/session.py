@@ -1,0 +1,53 @@
+"""One process's part in a run: join the world, build, train, leave."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch.distributed as dist
+
+import megatron_salt.parallel.cpu  # noqa: F401
+
+from megatron_salt.config import RunConfig
+from megatron_salt.parallel.agreement import largest
+from megatron_salt.parallel.launch import distributed
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.train.build import build, count_parameters, read_inputs
+from megatron_salt.train.loop import train
+from megatron_salt.train.metrics import RunLog, flops_per_token, tensorboard_directory
+from megatron_salt.train.operations import Profiler
+from megatron_salt.train.plan import RunPlan
+from megatron_salt.train.signals import ExitPlan, SignalWatch
+
+
+def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalWatch | None, started: float) -> None:
+    """Carry out a checked run. Every rank calls. Raises UserError."""
+    inputs = read_inputs(config)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    with distributed(timeout):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        # The last rank holds the loss, and speaks; others speak up when something is wrong.
+        logging.basicConfig(level=logging.INFO if rank == world_size - 1 else logging.WARNING, format="%(message)s")
+        logging.getLogger("megatron.core").setLevel(logging.WARNING)
+        profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
+        run = build(config, plan, layout, inputs, timeout)
+        parameters = count_parameters(run.student)
+        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
+        exit_plan = ExitPlan(
+            exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
+            watch=watch, agree=largest, started=started,
+        )  # fmt: skip
+        with RunLog(
+            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=run.progress.step,
+            total_steps=plan.total_steps, flops_per_token=flops_per_token(config.model, config.training.seq_length, padded),
+            world_size=world_size, config=asdict(config),
+        ) as log:  # fmt: skip
+            log.event(
+                run.progress.step,
+                f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, cp {layout.context}, "
+                f"dp {layout.data}; {plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
+                {"parameters": parameters, "layout": asdict(layout)},
+            )
+            train(run, config.training, config.checkpoint, log, exit_plan, profiler)
