@@ -1,0 +1,81 @@
+"""The output layer: hidden states to the loss, or to logits.
+
+A ColumnParallelLinear whose forward, given labels, is the fused cross entropy of `loss.py`. It is a submodule of the model
+and is called as `head(...)`, never `head.forward(...)`: DDP's hooks on the call wait for the weight's parameter gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+from megatron_salt.errors import UserError
+from megatron_salt.model.loss import METRICS, VocabularyShard, fused_linear_cross_entropy
+
+__all__ = ["METRICS", "OutputHead"]
+
+
+class OutputHead(ColumnParallelLinear):
+    """`head(hidden, labels, loss_mask)` -> (sum of the loss, metrics); `head(hidden)` -> (logits, None).
+
+    The weight is [padded_vocabulary / tp, hidden_size]; with `skip_weight_param_allocation` (tied embeddings) it is given
+    with each call. `num_valid` ids are real, the rest is padding. `chunk_tokens` tokens have logits at one time.
+    Raises UserError for float16 and ValueError for features that would bypass the weight gradient made here.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        padded_vocabulary: int,
+        *,
+        config: ModelParallelConfig,
+        init_method: Callable[[Tensor], Any],
+        num_valid: int,
+        chunk_tokens: int,
+        skip_weight_param_allocation: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if config.fp16 or config.params_dtype == torch.float16:
+            raise UserError("float16 is not supported: the output head rounds gradients before the loss scale; use --bf16")
+        for feature in ("defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm"):
+            if getattr(config, feature):
+                raise ValueError(f"{feature} cannot be combined with the fused output head")
+        if not 0 < num_valid <= padded_vocabulary:
+            raise ValueError(f"vocabulary {num_valid} does not fit {padded_vocabulary} rows")
+        super().__init__(hidden_size, padded_vocabulary, config=config, init_method=init_method, bias=False,
+                         skip_weight_param_allocation=skip_weight_param_allocation, tp_group=tp_group)
+        self.chunk_tokens = chunk_tokens
+        self.shard = VocabularyShard(self.tp_group, self.output_size_per_partition, num_valid, self.sequence_parallel)
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Collective over the tensor-parallel group.
+
+        hidden [s, b, h] ([s/tp, b, h] with sequence parallelism), labels int64 [b, s], loss_mask [b, s] (None: all ones), weight
+        [V/tp, h] where tied. Returns a float32 scalar and float32 [len(METRICS)], the same on every rank of the group.
+        Without labels: logits [s, b, V/tp] of this rank's ids, padding included, with megatron-core's own gradients.
+        """
+        if labels is None:
+            return super().forward(hidden, weight=weight)
+        weight = self.weight if weight is None else weight
+        assert weight is not None and tuple(weight.shape) == (self.shard.rows, self.input_size)
+        if hasattr(weight, "__fsdp_param__"):
+            raise ValueError("the fused output head does not work with Megatron-FSDP")
+        labels_sb = labels.t().reshape(-1)
+        mask_sb = torch.ones_like(labels_sb, dtype=torch.float32) if loss_mask is None else loss_mask.t().reshape(-1).float()
+        return fused_linear_cross_entropy(hidden, weight, labels_sb, mask_sb, self.shard, self.chunk_tokens)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The weight alone: the parent's `_extra_state` is empty and only there for Transformer Engine."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}_extra_state", None)
+        return state
