@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron_salt.errors import UserError
 from tests.ranks import RankError, run_ranks
 

@@ -128,6 +128,7 @@ def test_masks_equal_the_slow_twin(flags: tuple[bool, bool, bool]) -> None:
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_masks_equal_megatron_cores(flags: tuple[bool, bool, bool]) -> None:
+    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
     eod_mask_loss, reset_position_ids, reset_attention_mask = flags

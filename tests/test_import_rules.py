@@ -1,0 +1,216 @@
+"""Who may import whom, and who may patch: rules of the whole repository, read from the source without importing it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "megatron_salt"
+
+# A module imports its own unit and units of the lines above, never of its own line or below.
+LAYERS = (
+    ("errors", "yaml_core"),
+    ("config",),
+    ("cli",),
+    ("parallel",),
+    ("model", "data"),
+    ("salt",),
+    ("train",),
+    ("pretrain", "tools", "benchmarks"),
+)
+PURE = (  # numpy, the standard library and each other
+    "megatron_salt.errors",
+    "megatron_salt.config",
+    "megatron_salt.data.blend",
+    "megatron_salt.data.documents",
+    "megatron_salt.data.indexed",
+    "megatron_salt.data.manifest",
+    "megatron_salt.data.order",
+    "megatron_salt.data.windows",
+    "megatron_salt.model.shapes",
+    "megatron_salt.parallel.layout",
+    "megatron_salt.train.integrity",
+    "megatron_salt.train.plan",
+    "megatron_salt.train.shelf",
+    "megatron_salt.train.signals",
+)
+HEAVY = ("torch", "megatron", "tensorboard", "tokenizers", "sentencepiece")
+SEAM = "megatron_salt.parallel.cpu"
+PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file in ROOT.glob("tools/*.py"))]
+MAY_PATCH = {SEAM: None, "megatron_salt.parallel.adamw": {"sys.modules['apex.optimizers']"}}  # None: anything
+
+
+def sources(*folders: str) -> dict[str, str]:
+    """Module name -> source text of every Python file below the folders."""
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    return dict(zip(names, (file.read_text() for file in files), strict=True))
+
+
+def imports(source: str) -> list[str]:
+    """What a module imports, anywhere in it, in the order of its lines; `from a import b` counts as a.b."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "relative imports are not used here"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return [name for _, name in sorted(found)]
+
+
+def within(name: str, module: str) -> bool:
+    """Whether `name` is the module or something inside it."""
+    return name == module or name.startswith(module + ".")
+
+
+def layer(module: str) -> tuple[int, str]:
+    """Number and unit of a module; -1 for the bare package, which everybody may import."""
+    parts = module.removeprefix(PACKAGE + ".").split(".")
+    if parts == [PACKAGE] or parts[0].startswith("__"):
+        return -1, ""
+    return next(number for number, units in enumerate(LAYERS) if parts[0] in units), parts[0]
+
+
+def upward(module: str, source: str) -> list[str]:
+    """Imports of this repository that go against the direction."""
+    own = layer(module)
+    targets = [name for name in imports(source) if any(within(name, top) for top in (PACKAGE, "tools", "benchmarks"))]
+    return [name for name in targets if layer(name)[1] != own[1] and layer(name)[0] >= own[0]]
+
+
+def impure(source: str) -> list[str]:
+    """Imports that are neither numpy nor the standard library nor a pure module."""
+    allowed = (*sys.stdlib_module_names, "numpy", *PURE)
+    return [name for name in imports(source) if not any(within(name, module) for module in allowed)]
+
+
+def seamless(source: str) -> list[str]:
+    """Imports of megatron that come before the seam's."""
+    names = imports(source)
+    before = names.index(SEAM) if SEAM in names else len(names)
+    return [name for name in names[:before] if within(name, "megatron")]
+
+
+def distributed(source: str) -> list[str]:
+    """Uses of torch.distributed."""
+    attributes = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    return [name for name in imports(source) + attributes if within(name, "torch.distributed")]
+
+
+def patches(source: str) -> list[str]:
+    """Attributes of torch and megatron that are set or deleted, and entries of sys.modules that are."""
+    tree = ast.parse(source)
+    foreign = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            for alias in node.names:
+                if (module or alias.name).split(".")[0] in ("torch", "megatron", "apex", "transformer_engine"):
+                    foreign.add(alias.asname or alias.name.split(".")[0])
+    written = [(_root(target), ast.unparse(target)) for target in _written(tree)]
+    return [target for root, target in written if root in foreign or "sys.modules" in target]
+
+
+def _written(tree: ast.AST) -> Iterator[ast.expr]:
+    """Attributes and entries that a module sets or deletes, by statement or by a call that does it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield node
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+                yield node.args[0]
+            elif isinstance(node.func, ast.Attribute) and node.func.attr in ("setdefault", "update", "pop"):
+                yield node.func.value
+
+
+def _root(expression: ast.expr) -> str:
+    """The name that `a.b[c].d` starts from."""
+    while isinstance(expression, ast.Attribute | ast.Subscript):
+        expression = expression.value
+    return expression.id if isinstance(expression, ast.Name) else ""
+
+
+def run(program: str) -> str:
+    """What a Python program prints in a process of its own."""
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_imports_go_one_way():
+    modules = sources(PACKAGE, "tools", "benchmarks")
+    assert {name: upward(name, source) for name, source in modules.items() if upward(name, source)} == {}
+
+
+def test_data_knows_nothing_of_ranks():
+    modules = sources(f"{PACKAGE}/data")
+    assert modules
+    assert {name: distributed(source) for name, source in modules.items() if distributed(source)} == {}
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_need_numpy_alone(module):
+    assert impure(sources(PACKAGE)[module]) == []
+
+
+def test_the_cpu_seam_comes_before_megatron():
+    modules = sources(PACKAGE, "tools", "benchmarks", "tests", "examples")
+    assert {name: seamless(source) for name, source in modules.items() if name != SEAM and seamless(source)} == {}
+
+
+def test_nothing_but_the_seam_patches_torch_or_megatron():
+    modules = sources(PACKAGE, "tools", "benchmarks", "examples")
+    found = {name: set(patches(source)) for name, source in modules.items() if patches(source)}
+    assert found[SEAM]
+    assert {name: what for name, what in found.items() if MAY_PATCH.get(name, set()) not in (None, what)} == {}
+
+
+@pytest.mark.parametrize("modules", [(PACKAGE, "megatron_salt.cli"), PURE], ids=["package and cli", "pure modules"])
+def test_importing_them_does_not_import_torch(modules):
+    program = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    loaded = run(program).split()
+    assert set(modules) <= set(loaded)
+    assert [name for name in loaded if name.split(".")[0] in HEAVY] == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_shown_without_torch(program):
+    lines = (
+        "import runpy, sys",
+        f"sys.argv = ['{program}', '--help']",
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')",
+        "except SystemExit as end: print(f'exit status {end.code}', *sys.modules)",
+    )
+    shown, _, loaded = run("\n".join(lines)).rpartition("exit status 0")
+    assert "--help" in shown
+    assert [name for name in loaded.split() if name.split(".")[0] in HEAVY] == []
+
+
+@pytest.mark.parametrize(
+    "rule, source",
+    [
+        (lambda source: upward("megatron_salt.data.batch", source), "from megatron_salt.model import gpt"),
+        (lambda source: upward("megatron_salt.parallel.mesh", source), "def f():\n    import megatron_salt.train.step"),
+        (lambda source: upward("megatron_salt.train.step", source), "from tools import preprocess_data"),
+        (impure, "import torch"),
+        (impure, "from megatron_salt.data.tokenizer import Tokenizer"),
+        (seamless, "import megatron.core"),
+        (seamless, f"from megatron.core import parallel_state\nimport {SEAM}"),
+        (distributed, "import torch.distributed as dist"),
+        (distributed, "from torch import distributed"),
+        (distributed, "import torch\ntorch.distributed.barrier()"),
+        (patches, "import torch\ntorch.empty = None"),
+        (patches, "from torch import Tensor\nTensor.cuda = None"),
+        (patches, "from megatron.core import parallel_state as mpu\ndel mpu.anything"),
+        (patches, "import torch.nn.functional as F\nsetattr(F, 'linear', None)"),
+        (patches, "import sys\nsys.modules['apex'] = None"),
+        (patches, "import sys\nsys.modules.setdefault('apex', None)"),
+    ],
+)
+def test_each_rule_sees_what_it_forbids(rule, source):
+    assert rule(source)
