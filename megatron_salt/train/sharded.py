@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,8 +93,29 @@ def optimizer_state(optimizer: MegatronOptimizer, model: State, form: Form, is_l
     if not is_loading:
         _allocate(optimizer)
     model_part = model["model"] if set(model) == {"model"} else model
-    state = optimizer.sharded_state_dict(model_part, is_loading=is_loading, metadata={"distrib_optim_sharding_type": form})
+    with _gathered_positions(optimizer) if form == "fully_reshardable" else nullcontext():
+        state = optimizer.sharded_state_dict(model_part, is_loading=is_loading, metadata={"distrib_optim_sharding_type": form})
     return _tensors_only(state)
+
+
+@contextmanager
+def _gathered_positions(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let every buffer's index of parameters count without the padding at the ends of buckets, while the block runs.
+
+    megatron-core gathers a buffer without that padding (`get_parameter_state_dp_zero`) and then cuts parameters out of it at positions
+    that include it (`sharded_param_state_fully_reshardable`): from the second bucket of a padded buffer on, what it saves is shifted.
+    """
+    buffers = [buffer for part in _parts(optimizer) if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
+    indices = [buffer.param_index_map for buffer in buffers]
+    for buffer, index in zip(buffers, indices, strict=True):
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = list(accumulate(padding, initial=0))
+        buffer.param_index_map = {
+            param: (start - before[bucket], end - before[bucket], bucket) for param, (start, end, bucket) in index.items()
+        }
+    yield
+    for buffer, index in zip(buffers, indices, strict=True):
+        buffer.param_index_map = index
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
