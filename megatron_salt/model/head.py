@@ -60,8 +60,8 @@ class OutputHead(ColumnParallelLinear):
     ) -> tuple[Tensor, Tensor | None]:
         """Collective over the tensor-parallel group.
 
-        hidden [s, b, h] ([s/tp, b, h] with sequence parallelism), labels int64 [b, s], loss_mask [b, s] (None: all ones), weight
-        [V/tp, h] where tied. Returns a float32 scalar and float32 [len(METRICS)], the same on every rank of the group.
+        hidden [s, b, h] ([s/tp, b, h] with sequence parallelism), labels int64 [b, s], loss_mask [b, s] (None: all ones),
+        weight [V/tp, h] where tied. Returns a float32 scalar and float32 [len(METRICS)], the same on every rank of the group.
         Without labels: logits [s, b, V/tp] of this rank's ids, padding included, with megatron-core's own gradients.
         """
         if labels is None:

@@ -4,20 +4,24 @@
 weights sharded over the vocabulary. Forward makes the gradients as well, for a loss of scale 1, and only where they are
 wanted; backward multiplies them by the incoming gradient. So one pass over the logits serves loss and gradients.
 
-Rounding: logits and their gradient are rounded to the model's dtype, as megatron-core's output layer does; everything between is
-float32. Each chunk's weight gradient is added to a float32 sum. On a CPU in bfloat16 (no GEMM there with float32 output) the
-chunk's product is rounded to bfloat16 first, as megatron-core's layers do once a microbatch.
+Rounding: logits and their gradient are rounded to the model's dtype, as megatron-core's output layer does; everything
+between is float32. Each chunk's weight gradient is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has float32
+output) the chunk's product is rounded to bfloat16 first, as in megatron-core's layers, and then added in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+from megatron.core.tensor_parallel import layers
 
 METRICS = ("tokens", "loss")
 """The sums over valid tokens that come with the loss, in this order: weight of the mask, loss."""
@@ -55,8 +59,8 @@ class VocabularyShard:
 def chunk_tokens_for_budget(mib: int, vocabulary_per_rank: int, dtype: torch.dtype) -> int:
     """Tokens whose logits fit in `mib` MiB: a multiple of 128 where so many fit, else of 8, at least 1.
 
-    Two sets of logits count, a student's and a teacher's, also where there is no teacher: the size of a chunk decides how sums
-    are rounded, and training without a teacher must equal, bit for bit, what follows when a teacher is freed.
+    Two sets of logits count, a student's and a teacher's, also where there is no teacher: the size of a chunk decides how
+    sums are rounded, and training without a teacher must equal, bit for bit, what follows when a teacher is freed.
     """
     tokens = (mib << 20) // (2 * vocabulary_per_rank * dtype.itemsize)
     for multiple in (128, 8):
@@ -75,9 +79,10 @@ def fused_linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The masked sum of the cross entropy, and `METRICS`. Collective over the tensor-parallel group; all its ranks get both.
 
-    hidden [s, b, h] (with sequence parallelism [s/tp, b, h]), weight [V/tp, h], both float32 or both bfloat16; labels int64 [s*b] and
-    mask float32 [s*b], s-major, not negative. Returns a float32 scalar and float32 [len(METRICS)] without a gradient.
-    A token of mask 0 may hold anything, NaN and ids of no vocabulary included; an unmasked label outside the vocabulary gives NaN.
+    hidden [s, b, h] (with sequence parallelism [s/tp, b, h]), weight [V/tp, h], both float32 or both bfloat16; labels int64
+    [s*b] and mask float32 [s*b], s-major, not negative. Returns a float32 scalar and float32 [len(METRICS)] without a gradient.
+    A token of mask 0 may hold anything, NaN and ids of no vocabulary included; a label outside the vocabulary where the mask
+    is not 0 gives NaN.
 
     A weight with `main_grad` gets its gradient there in backward, by the protocol of megatron-core's
     tensor_parallel/layers.py; another one through autograd. Backward runs once.
@@ -91,20 +96,23 @@ def fused_linear_cross_entropy(
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask, shard, chunk_tokens, wanted):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int,
+        wanted: bool,
+    ) -> tuple[Tensor, Tensor]:
         want_hidden, want_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        hidden_sbh = _gather_sequence(hidden, shard.group) if shard.sequence_parallel else hidden
+        hidden_sbh = _gather_sequence(hidden, shard)
         all_tokens = hidden_sbh.reshape(-1, hidden.size(-1))
         real_weight = weight[: shard.real_rows]
         d_hidden = torch.empty_like(all_tokens) if want_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
         sums = torch.zeros(len(METRICS), dtype=torch.float32, device=hidden.device)
-        chunks = list(_chunks(all_tokens.size(0), chunk_tokens))
-        buffer = real_weight.new_empty((max((chunk.stop - chunk.start for chunk in chunks), default=0), shard.real_rows))
-        for chunk in chunks:
+        size = _even_chunk(all_tokens.size(0), chunk_tokens)
+        buffer = real_weight.new_empty((size, shard.real_rows))
+        for chunk in _slices(all_tokens.size(0), size):
             mask_n = mask[chunk]
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
-            logits_nv = torch.mm(hidden_nh, real_weight.t(), out=buffer[: hidden_nh.size(0)])
+            logits_nv = torch.mm(hidden_nh, real_weight.t(), out=buffer[: mask_n.size(0)])
             label = _Label.of(labels[chunk], shard)
             log_sum_exp, target = _reduce_vocabulary(logits_nv, label, mask_n, shard.group)
             loss_n = torch.where(mask_n > 0, log_sum_exp - target, 0)
@@ -124,7 +132,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, weight = ctx.d_hidden, ctx.d_weight, ctx.weight
         ctx.d_hidden = ctx.d_weight = ctx.weight = None
         if d_hidden is None and d_weight is None:
@@ -146,9 +154,9 @@ def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
         weight.main_grad.add_(d_weight.mul_(scale))
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    # mcore's DDP hook runs when a gradient arrives, so one has to. It adds it to main_grad only where zero_out_wgrad says that the
-    # weight is used elsewhere too (tied embeddings): there this one must be zero, elsewhere its contents are never read.
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # mcore's DDP hook runs when a gradient arrives, so one has to. It adds it to main_grad only where zero_out_wgrad says that
+    # the weight is used elsewhere too (tied embeddings): there this one must be zero, elsewhere its contents are never read.
+    weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)
 
@@ -170,25 +178,26 @@ class _Label:
         return _Label(here, torch.where(here, local, 0)[:, None])
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Slices of about equal size, none above `chunk_tokens`."""
-    if num_tokens == 0:
-        return
-    even = -(-num_tokens // -(-num_tokens // chunk_tokens))
-    size = min(chunk_tokens, -(-even // 16) * 16)
-    for start in range(0, num_tokens, size):
-        yield slice(start, min(start + size, num_tokens))
+def _even_chunk(num_tokens: int, chunk_tokens: int) -> int:
+    """At most `chunk_tokens`, so that as many chunks as that needs are about equal; a multiple of 16 where that fits."""
+    num_chunks = max(1, -(-num_tokens // chunk_tokens))
+    return min(chunk_tokens, -(-num_tokens // (16 * num_chunks)) * 16)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of rows, so many that a float32 copy of one stays small."""
-    size = max(1, _BLOCK[matrix.device.type] // max(1, matrix.size(1)))
-    for start in range(0, matrix.size(0), size):
-        yield slice(start, min(start + size, matrix.size(0)))
+    return _slices(matrix.size(0), max(1, _BLOCK[matrix.device.type] // max(1, matrix.size(1))))
 
 
-def _reduce_vocabulary(logits_nv: Tensor, label: _Label, mask_n: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """log sum_v exp(logit_v) and the label's logit, float32 [n], over the whole vocabulary: one MAX and one SUM over the group."""
+def _reduce_vocabulary(
+    logits_nv: Tensor, label: _Label, mask_n: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """log sum_v exp(logit_v) and the label's logit, float32 [n], over all ids: one MAX and one SUM over the group."""
     num_tokens, num_ids = logits_nv.shape
     largest = torch.full((num_tokens,), float("-inf"), dtype=torch.float32, device=logits_nv.device)
     sums = torch.zeros((3, num_tokens), dtype=torch.float32, device=logits_nv.device)
@@ -215,27 +224,30 @@ def _into_gradient(logits_nv: Tensor, label: _Label, mask_n: Tensor, log_sum_exp
     shift = log_sum_exp - mask_n.log()  # so that exp() gives mask * softmax
     for rows in _blocks(logits_nv):
         logits_nv[rows] = (logits_nv[rows] - shift[rows, None]).exp_()
-    at_label = (mask_n * torch.expm1(target - log_sum_exp)).to(logits_nv.dtype)[:, None]
-    return logits_nv.scatter_(1, label.index, torch.where(label.here[:, None], at_label, logits_nv.gather(1, label.index)))
+    at_label = (mask_n * torch.expm1(target - log_sum_exp)).to(logits_nv.dtype)[:, None]  # p - 1 without cancellation
+    elsewhere = logits_nv.gather(1, label.index)
+    return logits_nv.scatter_(1, label.index, torch.where(label.here[:, None], at_label, elsewhere))
 
 
 def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
     """total (float32 [v, h]) += gradient_nv^T @ hidden_nh."""
     if gradient_nv.dtype == total.dtype:
         total.addmm_(gradient_nv.t(), hidden_nh)
-    elif total.is_cuda:
+    elif total.is_cuda and layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden_nh, gradient_nv, total)
+    elif total.is_cuda:  # from torch 2.10 on; before, only apex has it
         torch.addmm(total, gradient_nv.t(), hidden_nh, out_dtype=torch.float32, out=total)
     else:  # band by band, so that the rounded product is still in the cache when it is added
-        band = max(1, (1 << 20) // total.size(1))
-        for start in range(0, total.size(0), band):
-            rows = slice(start, start + band)
-            total[rows].add_(gradient_nv[:, rows].t() @ hidden_nh)
+        for band in _slices(total.size(0), max(1, (1 << 20) // total.size(1))):
+            total[band].add_(gradient_nv[:, band].t() @ hidden_nh)
 
 
-def _gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[s/tp, b, h] on every rank -> [s, b, h] on every rank."""
-    whole = hidden.new_empty((hidden.size(0) * group.size(), *hidden.shape[1:]))
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
+def _gather_sequence(hidden: Tensor, shard: VocabularyShard) -> Tensor:
+    """[s, b, h]; with sequence parallelism gathered from every rank's [s/tp, b, h]."""
+    if not shard.sequence_parallel:
+        return hidden
+    whole = hidden.new_empty((hidden.size(0) * shard.group.size(), *hidden.shape[1:]))
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=shard.group)
     return whole
 
 

@@ -1,0 +1,248 @@
+"""The fused loss against full logits in float64 on one rank: values and both gradients, for any sharding and chunk size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_salt.model.loss import VocabularyShard, chunk_tokens_for_budget, fused_linear_cross_entropy, weight_gradient_bytes
+from tests.ranks import run_ranks
+
+SEQUENCE, BATCH, HIDDEN, ROWS = 12, 3, 16, 64
+
+# Norm of the difference over norm of the oracle's gradient. float32: summation order. bfloat16 (2^-9 = 2e-3 a rounding):
+# logits, their gradient, d(hidden) and, on a CPU, each chunk's product for the weight are rounded once each.
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    tp: int = 1
+    sequence_parallel: bool = False
+    dtype: torch.dtype = torch.float32
+    chunk: int = 16
+    num_valid: int = ROWS
+    mask: str = "some"
+    scale: float = 1.0
+    logit_std: float = 1.5
+
+    @property
+    def tolerance(self) -> float:
+        # a rounded logit z moves its probability by the share z * 2^-24 (2^-9)
+        return TOLERANCE[self.dtype] * max(1.0, self.logit_std / 5)
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # [s, b, h]
+    weight: Tensor  # [ROWS, h], rows from num_valid on are rubbish
+    labels: Tensor  # [s*b]
+    mask: Tensor  # [s*b]
+
+
+def make_inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
+    weight = torch.randn(ROWS, HIDDEN, generator=generator) * case.logit_std / HIDDEN**0.5
+    labels = torch.randint(0, case.num_valid, (SEQUENCE * BATCH,), generator=generator)
+    draw = torch.rand(SEQUENCE * BATCH, generator=generator)
+    mask = {"all": (draw > -1), "some": (draw > 0.4), "none": (draw > 1), "weights": draw.round(decimals=1)}[case.mask].float()
+    weight[case.num_valid :] = float("nan")
+    return Inputs(hidden.to(case.dtype), weight.to(case.dtype), labels, mask)
+
+
+def oracle(inputs: Inputs, num_valid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, d(hidden), d(weight) from full logits in float64."""
+    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight[:num_valid].double().requires_grad_()
+    log_p = (hidden @ weight.t()).log_softmax(-1).flatten(0, 1)
+    loss = -(log_p.gather(1, inputs.labels[:, None])[:, 0] * inputs.mask).sum()
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    d_weight = torch.zeros(inputs.weight.shape, dtype=torch.float64)
+    d_weight[:num_valid] = weight.grad
+    return loss.detach(), hidden.grad, d_weight
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    assert ours.isfinite().all()
+    return float((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def on_a_rank(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics and this rank's gradients (d_hidden of its slice of the sequence, d_weight of its ids)."""
+    tp, rank = dist.get_world_size(), dist.get_rank()
+    hidden = inputs.hidden.chunk(tp)[rank] if case.sequence_parallel else inputs.hidden
+    hidden = hidden.clone().requires_grad_()
+    weight = inputs.weight.chunk(tp)[rank].clone().requires_grad_()
+    before = [tensor.detach().clone() for tensor in (hidden, weight, inputs.labels, inputs.mask)]
+    shard = VocabularyShard(dist.group.WORLD, ROWS // tp, case.num_valid, case.sequence_parallel)
+    loss, metrics = fused_linear_cross_entropy(hidden, weight, inputs.labels, inputs.mask, shard, case.chunk)
+    assert loss._base is None and loss.dtype == metrics.dtype == torch.float32 and not metrics.requires_grad
+    (loss * case.scale).backward()
+    after = [tensor.detach() for tensor in (hidden, weight, inputs.labels, inputs.mask)]
+    for was, now in zip(before, after, strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True, msg="an input was written to")
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.detach(), metrics, hidden.grad, weight.grad
+
+
+def compare(case: Case) -> None:
+    inputs = make_inputs(case)
+    exact_loss, exact_hidden, exact_weight = oracle(inputs, case.num_valid)
+    results = run_ranks(case.tp, on_a_rank, case, inputs)
+    for loss, metrics, _, _ in results:
+        assert torch.equal(loss, results[0][0]) and torch.equal(metrics, results[0][1])
+    loss, metrics, d_hidden, _ = results[0]
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=case.tolerance, atol=1e-6)
+    torch.testing.assert_close(metrics, torch.stack((inputs.mask.sum(), loss)))
+    if case.sequence_parallel:
+        d_hidden = torch.cat([result[2] for result in results])
+    d_weight = torch.cat([result[3] for result in results])
+    assert d_hidden.dtype == d_weight.dtype == case.dtype
+    if case.mask == "none":
+        assert loss == 0 and not d_hidden.any() and not d_weight.any()
+        return
+    assert relative_error(d_hidden, exact_hidden * case.scale) < case.tolerance
+    assert relative_error(d_weight, exact_weight * case.scale) < case.tolerance
+
+
+LAYOUTS = [(1, False), (2, False), (2, True)]
+VARIATIONS = {
+    "one chunk": Case(chunk=1000),
+    "chunk of one token": Case(chunk=1),
+    "odd chunk, padding, factor": Case(chunk=7, num_valid=50, scale=0.3),
+    "last rank owns padding alone": Case(num_valid=30, mask="weights"),
+    "every token masked": Case(mask="none", num_valid=50),
+    "nothing masked, huge logits": Case(mask="all", logit_std=60.0),
+}
+
+
+@pytest.mark.parametrize("tp, sequence_parallel", LAYOUTS, ids=["tp1", "tp2", "tp2sp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_loss_and_gradients_equal_full_logits(name, dtype, tp, sequence_parallel):
+    compare(replace(VARIATIONS[name], tp=tp, sequence_parallel=sequence_parallel, dtype=dtype))
+
+
+def without_grad(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, int]:
+    shard = VocabularyShard(dist.group.WORLD, ROWS // dist.get_world_size(), case.num_valid, False)
+    hidden = inputs.hidden.clone().requires_grad_()
+    weight = inputs.weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+    arguments = (hidden, weight, inputs.labels, inputs.mask, shard, case.chunk)
+    with_grad, _ = fused_linear_cross_entropy(*arguments)
+    with torch.no_grad(), Storages(arguments) as new:
+        loss, _ = fused_linear_cross_entropy(*arguments)
+    assert not loss.requires_grad
+    return with_grad.detach(), loss, max(new.sizes)
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of every storage that an operation inside makes."""
+
+    def __init__(self, known: tuple) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known if isinstance(tensor, Tensor)}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.sizes.append(leaf.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_without_grad_the_loss_is_the_same_and_no_gradient_is_made(tp):
+    case = Case(chunk=4, num_valid=50)
+    for with_grad, loss, largest in run_ranks(tp, without_grad, case, make_inputs(case)):
+        assert torch.equal(with_grad, loss)
+        # d(hidden) would have 12*3*16, d(weight) 64*16 / tp floats; a chunk's logits have 4*64
+        assert largest <= 4 * ROWS * 4
+
+
+def largest_storage(num_tokens: int, chunk: int, vocabulary: int, hidden_size: int) -> int:
+    hidden = torch.randn(num_tokens, 1, hidden_size, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+    arguments = (hidden, weight, torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens),
+                 VocabularyShard(dist.group.WORLD, vocabulary, vocabulary, False), chunk)
+    with Storages(arguments) as new:
+        fused_linear_cross_entropy(*arguments)[0].backward()
+    return max(new.sizes)
+
+
+def test_the_largest_tensor_is_a_chunk_of_logits_however_many_tokens():
+    for num_tokens in (64, 1024):
+        assert run_ranks(1, largest_storage, num_tokens, 32, 512, 4) == [32 * 512 * 4]
+
+
+def masked_rubbish(case: Case, inputs: Inputs) -> bool:
+    clean = on_a_rank(case, inputs)
+    masked = inputs.mask == 0
+    hidden, labels = inputs.hidden.clone(), inputs.labels.clone()
+    hidden.flatten(0, 1)[masked] = torch.tensor([float("nan"), float("inf")]).repeat(HIDDEN // 2).to(hidden)
+    labels[masked] = torch.tensor([-100, 10**12]).repeat(len(labels))[: int(masked.sum())]
+    rubbish = on_a_rank(case, inputs._replace(hidden=hidden, labels=labels))
+    return all(torch.equal(a, b) for a, b in zip(clean, rubbish, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_masked_tokens_hold_changes_no_bit(dtype):
+    case = Case(dtype=dtype, num_valid=50)
+    assert all(run_ranks(2, masked_rubbish, case, make_inputs(case)))
+
+
+@pytest.mark.parametrize("label", [-1, 50, 63, 64])
+def test_a_label_outside_the_vocabulary_gives_nan_and_not_a_wrong_loss(label):
+    case = Case(num_valid=50, mask="all")
+    inputs = make_inputs(case)
+    inputs.labels[5] = label
+    for loss, _, d_hidden, _ in run_ranks(2, on_a_rank, case, inputs):
+        assert loss.isnan() and d_hidden.isnan().any()
+
+
+def backward_twice() -> None:
+    hidden, weight = torch.randn(4, 1, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    shard = VocabularyShard(dist.group.WORLD, 16, 16, False)
+    loss, _ = fused_linear_cross_entropy(hidden, weight, torch.arange(4), torch.ones(4), shard, 4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward()
+
+
+def test_backward_runs_once():
+    run_ranks(1, backward_twice)
+
+
+def gradient_of_a_subset(want_hidden: bool, want_weight: bool) -> tuple[bool, bool]:
+    hidden, weight = torch.randn(4, 1, 8, requires_grad=want_hidden), torch.randn(16, 8, requires_grad=want_weight)
+    shard = VocabularyShard(dist.group.WORLD, 16, 16, False)
+    fused_linear_cross_entropy(hidden, weight, torch.arange(4), torch.ones(4), shard, 4)[0].backward()
+    return hidden.grad is not None, weight.grad is not None
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["frozen weight", "frozen body"])
+def test_only_what_requires_a_gradient_gets_one(wanted):
+    assert run_ranks(1, gradient_of_a_subset, *wanted) == [wanted]
+
+
+@pytest.mark.parametrize("mib", [1, 4, 256, 1000])
+@pytest.mark.parametrize("vocabulary", [256, 50304 // 4, 131072, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_sets_of_logits_of_a_chunk_fit_the_budget(mib, vocabulary, dtype):
+    tokens = chunk_tokens_for_budget(mib, vocabulary, dtype)
+    assert tokens >= 1
+    token_bytes = 2 * vocabulary * dtype.itemsize
+    assert tokens * token_bytes <= max(mib << 20, token_bytes)
+    assert (tokens + 128) * token_bytes > mib << 20, "the budget is used"
+    assert tokens % 128 == 0 or (tokens < 128 and tokens % 8 == 0) or tokens < 8
+
+
+def test_the_weight_gradient_of_a_large_vocabulary_is_what_it_says():
+    assert weight_gradient_bytes(256 * 1024, 2560) == 2.5 * 2**30
