@@ -26,12 +26,15 @@ def tokenizer_of_run(config: TokenizerConfig, data: DataConfig, checkpoint_token
     elif checkpoint_tokenizer is not None and checkpoint_tokenizer.is_dir():
         tokenizer = load_tokenizer(checkpoint_tokenizer)
     else:
-        raise UserError(f"--tokenizer-type is not given, and none of {' '.join(prefixes) or '--data-path'} has a .tokenizer directory beside it")
+        data_path = " ".join(prefixes) or "--data-path"
+        raise UserError(f"--tokenizer-type is not given, and none of {data_path} has a .tokenizer directory beside it")
     for prefix in prefixes:
         made = read_manifest(prefix)
         if made is not None and made.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{prefix} was made with {made.tokenizer_type} {made.tokenizer_fingerprint}, the run's tokenizer is "
-                            f"{tokenizer.kind} {tokenizer.fingerprint}; give the --tokenizer-type and --tokenizer-model that made the data")
+            raise UserError(
+                f"{prefix} was made with {made.tokenizer_type} {made.tokenizer_fingerprint}, the run's tokenizer is {tokenizer.kind} "
+                f"{tokenizer.fingerprint}; give the --tokenizer-type and --tokenizer-model that made the data"
+            )
     return tokenizer
 
 

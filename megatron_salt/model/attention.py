@@ -1,7 +1,8 @@
 """Core attention of the torch layer spec: torch's scaled-dot-product attention, grouped queries, context parallelism.
 
 Under context parallelism a rank holds chunks r and 2n-1-r of 2n of each sequence (megatron-core's zigzag) and gathers keys and
-values from the others. Right everywhere, quick on one rank; on GPU clusters with long contexts Transformer Engine's ring attention is the better choice.
+values from the others. Right everywhere, quick on one rank; for long contexts on GPU clusters Transformer Engine's ring attention
+is the better choice.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -96,8 +96,8 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
-        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def torch_block_spec(config: TransformerConfig, pp_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -156,7 +156,7 @@ class GPT(LanguageModule):
         self.rotary_pos_emb = None
         if model.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=model.head_width, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base,  # type: ignore[arg-type]
+                kv_channels=model.head_width, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base,
                 use_cpu_initialization=config.use_cpu_initialization, cp_group=groups.cp,
             )  # fmt: skip
         self.decoder = TransformerBlock(
@@ -197,7 +197,7 @@ class GPT(LanguageModule):
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The word embedding on the first stage, the head's copy of it on the last, None between. megatron-core's schedules and optimizer ask."""
+        """The word embedding on the first stage, the head's copy of it on the last, None between. megatron-core asks."""
         if self.pre_process:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight if self.post_process else None
@@ -222,12 +222,11 @@ def build_model(
     chunks = []
     for stage in range(parallel.num_virtual_stages_per_pipeline_rank):
         last = stage == parallel.num_virtual_stages_per_pipeline_rank - 1
-        chunks.append(
-            GPT(
-                config, model, vocabulary, seq_length, chunk_tokens, mesh.groups,
-                pre_process=mesh.is_first_stage and stage == 0,
-                post_process=mesh.is_last_stage and last,
-                vp_stage=None if parallel.virtual_stages is None else stage,
-            )  # fmt: skip
-        )
+        chunk = GPT(
+            config, model, vocabulary, seq_length, chunk_tokens, mesh.groups,
+            pre_process=mesh.is_first_stage and stage == 0,
+            post_process=mesh.is_last_stage and last,
+            vp_stage=None if parallel.virtual_stages is None else stage,
+        )  # fmt: skip
+        chunks.append(chunk)
     return chunks

@@ -29,7 +29,7 @@ def check_shapes(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
 
 
 def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
-    """Layers of each pipeline rank, first to last, all its virtual stages together. Raises UserError where they do not come out even."""
+    """Layers of each pipeline rank, all its virtual stages together. Raises UserError where they do not come out even."""
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
@@ -56,7 +56,8 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
         layers[-1] -= loss
     for stage, count in enumerate(layers):
         if count % virtual and not (embedding or loss):
-            raise UserError(f"{count} layers of pipeline stage {stage} are not divisible by --num-virtual-stages-per-pipeline-rank {virtual}")
+            virtual_flag = flag("num_virtual_stages_per_pipeline_rank")
+            raise UserError(f"{count} layers of pipeline stage {stage} are not divisible by {virtual_flag} {virtual}")
     if min(layers) < 0 or (virtual == 1 and min(layers) < 1):
         raise UserError(f"--num-layers {model.num_layers} over {pp_flag} {stages} leaves a stage without a layer: {layers}")
     return layers

@@ -1,10 +1,11 @@
 """What lets megatron-core's CUDA literals mean the CPU. The only file that patches torch or megatron-core.
 
-Importing this module, before any `megatron` import, applies the seam once (and lets `adamw.py` answer for apex's optimizer, with or without a GPU). Where `torch.cuda.is_available()` it changes
-nothing at all, so that a GPU runs megatron-core and torch untouched. Elsewhere: device="cuda" in factory calls, `.cuda()`,
-`Tensor.type()`, `torch.cuda.*`, autocast and the CUDA random generator are answered by the CPU, and the weight-gradient
-kernel of gradient-accumulation fusion gets a CPU stand-in. No function of megatron-core is replaced but the two random-state helpers
-in `tensor_parallel/random.py`, which end in torch's C code for CUDA.
+Importing this module, before any `megatron` import, applies the seam once (and lets `adamw.py` answer for apex's optimizer, with
+or without a GPU). Where `torch.cuda.is_available()` it changes nothing at all, so that a GPU runs megatron-core and torch
+untouched. Elsewhere: device="cuda" in factory calls, `.cuda()`, `Tensor.type()`, `torch.cuda.*`, autocast and the CUDA random
+generator are answered by the CPU, and the weight-gradient kernel of gradient-accumulation fusion gets a CPU stand-in. No
+function of megatron-core is replaced but the two random-state helpers in `tensor_parallel/random.py`, which end in torch's C
+code for CUDA.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class _Event:
 
 
 def _answer(value: Any) -> Callable:
-    """A function of its own that always returns `value`: torch._dynamo keeps a table of torch's functions and refuses one met under two names."""
+    """A function of its own that returns `value`: torch._dynamo refuses to meet one function under two names of torch's."""
     return lambda *_, **__: value
 
 
@@ -160,13 +161,14 @@ def _map_autocast() -> None:
             super().__init__(named(device_type), *positional, **options)
 
     torch.autocast = torch.amp.autocast = Autocast
-    for name in ("custom_fwd", "custom_bwd"):
 
-        def decorate(forward: Callable | None = None, *, device_type: str, _original: Callable = getattr(torch.amp, name),
-                     **options: Any) -> Callable:
-            return _original(forward, device_type=named(device_type), **options)
+    def on_the_cpu(decorator: Callable) -> Callable:
+        def decorate(forward: Callable | None = None, *, device_type: str, **options: Any) -> Callable:
+            return decorator(forward, device_type=named(device_type), **options)
 
-        setattr(torch.amp, name, decorate)
+        return decorate
+
+    torch.amp.custom_fwd, torch.amp.custom_bwd = on_the_cpu(torch.amp.custom_fwd), on_the_cpu(torch.amp.custom_bwd)
 
 
 def _map_generator() -> None:
@@ -203,7 +205,7 @@ def _stand_in_for_wgrad_kernel() -> None:
             main_grad.add_(grad_output.t() @ inputs)
 
     module = types.ModuleType("fused_weight_gradient_mlp_cuda")
-    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
     sys.modules.setdefault(module.__name__, module)
 
 

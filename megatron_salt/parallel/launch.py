@@ -1,6 +1,7 @@
 """torch.distributed up and down, the device of this rank, and its random seeds.
 
-Works under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and, with none of these set, as a single process.
+Works under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and, with none of these
+set, as a single process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def distributed(timeout: timedelta) -> Iterator[None]:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"LOCAL_RANK is {local_rank} but this node shows {torch.cuda.device_count()} GPUs; start at most that many ranks a node")
+            shown = torch.cuda.device_count()
+            raise UserError(f"LOCAL_RANK is {local_rank} but this node shows {shown} GPUs; start at most that many ranks a node")
         torch.cuda.set_device(local_rank)
         backend = "nccl"
     if "RANK" in os.environ:

@@ -19,7 +19,13 @@ from megatron_salt.train.step import forward_step, place
 
 @torch.no_grad()
 def evaluate(
-    chunks: Sequence[nn.Module], batches: Batches, num_batches: int, mesh: Mesh, seq_length: int, micro_batch_size: int, global_batch_size: int
+    chunks: Sequence[nn.Module],
+    batches: Batches,
+    num_batches: int,
+    mesh: Mesh,
+    seq_length: int,
+    micro_batch_size: int,
+    global_batch_size: int,
 ) -> dict[str, float]:
     """Per-token means of the head's metrics over `num_batches` global batches. Collective over all ranks; all receive."""
     for chunk in chunks:

@@ -62,7 +62,7 @@ def build_optimizer(
     config.grad_scale_func = built.scale_loss
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in ddp_chunks]
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return built
 
 
@@ -87,7 +87,9 @@ def build_scheduler(
     constant = optimizer.weight_decay_incr_style == "constant"
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
     if constant and (start is not None or end is not None):
-        raise UserError(f"--start-weight-decay {start} and --end-weight-decay {end} need a --weight-decay-incr-style other than constant")
+        raise UserError(
+            f"--start-weight-decay {start} and --end-weight-decay {end} need a --weight-decay-incr-style other than constant"
+        )
     return OptimizerParamScheduler(
         built,
         init_lr=optimizer.lr_warmup_init,

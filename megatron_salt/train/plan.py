@@ -30,7 +30,9 @@ def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout)
     micro, replicas = training.micro_batch_size, layout.data
     global_batch = training.global_batch_size or micro * replicas
     if global_batch % (micro * replicas):
-        raise UserError(f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro} x {replicas} data-parallel replicas")
+        raise UserError(
+            f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro} x {replicas} data-parallel replicas"
+        )
     microbatches = global_batch // (micro * replicas)
     stages = parallel.pipeline_model_parallel_size
     if parallel.virtual_stages is not None and microbatches % stages:

@@ -46,8 +46,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         ) as log:  # fmt: skip
             log.event(
                 run.progress.step,
-                f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, cp {layout.context}, "
-                f"dp {layout.data}; {plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
+                f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
+                f"cp {layout.context}, dp {layout.data}; {plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
                 {"parameters": parameters, "layout": asdict(layout)},
             )
             train(run, config.training, config.checkpoint, log, exit_plan, profiler)
