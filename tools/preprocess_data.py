@@ -3,6 +3,8 @@
 Documents come out in input order, and the files are the same bytes for any number of workers. Beside them lie a manifest
 (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`). All is written under
 temporary names and moved to the final ones at the end; a run that fails leaves nothing, a killed one `.tmp` files at most.
+The first bad line ends the run unless --max-bad-lines says how much text may be lost; blank lines and empty documents
+lose none and are left out and counted.
 
     python tools/preprocess_data.py --input 'corpus/*.jsonl' --output-prefix data/web --append-eod --workers 8 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model web.model
@@ -64,8 +66,7 @@ class PreprocessConfig:
     """Replace a dataset that is already there."""
 
     max_bad_lines: int = 0
-    """Lines that may be left out because they are malformed, lack a key, hold no string or are not UTF-8. 0, since
-    how much text may be lost is the user's to say. Blank lines and empty documents lose nothing and are not counted here."""
+    """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
@@ -107,7 +108,7 @@ def preprocess(config: PreprocessConfig) -> None:
             os.makedirs(os.path.dirname(config.output_prefix) or ".", exist_ok=True)
             writers = [open_writer(prefix, tokenizer, stack) for prefix in prefixes]
             tallies = write_documents(config, files, encoder, writers)
-            for key, prefix, writer in zip(config.json_keys, prefixes, writers, strict=True):
+            for key, writer in zip(config.json_keys, writers, strict=True):
                 if writer.documents == 0:
                     raise UserError(f"--input {' '.join(config.input)}: no document under the key {key!r}; nothing was written")
             for i, writer in enumerate(writers):

@@ -10,6 +10,7 @@ padding piece. The same text and flags give the same file, byte for byte.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -62,7 +63,7 @@ class TrainTokenizerConfig:
     """Replace a model that is already there."""
 
     max_bad_lines: int = 0
-    """Lines that may be left out because they are malformed, lack a key, hold no string or are not UTF-8."""
+    """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
     def __post_init__(self) -> None:
         for name, value, least in (("vocab-size", self.vocab_size, 3), ("max-sentences", self.max_sentences, 1),
@@ -87,16 +88,18 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     if not chosen:
         raise UserError(f"--input {' '.join(config.input)} holds no text")
     print(f"training on {len(chosen)} lines of {len(files)} files", flush=True)
-    model = train(chosen, config)
     tmp = output.with_name(output.name + ".tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_bytes(model)
+        with open(tmp, "wb") as stream:  # before training, which may take hours: an unwritable place is found now
+            size = stream.write(train(chosen, config))
         os.replace(tmp, output)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
-    print(f"wrote {output}: {config.model_type}, {config.vocab_size} pieces, {len(model)} bytes")
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+    print(f"wrote {output}: {config.model_type}, {config.vocab_size} pieces, {size} bytes")
 
 
 def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines) -> Iterator[str]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +49,10 @@ class Tokenizer:
     """End-of-document id; None: this tokenizer has none."""
     fingerprint: str
     """Hash of the kind and of the contents of its files: the same wherever and under whatever name they lie."""
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes] = field(repr=False)
     """What it was made of, under the names that `save` uses."""
-    encode_ids: Callable[[list[str]], list[list[int]]]
-    decode_ids: Callable[[list[int]], str]
+    encode_ids: Callable[[list[str]], list[list[int]]] = field(repr=False)
+    decode_ids: Callable[[list[int]], str] = field(repr=False)
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, nothing added."""

@@ -129,8 +129,8 @@ def test_missing_files_are_named_with_their_flag(tmp_path):
         fingerprint(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("values, word", [({"format": 99}, "format 99"), ({"extra": 1}, "extra"), ({"tokens": 999}, "contradicts"),
-                                          ({"sources": [{"file": "a"}]}, "sources")])
+@pytest.mark.parametrize("values, word", [({"format": 99}, "format 99"), ({"extra": 1}, "extra"),
+                                          ({"tokens": 999}, "contradicts"), ({"sources": [{"file": "a"}]}, "sources")])
 def test_a_damaged_manifest_is_refused_not_ignored(tmp_path, values, word):
     prefix = write_dataset(tmp_path / "a")
     change(prefix, **values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -21,9 +22,10 @@ ODD = ["", " ", "  two  spaces ", "line\n\nbreak\r\n\ttab", "日本語 🎉 e\u0
 KINDS = ["sentencepiece", "hugging_face", "gpt2", "byte_level"]
 
 
-def sentencepiece_model(path: Path, **settings: object) -> Path:
+def sentencepiece_model(path: Path, **settings: Any) -> Path:
     model = io.BytesIO()
-    usual = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True, "vocab_size": 330}
+    usual: dict[str, Any] = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True,
+                             "vocab_size": 330}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe",
                                              minloglevel=2, **{**usual, **settings})
     path.write_bytes(model.getvalue())
@@ -190,7 +192,8 @@ def test_damaged_gpt2_files_are_refused_by_name(tmp_path, configs, vocab, merges
 @pytest.mark.parametrize("config, word", [
     (TokenizerConfig(), "--tokenizer-type"), (TokenizerConfig("SentencePieceTokenizer"), "needs --tokenizer-model"),
     (TokenizerConfig("GPT2BPETokenizer", None, "v"), "v cannot be read"),
-    (TokenizerConfig("GPT2BPETokenizer", "m"), "--tokenizer-model m"), (TokenizerConfig("ByteLevelTokenizer", "m"), "takes no file"),
+    (TokenizerConfig("GPT2BPETokenizer", "m"), "--tokenizer-model m"),
+    (TokenizerConfig("ByteLevelTokenizer", "m"), "takes no file"),
     (TokenizerConfig("HuggingFaceTokenizer", "m", merge_file="x"), "--merge-file x")])
 def test_flags_of_another_kind_are_refused(config, word):
     with pytest.raises(UserError, match=word):
