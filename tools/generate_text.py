@@ -1,0 +1,125 @@
+"""Let a checkpoint continue a prompt. Architecture, precision and tokenizer come from the checkpoint, whatever layout wrote it.
+
+One process, or tensor-parallel over all the ranks that torchrun starts. The context is recomputed for every token.
+
+    python tools/generate_text.py --load runs/quickstart/checkpoints --prompt 'def main(' --max-new-tokens 100
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from megatron_salt.cli import from_yaml, run_tool
+from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_salt.errors import UserError
+from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.layout import student_layout, world_size_from_environment
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt with a trained model."""
+
+    load: str
+    """Directory of checkpoints (its latest is taken), or one iter_* directory."""
+
+    prompt: str = ""
+    """Text to continue; empty: the beginning of a document."""
+
+    max_new_tokens: int = 100
+    """Tokens to add at most; fewer where the model ends the document."""
+
+    temperature: float = 0.8
+    """Divides the logits: below 1 for likelier text, 0 for the likeliest token each time."""
+
+    top_k: int | None = None
+    """Draw among so many likeliest tokens; default: among all."""
+
+    seed: int = 1234
+    """The same seed draws the same text."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("max-new-tokens", self.max_new_tokens, 1), ("temperature", self.temperature, 0),
+                                   ("top-k", self.top_k, 1)):
+            if value is not None and not least <= value < float("inf"):
+                raise UserError(f"--{name} must be at least {least} and finite, got {value}")
+
+
+def generate_text(config: GenerateConfig) -> None:
+    """The whole tool. Raises UserError. Rank 0 prints prompt and continuation."""
+    directory = newest_checkpoint(Path(config.load))
+    run, tokenizer = read_companions(directory)
+    parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())
+    check_shapes(run.model, parallel, run.training.seq_length)
+    prompt = prompt_ids(config.prompt, tokenizer)
+    added = continue_prompt(config, directory, run, parallel, tokenizer, prompt)
+    if added is not None:
+        print(tokenizer.decode(prompt + added))
+
+
+def newest_checkpoint(load: Path) -> Path:
+    """The iter_* directory that --load means."""
+    from megatron_salt.train import shelf
+
+    found = shelf.candidates(load)
+    if not found:
+        raise UserError(f"--load {load} holds no checkpoint")
+    return found[0]
+
+
+def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
+    """The run that made a checkpoint, and its tokenizer. Not collective."""
+    from megatron_salt.train.checkpoint import RUN_YAML, TOKENIZER
+
+    path = directory / RUN_YAML
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--load {directory}: {path.name} cannot be read: {error}") from error
+    return from_yaml(text, str(path)), load_tokenizer(directory / TOKENIZER)
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """At least one id. A document begins where another ended, so an empty prompt is the end-of-document id."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # how Python passes on bytes of a command line that are not UTF-8
+        raise UserError("--prompt is not valid UTF-8") from error
+    ids = tokenizer.encode(prompt)
+    if ids:
+        return ids
+    if tokenizer.eod is None:
+        raise UserError(f"--prompt is empty, and the checkpoint's {tokenizer.kind} has no end-of-document id to begin with")
+    return [tokenizer.eod]
+
+
+def continue_prompt(
+    config: GenerateConfig, directory: Path, run: RunConfig, parallel: ParallelConfig, tokenizer: Tokenizer, prompt: list[int]
+) -> list[int] | None:
+    """The ids that the model adds, on rank 0; None on the others. Joins and leaves the world: call it outside of torch.distributed."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_salt.model.generate import generate
+    from megatron_salt.model.gpt import build_model
+    from megatron_salt.parallel.launch import distributed, seed_everything
+    from megatron_salt.parallel.mesh import make_student_mesh
+    from megatron_salt.train.checkpoint import load_weights
+
+    with distributed(timedelta(minutes=10)):
+        mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
+        seed_everything(run.training.seed, mesh)  # building a model draws from the generators
+        dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+        length, vocabulary = run.training.seq_length, tokenizer.vocab_size
+        [model] = build_model(run.model, parallel, length, vocabulary, dtype, length, mesh)
+        load_weights(directory, [model], mesh)
+        added = generate(model, prompt, config.max_new_tokens, length, vocabulary, tokenizer.eod, config.temperature, config.top_k,
+                         config.seed)
+        return added if dist.get_rank() == 0 else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(GenerateConfig, generate_text))
