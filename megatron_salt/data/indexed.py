@@ -7,6 +7,7 @@ they are written. numpy and the standard library alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -81,10 +82,8 @@ class IndexedWriter:
     def discard(self) -> None:
         """Close and delete everything, at any time."""
         for stream in (self._bin.stream, self._lengths):
-            try:
+            with contextlib.suppress(OSError):  # a full disk: the buffer cannot be flushed, and is not wanted
                 stream.close()
-            except OSError:  # a full disk: the buffer cannot be flushed, and is not wanted
-                pass
         for suffix in (".bin", ".idx", ".lengths"):
             Path(self.prefix + suffix).unlink(missing_ok=True)
 

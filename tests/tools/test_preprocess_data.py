@@ -237,7 +237,8 @@ def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, cap
 
 @pytest.mark.parametrize("flags, word", [
     (["--workers", "0"], "--workers"), (["--max-bad-lines", "-1"], "--max-bad-lines"),
-    (["--log-interval", "0"], "--log-interval"), (["--json-keys", "a", "a"], "--json-keys"), (["--json-keys", "a/b"], "--json-keys"),
+    (["--log-interval", "0"], "--log-interval"), (["--json-keys", "a", "a"], "--json-keys"),
+    (["--json-keys", "a/b"], "--json-keys"),
     (["--tokenizer-model", "x"], "--tokenizer-model x"), (["--aplend-eod"], "did you mean --append-eod")])
 def test_wrong_flags_are_refused_by_name(corpus, out, capsys, flags, word):
     assert run(corpus, out / "d", *flags) == 2
