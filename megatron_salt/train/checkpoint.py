@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
+from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
@@ -184,17 +186,23 @@ class Checkpointer:
                 shelf.delete(shelf.whole_checkpoints(self._save)[step])
 
     def _failed(self, step: int, problem: str) -> None:
-        assert self._save is not None
-        partial_directory = shelf.partial_of(self._save, step)
-        if dist.get_rank() == 0 and partial_directory.exists():
-            with contextlib.suppress(OSError):
-                shelf.delete(partial_directory)
-        good = max(shelf.whole_checkpoints(self._save), default=None)
-        stands = "there is no earlier checkpoint" if good is None else f"{shelf.directory_of(self._save, good)} stands"
-        message = f"saving step {step} to --save {self._save} failed on {problem}; what was written is removed, {stands}"
+        message = from_rank_0(partial(self._give_up, step, problem))
         if self._config.on_save_error == "stop":
             raise UserError(f"{message} (--on-save-error continue would go on without it)")
         log.error("%s", message)
+
+    def _give_up(self, step: int, problem: str) -> str:
+        """Rank 0: remove what there is of a save that failed, and say so."""
+        assert self._save is not None
+        directory = shelf.partial_of(self._save, step)
+        if directory.exists():
+            with contextlib.suppress(OSError):
+                shelf.delete(directory)
+        good = max(shelf.whole_checkpoints(self._save), default=None)
+        stands = "there is no earlier checkpoint" if good is None else f"{shelf.directory_of(self._save, good)} stands"
+        free = shutil.disk_usage(self._save).free / 2**30
+        failed = f"saving step {step} to --save {self._save} ({free:.1f} GiB free) failed on {problem}"
+        return f"{failed}; what there was of it is removed, {stands}"
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 

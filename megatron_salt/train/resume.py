@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,12 +24,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.config import OptimizerConfig, flag
 from megatron_salt.errors import UserError
+from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.train import integrity, pickles, sharded, shelf
 from megatron_salt.train.writer import agree
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 FORMAT = 1
 _CORE_CONFIG = "metadata.json"
@@ -123,21 +122,21 @@ def open_checkpoint(load: Path, fallback: bool) -> Found | None:
 
     Raises UserError; DamagedCheckpoint where files are not what was written, unless `fallback` and there is one before.
     """
-    paths = _from_rank_0(lambda: shelf.candidates(load, fallback))
-    for directory, before in zip(paths, [*paths[1:], None], strict=True):
+    paths = from_rank_0(lambda: shelf.candidates(load, fallback))
+    for number, directory in enumerate(paths, start=1):
         try:
             return _open(directory)
         except integrity.DamagedCheckpoint as error:
-            if before is None:
+            if number == len(paths):
                 raise
             if not fallback:
-                raise integrity.DamagedCheckpoint(f"{error}\n--load-fallback would resume from {before} instead") from None
-            log.error("%s\n--load-fallback: trying %s", error, before)
+                raise integrity.DamagedCheckpoint(f"{error}\n--load-fallback would resume from {paths[number]} instead") from None
+            log.error("%s\n--load-fallback: trying %s", error, paths[number])
     return None
 
 
 def _open(directory: Path) -> Found:
-    sums = _from_rank_0(lambda: integrity.read_checksums(directory, _REQUIRED))
+    sums = from_rank_0(lambda: integrity.read_checksums(directory, _REQUIRED))
     share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
     lines: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lines, integrity.damaged_files(directory, {name: sums[name] for name in share}))
@@ -150,7 +149,7 @@ def _open(directory: Path) -> Found:
         facts = read_facts(directory)
         return Found(directory, facts, tensor_sizes(metadata))
 
-    return _from_rank_0(read)
+    return from_rank_0(read)
 
 
 def tensor_sizes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
@@ -165,19 +164,6 @@ def read_facts(directory: Path) -> dict[str, Any]:
     if facts["format"] != FORMAT:
         raise UserError(f"{directory / shelf.STATE} has format {facts['format']}; this release reads format {FORMAT}")
     return facts
-
-
-def _from_rank_0(action: Callable[[], T]) -> T:
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (UserError, OSError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 # ---- holding it against this run ---------------------------------------------------------------------------------------

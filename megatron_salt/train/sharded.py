@@ -227,8 +227,10 @@ class Mismatch:
 
 def mismatches(state: State, sizes: dict[str, tuple[int, ...]]) -> list[Mismatch]:
     """Where this rank's `state` cannot be loaded from tensors of these global sizes."""
-    wanted = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(state)
-              if isinstance(leaf, ShardedTensor) and not leaf.prepend_axis_num}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for leaf in nested_values(state):
+        built = nested_values(leaf.build()) if isinstance(leaf, ShardedTensorFactory) else [leaf]
+        wanted |= {tensor.key: tuple(tensor.global_shape) for tensor in built if isinstance(tensor, ShardedTensor)}
     return [Mismatch(key, shape, sizes.get(key)) for key, shape in sorted(wanted.items()) if sizes.get(key) != shape]
 
 

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.versions import begin_sharded_save, quiet_checkpointing
 from megatron_salt.train.integrity import FileSum, sum_of_file
 from megatron_salt.train.sharded import State
@@ -50,13 +51,11 @@ def agree(problem: str | None) -> str | None:
 
 def on_rank_0(action: Callable[[], None]) -> str | None:
     """Run `action` on rank 0 alone; an OSError there is told to every rank. Collective over all ranks."""
-    problem = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = describe(error)
-    return agree(problem)
+    try:
+        from_rank_0(action)
+    except OSError as error:
+        return f"rank 0: {describe(error)}"
+    return None
 
 
 def describe(error: BaseException) -> str:
@@ -98,17 +97,17 @@ def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
     try:
         for finalize in write.request.finalize_fns:
             finalize()
-    except CheckpointException as error:  # megatron-core raises it on every rank, with the reason on rank 0
-        failures = [reason for reason, _ in error.failures.values()]
-        problem = describe(failures[0]) if failures else None
+    except CheckpointException as error:  # megatron-core raises it on every rank, with the reasons on rank 0
+        reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in sorted(error.failures.items())]
+        problem = reasons[0] if reasons else None
     except OSError as error:
         # Rank 0 could not write .metadata, and the other ranks wait for the verdict that megatron-core broadcasts after it.
         dist.broadcast(torch.ones(1, dtype=torch.int, device=cpu.device()), src=0)
-        problem = describe(error)
+        problem = f"rank 0: {describe(error)}"
     mine = {} if write.sums.empty() else write.sums.get()
     everyone: list[tuple[dict[str, FileSum], str | None]] = [({}, None)] * dist.get_world_size()
     dist.all_gather_object(everyone, (mine, problem))
-    problems = [f"rank {rank}: {one}" for rank, (_, one) in enumerate(everyone) if one is not None]
+    problems = [one for _, one in everyone if one is not None]
     if problems:
         return {}, problems[0]
     sums = {name: one for part, _ in everyone for name, one in part.items()}

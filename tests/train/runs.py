@@ -61,7 +61,8 @@ class Left:
 def start(run: Run, world_size: int) -> tuple[Student, Checkpointer, Progress | None]:
     """Build, and load where the run says so."""
     student = build_student(run.case, world_size, seed=run.seed)
-    identity = RunIdentity("seed: 1234\n", asdict(run.model), run.tokenizer, run.data, run.seed, schedule_follows_run(OptimizerConfig()))
+    follows = schedule_follows_run(OptimizerConfig())
+    identity = RunIdentity("seed: 1234\n", asdict(run.model), run.tokenizer, run.data, run.seed, follows)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     config = CheckpointConfig(save=run.save, load=run.load, **run.flags)
     checkpointer = Checkpointer(config, identity, tokenizer, student.mesh, student.chunks, student.optimizer, student.scheduler)
@@ -83,7 +84,8 @@ def job(run: Run, world_size: int, until: int, save_at: tuple[int, ...] = (), fi
 
 def at(step: int) -> Progress:
     """A run's progress after a step."""
-    return Progress(step, step * GLOBAL_BATCH, {"pools": {"all": step * GLOBAL_BATCH}}, ({"event": "start", "step": 0},), {"note": 1.5})
+    samples = step * GLOBAL_BATCH
+    return Progress(step, samples, {"pools": {"all": samples}}, ({"event": "start", "step": 0},), {"note": 1.5})
 
 
 def left(student: Student, progress: Progress | None, losses: list[float]) -> Left:
@@ -94,7 +96,8 @@ def left(student: Student, progress: Progress | None, losses: list[float]) -> Le
     moments = [moment for part in parts for state in part.optimizer.state.values() for _, moment in sorted(state.items())]
     mains = [param for part in parts for group in part.optimizer.param_groups for param in group["params"]]
     steps = torch.tensor([sharded.optimizer_step(student.optimizer)])
-    return Left(weights, _hash([*moments, *mains, steps]), _hash([torch.get_rng_state()]), student.learning_rate, progress, losses)
+    state, generator = _hash([*moments, *mains, steps]), _hash([torch.get_rng_state()])
+    return Left(weights, state, generator, student.learning_rate, progress, losses)
 
 
 def _hash(tensors: Any) -> str:

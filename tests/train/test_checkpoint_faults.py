@@ -1,0 +1,307 @@
+"""What goes wrong with checkpoints: damage, crashes, full disks, strangers' files, and checkpoints of other runs."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.errors import UserError
+from megatron_salt.train import integrity, pickles, shelf
+from tests.ranks import RankError, run_ranks
+from tests.train.runs import DROPOUT, SHARDED, Run, at, flip, job, start
+from tests.train.test_checkpoint import PLAIN, facts, pp, same, tp
+
+
+def refusal(world_size: int, run: Run, until: int = 2) -> str:
+    """The message with which every rank refuses to start."""
+    with pytest.raises(RankError) as caught:
+        run_ranks(world_size, job, run, world_size, until)
+    assert isinstance(caught.value.__cause__, UserError), caught.value
+    assert str(caught.value).count("Traceback") == world_size
+    return str(caught.value.__cause__)
+
+
+# ---- damage ------------------------------------------------------------------------------------------------------------
+
+
+def test_damage_to_any_file_is_found_and_only_load_fallback_steps_over_it(tmp_path: Path) -> None:
+    run_ranks(2, job, Run(save=str(tmp_path)), 2, 2, (1, 2))
+    directory = shelf.directory_of(tmp_path, 2)
+    names = [*integrity.read_checksums(directory), integrity.CHECKSUMS]
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "run.yaml"} < set(names)
+    messages = run_ranks(2, refusals_of_damage, Run(load=str(tmp_path)), names)
+    assert messages[0] == messages[1]
+    for name, message in zip(names, messages[0], strict=True):
+        assert f"{directory / name}: " in message
+        assert f"--load-fallback would resume from {shelf.directory_of(tmp_path, 1)}" in message
+        assert name == integrity.CHECKSUMS or str(integrity.sum_of_file(directory / name)) in message
+    flip(directory / "__1_0.distcp", 1000)
+    resumed = run_ranks(2, job, Run(load=str(tmp_path), flags={"load_fallback": True}), 2, 2)
+    assert resumed[0].progress is not None and resumed[0].progress.step == 1
+    flip(shelf.directory_of(tmp_path, 1) / "state.json", 10)
+    assert "iter_0000001 is damaged" in refusal(2, Run(load=str(tmp_path), flags={"load_fallback": True}))
+
+
+def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
+    """In every rank: the messages for one flipped byte in each of the files."""
+    import torch.distributed as dist
+
+    from megatron_salt.train import resume
+
+    messages = []
+    assert run.load is not None
+    for name in names:
+        path = shelf.directory_of(Path(run.load), 2) / name
+        whole = path.read_bytes()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            flip(path, len(whole) // 2)
+        dist.barrier()
+        with pytest.raises(integrity.DamagedCheckpoint) as caught:
+            resume.open_checkpoint(Path(run.load), fallback=False)
+        messages.append(str(caught.value))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.write_bytes(whole)
+    return messages
+
+
+def test_a_strangers_metadata_with_true_checksums_is_refused_before_it_runs(tmp_path: Path) -> None:
+    run_ranks(1, job, Run(save=str(tmp_path)), 1, 1, (1,))
+    directory, marker = shelf.directory_of(tmp_path, 1), tmp_path / "marker"
+    metadata = pickles.read_metadata(directory)
+    metadata.planner_data = _Command(marker)
+    (directory / integrity.METADATA).write_bytes(pickle.dumps(metadata))
+    sums = integrity.read_checksums(directory)
+    integrity.write_checksums(directory, {name: integrity.sum_of_file(directory / name) for name in sums})
+    assert "system" in refusal(1, Run(load=str(tmp_path)))
+    assert not marker.exists()
+
+
+class _Command:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.marker}",)
+
+
+# ---- crashes and full disks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_killed_at_any_moment_of_saving_the_last_good_checkpoint_stands(tmp_path: Path, async_save: bool) -> None:
+    """kill -9 of a run that does little else than save, at three random moments; each next run goes on in what was left."""
+    rng, seen = random.Random(int(async_save)), []
+    context = multiprocessing.get_context("forkserver")
+    for _ in range(3):
+        process = context.Process(target=save_for_ever, args=(str(tmp_path), async_save))
+        process.start()
+        before = shelf.read_tracker(tmp_path) if tmp_path.exists() else None
+        deadline = time.monotonic() + 60
+        while shelf.read_tracker(tmp_path) == before and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.3))
+        assert process.pid is not None and process.is_alive()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        newest = shelf.candidates(tmp_path)[0]
+        seen.append(int(newest.name[5:]))
+        assert integrity.damaged_files(newest, integrity.read_checksums(newest)) == []
+    assert seen == sorted(set(seen))
+    (resumed,) = run_ranks(1, job, Run(load=str(tmp_path), save=str(tmp_path)), 1, 0)
+    assert resumed.progress.step == seen[-1]
+    assert all(path.suffix in ("", ".txt") for path in tmp_path.iterdir()), "leftovers are cleared up"
+
+
+def save_for_ever(directory: str, async_save: bool) -> None:
+    """In a process of its own: one rank that resumes, then trains and saves every step."""
+    import torch.distributed as dist
+
+    os.setpgrp()  # so that the writers die with it
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    flags = {"async_save": async_save, "keep_last": 2, "load_fallback": False}
+    job(Run(save=directory, load=directory, flags=flags), 1, 10**6, tuple(range(10**4)))
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_on_a_full_disk(run: Run, full: str) -> str:
+    """In every rank: save, fail to save while the disk is full for one rank, save again. The error."""
+    import torch.distributed as dist
+
+    from tests.small import train_student
+
+    student, checkpointer, _ = start(run, dist.get_world_size())
+    train_student(student, run.case, 1, 0)
+    checkpointer.save(at(1))
+    checkpointer.finish()
+    train_student(student, run.case, 1, 1)
+    message = ""
+    try:
+        with contextlib.ExitStack() as stack:
+            if full == "shards" and dist.get_rank() == 1:
+                stack.enter_context(small_files(20_000))
+            elif full == "companions" and dist.get_rank() == 0:
+                stack.enter_context(small_files(1_000))
+            elif full == "metadata" and dist.get_rank() == 0:
+                stack.enter_context(pytest.MonkeyPatch.context()).setattr(FileSystemWriter, "finish", _fail)
+            elif full == "tracker" and dist.get_rank() == 0:
+                stack.enter_context(pytest.MonkeyPatch.context()).setattr(shelf, "write_tracker", _fail)
+            checkpointer.save(at(2))
+            checkpointer.finish()
+    except UserError as error:
+        message = str(error)
+    checkpointer.save(at(2))
+    checkpointer.finish()
+    return message
+
+
+def _fail(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("full", ["companions", "metadata", "tracker", "shards"])
+@pytest.mark.parametrize("flags", [{}, {"async_save": True}])
+def test_a_full_disk_stops_the_run_on_every_rank_and_the_last_good_checkpoint_stands(tmp_path: Path, full: str, flags: dict) -> None:
+    zero, one = run_ranks(2, save_on_a_full_disk, Run(save=str(tmp_path / "a"), flags=flags), full, timeout=60)
+    assert zero == one and "saving step 2" in zero and f"failed on rank {int(full == 'shards')}: " in zero and "GiB free" in zero
+    assert f"{shelf.directory_of(tmp_path / 'a', 1)} stands" in zero or full == "tracker"
+    assert run_ranks(2, job, Run(load=str(tmp_path / "a")), 2, 2)[0].progress.step == 2, "saving goes on when there is room"
+
+
+@pytest.mark.parametrize("flags", [{}, {"async_save": True}])
+def test_with_on_save_error_continue_the_run_goes_on(tmp_path: Path, flags: dict) -> None:
+    run = Run(save=str(tmp_path), flags={**flags, "on_save_error": "continue"})
+    assert run_ranks(2, save_on_a_full_disk, run, "shards", timeout=60) == ["", ""]
+    assert sorted(shelf.whole_checkpoints(tmp_path)) == [1, 2]
+
+
+def test_a_save_directory_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refusal(2, Run(save=str(tmp_path / "file" / "below")), until=0)
+    assert "--save" in message and "Not a directory" in message
+
+
+# ---- what stays --------------------------------------------------------------------------------------------------------
+
+
+def save_six(run: Run) -> None:
+    _, checkpointer, _ = start(run, 1)
+    for step in range(1, 7):
+        checkpointer.save(at(step), name="stage 1 ends" if step == 3 else None, final=step == 6)
+    checkpointer.finish()
+
+
+def test_the_last_ones_and_the_named_ones_are_kept(tmp_path: Path) -> None:
+    run_ranks(1, save_six, Run(save=str(tmp_path), flags={"keep_last": 2, "async_save": True}))
+    assert sorted(shelf.whole_checkpoints(tmp_path)) == [3, 5, 6] and shelf.read_tracker(tmp_path) == 6
+    forms = [facts(tmp_path, step)["optimizer"]["form"] for step in (3, 5, 6)]
+    assert forms == ["fully_reshardable", "dp_reshardable", "fully_reshardable"]
+    run_ranks(1, save_six, Run(save=str(tmp_path), load=str(tmp_path / "iter_0000003"), flags={"keep_last": 1}))
+    assert sorted(shelf.whole_checkpoints(tmp_path)) == [3, 6], "saving a step again replaces it"
+
+
+# ---- checkpoints of other runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def routine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a routine save of step 2 by two data-parallel ranks."""
+    directory = tmp_path_factory.mktemp("routine")
+    run_ranks(2, job, Run(save=str(directory)), 2, 2, (2,))
+    return directory
+
+
+@pytest.mark.parametrize("parallel", [pp(2), tp(2)])
+def test_a_routine_save_under_another_tp_or_pp_is_refused_with_the_way_out(routine: Path, parallel: ParallelConfig) -> None:
+    message = refusal(2, Run(load=str(routine), parallel=parallel))
+    assert "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1" in message
+    assert f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}" in message
+    assert f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}" in message
+    assert "--dist-ckpt-optim-fully-reshardable" in message and "--no-load-optim" in message
+    left = run_ranks(2, job, Run(load=str(routine), parallel=parallel, flags={"no_load_optim": True}), 2, 3)
+    assert left[0].progress.step == 2 and len(left[0].losses) == 1
+
+
+def test_a_routine_save_under_another_cut_into_buckets_is_refused(routine: Path) -> None:
+    parallel = replace(SHARDED, overlap_grad_reduce=True, ddp_bucket_size=9000)
+    assert "--ddp-bucket-size" in refusal(2, Run(load=str(routine), parallel=parallel))
+
+
+def test_optimizer_state_is_not_taken_across_use_distributed_optimizer(routine: Path) -> None:
+    assert "--use-distributed-optimizer" in refusal(2, Run(load=str(routine), parallel=PLAIN))
+
+
+@pytest.mark.parametrize(
+    "change, sides",
+    [
+        ({"data": "content:bbbb"}, ["content:aaaa", "content:bbbb", "--new-data"]),
+        ({"tokenizer": "tokenizer:bbbb"}, ["tokenizer:aaaa", "tokenizer:bbbb", "--finetune"]),
+        ({"tokenizer": "tokenizer:bbbb", "flags": {"new_data": True}}, ["tokenizer:aaaa", "tokenizer:bbbb"]),
+        ({"model": DROPOUT}, ["--hidden-dropout is 0.0 there and 0.1 here", "--attention-dropout"]),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_both_sides_named(routine: Path, change: dict, sides: list[str]) -> None:
+    message = refusal(2, replace(Run(load=str(routine)), **change))
+    assert all(side in message for side in sides), message
+
+
+def test_finetune_takes_the_weights_alone(routine: Path) -> None:
+    weights = run_ranks(1, job, Run(load=str(routine)), 1, 0)[0].weights
+    other = Run(load=str(routine), data="content:bbbb", tokenizer="tokenizer:bbbb", model=DROPOUT, flags={"finetune": True})
+    (left,) = run_ranks(1, job, other, 1, 0)
+    assert left.weights == weights and left.progress.step == left.progress.consumed_samples == 0
+    assert left.optimizer == run_ranks(1, job, replace(Run(load=str(routine), flags={"no_load_optim": True})), 1, 0)[0].optimizer
+    wider = replace(other, model=replace(DROPOUT, ffn_hidden_size=96))
+    assert "mlp.linear_fc2.weight is [2, 32, 64] there and [2, 32, 96] here" in refusal(1, wider).replace("decoder.layers.", "")
+
+
+def test_new_data_keeps_optimizer_and_step_and_is_recorded_once(tmp_path: Path, routine: Path) -> None:
+    run = Run(load=str(routine), save=str(tmp_path), data="content:bbbb", flags={"new_data": True})
+    left = run_ranks(2, job, run, 2, 2)
+    assert same(left, run_ranks(2, job, Run(load=str(routine)), 2, 2))
+    progress = left[0].progress
+    assert progress.step == 2 and progress.data == {}
+    assert progress.events[-1] == {"event": "new_data", "step": 2, "from": "content:aaaa", "to": "content:bbbb"}
+    run_ranks(2, job, run, 2, 3, (3,))
+    again = run_ranks(2, job, replace(run, load=str(tmp_path)), 2, 3)[0].progress
+    assert again.data == at(3).data and again.events == at(3).events, "the flag may stay: the data is no longer new"
+
+
+def test_random_state_of_another_layout_is_not_reused(routine: Path, tmp_path: Path) -> None:
+    two = run_ranks(2, job, Run(load=str(routine)), 2, 2)
+    assert two[0].rng != run_ranks(2, job, Run(load=str(routine), seed=5, flags={"no_load_rng": True}), 2, 2)[0].rng
+    (one,) = run_ranks(1, job, Run(load=str(routine)), 1, 2)
+    (fresh,) = run_ranks(1, job, Run(), 1, 0)
+    assert one.rng not in (two[0].rng, fresh.rng), "seeded anew, for this step"
+
+
+def test_load_without_a_checkpoint_starts_afresh_only_where_it_equals_save(tmp_path: Path) -> None:
+    (left,) = run_ranks(1, job, Run(load=str(tmp_path / "a"), save=str(tmp_path / "b" / ".." / "a")), 1, 0)
+    assert left.progress is None
+    assert "holds no checkpoint" in refusal(1, Run(load=str(tmp_path / "c"), save=str(tmp_path / "a")))

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.errors import UserError
+from megatron_salt.train import shelf
+from megatron_salt.train.shelf import STATE, TRACKER, Saved
+
+
+def put(root: Path, step: int, content: str = "new", saved_at: float = 0.0, name: str | None = None) -> Path:
+    """A whole partial, as a save leaves it just before it is published."""
+    directory = shelf.partial_of(root, step)
+    directory.mkdir(parents=True)
+    (directory / STATE).write_text(json.dumps({"saved_at": saved_at, "name": name, "content": content}))
+    (directory / "shard").write_text("bytes")
+    return directory
+
+
+def contents(path: Path) -> str:
+    """What a whole checkpoint holds; fails where it is not whole."""
+    assert (path / "shard").read_text() == "bytes"
+    return json.loads((path / STATE).read_text())["content"]
+
+
+class _Crash(BaseException):
+    pass
+
+
+def _crash_after(monkeypatch: pytest.MonkeyPatch, operations: int) -> None:
+    """Let `operations` renames and removals happen, and die at the next one."""
+    left = operations
+
+    def counted(action: Callable) -> Callable:
+        def act(*arguments: object, **named: object) -> object:
+            nonlocal left
+            if left == 0:
+                raise _Crash
+            left -= 1
+            return action(*arguments, **named)
+
+        return act
+
+    for owner, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("step, old_step", [(20, 10), (20, 20)])
+def test_a_crash_between_any_two_operations_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, step: int, old_step: int) -> None:
+    finished = False
+    for operations in range(40):
+        root = tmp_path / str(operations)
+        put(root, old_step, "old")
+        shelf.publish(root, old_step)
+        put(root, step)
+        with pytest.MonkeyPatch.context() as patch:
+            _crash_after(patch, operations)
+            try:
+                shelf.publish(root, step)
+                finished = True
+            except _Crash:
+                pass
+        first = shelf.candidates(root)[0]
+        assert contents(first) in ("old", "new")
+        shelf.tidy(root)
+        assert contents(shelf.candidates(root)[0]) in ("old", "new")
+        assert {path.name for path in root.iterdir()} <= {TRACKER, "iter_0000010", "iter_0000020"}
+        if finished:
+            assert contents(first) == "new" and first.name == "iter_0000020"
+            break
+    assert finished
+
+
+def test_a_crash_between_any_two_operations_of_a_deletion_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    for operations in range(10):
+        root = tmp_path / str(operations)
+        for step in (10, 20):
+            put(root, step, str(step))
+            shelf.publish(root, step)
+        with pytest.MonkeyPatch.context() as patch:
+            _crash_after(patch, operations)
+            with contextlib.suppress(_Crash):
+                shelf.delete(root / "iter_0000010")
+        assert [contents(path) for path in shelf.whole_checkpoints(root).values()] in (["10", "20"], ["20"])
+        shelf.tidy(root)
+        assert {path.name for path in root.iterdir()} <= {TRACKER, "iter_0000010", "iter_0000020"}
+
+
+def test_candidates_are_the_latest_and_those_before_it(tmp_path: Path) -> None:
+    for step in (10, 30, 20):  # rewound to 10, and saved at 20 last
+        put(tmp_path, step)
+        shelf.publish(tmp_path, step)
+    put(tmp_path, 40)
+    assert [path.name for path in shelf.candidates(tmp_path)] == ["iter_0000020", "iter_0000010"]
+    assert [path.name for path in shelf.candidates(tmp_path / "iter_0000030")] == ["iter_0000030", "iter_0000020", "iter_0000010"]
+    (tmp_path / TRACKER).unlink()
+    assert shelf.candidates(tmp_path)[0].name == "iter_0000030"
+    with pytest.raises(UserError, match="never finished"):
+        shelf.candidates(shelf.partial_of(tmp_path, 40))
+    assert shelf.candidates(tmp_path / "nowhere") == []
+
+
+def test_a_tracker_that_names_nothing_is_refused_unless_falling_back(tmp_path: Path) -> None:
+    for step in (10, 20):
+        put(tmp_path, step)
+        shelf.publish(tmp_path, step)
+    for content, complaint in ((b"30\n", "iter_0000030"), (b"2\xff0", "number of a step"), (b"", "number of a step")):
+        (tmp_path / TRACKER).write_bytes(content)
+        with pytest.raises(UserError, match=complaint):
+            shelf.candidates(tmp_path)
+        assert shelf.candidates(tmp_path, fallback=True)[0].name == "iter_0000020"
+
+
+@pytest.mark.parametrize("keep, gone", [(1, [10, 40]), (2, [10]), (3, []), (9, [])])
+def test_old_routine_checkpoints_make_room_and_named_ones_stay(tmp_path: Path, keep: int, gone: list[int]) -> None:
+    for time, (step, name) in enumerate([(10, None), (40, None), (50, "stage 1"), (30, None)]):
+        put(tmp_path, step, saved_at=time, name=name)
+        shelf.publish(tmp_path, step)
+    assert shelf.surplus(shelf.saved_under(tmp_path), keep, latest=30) == gone
+
+
+def test_the_latest_checkpoint_is_never_deleted() -> None:
+    """A clock that was set back makes the newest save look like the oldest."""
+    saved = [Saved(30, 0.0, None), Saved(10, 1.0, None), Saved(20, 2.0, None)]
+    assert 30 not in shelf.surplus(saved, 1, latest=30)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_deleted(tmp_path: Path) -> None:
+    put(tmp_path, 10)
+    shelf.publish(tmp_path, 10)
+    (tmp_path / "iter_0000010" / STATE).write_text("{")
+    shutil.copytree(tmp_path / "iter_0000010", tmp_path / "iter_0000011")
+    (tmp_path / "iter_0000011" / STATE).unlink()
+    assert shelf.saved_under(tmp_path) == []

@@ -1,0 +1,117 @@
+"""Print what is inside a checkpoint: python tools/inspect_checkpoint.py --load DIRECTORY [--verify].
+
+Reads `state.json` and torch_dist's table of contents, the latter without the power to run code, so that a checkpoint from a
+stranger may be looked at. Needs no ranks and no GPU, and reads no weights unless --verify asks for every file's checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from megatron_salt.cli import run_tool
+from megatron_salt.errors import UserError
+from megatron_salt.train import integrity, pickles, shelf
+
+RUN_YAML = "run.yaml"
+_NOT_THE_MODEL = ("optimizer.", "chained_", "rng")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to print."""
+
+    load: str
+    """Directory of checkpoints (the latest is shown) or one iter_* directory."""
+
+    tensors: bool = False
+    """List every tensor: shape, dtype, size in the file system."""
+
+    print_config: bool = False
+    """Print the configuration of the run that wrote it."""
+
+    verify: bool = False
+    """Read every file and compare its checksum; exit code 1 when one differs."""
+
+
+def main(config: InspectConfig) -> int:
+    """Print the report. Exit code 1 where files are damaged."""
+    found = shelf.candidates(Path(config.load))
+    if not found:
+        raise UserError(f"--load {config.load} holds no checkpoint")
+    directory = found[0]
+    sums = integrity.read_checksums(directory, required=(integrity.METADATA, shelf.STATE))
+    facts, metadata = json.loads((directory / shelf.STATE).read_bytes()), pickles.read_metadata(directory)
+    print("\n".join([*_about(directory, facts, sums), *_sizes(metadata)]))
+    if config.print_config:
+        print((directory / RUN_YAML).read_text(encoding="utf-8"), end="")
+    if config.tensors:
+        print("\n".join(_table(metadata)))
+    if config.verify:
+        damage = integrity.damaged_files(directory, sums)
+        print("\n".join(damage) if damage else f"checksums    all {len(sums)} files are as written")
+        return int(bool(damage))
+    return 0
+
+
+def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> list[str]:
+    layout, optimizer = facts["layout"], facts["optimizer"]
+    name = "" if facts["name"] is None else f" ({facts['name']})"
+    lines = [
+        f"checkpoint   {directory}{name}",
+        f"step         {facts['step']}, {facts['consumed_samples']} samples",
+        f"files        {len(sums)}, {_bytes(sum(entry.size for entry in sums.values()))}",
+        f"layout       {', '.join(f'{axis} {size}' for axis, size in layout.items())}, {facts['chunks']} chunks a rank",
+        "optimizer    " + ("none" if optimizer is None else f"{optimizer['form']}, {optimizer['step']} updates"),
+        f"tokenizer    {facts['tokenizer']}",
+        f"data         {facts['data_fingerprint']}, position {json.dumps(facts['data'])}",
+        f"written by   megatron-core {facts['megatron_core']}, torch {facts['torch']}",
+        "model        " + ", ".join(f"{field} {value}" for field, value in facts["architecture"].items() if value is not None),
+    ]
+    lines += [f"event        {json.dumps(event)}" for event in facts["events"]]
+    return lines
+
+
+def _sizes(metadata: Metadata) -> list[str]:
+    tensors = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    model = {key: entry for key, entry in tensors.items() if not key.startswith(_NOT_THE_MODEL)}
+    dtypes = sorted({str(entry.properties.dtype).removeprefix("torch.") for entry in model.values()})
+    count = sum(math.prod(entry.size) for entry in model.values())
+    objects = sum(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values())
+    return [
+        f"parameters   {count:,} in {len(model)} tensors, {', '.join(dtypes)}",
+        f"tensors      {len(tensors)}, {_bytes(sum(_size(entry) for entry in tensors.values()))}; {objects} other objects",
+    ]
+
+
+def _table(metadata: Metadata) -> list[str]:
+    lines = []
+    for key, entry in sorted(metadata.state_dict_metadata.items()):
+        if isinstance(entry, TensorStorageMetadata):
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            lines.append(f"  {key:<64} {list(entry.size)!s:<24} {dtype:<10} {_bytes(_size(entry)):>10}  {len(entry.chunks)} shards")
+        else:
+            lines.append(f"  {key:<64} object")
+    return lines
+
+
+def _size(entry: TensorStorageMetadata) -> int:
+    return math.prod(entry.size) * torch._utils._element_size(entry.properties.dtype)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(InspectConfig, main))
