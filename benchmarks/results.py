@@ -1,0 +1,9 @@
+"""The lines a benchmark ends with: `RESULT name=... value=... goal=... ok|short`, one a figure."""
+
+from __future__ import annotations
+
+
+def result(name: str, value: float, goal: float, lower_is_better: bool = False) -> None:
+    """Print one figure and whether it reaches its goal."""
+    good = value <= goal if lower_is_better else value >= goal
+    print(f"RESULT name={name} value={value:.4g} goal={'<=' if lower_is_better else '>='}{goal:g} {'ok' if good else 'short'}", flush=True)

@@ -1,0 +1,223 @@
+"""Training tokens/s of the torch layer spec on one CPU rank against the same model and step in plain PyTorch (plain_gpt.py).
+
+    python benchmarks/train_step.py             about three minutes
+    python benchmarks/train_step.py --full      four times as many steps
+    python benchmarks/train_step.py --profile   operator by operator, where the two differ
+
+Both start from the same weights, take the same batches in turns, one step each, and must arrive at the same losses. The ratio is the
+median over pairs of neighbouring steps, so that load on the machine hits both alike; "CPU" is the same ratio in CPU seconds, which
+other processes disturb less. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+warnings.filterwarnings("ignore", module="megatron")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from plain_gpt import Batch, PlainGPT, PlainTrainer  # noqa: E402
+from results import result  # noqa: E402
+
+import megatron_salt.parallel.cpu as cpu  # noqa: E402  (before megatron: see there)
+from megatron_salt.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig  # noqa: E402
+from megatron_salt.data.batch import Microbatch  # noqa: E402
+from megatron_salt.parallel.launch import distributed, seed_everything  # noqa: E402
+from megatron_salt.parallel.layout import Layout  # noqa: E402
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh  # noqa: E402
+from megatron_salt.train.build import build_student, count_parameters  # noqa: E402
+from megatron_salt.train.metrics import PhaseTimer  # noqa: E402
+from megatron_salt.train.plan import plan_run  # noqa: E402
+from megatron_salt.train.step import Student, train_step, unwrap  # noqa: E402
+
+VOCABULARY, SEQ_LENGTH, MICRO_BATCH, MICROBATCHES = 8192, 256, 4, 2
+TOKENS = SEQ_LENGTH * MICRO_BATCH * MICROBATCHES
+GOAL = 0.95
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, lr_decay_style="constant")
+
+SHAPE = ModelConfig(
+    num_layers=8, num_attention_heads=8, swiglu=True, normalization="RMSNorm", position_embedding_type="rope",
+    disable_bias_linear=True, untie_embeddings_and_output_weights=True,
+)  # fmt: skip
+MODELS = {
+    "10M": replace(SHAPE, hidden_size=256, ffn_hidden_size=704),
+    "30M": replace(SHAPE, hidden_size=512, ffn_hidden_size=1376),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Step = Callable[[], float]
+"""One training step on the benchmark's batches; returns the loss before it."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step of each, taken next to each other: wall clock, and CPU time of this process."""
+
+    ours: float
+    plain: float
+    ours_cpu: float
+    plain_cpu: float
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    asked.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    asked.add_argument("--full", action="store_true", help="four times as many steps")
+    asked.add_argument("--profile", action="store_true", help="profile two steps of each instead of timing them")
+    flags = asked.parse_args()
+    torch.set_num_threads(1)
+    assert cpu.device().type == "cpu", "this benchmark is about the CPU"
+    with distributed(timedelta(minutes=5)):
+        mesh = make_student_mesh(Layout())
+        ratios = {}
+        print(f"{TOKENS} tokens a step: {MICROBATCHES} microbatches of {MICRO_BATCH} x {SEQ_LENGTH}; vocabulary {VOCABULARY}; 1 thread")
+        if not flags.profile:
+            print(f"{'':27}{'tokens/s: ours':>17}{'plain':>8}{'ratio':>8}{'quartiles':>16}{'CPU':>8}{'pairs':>7}")
+        for model in flags.models:
+            for dtype in flags.dtypes:
+                ours, plain, parameters = make_pair(MODELS[model], DTYPES[dtype], mesh)
+                if flags.profile:
+                    compare_profiles(f"{model} {dtype}", ours, plain)
+                    continue
+                agree_on(ours, plain, tolerance=1e-4 if dtype == "fp32" else 1e-2)
+                ratios[f"{model}_{dtype}"] = report(model, dtype, parameters, take_turns(ours, plain, seconds=160 if flags.full else 40))
+    for name, ratio in ratios.items():
+        result(f"tokens_per_s_over_plain_{name}", ratio, GOAL)
+
+
+def make_pair(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Step, Step, int]:
+    """Our step and the plain one, from the same weights on the same batches, and the number of parameters."""
+    config = RunConfig(
+        model=model,
+        optimizer=OPTIMIZER,
+        training=TrainingConfig(
+            seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * MICROBATCHES, train_iters=10_000,
+            bf16=dtype == torch.bfloat16,
+        ),
+    )  # fmt: skip
+    seed_everything(config.training.seed, mesh)
+    student = build_student(config, plan_run(config.training, config.parallel, mesh.layout), VOCABULARY, mesh)
+    microbatches = random_microbatches()
+    batches: list[Batch] = [(microbatch.tokens, microbatch.labels) for microbatch in microbatches]
+    plain = PlainGPT(VOCABULARY, SEQ_LENGTH, model.num_layers, model.hidden_size, model.ffn_width, model.num_attention_heads)
+    copy_weights(student, plain, dtype)
+    trainer = PlainTrainer(plain, dtype, OPTIMIZER.lr, OPTIMIZER.weight_decay)
+
+    def step_ours() -> float:
+        sums = train_step(student, microbatches, PhaseTimer()).sums
+        assert sums is not None
+        tokens, loss = sums.sum(0).tolist()
+        return loss / tokens
+
+    return step_ours, lambda: trainer.step(batches), count_parameters(student)
+
+
+def copy_weights(student: Student, plain: PlainGPT, dtype: torch.dtype) -> None:
+    """Give the plain model the student's weights. megatron-core packs query, key and value head by head."""
+    weights = {name: weight.detach().float() for name, weight in unwrap(student.chunks[0]).named_parameters()}
+    state = {
+        "embedding.weight": weights["embedding.word_embeddings.weight"],
+        "norm.weight": weights["decoder.final_layernorm.weight"],
+        "head.weight": weights["output_layer.weight"],
+    }
+    for number, block in enumerate(plain.blocks):
+        ours, theirs = f"decoder.layers.{number}.", f"blocks.{number}."
+        qkv = weights[f"{ours}self_attention.linear_qkv.weight"]
+        state |= {
+            f"{theirs}attention_norm.weight": weights[f"{ours}input_layernorm.weight"],
+            f"{theirs}mlp_norm.weight": weights[f"{ours}pre_mlp_layernorm.weight"],
+            f"{theirs}qkv.weight": qkv.view(block.heads, 3, -1, qkv.size(1)).transpose(0, 1).reshape_as(qkv),
+            f"{theirs}proj.weight": weights[f"{ours}self_attention.linear_proj.weight"],
+            f"{theirs}gate_up.weight": weights[f"{ours}mlp.linear_fc1.weight"],
+            f"{theirs}down.weight": weights[f"{ours}mlp.linear_fc2.weight"],
+        }
+    plain.load_state_dict(state | dict(plain.named_buffers()))
+
+
+def random_microbatches() -> list[Microbatch]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (MICROBATCHES, MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
+    positions = torch.arange(SEQ_LENGTH).expand(MICRO_BATCH, -1)
+    mask, ids = torch.ones(MICRO_BATCH, SEQ_LENGTH), np.arange(MICRO_BATCH)
+    return [Microbatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), mask, positions, None, ids) for part in tokens]
+
+
+def agree_on(ours: Step, plain: Step, tolerance: float) -> None:
+    """Two steps of warm-up, which show that both train the same model."""
+    for _ in range(2):
+        our_loss, plain_loss = ours(), plain()
+        assert abs(our_loss - plain_loss) < tolerance, f"not the same training: {our_loss} and {plain_loss}"
+
+
+def take_turns(ours: Step, plain: Step, seconds: float) -> list[Timing]:
+    """Pairs of steps for about that long, at least 5; every second one has the plain step first."""
+    timings: list[Timing] = []
+    end = time.perf_counter() + seconds
+    while len(timings) < 5 or time.perf_counter() < end:
+        if len(timings) % 2:
+            (plain_s, plain_cpu), (ours_s, ours_cpu) = timed(plain), timed(ours)
+        else:
+            (ours_s, ours_cpu), (plain_s, plain_cpu) = timed(ours), timed(plain)
+        timings.append(Timing(ours_s, plain_s, ours_cpu, plain_cpu))
+    return timings
+
+
+def timed(step: Step) -> tuple[float, float]:
+    """Wall-clock and CPU seconds."""
+    wall, busy = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - wall, time.process_time() - busy
+
+
+def report(model: str, dtype: str, parameters: int, timings: list[Timing]) -> float:
+    """A line of the table; returns the ratio."""
+    ours = TOKENS / statistics.median(timing.ours for timing in timings)
+    plain = TOKENS / statistics.median(timing.plain for timing in timings)
+    low, ratio, high = statistics.quantiles([timing.plain / timing.ours for timing in timings], n=4)
+    busy = statistics.median(timing.plain_cpu / timing.ours_cpu for timing in timings)
+    print(
+        f"{model:>8}{dtype:>7}{parameters / 1e6:>11.1f}M{ours:>17.0f}{plain:>8.0f}{ratio:>7.3f}x{f'{low:.3f}-{high:.3f}':>16}"
+        f"{busy:>7.3f}x{len(timings):>7}", flush=True,
+    )  # fmt: skip
+    return ratio
+
+
+def compare_profiles(title: str, ours: Step, plain: Step, rows: int = 30) -> None:
+    """Milliseconds a step that each operator takes itself, without those it calls; where the two differ most comes first."""
+    spent = {"ours": self_milliseconds(ours), "plain": self_milliseconds(plain)}
+    print(f"\n{title:54}{'ours, ms':>10}{'calls':>7}{'plain, ms':>11}{'calls':>7}{'difference':>12}")
+    none = (0.0, 0.0)
+    table = [(name, *spent["ours"].get(name, none), *spent["plain"].get(name, none)) for name in spent["ours"] | spent["plain"]]
+    table.sort(key=lambda row: -abs(row[1] - row[3]))
+    shown = table[:rows]
+    for label, part in (("", shown), ("others", table[rows:]), ("all", table)):
+        lines: Sequence = part if not label else [(label, *(sum(row[column] for row in part) for column in range(1, 5)))]
+        for name, our_ms, our_calls, plain_ms, plain_calls in lines:
+            print(f"{name[:54]:54}{our_ms:>10.1f}{our_calls:>7.0f}{plain_ms:>11.1f}{plain_calls:>7.0f}{our_ms - plain_ms:>12.1f}")
+
+
+def self_milliseconds(step: Step, steps: int = 2) -> dict[str, tuple[float, float]]:
+    """{operator: (ms, calls) a step}, under torch's profiler, whose own cost counts for the operator's caller."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            step()
+    return {event.key: (event.self_cpu_time_total / 1e3 / steps, event.count / steps) for event in profile.key_averages()}
+
+
+if __name__ == "__main__":
+    main()
