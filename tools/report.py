@@ -9,6 +9,7 @@ of context: what a language model has to get below.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -268,7 +269,8 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
         figure.savefig(tmp, format="png", dpi=120)
         os.replace(tmp, output)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink()
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     finally:
         pyplot.close(figure)

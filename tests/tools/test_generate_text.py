@@ -1,0 +1,163 @@
+"""generate_text: a checkpoint of any layout continues a prompt, alone or tensor-parallel; bad input is refused by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron_salt.cli import to_yaml
+from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
+from megatron_salt.data.tokenizer import build_tokenizer
+from megatron_salt.errors import UserError
+from megatron_salt.model.generate import draw, generate, next_logits
+from megatron_salt.model.gpt import GPT, build_model
+from megatron_salt.parallel.launch import seed_everything
+from megatron_salt.parallel.layout import student_layout
+from megatron_salt.parallel.mesh import make_student_mesh
+from megatron_salt.train.checkpoint import Checkpointer, load_weights
+from megatron_salt.train.resume import Progress, RunIdentity
+from tests.ranks import run_ranks
+from tests.small import SMALL
+from tools import generate_text as module
+from tools.generate_text import GenerateConfig, generate_text, newest_checkpoint, prompt_ids, read_companions
+
+CONTEXT = 16
+BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
+RUN = RunConfig(model=replace(SMALL, num_layers=2, hidden_size=32, ffn_hidden_size=64, init_method_std=0.2),
+                training=TrainingConfig(seq_length=CONTEXT))
+PROMPT = BYTES.encode("def f(x)")
+
+
+def build(parallel: ParallelConfig, world_size: int) -> tuple[list[GPT], object]:
+    mesh = make_student_mesh(student_layout(parallel, world_size))
+    seed_everything(7, mesh)
+    return build_model(RUN.model, parallel, CONTEXT, BYTES.vocab_size, torch.float32, CONTEXT, mesh), mesh
+
+
+def write_checkpoint(directory: str, parallel: ParallelConfig, world_size: int) -> None:
+    """In every rank: what a run with random weights would leave."""
+    chunks, mesh = build(parallel, world_size)
+    identity = RunIdentity(to_yaml(RUN), asdict(RUN.model), BYTES.fingerprint, "content:none", 7)
+    Checkpointer(CheckpointConfig(save=directory), identity, BYTES, mesh, chunks, None, None).save(Progress(1, 1), final=True)
+
+
+def greedy(directory: str, tensor: int) -> list[int]:
+    """In every rank: the likeliest continuation, longer than the context."""
+    [model], mesh = build(ParallelConfig(tensor_model_parallel_size=tensor), tensor)
+    load_weights(Path(directory), [model], mesh)
+    return generate(model, PROMPT, 2 * CONTEXT, CONTEXT, BYTES.vocab_size, None, 0.0, None, seed=0)
+
+
+def samples(directory: str) -> list[list[int]]:
+    """In one rank: the same prompt with seeds 1, 1 and 2, then without any choice, then with a document that ends at once."""
+    [model], mesh = build(ParallelConfig(), 1)
+    load_weights(Path(directory), [model], mesh)
+
+    def sample(seed: int, top_k: int | None, eod: int | None) -> list[int]:
+        return generate(model, PROMPT, 12, CONTEXT, BYTES.vocab_size, eod, 1.0, top_k, seed)
+
+    first = sample(1, None, None)
+    return [first, sample(1, None, None), sample(2, None, None), sample(1, 1, None), sample(1, None, first[5])]
+
+
+def logits_of_prefixes(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """In one rank: next_logits of each prefix of the prompt, and the rows of one forward pass over the whole of it."""
+    [model], mesh = build(ParallelConfig(), 1)
+    load_weights(Path(directory), [model], mesh)
+    one_by_one = torch.stack([next_logits(model, PROMPT[:end], BYTES.vocab_size) for end in range(1, len(PROMPT) + 1)])
+    with torch.no_grad():
+        hidden = model(torch.tensor([PROMPT]), torch.arange(len(PROMPT))[None], None)
+        return one_by_one, model.logits(hidden)[:, 0, :BYTES.vocab_size].clone()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Written by two pipeline stages."""
+    directory = str(tmp_path_factory.mktemp("generate") / "checkpoints")
+    run_ranks(2, write_checkpoint, directory, ParallelConfig(pipeline_model_parallel_size=2), 2)
+    return directory
+
+
+def test_the_likeliest_text_does_not_depend_on_the_layout(checkpoint: str) -> None:
+    [alone] = run_ranks(1, greedy, checkpoint, 1)
+    assert len(alone) == 2 * CONTEXT
+    assert len(set(alone)) > 2  # the model is not stuck, so agreement says something
+    assert run_ranks(2, greedy, checkpoint, 2) == [alone, alone]
+
+
+def test_each_token_is_predicted_from_those_before_it(checkpoint: str) -> None:
+    [(one_by_one, at_once)] = run_ranks(1, logits_of_prefixes, checkpoint)
+    torch.testing.assert_close(one_by_one, at_once, rtol=1e-5, atol=1e-5)
+
+
+def test_the_seed_decides_the_text_and_the_end_of_the_document_ends_it(checkpoint: str) -> None:
+    [(first, again, other, top_1, ended)] = run_ranks(1, samples, checkpoint)
+    [likeliest] = run_ranks(1, greedy, checkpoint, 1)
+    assert first == again
+    assert first != other
+    assert top_1 == likeliest[:12]
+    assert ended == first[:first.index(first[5])]
+
+
+def test_ids_are_drawn_as_often_as_the_softmax_says() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_k, expected in ((0.5, None, (logits / 0.5).softmax(0)),
+                                         (2.0, 2, torch.tensor([-math.inf, 1.0, 0.5, -math.inf]).softmax(0))):
+        drawn = torch.tensor([draw(logits, temperature, top_k, generator) for _ in range(4000)])
+        torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, expected, atol=0.03, rtol=0)
+    assert draw(logits, 0.0, None, generator) == 1
+    assert draw(logits, 1.0, 100, generator) in range(4)  # more than there are
+
+
+def test_the_tool_prints_prompt_and_continuation(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+
+    def continued(config: object, directory: Path, run: RunConfig, parallel: ParallelConfig, *rest: object) -> list[int]:
+        seen.update(directory=directory, run=run, parallel=parallel)
+        return BYTES.encode(": pass")
+
+    monkeypatch.setattr(module, "continue_prompt", continued)
+    generate_text(GenerateConfig(load=checkpoint, prompt="def f(x)"))
+    assert capsys.readouterr().out == "def f(x): pass\n"
+    assert seen == {"directory": Path(checkpoint) / "iter_0000001", "run": RUN, "parallel": ParallelConfig()}
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document() -> None:
+    assert prompt_ids("", BYTES) == [BYTES.eod]
+    with pytest.raises(UserError, match="--prompt is empty, and the checkpoint's ByteLevelTokenizer has no end-of-document id"):
+        prompt_ids("", replace(BYTES, eod=None))
+
+
+def test_a_prompt_that_is_not_text_is_refused() -> None:
+    with pytest.raises(UserError, match="--prompt is not valid UTF-8"):
+        prompt_ids("caf\udce9", BYTES)
+
+
+@pytest.mark.parametrize("flags, complaint", [({"max_new_tokens": 0}, "--max-new-tokens"), ({"temperature": -0.1}, "--temperature"),
+                                              ({"temperature": math.nan}, "--temperature"), ({"top_k": 0}, "--top-k")])
+def test_flags_that_make_no_sense_are_refused(flags: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"{complaint} must be at least"):
+        GenerateConfig(load="x", **flags)
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"--load {path} holds no checkpoint"):
+            newest_checkpoint(path)
+    (tmp_path / "iter_0000001").mkdir()
+    with pytest.raises(UserError, match=r"run\.yaml cannot be read"):
+        read_companions(newest_checkpoint(tmp_path))
+
+
+def test_ranks_that_cannot_split_the_model_are_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"--num-attention-heads 4 is not divisible by --tensor-model-parallel-size = 3"):
+        generate_text(GenerateConfig(load=checkpoint))

@@ -1,0 +1,172 @@
+"""report: curves, entropies and verdicts out of logs; foreign and damaged files are refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_salt.data.indexed import IndexedWriter
+from megatron_salt.errors import UserError
+from tests.train.logs import open_log, record
+from tools import report as module
+from tools.report import HEIGHT, ReportConfig, chart, named_runs, read_curve, report, smoothed, table, unigram_entropy
+
+
+def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
+    """A log as a run writes it: 800 tokens and half a second a step."""
+    path.mkdir()
+    with open_log(path, total_steps=len(losses)) as log:
+        log.event(0, "begins")
+        for step, loss in enumerate(losses, start=1):
+            log.step(record(step, loss))
+            if held_out and step in held_out:
+                log.evaluation(step, "valid", held_out[step], tokens=1000, seconds=1.0)
+    return path / "log.jsonl"
+
+
+def write_dataset(prefix: Path, documents: list[list[int]]) -> str:
+    writer = IndexedWriter(str(prefix), np.dtype(np.uint16))
+    writer.append(np.concatenate(documents).astype(np.uint16), np.array([len(document) for document in documents], np.int32))
+    writer.finish()
+    return str(prefix)
+
+
+def test_a_curve_is_what_the_run_logged(tmp_path: Path) -> None:
+    curve = read_curve("a", write_log(tmp_path / "a", [4.0, math.nan, 2.0], {3: 2.5}))
+    assert curve.steps.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(curve.losses, [4.0, np.nan, 2.0])
+    assert curve.tokens.tolist() == [800, 1600, 2400]
+    assert curve.seconds.tolist() == [0.5, 1.0, 1.5]
+    assert curve.held_out == {3: 2.5}
+    assert curve.unread_lines == 0
+
+
+def test_a_torn_last_line_is_counted_and_left_out(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "a", [4.0, 3.0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    curve = read_curve("a", path)
+    assert curve.steps.tolist() == [1]
+    assert curve.unread_lines == 1
+    assert "a: 1 lines of its log could not be read" in table([curve], None)
+
+
+def test_of_a_step_told_twice_the_later_counts(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "a", [4.0, 3.0])
+    again = json.loads(path.read_text().splitlines()[-1]) | {"loss": 1.0}
+    path.write_text(path.read_text() + json.dumps(again) + "\n")
+    assert read_curve("a", path).losses.tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("", "no line in it is a step"),
+        ("loss,step\n3.0,1\n", "no line in it is a step"),
+        ('{"kind": "step", "step": 1, "loss": 3.0}\n', "lacks or garbles 'tokens'"),
+        ('{"kind": "step", "step": 1, "loss": "low", "tokens": 8, "seconds": 1}\n', "garbles"),
+    ],
+)
+def test_what_is_no_log_is_refused_by_name(tmp_path: Path, content: str, complaint: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(path))) as refusal:
+        read_curve("a", path)
+    assert complaint in str(refusal.value)
+
+
+def test_a_missing_log_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read: No such file"):
+        read_curve("a", tmp_path / "nowhere.jsonl")
+
+
+def test_runs_are_called_as_asked_or_by_their_directory(tmp_path: Path) -> None:
+    assert named_runs(["plain=a/train.jsonl", "x=y=b/train.jsonl"]) == [("plain", Path("a/train.jsonl")), ("x=y", Path("b/train.jsonl"))]
+    assert named_runs([str(tmp_path / "best" / "train.jsonl")])[0][0] == "best"
+    for words in (["a=1", "a=2"], ["=1"], ["runs/a/log", "elsewhere/a/log"]):
+        with pytest.raises(UserError, match="different name"):
+            named_runs(words)
+
+
+@pytest.mark.parametrize("flags", [{"run": ()}, {"run": tuple("abcdefg")}, {"run": ("a",), "below_unigram": 0.5},
+                                   {"run": ("a",), "unigram_of": "p", "below_unigram": math.nan}])
+def test_flags_that_make_no_sense_are_refused(flags: dict) -> None:
+    with pytest.raises(UserError, match="--run|--below-unigram"):
+        ReportConfig(**flags)
+
+
+@pytest.mark.parametrize("block", [3, 1 << 22])
+def test_unigram_entropy_is_that_of_the_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    uniform = write_dataset(tmp_path / "uniform", [[5, 9, 1], [700]])
+    assert unigram_entropy(uniform) == pytest.approx(math.log(4))
+    skewed = write_dataset(tmp_path / "skewed", [[2, 2, 2, 0], [2, 2, 0, 2]])
+    assert unigram_entropy(skewed) == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+
+
+def test_unigram_entropy_of_nothing_is_refused_by_flag(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--unigram-of .*nothing\.idx does not exist"):
+        unigram_entropy(str(tmp_path / "nothing"))
+
+
+def test_smoothing_averages_the_last_finite_losses() -> None:
+    generator = np.random.default_rng(0)
+    losses = generator.normal(size=50)
+    losses[[0, 7, 8, 9, 30]] = np.nan
+    for window in (1, 3, 50, 60):
+        slow = [np.mean([x for x in losses[max(0, i - window + 1):i + 1] if np.isfinite(x)] or [np.nan]) for i in range(50)]
+        np.testing.assert_allclose(smoothed(losses, window), slow, atol=1e-12)
+
+
+def test_the_chart_falls_where_the_loss_falls(tmp_path: Path) -> None:
+    falling = read_curve("falling", write_log(tmp_path / "a", [9.0 - 0.01 * i for i in range(600)]))
+    flat = read_curve("flat", write_log(tmp_path / "b", [5.0] * 300))
+    rows = chart([falling, flat], "steps", unigram=7.0).splitlines()
+    assert rows[0] == "training loss: * falling, o flat, - unigram entropy 7.000"
+    plot = [row.partition("|")[2] for row in rows[1:HEIGHT + 1]]
+    heights = [next(i for i, row in enumerate(plot) if row.ljust(72)[column] == "*") for column in range(0, 72, 10)]
+    assert heights == sorted(heights)
+    assert (heights[0], heights[-1]) == (0, HEIGHT - 1)
+    assert sum("o" in row for row in plot) == 1
+    assert "-" in plot[round((9.0 - 7.0) / 6.0 * (HEIGHT - 1))]
+    assert max(row.rfind("o") for row in plot) < 37  # half as many steps, half as wide
+    assert rows[-1].endswith("600 steps")
+
+
+def test_a_run_without_a_finite_loss_still_has_a_report(tmp_path: Path) -> None:
+    curve = read_curve("lost", write_log(tmp_path / "a", [math.nan]))
+    assert chart([curve], "steps", None) == "no finite loss"
+    assert "nan" in table([curve], None)
+
+
+def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
+    curve = read_curve("a", write_log(tmp_path / "a", [8.0] * 38 + [3.0, 2.0], {20: 5.0, 40: 2.25}))
+    cells = table([curve], unigram=6.5).splitlines()[2].split()
+    assert cells == ["a", "40", "32000", "2.5000", "2.2500", "6.5000", "1600", "20.0", "s"]
+
+
+@pytest.mark.parametrize("x", ["steps", "tokens", "seconds"])
+def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: module.Axis) -> None:
+    runs = [f"{name}={write_log(tmp_path / name, [5.0, 4.0, 3.0], {2: 4.5})}" for name in "ab"]
+    picture = tmp_path / "new" / "loss.png"
+    assert report(ReportConfig(tuple(runs), str(picture), x)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in picture.parent.iterdir()] == ["loss.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "a", [3.0])
+    with pytest.raises(UserError, match="--output .* cannot be written"):
+        report(ReportConfig((str(log),), str(log / "loss.png")))
+
+
+@pytest.mark.parametrize("held_out, share, status", [({2: 9.0, 3: 1.0}, 0.8, 0), ({2: 0.1, 3: 1.3}, 0.8, 1), ({}, 0.8, 1)])
+def test_the_verdict_is_on_the_last_held_out_loss(tmp_path: Path, held_out: dict[int, float], share: float, status: int) -> None:
+    log = write_log(tmp_path / "a", [5.0, 4.0, 3.0], held_out)
+    four_tokens = write_dataset(tmp_path / "d", [[1, 2, 3, 4]])  # entropy log 4 = 1.386
+    assert report(ReportConfig((f"a={log}",), unigram_of=four_tokens, below_unigram=share)) == status
