@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -191,12 +191,22 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 
 def _tensors_only(state: Any) -> Any:
     if isinstance(state, dict):
+        padding = state.get("padding")  # of a piece of a bucket, in dp_reshardable form: whether no parameter lies there
+        if isinstance(padding, LocalNonpersistentObject) and padding.unwrap():
+            state = {key: _blank(value) if isinstance(value, ShardedTensor) else value for key, value in state.items()}
         return {key: _tensors_only(value) for key, value in state.items()}
     if isinstance(state, list):
         return [_tensors_only(value) for value in state]
     if isinstance(state, (ShardedTensor, ShardedTensorFactory, LocalNonpersistentObject)):
         return state
     return LocalNonpersistentObject(state.data if isinstance(state, ShardedObject) else state)
+
+
+def _blank(padding: ShardedTensor) -> ShardedTensor:
+    """Zeros, and none behind the end of the bucket. megatron-core leaves padding undefined, so that whatever was in memory would be
+    saved, and too long at the end of a bucket before a shared embedding (`numel_unpadded` then counts the gap between the two)."""
+    length = min(padding.local_shape[0], padding.global_shape[0] - padding.global_offset[0])
+    return replace(padding, data=torch.zeros_like(padding.data[:length]), local_shape=(length,))
 
 
 def _without_empty_objects(state: State) -> State:
