@@ -207,6 +207,16 @@ def test_a_label_outside_the_vocabulary_gives_nan_and_not_a_wrong_loss(label):
         assert loss.isnan() and d_hidden.isnan().any()
 
 
+def at_two_scales(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return on_a_rank(case, inputs)[2], on_a_rank(replace(case, scale=0.3), inputs)[2]
+
+
+def test_the_incoming_gradient_is_not_rounded_to_bfloat16():
+    case = Case(dtype=torch.bfloat16)
+    ((whole, scaled),) = run_ranks(1, at_two_scales, case, make_inputs(case))
+    assert torch.equal((whole.float() * 0.3).bfloat16(), scaled)
+
+
 def backward_twice() -> None:
     hidden, weight = torch.randn(4, 1, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     shard = VocabularyShard(dist.group.WORLD, 16, 16, False)
