@@ -1,6 +1,7 @@
 """Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` gives one result a rank.
 
-One pool of processes lives as long as the test session and grows to the largest world asked for. Each call gets a fresh
+One pool of processes lives through the test session, grows to the largest world asked for and renews its workers every few
+calls. Each call gets a fresh
 gloo group (file:// rendezvous in a new directory) and leaves nothing behind: process groups, megatron-core's global state,
 random state, environment and signal handlers are as before. What goes wrong in a rank is raised here as RankError, with
 that rank's traceback: an exception, a hang (with every stuck rank's stack), a dead process. After a hang or a death the
@@ -47,6 +48,7 @@ STATEFUL = (
 )
 GRACE = 2.0  # seconds that the other ranks have to finish after one has failed
 CLEAN_UP = 30.0  # seconds for taking a finished call down
+CALLS = 6  # of one worker: megatron-core's DDP is never freed (its backward hooks close a cycle through C++), nor are its groups' threads
 
 
 class RankError(RuntimeError):
@@ -86,6 +88,7 @@ class _Worker:
         with _environment(_worker_environment()):  # the fork server is launched by the first start() and keeps this environment
             self.process.start()
         remote.close()
+        self.calls = 0
 
     def kill(self) -> None:
         """End the process and what it has started."""
@@ -132,6 +135,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     finally:
         if not intact:
             shutdown()
+        for worker in workers:
+            worker.calls += 1
+            if worker.calls >= CALLS and worker in _pool:
+                _pool.remove(worker)
+                worker.kill()
         shutil.rmtree(directory, ignore_errors=True)
 
 
