@@ -29,8 +29,10 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay"
+        assert not capturable, "not inside a CUDA graph"
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
