@@ -114,11 +114,11 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
             logits_nv = torch.mm(hidden_nh, real_weight.t(), out=buffer[: mask_n.size(0)])
             label = _Label.of(labels[chunk], shard)
-            log_sum_exp, target = _reduce_vocabulary(logits_nv, label, mask_n, shard.group)
-            loss_n = torch.where(mask_n > 0, log_sum_exp - target, 0)
+            log_sum_exp, log_p = _reduce_vocabulary(logits_nv, label, mask_n, shard.group)
+            loss_n = torch.where(mask_n > 0, -log_p, 0)
             sums += (torch.stack((torch.ones_like(loss_n), loss_n)) * mask_n).sum(-1)
             if want_hidden or want_weight:
-                gradient_nv = _into_gradient(logits_nv, label, mask_n, log_sum_exp, target)
+                gradient_nv = _into_gradient(logits_nv, label, mask_n, log_sum_exp, log_p)
                 if d_hidden is not None:
                     torch.mm(gradient_nv, real_weight, out=d_hidden[chunk])
                 if d_weight is not None:
@@ -197,7 +197,7 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
 def _reduce_vocabulary(
     logits_nv: Tensor, label: _Label, mask_n: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """log sum_v exp(logit_v) and the label's logit, float32 [n], over all ids: one MAX and one SUM over the group."""
+    """log sum_v exp(logit_v) and the label's log-probability, float32 [n], over all ids: one MAX and one SUM over the group."""
     num_tokens, num_ids = logits_nv.shape
     largest = torch.full((num_tokens,), float("-inf"), dtype=torch.float32, device=logits_nv.device)
     sums = torch.zeros((3, num_tokens), dtype=torch.float32, device=logits_nv.device)
@@ -206,25 +206,27 @@ def _reduce_vocabulary(
         for rows in _blocks(logits_nv):
             largest[rows] = logits_nv[rows].amax(-1)
             sum_exp[rows] = (logits_nv[rows] - largest[rows, None]).exp_().sum(-1)
-        target.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0], 0))
-        owners.copy_(label.here)
     if group.size() > 1:
         local = largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         sum_exp.mul_((local - largest).exp_())
+    if num_ids:
+        target.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0] - largest, 0))
+        owners.copy_(label.here)
+    if group.size() > 1:
         dist.all_reduce(sums, group=group)
-    log_sum_exp = largest + sum_exp.log()
-    return torch.where((owners > 0) | (mask_n == 0), log_sum_exp, float("nan")), target
+    log_sum = torch.where((owners > 0) | (mask_n == 0), sum_exp.log(), float("nan"))
+    return largest + log_sum, target - log_sum  # not from one another: where p is near 1, that would cancel
 
 
-def _into_gradient(logits_nv: Tensor, label: _Label, mask_n: Tensor, log_sum_exp: Tensor, target: Tensor) -> Tensor:
+def _into_gradient(logits_nv: Tensor, label: _Label, mask_n: Tensor, log_sum_exp: Tensor, log_p: Tensor) -> Tensor:
     """mask * (softmax(logits) - onehot(label)), over the logits in place."""
     if not logits_nv.size(1):
         return logits_nv
     shift = log_sum_exp - mask_n.log()  # so that exp() gives mask * softmax
     for rows in _blocks(logits_nv):
         logits_nv[rows] = (logits_nv[rows] - shift[rows, None]).exp_()
-    at_label = (mask_n * torch.expm1(target - log_sum_exp)).to(logits_nv.dtype)[:, None]  # p - 1 without cancellation
+    at_label = (mask_n * torch.expm1(log_p)).to(logits_nv.dtype)[:, None]  # p - 1 without cancellation
     elsewhere = logits_nv.gather(1, label.index)
     return logits_nv.scatter_(1, label.index, torch.where(label.here[:, None], at_label, elsewhere))
 

@@ -142,6 +142,20 @@ def without_grad(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, int]:
     return with_grad.detach(), loss, max(new.sizes)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_confident_token_keeps_its_gradient(tp, dtype, tolerance):
+    """p - 1 = -1e-4 at the label: 0 where a bfloat16 p is subtracted from, lost where float32 logits of 100 are."""
+    hidden, weight = torch.zeros(1, 1, HIDDEN, dtype=dtype), torch.zeros(ROWS, HIDDEN, dtype=dtype)
+    hidden[0, 0, :2], weight[:, 0], weight[5, 1] = torch.tensor([8.0, 4.0]), 12.0, 3.25
+    inputs = Inputs(hidden, weight, torch.tensor([5]), torch.ones(1))
+    exact_loss, exact_hidden, exact_weight = oracle(inputs, ROWS)
+    results = run_ranks(tp, on_a_rank, Case(dtype=dtype), inputs)
+    torch.testing.assert_close(results[0][0].double(), exact_loss, rtol=tolerance, atol=0)
+    assert relative_error(results[0][2][..., 1:], exact_hidden[..., 1:]) < tolerance
+    assert relative_error(torch.cat([result[3] for result in results]), exact_weight) < tolerance
+
+
 class Storages(TorchDispatchMode):
     """Bytes of every storage that an operation inside makes."""
 
