@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -264,13 +265,13 @@ def test_what_exists_is_kept_without_overwrite_and_replaced_whole_with_it(tmp_pa
     assert dataset(out / "d") == as_bytes(["other"]) and set(files_in(out)) == set(before)
 
 
-def tool(*flags: str, limit_blocks: int | None = None) -> subprocess.Popen[str]:
+def tool(*flags: str, limit_blocks: int | None = None, stderr: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
     """The tool as a user starts it, from the repository's root; `limit_blocks` KiB a file stand for a full disk."""
     command = [sys.executable, "tools/preprocess_data.py", *flags]
     if limit_blocks is not None:
         command = ["bash", "-c", f'ulimit -f {limit_blocks}; exec "$@"', "bash", *command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def test_a_full_disk_is_an_error_that_leaves_nothing(corpus, out):
@@ -289,8 +290,10 @@ class Interrupted:
 
     def __init__(self, home: Path, out: Path) -> None:
         os.mkfifo(home / "pipe")
-        self.process = tool("--input", str(home / "pipe"), "--output-prefix", str(out / "d"), *BYTES, "--workers", "2",
-                            "--log-interval", "1")
+        self.stderr = home / "stderr"  # a file: a pipe would stay open as long as a worker lives
+        with open(self.stderr, "w") as stderr:
+            self.process = tool("--input", str(home / "pipe"), "--output-prefix", str(out / "d"), *BYTES, "--workers", "2",
+                                "--log-interval", "1", stderr=stderr)
         self.deadline = threading.Timer(60, self.process.kill)
         self.deadline.start()
         self.pipe = open(home / "pipe", "w")  # noqa: SIM115 (closed by close)
@@ -310,9 +313,9 @@ class Interrupted:
         """What the tool wrote to stderr."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.close()
-        _, message = self.process.communicate()
+        self.process.wait()
         self.deadline.cancel()
-        return message
+        return self.stderr.read_text()
 
 
 def is_running(pid: int) -> bool:
@@ -333,6 +336,16 @@ def test_kill_9_leaves_no_dataset_and_no_worker_and_the_next_run_is_whole(tmp_pa
     assert all(".tmp." in name for name in files_in(out))
     assert run(write_lines(tmp_path / "x.jsonl", ["a"]), out / "d") == 0
     assert dataset(out / "d") == as_bytes(["a"]) and not any(".tmp" in name for name in files_in(out))
+
+
+def test_what_a_killed_run_left_does_not_get_into_the_next_dataset(tmp_path, corpus, out):
+    assert run(corpus, out / "clean") == 0
+    stale = out / "d_text_document.tmp.tokenizer"
+    stale.mkdir()
+    (stale / "tokenizer.model").write_bytes(b"of another tokenizer")
+    assert run(corpus, out / "d") == 0
+    assert {name.replace("d_", "clean_", 1): content for name, content in files_in(out).items() if name.startswith("d_")} == {
+        name: content for name, content in files_in(out).items() if name.startswith("clean_")}
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_message(tmp_path, out):
