@@ -1,0 +1,81 @@
+"""What only a GPU can show, on one: NCCL, CUDA kernels and generators under the very code that the CPU tests run.
+
+Skipped where there is none. The CPU's side of a comparison runs in the pool of ranks, which never sees the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    """A world of one rank on the GPU, in this process."""
+    from megatron_salt.parallel.launch import distributed
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with distributed(timedelta(minutes=2)):
+        yield
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_training_is_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    from tests import small
+
+    case = small.Case(dtype=dtype)
+    run_ranks(1, small.make_weights, case, tmp_path / "weights")
+    cpu = run_ranks(1, small.train, case, 1, tmp_path / "weights")[0]
+    gpu = small.train(case, 1, tmp_path / "weights")
+    assert gpu.losses == pytest.approx(cpu.losses, rel=tolerance)
+    assert gpu.grad_norms == pytest.approx(cpu.grad_norms, rel=5 * tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_fused_loss_equals_full_logits_in_float64(dtype: torch.dtype, tolerance: float) -> None:
+    import torch.distributed as dist
+
+    from megatron_salt.model.loss import VocabularyShard, fused_linear_cross_entropy
+    from tests.model.test_loss import ROWS, Case, make_inputs, oracle, relative_error
+
+    inputs = make_inputs(Case(dtype=dtype))
+    exact_loss, exact_hidden, exact_weight = oracle(inputs, ROWS)
+    hidden, weight = inputs.hidden.cuda().requires_grad_(), inputs.weight.cuda().requires_grad_()
+    shard = VocabularyShard(dist.group.WORLD, ROWS, ROWS, False)
+    loss, _ = fused_linear_cross_entropy(hidden, weight, inputs.labels.cuda(), inputs.mask.cuda(), shard, 16)
+    loss.backward()
+    assert loss.double().cpu() == pytest.approx(exact_loss, rel=tolerance)
+    assert relative_error(hidden.grad.cpu(), exact_hidden) < tolerance
+    assert relative_error(weight.grad.cpu(), exact_weight) < tolerance
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_resumed_run_continues_with_the_same_state(tmp_path: Path, async_save: bool) -> None:
+    from tests.small import train_student
+    from tests.train.runs import DROPOUT, Run, at, start
+
+    run = Run(save=str(tmp_path), model=DROPOUT, dtype=torch.bfloat16, flags={"async_save": async_save})
+    student, checkpointer, _ = start(run, 1)
+    train_student(student, run.case, 2)
+    checkpointer.save(at(2))
+    checkpointer.finish()
+    uninterrupted = train_student(student, run.case, 2, start=2).losses
+    _leave_mesh()
+    student, _, progress = start(replace(run, load=str(tmp_path)), 1)
+    assert progress is not None and progress.step == 2
+    assert train_student(student, run.case, 2, start=2).losses == pytest.approx(uninterrupted, rel=1e-6)
+
+
+def _leave_mesh() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
