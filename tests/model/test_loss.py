@@ -231,6 +231,31 @@ def test_the_incoming_gradient_is_not_rounded_to_bfloat16():
     assert torch.equal((whole.float() * 0.3).bfloat16(), scaled)
 
 
+class Alone:
+    """A group of one rank, without torch.distributed."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_device_equals_full_logits(dtype, device):
+    case = Case(dtype=dtype, chunk=7, num_valid=50)
+    inputs = make_inputs(case)
+    exact_loss, exact_hidden, exact_weight = oracle(inputs, case.num_valid)
+    hidden, weight, labels, mask = (tensor.to(device) for tensor in inputs)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss, _ = fused_linear_cross_entropy(hidden, weight, labels, mask, VocabularyShard(Alone(), ROWS, 50, False), case.chunk)
+    loss.backward()
+    torch.testing.assert_close(loss.detach().cpu().double(), exact_loss, rtol=case.tolerance, atol=1e-6)
+    assert relative_error(hidden.grad.cpu(), exact_hidden) < case.tolerance
+    assert relative_error(weight.grad.cpu(), exact_weight) < case.tolerance
+
+
 def backward_twice() -> None:
     hidden, weight = torch.randn(4, 1, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     shard = VocabularyShard(dist.group.WORLD, 16, 16, False)
