@@ -428,7 +428,7 @@ class DataConfig:
     """Tokens attend inside their own document alone."""
 
     verify_data: bool = False
-    """Hash every byte of the data at start instead of a fixed sample of blocks."""
+    """Hash every byte of the data at start instead of a fixed sample of blocks. Data without a manifest has another fingerprint with it: give it from the start of a run or not at all."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.5, "valid_share")
