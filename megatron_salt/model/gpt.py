@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import megatron_salt.parallel.cpu as cpu  # before megatron
-from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -22,7 +21,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,6 +32,12 @@ from megatron_salt.model.attention import CoreAttention
 from megatron_salt.model.head import OutputHead
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.parallel.versions import mlp_of_layer
+
+
+def squared_relu(activations: Tensor) -> Tensor:
+    """max(x, 0)^2. megatron-core's own is compiled when first called, which takes a C++ compiler and half a minute on a CPU."""
+    return F.relu(activations).square()
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -121,7 +126,7 @@ def torch_block_spec(config: TransformerConfig, pp_rank: int, vp_stage: int | No
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=mlp_of_layer(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine keeps a norm inside the linear that follows it; with its keys, checkpoints interchange.
             sharded_state_dict_keys_map={

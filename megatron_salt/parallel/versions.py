@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
@@ -12,6 +13,8 @@ from typing import Any
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 import megatron.core
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def megatron_core_version() -> str:
@@ -22,6 +25,13 @@ def megatron_core_version() -> str:
 def takes(function: Callable, parameter: str) -> bool:
     """Whether a function of megatron-core has a parameter of that name."""
     return parameter in inspect.signature(function).parameters
+
+
+def mlp_of_layer(submodules: MLPSubmodules) -> Any:
+    """The MLP in a layer's spec: a ModuleSpec, which 0.19.x warns of and wants a function instead."""
+    if hasattr(MLP, "as_mlp_submodule"):
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 @contextmanager
