@@ -226,9 +226,10 @@ def _into_gradient(logits_nv: Tensor, label: _Label, mask_n: Tensor, log_sum_exp
     shift = log_sum_exp - mask_n.log()  # so that exp() gives mask * softmax
     for rows in _blocks(logits_nv):
         logits_nv[rows] = (logits_nv[rows] - shift[rows, None]).exp_()
-    at_label = (mask_n * torch.expm1(log_p)).to(logits_nv.dtype)[:, None]  # p - 1 without cancellation
-    elsewhere = logits_nv.gather(1, label.index)
-    return logits_nv.scatter_(1, label.index, torch.where(label.here[:, None], at_label, elsewhere))
+    at_label = (mask_n * torch.expm1(log_p)).to(logits_nv.dtype)  # p - 1 without cancellation
+    # Not scatter_, which on a CPU in bfloat16 goes by way of a float32 copy of the whole chunk.
+    label_ids = (torch.arange(logits_nv.size(0), device=logits_nv.device), label.index[:, 0])
+    return logits_nv.index_put_(label_ids, torch.where(label.here, at_label, logits_nv[label_ids]))
 
 
 def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
