@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.train import integrity, shelf
-from tests.ranks import run_ranks
+from megatron_salt.train import integrity, shelf, writer
+from tests.ranks import RankError, run_ranks
 from tests.small import GLOBAL_BATCH
 from tests.train.runs import DROPOUT, SHARDED, TINY, Left, Run, job
 
@@ -41,20 +42,19 @@ def facts(root: Path, step: int) -> dict:
 @pytest.mark.parametrize(
     "world_size, parallel, dtype, flags",
     [
-        (1, PLAIN, torch.float32, {}),
+        pytest.param(1, PLAIN, torch.float32, {}, marks=pytest.mark.full),
+        pytest.param(1, SHARDED, torch.float32, {"async_save": True}, marks=pytest.mark.full),
+        pytest.param(2, SHARDED, torch.float32, {"async_save": True}, marks=pytest.mark.full),
+        pytest.param(2, OVERLAP, torch.bfloat16, {}, marks=pytest.mark.full),
+        pytest.param(2, pp(2, num_virtual_stages_per_pipeline_rank=2), torch.float32, {}, marks=pytest.mark.full),
         (1, PLAIN, torch.bfloat16, {"async_save": True}),
-        (1, SHARDED, torch.float32, {"async_save": True}),
+        (2, replace(PLAIN, pipeline_model_parallel_size=2), torch.float32, {}),
         (2, SHARDED, torch.bfloat16, {}),
-        (2, SHARDED, torch.float32, {"async_save": True}),
         (2, SHARDED, torch.float32, {"async_save": True, "dist_ckpt_optim_fully_reshardable": True}),
-        (2, OVERLAP, torch.bfloat16, {}),
-        (2, OVERLAP, torch.float32, {"async_save": True}),
-        (2, replace(OVERLAP, ddp_bucket_size=1000), torch.float32, {}),
         (2, tp(2), torch.bfloat16, {"async_save": True}),
         (2, replace(SHARDED, context_parallel_size=2), torch.float32, {}),
-        (2, pp(2, num_virtual_stages_per_pipeline_rank=2), torch.float32, {}),
         (2, pp(2, num_virtual_stages_per_pipeline_rank=2), torch.float32, {"dist_ckpt_optim_fully_reshardable": True}),
-        (2, replace(PLAIN, pipeline_model_parallel_size=2), torch.float32, {}),
+        (2, OVERLAP, torch.float32, {"async_save": True}),
     ],
 )  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(
@@ -88,15 +88,14 @@ def test_what_is_saved_beside_the_tensors_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "before, after",
     [
-        ((1, SHARDED), (2, tp(2))),
-        ((2, tp(2)), (1, SHARDED)),
-        ((2, pp(2)), (1, SHARDED)),
-        ((1, SHARDED), (2, pp(2))),
-        ((2, pp(2, num_virtual_stages_per_pipeline_rank=2)), (2, tp(2))),
-        ((2, SHARDED), (2, replace(SHARDED, context_parallel_size=2))),
-        ((4, tp(2, pipeline_model_parallel_size=2)), (1, SHARDED)),
-        ((1, SHARDED), (4, tp(2, pipeline_model_parallel_size=2))),
+        pytest.param((1, SHARDED), (2, tp(2)), marks=pytest.mark.full),
+        pytest.param((2, tp(2)), (1, SHARDED), marks=pytest.mark.full),
+        pytest.param((2, SHARDED), (2, replace(SHARDED, context_parallel_size=2)), marks=pytest.mark.full),
+        pytest.param((1, SHARDED), (2, pp(2)), marks=pytest.mark.full),
         ((1, PLAIN), (2, replace(PLAIN, tensor_model_parallel_size=2))),
+        ((1, SHARDED), (4, tp(2, pipeline_model_parallel_size=2))),
+        ((4, tp(2, pipeline_model_parallel_size=2)), (1, SHARDED)),
+        ((2, pp(2, num_virtual_stages_per_pipeline_rank=2)), (2, tp(2))),
     ],
 )
 def test_a_final_save_loads_under_any_layout(tmp_path: Path, before: tuple, after: tuple) -> None:
@@ -133,3 +132,36 @@ def save_at_once(run: Run, final: bool) -> None:
 
     _, checkpointer, _ = start(run, 2)
     checkpointer.save(at(0), final=final)
+
+
+@pytest.mark.parametrize("parallel", [PLAIN, SHARDED])
+def test_an_async_save_holds_its_own_step_however_late_it_is_written(tmp_path: Path, parallel: ParallelConfig) -> None:
+    """The writer wakes up after two more steps have changed every weight in place."""
+    late = run_ranks(1, job_with_a_late_writer, Run(save=str(tmp_path / "late"), parallel=parallel, flags={"async_save": True}))
+    run_ranks(1, job, Run(save=str(tmp_path / "now"), parallel=parallel), 1, 2, (2,))
+    resumed = [run_ranks(1, job, Run(load=str(tmp_path / name), parallel=parallel), 1, 4) for name in ("late", "now")]
+    assert same(*resumed) and same(resumed[0], late)
+
+
+def job_with_a_late_writer(run: Run) -> Left:
+    def late(*arguments: object) -> None:
+        time.sleep(1.0)
+        write_and_sum(*arguments)
+
+    write_and_sum = writer._write_and_sum
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "_write_and_sum", late)
+        return job(run, 1, 4, (2,))
+
+
+def test_buckets_that_some_rank_has_no_part_of_are_saved_in_the_other_form(tmp_path: Path) -> None:
+    """On the last stage a norm of 32 weights is a bucket of its own here, and all of it is one data-parallel rank's."""
+    parallel = replace(OVERLAP, pipeline_model_parallel_size=2, ddp_bucket_size=1000)
+    run = Run(save=str(tmp_path / "4"), parallel=parallel, model=replace(DROPOUT, num_layers=2))
+    uninterrupted = run_ranks(4, job, run, 4, 3, (2,))
+    assert facts(tmp_path / "4", 2)["optimizer"]["form"] == "fully_reshardable"
+    assert same(run_ranks(4, job, replace(run, save=None, load=run.save), 4, 3), uninterrupted)
+    run_ranks(2, job, replace(run, save=str(tmp_path / "2")), 2, 1, (1,))
+    assert facts(tmp_path / "2", 1)["optimizer"]["form"] == "dp_reshardable"
+    with pytest.raises(RankError, match="cannot be cut for 2 data- and context-parallel ranks.*--dist-ckpt-optim-fully-reshardable"):
+        run_ranks(4, job, replace(run, save=None, load=str(tmp_path / "2")), 4, 1)
