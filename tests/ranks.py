@@ -15,6 +15,7 @@ import contextlib
 import copy
 import datetime
 import faulthandler
+import functools
 import gc
 import importlib
 import logging
@@ -48,6 +49,7 @@ STATEFUL = (
 )
 GRACE = 2.0  # seconds that the other ranks have to finish after one has failed
 CLEAN_UP = 30.0  # seconds for taking a finished call down
+MANY_THREADS = 64  # a worker with more still has groups of earlier calls, three threads each, and is replaced
 CALLS = 6  # of one worker: megatron-core's DDP is never freed (its backward hooks close a cycle through C++), nor are its groups' threads
 
 
@@ -131,6 +133,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             raise _error(workers, function, outcomes, directory, "")
         if not intact:
             raise _error(workers, function, left, directory, f"was not cleaned up in {CLEAN_UP:g} s")
+        intact = all(pickle.loads(outcome.payload) <= MANY_THREADS for outcome in left.values())
         return [pickle.loads(outcomes[rank].payload) for rank in range(world_size)]
     finally:
         if not intact:
@@ -266,11 +269,14 @@ def _work(call: _Call) -> Any:
     return function(*arguments)
 
 
-def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> None:
-    """Destroy groups and put torch's and megatron-core's globals back."""
+def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
+    """Destroy groups and put torch's and megatron-core's globals back; returns how many threads this process is left with."""
     import torch
     import torch.distributed as dist
 
+    _forget_cached_calls()
+    gc.collect()
+    _break_cycles()
     gc.collect()
     if dist.is_initialized():
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
@@ -282,6 +288,24 @@ def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> None:
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
+    return len(os.listdir("/proc/self/task"))
+
+
+def _forget_cached_calls() -> None:
+    """Empty megatron-core's lru_caches: one on a method keeps its object, and with it process groups and their threads."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("megatron")]:
+        for holder in [module, *(value for value in vars(module).values() if isinstance(value, type))]:
+            for value in vars(holder).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+
+
+def _break_cycles() -> None:
+    """megatron-core's DDP holds gradient accumulators whose hooks hold the DDP: a cycle through C++ that Python cannot collect."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    for left in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
+        vars(left).clear()
 
 
 def _state(module: Any) -> dict[str, Any]:

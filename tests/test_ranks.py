@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron_salt.config import ParallelConfig
 from megatron_salt.errors import UserError
+from tests import small
 from tests.ranks import RankError, run_ranks
 
 
@@ -83,6 +85,14 @@ def threads_and_names() -> tuple[int, str, str]:
     return torch.get_num_threads(), os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
+def train_a_little() -> None:
+    small.train(small.Case(parallel=ParallelConfig(use_distributed_optimizer=True)), dist.get_world_size(), steps=1)
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 def not_picklable() -> object:
     return lambda: None
 
@@ -136,6 +146,13 @@ def test_nothing_is_left_from_the_call_before():
     before = run_ranks(2, what_is_there)
     run_ranks(2, leaves_a_mess)
     assert run_ranks(2, what_is_there) == before
+
+
+def test_no_process_group_outlives_its_call():
+    before = run_ranks(2, num_threads)
+    run_ranks(2, train_a_little)
+    run_ranks(2, train_a_little)
+    assert run_ranks(2, num_threads) == before
 
 
 def test_a_result_that_does_not_pickle_is_an_error_with_its_rank():
