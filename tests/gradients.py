@@ -1,8 +1,8 @@
-"""The gradient of the whole model, whatever layout holds its parts, by GPTModel's names with global layer numbers."""
+"""Weights and gradients of the whole model, whatever layout holds the parts, by GPTModel's names with global layer numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,16 @@ def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dic
     run_pipeline(
         student.chunks, forward_step, placed, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
     )
-    mine = {}
     for chunk in student.chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             _gather_shards(chunk)
+    return whole_tensors(student, lambda param: param.main_grad)
+
+
+def whole_tensors(student: Student, read: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """What `read` gives for each parameter, of its shape; by default its value. Collective over all ranks; all receive."""
+    mine = {}
+    for chunk in student.chunks:
         model = unwrap(chunk)
         numbers = {f"decoder.layers.{local}.": layer.layer_number - 1 for local, layer in enumerate(model.decoder.layers)}
         for name, param in model.named_parameters():
@@ -42,10 +48,10 @@ def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dic
             elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
                 name = TIED_COPY
             gated = ".linear_fc1." in name and model.config.gated_linear_unit
-            mine[name] = _whole(param, param.main_grad.clone(), gated, student.mesh.groups.tp)
+            mine[name] = _whole(param, read(param).clone(), gated, student.mesh.groups.tp)
     stages: list[dict[str, Tensor]] = [{} for _ in range(student.mesh.groups.pp.size())]
     dist.all_gather_object(stages, mine, group=student.mesh.groups.pp)
-    return {name: gradient for stage in stages for name, gradient in stage.items()}
+    return {name: value for stage in stages for name, value in stage.items()}
 
 
 def _gather_shards(chunk: torch.nn.Module) -> None:
@@ -57,14 +63,14 @@ def _gather_shards(chunk: torch.nn.Module) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def _whole(param: Tensor, gradient: Tensor, gated: bool, group: dist.ProcessGroup) -> Tensor:
-    """A tensor-parallel rank's gradient -> the whole parameter's."""
-    parts = [torch.empty_like(gradient) for _ in range(group.size())]
-    dist.all_gather(parts, gradient.contiguous(), group=group)
+def _whole(param: Tensor, value: Tensor, gated: bool, group: dist.ProcessGroup) -> Tensor:
+    """A tensor-parallel rank's part -> the whole parameter's."""
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    dist.all_gather(parts, value.contiguous(), group=group)
     if not getattr(param, "tensor_model_parallel", False):
-        for part in parts:  # a parameter that all ranks hold has one gradient
-            torch.testing.assert_close(part, gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
-        return gradient
+        for part in parts:  # what all ranks hold is the same on all
+            torch.testing.assert_close(part, value, rtol=1e-5, atol=1e-6, equal_nan=True)
+        return value
     if gated:  # each rank holds its share of the gate, then its share of the values
         return torch.cat([half for halves in zip(*(part.chunk(2) for part in parts), strict=True) for half in halves])
     return torch.cat(parts, dim=param.partition_dim)

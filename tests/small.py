@@ -31,6 +31,19 @@ SMALL = ModelConfig(
     normalization="RMSNorm", position_embedding_type="rope", disable_bias_linear=True,
 )  # fmt: skip
 
+_GPT2 = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4)  # LayerNorm, GELU, biases, learned positions, tied
+MODELS = {
+    "tied": SMALL,
+    "untied": replace(SMALL, untie_embeddings_and_output_weights=True),
+    "gpt2": _GPT2,
+    # Squared ReLU, normed queries and keys, half of each head rotated, heads wider than hidden / heads, four groups of two heads.
+    "squared relu": replace(
+        SMALL, swiglu=False, squared_relu=True, qk_layernorm=True, rotary_percent=0.5, num_attention_heads=8, num_query_groups=4,
+        kv_channels=16, untie_embeddings_and_output_weights=True,
+    ),
+    "layer-normed queries": replace(_GPT2, qk_layernorm=True, swiglu=True, num_query_groups=2, position_embedding_type="none"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Case:

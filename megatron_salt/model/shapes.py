@@ -58,7 +58,7 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
         if count % virtual and not (embedding or loss):
             virtual_flag = flag("num_virtual_stages_per_pipeline_rank")
             raise UserError(f"{count} layers of pipeline stage {stage} are not divisible by {virtual_flag} {virtual}")
-    if min(layers) < 0 or (virtual == 1 and min(layers) < 1):
+    if min(layers) < 1:
         raise UserError(f"--num-layers {model.num_layers} over {pp_flag} {stages} leaves a stage without a layer: {layers}")
     return layers
 

@@ -18,31 +18,15 @@ from torch import Tensor
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
-from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.config import ParallelConfig
 from megatron_salt.train.step import Student, unwrap
 from tests.gradients import TIED_COPY, whole_gradients
 from tests.grids import grid
 from tests.ranks import run_ranks
-from tests.small import SMALL, Case, Curve, batch, build_student, save_weights, train_student
+from tests.small import MODELS, Case, Curve, batch, build_student, save_weights, train_student
 
 STEPS = 3
-
-TIED = SMALL
-UNTIED = replace(SMALL, untie_embeddings_and_output_weights=True)
-GPT2 = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4)  # LayerNorm, GELU, biases, learned positions, tied
-MODELS = {
-    "tied": TIED,
-    "untied": UNTIED,
-    "gpt2": GPT2,
-    # Squared ReLU, normed queries and keys, half of each head rotated, heads wider than hidden / heads, four groups of two heads.
-    "squared relu": replace(
-        SMALL, swiglu=False, squared_relu=True, qk_layernorm=True, rotary_percent=0.5, num_attention_heads=8, num_query_groups=4,
-        kv_channels=16, untie_embeddings_and_output_weights=True,
-    ),
-    "layer-normed queries": replace(GPT2, qk_layernorm=True, swiglu=True, num_query_groups=2, position_embedding_type="none"),
-}  # fmt: skip
-
-
+TIED, UNTIED = MODELS["tied"], MODELS["untied"]
 
 
 def parallel(tp: int = 1, pp: int = 1, vp: int = 1, cp: int = 1, sp: bool = False, **others: object) -> ParallelConfig:

@@ -1,0 +1,138 @@
+"""Attention sees what it should: causal, inside documents, under context parallelism; its dropout differs between heads' ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.utils import get_model_config
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.model.attention import attention_mask, positions_of
+from megatron_salt.train.step import unwrap
+from tests.ranks import run_ranks
+from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Group:
+    """As much of a process group as a mask needs."""
+
+    ranks: int
+    own: int = 0
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.own
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_a_token_sees_itself_and_earlier_tokens_of_its_document(context, with_documents):
+    """Oracle: the definition, pair by pair, with queries and keys where zigzag puts them."""
+    length = 16
+    documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 10, [0] * 16]) if with_documents else None
+    for rank in range(context):
+        mask = attention_mask(documents, length, Group(context, rank), CPU)
+        queries = positions_of(length, context, rank, CPU).tolist()
+        keys = [position for other in range(context) for position in positions_of(length, context, other, CPU).tolist()]
+        if context == 1 and not with_documents:
+            assert mask is None  # causal, without a mask in memory
+            continue
+        for sample in range(mask.size(0)):
+            expected = [[key <= query and (documents is None or documents[sample, key] == documents[sample, query]) for key in keys]
+                        for query in queries]  # fmt: skip
+            assert mask[sample, 0].tolist() == expected
+        assert sorted(keys) == list(range(length)) and mask.shape == (2 if with_documents else 1, 1, length // context, length)
+
+
+def hidden_states(case: Case, tokens: Tensor, positions: Tensor, documents: Tensor | None) -> Tensor:
+    model = unwrap(build_student(case, 1).chunks[0]).eval()
+    with torch.no_grad():
+        return model(tokens, positions, attention_mask(documents, tokens.size(1), model.cp_group, CPU))
+
+
+@pytest.mark.parametrize("model", ["tied", "gpt2"])
+def test_a_document_is_what_it_would_be_alone(model):
+    """Packed with others into one sample; positions restart, which learned ones need and rotary ones do not notice."""
+    lengths = [9, 1, SEQ_LENGTH - 10]
+    tokens = torch.randint(0, VOCABULARY, (1, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
+    documents = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    case = Case(model=MODELS[model])
+    packed = run_ranks(1, hidden_states, case, tokens, positions, documents)[0]
+    if model == "tied":
+        running = run_ranks(1, hidden_states, case, tokens, torch.arange(SEQ_LENGTH)[None], documents)[0]
+        torch.testing.assert_close(running, packed)
+    for number in range(len(lengths)):
+        own = documents[0] == number
+        alone = run_ranks(1, hidden_states, case, tokens[:, own], positions[:, own], None)[0]
+        torch.testing.assert_close(packed[own], alone, rtol=1e-5, atol=1e-5)
+    mixed = run_ranks(1, hidden_states, case, tokens, positions, None)[0]
+    torch.testing.assert_close(packed[: lengths[0]], mixed[: lengths[0]], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(packed[lengths[0] :], mixed[lengths[0] :], atol=1e-3)
+
+
+def test_later_tokens_do_not_matter():
+    tokens = torch.randint(0, VOCABULARY, (2, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % VOCABULARY
+    positions = torch.arange(SEQ_LENGTH).expand(2, -1)
+    before, after = (run_ranks(1, hidden_states, Case(), some, positions, None)[0] for some in (tokens, changed))
+    torch.testing.assert_close(before[:20], after[:20], rtol=0, atol=0)
+    assert not torch.allclose(before[20:], after[20:], atol=1e-3)
+
+
+def dropped(case: Case, world_size: int, train: bool) -> tuple[Tensor, Tensor]:
+    """What core attention gives for the same heads on every rank, and the hidden states of the whole model."""
+    student = build_student(case, world_size)
+    model = unwrap(student.chunks[0]).train(train)
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(8, 2, heads, 16, generator=generator) for heads in (4, 2, 2))
+    core = model.decoder.layers[0].self_attention.core_attention(query, key, value, None)
+    tokens = torch.arange(2 * SEQ_LENGTH).view(2, SEQ_LENGTH)
+    assert get_model_config(model).attention_dropout == case.model.attention_dropout
+    return core.detach(), model(tokens, torch.arange(SEQ_LENGTH).expand(2, -1), None).detach()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout_differs_where_activations_are_split_and_agrees_where_they_are_copies(sequence_parallel):
+    """Ranks hold different heads, so their attention drops differently; without sequence parallelism each has all hidden states."""
+    sizes = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    case = Case(sizes, replace(MODELS["tied"], attention_dropout=0.3, hidden_dropout=0.3))
+    (core_0, hidden_0), (core_1, hidden_1) = run_ranks(2, dropped, case, 2, True)
+    assert not torch.equal(core_0, core_1)
+    assert hidden_0.size(0) == (SEQ_LENGTH // 2 if sequence_parallel else SEQ_LENGTH)
+    if not sequence_parallel:
+        torch.testing.assert_close(hidden_0, hidden_1, rtol=1e-5, atol=1e-5)
+
+
+def dropped_embedding(case: Case) -> Tensor:
+    """Which channels of the embedding are dropped on this rank's half of the sequence."""
+    model = unwrap(build_student(case, 2).chunks[0])
+    tokens = torch.zeros(2, SEQ_LENGTH, dtype=torch.int64)
+    return model.embedding(tokens, torch.arange(SEQ_LENGTH).expand(2, -1)).detach() == 0
+
+
+def test_halves_of_a_sequence_drop_differently_under_sequence_parallelism():
+    """Of one token repeated, so that without dropout, or with one mask, both halves are the same."""
+    sizes = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    first, second = run_ranks(2, dropped_embedding, Case(sizes, replace(MODELS["tied"], hidden_dropout=0.5)))
+    assert first.shape == second.shape and not torch.equal(first, second)
+    assert first.float().mean() == pytest.approx(0.5, abs=0.05) and second.float().mean() == pytest.approx(0.5, abs=0.05)
+    first, second = run_ranks(2, dropped_embedding, Case(sizes))
+    assert not first.any() and not second.any()
+
+
+def test_evaluation_drops_nothing():
+    dropout = Case(model=replace(MODELS["tied"], attention_dropout=0.3, hidden_dropout=0.3))
+    for with_dropout, without in zip(run_ranks(1, dropped, dropout, 1, False)[0], run_ranks(1, dropped, Case(), 1, True)[0], strict=True):
+        assert torch.equal(with_dropout, without)
