@@ -8,32 +8,39 @@ anything is written. `--help` and mistakes in flags need neither torch nor other
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_salt.cli import exit_status, parse
 from megatron_salt.config import RunConfig
+from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.train.plan import RunPlan, plan_run
 from megatron_salt.train.signals import SignalWatch
 
+PATIENCE = 10.0  # seconds that other ranks leave to the one that reports a mistake
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what `argv` asks for; the exit status."""
     started = time.monotonic()
-    return exit_status(lambda: pretrain(parse(sys.argv[1:] if argv is None else argv), started))
+    return exit_status(lambda: with_one_voice(lambda: pretrain(parse(sys.argv[1:] if argv is None else argv), started)))
 
 
 def pretrain(config: RunConfig, started: float) -> None:
     """Train as configured. started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts."""
-    watch = SignalWatch() if config.training.exit_signal_handler else None
     layout, plan = check(config, world_size_from_environment())
+    watch = SignalWatch() if config.training.exit_signal_handler else None
+    try:
+        from megatron_salt.train.session import run_session  # torch and megatron-core, whose imports take seconds
 
-    from megatron_salt.train.session import run_session  # torch and megatron-core, whose imports take seconds
-
-    run_session(config, layout, plan, watch, started)
+        run_session(config, layout, plan, watch, started)
+    finally:
+        if watch is not None:
+            watch.restore()
 
 
 def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
@@ -42,6 +49,20 @@ def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
     check_shapes(config.model, config.parallel, config.training.seq_length)
     check_masking(config.model, config.data)
     return layout, plan_run(config.training, config.parallel, layout)
+
+
+def with_one_voice(action: Callable[[], None]) -> None:
+    """Let one rank of a node report a mistake that all of them find.
+
+    Most mistakes are found by every rank. The launcher ends the others as soon as the first has spoken and left; who has not been
+    ended by then has found something of its own, and speaks too.
+    """
+    try:
+        action()
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)
+        raise
 
 
 if __name__ == "__main__":

@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,9 +112,45 @@ def the_error(err: str) -> str:
 def _main(words: list[str], within: Callable[[], contextlib.AbstractContextManager[Any]]) -> Ended:
     in_the_pool = mock.patch("megatron_salt.train.session.distributed", return_value=contextlib.nullcontext())
     out, err = io.StringIO(), io.StringIO()
-    with in_the_pool, within(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    impatient = mock.patch.object(pretrain, "PATIENCE", 0.0)
+    with in_the_pool, impatient, within(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = pretrain.main(words)
     return Ended(status, out.getvalue(), err.getvalue())
+
+
+def begin(directory: Path, world_size: int = 1, **flags: Any) -> list[Process]:
+    """The program in processes of their own, which can be killed; their output goes to DIRECTORY/rank-R. Cheap: the pool's fork
+    server has made the imports."""
+    run_ranks(1, os.getpid)  # there is a fork server now
+    rendezvous = tempfile.mktemp(prefix="rendezvous-", dir=directory)
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=_alone, args=(argv(**flags), rank, world_size, rendezvous, directory / f"rank-{rank}"))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _alone(words: list[str], rank: int, world_size: int, rendezvous: str, output: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    @contextlib.contextmanager
+    def distributed(timeout: timedelta) -> Iterator[None]:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timeout)
+        yield
+        dist.barrier()
+
+    os.setpgrp()  # so that its writers die with it
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    with mock.patch("megatron_salt.train.session.distributed", distributed):
+        sys.exit(pretrain.main(words))
 
 
 def start(world_size: int = 1, **flags: Any) -> subprocess.Popen[str]:

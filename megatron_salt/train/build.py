@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,8 @@ from megatron_salt.train.resume import Progress, RunIdentity, schedule_follows_r
 from megatron_salt.train.step import Student
 
 log = logging.getLogger(__name__)
+
+PROBES = 16  # windows of a dataset
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     train, valid = open_training_data(config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod)
     if config.training.eval_iters and valid is None:
         raise UserError(f"--eval-iters {config.training.eval_iters} needs held-out data: give --valid-data-path or --valid-share")
+    for samples in (train, valid):
+        if samples is not None:
+            _probe(samples)
     return Inputs(tokenizer, train, valid)
+
+
+def _probe(samples: Samples) -> None:
+    """Look at a few windows of every dataset, first and last among them: data of another tokenizer is refused here and not hours later."""
+    first = 0
+    for windows in samples.windows:
+        samples.tokens(first + np.unique(np.linspace(0, len(windows) - 1, PROBES).astype(np.int64)))
+        first += len(windows)
 
 
 def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta) -> Run:

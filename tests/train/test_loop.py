@@ -1,0 +1,218 @@
+"""What the loop does besides stepping: evaluate, log, save, leave, profile, survive gradients that are not finite. Whole program."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_salt.data.batch import Batches, Microbatch
+from megatron_salt.train import loop
+from megatron_salt.train.metrics import STEP_KEYS
+from tests.program import (
+    DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, checkpoints, entries, losses, numbers, refused, run, state_of, tensors,
+    the_error, train, write_tokens,
+)  # fmt: skip
+
+OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def five_steps(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    """A plain run of 5 steps on one rank."""
+    save = tmp_path_factory.mktemp("five")
+    train(data_path=data, train_iters=5, save=save, **DROPOUT)
+    return save
+
+
+# ---- what it writes -----------------------------------------------------------------------------------------------------
+
+
+def test_every_step_is_in_the_jsonl_with_the_time_of_its_phases(five_steps: Path) -> None:
+    steps = entries(five_steps)
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
+    for entry in steps:
+        assert set(entry) == set(STEP_KEYS)
+        assert {"data", "forward-backward", "optimizer"} <= entry["phases"].keys() <= {
+            "data", "forward-backward", "optimizer", "eval", "save"}  # fmt: skip
+        inside = sum(entry["phases"][name] for name in ("data", "forward-backward", "optimizer"))
+        assert 0.5 * entry["seconds"] < inside <= entry["seconds"]
+        assert entry["tokens"] == GLOBAL_BATCH * SEQ_LENGTH and not entry["nonfinite"]
+    events = " ".join(entry["message"] for entry in entries(five_steps, "event"))
+    assert "parameters on 1 ranks" in events
+    assert f"40 samples take 40 from the train data, which has {NUM_WINDOWS}: 18 are repeats" in events
+
+
+def test_log_interval_thins_the_lines_and_nothing_else(tmp_path: Path, data: str, five_steps: Path) -> None:
+    ended = train(data_path=data, train_iters=5, save=tmp_path, log_interval=2, **DROPOUT)
+    assert [line.split()[1] for line in ended.out.splitlines() if "tokens/s" in line] == ["2/5", "4/5", "5/5"]
+    assert numbers(tmp_path) == numbers(five_steps)
+
+
+def test_tensorboard_holds_the_same_curve(five_steps: Path) -> None:
+    events = EventAccumulator(str(five_steps / "tensorboard"))
+    events.Reload()
+    assert {scalar.step: scalar.value for scalar in events.Scalars("train/loss")} == pytest.approx(losses(five_steps))
+    assert {"train/grad_norm", "train/lr", "time/optimizer"} <= set(events.Tags()["scalars"])
+
+
+def test_what_only_looks_on_changes_no_bit(tmp_path: Path, data: str, five_steps: Path) -> None:
+    """Evaluation, saving, garbage collection and profiling."""
+    watched = dict(save_interval=2, manual_gc=True, manual_gc_interval=2, profile=True, profile_step_start=2, profile_step_end=4)
+    train(data_path=data, train_iters=5, save=tmp_path, eval_iters=1, eval_interval=2, valid_data_path=data, **watched, **DROPOUT)
+    assert numbers(tmp_path) == numbers(five_steps)
+    assert tensors(tmp_path, 5) == tensors(five_steps, 5)
+    assert [(entry["step"], entry["name"]) for entry in entries(tmp_path, "eval")] == [(step, "valid") for step in (2, 4, 5)]
+    (trace,) = (tmp_path / "tensorboard").glob("*.pt.trace.json.gz")
+    assert trace.name == "rank0.steps2-3.pt.trace.json.gz"
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+
+
+@pytest.mark.parametrize("world_size, flags", [(1, {}), (2, dict(tensor_model_parallel_size=2)), (2, OVERLAP)])
+def test_the_held_out_loss_is_the_loss_on_that_data_without_dropout(tmp_path: Path, world_size: int, flags: dict[str, Any]) -> None:
+    """At learning rate 0 on as many windows as a batch has, a training step sees the same data with the same weights."""
+    data = write_tokens(tmp_path / "few", windows=GLOBAL_BATCH)
+    flags = dict(flags, data_path=data, valid_data_path=data, train_iters=2, lr=0, lr_warmup_iters=0, eval_iters=2, eval_interval=1)
+    train(world_size, **flags, save=tmp_path / "plain")
+    train(world_size, **flags, **DROPOUT, save=tmp_path / "dropout")
+    expected = losses(tmp_path / "plain")[1]
+    assert losses(tmp_path / "dropout")[1] != pytest.approx(expected, abs=1e-4)
+    for name in ("plain", "dropout"):
+        for entry in entries(tmp_path / name, "eval"):
+            assert entry["loss"] == pytest.approx(expected, abs=3e-6)
+            assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
+            assert entry["tokens"] == 2 * GLOBAL_BATCH * SEQ_LENGTH
+
+
+def test_the_named_ranks_profile(tmp_path: Path, data: str) -> None:
+    train(2, data_path=data, train_iters=3, tensorboard_dir=tmp_path, profile=True, profile_step_start=3, profile_step_end=9,
+          profile_ranks=[1])  # fmt: skip
+    assert [path.name for path in tmp_path.glob("*.gz")] == ["rank1.steps3-3.pt.trace.json.gz"]
+
+
+# ---- when it saves and leaves -------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_come_at_the_interval_and_at_the_end_and_the_last_ones_stay(tmp_path: Path, data: str) -> None:
+    flags = dict(data_path=data, train_iters=5, save_interval=1, use_distributed_optimizer=True)
+    train(**flags, save=tmp_path, keep_last=2)
+    assert checkpoints(tmp_path) == [4, 5]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
+    assert [state_of(tmp_path, step)["optimizer"]["form"] for step in (4, 5)] == ["dp_reshardable", "fully_reshardable"]
+
+
+
+@pytest.mark.parametrize(
+    "world_size, flags, told",
+    [
+        (1, dict(exit_interval=1), "step 1 is a multiple of --exit-interval 1"),
+        (2, dict(exit_duration_in_mins=0), "--exit-duration-in-mins 0.0 is over"),
+    ],
+)
+def test_a_run_that_leaves_early_has_saved(tmp_path: Path, data: str, world_size: int, flags: dict[str, Any], told: str) -> None:
+    ended = train(world_size, data_path=data, train_iters=5, save=tmp_path, **flags)
+    assert f"leaving: {told}" in ended.out and checkpoints(tmp_path) == [1]
+    assert entries(tmp_path, "event")[-1]["message"] == f"leaving: {told}"
+
+
+@contextlib.contextmanager
+def signal_to_rank_1_in_step_3() -> Iterator[None]:
+    """As if only one of the ranks had been told to leave."""
+    steps = iter(range(1, 100))
+
+    def train_step(*arguments: Any) -> Any:
+        if next(steps) == 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    original = loop.train_step
+    with mock.patch.object(loop, "train_step", train_step):
+        yield
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_all_ranks_leave_when_one_gets_a_signal_and_the_run_goes_on_later(tmp_path: Path, data: str, async_save: bool) -> None:
+    flags = dict(data_path=data, train_iters=5, exit_signal_handler=True, async_save=async_save, **OVERLAP)
+    ended = train(2, **flags, save=tmp_path / "two", save_interval=2, within=signal_to_rank_1_in_step_3)
+    assert "leaving: SIGTERM received" in ended.out and checkpoints(tmp_path / "two") == [2, 3]
+    train(2, **flags, save=tmp_path / "two", load=tmp_path / "two")
+    train(2, **flags, save=tmp_path / "one")
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
+    assert tensors(tmp_path / "two", 5) == tensors(tmp_path / "one", 5)
+
+
+# ---- gradients that are not finite --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nan_from(first: int, last: int) -> Iterator[None]:
+    """A NaN in the second microbatch of the last rank, in steps [first, last]."""
+
+    def fetch(self: Batches, consumed: int) -> list[Microbatch]:
+        microbatches = original(self, consumed)
+        if first <= consumed // GLOBAL_BATCH + 1 <= last and dist.get_rank() == dist.get_world_size() - 1:
+            microbatches[1].loss_mask[0, 3] = torch.nan
+        return microbatches
+
+    original = Batches.fetch
+    with mock.patch.object(Batches, "fetch", fetch):
+        yield
+
+
+@contextlib.contextmanager
+def nan_in_step_3() -> Iterator[None]:
+    with nan_from(3, 3):
+        yield
+
+
+@contextlib.contextmanager
+def nan_from_step_3_on() -> Iterator[None]:
+    with nan_from(3, 99):
+        yield
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(OVERLAP), dict(OVERLAP, bf16=True), dict(bf16=True), dict(tensor_model_parallel_size=2, bf16=True)]
+)
+def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, data: str, flags: dict[str, Any]) -> None:
+    """The next step's loss is that of a run that never saw the batch. LR and data advance."""
+    flags = dict(flags, data_path=data, train_iters=5)
+    train(2, **flags, save=tmp_path / "nan", within=nan_in_step_3)
+    train(2, **flags, save=tmp_path / "skip", skip_samples=f"{2 * GLOBAL_BATCH}:{3 * GLOBAL_BATCH}")
+    curve, other = entries(tmp_path / "nan"), entries(tmp_path / "skip")
+    assert [entry["nonfinite"] for entry in curve] == [False, False, True, False, False]
+    assert curve[2]["loss"] is None and curve[2]["grad_norm"] is None
+    assert (curve[3]["loss"], curve[3]["grad_norm"]) == (other[2]["loss"], other[2]["grad_norm"])
+    assert [(entry["lr"], entry["consumed_samples"]) for entry in curve] == [(entry["lr"], entry["consumed_samples"]) for entry in other]
+    assert math.isfinite(curve[4]["loss"])
+
+
+def test_too_many_of_them_in_a_row_end_the_run_naming_step_rank_and_microbatch(tmp_path: Path, data: str) -> None:
+    """Counted across a resume, too; the checkpoint before stands."""
+    flags = dict(OVERLAP, data_path=data, train_iters=9, max_nonfinite_steps=3, save=tmp_path)
+    message = refused(2, **flags, save_interval=2, within=nan_from_step_3_on)
+    told = ("3 steps in a row", "--max-nonfinite-steps 3", "step 5", "rank 1, microbatch 1 (samples ", "Parameters are those of step 2")
+    assert all(word in message for word in told), message
+    assert "microbatch 0" not in message and checkpoints(tmp_path) == [2, 4]
+    ended = run(2, **flags, load=tmp_path, within=nan_from_step_3_on)
+    assert [one.status for one in ended] == [2, 2] and "step 5: rank 1" in the_error(ended[0].err)
+    assert losses(tmp_path).keys() == {1, 2, 3, 4}  # the log ends with the last step that was carried out
+    train(2, **flags, load=tmp_path)
+    assert [entry["nonfinite"] for entry in entries(tmp_path)] == [False, False, True, True] + 5 * [False]
