@@ -12,11 +12,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one core a rank
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarning}"
 
 if [ "${SHORT:-0}" = 1 ]; then
-    length=(--train-iters 60 --eval-interval 30 --eval-iters 8)
-    below=0.85
+    length=(--train-iters 150 --eval-interval 50)
+    below=0.90
 else
     length=()
-    below=0.70
+    below=0.75
 fi
 
 step() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS"; }
