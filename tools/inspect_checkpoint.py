@@ -2,6 +2,7 @@
 
 Reads `state.json` and torch_dist's table of contents, the latter without the power to run code, so that a checkpoint from a
 stranger may be looked at. Needs no ranks and no GPU, and reads no weights unless --verify asks for every file's checksum.
+torch is imported only where the table of contents is read.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from typing import TYPE_CHECKING, Any
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.train import integrity, pickles, shelf
+from megatron_salt.train import integrity, shelf
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 RUN_YAML = "run.yaml"
 _NOT_THE_MODEL = ("optimizer.", "chained_", "rng")
@@ -42,6 +43,8 @@ class InspectConfig:
 
 def main(config: InspectConfig) -> int:
     """Print the report. Exit code 1 where files are damaged."""
+    from megatron_salt.train import pickles
+
     found = shelf.candidates(Path(config.load))
     if not found:
         raise UserError(f"--load {config.load} holds no checkpoint")
@@ -79,6 +82,8 @@ def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.Fil
 
 
 def _sizes(metadata: Metadata) -> list[str]:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
     tensors = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
     model = {key: entry for key, entry in tensors.items() if not key.startswith(_NOT_THE_MODEL)}
     dtypes = sorted({str(entry.properties.dtype).removeprefix("torch.") for entry in model.values()})
@@ -91,6 +96,8 @@ def _sizes(metadata: Metadata) -> list[str]:
 
 
 def _table(metadata: Metadata) -> list[str]:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     lines = []
     for key, entry in sorted(metadata.state_dict_metadata.items()):
         if isinstance(entry, TensorStorageMetadata):
@@ -102,7 +109,7 @@ def _table(metadata: Metadata) -> list[str]:
 
 
 def _size(entry: TensorStorageMetadata) -> int:
-    return math.prod(entry.size) * torch._utils._element_size(entry.properties.dtype)
+    return math.prod(entry.size) * entry.properties.dtype.itemsize
 
 
 def _bytes(count: float) -> str:

@@ -76,6 +76,7 @@ def test_a_resumed_run_continues_with_the_same_state(tmp_path: Path, async_save:
 
 
 def _leave_mesh() -> None:
+    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
