@@ -86,7 +86,9 @@ class CoreAttention(MegatronModule):
             key = gather_from_sequence_parallel_region(key, tensor_parallel_output_grad=True, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, tensor_parallel_output_grad=True, group=self.cp_group)
         dropout = self.dropout if self.training else 0.0
-        if dropout > 0:  # heads differ between tensor-parallel ranks, and so must their random numbers
+        # Heads differ between tensor-parallel ranks, and so must their random numbers. Under sequence parallelism the transformer
+        # block has forked the tracker for the whole layer; a fork inside a fork would draw the same numbers twice.
+        if dropout > 0 and not self.config.sequence_parallel:
             with get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, attention_mask, dropout)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import get_model_config
 
 from megatron_salt.config import ParallelConfig
@@ -97,7 +99,8 @@ def dropped(case: Case, world_size: int, train: bool) -> tuple[Tensor, Tensor]:
     model = unwrap(student.chunks[0]).train(train)
     generator = torch.Generator().manual_seed(5)
     query, key, value = (torch.randn(8, 2, heads, 16, generator=generator) for heads in (4, 2, 2))
-    core = model.decoder.layers[0].self_attention.core_attention(query, key, value, None)
+    with get_cuda_rng_tracker().fork() if case.parallel.sequence_parallel else nullcontext():  # as TransformerBlock does
+        core = model.decoder.layers[0].self_attention.core_attention(query, key, value, None)
     tokens = torch.arange(2 * SEQ_LENGTH).view(2, SEQ_LENGTH)
     assert get_model_config(model).attention_dropout == case.model.attention_dropout
     return core.detach(), model(tokens, torch.arange(SEQ_LENGTH).expand(2, -1), None).detach()

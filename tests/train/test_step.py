@@ -1,0 +1,118 @@
+"""A step: dropout survives recomputation, evaluation leaves no trace, a batch without a token does no harm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.train.evaluate import evaluate
+from megatron_salt.train.metrics import PhaseTimer
+from megatron_salt.train.step import Student, train_step
+from tests.ranks import run_ranks
+from tests.small import GLOBAL_BATCH, MODELS, SEQ_LENGTH, Case, Curve, batch, build_student, make_weights, train, train_student
+from tests.train.runs import left
+
+PLAIN = ParallelConfig()
+TP2 = ParallelConfig(tensor_model_parallel_size=2)
+INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
+OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+DROPOUT = replace(MODELS["tied"], hidden_dropout=0.2, attention_dropout=0.2)
+RECOMPUTE = [
+    dict(recompute_granularity="selective"),
+    dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2),
+    dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=3),
+]
+
+
+@pytest.mark.parametrize("parallel, world_size", [(PLAIN, 1), (TP2, 2), (replace(TP2, sequence_parallel=True), 2), (INTERLEAVED, 2)])
+def test_recomputation_drops_what_was_dropped(parallel, world_size):
+    """Losses and gradient norms of three steps are those without recomputation, bit for bit; and dropout was on."""
+    case = Case(parallel, DROPOUT)
+    kept = run_ranks(world_size, train, case, world_size)[0]
+    for recompute in RECOMPUTE:
+        if world_size == 2 and recompute["recompute_granularity"] == "full" and parallel == INTERLEAVED:
+            recompute = recompute | dict(recompute_num_layers=1)
+        recomputed = run_ranks(world_size, train, replace(case, parallel=replace(parallel, **recompute)), world_size)[0]
+        assert recomputed == kept, recompute
+    without = run_ranks(world_size, train, replace(case, model=MODELS["tied"]), world_size)[0]
+    assert abs(kept.losses[0] - without.losses[0]) > 1e-4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Batches by position, as `Batches` fetches them."""
+
+    student: Student
+    case: Case
+
+    def fetch(self, consumed: int) -> Sequence[Microbatch]:
+        return batch(self.student, self.case, 20 + consumed // GLOBAL_BATCH)
+
+
+def evaluated(student: Student, case: Case, num_batches: int) -> dict[str, float]:
+    held_out: Any = HeldOut(student, case)
+    return evaluate(student.chunks, held_out, num_batches, student.mesh, SEQ_LENGTH, case.micro_batch_size, GLOBAL_BATCH)
+
+
+def evaluate_weights(case: Case, world_size: int, weights: Any) -> dict[str, float]:
+    return evaluated(build_student(case, world_size, weights), case, 2)
+
+
+def slow_mean(case: Case, weights: Any) -> dict[str, float]:
+    """The mean over the tokens of both batches, from the losses that training steps of no size tell."""
+    student = build_student(replace(case, learning_rate=0.0), 1, weights)
+    losses = train_student(student, case, 2, start=20).losses
+    tokens = [float(sum(part.loss_mask.sum() for part in batch(student, case, step))) for step in (20, 21)]
+    return {"tokens": sum(tokens), "loss": sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)}
+
+
+@pytest.mark.parametrize("parallel, world_size", [
+    (PLAIN, 1), (PLAIN, 2), (INTERLEAVED, 2), (replace(OVERLAP, context_parallel_size=2), 4), (replace(TP2, pipeline_model_parallel_size=2), 4),
+])  # fmt: skip
+def test_evaluation_is_the_mean_per_token_without_dropout_under_any_layout(tmp_path, parallel, world_size):
+    """Every rank receives it."""
+    case = Case(PLAIN, MODELS["tied"])
+    run_ranks(1, make_weights, case, tmp_path / "w")
+    expected = run_ranks(1, slow_mean, case, tmp_path / "w")[0]
+    for figures in run_ranks(world_size, evaluate_weights, replace(case, model=DROPOUT, parallel=parallel), world_size, tmp_path / "w"):
+        assert figures == pytest.approx(expected, rel=1e-6)
+
+
+def train_and_look(case: Case, world_size: int, look: bool) -> tuple[Curve, Any]:
+    student = build_student(case, world_size)
+    first = train_student(student, case, 2)
+    if look:
+        for _ in range(2):
+            assert math.isfinite(evaluated(student, case, 1)["loss"])
+        assert evaluated(student, case, 1) == evaluated(student, case, 1)
+    second = train_student(student, case, 1, start=2)
+    return Curve(first.losses + second.losses, first.grad_norms + second.grad_norms), left(student, None, [])
+
+
+@pytest.mark.parametrize("parallel, world_size", [(PLAIN, 1), (replace(OVERLAP, ddp_bucket_size=2_000), 2), (INTERLEAVED, 2)])
+def test_evaluation_leaves_no_trace(parallel, world_size):
+    """Not in parameters, optimizer or random state, nor in a parameter gather that is under way; dropout is on again after it."""
+    case = Case(parallel, DROPOUT)
+    assert run_ranks(world_size, train_and_look, case, world_size, True) == run_ranks(world_size, train_and_look, case, world_size, False)
+
+
+def step_without_tokens(case: Case, world_size: int) -> tuple[float, bool, bool]:
+    student = build_student(case, world_size)
+    train_student(student, case, 1)
+    empty = [replace(part, loss_mask=torch.zeros_like(part.loss_mask)) for part in batch(student, case, 1)]
+    outcome = train_step(student, empty, PhaseTimer())
+    return outcome.grad_norm, outcome.applied, all(math.isfinite(loss) for loss in train_student(student, case, 1, start=2).losses)
+
+
+def test_a_batch_without_a_valid_token_has_no_gradient():
+    for grad_norm, applied, goes_on in run_ranks(2, step_without_tokens, Case(OVERLAP), 2):
+        assert grad_norm == 0 and applied and goes_on
