@@ -19,19 +19,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+from results import result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import megatron_salt.parallel.cpu  # noqa: E402, F401  (before megatron: see there)
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # noqa: E402
-from megatron.core.datasets.utils import Split  # noqa: E402
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: see there)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
 
-from megatron_salt.config import DataConfig  # noqa: E402
-from megatron_salt.data.batch import Batches, Samples, open_training_data  # noqa: E402
+from megatron_salt.config import DataConfig
+from megatron_salt.data.batch import Batches, Samples, open_training_data
 
 VOCABULARY, EOD, SEED = 32_000, 0, 1234
 BATCH = 64
@@ -41,7 +43,7 @@ class Tokenizer:
     """All that GPTDataset asks of one."""
 
     eod, pad, pad_id, vocab_size = EOD, VOCABULARY, VOCABULARY, VOCABULARY
-    unique_identifiers = {"class": "Tokenizer", "vocabulary": VOCABULARY}
+    unique_identifiers: ClassVar = {"class": "Tokenizer", "vocabulary": VOCABULARY}
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,6 @@ def main() -> None:
     result("startup_1e8_over_mcore_first", start_large.ratio, 1.0)
     result("startup_1e8_s", start_large.ours_s, 1.0, lower_is_better=True)
     result("open_1e9_and_find_last_s", huge_s, 1.0, lower_is_better=True)
-
-
-def result(name: str, value: float, goal: float, lower_is_better: bool = False) -> None:
-    good = value <= goal if lower_is_better else value >= goal
-    print(f"RESULT name={name} value={value:.4g} goal={'<=' if lower_is_better else '>='}{goal:g} {'ok' if good else 'short'}")
 
 
 def compare_speed(title: str, corpus: Corpus) -> float:

@@ -1,7 +1,8 @@
 """The yardstick of train_step.py: the same decoder and the same training step in PyTorch alone, without megatron-core.
 
-Written as one would write it for speed on one device: packed projections, scaled-dot-product attention, fused AdamW. In bfloat16 it keeps
-float32 main parameters and adds gradients up in float32, as mixed-precision training does; without them it would do less work.
+Written as one would write it for speed on one device: packed projections, scaled-dot-product attention, fused AdamW. In
+bfloat16 it keeps float32 main parameters and adds gradients up in float32, as mixed-precision training does; without them it
+would do less work.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
     python benchmarks/train_step.py             about three minutes
     python benchmarks/train_step.py --full      four times as many steps
-    python benchmarks/train_step.py --profile   operator by operator, where the two differ
+    python benchmarks/train_step.py --profile   where the time of a step goes, and where the two differ
 
-Both start from the same weights, take the same batches in turns, one step each, and must arrive at the same losses. The ratio is the
-median over pairs of neighbouring steps, so that load on the machine hits both alike; "CPU" is the same ratio in CPU seconds, which
-other processes disturb less. One thread.
+Both start from the same weights, take the same batches in turns, one step each, and must arrive at the same losses. The
+ratio is the median over pairs of neighbouring steps, so that load on the machine hits both alike. One thread.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +24,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-warnings.filterwarnings("ignore", module="megatron")
+import numpy as np
+import torch
+from plain_gpt import Batch, PlainGPT, PlainTrainer
+from results import result
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from plain_gpt import Batch, PlainGPT, PlainTrainer  # noqa: E402
-from results import result  # noqa: E402
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 import megatron_salt.parallel.cpu as cpu  # noqa: E402  (before megatron: see there)
 from megatron_salt.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig  # noqa: E402
@@ -63,6 +62,15 @@ Step = Callable[[], float]
 
 
 @dataclass(frozen=True)
+class Pair:
+    """The same model and batches, twice."""
+
+    ours: Step
+    plain: Step
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds of one step of each, taken next to each other: wall clock, and CPU time of this process."""
 
@@ -77,36 +85,42 @@ def main() -> None:
     asked.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     asked.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     asked.add_argument("--full", action="store_true", help="four times as many steps")
-    asked.add_argument("--profile", action="store_true", help="profile two steps of each instead of timing them")
+    asked.add_argument("--profile", action="store_true", help="profile three steps of each instead of timing them")
     flags = asked.parse_args()
     torch.set_num_threads(1)
     assert cpu.device().type == "cpu", "this benchmark is about the CPU"
     with distributed(timedelta(minutes=5)):
         mesh = make_student_mesh(Layout())
-        ratios = {}
-        print(f"{TOKENS} tokens a step: {MICROBATCHES} microbatches of {MICRO_BATCH} x {SEQ_LENGTH}; vocabulary {VOCABULARY}; 1 thread")
-        if not flags.profile:
-            print(f"{'':27}{'tokens/s: ours':>17}{'plain':>8}{'ratio':>8}{'quartiles':>16}{'CPU':>8}{'pairs':>7}")
-        for model in flags.models:
-            for dtype in flags.dtypes:
-                ours, plain, parameters = make_pair(MODELS[model], DTYPES[dtype], mesh)
-                if flags.profile:
-                    compare_profiles(f"{model} {dtype}", ours, plain)
-                    continue
-                agree_on(ours, plain, tolerance=1e-4 if dtype == "fp32" else 1e-2)
-                ratios[f"{model}_{dtype}"] = report(model, dtype, parameters, take_turns(ours, plain, seconds=160 if flags.full else 40))
+        print(f"{TOKENS} tokens a step: {MICROBATCHES} x {MICRO_BATCH} x {SEQ_LENGTH}; vocabulary {VOCABULARY}; 1 thread")
+        wanted = [(model, dtype) for model in flags.models for dtype in flags.dtypes]
+        pairs = {(model, dtype): make_pair(MODELS[model], DTYPES[dtype], mesh) for model, dtype in wanted}
+        if flags.profile:
+            for (model, dtype), pair in pairs.items():
+                compare_profiles(f"{model} {dtype}", pair)
+        else:
+            compare_speed(pairs, seconds=160 if flags.full else 40)
+
+
+def compare_speed(pairs: dict[tuple[str, str], Pair], seconds: float) -> None:
+    """Time each pair for about that long; a table, and the figures."""
+    ratios = {}
+    print(f"{'':27}{'tokens/s: ours':>17}{'plain':>8}{'ratio':>8}{'quartiles':>16}{'CPU':>8}{'busy':>6}{'pairs':>7}")
+    for (model, dtype), pair in pairs.items():
+        agree(pair, tolerance=1e-4 if dtype == "fp32" else 1e-2)
+        ratios[f"{model}_{dtype}"] = report(f"{model:>8}{dtype:>7}", pair, take_turns(pair, seconds))
+    print("CPU: the ratio in CPU seconds. busy: share of a core that this process got; far from 100%, read CPU, not ratio.")
     for name, ratio in ratios.items():
         result(f"tokens_per_s_over_plain_{name}", ratio, GOAL)
 
 
-def make_pair(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Step, Step, int]:
-    """Our step and the plain one, from the same weights on the same batches, and the number of parameters."""
+def make_pair(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> Pair:
+    """Our step and the plain one, from the same weights on the same batches."""
     config = RunConfig(
         model=model,
         optimizer=OPTIMIZER,
         training=TrainingConfig(
-            seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * MICROBATCHES, train_iters=10_000,
-            bf16=dtype == torch.bfloat16,
+            seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * MICROBATCHES,
+            train_iters=10_000, bf16=dtype == torch.bfloat16,
         ),
     )  # fmt: skip
     seed_everything(config.training.seed, mesh)
@@ -123,7 +137,7 @@ def make_pair(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Step,
         tokens, loss = sums.sum(0).tolist()
         return loss / tokens
 
-    return step_ours, lambda: trainer.step(batches), count_parameters(student)
+    return Pair(step_ours, lambda: trainer.step(batches), count_parameters(student))
 
 
 def copy_weights(student: Student, plain: PlainGPT, dtype: torch.dtype) -> None:
@@ -156,22 +170,22 @@ def random_microbatches() -> list[Microbatch]:
     return [Microbatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), mask, positions, None, ids) for part in tokens]
 
 
-def agree_on(ours: Step, plain: Step, tolerance: float) -> None:
+def agree(pair: Pair, tolerance: float) -> None:
     """Two steps of warm-up, which show that both train the same model."""
     for _ in range(2):
-        our_loss, plain_loss = ours(), plain()
-        assert abs(our_loss - plain_loss) < tolerance, f"not the same training: {our_loss} and {plain_loss}"
+        ours, plain = pair.ours(), pair.plain()
+        assert abs(ours - plain) < tolerance, f"not the same training: loss {ours} and {plain}"
 
 
-def take_turns(ours: Step, plain: Step, seconds: float) -> list[Timing]:
-    """Pairs of steps for about that long, at least 5; every second one has the plain step first."""
+def take_turns(pair: Pair, seconds: float) -> list[Timing]:
+    """Steps of both for about that long, at least 5 of each; every second time the plain one goes first."""
     timings: list[Timing] = []
     end = time.perf_counter() + seconds
     while len(timings) < 5 or time.perf_counter() < end:
         if len(timings) % 2:
-            (plain_s, plain_cpu), (ours_s, ours_cpu) = timed(plain), timed(ours)
+            (plain_s, plain_cpu), (ours_s, ours_cpu) = timed(pair.plain), timed(pair.ours)
         else:
-            (ours_s, ours_cpu), (plain_s, plain_cpu) = timed(ours), timed(plain)
+            (ours_s, ours_cpu), (plain_s, plain_cpu) = timed(pair.ours), timed(pair.plain)
         timings.append(Timing(ours_s, plain_s, ours_cpu, plain_cpu))
     return timings
 
@@ -183,40 +197,74 @@ def timed(step: Step) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - busy
 
 
-def report(model: str, dtype: str, parameters: int, timings: list[Timing]) -> float:
+def report(title: str, pair: Pair, timings: list[Timing]) -> float:
     """A line of the table; returns the ratio."""
     ours = TOKENS / statistics.median(timing.ours for timing in timings)
     plain = TOKENS / statistics.median(timing.plain for timing in timings)
     low, ratio, high = statistics.quantiles([timing.plain / timing.ours for timing in timings], n=4)
-    busy = statistics.median(timing.plain_cpu / timing.ours_cpu for timing in timings)
+    cpu_ratio = statistics.median(timing.plain_cpu / timing.ours_cpu for timing in timings)
+    busy = sum(timing.ours_cpu + timing.plain_cpu for timing in timings) / sum(timing.ours + timing.plain for timing in timings)
     print(
-        f"{model:>8}{dtype:>7}{parameters / 1e6:>11.1f}M{ours:>17.0f}{plain:>8.0f}{ratio:>7.3f}x{f'{low:.3f}-{high:.3f}':>16}"
-        f"{busy:>7.3f}x{len(timings):>7}", flush=True,
+        f"{title}{pair.parameters / 1e6:>11.1f}M{ours:>17.0f}{plain:>8.0f}{ratio:>7.3f}x{f'{low:.3f}-{high:.3f}':>16}"
+        f"{cpu_ratio:>7.3f}x{busy:>6.0%}{len(timings):>7}", flush=True,
     )  # fmt: skip
     return ratio
 
 
-def compare_profiles(title: str, ours: Step, plain: Step, rows: int = 30) -> None:
-    """Milliseconds a step that each operator takes itself, without those it calls; where the two differ most comes first."""
-    spent = {"ours": self_milliseconds(ours), "plain": self_milliseconds(plain)}
-    print(f"\n{title:54}{'ours, ms':>10}{'calls':>7}{'plain, ms':>11}{'calls':>7}{'difference':>12}")
-    none = (0.0, 0.0)
-    table = [(name, *spent["ours"].get(name, none), *spent["plain"].get(name, none)) for name in spent["ours"] | spent["plain"]]
-    table.sort(key=lambda row: -abs(row[1] - row[3]))
-    shown = table[:rows]
-    for label, part in (("", shown), ("others", table[rows:]), ("all", table)):
-        lines: Sequence = part if not label else [(label, *(sum(row[column] for row in part) for column in range(1, 5)))]
-        for name, our_ms, our_calls, plain_ms, plain_calls in lines:
-            print(f"{name[:54]:54}{our_ms:>10.1f}{our_calls:>7.0f}{plain_ms:>11.1f}{plain_calls:>7.0f}{our_ms - plain_ms:>12.1f}")
+def compare_profiles(title: str, pair: Pair, num_operators: int = 25) -> None:
+    """Milliseconds of a step by kind of work, and of the operators that the two differ most in."""
+    ours, plain = profiled(pair.ours), profiled(pair.plain)
+    print(f"\n{title:50}{'ours, ms':>10}{'calls':>7}{'plain, ms':>11}{'calls':>7}{'difference':>12}")
+    for kind in (*KINDS, ELSEWHERE):
+        print_row(kind, *(total([spent for name, spent in step.items() if kind_of(name) == kind]) for step in (ours, plain)))
+    print_row("all", total(ours.values()), total(plain.values()))
+    print("-- operators")
+    table = [(name, ours.get(name, Spent()), plain.get(name, Spent())) for name in ours | plain]
+    table.sort(key=lambda row: -abs(row[1].ms - row[2].ms))
+    for row in table[:num_operators]:
+        print_row(*row)
 
 
-def self_milliseconds(step: Step, steps: int = 2) -> dict[str, tuple[float, float]]:
-    """{operator: (ms, calls) a step}, under torch's profiler, whose own cost counts for the operator's caller."""
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "optimizer": ("aten::_fused_adamw_",),
+    "copies, fills": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
+    "element by element, sums, look-ups": ("aten::",),
+}
+"""Operators by the start of their names; the first that fits."""
+
+ELSEWHERE = "Python, autograd"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Time inside one operator, without those that it calls."""
+
+    ms: float = 0.0
+    calls: float = 0.0
+
+
+def kind_of(operator: str) -> str:
+    return next((kind for kind, starts in KINDS.items() if operator.startswith(starts)), ELSEWHERE)
+
+
+def total(spent: Iterable[Spent]) -> Spent:
+    together = list(spent)
+    return Spent(sum(one.ms for one in together), sum(one.calls for one in together))
+
+
+def print_row(name: str, ours: Spent, plain: Spent) -> None:
+    print(f"{name[:50]:50}{ours.ms:>10.1f}{ours.calls:>7.0f}{plain.ms:>11.1f}{plain.calls:>7.0f}{ours.ms - plain.ms:>12.1f}")
+
+
+def profiled(step: Step, steps: int = 3) -> dict[str, Spent]:
+    """By operator, of one step, under torch's profiler, whose own cost counts for whoever calls the operator."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             step()
-    return {event.key: (event.self_cpu_time_total / 1e3 / steps, event.count / steps) for event in profile.key_averages()}
+    return {event.key: Spent(event.self_cpu_time_total / 1e3 / steps, event.count / steps) for event in profile.key_averages()}
 
 
 if __name__ == "__main__":
