@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_salt.errors import UserError
-from megatron_salt.train.integrity import METADATA, DamagedCheckpoint
+from megatron_salt.train.integrity import METADATA
 
 COMMON = "common.pt"
 """Where megatron-core 0.16 looks for what is no tensor."""
@@ -37,6 +37,10 @@ _METADATA_CLASSES = {
 }  # fmt: skip
 
 
+class Unreadable(UserError):
+    """A pickle of another release of torch, or a broken one where checksums were not looked at first."""
+
+
 class UnsafePickle(UserError):
     """A pickle asks for something that no checkpoint needs. Nothing of it was executed."""
 
@@ -51,7 +55,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """torch_dist's table of contents, read without the power to run code. Raises UnsafePickle or DamagedCheckpoint."""
+    """torch_dist's table of contents, read without the power to run code. Raises UnsafePickle or Unreadable."""
     path = directory / METADATA
     try:
         with open(path, "rb") as file:
@@ -59,7 +63,7 @@ def read_metadata(directory: Path) -> Metadata:
     except UnsafePickle as error:
         raise UnsafePickle(f"{path}: {error}; it was not loaded") from None
     except Exception as error:  # a damaged pickle fails in any way it likes
-        raise DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
+        raise Unreadable(f"{path}: torch {torch.__version__} cannot read it: {type(error).__name__}: {error}") from None
     if not isinstance(metadata, Metadata):
         raise UnsafePickle(f"{path}: holds a {type(metadata).__name__}, not torch_dist metadata")
     return metadata
@@ -90,4 +94,4 @@ def _check_plain(stream: io.BytesIO, where: str) -> None:
     except pickle.UnpicklingError as error:
         raise UnsafePickle(f"{where}: {str(error).splitlines()[0]}; it was not loaded") from None
     except Exception as error:
-        raise DamagedCheckpoint(f"{where}: cannot be read: {type(error).__name__}: {error}") from None
+        raise Unreadable(f"{where}: torch {torch.__version__} cannot read it: {type(error).__name__}: {error}") from None

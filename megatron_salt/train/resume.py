@@ -145,8 +145,11 @@ def _open(directory: Path) -> Found:
         raise integrity.DamagedCheckpoint(f"{directory} is damaged:\n  " + "\n  ".join(damage))
 
     def read() -> Found:
-        metadata = pickles.check_pickles(directory, sums)
         facts = read_facts(directory)
+        try:
+            metadata = pickles.check_pickles(directory, sums)
+        except pickles.Unreadable as error:
+            raise UserError(f"{error}; it was written with torch {facts['torch']}") from None
         return Found(directory, facts, tensor_sizes(metadata))
 
     return from_rank_0(read)
