@@ -473,7 +473,7 @@ class CheckpointConfig:
     """Write checkpoints from a background process while training goes on."""
 
     dist_ckpt_optim_fully_reshardable: bool = False
-    """Write routine checkpoints' optimizer state so that it loads under any layout. It gathers on data-parallel rank 0, so it is slower; the last save always does."""
+    """Write routine checkpoints' optimizer state so that it loads under any layout, as the save at the run's last step always is. Slower: every data-parallel rank gathers its group's state in host memory, 12 bytes a parameter of its tp and pp share."""
 
     load_fallback: bool = False
     """When the newest checkpoint is damaged, report it and resume from the one before."""
@@ -485,7 +485,7 @@ class CheckpointConfig:
     """Resume on other data than the checkpoint's: optimizer and step stay, the new data starts at its beginning, and the change is recorded."""
 
     no_load_optim: bool = False
-    """Resume without the optimizer's state."""
+    """Resume without the optimizer's state; the schedule goes on at the checkpoint's step."""
 
     no_load_rng: bool = False
     """Resume without the random state."""
