@@ -12,10 +12,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one core a rank
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarning}"
 
 if [ "${SHORT:-0}" = 1 ]; then
-    length=(--train-iters 150 --eval-interval 50)
+    set -- --train-iters 150 --eval-interval 50 "$@"
     below=0.90
 else
-    length=()
     below=0.75
 fi
 
@@ -37,7 +36,7 @@ done
 
 step "training on two ranks"
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
-    -m megatron_salt.pretrain --config examples/quickstart.yaml "${length[@]}" "$@"
+    -m megatron_salt.pretrain --config examples/quickstart.yaml "$@"
 
 step "text from the model"
 "$PYTHON" tools/generate_text.py --load "$RUN/checkpoints" --prompt 'def read_' --max-new-tokens 80 --temperature 0.7

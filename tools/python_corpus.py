@@ -49,10 +49,10 @@ def write_corpus(config: CorpusConfig) -> None:
     files: dict[str, list[tuple[str, str]]] = {"train": [], "held_out": []}
     for name, text in modules(library):
         files["held_out" if is_held_out(name, config.held_out_share) else "train"].append((name, text))
-    files["train"] += [(f"help/{name}", text) for name, text in sorted(topics.items())]
     found = sum(len(text) for _, text in files["train"])
     if found < SMALLEST or not files["held_out"]:
         raise UserError(f"{library} holds {found} characters of source, too few to train on: this Python came without its library's source")
+    files["train"] += [(f"help/{name}", text) for name, text in sorted(topics.items())]
     for split, documents in files.items():
         path = Path(config.output_dir) / f"{split}.jsonl"
         write_lines(path, documents)

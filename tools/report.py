@@ -251,7 +251,7 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
     for number, curve in enumerate(curves):
         at, colour = curve.axis(x), f"C{number}"
         axes.plot(at, curve.losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(at, smoothed(curve.losses, max(1, len(at) // 50)), color=colour, label=f"{curve.name}, training")
+        axes.plot(at, smoothed(curve.losses, max(1, len(at) // 25)), color=colour, label=f"{curve.name}, training")
         evaluated = [step for step in curve.held_out if step in curve.steps]
         if evaluated:
             places = at[np.searchsorted(curve.steps, evaluated)]
