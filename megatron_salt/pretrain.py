@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_salt.cli import exit_status, parse
@@ -35,6 +36,8 @@ def pretrain(config: RunConfig, started: float) -> None:
     layout, plan = check(config, world_size_from_environment())
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
+        # Every rank would be told several times that there is no apex, which nobody needs.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
         from megatron_salt.train.session import run_session  # torch and megatron-core, whose imports take seconds
 
         run_session(config, layout, plan, watch, started)

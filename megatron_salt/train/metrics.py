@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_salt.config import LoggingConfig, ModelConfig
-from megatron_salt.train.sinks import Jsonl, Sink, TensorBoard, Wandb, require_package
+from megatron_salt.train.sinks import Jsonl, Sink, TensorBoard, Wandb, make_directory, require_package
 
 GIB = 2**30
 STEP_KEYS = ("kind", "time", "step", "consumed_samples", "loss", "lr", "grad_norm", "nonfinite", "tokens", "seconds",
@@ -267,6 +267,8 @@ def _open_sinks(logging: LoggingConfig, save: str | None, start_step: int, confi
     sinks: list[Sink] = []
     jsonl = jsonl_path(logging, save)
     directory = tensorboard_directory(logging, save)
+    if directory is not None:
+        make_directory(directory, TensorBoard.name)  # before a file is begun elsewhere
     if jsonl is not None:
         sinks.append(Jsonl(jsonl, start_step))
     if directory is not None:

@@ -11,15 +11,17 @@ import torch.distributed as dist
 import megatron_salt.parallel.cpu  # noqa: F401
 
 from megatron_salt.config import RunConfig
+from megatron_salt.errors import UserError
 from megatron_salt.parallel.agreement import largest
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build import build, count_parameters, read_inputs
+from megatron_salt.train.build import Run, build, count_parameters, read_inputs
 from megatron_salt.train.loop import train
 from megatron_salt.train.metrics import RunLog, flops_per_token, tensorboard_directory
 from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.signals import ExitPlan, SignalWatch
+from megatron_salt.train.writer import agree
 
 
 def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalWatch | None, started: float) -> None:
@@ -28,9 +30,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     with distributed(timeout):
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        # The last rank holds the loss, and speaks; others speak up when something is wrong.
-        logging.basicConfig(level=logging.INFO if rank == world_size - 1 else logging.WARNING, format="%(message)s")
-        logging.getLogger("megatron.core").setLevel(logging.WARNING)
+        start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         run = build(config, plan, layout, inputs, timeout)
         parameters = count_parameters(run.student)
@@ -39,15 +39,41 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, agree=largest, started=started,
         )  # fmt: skip
-        with RunLog(
-            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=run.progress.step,
-            total_steps=plan.total_steps, flops_per_token=flops_per_token(config.model, config.training.seq_length, padded),
-            world_size=world_size, config=asdict(config),
-        ) as log:  # fmt: skip
+        with open_log(config, plan, run, flops_per_token(config.model, config.training.seq_length, padded)) as log:
             log.event(
                 run.progress.step,
                 f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
-                f"cp {layout.context}, dp {layout.data}; {plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
+                f"cp {layout.context}, dp {layout.data}; "
+                f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
                 {"parameters": parameters, "layout": asdict(layout)},
             )
             train(run, config.training, config.checkpoint, log, exit_plan, profiler)
+
+
+def open_log(config: RunConfig, plan: RunPlan, run: Run, flops: float) -> RunLog:
+    """The run's log, active on the last rank, which holds the loss. Collective: where that rank cannot write, all raise UserError."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    log, problem = None, None
+    try:
+        log = RunLog(
+            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=run.progress.step,
+            total_steps=plan.total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
+        )  # fmt: skip
+    except UserError as error:
+        problem = str(error)
+    problem = agree(problem)
+    if problem is not None:
+        raise UserError(problem)
+    assert log is not None
+    return log
+
+
+def start_logging(rank: int, world_size: int) -> None:
+    """The last rank, which holds the loss, tells what happens; rank 0 warns. The others would only say the same."""
+    last = rank == world_size - 1
+    handler = logging.StreamHandler()
+    if last and rank > 0:
+        handler.addFilter(lambda record: record.levelno < logging.WARNING)
+    level = logging.INFO if last else logging.WARNING if rank == 0 else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)

@@ -108,10 +108,11 @@ class TensorBoard:
     def __init__(self, directory: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        make_directory(directory, self.name)
         try:
             self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
         except OSError as error:
-            raise UserError(f"--tensorboard-dir {directory} cannot be written: {error}") from error
+            raise UserError(f"{self.name} {directory} cannot be written: {error}") from error
 
     def write(self, entry: Entry) -> None:
         for curve, value in scalars(entry).items():
@@ -136,6 +137,14 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def make_directory(directory: Path, flag_name: str) -> None:
+    """Make a directory where there is none. Raises UserError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag_name} {directory} cannot be written: {error}") from error
 
 
 def require_package(package: str, flag_name: str) -> None:
