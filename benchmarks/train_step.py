@@ -1,7 +1,7 @@
 """Training tokens/s of the torch layer spec on one CPU rank against the same model and step in plain PyTorch (plain_gpt.py).
 
     python benchmarks/train_step.py             about three minutes
-    python benchmarks/train_step.py --full      four times as many steps
+    python benchmarks/train_step.py --full      some ten minutes: more steps
     python benchmarks/train_step.py --profile   where the time of a step goes, and where the two differ
 
 Both start from the same weights, take the same batches in turns, one step each, and must arrive at the same losses. The
@@ -84,7 +84,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     asked.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    asked.add_argument("--full", action="store_true", help="four times as many steps")
+    asked.add_argument("--full", action="store_true", help="more steps")
     asked.add_argument("--profile", action="store_true", help="profile three steps of each instead of timing them")
     flags = asked.parse_args()
     torch.set_num_threads(1)
@@ -98,7 +98,7 @@ def main() -> None:
             for (model, dtype), pair in pairs.items():
                 compare_profiles(f"{model} {dtype}", pair)
         else:
-            compare_speed(pairs, seconds=160 if flags.full else 40)
+            compare_speed(pairs, seconds=120 if flags.full else 25)
 
 
 def compare_speed(pairs: dict[tuple[str, str], Pair], seconds: float) -> None:
@@ -178,10 +178,10 @@ def agree(pair: Pair, tolerance: float) -> None:
 
 
 def take_turns(pair: Pair, seconds: float) -> list[Timing]:
-    """Steps of both for about that long, at least 5 of each; every second time the plain one goes first."""
+    """Steps of both for about that long, at least 7 of each; every second time the plain one goes first."""
     timings: list[Timing] = []
     end = time.perf_counter() + seconds
-    while len(timings) < 5 or time.perf_counter() < end:
+    while len(timings) < 7 or time.perf_counter() < end:
         if len(timings) % 2:
             (plain_s, plain_cpu), (ours_s, ours_cpu) = timed(pair.plain), timed(pair.ours)
         else:
