@@ -119,9 +119,9 @@ def compare_with_gpt_model(case: Case) -> None:
     own_loss, _ = ours.loss(ours(microbatch.tokens, microbatch.position_ids, None), microbatch.labels, microbatch.loss_mask)
     assert float(own_loss) == pytest.approx(float(loss), rel=1e-6)
     gradients = whole_gradients(student, [microbatch])
-    tokens = microbatch.loss_mask.sum()
     for name, param in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name] * tokens, param.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        gradient = gradients[name] * microbatch.loss_mask.sum()
+        torch.testing.assert_close(gradient, param.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -186,6 +186,11 @@ def test_sharding_the_optimizer_overlaps_and_accumulation_change_nothing(referen
     check(reference, Case(sizes, TIED if tied else UNTIED, micro_batch_size=micro_batch_size), 2 * tp * pp * cp)
 
 
+def test_a_head_with_a_bucket_of_its_own_waits_for_its_weight(reference):
+    """Shared with the final norm's, the bucket would have been waited for anyway."""
+    check(reference, Case(parallel(**OPTIMIZERS["small buckets"]), UNTIED), 2)
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
 def test_gradient_accumulation_on_one_rank(reference, micro_batch_size):
     check(reference, Case(micro_batch_size=micro_batch_size), 1)

@@ -33,10 +33,11 @@ def test_without_a_global_batch_each_replica_has_one_microbatch():
     (dict(global_batch_size=10, micro_batch_size=2, train_iters=1), Layout(data=2), ParallelConfig(),
      "--global-batch-size 10 is not divisible by --micro-batch-size 2 x 2 data-parallel replicas"),
     (dict(global_batch_size=12, micro_batch_size=2, train_iters=1), Layout(pipeline=4), INTERLEAVED,
-     "--num-virtual-stages-per-pipeline-rank 2 needs the 6 microbatches of a replica (--global-batch-size 12 / --micro-batch-size 2 / "
-     "1 replicas) to be a multiple of --pipeline-model-parallel-size 4"),
+     ("--num-virtual-stages-per-pipeline-rank 2 needs the 6 microbatches of a replica "
+      "(--global-batch-size 12 / --micro-batch-size 2 / 1 replicas) to be a multiple of --pipeline-model-parallel-size 4")),
     (dict(global_batch_size=4, micro_batch_size=2, train_iters=1), Layout(pipeline=4), INTERLEAVED, "needs the 2 microbatches"),
-    (dict(global_batch_size=4, train_samples=10), Layout(), ParallelConfig(), "--train-samples 10 is not a multiple of --global-batch-size 4"),
+    (dict(global_batch_size=4, train_samples=10), Layout(), ParallelConfig(),
+     "--train-samples 10 is not a multiple of --global-batch-size 4"),
     (dict(global_batch_size=4), Layout(), ParallelConfig(), "--train-iters or --train-samples"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_refused_by_flag_and_number(given, layout, parallel, message):

@@ -76,7 +76,8 @@ def slow_mean(case: Case, weights: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("parallel, world_size", [
-    (PLAIN, 1), (PLAIN, 2), (INTERLEAVED, 2), (replace(OVERLAP, context_parallel_size=2), 4), (replace(TP2, pipeline_model_parallel_size=2), 4),
+    (PLAIN, 1), (PLAIN, 2), (INTERLEAVED, 2), (replace(OVERLAP, context_parallel_size=2), 4),
+    (replace(TP2, pipeline_model_parallel_size=2), 4),
 ])  # fmt: skip
 def test_evaluation_is_the_mean_per_token_without_dropout_under_any_layout(tmp_path, parallel, world_size):
     """Every rank receives it."""
