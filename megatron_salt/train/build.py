@@ -28,7 +28,7 @@ from megatron_salt.parallel.mesh import Mesh, make_student_mesh
 from megatron_salt.train import shelf
 from megatron_salt.train.checkpoint import TOKENIZER, Checkpointer
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
-from megatron_salt.train.plan import RunPlan
+from megatron_salt.train.plan import RunPlan, plan_the_rest
 from megatron_salt.train.resume import Progress, RunIdentity, schedule_follows_run
 from megatron_salt.train.step import Student
 
@@ -52,6 +52,8 @@ class Run:
 
     student: Student
     plan: RunPlan
+    """Of the whole run, steps that are done included."""
+
     train: Batches
     valid: Batches | None
     checkpointer: Checkpointer
@@ -102,7 +104,7 @@ def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, time
 
     return Run(
         student=student,
-        plan=plan,
+        plan=plan_the_rest(plan, config.training, progress.step, progress.consumed_samples),
         train=batches(inputs.train, config.training.skip_samples),
         valid=None if inputs.valid is None else batches(inputs.valid, ()),
         checkpointer=checkpointer,

@@ -30,8 +30,7 @@ def train(
     progress, total = run.progress, run.plan.total_steps
     timer, garbage = PhaseTimer(), GarbageSchedule(training)
     nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.extra.get("nonfinite_in_a_row", 0))
-    if (told := run.train.samples.repeats(run.plan.total_samples)) is not None:
-        log.event(progress.step, told)
+    _announce(run, log)
     garbage.start()
     reason = None
     while progress.step < total and reason is None:
@@ -61,6 +60,7 @@ def train(
             run.checkpointer.poll()
             due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
             if checkpoint.save is not None and (due or reason is not None or step == total):
+                log.flush()
                 run.checkpointer.save(progress, final=step == total)
     profiler.stop(progress.step + 1)
     garbage.stop()
@@ -68,6 +68,15 @@ def train(
     if reason is not None:
         log.event(progress.step, f"leaving: {reason}")
     return progress
+
+
+def _announce(run: Run, log: RunLog) -> None:
+    """Say what the reader of the log should know about the steps to come."""
+    step, total = run.progress.step, run.plan.total_steps
+    if step >= total:
+        log.event(step, f"nothing to train: {step} steps are done, and the run has {total}")
+    elif told := run.train.samples.repeats(run.progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size):
+        log.event(step, told)
 
 
 def _record(

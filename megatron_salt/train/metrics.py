@@ -193,6 +193,15 @@ class RunLog:
         self._write(kind="event", step=step, message=message, **(facts or {}))
         print(f"step {step}/{self._total_steps} | {message}", flush=True)
 
+    def flush(self) -> None:
+        """Hand on everything that is known, so that a crash from here on loses none of it. Call it before a checkpoint: a run that
+        resumes from there does not come by these steps again."""
+        if not self._active:
+            return
+        self._drain()
+        for sink in self._sinks:
+            self._guarded(sink, sink.flush)
+
     def _write(self, **entry: Any) -> None:
         self._drain()  # entries stay in the order of their steps
         self._send({"time": time.time(), **entry})

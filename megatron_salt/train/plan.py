@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_salt.config import ParallelConfig, TrainingConfig
 from megatron_salt.errors import UserError
@@ -50,3 +50,17 @@ def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout)
     else:
         raise UserError("give the run a length: --train-iters or --train-samples")
     return RunPlan(steps, global_batch, micro, microbatches)
+
+
+def plan_the_rest(plan: RunPlan, training: TrainingConfig, step: int, consumed_samples: int) -> RunPlan:
+    """The plan of a run that goes on after `step`. --train-samples is a length in samples: where the steps so far were of another
+    --global-batch-size, the run has another number of them. Raises UserError where what is left does not come out even."""
+    if training.train_samples is None:
+        return plan
+    left = max(0, training.train_samples - consumed_samples)
+    if left % plan.global_batch_size:
+        raise UserError(
+            f"--train-samples {training.train_samples} less the {consumed_samples} samples of the first {step} steps leaves {left}, "
+            f"which is not a multiple of --global-batch-size {plan.global_batch_size}"
+        )
+    return replace(plan, total_steps=step + left // plan.global_batch_size)

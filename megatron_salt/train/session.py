@@ -39,7 +39,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, agree=largest, started=started,
         )  # fmt: skip
-        with open_log(config, plan, run, flops_per_token(config.model, config.training.seq_length, padded)) as log:
+        with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as log:
             log.event(
                 run.progress.step,
                 f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
@@ -50,14 +50,14 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
             train(run, config.training, config.checkpoint, log, exit_plan, profiler)
 
 
-def open_log(config: RunConfig, plan: RunPlan, run: Run, flops: float) -> RunLog:
+def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:
     """The run's log, active on the last rank, which holds the loss. Collective: where that rank cannot write, all raise UserError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     log, problem = None, None
     try:
         log = RunLog(
             config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=run.progress.step,
-            total_steps=plan.total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
+            total_steps=run.plan.total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
         )  # fmt: skip
     except UserError as error:
         problem = str(error)

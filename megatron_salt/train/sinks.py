@@ -28,6 +28,8 @@ class Sink(Protocol):
 
     def write(self, entry: Entry) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -52,6 +54,9 @@ class Jsonl:
 
     def write(self, entry: Entry) -> None:
         self._unwritten += json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
         self._unwritten = self._unwritten[self._file.write(self._unwritten):]
 
     def close(self) -> None:
@@ -110,13 +115,16 @@ class TensorBoard:
 
         make_directory(directory, self.name)
         try:
-            self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+            self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
         except OSError as error:
             raise UserError(f"{self.name} {directory} cannot be written: {error}") from error
 
     def write(self, entry: Entry) -> None:
         for curve, value in scalars(entry).items():
             self._writer.add_scalar(curve, value, entry["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -134,6 +142,9 @@ class Wandb:
 
     def write(self, entry: Entry) -> None:
         self._run.log(scalars(entry), step=entry["step"])
+
+    def flush(self) -> None:
+        """Its own process has everything already."""
 
     def close(self) -> None:
         self._run.finish()

@@ -127,6 +127,23 @@ def test_tensorboard_has_one_value_a_step_after_a_crash(tmp_path):
     assert [(event.step, event.value) for event in curves.Scalars("valid/loss")] == [(2, 2)]
 
 
+def test_what_is_flushed_survives_a_kill_and_a_run_that_starts_over_replaces_it(tmp_path):
+    """With a log interval that is never reached: the log is left open, as kill -9 leaves it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = str(tmp_path / "board")
+    log = open_log(tmp_path, log_interval=100, total_steps=100, tensorboard_dir=board)
+    for step in (1, 2, 3):
+        log.step(record(step, loss=step))
+        if step == 2:
+            log.flush()
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
+    assert [event.step for event in EventAccumulator(board).Reload().Scalars("train/loss")] == [1, 2]
+    train(tmp_path, (1,), start_step=0, tensorboard_dir=board)
+    assert [entry["step"] for entry in entries(tmp_path)] == [1]
+    assert [event.step for event in EventAccumulator(board).Reload().Scalars("train/loss")] == [1]
+
+
 def test_curves_are_named_by_kind():
     step = {"kind": "step", "step": 3, "time": 1.0, "loss": 2.0, "nonfinite": True, "phases": {"data": 0.5}}
     assert sinks.scalars(step) == {"train/loss": 2.0, "train/nonfinite": 1.0, "time/data": 0.5}
