@@ -224,7 +224,7 @@ def loadable_form(found: Found, optimizer: MegatronOptimizer, plan: str, mesh: M
     if problem is not None:
         raise UserError(
             f"the optimizer state in {found.directory} is in form dp_reshardable and {problem}. Resume it once as it was and "
-            "save with --dist-ckpt-optim-fully-reshardable (the last save of a run always is), or resume with --no-load-optim"
+            "save with --dist-ckpt-optim-fully-reshardable (the save at a run's last step always is), or resume with --no-load-optim"
         )
     return form
 
