@@ -20,6 +20,7 @@ LAYERS = (
     ("cli",),
     ("parallel",),
     ("model", "data"),
+    ("checkpoint",),
     ("salt",),
     ("train",),
     ("pretrain", "tools", "benchmarks"),
@@ -27,6 +28,8 @@ LAYERS = (
 PURE = (  # numpy, the standard library and each other
     "megatron_salt.errors",
     "megatron_salt.config",
+    "megatron_salt.checkpoint.integrity",
+    "megatron_salt.checkpoint.shelf",
     "megatron_salt.data.blend",
     "megatron_salt.data.documents",
     "megatron_salt.data.indexed",
@@ -35,9 +38,9 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.windows",
     "megatron_salt.model.shapes",
     "megatron_salt.parallel.layout",
-    "megatron_salt.train.integrity",
+    "megatron_salt.checkpoint.integrity",
     "megatron_salt.train.plan",
-    "megatron_salt.train.shelf",
+    "megatron_salt.checkpoint.shelf",
     "megatron_salt.train.signals",
 )
 HEAVY = ("torch", "megatron", "tensorboard", "tokenizers", "sentencepiece")

@@ -62,7 +62,7 @@ def generate_text(config: GenerateConfig) -> None:
 
 def newest_checkpoint(load: Path) -> Path:
     """The iter_* directory that --load means."""
-    from megatron_salt.train import shelf
+    from megatron_salt.checkpoint import shelf
 
     found = shelf.candidates(load)
     if not found:
@@ -72,7 +72,7 @@ def newest_checkpoint(load: Path) -> Path:
 
 def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
     """The run that made a checkpoint, and its tokenizer. Not collective."""
-    from megatron_salt.train.checkpoint import RUN_YAML, TOKENIZER
+    from megatron_salt.checkpoint.checkpointer import RUN_YAML, TOKENIZER
 
     path = directory / RUN_YAML
     try:
@@ -107,7 +107,7 @@ def continue_prompt(
     from megatron_salt.model.gpt import build_model
     from megatron_salt.parallel.launch import distributed, seed_everything
     from megatron_salt.parallel.mesh import make_student_mesh
-    from megatron_salt.train.checkpoint import load_weights
+    from megatron_salt.checkpoint.checkpointer import load_weights
 
     with distributed(timedelta(minutes=10)):
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.train import integrity, shelf
+from megatron_salt.checkpoint import integrity, shelf
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -43,7 +43,7 @@ class InspectConfig:
 
 def main(config: InspectConfig) -> int:
     """Print the report. Exit code 1 where files are damaged."""
-    from megatron_salt.train import pickles
+    from megatron_salt.checkpoint import pickles
 
     found = shelf.candidates(Path(config.load))
     if not found:

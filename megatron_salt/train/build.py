@@ -25,11 +25,11 @@ from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
-from megatron_salt.train import shelf
-from megatron_salt.train.checkpoint import TOKENIZER, Checkpointer
+from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, plan_the_rest
-from megatron_salt.train.resume import Progress, RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint.resume import Progress, RunIdentity, schedule_follows_run
 from megatron_salt.train.step import Student
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from megatron_salt.train.evaluate import evaluate
 from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord
 from megatron_salt.train.nonfinite import NonFiniteWatch
 from megatron_salt.train.operations import GarbageSchedule, Profiler
-from megatron_salt.train.resume import Progress
+from megatron_salt.checkpoint.resume import Progress
 from megatron_salt.train.signals import ExitPlan
 from megatron_salt.train.step import StepOutcome, train_step
 

@@ -21,7 +21,7 @@ from megatron_salt.train.metrics import RunLog, flops_per_token, tensorboard_dir
 from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.signals import ExitPlan, SignalWatch
-from megatron_salt.train.writer import agree
+from megatron_salt.checkpoint.writer import agree
 
 
 def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalWatch | None, started: float) -> None:

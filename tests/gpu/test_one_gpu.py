@@ -61,7 +61,7 @@ def test_the_fused_loss_equals_full_logits_in_float64(dtype: torch.dtype, tolera
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_resumed_run_continues_with_the_same_state(tmp_path: Path, async_save: bool) -> None:
     from tests.small import train_student
-    from tests.train.runs import DROPOUT, Run, at, start
+    from tests.checkpoint.runs import DROPOUT, Run, at, start
 
     run = Run(save=str(tmp_path), model=DROPOUT, dtype=torch.bfloat16, flags={"async_save": async_save})
     student, checkpointer, _ = start(run, 1)

@@ -19,8 +19,8 @@ from megatron_salt.model.gpt import GPT, build_model
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.train.checkpoint import Checkpointer, load_weights
-from megatron_salt.train.resume import Progress, RunIdentity
+from megatron_salt.checkpoint.checkpointer import Checkpointer, load_weights
+from megatron_salt.checkpoint.resume import Progress, RunIdentity
 from tests.ranks import run_ranks
 from tests.small import SMALL
 from tools import generate_text as module

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.train import shelf
+from megatron_salt.checkpoint import shelf
 from tests.ranks import run_ranks
-from tests.train.runs import TINY, Run, flip, job
+from tests.checkpoint.runs import TINY, Run, flip, job
 from tools.inspect_checkpoint import InspectConfig, main
 
 

@@ -23,7 +23,7 @@ from megatron_salt.train.nonfinite import NonFiniteWatch
 from megatron_salt.train.step import StepOutcome, Student, train_step, unwrap
 from tests.ranks import run_ranks
 from tests.small import GLOBAL_BATCH, MODELS, Case, batch, build_student, train_student
-from tests.train.runs import Left, expect, left
+from tests.checkpoint.runs import Left, expect, left
 
 PLAIN = ParallelConfig()
 OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)

@@ -19,7 +19,7 @@ from megatron_salt.train.metrics import PhaseTimer
 from megatron_salt.train.step import Student, train_step
 from tests.ranks import run_ranks
 from tests.small import GLOBAL_BATCH, MODELS, SEQ_LENGTH, Case, Curve, batch, build_student, make_weights, train, train_student
-from tests.train.runs import left
+from tests.checkpoint.runs import left
 
 PLAIN = ParallelConfig()
 TP2 = ParallelConfig(tensor_model_parallel_size=2)

@@ -26,8 +26,8 @@ from megatron_salt.config import OptimizerConfig, flag
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.train import integrity, pickles, sharded, shelf
-from megatron_salt.train.writer import agree
+from megatron_salt.checkpoint import integrity, pickles, sharded, shelf
+from megatron_salt.checkpoint.writer import agree
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.train import integrity, shelf, writer
+from megatron_salt.checkpoint import integrity, shelf, writer
 from tests.ranks import RankError, run_ranks
 from tests.small import GLOBAL_BATCH
-from tests.train.runs import DROPOUT, SHARDED, TINY, Left, Run, job
+from tests.checkpoint.runs import DROPOUT, SHARDED, TINY, Left, Run, job
 
 PLAIN = ParallelConfig()
 OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -128,7 +128,7 @@ def test_weights_saved_before_the_first_step_resume(tmp_path: Path) -> None:
 
 
 def save_at_once(run: Run, final: bool) -> None:
-    from tests.train.runs import at, start
+    from tests.checkpoint.runs import at, start
 
     _, checkpointer, _ = start(run, 2)
     checkpointer.save(at(0), final=final)

@@ -14,9 +14,9 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.tokenizer import build_tokenizer
-from megatron_salt.train import sharded
-from megatron_salt.train.checkpoint import Checkpointer
-from megatron_salt.train.resume import Progress, RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint import sharded
+from megatron_salt.checkpoint.checkpointer import Checkpointer
+from megatron_salt.checkpoint.resume import Progress, RunIdentity, schedule_follows_run
 from megatron_salt.train.step import Student
 from tests.small import GLOBAL_BATCH, SMALL, Case, build_student, train_student
 

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train import integrity, pickles, shelf
+from megatron_salt.checkpoint import integrity, pickles, shelf
 from tests.ranks import RankError, run_ranks
-from tests.train.runs import DROPOUT, SHARDED, Run, at, flip, job, start
-from tests.train.test_checkpoint import PLAIN, facts, pp, same, tp
+from tests.checkpoint.runs import DROPOUT, SHARDED, Run, at, flip, job, start
+from tests.checkpoint.test_checkpointer import PLAIN, facts, pp, same, tp
 
 
 def refusal(world_size: int, run: Run, until: int = 2) -> str:
@@ -60,7 +60,7 @@ def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
     """In every rank: the messages for one flipped byte in each of the files."""
     import torch.distributed as dist
 
-    from megatron_salt.train import resume
+    from megatron_salt.checkpoint import resume
 
     messages = []
     assert run.load is not None

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.train import shelf
-from megatron_salt.train.shelf import STATE, TRACKER, Saved
+from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint.shelf import STATE, TRACKER, Saved
 
 
 def put(root: Path, step: int, content: str = "new", saved_at: float = 0.0, name: str | None = None) -> Path:

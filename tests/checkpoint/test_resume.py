@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.config import OptimizerConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train import resume
+from megatron_salt.checkpoint import resume
 from megatron_salt.train.optim import build_scheduler
 
 BATCH = 10

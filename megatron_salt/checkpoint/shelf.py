@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_salt.errors import UserError
-from megatron_salt.train.integrity import sync_directory, write_whole
+from megatron_salt.checkpoint.integrity import sync_directory, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "state.json"

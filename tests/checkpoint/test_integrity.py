@@ -10,10 +10,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
-from megatron_salt.train import integrity, pickles
-from megatron_salt.train.integrity import CHECKSUMS, METADATA, DamagedCheckpoint
-from megatron_salt.train.pickles import COMMON, Unreadable, UnsafePickle
-from tests.train.runs import flip
+from megatron_salt.checkpoint import integrity, pickles
+from megatron_salt.checkpoint.integrity import CHECKSUMS, METADATA, DamagedCheckpoint
+from megatron_salt.checkpoint.pickles import COMMON, Unreadable, UnsafePickle
+from tests.checkpoint.runs import flip
 
 
 @pytest.fixture

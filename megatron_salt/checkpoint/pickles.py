@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_salt.errors import UserError
-from megatron_salt.train.integrity import METADATA
+from megatron_salt.checkpoint.integrity import METADATA
 
 COMMON = "common.pt"
 """Where megatron-core 0.16 looks for what is no tensor."""

@@ -36,8 +36,8 @@ from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.train import integrity, resume, rng, sharded, shelf, writer
-from megatron_salt.train.resume import Progress, RunIdentity
+from megatron_salt.checkpoint import integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.checkpoint.resume import Progress, RunIdentity
 
 log = logging.getLogger(__name__)
 

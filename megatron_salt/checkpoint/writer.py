@@ -27,8 +27,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.versions import begin_sharded_save, quiet_checkpointing
-from megatron_salt.train.integrity import FileSum, sum_of_file
-from megatron_salt.train.sharded import State
+from megatron_salt.checkpoint.integrity import FileSum, sum_of_file
+from megatron_salt.checkpoint.sharded import State
 
 _PATIENCE = 30.0  # seconds until the file system must show rank 0 what other ranks wrote
 
