@@ -466,6 +466,9 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Steps between checkpoints; the last step is always saved."""
 
+    save_at: tuple[int, ...] = ()
+    """Steps whose checkpoint is kept for good, whatever --keep-last says, and loads under any layout: an early teacher to score data with, say."""
+
     keep_last: int | None = None
     """Keep this many routine checkpoints and delete older ones; default: keep all."""
 
@@ -497,6 +500,10 @@ class CheckpointConfig:
         _at_least(self, 1, "save_interval", "keep_last")
         if self.save_interval is not None and self.save is None:
             raise UserError(f"--save-interval {self.save_interval} needs --save")
+        if self.save_at and self.save is None:
+            raise UserError(f"--save-at {' '.join(map(str, self.save_at))} needs --save")
+        if any(step < 1 for step in self.save_at):
+            raise UserError(f"--save-at must be at least 1, got {' '.join(map(str, self.save_at))}")
         if self.load is None:
             for name in ("finetune", "new_data", "no_load_optim", "no_load_rng", "load_fallback"):
                 if getattr(self, name):
@@ -529,6 +536,74 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class SaltConfig:
+    """The teacher, and how long and how strongly it teaches (SALT, arXiv 2410.18779). Nothing of it without --teacher-load."""
+
+    teacher_load: str | None = None
+    """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory. Its architecture, tokenizer and padding come from there. Default: no teacher, plain pretraining."""
+
+    teacher_tensor_model_parallel_size: int = 1
+    """Ranks that split each of the teacher's layers; independent of the student's."""
+
+    teacher_pipeline_model_parallel_size: int = 1
+    """Pipeline stages of the teacher. With the tensor-parallel size it must divide the ranks of one student replica (tp x cp x pp)."""
+
+    teacher_micro_batch_size: int | None = None
+    """Samples of one forward pass of the teacher: a multiple of --micro-batch-size, whose consecutive microbatches it merges. Default: --micro-batch-size."""
+
+    teacher_exchange_max_gib: float = 8.0
+    """Refuse a run whose teacher hidden states would take more than this on a rank of the student's last stage in one step."""
+
+    kd_weight: float = 0.667
+    """Weight w of the teacher's soft labels in stage 1: the loss of a token is (1 - w) x cross entropy with the label + w x cross entropy with the teacher's distribution."""
+
+    kd_teacher_temperature: float = 0.25
+    """The teacher's distribution is softmax(logits / T); the student has no temperature, and no factor T^2 is applied. Below 1 it sharpens. The paper gives 0.25 and does not say which way it reads it; division sharpens, and did best in our runs."""
+
+    kd_steps: int | None = None
+    """Steps of stage 1, n_KD. From the next step on training is plain and the teacher is freed; as many as the run has, or more: it teaches to the end (reverse KD)."""
+
+    kd_transition: Literal["step", "linear", "ratio"] = "step"
+    """How w ends: at once, or over the last --kd-transition-steps of stage 1 linearly in w, or linearly in w / (1 - w)."""
+
+    kd_transition_steps: int = 0
+    """Length of a linear or ratio transition; it lies inside stage 1."""
+
+    kd_stop: Literal["steps", "crossover"] = "steps"
+    """What ends stage 1: --kd-steps alone, or also the student's held-out next-token accuracy passing the teacher's, asked at each evaluation (accuracy and not loss, because a sharpened teacher inflates the student's loss). After a crossover the transition still takes place."""
+
+    kd_stop_margin: float = 0.0
+    """How far, as a share of tokens, the student's accuracy must be above the teacher's for --kd-stop crossover. May be negative: stop that much before."""
+
+    stage2_micro_batch_size: int | None = None
+    """--micro-batch-size from the end of stage 1 on, when the teacher's memory is free. The global batch stays, so the mathematics does. Default: no change."""
+
+    override_kd_schedule: bool = False
+    """On resume inside stage 1 take the kd flags as they are now, where the checkpoint has others; the change is recorded in the checkpoint."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_micro_batch_size",
+                  "kd_steps", "stage2_micro_batch_size")
+        _at_least(self, 0, "kd_transition_steps")
+        _within(self, 0.0, 1.0, "kd_weight")
+        _within(self, -1.0, 1.0, "kd_stop_margin")
+        _above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib")
+        if self.teacher_load is None and self.kd_steps is not None:
+            raise UserError(f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load")
+        if self.teacher_load is not None and self.kd_steps is None:
+            raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
+        if self.teacher_load is None and self.stage2_micro_batch_size is not None:
+            raise UserError(f"--stage2-micro-batch-size {self.stage2_micro_batch_size} needs a stage 1: give --teacher-load and --kd-steps")
+        if self.kd_steps is not None and self.kd_transition_steps > self.kd_steps:
+            raise UserError(f"--kd-transition-steps {self.kd_transition_steps} is longer than stage 1, --kd-steps {self.kd_steps}")
+        if (self.kd_transition == "step") != (self.kd_transition_steps == 0):
+            raise UserError(f"--kd-transition {self.kd_transition} does not go with --kd-transition-steps {self.kd_transition_steps}: "
+                            "step takes none, linear and ratio take at least 1")
+        if self.kd_transition == "ratio" and self.kd_weight == 1.0:
+            raise UserError("--kd-transition ratio needs --kd-weight below 1: at 1.0 the ratio w / (1 - w) is infinite")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -536,6 +611,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    salt: SaltConfig = field(default_factory=SaltConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

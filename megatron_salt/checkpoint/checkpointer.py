@@ -136,7 +136,7 @@ class Checkpointer:
             "torch": torch.__version__,
             **asdict(progress),
             **resume.identity_facts(self._run),
-            "layout": asdict(self._mesh.layout),
+            "layout": self._mesh.layout.sizes,
             "chunks": len(self._chunks),
             "rng": names,
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
@@ -239,7 +239,7 @@ class Checkpointer:
             state["optimizer"] = sharded.optimizer_state(optimizer, model, form, is_loading=True)
         with_rng = not (self._config.finetune or self._config.no_load_rng)
         names, vector = rng.capture()
-        same_generators = facts["layout"] == asdict(self._mesh.layout) and facts["rng"] == [list(name) for name in names]
+        same_generators = facts["layout"] == self._mesh.layout.sizes and facts["rng"] == [list(name) for name in names]
         if with_rng and same_generators:
             state["rng"] = sharded.rng_state(torch.empty_like(vector), self._mesh.layout, self._mesh.rank)
         resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
@@ -254,7 +254,7 @@ class Checkpointer:
         elif with_rng:
             seed_everything(self._run.seed + facts["step"], self._mesh)
             log.warning("%s has random state for %s, this run is %s: generators are seeded anew from --seed and the step",
-                        found.directory, facts["layout"], asdict(self._mesh.layout))
+                        found.directory, facts["layout"], self._mesh.layout.sizes)
 
 
 def prepare_directory(save: Path) -> None:

@@ -1,7 +1,7 @@
 """Where each rank sits.
 
-A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp.
-Arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
+A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp. A layout
+may also name the rank of each place, which is how a teacher lies over the ranks of its student (`salt/routing.py`). Arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
 """
 
 from __future__ import annotations
@@ -32,8 +32,17 @@ class Layout:
     data: int = 1
     pipeline: int = 1
 
+    ranks: tuple[int, ...] | None = None
+    """The global rank at each place, places in Megatron's order; None: place n has rank n."""
+
     def __post_init__(self) -> None:
         assert min(self.tensor, self.context, self.data, self.pipeline) >= 1, self
+        assert self.ranks is None or sorted(self.ranks) == list(range(self.world_size)), self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The four sizes by name."""
+        return {"tensor": self.tensor, "context": self.context, "data": self.data, "pipeline": self.pipeline}
 
     @property
     def world_size(self) -> int:
@@ -43,26 +52,30 @@ class Layout:
     def coordinates(self, rank: int) -> Coordinates:
         """Where a global rank sits."""
         assert 0 <= rank < self.world_size, (rank, self)
-        rest, tp = divmod(rank, self.tensor)
-        rest, cp = divmod(rest, self.context)
-        pp, dp = divmod(rest, self.data)
-        return Coordinates(tp, cp, dp, pp)
+        return self._coordinates(rank if self.ranks is None else self.ranks.index(rank))
 
     def rank(self, at: Coordinates) -> int:
         """The global rank at a place."""
-        return at.tp + self.tensor * (at.cp + self.context * (at.dp + self.data * at.pp))
+        place = at.tp + self.tensor * (at.cp + self.context * (at.dp + self.data * at.pp))
+        return place if self.ranks is None else self.ranks[place]
 
     def groups(self, *varying: str) -> list[list[int]]:
         """The partition of all ranks into groups whose members differ in the named dimensions ("tp", "cp", "dp", "pp") alone.
 
-        Groups and their members are in rank order, as megatron-core's RankGenerator gives them.
+        Groups and their members are in the order of places, as megatron-core's RankGenerator gives them.
         """
         fixed = [name for name in ("tp", "cp", "dp", "pp") if name not in varying]
         groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
-            at = self.coordinates(rank)
-            groups.setdefault(tuple(getattr(at, name) for name in fixed), []).append(rank)
-        return sorted(groups.values())
+        for place in range(self.world_size):
+            at = self._coordinates(place)
+            groups.setdefault(tuple(getattr(at, name) for name in fixed), []).append(self.rank(at))
+        return list(groups.values())
+
+    def _coordinates(self, place: int) -> Coordinates:
+        rest, tp = divmod(place, self.tensor)
+        rest, cp = divmod(rest, self.context)
+        pp, dp = divmod(rest, self.data)
+        return Coordinates(tp, cp, dp, pp)
 
     def replica(self, rank: int) -> list[int]:
         """The ranks that hold one copy of the model together with `rank`."""

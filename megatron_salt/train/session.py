@@ -45,7 +45,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
                 f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
                 f"cp {layout.context}, dp {layout.data}; "
                 f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
-                {"parameters": parameters, "layout": asdict(layout)},
+                {"parameters": parameters, "layout": layout.sizes},
             )
             train(run, config.training, config.checkpoint, log, exit_plan, profiler)
 
