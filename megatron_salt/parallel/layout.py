@@ -1,7 +1,8 @@
 """Where each rank sits.
 
-A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp. A layout
-may also name the rank of each place, which is how a teacher lies over the ranks of its student (`salt/routing.py`). Arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
+A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp. It
+may also name the rank of each place, which is how a teacher lies over the ranks of its student (`salt/routing.py`).
+Arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
 """
 
 from __future__ import annotations
