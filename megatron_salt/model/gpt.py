@@ -144,11 +144,12 @@ class GPT(LanguageModule):
 
     def __init__(
         self, config: TransformerConfig, model: ModelConfig, vocabulary: int, seq_length: int, chunk_tokens: int,
-        groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None,
+        groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None, has_head: bool = True,
     ) -> None:  # fmt: skip
+        """has_head: without one (a teacher's body) the last stage ends with the final norm, and a tied weight is the embedding alone."""
         super().__init__(config=config, pg_collection=groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        self.share_embeddings_and_output_weights = has_head and not model.untie_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder  # 0.16's schedules read it
         self.mtp_process = False
         self.vocab_size = model.padded_vocabulary(vocabulary)
@@ -168,13 +169,13 @@ class GPT(LanguageModule):
             config=config, spec=torch_block_spec(config, groups.pp.rank(), vp_stage), pre_process=pre_process,
             post_process=post_process, pg_collection=groups, vp_stage=vp_stage,
         )  # fmt: skip
-        if post_process:
+        if post_process and has_head:
             self.output_layer = OutputHead(
                 config.hidden_size, self.vocab_size, config=config, init_method=config.init_method,
                 skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights, tp_group=groups.tp,
                 num_valid=vocabulary, chunk_tokens=chunk_tokens,
             )  # fmt: skip
-        if pre_process or post_process:
+        if has_head and (pre_process or post_process):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:

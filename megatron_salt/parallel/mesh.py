@@ -6,6 +6,7 @@ still read it; our own code never does. Whatever communicates takes the mesh, or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -55,6 +56,33 @@ class Mesh:
             group = getattr(self.groups, name)
             if group is not None:
                 dist.all_reduce(token, group=group)
+
+
+def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
+    """Make a second model's groups over the same ranks, in one fixed order, without a word to `parallel_state`. Collective over all
+    ranks. For a forward-only model without its output head: there are no embedding groups."""
+    assert layout.world_size == dist.get_world_size() and layout.context == 1, (layout, dist.get_world_size())
+    groups, rank = ProcessGroupCollection(), dist.get_rank()
+    groups.tp = groups.tp_cp = new_group_of(layout.groups("tp"), timeout)
+    groups.pp = new_group_of(layout.groups("pp"), timeout)
+    groups.dp = groups.dp_cp = new_group_of(layout.groups("dp"), timeout)
+    groups.cp = dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
+    for name in ("mp", "tp_dp_cp", "embd", "pos_embd", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_ep_pp"):  # 0.16 asks for some
+        setattr(groups, name, None)
+    mesh = Mesh(layout, groups, rank)
+    mesh.warm_up()
+    return mesh
+
+
+def new_group_of(partition: Sequence[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's group of a partition of all ranks. Collective over all ranks."""
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition], timeout=timeout)
+    return group
+
+
+def teacher_groups(mesh: Mesh) -> list[dist.ProcessGroup]:
+    """What `make_teacher_mesh` made, in that order."""
+    return [mesh.groups.tp, mesh.groups.pp, mesh.groups.dp, mesh.groups.cp]
 
 
 def make_student_mesh(layout: Layout, virtual_stages: int | None = None, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
