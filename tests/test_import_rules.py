@@ -38,6 +38,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.windows",
     "megatron_salt.model.shapes",
     "megatron_salt.parallel.layout",
+    "megatron_salt.salt.routing",
+    "megatron_salt.salt.schedule",
     "megatron_salt.checkpoint.integrity",
     "megatron_salt.train.plan",
     "megatron_salt.checkpoint.shelf",
