@@ -63,5 +63,5 @@ class Schedule:
         return 0.0
 
     def stage1_end_after(self, crossover_step: int) -> int:
-        """The end of stage 1 when the student is found to have passed the teacher after a step: the transition still takes place."""
+        """The end of stage 1 where the student is first found, after a step, to have passed the teacher: the fade still takes place."""
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)

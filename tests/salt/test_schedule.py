@@ -1,0 +1,97 @@
+"""The teacher's weight: full, fading, none; and the end of stage 1, a pure function of flags and crossover."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from megatron_salt.config import SaltConfig
+from megatron_salt.salt.schedule import Schedule
+
+
+def schedule(steps: int = 10, transition: str = "step", fade: int = 0, weight: float = 0.6, **others: Any) -> Schedule:
+    return Schedule.of(SaltConfig(teacher_load="t", kd_steps=steps, kd_transition=transition, kd_transition_steps=fade,  # type: ignore[arg-type]
+                                  kd_weight=weight, **others))
+
+
+def weights(schedule: Schedule, end: int, beyond: int = 3) -> list[float]:
+    return [schedule.at(step, end) for step in range(1, end + beyond + 1)]
+
+
+FADES = [("step", 0), ("linear", 1), ("linear", 4), ("linear", 10), ("ratio", 1), ("ratio", 4), ("ratio", 10)]
+
+
+@pytest.mark.parametrize("transition, fade, expected", [
+    ("step", 0, [0.6, 0.6, 0.6, 0.6, 0.6, 0.0, 0.0]),
+    ("linear", 2, [0.6, 0.6, 0.6, 0.4, 0.2, 0.0, 0.0]),
+    ("ratio", 2, [0.6, 0.6, 0.6, 1 / 2, 1 / 3, 0.0, 0.0]),  # w / (1 - w) = 1.5, 1.0, 0.5
+    ("linear", 5, [0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0]),
+])  # fmt: skip
+def test_weights_by_hand(transition, fade, expected):
+    assert weights(schedule(5, transition, fade), 5, beyond=2) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("transition, fade", FADES)
+def test_full_then_falling_then_none(transition, fade):
+    full, fading, alone = 10 - fade, fade, 3
+    found = weights(schedule(10, transition, fade), 10)
+    assert found[:full] == [0.6] * full and found[full + fading :] == [0.0] * alone
+    falling = [0.6, *found[full : full + fading], 0.0]
+    assert all(after < before for before, after in itertools.pairwise(falling))
+
+
+@pytest.mark.parametrize("fade", [1, 3, 10])
+def test_fades_are_straight_lines_down_to_the_first_step_alone(fade):
+    """Linear in w, or in w / (1 - w): from the last step at full weight to the first without a teacher all differences are one."""
+    around = slice(10 - fade - 1 if fade < 10 else 0, 11)
+    linear = weights(schedule(10, "linear", fade), 10)[around]
+    ratio = [w / (1 - w) for w in weights(schedule(10, "ratio", fade), 10)[around]]
+    for line in (linear, ratio):
+        drops = [before - after for before, after in itertools.pairwise(line)]
+        assert drops == pytest.approx([drops[0]] * len(drops)) and line[-1] == 0.0
+
+
+@pytest.mark.parametrize("transition, fade", FADES)
+@pytest.mark.parametrize("weight", [0.0, 0.5, 0.999])
+def test_a_weight_is_a_share(transition, fade, weight):
+    assert all(0.0 <= w <= weight for w in weights(schedule(10, transition, fade, weight), 10))
+
+
+@pytest.mark.parametrize("transition, fade", FADES)
+def test_an_earlier_end_moves_the_fade_and_leaves_its_shape(transition, fade):
+    """Stage 1 that ends at E is the end of any longer one."""
+    long = schedule(100, transition, fade)
+    assert weights(long, 20)[-fade - 5 :] == weights(long, 60)[-fade - 5 :] == weights(schedule(20, transition, fade), 20)[-fade - 5 :]
+
+
+@pytest.mark.parametrize("transition, fade", FADES)
+def test_after_a_crossover_the_transition_still_takes_place_inside_kd_steps(transition, fade):
+    plan = schedule(30, transition, fade, kd_stop="crossover")
+    for crossover in range(1, 31):
+        end = plan.stage1_end_after(crossover)
+        assert end == min(30, crossover + fade)
+        assert plan.at(crossover + 1, end) < 0.6 or crossover + fade > 30
+        # the steps that are done stay what they were
+        assert [plan.at(step, end) for step in range(1, crossover + 1)] == [plan.at(step, 30) for step in range(1, crossover + 1)]
+
+
+def test_the_teacher_stays_to_the_end_of_stage_1_whatever_its_weight():
+    for weight in (0.0, 0.6, 1.0):
+        plan = schedule(7, weight=weight)
+        assert [step for step in range(1, 12) if plan.in_stage1(step, 7)] == list(range(1, 8))
+
+
+def test_stage_1_beyond_the_run_is_teaching_to_the_end():
+    assert {schedule(1000).at(step, 1000) for step in range(1, 50)} == {0.6}
+
+
+def test_facts_survive_json_and_hold_what_shapes_the_mathematics():
+    plan = schedule(10, "ratio", 4, kd_teacher_temperature=0.5, kd_stop="crossover", kd_stop_margin=-0.01)
+    facts = json.loads(json.dumps(plan.facts()))
+    assert Schedule.from_facts(facts) == plan
+    assert facts == dict(kd_steps=10, kd_weight=0.6, kd_teacher_temperature=0.5, kd_transition="ratio", kd_transition_steps=4,
+                         kd_stop="crossover", kd_stop_margin=-0.01)  # fmt: skip
+    assert schedule(10, teacher_micro_batch_size=4) == schedule(10)
