@@ -22,29 +22,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megatron_salt.config import LoggingConfig, ModelConfig
+from megatron_salt.config import LoggingConfig
 from megatron_salt.train.sinks import Jsonl, Sink, TensorBoard, Wandb, make_directory, require_package
 
 GIB = 2**30
 STEP_KEYS = ("kind", "time", "step", "consumed_samples", "loss", "lr", "grad_norm", "nonfinite", "tokens", "seconds",
              "tokens_per_second", "tflops_per_rank", "memory_gib", "phases")
 """Keys of every step's entry; `extra` metrics come beside them and must not repeat one."""
-
-
-def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary: int) -> float:
-    """Model FLOPs of forward and backward for one token, counted as Megatron-LM counts them.
-
-    Matrix multiplications alone, a multiply-add as two, backward as twice forward (recomputation does not count).
-    With h hidden, H heads and G groups of width d, f MLP, s sequence, V vocabulary, L layers:
-        3 * 2 * (L * (h d (H + 2G) + d H h + 2 d H s/2 + (3 if gated else 2) h f) + h V)
-    The core attention's two products (scores, weighted sum) see half the sequence, as causal masks leave it.
-    """
-    hidden, width = model.hidden_size, model.head_width
-    heads, groups = model.num_attention_heads, model.query_groups
-    projections = hidden * width * (heads + 2 * groups) + width * heads * hidden
-    core_attention = 2 * width * heads * seq_length / 2
-    mlp = (3 if model.swiglu else 2) * hidden * model.ffn_width
-    return 3.0 * 2.0 * (model.num_layers * (projections + core_attention + mlp) + hidden * padded_vocabulary)
 
 
 def peak_memory_gib() -> float:

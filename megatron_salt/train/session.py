@@ -12,12 +12,13 @@ import megatron_salt.parallel.cpu  # noqa: F401
 
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
+from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.agreement import largest
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import Run, build, count_parameters, read_inputs
 from megatron_salt.train.loop import train
-from megatron_salt.train.metrics import RunLog, flops_per_token, tensorboard_directory
+from megatron_salt.train.metrics import RunLog, tensorboard_directory
 from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.signals import ExitPlan, SignalWatch
