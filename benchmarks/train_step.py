@@ -124,7 +124,7 @@ def make_pair(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> Pair:
         ),
     )  # fmt: skip
     seed_everything(config.training.seed, mesh)
-    student = build_student(config, plan_run(config.training, config.parallel, mesh.layout), VOCABULARY, mesh)
+    student = build_student(config, plan_run(config.training, config.parallel, mesh.layout, config.salt), VOCABULARY, mesh)
     microbatches = random_microbatches()
     batches: list[Batch] = [(microbatch.tokens, microbatch.labels) for microbatch in microbatches]
     plain = PlainGPT(VOCABULARY, SEQ_LENGTH, model.num_layers, model.hidden_size, model.ffn_width, model.num_attention_heads)

@@ -39,6 +39,8 @@ TP2 = dict(tensor_model_parallel_size=2)
 PP2 = dict(pipeline_model_parallel_size=2)
 VP2 = dict(PP2, num_virtual_stages_per_pipeline_rank=2)
 
+KD = dict(teacher_load="/nowhere", kd_steps=3)
+
 
 @pytest.mark.parametrize(
     "world_size, flags, words",
@@ -76,6 +78,23 @@ VP2 = dict(PP2, num_virtual_stages_per_pipeline_rank=2)
         (1, dict(tokenizer_type=None), ["--tokenizer-type is not given", "words"]),
         (1, dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/nowhere/sp.model"), ["--tokenizer-model /nowhere/sp.model"]),
         (1, dict(data_path=[]), ["--data-path"]),
+        (1, dict(save_at=[2, 5]), ["--save-at 5", "last step, 4"]),
+        (1, dict(kd_steps=3), ["--kd-steps 3", "--teacher-load"]),
+        (1, dict(teacher_load="/nowhere"), ["--teacher-load /nowhere", "--kd-steps"]),
+        (1, dict(KD, kd_weight=1.5), ["--kd-weight must lie in [0.0, 1.0], got 1.5"]),
+        (1, dict(KD, kd_weight=-0.5), ["--kd-weight must lie in [0.0, 1.0], got -0.5"]),
+        (1, dict(KD, kd_teacher_temperature=0), ["--kd-teacher-temperature must be above 0", "got 0"]),
+        (1, dict(KD, kd_transition="linear", kd_transition_steps=4), ["--kd-transition-steps 4", "--kd-steps 3"]),
+        (1, dict(KD, kd_transition="cosine"), ["--kd-transition", "cosine"]),
+        (2, dict(TP2, **KD, teacher_tensor_model_parallel_size=4), ["--teacher-tensor-model-parallel-size 4", "the 2 ranks"]),
+        (2, dict(KD, teacher_pipeline_model_parallel_size=2), ["--teacher-pipeline-model-parallel-size 2", "the 1 ranks"]),
+        (2, dict(TP2, **KD, seq_length=15), ["--seq-length 15", "--tensor-model-parallel-size", "= 2"]),
+        (1, dict(KD, teacher_micro_batch_size=3), ["--teacher-micro-batch-size 3", "--micro-batch-size 2"]),
+        (2, dict(KD, teacher_micro_batch_size=8), ["--teacher-micro-batch-size 8", "4 samples", "--global-batch-size 8 / 2"]),
+        (2, dict(KD, stage2_micro_batch_size=8), ["--global-batch-size 8", "--stage2-micro-batch-size 8 x 2"]),
+        (2, dict(VP2, **KD, num_layers=4, stage2_micro_batch_size=8), ["1 microbatches", "--stage2-micro-batch-size 8"]),
+        (1, dict(KD, kd_stop="crossover"), ["--kd-stop crossover", "--eval-iters"]),
+        (1, dict(KD, kd_stop="crossover", eval_iters=1, valid_share=0.1, eval_interval=3), ["--kd-stop crossover", "--eval-interval 3"]),
     ],
 )
 def test_flags_that_cannot_be(

@@ -10,10 +10,11 @@ import pytest
 
 from megatron_salt import cli, config
 from megatron_salt.config import (
-    CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig, flag,
+    CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig, flag,
 )
 from megatron_salt.errors import UserError
 
+TEACHER = dict(teacher_load="t", kd_steps=5)
 REFUSED = [
     (ModelConfig, dict(num_layers=0), "--num-layers must be at least 1, got 0"),
     (ModelConfig, dict(hidden_dropout=1.5), "--hidden-dropout must lie in [0.0, 1.0], got 1.5"),
@@ -50,6 +51,28 @@ REFUSED = [
     (CheckpointConfig, dict(save_interval=5), "--save-interval 5 needs --save"),
     (CheckpointConfig, dict(finetune=True), "--finetune needs --load"),
     (CheckpointConfig, dict(finetune=True, new_data=True, load="x"), "--finetune starts at step 0"),
+    (CheckpointConfig, dict(save_at=(5, 7)), "--save-at 5 7 needs --save"),
+    (CheckpointConfig, dict(save="x", save_at=(0, 5)), "--save-at must be at least 1, got 0 5"),
+    (SaltConfig, dict(kd_steps=5), "--kd-steps 5 needs a teacher: give --teacher-load"),
+    (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps"),
+    (SaltConfig, dict(stage2_micro_batch_size=2), "--stage2-micro-batch-size 2 needs a stage 1"),
+    (SaltConfig, TEACHER | dict(kd_steps=0), "--kd-steps must be at least 1, got 0"),
+    (SaltConfig, TEACHER | dict(kd_weight=1.01), "--kd-weight must lie in [0.0, 1.0], got 1.01"),
+    (SaltConfig, TEACHER | dict(kd_weight=-0.1), "--kd-weight must lie in [0.0, 1.0], got -0.1"),
+    (SaltConfig, TEACHER | dict(kd_weight=float("nan")), "--kd-weight must lie in [0.0, 1.0], got nan"),
+    (SaltConfig, TEACHER | dict(kd_teacher_temperature=0.0), "--kd-teacher-temperature must be above 0 and finite, got 0.0"),
+    (SaltConfig, TEACHER | dict(kd_teacher_temperature=-1.0), "--kd-teacher-temperature must be above 0 and finite, got -1.0"),
+    (SaltConfig, TEACHER | dict(kd_teacher_temperature=float("inf")), "--kd-teacher-temperature must be above 0 and finite"),
+    (SaltConfig, TEACHER | dict(kd_transition="linear", kd_transition_steps=6),
+     "--kd-transition-steps 6 is longer than stage 1, --kd-steps 5"),
+    (SaltConfig, TEACHER | dict(kd_transition="ratio"), "--kd-transition ratio does not go with --kd-transition-steps 0"),
+    (SaltConfig, TEACHER | dict(kd_transition_steps=2), "--kd-transition step does not go with --kd-transition-steps 2"),
+    (SaltConfig, TEACHER | dict(kd_transition="ratio", kd_transition_steps=2, kd_weight=1.0),
+     "--kd-transition ratio needs --kd-weight below 1"),
+    (SaltConfig, TEACHER | dict(kd_stop_margin=1.5), "--kd-stop-margin must lie in [-1.0, 1.0], got 1.5"),
+    (SaltConfig, TEACHER | dict(teacher_tensor_model_parallel_size=0), "--teacher-tensor-model-parallel-size must be at least 1, got 0"),
+    (SaltConfig, TEACHER | dict(teacher_micro_batch_size=0), "--teacher-micro-batch-size must be at least 1, got 0"),
+    (SaltConfig, TEACHER | dict(teacher_exchange_max_gib=0.0), "--teacher-exchange-max-gib must be above 0 and finite, got 0.0"),
     (LoggingConfig, dict(log_interval=0), "--log-interval must be at least 1, got 0"),
 ]
 

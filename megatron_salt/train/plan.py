@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_salt.config import ParallelConfig, TrainingConfig
+from megatron_salt.config import ParallelConfig, SaltConfig, TrainingConfig, flag
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.salt.routing import check_sequence, teacher_layout
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Counts that hold for the whole run."""
+    """Counts that hold for the whole run, or with a teacher for stage 1 of it."""
 
     total_steps: int
     global_batch_size: int
@@ -19,27 +20,42 @@ class RunPlan:
     num_microbatches: int
     """Of one replica in one step."""
 
+    stage2_micro_batch_size: int
+    """Micro-batch size from the end of stage 1 on."""
+
+    teacher_merge: int = 1
+    """Consecutive microbatches of one teacher forward."""
+
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
         return self.total_steps * self.global_batch_size
 
+    @property
+    def num_teacher_forwards(self) -> int:
+        """Of one replica's block in one step of stage 1."""
+        return self.num_microbatches // self.teacher_merge
 
-def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout) -> RunPlan:
+    def in_stage2(self) -> RunPlan:
+        """The plan from the end of stage 1 on: the same samples in each step, cut otherwise."""
+        samples, micro = self.num_microbatches * self.micro_batch_size, self.stage2_micro_batch_size
+        return replace(self, micro_batch_size=micro, num_microbatches=samples // micro)
+
+
+def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout, salt: SaltConfig) -> RunPlan:
     """Raise UserError, naming flags and numbers, where the batch cannot be cut as asked or the run has no length."""
     micro, replicas = training.micro_batch_size, layout.data
     global_batch = training.global_batch_size or micro * replicas
-    if global_batch % (micro * replicas):
+    microbatches = _num_microbatches(global_batch, micro, replicas, parallel, flag("micro_batch_size"))
+    stage2_micro = salt.stage2_micro_batch_size or micro
+    _num_microbatches(global_batch, stage2_micro, replicas, parallel, flag("stage2_micro_batch_size"))
+    teacher_micro = salt.teacher_micro_batch_size or micro
+    if teacher_micro % micro:
+        raise UserError(f"--teacher-micro-batch-size {teacher_micro} is not a multiple of --micro-batch-size {micro}")
+    if microbatches * micro % teacher_micro:
         raise UserError(
-            f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro} x {replicas} data-parallel replicas"
-        )
-    microbatches = global_batch // (micro * replicas)
-    stages = parallel.pipeline_model_parallel_size
-    if parallel.virtual_stages is not None and microbatches % stages:
-        raise UserError(
-            f"--num-virtual-stages-per-pipeline-rank {parallel.virtual_stages} needs the {microbatches} microbatches of a replica "
-            f"(--global-batch-size {global_batch} / --micro-batch-size {micro} / {replicas} replicas) to be a multiple of "
-            f"--pipeline-model-parallel-size {stages}"
+            f"--teacher-micro-batch-size {teacher_micro} does not divide the {microbatches * micro} samples of a replica "
+            f"(--global-batch-size {global_batch} / {replicas} data-parallel replicas)"
         )
     if training.train_samples is not None:
         if training.train_samples % global_batch:
@@ -49,7 +65,45 @@ def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout)
         steps = training.train_iters
     else:
         raise UserError("give the run a length: --train-iters or --train-samples")
-    return RunPlan(steps, global_batch, micro, microbatches)
+    return RunPlan(steps, global_batch, micro, microbatches, stage2_micro, teacher_micro // micro)
+
+
+def _num_microbatches(global_batch: int, micro: int, replicas: int, parallel: ParallelConfig, micro_flag: str) -> int:
+    """Of one replica in one step."""
+    if global_batch % (micro * replicas):
+        raise UserError(f"--global-batch-size {global_batch} is not divisible by {micro_flag} {micro} x {replicas} data-parallel replicas")
+    microbatches, stages = global_batch // (micro * replicas), parallel.pipeline_model_parallel_size
+    if parallel.virtual_stages is not None and microbatches % stages:
+        raise UserError(
+            f"--num-virtual-stages-per-pipeline-rank {parallel.virtual_stages} needs the {microbatches} microbatches of a replica "
+            f"(--global-batch-size {global_batch} / {micro_flag} {micro} / {replicas} replicas) to be a multiple of "
+            f"--pipeline-model-parallel-size {stages}"
+        )
+    return microbatches
+
+
+def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -> None:
+    """What flags alone can get wrong of stage 1: a teacher that does not fit the student's layout, a stop that is never asked for."""
+    if salt.teacher_load is None:
+        return
+    assert salt.kd_steps is not None
+    teacher_layout(student, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
+    check_sequence(student, training.seq_length)
+    if salt.kd_stop == "crossover":
+        if not training.eval_iters:
+            raise UserError("--kd-stop crossover compares held-out accuracies: it needs --eval-iters above 0, got 0")
+        if training.eval_interval + salt.kd_transition_steps >= salt.kd_steps:
+            raise UserError(
+                f"--kd-stop crossover can end nothing: after the first evaluation, at --eval-interval {training.eval_interval}, and "
+                f"--kd-transition-steps {salt.kd_transition_steps} stage 1 is over by --kd-steps {salt.kd_steps} anyway"
+            )
+
+
+def check_save_at(save_at: tuple[int, ...], total_steps: int) -> None:
+    """Refuse steps that the run does not have. Steps that a resumed run has behind it are fine."""
+    beyond = [step for step in save_at if step > total_steps]
+    if beyond:
+        raise UserError(f"--save-at {' '.join(map(str, beyond))} lies beyond the run's last step, {total_steps}")
 
 
 def plan_the_rest(plan: RunPlan, training: TrainingConfig, step: int, consumed_samples: int) -> RunPlan:
