@@ -37,7 +37,8 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
 from megatron_salt.checkpoint import integrity, resume, rng, sharded, shelf, writer
-from megatron_salt.checkpoint.resume import Progress, RunIdentity
+from megatron_salt.checkpoint.progress import Progress
+from megatron_salt.checkpoint.resume import RunIdentity
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,11 @@ class Checkpointer:
 
     # ---- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress, name: str | None = None, final: bool = False) -> None:
-        """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout.
+    def save(
+        self, progress: Progress, probe: dict[str, Any] | None = None, name: str | None = None, final: bool = False
+    ) -> None:
+        """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout. `probe`: the losses
+        by which a run that takes this model as its teacher recognises it (train/probe.py).
 
         Returns when it is whole; under --async-save as soon as it has been copied (call `poll` every step, and `finish` at the
         end). When saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error
@@ -98,7 +102,7 @@ class Checkpointer:
         sums: dict[str, integrity.FileSum] = {}
         started = time.monotonic()
         with sharded.settled(self._chunks):
-            state, facts = self._state_to_save(progress, name, reshardable)
+            state, facts = self._state_to_save(progress, probe, name, reshardable)
             problem = writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
             if problem is not None:
                 self._failed(progress.step, problem)
@@ -124,7 +128,9 @@ class Checkpointer:
         if self._pending is not None:
             self._queue.maybe_finalize_async_calls(blocking=True)
 
-    def _state_to_save(self, progress: Progress, name: str | None, reshardable: bool) -> tuple[sharded.State, dict[str, Any]]:
+    def _state_to_save(
+        self, progress: Progress, probe: dict[str, Any] | None, name: str | None, reshardable: bool
+    ) -> tuple[sharded.State, dict[str, Any]]:
         names, vector = rng.capture()
         model = sharded.model_state(self._chunks, self._mesh.groups)
         state: sharded.State = {**model, "rng": sharded.rng_state(vector, self._mesh.layout, self._mesh.rank)}
@@ -136,6 +142,7 @@ class Checkpointer:
             "torch": torch.__version__,
             **asdict(progress),
             **resume.identity_facts(self._run),
+            "probe": probe,
             "layout": self._mesh.layout.sizes,
             "chunks": len(self._chunks),
             "rng": names,

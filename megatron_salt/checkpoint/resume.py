@@ -7,10 +7,11 @@ UserError that names both sides, unless a flag says what is meant. Functions say
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import OptimizerConfig, flag
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.agreement import from_rank_0
@@ -49,19 +51,6 @@ class RunIdentity:
     seed: int
     schedule_follows_run: tuple[str, ...] = ()
     """Names in the schedule's state whose values were derived from the length of the run: see `schedule_follows_run`."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is. JSON values only."""
-
-    step: int
-    consumed_samples: int
-    data: dict[str, Any] = field(default_factory=dict)
-    """Positions of the data's pools; empty: they start at their beginning."""
-    events: tuple[dict[str, Any], ...] = ()
-    """What happened to the run and must be remembered, such as a change of data."""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 # ---- facts that a checkpoint carries -----------------------------------------------------------------------------------
@@ -117,12 +106,18 @@ class Found:
     """Global size of every tensor, by key."""
 
 
-def open_checkpoint(load: Path, fallback: bool) -> Found | None:
-    """Find and verify what --load means; None where there is no checkpoint. Collective over all ranks.
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Names the contents of a whole checkpoint, wherever it lies. Not collective; reads the list of checksums alone."""
+    sums = integrity.read_checksums(directory, _REQUIRED)
+    return "sha256:" + hashlib.sha256(json.dumps({name: sums[name].sha256 for name in sorted(sums)}).encode()).hexdigest()[:32]
+
+
+def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Found | None:
+    """Find and verify what --load (or another flag of that kind) means; None where there is no checkpoint. Collective over all ranks.
 
     Raises UserError; DamagedCheckpoint where files are not what was written, unless `fallback` and there is one before.
     """
-    paths = from_rank_0(lambda: shelf.candidates(load, fallback))
+    paths = from_rank_0(lambda: shelf.candidates(load, fallback, flag_name))
     for number, directory in enumerate(paths, start=1):
         try:
             return _open(directory)
@@ -245,7 +240,7 @@ def progress_from(found: Found, run: RunIdentity, new_data: bool) -> Progress:
         assert new_data
         change = {"event": "new_data", "step": facts["step"], "from": facts["data_fingerprint"], "to": run.data_fingerprint}
         data, events = {}, (*events, change)
-    return Progress(facts["step"], facts["consumed_samples"], data, events, facts["extra"])
+    return Progress(facts["step"], facts["consumed_samples"], data, events, facts["extra"], SaltProgress.from_facts(facts["salt"]))
 
 
 def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ def whole_checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_tracker(root: Path) -> int | None:
-    """The step that `latest` names; None where there is no tracker. Raises UserError where it names none."""
+def read_tracker(root: Path, flag_name: str = "--load") -> int | None:
+    """The step that `latest` names; None where there is no tracker. Raises UserError where it names none; `flag_name` brought us here."""
     path = root / TRACKER
     try:
         return int(path.read_text(encoding="ascii").strip())
@@ -65,7 +65,7 @@ def read_tracker(root: Path) -> int | None:
         return None
     except (ValueError, UnicodeDecodeError):
         raise UserError(f"{path} does not hold the number of a step; put there the step of a whole iter_* directory beside it, "
-                        "or give that directory to --load") from None
+                        f"or give that directory to {flag_name}") from None
 
 
 def write_tracker(root: Path, step: int) -> None:
@@ -73,8 +73,8 @@ def write_tracker(root: Path, step: int) -> None:
     write_whole(root / TRACKER, f"{step}\n".encode("ascii"))
 
 
-def candidates(load: Path, fallback: bool = False) -> list[Path]:
-    """What --load can mean, the one to try first at the front, then the ones before it. Empty: there is no checkpoint.
+def candidates(load: Path, fallback: bool = False, flag_name: str = "--load") -> list[Path]:
+    """What --load (`flag_name`) can mean, the one to try first at the front, then the ones before it. Empty: there is no checkpoint.
 
     `load` is a directory of checkpoints or one iter_* directory. Raises UserError where the tracker names what is not there,
     unless `fallback`: then the highest step comes first.
@@ -82,11 +82,11 @@ def candidates(load: Path, fallback: bool = False) -> list[Path]:
     if _NAME.fullmatch(load.name) and load.is_dir():
         step, suffix = _parse(load)
         if suffix in (_PARTIAL, _DELETING):
-            raise UserError(f"--load {load}: a save that was never finished; its beginning is not a checkpoint")
+            raise UserError(f"{flag_name} {load}: a save that was never finished; its beginning is not a checkpoint")
         return [load, *_before(load.parent, step)]
     whole = whole_checkpoints(load)
     try:
-        latest = read_tracker(load)
+        latest = read_tracker(load, flag_name)
     except UserError:
         if not fallback:
             raise
@@ -96,7 +96,7 @@ def candidates(load: Path, fallback: bool = False) -> list[Path]:
     if latest not in whole:
         others = ", ".join(path.name for path in whole.values()) or "none"
         raise UserError(f"{load / TRACKER} names step {latest}, and {directory_of(load, latest)} is not there; "
-                        f"whole checkpoints: {others}. Give one of them to --load")
+                        f"whole checkpoints: {others}. Give one of them to {flag_name}")
     return [whole[latest], *_before(load, latest)]
 
 

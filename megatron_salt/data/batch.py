@@ -108,7 +108,8 @@ class Samples:
         self._first = np.array(first, np.int64)
         self._weights = None if weights is None else list(weights)
         self._offsets = np.cumsum([0, *(len(w) for w in self.windows)], dtype=np.int64)
-        self._vocabulary_size = vocabulary_size
+        self.vocabulary_size = vocabulary_size
+        """Ids of the tokenizer."""
         self._verify = verify
 
     def __len__(self) -> int:
@@ -153,7 +154,7 @@ class Samples:
         for index in np.unique(dataset).tolist():
             here = dataset == index
             tokens[here] = self.windows[index].read_many(window[here])
-        if tokens.size and (tokens.max() >= self._vocabulary_size or tokens.min() < 0):
+        if tokens.size and (tokens.max() >= self.vocabulary_size or tokens.min() < 0):
             self._refuse(tokens, dataset, window)
         return tokens
 
@@ -178,11 +179,11 @@ class Samples:
         return "; ".join(told) or None
 
     def _refuse(self, tokens: np.ndarray, dataset: np.ndarray, window: np.ndarray) -> None:
-        row, column = np.argwhere((tokens >= self._vocabulary_size) | (tokens < 0))[0]
+        row, column = np.argwhere((tokens >= self.vocabulary_size) | (tokens < 0))[0]
         file = self.windows[dataset[row]].file
         raise UserError(
             f"{file.flag} {file.prefix}: token id {tokens[row, column]} at window {window[row]}, token {column} of it, is not "
-            f"in the vocabulary of {self._vocabulary_size}; was {file.prefix}.bin made with this --tokenizer-type?"
+            f"in the vocabulary of {self.vocabulary_size}; was {file.prefix}.bin made with this --tokenizer-type?"
         )
 
 
@@ -205,10 +206,16 @@ class Batches:
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
+        self._of = (samples, global_batch_size, replica, num_replicas, skip)
         self._micro_batch_size = micro_batch_size
         self._share = global_batch_size // num_replicas
         self._first = replica * self._share
         self._skip = skip
+
+    def in_microbatches_of(self, size: int) -> Batches:
+        """The same samples of the same global batches, cut into microbatches of another size."""
+        samples, global_batch_size, replica, num_replicas, skip = self._of
+        return Batches(samples, global_batch_size, size, replica, num_replicas, skip)
 
     def fetch(self, consumed: int) -> list[Microbatch]:
         """This replica's microbatches of the step that starts after `consumed` samples."""

@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.attention import CoreAttention
 from megatron_salt.model.head import OutputHead
+from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import mlp_of_layer
@@ -191,7 +192,7 @@ class GPT(LanguageModule):
             rotary = self.rotary_pos_emb(length)
         return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary)
 
-    def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None) -> tuple[Tensor, Tensor]:
         """On the last stage: hidden states of `forward`, labels and loss_mask [b, s/cp] -> (summed loss, metric sums), see head.py."""
         return self.output_layer(hidden, labels, loss_mask, weight=self._tied_weight())
 

@@ -24,9 +24,20 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA
 from megatron.core.tensor_parallel import layers
 
 METRICS = ("tokens", "loss")
+KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement")
 """The sums over valid tokens that come with the loss, in this order: weight of the mask, loss."""
 
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # float32 logits at one time: a CPU's cache; enough to hide a GPU's kernel launches
+
+
+@dataclass(frozen=True)
+class SoftTarget:
+    """The teacher's part of a microbatch (helper A is writing what uses it)."""
+
+    hidden: Tensor
+    weight: Tensor
+    temperature: float
+    kd_weight: float
 
 
 @dataclass(frozen=True)

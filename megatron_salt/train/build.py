@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,22 +14,30 @@ import torch.distributed as dist
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.cli import to_yaml
-from megatron_salt.config import RunConfig
+from megatron_salt.config import CheckpointConfig, RunConfig, TrainingConfig
 from megatron_salt.data.batch import Batches, Samples, open_training_data, parse_skip_samples
 from megatron_salt.data.choice import tokenizer_of_run
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.gpt import build_model
-from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
+from megatron_salt.model.loss import VocabularyShard, chunk_tokens_for_budget, weight_gradient_bytes
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
 from megatron_salt.checkpoint import shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
+from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
+from megatron_salt.salt.prediction import predict
+from megatron_salt.salt.resumption import salt_from
+from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
+from megatron_salt.salt.schedule import Schedule
+from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, plan_the_rest
-from megatron_salt.checkpoint.resume import Progress, RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.checkpoint.resume import RunIdentity, read_facts, schedule_follows_run
+from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
 log = logging.getLogger(__name__)
@@ -44,6 +52,8 @@ class Inputs:
     tokenizer: Tokenizer
     train: Samples
     valid: Samples | None
+    teacher: TeacherCheckpoint | None
+    """What --teacher-load says of itself; None without it, and where the run resumes in stage 2."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,16 @@ class Run:
 
     student: Student
     plan: RunPlan
-    """Of the whole run, steps that are done included."""
+    """Of the whole run, steps that are done included; as it is in the present stage."""
 
     train: Batches
     valid: Batches | None
     checkpointer: Checkpointer
     progress: Progress
     """Where it starts: step 0, or where the checkpoint ends."""
+
+    stage1: Stage1 | None
+    """The teacher at work; None in stage 2, and where there is none."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -70,7 +83,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     for samples in (train, valid):
         if samples is not None:
             _probe(samples)
-    return Inputs(tokenizer, train, valid)
+    teacher = None
+    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint):
+        teacher = read_teacher(config.salt.teacher_load)
+        refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
+    return Inputs(tokenizer, train, valid, teacher)
 
 
 def _probe(samples: Samples) -> None:
@@ -97,24 +114,91 @@ def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, time
     checkpointer = Checkpointer(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler
     )
-    progress = checkpointer.load() or Progress(0, 0)
+    loaded = checkpointer.load()
+    progress = loaded or Progress(0, 0)
+    plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
 
     def batches(samples: Samples, skip: tuple[str, ...]) -> Batches:
         return Batches(samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip))
 
-    return Run(
+    run = Run(
         student=student,
-        plan=plan_the_rest(plan, config.training, progress.step, progress.consumed_samples),
+        plan=plan,
         train=batches(inputs.train, config.training.skip_samples),
         valid=None if inputs.valid is None else batches(inputs.valid, ()),
         checkpointer=checkpointer,
         progress=progress,
+        stage1=None,
+    )
+    return with_teacher(run, config, inputs, resumed=loaded is not None and progress.step > 0, timeout=timeout)
+
+
+def with_teacher(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta) -> Run:
+    """The run with the teacher that its flags and its checkpoint ask for: in stage 1 admitted, in stage 2 and in a run without one
+    none. Collective over all ranks. Raises UserError."""
+    salt, progress = config.salt, run.progress
+    schedule = None if salt.teacher_load is None else Schedule.of(salt)
+    teacher = inputs.teacher
+    fingerprint = None if teacher is None else teacher.fingerprint
+    state, events = salt_from(progress if resumed else None, schedule, fingerprint, salt.teacher_load, salt.override_kd_schedule)
+    run = replace(run, progress=replace(progress, salt=state, events=(*progress.events, *events)))
+    if state is None:
+        return run
+    if state.stage_after(progress.step) == 2:
+        return in_stage2(run)
+    assert teacher is not None and schedule is not None
+    return replace(run, stage1=Stage1(admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout), schedule))
+
+
+def admit_teacher(run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta) -> Teacher:
+    """The teacher over the student's ranks, after telling what it will cost. Collective over all ranks. Raises UserError."""
+    salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
+    dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
+    layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
+    exchange = exchange_gib(mesh.layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length,
+                            checkpoint.model.hidden_size, dtype.itemsize)  # fmt: skip
+    if exchange > salt.teacher_exchange_max_gib:
+        raise UserError(
+            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
+            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
+            f"{checkpoint.model.hidden_size} x {dtype.itemsize} bytes / tp {mesh.layout.tensor} / cp {mesh.layout.context}), more than "
+            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
+        )
+    for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
+        log.warning("%s", line)
+    prediction = predict(
+        config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
+        teacher_pipeline=salt.teacher_pipeline_model_parallel_size, padded_vocabulary=config.model.padded_vocabulary(vocabulary),
+        num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
+    )  # fmt: skip
+    for line in prediction.lines():
+        log.info("%s", line)
+    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
+    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    teacher = admit(checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout)
+    groups = run.student.optimizer.param_groups
+    refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
+    log.info("teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage", checkpoint.directory,
+             layout.tensor, layout.pipeline, layout.data, exchange)
+    return teacher
+
+
+def in_stage2(run: Run) -> Run:
+    """The run from the end of stage 1 on: no teacher, and --stage2-micro-batch-size. Pure."""
+    plan = run.plan.in_stage2()
+    return replace(
+        run,
+        stage1=None,
+        plan=plan,
+        student=replace(run.student, micro_batch_size=plan.micro_batch_size),
+        train=run.train.in_microbatches_of(plan.micro_batch_size),
+        valid=None if run.valid is None else run.valid.in_microbatches_of(plan.micro_batch_size),
     )
 
 
 def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh) -> Student:
     """The model with its optimizer and schedule, freshly initialised. Collective over all ranks."""
-    training, dtype = config.training, torch.bfloat16 if config.training.bf16 else torch.float32
+    training, dtype = config.training, dtype_of(config.training)
     rows = config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     model = build_model(config.model, config.parallel, training.seq_length, vocabulary, dtype, chunk_tokens, mesh)
@@ -125,6 +209,11 @@ def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh)
         log.info("output head: logits of %d tokens at a time, float32 weight gradient of %.1f MiB",
                  chunk_tokens, weight_gradient_bytes(rows, config.model.hidden_size) / 2**20)
     return Student(chunks, optimizer, scheduler, mesh, training.seq_length, plan.micro_batch_size, plan.global_batch_size)
+
+
+def dtype_of(training: TrainingConfig) -> torch.dtype:
+    """Of parameters and activations, the student's and the teacher's."""
+    return torch.bfloat16 if training.bf16 else torch.float32
 
 
 def count_parameters(student: Student) -> int:
@@ -139,6 +228,18 @@ def count_parameters(student: Student) -> int:
     total = torch.tensor(count, dtype=torch.int64, device=next(student.chunks[0].parameters()).device)
     dist.all_reduce(total, group=student.mesh.groups.mp)
     return int(total)
+
+
+def _resumes_in_stage2(checkpoint: CheckpointConfig) -> bool:
+    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `with_teacher`."""
+    if checkpoint.load is None or checkpoint.finetune:
+        return False
+    found = shelf.candidates(Path(checkpoint.load), fallback=True)
+    if not found:
+        return False
+    facts = read_facts(found[0])
+    salt = SaltProgress.from_facts(facts["salt"])
+    return salt is not None and salt.stage_after(facts["step"]) == 2
 
 
 def _checkpoint_tokenizer(load: str | None) -> Path | None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import megatron_salt.parallel.cpu as cpu  # before megatron
 
 from megatron_salt.data.batch import Batches
-from megatron_salt.model.head import METRICS
+from megatron_salt.model.loss import KD_METRICS, METRICS
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import run_pipeline
+from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.step import forward_step, place
 
 
@@ -26,14 +27,18 @@ def evaluate(
     seq_length: int,
     micro_batch_size: int,
     global_batch_size: int,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
-    """Per-token means of the head's metrics over `num_batches` global batches. Collective over all ranks; all receive."""
+    """Per-token means of the head's metrics over `num_batches` global batches, with a teacher also of its own. Collective over all
+    ranks; all receive. The student's figures are the same with a teacher as without."""
     for chunk in chunks:
         chunk.eval()
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=cpu.device())
+    sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=cpu.device())
     for number in range(num_batches):
-        microbatches = [place(microbatch, mesh) for microbatch in batches.fetch(number * global_batch_size)]
-        for metrics in run_pipeline(chunks, forward_step, microbatches, mesh, seq_length, micro_batch_size, forward_only=True):
+        microbatches = batches.fetch(number * global_batch_size)
+        targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
+        placed = [place(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
+        for metrics in run_pipeline(chunks, forward_step, placed, mesh, seq_length, micro_batch_size, forward_only=True):
             sums += metrics
     for chunk in chunks:
         chunk.train()
@@ -49,6 +54,12 @@ def sums_over_replicas(sums: Tensor, mesh: Mesh) -> Tensor:
 
 def means(sums: Tensor) -> dict[str, float]:
     """Metric sums [metrics] -> {name: mean per token}, and the count of tokens itself under "tokens"."""
-    values = dict(zip(METRICS, sums.tolist(), strict=True))
-    tokens = values.pop("tokens")
-    return {"tokens": tokens, **{name: value / max(tokens, 1.0) for name, value in values.items()}}
+    return {name: float(mean) for name, mean in named_means(sums).items()}
+
+
+def named_means(sums: Tensor) -> dict[str, Tensor]:
+    """The same, still on the device. A teacher's metrics are known by the length of the sums."""
+    names = METRICS if len(sums) == len(METRICS) else KD_METRICS
+    tokens = sums[0]
+    means = {name: total / tokens.clamp(min=1) for name, total in zip(names[1:], sums[1:], strict=True)}
+    return {"tokens": tokens, **means}

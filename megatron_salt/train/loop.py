@@ -13,14 +13,19 @@ from torch import Tensor
 
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.data.batch import Batches
-from megatron_salt.train.build import Run
-from megatron_salt.train.evaluate import evaluate
+from megatron_salt.train.build import Run, in_stage2
+from megatron_salt.train.evaluate import evaluate, named_means
 from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord
 from megatron_salt.train.nonfinite import NonFiniteWatch
 from megatron_salt.train.operations import GarbageSchedule, Profiler
-from megatron_salt.checkpoint.resume import Progress
+from megatron_salt.train.probe import probe
+from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.train.signals import ExitPlan
+from megatron_salt.train.stages import free_teacher, pass_crossover
 from megatron_salt.train.step import StepOutcome, train_step
+
+SHOWN = ("ce", "kl", "teacher_ce", "agreement")
+"""What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
@@ -35,12 +40,17 @@ def train(
     reason = None
     while progress.step < total and reason is None:
         step = progress.step + 1
+        stage1 = run.stage1
+        if stage1 is not None and not stage1.teaches(step, progress):
+            free_teacher(stage1, progress, log)
+            run, stage1 = in_stage2(run), None
         profiler.before_step(step)
         started, learning_rate = time.perf_counter(), run.student.learning_rate
         with timer.phase("data"):
             position = progress.data.get("position", 0)
             microbatches = run.train.fetch(position)
-        outcome = train_step(run.student, microbatches, timer)
+        kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
+        outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
         nonfinite.note(step, outcome, microbatches, run.student.mesh)
         progress = replace(
             progress,
@@ -50,18 +60,20 @@ def train(
             extra={**progress.extra, "nonfinite_in_a_row": nonfinite.in_a_row},
         )
         seconds = time.perf_counter() - started
-        log.step(_record(run, progress, outcome, learning_rate, seconds, timer))
+        log.step(_record(run, progress, outcome, learning_rate, kd_weight, seconds, timer))
         garbage.after_step(step)
         if run.valid is not None and training.eval_iters and (step % training.eval_interval == 0 or step == total):
             with timer.phase("eval"):
-                _evaluate(run, run.valid, training.eval_iters, step, log)
+                progress = _evaluate(run, run.valid, training.eval_iters, progress, log)
         reason = exit_plan.reason_to_leave(step)
         with timer.phase("save"):
             run.checkpointer.poll()
             due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
-            if checkpoint.save is not None and (due or reason is not None or step == total):
+            name = "save-at" if step in checkpoint.save_at else None
+            if checkpoint.save is not None and (due or name is not None or reason is not None or step == total):
                 log.flush()
-                run.checkpointer.save(progress, final=step == total)
+                recognise_by = probe(run.student, run.train.samples.vocabulary_size)
+                run.checkpointer.save(progress, recognise_by, name, final=step == total)
     profiler.stop(progress.step + 1)
     garbage.stop()
     run.checkpointer.finish()
@@ -80,29 +92,41 @@ def _announce(run: Run, log: RunLog) -> None:
 
 
 def _record(
-    run: Run, progress: Progress, outcome: StepOutcome, learning_rate: float, seconds: float, timer: PhaseTimer
+    run: Run, progress: Progress, outcome: StepOutcome, learning_rate: float, kd_weight: float, seconds: float, timer: PhaseTimer
 ) -> StepRecord:
-    loss: Tensor | float = float("nan")
+    figures: dict[str, Tensor] = {}
     if outcome.sums is not None:
         sums = outcome.sums.sum(0)
         dist.all_reduce(sums, group=run.student.mesh.groups.dp_cp)
-        loss = sums[1] / sums[0].clamp(min=1)
+        figures = named_means(sums)
     return StepRecord(
         step=progress.step,
         consumed_samples=progress.consumed_samples,
-        loss=loss,
+        loss=figures.get("loss", float("nan")),
         lr=learning_rate,
         grad_norm=outcome.grad_norm,
         tokens=run.plan.global_batch_size * run.student.seq_length,
         seconds=seconds,
         nonfinite=not outcome.applied,
         phases=timer.take(),
+        extra={} if run.stage1 is None else {"kd_weight": kd_weight} | {name: figures[name] for name in SHOWN if name in figures},
     )
 
 
-def _evaluate(run: Run, valid: Batches, num_batches: int, step: int, log: RunLog) -> None:
-    started, student = time.perf_counter(), run.student
+def _evaluate(run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog) -> Progress:
+    """Loss and accuracy on held-out data; in stage 1 also the teacher's, once, since it is frozen, and whether it has been passed."""
+    started, student, stage1, salt = time.perf_counter(), run.student, run.stage1, progress.salt
+    ask_teacher = stage1 is not None and salt is not None and salt.teacher_held_out is None
     figures = evaluate(
-        student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size
-    )
-    log.evaluation(step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started)
+        student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
+        stage1.teacher if stage1 is not None and ask_teacher else None,
+    )  # fmt: skip
+    if ask_teacher:
+        assert salt is not None
+        salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
+        progress = replace(progress, salt=salt)
+    beside = {"accuracy": figures["accuracy"]}
+    if stage1 is not None and salt is not None and salt.teacher_held_out is not None:
+        beside |= {f"teacher_{name}": value for name, value in salt.teacher_held_out.items()}
+    log.evaluation(progress.step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started, beside)
+    return progress if stage1 is None else pass_crossover(stage1, progress, figures["accuracy"], log)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -37,6 +38,13 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # bytes on macOS, KiB elsewhere
+
+
+def memory_in_use_gib() -> float:
+    """Memory that this process uses now: allocated on its GPU, or without one its resident set. GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / GIB
+    return psutil.Process().memory_info().rss / GIB
 
 
 class PhaseTimer:
@@ -161,13 +169,18 @@ class RunLog:
             print(self._line(), flush=True)
             self._since_line.clear()
 
-    def evaluation(self, step: int, name: str, loss: float, tokens: int, seconds: float) -> None:
-        """Held-out `loss` (nats a token over `tokens` valid tokens) after `step`; `name` is the split's, such as "valid"."""
+    def evaluation(
+        self, step: int, name: str, loss: float, tokens: int, seconds: float, beside: Mapping[str, float] | None = None
+    ) -> None:
+        """Held-out `loss` (nats a token over `tokens` valid tokens) after `step`; `name` is the split's, such as "valid"; `beside`:
+        further figures by name."""
         if not self._active:
             return
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        self._write(kind="eval", step=step, name=name, loss=loss, perplexity=perplexity, tokens=tokens, seconds=seconds)
-        print(f"step {step}/{self._total_steps} | {name} loss {loss:.4f} | perplexity {perplexity:.4g} | "
+        self._write(kind="eval", step=step, name=name, loss=loss, perplexity=perplexity, tokens=tokens, seconds=seconds,
+                    **(beside or {}))
+        figures = "".join(f"{name.replace('_', ' ')} {value:.4f} | " for name, value in (beside or {}).items())
+        print(f"step {step}/{self._total_steps} | {name} loss {loss:.4f} | perplexity {perplexity:.4g} | {figures}"
               f"{tokens} tokens in {seconds:.1f} s", flush=True)
 
     def event(self, step: int, message: str, facts: Mapping[str, Any] | None = None) -> None:

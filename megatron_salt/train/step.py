@@ -22,8 +22,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask, positions_of
 from megatron_salt.model.gpt import GPT
+from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.metrics import PhaseTimer
 
 
@@ -61,9 +63,11 @@ class Placed:
     """int64 [b, s/cp]"""
     documents: Tensor | None
     """int64 [b, s], of the whole sequence, where attention stays inside documents"""
+    target: SoftTarget | None
+    """The teacher's part, in stage 1 on the last stage"""
 
 
-def place(microbatch: Microbatch, mesh: Mesh) -> Placed:
+def place(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) -> Placed:
     """Bring a microbatch to the device."""
     device, length = cpu.device(), microbatch.tokens.size(1)
 
@@ -74,8 +78,9 @@ def place(microbatch: Microbatch, mesh: Mesh) -> Placed:
 
     documents = None if microbatch.documents is None else microbatch.documents.to(device, non_blocking=True)
     return Placed(
-        share(microbatch.tokens), share(microbatch.labels), share(microbatch.loss_mask), share(microbatch.position_ids), documents
-    )
+        share(microbatch.tokens), share(microbatch.labels), share(microbatch.loss_mask), share(microbatch.position_ids), documents,
+        target,
+    )  # fmt: skip
 
 
 def unwrap(chunk: nn.Module) -> GPT:
@@ -93,7 +98,7 @@ def forward_step(chunk: nn.Module, batch: Placed) -> tuple[Tensor, LossFunction]
     hidden = chunk(batch.tokens, batch.position_ids, mask)
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask)
+        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, batch.target)
         return total, batch.loss_mask.sum().int(), metrics
 
     return hidden, loss
@@ -113,16 +118,23 @@ class StepOutcome:
     """float32 [microbatches, metrics] of this replica's share, on its device; None but on the last stage."""
 
 
-def train_step(student: Student, microbatches: Sequence[Microbatch], timer: PhaseTimer) -> StepOutcome:
-    """Carry out one step on this replica's microbatches. Collective over all ranks."""
+def train_step(
+    student: Student, microbatches: Sequence[Microbatch], timer: PhaseTimer, teacher: Teacher | None = None, kd_weight: float = 0.0
+) -> StepOutcome:
+    """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks."""
+    targets: list[SoftTarget | None] = [None] * len(microbatches)
+    if teacher is not None:
+        with timer.phase("teacher"):
+            targets = teacher.annotate(microbatches, kd_weight)
     with timer.phase("forward-backward"):
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
         student.optimizer.zero_grad()
+        batches = [place(microbatch, student.mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
         sums = run_pipeline(
-            student.chunks, forward_step, [place(microbatch, student.mesh) for microbatch in microbatches], student.mesh,
-            student.seq_length, student.micro_batch_size, forward_only=False,
-        )  # fmt: skip
+            student.chunks, forward_step, batches, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
+        )
+        del batches, targets  # the teacher's part of them, before the optimizer needs memory
     with timer.phase("optimizer"):
         grad_norm = finish_step(student)
     return StepOutcome(grad_norm, math.isfinite(grad_norm), torch.stack(sums) if sums else None)

@@ -16,7 +16,8 @@ from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConf
 from megatron_salt.data.tokenizer import build_tokenizer
 from megatron_salt.checkpoint import sharded
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.resume import Progress, RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint.progress import Progress
+from megatron_salt.checkpoint.resume import RunIdentity, schedule_follows_run
 from megatron_salt.train.step import Student
 from tests.small import GLOBAL_BATCH, SMALL, Case, build_student, train_student
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.resume import Progress, RunIdentity
+from megatron_salt.checkpoint.progress import Progress
+from megatron_salt.checkpoint.resume import RunIdentity
 from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, TokenizerConfig
 from megatron_salt.data.tokenizer import build_tokenizer
 from megatron_salt.model.loss import VocabularyShard

@@ -20,7 +20,8 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.checkpoint.checkpointer import Checkpointer, load_weights
-from megatron_salt.checkpoint.resume import Progress, RunIdentity
+from megatron_salt.checkpoint.progress import Progress
+from megatron_salt.checkpoint.resume import RunIdentity
 from tests.ranks import run_ranks
 from tests.small import SMALL
 from tools import generate_text as module

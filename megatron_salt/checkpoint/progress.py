@@ -1,0 +1,49 @@
+"""How far a run is: what a checkpoint holds beside tensors so that the run can go on from there. JSON values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class SaltProgress:
+    """Where a run with a teacher is. Kept to the end of the run, also when the teacher is long gone."""
+
+    stage1_end: int
+    """Last step of stage 1: --kd-steps, or earlier after a crossover."""
+    schedule: dict[str, Any]
+    """Values of the kd flags that shape the mathematics, by field name (`Schedule.facts`)."""
+    teacher: str
+    """Fingerprint of the teacher's checkpoint."""
+    teacher_directory: str
+    """Where it lay when the run began. For people."""
+    crossover: int | None = None
+    """Step after which the student was found to have passed the teacher."""
+    teacher_held_out: dict[str, float] | None = None
+    """The frozen teacher's figures on the held-out data, once they are known: "loss" and "accuracy"."""
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any] | None) -> Self | None:
+        """What asdict gave, from JSON."""
+        return None if facts is None else cls(**facts)
+
+    def stage_after(self, step: int) -> int:
+        """1 or 2: the stage of the step that follows `step` steps."""
+        return 1 if step < self.stage1_end else 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int
+    consumed_samples: int
+    data: dict[str, Any] = field(default_factory=dict)
+    """Positions of the data's pools; empty: they start at their beginning."""
+    events: tuple[dict[str, Any], ...] = ()
+    """What happened to the run and must be remembered, such as a change of data."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    salt: SaltProgress | None = None
+    """None: a run without a teacher."""

@@ -1,0 +1,58 @@
+"""In which stage a run goes on, and whether with this teacher and this schedule. Pure.
+
+What a checkpoint says holds: a run inside stage 1 goes on with the same teacher and schedule or not at all, and one in stage 2 needs
+neither. Only --override-kd-schedule changes the schedule, and the change is recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.config import flag
+from megatron_salt.errors import UserError
+from megatron_salt.salt.schedule import Schedule
+
+Events = tuple[dict[str, Any], ...]
+
+
+def salt_from(
+    resumed: Progress | None, schedule: Schedule | None, teacher: str | None, directory: str | None, override: bool
+) -> tuple[SaltProgress | None, Events]:
+    """Where the run stands, and what to record. Raises UserError, naming both sides.
+
+    resumed: what the checkpoint says, None for a run from step 0. schedule: of the flags, None without a teacher. teacher: the fingerprint
+    of the one in --teacher-load, where one was read; directory: --teacher-load. override: --override-kd-schedule.
+    """
+    if resumed is None:
+        if schedule is None:
+            return None, ()
+        assert teacher is not None and directory is not None
+        return SaltProgress(schedule.kd_steps, schedule.facts(), teacher, directory), ()
+    saved, step = resumed.salt, resumed.step
+    # 1) stage 2 and plain runs go on without a teacher
+    if saved is None and schedule is not None:
+        raise UserError(f"--load: the run was trained without a teacher up to step {step}, and --teacher-load {directory} asks for one; "
+                        "--finetune takes the weights alone")
+    if saved is None or saved.stage_after(step) == 2:
+        return saved, ()
+    # 2) stage 1 goes on with the same teacher
+    if schedule is None:
+        raise UserError(f"--load: step {step} is in stage 1, which ends after step {saved.stage1_end}: it needs its teacher, "
+                        f"{saved.teacher} (then in {saved.teacher_directory}); give --teacher-load and the kd flags")
+    if teacher != saved.teacher:
+        raise UserError(f"--load: step {step} is in stage 1 of a run with teacher {saved.teacher} (then in {saved.teacher_directory}), "
+                        f"--teacher-load {directory} is {teacher}")
+    # 3) and the same schedule
+    here = schedule.facts()
+    differences = [f"{flag(name)} is {saved.schedule.get(name)} there and {value} here"
+                   for name, value in here.items() if saved.schedule.get(name) != value]
+    if not differences:
+        return saved, ()
+    if not override:
+        raise UserError(f"--load: step {step} is in stage 1 under another schedule: {'; '.join(differences)}. "
+                        "--override-kd-schedule goes on with the flags")
+    change = {"event": "kd_schedule", "step": step, "from": saved.schedule, "to": here}
+    end = schedule.kd_steps if saved.crossover is None else schedule.stage1_end_after(saved.crossover)
+    return replace(saved, schedule=here, stage1_end=max(end, step)), (change,)

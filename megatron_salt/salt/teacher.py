@@ -1,0 +1,181 @@
+"""The teacher in use: a frozen, forward-only model over the student's own ranks, and its end.
+
+One step of stage 1 is A, B, C (design: hidden states travel, logits never do). A: each replica of the teacher runs its share of the
+microbatches through the teacher's own pipeline. B: one all-to-all inside a block (the ranks of one student replica) brings the
+last hidden states, cut as the student's last stage needs them, to that stage. C is the student's own schedule, on microbatches that
+carry a `SoftTarget`. Every rank goes through A, B and C in this order, and no phase begins before the one before it has ended here.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import megatron_salt.parallel.cpu as cpu  # before megatron
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.model.attention import attention_mask
+from megatron_salt.model.gpt import GPT
+from megatron_salt.model.loss import SoftTarget
+from megatron_salt.parallel.mesh import Mesh, teacher_groups
+from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt import routing
+
+plan_exchange = cache(routing.plan)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Microbatches of the student, merged into one of the teacher, on this rank's device."""
+
+    tokens: Tensor
+    """int64 [b, s]"""
+    position_ids: Tensor
+    """int64 [b, s]"""
+    documents: Tensor | None
+    """int64 [b, s]"""
+
+
+class Teacher:
+    """What this rank holds of the teacher. Invariant: nothing of it has a gradient, and after `free` nothing of it is left."""
+
+    def __init__(
+        self,
+        body: GPT,
+        weight: Tensor | None,
+        mesh: Mesh,
+        student: Mesh,
+        block_group: dist.ProcessGroup,
+        microbatches_per_forward: int,
+        temperature: float,
+    ) -> None:
+        """body: this rank's stage, without output head. weight: output weight [V/tp, h_t], the student's rows of it, on ranks of the
+        student's last stage; None elsewhere. block_group: the ranks of this rank's student replica, in rank order."""
+        self.body: GPT | None = body.eval().requires_grad_(False)
+        self.weight = weight
+        self.mesh: Mesh | None = mesh
+        self.block_group: dist.ProcessGroup | None = block_group
+        self.num_bytes = tensor_bytes(body) + (0 if weight is None else weight.nbytes)
+        self._student, self._merge, self._temperature = student, microbatches_per_forward, temperature
+        self._place = dist.get_rank(block_group)
+
+    @torch.no_grad()
+    def annotate(self, microbatches: Sequence[Microbatch], kd_weight: float) -> list[SoftTarget | None]:
+        """The teacher's part of each of this student replica's microbatches, all of one shape. Collective over all ranks, both phases;
+        only ranks of the student's last stage receive, the others get None for each."""
+        return [
+            None if hidden is None else SoftTarget(hidden, self._weight, self._temperature, kd_weight)
+            for hidden in self.hidden_states(microbatches, self._merge)
+        ]
+
+    @torch.no_grad()
+    def hidden_states(self, microbatches: Sequence[Microbatch], merge: int) -> list[Tensor | None]:
+        """Last hidden states [s/(cp*tp), b, h_t] of each microbatch, this rank's share of the sequence, on ranks of the student's last
+        stage; None elsewhere. `merge` microbatches are one of the teacher's. Collective over all ranks."""
+        samples, length = microbatches[0].tokens.shape
+        plan = plan_exchange(self._student.layout, self._mesh.layout, len(microbatches), merge, length)
+        mine = plan.forwards_of(self._replica)
+        groups = [_merged(microbatches[number * merge : (number + 1) * merge]) for number in mine]
+        outputs: list[Tensor] = []
+        if groups:
+            outputs = run_pipeline([self._body], _forward_step, groups, self._mesh, length, merge * samples, forward_only=True)
+        return self._exchange(plan, dict(zip(mine, outputs, strict=False)), len(microbatches), merge, samples)
+
+    def _exchange(self, plan: routing.Plan, outputs: dict[int, Tensor], count: int, merge: int, samples: int) -> list[Tensor | None]:
+        """Phase B. outputs: [s, merge * b, h_t] by number of the forward, on ranks of the teacher's last stage."""
+        assert self.block_group is not None
+        config = self._body.config
+        width, dtype = config.hidden_size, config.params_dtype
+        parts = []
+        for piece in plan.sent_by(self._place):
+            forward, first = piece.microbatch // merge, piece.microbatch % merge * samples
+            parts += [outputs[forward][positions, first : first + samples].reshape(-1) for positions in piece.positions]
+        outbox = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=cpu.device())
+        outputs.clear()
+        parts.clear()
+        send = [size * samples * width for size in plan.send_sizes(self._place)]
+        receive = [size * samples * width for size in plan.receive_sizes(self._place)]
+        inbox = torch.empty(sum(receive), dtype=dtype, device=cpu.device())
+        dist.all_to_all_single(inbox, outbox, receive, send, group=self.block_group)
+        hidden: list[Tensor | None] = [None] * count
+        shape = (plan.piece_length, samples, width)
+        for piece, part in zip(plan.received_by(self._place), inbox.split(plan.piece_length * samples * width), strict=False):
+            hidden[piece.microbatch] = part.view(shape)
+        return hidden
+
+    def free(self) -> None:
+        """Give up weights, buffers and process groups, once, without touching anything that the student has. Collective over all ranks.
+
+        Nothing of the teacher's may be under way on any rank when the first group goes, hence the barrier; groups go in the order in
+        which they were made, the same on all their members.
+        """
+        groups = [*teacher_groups(self._mesh), self.block_group]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        dist.barrier()
+        self.body = self.weight = self.mesh = self.block_group = None
+        RotaryEmbedding.forward.cache_clear()  # an lru_cache on a method, which keeps the module and its groups; the student's refills
+        gc.collect()
+        while groups:
+            dist.destroy_process_group(groups.pop(0))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        dist.barrier()
+
+    @property
+    def _body(self) -> GPT:
+        assert self.body is not None, "the teacher has been freed"
+        return self.body
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None, "the teacher has been freed"
+        return self.mesh
+
+    @property
+    def _weight(self) -> Tensor:
+        assert self.weight is not None, "the teacher's output weight is on the student's last stage"
+        return self.weight
+
+    @property
+    def _replica(self) -> int:
+        """Of the teacher's replicas in this block, the one that this rank belongs to."""
+        return self._mesh.at.dp % (self._mesh.layout.data // self._student.layout.data)
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _merged(microbatches: Sequence[Microbatch]) -> _Input:
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors)).to(cpu.device(), non_blocking=True)
+
+    documents = [microbatch.documents for microbatch in microbatches if microbatch.documents is not None]
+    return _Input(
+        joined([microbatch.tokens for microbatch in microbatches]),
+        joined([microbatch.position_ids for microbatch in microbatches]),
+        joined(documents) if documents else None,
+    )
+
+
+def _forward_step(body: nn.Module, batch: _Input) -> tuple[Tensor, LossFunction]:
+    """-> (hidden states, a "loss" that hands them out as the microbatch's metrics)."""
+    assert isinstance(body, GPT)
+    mask = attention_mask(batch.documents, batch.tokens.size(1), body.cp_group, batch.tokens.device)
+    hidden = body(batch.tokens, batch.position_ids, mask)
+
+    def keep(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        none = torch.zeros((), device=hidden.device)
+        return none, none.int(), hidden
+
+    return hidden, keep
