@@ -22,6 +22,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -150,6 +151,7 @@ class GPT(LanguageModule):
         """has_head: without one (a teacher's body) the last stage ends with the final norm, and a tied weight is the embedding alone."""
         super().__init__(config=config, pg_collection=groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.has_head = has_head
         self.share_embeddings_and_output_weights = has_head and not model.untie_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder  # 0.16's schedules read it
         self.mtp_process = False
@@ -211,6 +213,8 @@ class GPT(LanguageModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """megatron-core's sharded state dict, without the head's empty extra state, as GPTModel's."""
+        if not self.has_head:  # LanguageModule's goes on to look for one
+            return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         extra = state.pop(f"{prefix}output_layer._extra_state", None)
         assert not (extra and extra.data), "the output head has no extra state"
