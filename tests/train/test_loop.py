@@ -118,6 +118,21 @@ def test_checkpoints_come_at_the_interval_and_at_the_end_and_the_last_ones_stay(
     assert [state_of(tmp_path, step)["optimizer"]["form"] for step in (4, 5)] == ["dp_reshardable", "fully_reshardable"]
 
 
+@pytest.mark.parametrize("async_save", [pytest.param(True, marks=pytest.mark.full), False])
+def test_a_step_of_save_at_stays_and_loads_under_any_layout(tmp_path: Path, data: str, async_save: bool) -> None:
+    """Also where a save is due anyway, which is then this one."""
+    flags = dict(data_path=data, train_iters=5, use_distributed_optimizer=True)
+    ended = train(**flags, save=tmp_path / "kept", save_interval=2, save_at=[1, 2], keep_last=1, async_save=async_save)
+    assert checkpoints(tmp_path / "kept") == [1, 2, 5]
+    assert [ended.err.count(f"step {step}: saved") for step in range(1, 6)] == [1, 1, 0, 1, 1]
+    states = [state_of(tmp_path / "kept", step) for step in (1, 2, 5)]
+    assert [state["name"] for state in states] == ["save-at", "save-at", None]
+    assert {state["optimizer"]["form"] for state in states} == {"fully_reshardable"}
+    for step in (1, 2):
+        save = tmp_path / str(step)
+        train(2, **flags, load=tmp_path / "kept" / f"iter_{step:07d}", save=save, tensor_model_parallel_size=2)
+        assert losses(save) == pytest.approx({at: loss for at, loss in losses(tmp_path / "kept").items() if at > step}, abs=3e-6)
+
 
 @pytest.mark.parametrize(
     "world_size, flags, told",
