@@ -260,6 +260,7 @@ def no_room_for_a_log() -> contextlib.AbstractContextManager[None]:
     return full_from_step_3_on(100)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "world_size, flags", [(1, {}), (1, dict(async_save=True)), (2, dict(use_distributed_optimizer=True, async_save=True)), (2, {})]
 )

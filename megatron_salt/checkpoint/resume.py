@@ -122,11 +122,12 @@ def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Fo
         try:
             return _open(directory)
         except integrity.DamagedCheckpoint as error:
-            if number == len(paths):
-                raise
-            if not fallback:
-                raise integrity.DamagedCheckpoint(f"{error}\n--load-fallback would resume from {paths[number]} instead") from None
-            log.error("%s\n--load-fallback: trying %s", error, paths[number])
+            if fallback and number < len(paths):
+                log.error("%s: %s\n--load-fallback: trying %s", flag_name, error, paths[number])
+                continue
+            could = number < len(paths) and flag_name == "--load"
+            hint = f"\n--load-fallback would resume from {paths[number]} instead" if could else ""
+            raise integrity.DamagedCheckpoint(f"{flag_name}: {error}{hint}") from None
     return None
 
 
@@ -157,11 +158,21 @@ def tensor_sizes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Not collective."""
-    facts = json.loads((directory / shelf.STATE).read_bytes())
-    if facts["format"] != FORMAT:
-        raise UserError(f"{directory / shelf.STATE} has format {facts['format']}; this release reads format {FORMAT}")
-    return facts
+    """state.json of a checkpoint; what an earlier release did not write yet is None. Not collective. Raises UserError.
+
+    DamagedCheckpoint where it is missing or cannot be read, which `open_checkpoint` finds as well.
+    """
+    path = directory / shelf.STATE
+    try:
+        facts = json.loads(path.read_bytes())
+        written = facts["format"]
+    except OSError as error:
+        raise integrity.DamagedCheckpoint(f"{path}: {error.strerror}, so this is no whole checkpoint of megatron_salt") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
+    if written != FORMAT:
+        raise UserError(f"{path} has format {written}; this release reads format {FORMAT}")
+    return {"probe": None, "salt": None} | facts
 
 
 # ---- holding it against this run ---------------------------------------------------------------------------------------

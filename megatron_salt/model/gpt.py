@@ -196,7 +196,7 @@ class GPT(LanguageModule):
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None) -> tuple[Tensor, Tensor]:
         """On the last stage: hidden states of `forward`, labels and loss_mask [b, s/cp] -> (summed loss, metric sums), see head.py."""
-        return self.output_layer(hidden, labels, loss_mask, weight=self._tied_weight())
+        return self.output_layer(hidden, labels, loss_mask, weight=self._tied_weight(), teacher=teacher)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """On the last stage: logits [s/cp, b, padded vocabulary / tp] of hidden states, for generation and for oracles."""

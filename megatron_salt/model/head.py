@@ -1,4 +1,4 @@
-"""The output layer: hidden states to the loss, or to logits.
+"""The output layer: hidden states, and perhaps a teacher's, to the loss; or to logits.
 
 A ColumnParallelLinear whose forward, given labels, is the fused cross entropy of `loss.py`. It is a submodule of the model
 and is called as `head(...)`, never `head.forward(...)`: DDP's hooks on the call wait for the weight's parameter gather.
@@ -18,13 +18,14 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_salt.errors import UserError
-from megatron_salt.model.loss import METRICS, VocabularyShard, fused_linear_cross_entropy
+from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
+from megatron_salt.model.vocabulary import VocabularyShard
 
-__all__ = ["METRICS", "OutputHead"]
+__all__ = ["KD_METRICS", "METRICS", "OutputHead", "SoftTarget"]
 
 
 class OutputHead(ColumnParallelLinear):
-    """`head(hidden, labels, loss_mask)` -> (sum of the loss, metrics); `head(hidden)` -> (logits, None).
+    """`head(hidden, labels, loss_mask, teacher=...)` -> (sum of the loss, metrics); `head(hidden)` -> (logits, None).
 
     The weight is [padded_vocabulary / tp, hidden_size]; with `skip_weight_param_allocation` (tied embeddings) it is given
     with each call. `num_valid` ids are real, the rest is padding. `chunk_tokens` tokens have logits at one time.
@@ -56,12 +57,14 @@ class OutputHead(ColumnParallelLinear):
         self.shard = VocabularyShard(self.tp_group, self.output_size_per_partition, num_valid, self.sequence_parallel)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, weight: Tensor | None = None,
+        teacher: SoftTarget | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Collective over the tensor-parallel group.
 
         hidden [s, b, h] ([s/tp, b, h] with sequence parallelism), labels int64 [b, s], loss_mask [b, s] (None: all ones),
-        weight [V/tp, h] where tied. Returns a float32 scalar and float32 [len(METRICS)], the same on every rank of the group.
+        weight [V/tp, h] where tied, the teacher's part of the target where there is one. Returns a float32 scalar and float32
+        [len(METRICS)], with a teacher [len(KD_METRICS)], the same on every rank of the group.
         Without labels: logits [s, b, V/tp] of this rank's ids, padding included, with megatron-core's own gradients.
         """
         if labels is None:
@@ -72,7 +75,7 @@ class OutputHead(ColumnParallelLinear):
             raise ValueError("the fused output head does not work with Megatron-FSDP")
         labels_sb = labels.t().reshape(-1)
         mask_sb = torch.ones_like(labels_sb, dtype=torch.float32) if loss_mask is None else loss_mask.t().reshape(-1).float()
-        return fused_linear_cross_entropy(hidden, weight, labels_sb, mask_sb, self.shard, self.chunk_tokens)
+        return fused_linear_cross_entropy(hidden, weight, labels_sb, mask_sb, self.shard, self.chunk_tokens, teacher)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight alone: the parent's `_extra_state` is empty and only there for Transformer Engine."""

@@ -1,17 +1,18 @@
-"""Cross entropy straight from hidden states: no logits outlive a chunk of tokens.
+"""Cross entropy straight from hidden states, against the data and a teacher: no logits outlive a chunk of tokens.
 
-`fused_linear_cross_entropy` equals `cross_entropy(hidden @ weight.T)` over the real vocabulary, summed over the mask, for
-weights sharded over the vocabulary. Forward makes the gradients as well, for a loss of scale 1, and only where they are
-wanted; backward multiplies them by the incoming gradient. So one pass over the logits serves loss and gradients.
+With the teacher's distribution p = softmax(teacher logits / T) over the real ids, label y and weight w, the target is the mixture
+q = (1-w) onehot(y) + w p. `fused_linear_cross_entropy` equals `cross_entropy(hidden @ weight.T, q)`, summed over the mask, for
+weights sharded over the vocabulary; without a teacher w = 0. Forward makes the gradients as well, for a loss of scale 1, and
+only where they are wanted; backward multiplies them by the incoming gradient. So one pass over the logits serves loss and
+gradients, and nothing of the teacher is kept for backward.
 
-Rounding: logits and their gradient are rounded to the model's dtype, as megatron-core's output layer does; everything
-between is float32. Each chunk's weight gradient is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has float32
-output) the chunk's product is rounded to bfloat16 first, as in megatron-core's layers, and then added in float32.
+Rounding: logits (both models') and their gradient are rounded to the model's dtype, as megatron-core's output layer does;
+everything between is float32. Each chunk's weight gradient is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has
+float32 output) the chunk's product is rounded to bfloat16 first, as in megatron-core's layers, and then added in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,48 +24,31 @@ from torch.autograd.function import once_differentiable
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
 from megatron.core.tensor_parallel import layers
 
-METRICS = ("tokens", "loss")
-KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement")
-"""The sums over valid tokens that come with the loss, in this order: weight of the mask, loss."""
+from megatron_salt.model.vocabulary import Comparison, Label, Softmax, VocabularyShard, blocks, compare, reduce, slices
 
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # float32 logits at one time: a CPU's cache; enough to hide a GPU's kernel launches
+METRICS = ("tokens", "loss", "accuracy")
+"""The sums over valid tokens that come with the loss, in this order: weight of the mask, loss, top-1 hits (ties count)."""
+
+KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement")
+"""The same with a teacher. loss is of the mixed target; ce the student's cross entropy against the labels; kl of the teacher at its
+temperature from the student; the teacher's own figures are at temperature 1; agreement: an id is the largest of both models."""
 
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """The teacher's part of a microbatch (helper A is writing what uses it)."""
+    """What a teacher says about a batch, before it is turned into logits."""
 
     hidden: Tensor
+    """[s/tp, b, h_t]: this rank's slice of the sequence, with and without sequence parallelism; the student's dtype."""
+
     weight: Tensor
+    """[V/tp, h_t]: the teacher's output weight for the student's rows, padding included; the student's dtype."""
+
     temperature: float
+    """The teacher's logits are divided by it, the student's are not."""
+
     kd_weight: float
-
-
-@dataclass(frozen=True)
-class VocabularyShard:
-    """Which rows of the padded vocabulary a rank's weight holds, and how the hidden states of the group lie."""
-
-    group: dist.ProcessGroup
-    """The tensor-parallel group; rank r of it holds rows [r * rows, (r+1) * rows)."""
-
-    rows: int
-    """Rows of the weight on each rank, padding included."""
-
-    num_valid: int
-    """Real ids in the whole vocabulary. Padding takes no part in the loss and is never multiplied."""
-
-    sequence_parallel: bool
-    """Each rank has its own slice of the sequence, not all of it."""
-
-    @property
-    def first(self) -> int:
-        """This rank's first id."""
-        return self.group.rank() * self.rows
-
-    @property
-    def real_rows(self) -> int:
-        """This rank's real ids; 0 where it holds padding alone."""
-        return max(0, min(self.num_valid - self.first, self.rows))
+    """w, the teacher's share of the target, from 0 to 1."""
 
 
 def chunk_tokens_for_budget(mib: int, vocabulary_per_rank: int, dtype: torch.dtype) -> int:
@@ -86,50 +70,63 @@ def weight_gradient_bytes(vocabulary_per_rank: int, hidden_size: int) -> int:
 
 
 def fused_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """The masked sum of the cross entropy, and `METRICS`. Collective over the tensor-parallel group; all its ranks get both.
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int,
+    teacher: SoftTarget | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The masked sum of the loss, and `METRICS` (`KD_METRICS` with a teacher). Collective over the tensor-parallel group; all its
+    ranks get both.
 
     hidden [s, b, h] (with sequence parallelism [s/tp, b, h]), weight [V/tp, h], both float32 or both bfloat16; labels int64
-    [s*b] and mask float32 [s*b], s-major, not negative. Returns a float32 scalar and float32 [len(METRICS)] without a gradient.
-    A token of mask 0 may hold anything, NaN and ids of no vocabulary included; a label outside the vocabulary where the mask
-    is not 0 gives NaN.
+    [s*b] and mask float32 [s*b], s-major, not negative. Returns a float32 scalar and float32 [metrics] without a gradient.
+    A token of mask 0 may hold anything, NaN and ids of no vocabulary included, the teacher's hidden states too; a label outside
+    the vocabulary where the mask is not 0 gives NaN. A teacher of weight 0 changes no bit of the loss and its gradients.
 
     A weight with `main_grad` gets its gradient there in backward, by the protocol of megatron-core's
-    tensor_parallel/layers.py; another one through autograd. Backward runs once.
+    tensor_parallel/layers.py; another one through autograd. Backward runs once. The teacher gets no gradient.
     """
     assert hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16), (hidden.dtype, weight.dtype)
     assert weight.size(0) == shard.rows and chunk_tokens > 0
+    if teacher is not None:
+        assert teacher.hidden.dtype == teacher.weight.dtype == hidden.dtype, (teacher.hidden.dtype, teacher.weight.dtype)
+        assert teacher.weight.size(0) == shard.rows and teacher.temperature > 0 and 0 <= teacher.kd_weight <= 1
+        num_tokens = teacher.hidden.size(0) * shard.group.size() * teacher.hidden.size(1)
+        assert num_tokens == labels.numel(), (teacher.hidden.shape, labels.shape)
     # Asked here because inside a Function grad mode is always off, and needs_input_grad does not know about no_grad.
     wanted = torch.is_grad_enabled()
-    return _FusedLinearCrossEntropy.apply(hidden, weight, labels, mask, shard, chunk_tokens, wanted)
+    return _FusedLinearCrossEntropy.apply(hidden, weight, labels, mask, shard, chunk_tokens, teacher, wanted)
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int,
-        wanted: bool,
-    ) -> tuple[Tensor, Tensor]:
+        teacher: SoftTarget | None, wanted: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         want_hidden, want_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        hidden_sbh = _gather_sequence(hidden, shard)
+        hidden_sbh = _gather_sequence(hidden, shard.group) if shard.sequence_parallel else hidden
         all_tokens = hidden_sbh.reshape(-1, hidden.size(-1))
         real_weight = weight[: shard.real_rows]
         d_hidden = torch.empty_like(all_tokens) if want_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
-        sums = torch.zeros(len(METRICS), dtype=torch.float32, device=hidden.device)
         size = _even_chunk(all_tokens.size(0), chunk_tokens)
         buffer = real_weight.new_empty((size, shard.real_rows))
-        for chunk in _slices(all_tokens.size(0), size):
+        teacher_logits = None if teacher is None else _TeacherLogits(teacher, mask, shard, size)
+        sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float32, device=hidden.device)
+        for chunk in slices(all_tokens.size(0), size):
             mask_n = mask[chunk]
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
             logits_nv = torch.mm(hidden_nh, real_weight.t(), out=buffer[: mask_n.size(0)])
-            label = _Label.of(labels[chunk], shard)
-            log_sum_exp, log_p = _reduce_vocabulary(logits_nv, label, mask_n, shard.group)
-            loss_n = torch.where(mask_n > 0, -log_p, 0)
-            sums += (torch.stack((torch.ones_like(loss_n), loss_n)) * mask_n).sum(-1)
+            label = Label.of(torch.where(mask_n > 0, labels[chunk], 0), shard)
+            soft = None
+            if teacher is None or teacher_logits is None:
+                student = reduce(logits_nv, label, shard.group)
+            else:
+                teacher_nv = teacher_logits.of(chunk)
+                student, comparison = compare(logits_nv, teacher_nv, teacher.temperature, label, shard.group)
+                soft = _Soft(teacher_nv, comparison, teacher.temperature, teacher.kd_weight)
+            _add_metrics(sums, mask_n, student, soft)
             if want_hidden or want_weight:
-                gradient_nv = _into_gradient(logits_nv, label, mask_n, log_sum_exp, log_p)
+                gradient_nv = _into_gradient(logits_nv, label, mask_n, student, soft)
                 if d_hidden is not None:
                     torch.mm(gradient_nv, real_weight, out=d_hidden[chunk])
                 if d_weight is not None:
@@ -152,7 +149,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             d_hidden = (d_hidden.float() * grad_loss).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = _deliver(weight, d_weight, grad_loss)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
 def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
@@ -172,74 +169,75 @@ def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
     return make(weight)
 
 
-@dataclass(frozen=True)
-class _Label:
-    """The labels of a chunk, as this rank's ids."""
-
-    here: Tensor
-    """bool [n]: the label is among this rank's real ids."""
-
-    index: Tensor
-    """int64 [n, 1]: its row; an arbitrary valid one where it is not here."""
-
-    @staticmethod
-    def of(labels_n: Tensor, shard: VocabularyShard) -> _Label:
-        local = labels_n - shard.first
-        here = (local >= 0) & (local < shard.real_rows)
-        return _Label(here, torch.where(here, local, 0)[:, None])
-
-
 def _even_chunk(num_tokens: int, chunk_tokens: int) -> int:
     """At most `chunk_tokens`, so that as many chunks as that needs are about equal; a multiple of 16 where that fits."""
     num_chunks = max(1, -(-num_tokens // chunk_tokens))
     return min(chunk_tokens, -(-num_tokens // (16 * num_chunks)) * 16)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+class _TeacherLogits:
+    """The teacher's logits of one chunk at a time, in one buffer."""
+
+    def __init__(self, teacher: SoftTarget, mask: Tensor, shard: VocabularyShard, size: int) -> None:
+        self.hidden = _gather_sequence(teacher.hidden, shard.group).flatten(0, 1)
+        self.weight = teacher.weight[: shard.real_rows]
+        self.mask = mask
+        self.buffer = self.weight.new_empty((size, shard.real_rows))
+
+    def of(self, chunk: slice) -> Tensor:
+        """[n, real ids of this rank]; 0 where the mask is. The next call overwrites it."""
+        mask_n = self.mask[chunk]
+        hidden_nh = torch.where(mask_n[:, None] > 0, self.hidden[chunk], 0)
+        return torch.mm(hidden_nh, self.weight.t(), out=self.buffer[: mask_n.size(0)])
 
 
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows, so many that a float32 copy of one stays small."""
-    return _slices(matrix.size(0), max(1, _BLOCK[matrix.device.type] // max(1, matrix.size(1))))
+@dataclass(frozen=True)
+class _Soft:
+    """The teacher's part in a chunk."""
+
+    logits_nv: Tensor
+    comparison: Comparison
+    temperature: float
+    weight: float
+
+    def mix(self, label_term_n: Tensor, soft_term_n: Tensor) -> Tensor:
+        """(1-w) * the label's term + w * the teacher's: exactly the label's where w = 0."""
+        return (1 - self.weight) * label_term_n + self.weight * soft_term_n
 
 
-def _reduce_vocabulary(
-    logits_nv: Tensor, label: _Label, mask_n: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """log sum_v exp(logit_v) and the label's log-probability, float32 [n], over all ids: one MAX and one SUM over the group."""
-    num_tokens, num_ids = logits_nv.shape
-    largest = torch.full((num_tokens,), float("-inf"), dtype=torch.float32, device=logits_nv.device)
-    sums = torch.zeros((3, num_tokens), dtype=torch.float32, device=logits_nv.device)
-    sum_exp, target, owners = sums
-    if num_ids:
-        for rows in _blocks(logits_nv):
-            largest[rows] = logits_nv[rows].amax(-1)
-            sum_exp[rows] = (logits_nv[rows] - largest[rows, None]).exp_().sum(-1)
-    if group.size() > 1:
-        local = largest.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        sum_exp.mul_((local - largest).exp_())
-    if num_ids:
-        target.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0] - largest, 0))
-        owners.copy_(label.here)
-    if group.size() > 1:
-        dist.all_reduce(sums, group=group)
-    log_sum = torch.where((owners > 0) | (mask_n == 0), sum_exp.log(), float("nan"))
-    return largest + log_sum, target - log_sum  # not from one another: where p is near 1, that would cancel
+def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | None) -> None:
+    """sums [metrics] += the chunk's `METRICS`, or `KD_METRICS`."""
+
+    def masked(*terms_n: Tensor) -> Tensor:  # two sums, so that the first does not depend, in any bit, on a teacher
+        return (torch.where(mask_n > 0, torch.stack(terms_n), 0) * mask_n).sum(-1)
+
+    ce = -student.log_p
+    loss = ce if soft is None else soft.mix(ce, student.log_sum - soft.comparison.mean_logit)
+    sums[: len(METRICS)] += masked(torch.ones_like(ce), loss, student.hit)
+    if soft is not None:
+        teacher, agreement = soft.comparison.teacher, soft.comparison.agreement
+        sums[len(METRICS) :] += masked(ce, soft.comparison.kl, -teacher.log_p, teacher.hit, agreement)
 
 
-def _into_gradient(logits_nv: Tensor, label: _Label, mask_n: Tensor, log_sum_exp: Tensor, log_p: Tensor) -> Tensor:
-    """mask * (softmax(logits) - onehot(label)), over the logits in place."""
+def _into_gradient(logits_nv: Tensor, label: Label, mask_n: Tensor, student: Softmax, soft: _Soft | None) -> Tensor:
+    """mask * (softmax(logits) - (1-w) onehot(label) - w p), over the logits in place."""
     if not logits_nv.size(1):
         return logits_nv
-    shift = log_sum_exp - mask_n.log()  # so that exp() gives mask * softmax
-    for rows in _blocks(logits_nv):
-        logits_nv[rows] = (logits_nv[rows] - shift[rows, None]).exp_()
-    at_label = (mask_n * torch.expm1(log_p)).to(logits_nv.dtype)  # p - 1 without cancellation
-    # Not scatter_, which on a CPU in bfloat16 goes by way of a float32 copy of the whole chunk.
+    shift = student.largest + student.log_sum - mask_n.log()  # so that exp() gives mask * softmax
     label_ids = (torch.arange(logits_nv.size(0), device=logits_nv.device), label.index[:, 0])
+    at_label = torch.expm1(student.log_p)  # p - 1 without cancellation
+    if soft is not None:
+        log_p_label = (soft.comparison.teacher.label / soft.temperature) - soft.comparison.sum_exp.log()
+        at_label = soft.mix(at_label, student.log_p.exp() - log_p_label.exp())
+        teacher_factor = mask_n * soft.weight / soft.comparison.sum_exp
+    for rows in blocks(logits_nv):
+        block = (logits_nv[rows] - shift[rows, None]).exp_()
+        if soft is not None:
+            teacher_block = (soft.logits_nv[rows] - soft.comparison.teacher.largest[rows, None]).div_(soft.temperature).exp_()
+            block.addcmul_(teacher_block, teacher_factor[rows, None], value=-1)
+        logits_nv[rows] = block
+    at_label = (mask_n * at_label).to(logits_nv.dtype)
+    # Not scatter_, which on a CPU in bfloat16 goes by way of a float32 copy of the whole chunk.
     return logits_nv.index_put_(label_ids, torch.where(label.here, at_label, logits_nv[label_ids]))
 
 
@@ -252,16 +250,16 @@ def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
     elif total.is_cuda:  # from torch 2.10 on; before, only apex has it
         torch.addmm(total, gradient_nv.t(), hidden_nh, out_dtype=torch.float32, out=total)
     else:  # band by band, so that the rounded product is still in the cache when it is added
-        for band in _slices(total.size(0), max(1, (1 << 20) // total.size(1))):
+        for band in slices(total.size(0), max(1, (1 << 20) // total.size(1))):
             total[band].add_(gradient_nv[:, band].t() @ hidden_nh)
 
 
-def _gather_sequence(hidden: Tensor, shard: VocabularyShard) -> Tensor:
-    """[s, b, h]; with sequence parallelism gathered from every rank's [s/tp, b, h]."""
-    if not shard.sequence_parallel:
+def _gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[s, b, h] from every rank's [s/tp, b, h]."""
+    if group.size() == 1:
         return hidden
-    whole = hidden.new_empty((hidden.size(0) * shard.group.size(), *hidden.shape[1:]))
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=shard.group)
+    whole = hidden.new_empty((hidden.size(0) * group.size(), *hidden.shape[1:]))
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
     return whole
 
 

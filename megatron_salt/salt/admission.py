@@ -28,8 +28,9 @@ from megatron_salt.data.fixed_batch import fixed_batch
 from megatron_salt.errors import UserError
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.gpt import GPT, transformer_config
-from megatron_salt.model.loss import METRICS, VocabularyShard, fused_linear_cross_entropy
+from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
 from megatron_salt.model.shapes import check_shapes
+from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
 from megatron_salt.salt.teacher import Teacher

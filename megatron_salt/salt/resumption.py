@@ -6,6 +6,7 @@ neither. Only --override-kd-schedule changes the schedule, and the change is rec
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import flag
 from megatron_salt.errors import UserError
 from megatron_salt.salt.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 Events = tuple[dict[str, Any], ...]
 
@@ -22,8 +25,10 @@ def salt_from(
 ) -> tuple[SaltProgress | None, Events]:
     """Where the run stands, and what to record. Raises UserError, naming both sides.
 
-    resumed: what the checkpoint says, None for a run from step 0. schedule: of the flags, None without a teacher. teacher: the fingerprint
-    of the one in --teacher-load, where one was read; directory: --teacher-load. override: --override-kd-schedule.
+    resumed: what the checkpoint says, None for a run from step 0 (--finetune too). schedule: of the flags, None without --teacher-load.
+    teacher: the fingerprint of the one in --teacher-load (`directory`), None where none was read. override: --override-kd-schedule.
+    A changed schedule ends stage 1 where its flags say, but never before the step reached; a crossover stays a fact while
+    --kd-stop asks for one.
     """
     if resumed is None:
         if schedule is None:
@@ -36,11 +41,16 @@ def salt_from(
         raise UserError(f"--load: the run was trained without a teacher up to step {step}, and --teacher-load {directory} asks for one; "
                         "--finetune takes the weights alone")
     if saved is None or saved.stage_after(step) == 2:
+        if saved is not None and schedule is not None:
+            log.info("step %d is in stage 2, since step %d: --teacher-load and the kd flags are not used", step, saved.stage1_end + 1)
         return saved, ()
     # 2) stage 1 goes on with the same teacher
     if schedule is None:
         raise UserError(f"--load: step {step} is in stage 1, which ends after step {saved.stage1_end}: it needs its teacher, "
                         f"{saved.teacher} (then in {saved.teacher_directory}); give --teacher-load and the kd flags")
+    if teacher is None:  # --load-fallback had to go further back than the facts of the newest checkpoint let expect
+        raise UserError(f"--load: step {step} is in stage 1, the newest checkpoint in stage 2, so that the teacher in --teacher-load "
+                        f"{directory} was not read: give the iter_* directory of step {step} to --load")
     if teacher != saved.teacher:
         raise UserError(f"--load: step {step} is in stage 1 of a run with teacher {saved.teacher} (then in {saved.teacher_directory}), "
                         f"--teacher-load {directory} is {teacher}")
@@ -54,5 +64,6 @@ def salt_from(
         raise UserError(f"--load: step {step} is in stage 1 under another schedule: {'; '.join(differences)}. "
                         "--override-kd-schedule goes on with the flags")
     change = {"event": "kd_schedule", "step": step, "from": saved.schedule, "to": here}
-    end = schedule.kd_steps if saved.crossover is None else schedule.stage1_end_after(saved.crossover)
-    return replace(saved, schedule=here, stage1_end=max(end, step)), (change,)
+    crossover = saved.crossover if schedule.kd_stop == "crossover" else None
+    end = schedule.kd_steps if crossover is None else schedule.stage1_end_after(crossover)
+    return replace(saved, schedule=here, crossover=crossover, stage1_end=max(end, step)), (change,)

@@ -20,7 +20,8 @@ from megatron_salt.data.choice import tokenizer_of_run
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.gpt import build_model
-from megatron_salt.model.loss import VocabularyShard, chunk_tokens_for_budget, weight_gradient_bytes
+from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
+from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout

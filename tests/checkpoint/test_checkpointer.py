@@ -154,6 +154,7 @@ def job_with_a_late_writer(run: Run) -> Left:
         return job(run, 1, 4, (2,))
 
 
+@pytest.mark.long
 def test_buckets_that_some_rank_has_no_part_of_are_saved_in_the_other_form(tmp_path: Path) -> None:
     """On the last stage a norm of 32 weights is a bucket of its own here, and all of it is one data-parallel rank's."""
     parallel = replace(OVERLAP, pipeline_model_parallel_size=2, ddp_bucket_size=1000)

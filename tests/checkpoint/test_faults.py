@@ -103,6 +103,7 @@ class _Command:
 # ---- crashes and full disks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("async_save", [False, True])
 def test_killed_at_any_moment_of_saving_the_last_good_checkpoint_stands(tmp_path: Path, async_save: bool) -> None:
     """kill -9 of a run that does little else than save, at three random moments; each next run goes on in what was left."""
@@ -185,6 +186,7 @@ def _fail(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("full", ["companions", "metadata", "tracker", "shards"])
 @pytest.mark.parametrize("flags", [{}, {"async_save": True}])
 def test_a_full_disk_stops_the_run_on_every_rank_and_the_last_good_checkpoint_stands(tmp_path: Path, full: str, flags: dict) -> None:

@@ -20,6 +20,7 @@ STEPS = 60
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "world_size, flags",
     [

@@ -94,6 +94,7 @@ def test_micro_batch_and_replicas_may_change(
     assert [entry["consumed_samples"] for entry in entries(tmp_path / "back")] == [40, 48]
 
 
+@pytest.mark.long
 def test_tensor_and_pipeline_parallel_sizes_may_change(tmp_path: Path, data: str) -> None:
     """1 -> tp2 -> pp2 -> tp2pp2 -> 1, each for one step, is the curve of one rank to rounding."""
     flags = dict(data_path=data, train_iters=6, dist_ckpt_optim_fully_reshardable=True, num_layers=4, **SHARDED)

@@ -156,6 +156,7 @@ def deviation(case: Case, name: str) -> float | None:
     return None if name.endswith(".bias") or "layernorm" in name else std
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model, sizes, world_size", [
     ("tied", {}, 1),
     ("gpt2", {}, 1),

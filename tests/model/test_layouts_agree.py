@@ -213,6 +213,7 @@ def test_recomputing_activations_changes_nothing(reference, recompute, tp, pp, c
     check(reference, Case(sizes, documents=documents), tp * pp * cp)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tp, pp, cp, sp", [(2, 1, 1, True), (1, 2, 1, False), (1, 1, 2, False), (2, 1, 2, True)])
 def test_attention_inside_documents(reference, tp, pp, cp, sp):
     check(reference, Case(parallel(tp, pp, cp=cp, sp=sp), documents=True), tp * pp * cp)

@@ -115,6 +115,7 @@ print("apex.optimizers" in sys.modules, "apex" in sys.modules)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("present, stands_in", [("nothing", True), ("transformer_engine", False), ("apex.optimizers", False)])
 def test_it_stands_in_only_where_neither_transformer_engine_nor_apex_is(present, stands_in):
     command = [sys.executable, "-c", IMPORT.format(present=present)]

@@ -46,6 +46,7 @@ def test_where_there_is_a_gpu_nothing_of_torch_is_changed():
     assert [name for name in foreign if name != "apex.optimizers"] == []  # AdamW's stand-in is not part of the seam
 
 
+@pytest.mark.long
 def test_where_there_is_none_the_watch_sees_the_changes():
     changed, foreign = watch(has_gpu=False)
     assert {"torch.empty", "cuda.current_device", "tensor.cuda", "module.cuda", "amp.autocast", "random.get_rng_state"} <= set(changed)

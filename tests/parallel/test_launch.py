@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
@@ -51,6 +52,7 @@ def test_without_a_launcher_a_process_is_a_world_of_one(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["ranks", "1", "left"], done.stderr
 
 
+@pytest.mark.long
 def test_under_torchrun_a_rank_that_does_not_come_ends_the_run_after_the_timeout(tmp_path):
     """Instead of the half hour that torch would wait."""
     started = time.monotonic()

@@ -16,7 +16,7 @@ from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
 from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, TokenizerConfig
 from megatron_salt.data.tokenizer import build_tokenizer
-from megatron_salt.model.loss import VocabularyShard
+from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.salt import admission, routing
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.metrics import PhaseTimer

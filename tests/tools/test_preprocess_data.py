@@ -325,6 +325,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_kill_9_leaves_no_dataset_and_no_worker_and_the_next_run_is_whole(tmp_path, out):
     run_in_progress = Interrupted(tmp_path, out)
     run_in_progress.process.kill()
@@ -348,6 +349,7 @@ def test_what_a_killed_run_left_does_not_get_into_the_next_dataset(tmp_path, cor
         name: content for name, content in files_in(out).items() if name.startswith("clean_")}
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_ends_the_run_with_a_message(tmp_path, out):
     run_in_progress = Interrupted(tmp_path, out)
     os.kill(run_in_progress.workers[0], 9)
