@@ -29,6 +29,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.errors",
     "megatron_salt.config",
     "megatron_salt.checkpoint.integrity",
+    "megatron_salt.checkpoint.progress",
     "megatron_salt.checkpoint.shelf",
     "megatron_salt.data.blend",
     "megatron_salt.data.documents",
@@ -40,11 +41,10 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.model.shapes",
     "megatron_salt.parallel.layout",
     "megatron_salt.salt.prediction",
+    "megatron_salt.salt.resumption",
     "megatron_salt.salt.routing",
     "megatron_salt.salt.schedule",
-    "megatron_salt.checkpoint.integrity",
     "megatron_salt.train.plan",
-    "megatron_salt.checkpoint.shelf",
     "megatron_salt.train.signals",
 )
 HEAVY = ("torch", "megatron", "tensorboard", "tokenizers", "sentencepiece")

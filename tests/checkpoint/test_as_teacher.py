@@ -1,0 +1,131 @@
+"""What a run that takes a checkpoint as its teacher asks of it: one name for its contents, and errors that name --teacher-load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.checkpoint import integrity, resume, shelf
+from megatron_salt.checkpoint.progress import SaltProgress
+from megatron_salt.errors import UserError
+from tests.checkpoint.runs import SHARDED, Run, flip, job
+from tests.ranks import RankError, run_ranks
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 1 and 2 of a run."""
+    directory = tmp_path_factory.mktemp("teacher")
+    run_ranks(1, job, Run(save=str(directory), parallel=SHARDED), 1, 2, (1, 2))
+    return directory
+
+
+def test_the_fingerprint_is_of_the_contents_wherever_they_lie(saved: Path, tmp_path: Path) -> None:
+    one, two = (resume.checkpoint_fingerprint(shelf.directory_of(saved, step)) for step in (1, 2))
+    assert one != two and one.startswith("sha256:")
+    copy = shutil.copytree(shelf.directory_of(saved, 2), tmp_path / "elsewhere" / "iter_0000002")
+    assert resume.checkpoint_fingerprint(copy) == two
+    sums = integrity.read_checksums(copy)
+    for name in ("__0_0.distcp", "run.yaml", shelf.STATE):  # weights, configuration, facts
+        other = integrity.FileSum(sums[name].size, "0" * 64)
+        integrity.write_checksums(copy, sums | {name: other})
+        assert resume.checkpoint_fingerprint(copy) not in (one, two)
+
+
+def test_what_an_earlier_release_did_not_record_is_none(saved: Path, tmp_path: Path) -> None:
+    facts = resume.read_facts(shelf.directory_of(saved, 2))
+    assert {"probe", "salt"} <= facts.keys()
+    old = {name: value for name, value in facts.items() if name not in ("probe", "salt")}
+    (tmp_path / shelf.STATE).write_text(json.dumps(old))
+    assert resume.read_facts(tmp_path) == old | {"probe": None, "salt": None}
+    assert SaltProgress.from_facts(resume.read_facts(tmp_path)["salt"]) is None
+
+
+def unreadable(directory: Path) -> str:
+    (directory / shelf.STATE).write_text("{")
+    return "state.json: cannot be read"
+
+
+def no_object(directory: Path) -> str:
+    (directory / shelf.STATE).write_text("[1]")
+    return "state.json: cannot be read"
+
+
+def missing(directory: Path) -> str:
+    (directory / shelf.STATE).unlink()
+    return "state.json: No such file or directory, so this is no whole checkpoint"
+
+
+def of_the_future(directory: Path) -> str:
+    (directory / shelf.STATE).write_text(json.dumps({"format": 2}))
+    return "state.json has format 2; this release reads format 1"
+
+
+@pytest.mark.parametrize("spoil", [unreadable, no_object, missing, of_the_future])
+def test_facts_that_cannot_be_read_are_a_users_error(tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    (tmp_path / shelf.STATE).write_text("{}")
+    message = spoil(tmp_path)
+    with pytest.raises(UserError) as caught:
+        resume.read_facts(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path)) and message in str(caught.value)
+
+
+# ---- opened under another flag -------------------------------------------------------------------------------------------
+
+
+def open_as_teacher(directory: Path) -> bool:
+    return resume.open_checkpoint(directory, fallback=False, flag_name="--teacher-load") is not None
+
+
+def truncated_shard(root: Path) -> str:
+    path = shelf.directory_of(root, 2) / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:100])
+    return f"{path}: has 100 bytes"
+
+
+def flipped_state(root: Path) -> str:
+    flip(shelf.directory_of(root, 2) / shelf.STATE, 30)
+    return str(shelf.directory_of(root, 2) / shelf.STATE)
+
+
+def no_checksums(root: Path) -> str:
+    (shelf.directory_of(root, 2) / integrity.CHECKSUMS).unlink()
+    return f"{integrity.CHECKSUMS}: is missing, so this is no whole checkpoint of megatron_salt"
+
+
+def lost(root: Path) -> str:
+    shutil.rmtree(shelf.directory_of(root, 2))
+    return "names step 2"
+
+
+def rubbish_tracker(root: Path) -> str:
+    (root / shelf.TRACKER).write_text("two")
+    return "does not hold the number of a step"
+
+
+@pytest.mark.parametrize("spoil", [truncated_shard, flipped_state, no_checksums, lost, rubbish_tracker])
+def test_a_damaged_teacher_is_refused_under_the_name_of_its_flag(saved: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    """And nobody is told to fall back: that would be another teacher."""
+    root = shutil.copytree(saved, tmp_path / "teacher")
+    message = spoil(root)
+    with pytest.raises(RankError) as caught:
+        run_ranks(1, open_as_teacher, root)
+    told = str(caught.value.__cause__)
+    assert isinstance(caught.value.__cause__, UserError) and message in told and "--teacher-load" in told
+    assert "--load" not in told.replace("--teacher-load", "") and "fallback" not in told
+
+
+def test_a_save_that_was_never_finished_is_refused_under_the_name_of_its_flag(tmp_path: Path) -> None:
+    partial = shelf.partial_of(tmp_path, 3)
+    partial.mkdir()
+    with pytest.raises(UserError, match=f"^--teacher-load {partial}: a save that was never finished"):
+        shelf.candidates(partial, flag_name="--teacher-load")
+
+
+def test_a_whole_one_opens_and_nothing_is_nothing(saved: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, open_as_teacher, saved) == [True]
+    assert run_ranks(1, open_as_teacher, tmp_path / "nowhere") == [False]
