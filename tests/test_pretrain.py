@@ -96,6 +96,7 @@ def test_a_mistake_that_one_rank_alone_finds_is_reported_by_it(monkeypatch: pyte
         assert waited == expected
 
 
+@pytest.mark.long
 def test_warnings_come_from_one_rank(tmp_path: Path, data: str) -> None:
     """What all ranks find is said once, by rank 0; what happens is told by the last rank."""
     train(2, data_path=data, train_iters=2, save=tmp_path)

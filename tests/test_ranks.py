@@ -128,6 +128,7 @@ def test_when_one_rank_raises_the_ranks_that_wait_for_it_do_not_hold_things_up()
     assert len(run_ranks(2, total_of_ranks, 0)) == 2
 
 
+@pytest.mark.long
 def test_a_hang_ends_at_the_timeout_and_shows_every_stuck_rank():
     with pytest.raises(RankError, match="gave no answer in 3 s on rank 0, 1 of 2") as failure:
         run_ranks(2, second_rank_never_comes, timeout=3)

@@ -39,6 +39,7 @@ def facts(root: Path, step: int) -> dict:
     return json.loads((shelf.directory_of(root, step) / shelf.STATE).read_bytes())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "world_size, parallel, dtype, flags",
     [
@@ -107,6 +108,7 @@ def test_a_final_save_loads_under_any_layout(tmp_path: Path, before: tuple, afte
     assert resumed == pytest.approx(uninterrupted, abs=2e-6)
 
 
+@pytest.mark.long
 def test_a_routine_save_loads_under_another_data_parallel_size(tmp_path: Path) -> None:
     """dp_reshardable: 1 -> 2 -> 1 ranks, with nothing trained between, brings every bit back."""
     one = run_ranks(1, job, Run(save=str(tmp_path / "a")), 1, 2, (2,))
@@ -120,6 +122,7 @@ def test_a_routine_save_loads_under_another_data_parallel_size(tmp_path: Path) -
     assert run_ranks(1, job, Run(load=str(tmp_path / "b")), 1, 4)[0].losses == pytest.approx(uninterrupted[3:], abs=2e-6)
 
 
+@pytest.mark.long
 def test_weights_saved_before_the_first_step_resume(tmp_path: Path) -> None:
     for final in (False, True):
         uninterrupted = run_ranks(2, job, Run(), 2, 2)

@@ -283,6 +283,7 @@ def test_finetune_takes_the_weights_alone(routine: Path) -> None:
     assert "mlp.linear_fc2.weight is [2, 32, 64] there and [2, 32, 96] here" in refusal(1, wider).replace("decoder.layers.", "")
 
 
+@pytest.mark.long
 def test_new_data_keeps_optimizer_and_step_and_is_recorded_once(tmp_path: Path, routine: Path) -> None:
     run = Run(load=str(routine), save=str(tmp_path), data="content:bbbb", flags={"new_data": True})
     left = run_ranks(2, job, run, 2, 2)

@@ -67,6 +67,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, data: str, wor
     assert state_of(tmp_path / "two", 5)["consumed_samples"] == 5 * GLOBAL_BATCH
 
 
+@pytest.mark.long
 def test_leaving_after_every_step_changes_nothing(tmp_path: Path, data: str, six_steps: Path) -> None:
     """Six programs of one step each, in one directory: one log, one curve."""
     for _ in range(6):
@@ -106,6 +107,7 @@ def test_tensor_and_pipeline_parallel_sizes_may_change(tmp_path: Path, data: str
     assert [state_of(path, step)["layout"]["pipeline"] for step in checkpoints(path)] == [1, 1, 2, 2, 2, 1]
 
 
+@pytest.mark.long
 def test_a_routine_checkpoint_under_another_tp_is_refused_with_the_way_out(tmp_path: Path, data: str, six_steps: Path) -> None:
     flags = dict(data_path=data, train_iters=6, save=tmp_path, load=six_steps / "iter_0000004", **SHARDED, **TP2)
     message = refused(2, **flags)
@@ -117,6 +119,7 @@ def test_a_routine_checkpoint_under_another_tp_is_refused_with_the_way_out(tmp_p
     assert losses(tmp_path)[5] == pytest.approx(losses(six_steps)[5], **ROUNDING)
 
 
+@pytest.mark.long
 def test_a_run_can_be_extended(tmp_path: Path, data: str) -> None:
     """A schedule of fixed length: 3 steps, then 3 more, are 6. Without --lr-decay-iters the schedule stretches, and says so."""
     flags = dict(data_path=data, lr_decay_iters=8)
@@ -151,6 +154,7 @@ def test_steps_of_another_size_end_at_the_same_sample(tmp_path: Path, data: str,
     assert "--train-samples 48 less the 32 samples of the first 4 steps leaves 16" in message
 
 
+@pytest.mark.long
 def test_skipped_samples_stay_skipped_across_a_resume(tmp_path: Path, data: str, six_steps: Path) -> None:
     flags = dict(data_path=data, train_iters=6, skip_samples="20:28", **SHARDED)
     train(**flags, save=tmp_path / "one", save_interval=4)
@@ -186,6 +190,7 @@ def test_other_data_is_refused_unless_it_is_meant(tmp_path: Path, data: str, six
     assert state_of(tmp_path / "tuned", 6)["events"][0]["event"] == "finetune", ended
 
 
+@pytest.mark.long
 def test_optimizer_and_random_state_can_be_left_behind(tmp_path: Path, data: str) -> None:
     """The first loss after it shows which weights and dropout masks, the second which moments were used."""
     flags = dict(data_path=data, train_iters=6, **SHARDED, **DROPOUT)
@@ -199,6 +204,7 @@ def test_optimizer_and_random_state_can_be_left_behind(tmp_path: Path, data: str
     assert curves["no_load_rng"][5] != original[5]
 
 
+@pytest.mark.long
 def test_another_schedule_is_refused_unless_a_side_is_chosen(tmp_path: Path, data: str, six_steps: Path) -> None:
     flags = dict(data_path=data, train_iters=6, lr=1e-3, load=six_steps / "iter_0000004", **SHARDED)
     message = refused(**flags, save=tmp_path / "refused")
@@ -230,6 +236,7 @@ def test_another_run_is_refused_naming_both_sides(
     assert "\n" not in message and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_named_and_stepped_over_on_request(tmp_path: Path, data: str, six_steps: Path) -> None:
     flags = dict(data_path=data, train_iters=6, save=tmp_path, save_interval=2, **SHARDED)
     train(**flags, exit_interval=4)

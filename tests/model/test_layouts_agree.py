@@ -203,6 +203,7 @@ RECOMPUTE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute, tp, pp, cp, documents", [
     (recompute, *layout)
     for recompute in RECOMPUTE

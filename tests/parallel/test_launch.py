@@ -47,6 +47,7 @@ def start(tmp_path: Path, timeout: float, *launcher: str) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.long
 def test_without_a_launcher_a_process_is_a_world_of_one(tmp_path):
     done = start(tmp_path, 60)
     assert done.returncode == 0 and done.stdout.split() == ["ranks", "1", "left"], done.stderr

@@ -84,6 +84,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return directory
 
 
+@pytest.mark.long
 def test_the_likeliest_text_does_not_depend_on_the_layout(checkpoint: str) -> None:
     [alone] = run_ranks(1, greedy, checkpoint, 1)
     assert len(alone) == 2 * CONTEXT
@@ -91,11 +92,13 @@ def test_the_likeliest_text_does_not_depend_on_the_layout(checkpoint: str) -> No
     assert run_ranks(2, greedy, checkpoint, 2) == [alone, alone]
 
 
+@pytest.mark.long
 def test_each_token_is_predicted_from_those_before_it(checkpoint: str) -> None:
     [(one_by_one, at_once)] = run_ranks(1, logits_of_prefixes, checkpoint)
     torch.testing.assert_close(one_by_one, at_once, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_seed_decides_the_text_and_the_end_of_the_document_ends_it(checkpoint: str) -> None:
     [(first, again, other, top_1, ended)] = run_ranks(1, samples, checkpoint)
     [likeliest] = run_ranks(1, greedy, checkpoint, 1)
@@ -116,6 +119,7 @@ def test_ids_are_drawn_as_often_as_the_softmax_says() -> None:
     assert draw(logits, 1.0, 100, generator) in range(4)  # more than there are
 
 
+@pytest.mark.long
 def test_the_tool_prints_prompt_and_continuation(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +162,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         read_companions(newest_checkpoint(tmp_path))
 
 
+@pytest.mark.long
 def test_ranks_that_cannot_split_the_model_are_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"--num-attention-heads 4 is not divisible by --tensor-model-parallel-size = 3"):

@@ -101,6 +101,7 @@ def test_the_held_out_loss_is_the_loss_on_that_data_without_dropout(tmp_path: Pa
             assert entry["tokens"] == 2 * GLOBAL_BATCH * SEQ_LENGTH
 
 
+@pytest.mark.long
 def test_the_named_ranks_profile(tmp_path: Path, data: str) -> None:
     train(2, data_path=data, train_iters=3, tensorboard_dir=tmp_path, profile=True, profile_step_start=3, profile_step_end=9,
           profile_ranks=[1])  # fmt: skip

@@ -70,6 +70,7 @@ def same(one: Left, other: Left) -> bool:
     return (one.weights, one.optimizer) == (other.weights, other.optimizer)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size, case", CASES)
 def test_a_bad_step_leaves_parameters_and_optimizer_bit_for_bit_and_the_run_goes_on(world_size, case):
     """Oracle: a run that never saw the bad batch. Learning rate and data move on, so the schedule is the one thing that differs."""
@@ -105,6 +106,7 @@ def end_of_run(case: Case, world_size: int, limit: int, good_between: bool) -> t
     return applied, expect(UserError, run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel, world_size, culprit, samples", [
     (OVERLAP, 2, 1, "10, 11"),
     (replace(PLAIN, pipeline_model_parallel_size=2), 4, 3, "10, 11"),  # the last stage of the second replica
