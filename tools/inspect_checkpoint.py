@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_salt.cli import run_tool
+from megatron_salt.config import flag
 from megatron_salt.errors import UserError
 from megatron_salt.checkpoint import integrity, shelf
+from megatron_salt.checkpoint.progress import SaltProgress
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -76,9 +78,36 @@ def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.Fil
         f"data         {facts['data_fingerprint']}, position {json.dumps(facts['data'])}",
         f"written by   megatron-core {facts['megatron_core']}, torch {facts['torch']}",
         "model        " + ", ".join(f"{field} {value}" for field, value in facts["architecture"].items() if value is not None),
+        "own loss     " + _own_loss(facts.get("probe")),
+        *_stages(facts),
     ]
     lines += [f"event        {json.dumps(event)}" for event in facts["events"]]
     return lines
+
+
+def _own_loss(probe: dict[str, Any] | None) -> str:
+    """On the fixed batch (data/fixed_batch.py), by which a run recognises it as its teacher."""
+    if probe is None:
+        return "not recorded: it cannot be a teacher"
+    losses = [f"{'not finite' if loss is None else format(loss, '.5f')} over {length}"
+              for length, loss in zip(probe["lengths"], probe["losses"], strict=True)]
+    return f"{', '.join(losses)} tokens, {probe['dtype']}"
+
+
+def _stages(facts: dict[str, Any]) -> list[str]:
+    salt = SaltProgress.from_facts(facts.get("salt"))
+    if salt is None:
+        return ["stage        no teacher"]
+    stage = salt.stage_after(facts["step"])
+    ends = f"stage 1 {'ends' if stage == 1 else 'ended'} after step {salt.stage1_end}"
+    crossover = "" if salt.crossover is None else f", because the student had passed its teacher at step {salt.crossover}"
+    held_out = salt.teacher_held_out or {}
+    return [
+        f"stage        {stage}; {ends}{crossover}",
+        "schedule     " + ", ".join(f"{flag(name)} {value}" for name, value in salt.schedule.items()),
+        f"teacher      {salt.teacher}, then in {salt.teacher_directory}",
+        *(["held out     the teacher's " + ", ".join(f"{name} {value:g}" for name, value in held_out.items())] if held_out else []),
+    ]
 
 
 def _sizes(metadata: Metadata) -> list[str]:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_salt.errors import UserError
 from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from tests.ranks import run_ranks
-from tests.checkpoint.runs import TINY, Run, flip, job
+from tests.checkpoint.runs import TINY, Run, flip, job, start
 from tools.inspect_checkpoint import InspectConfig, main
 
 
@@ -26,6 +28,36 @@ def test_the_report_says_what_was_saved(saved: Path, capsys: pytest.CaptureFixtu
     layer = 2 * h + h * (h + 2 * h // 2) + h * h + 3 * h * ffn
     assert f"parameters   {256 * h + 2 * layer + h:,} in 8 tensors, float32" in report
     assert "embedding.word_embeddings.weight" in report and "files are as written" in report
+    assert "stage        no teacher" in report and "own loss     not recorded: it cannot be a teacher" in report
+
+
+@pytest.mark.parametrize(
+    "step, crossover, end, told",
+    [
+        (2, None, 5, "1; stage 1 ends after step 5\n"),
+        (2, 2, 4, "1; stage 1 ends after step 4, because the student had passed its teacher at step 2\n"),
+        (5, None, 5, "2; stage 1 ended after step 5\n"),
+    ],
+)
+def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture, step: int, crossover: int | None, end: int, told: str
+) -> None:
+    schedule = {"kd_steps": 5, "kd_weight": 0.5, "kd_transition": "step"}
+    held_out = None if crossover is None else {"loss": 3.25, "accuracy": 0.5}
+    salt = SaltProgress(end, schedule, "sha256:abcd", "/teachers/one", crossover, held_out)
+    probe = {"lengths": [16, 32], "losses": [5.5, None], "dtype": "bfloat16"}
+    run_ranks(1, save_in_stage, Run(save=str(tmp_path)), Progress(step, 8 * step, salt=salt), probe)
+    assert main(InspectConfig(load=str(tmp_path))) == 0
+    report = capsys.readouterr().out
+    assert f"stage        {told}" in report and "own loss     5.50000 over 16, not finite over 32 tokens, bfloat16" in report
+    assert "schedule     --kd-steps 5, --kd-weight 0.5, --kd-transition step" in report
+    assert "teacher      sha256:abcd, then in /teachers/one" in report
+    assert ("held out     the teacher's loss 3.25, accuracy 0.5" in report) == (held_out is not None)
+
+
+def save_in_stage(run: Run, progress: Progress, probe: dict[str, Any]) -> None:
+    _, checkpointer, _ = start(run, 1)
+    checkpointer.save(progress, probe)
 
 
 def test_damage_is_reported_with_exit_code_1(saved: Path, capsys: pytest.CaptureFixture) -> None:
