@@ -114,8 +114,10 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows, so many that a float32 copy of one stays small."""
-    return slices(matrix.size(0), max(1, _BLOCK[matrix.device.type] // max(1, matrix.size(1))))
+    """Slices of rows, so many that a float32 copy of one stays small; none of a matrix without columns."""
+    if not matrix.size(1):
+        return iter(())
+    return slices(matrix.size(0), max(1, _BLOCK[matrix.device.type] // matrix.size(1)))
 
 
 def reduce(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Softmax:

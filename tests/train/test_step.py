@@ -14,7 +14,7 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.train.evaluate import evaluate
+from megatron_salt.train.evaluate import evaluate, means
 from megatron_salt.train.metrics import PhaseTimer
 from megatron_salt.train.step import Student, train_step
 from tests.ranks import run_ranks
@@ -33,6 +33,7 @@ RECOMPUTE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel, world_size", [(PLAIN, 1), (TP2, 2), (replace(TP2, sequence_parallel=True), 2), (INTERLEAVED, 2)])
 def test_recomputation_drops_what_was_dropped(parallel, world_size):
     """Losses and gradient norms of three steps are those without recomputation, bit for bit; and dropout was on."""
@@ -66,11 +67,11 @@ def evaluate_weights(case: Case, world_size: int, weights: Any) -> dict[str, flo
 
 
 def slow_mean(case: Case, weights: Any) -> dict[str, float]:
-    """The mean over the tokens of both batches, from the losses that training steps of no size tell."""
+    """The mean over the tokens of both batches, from what training steps of no size tell."""
     student = build_student(replace(case, learning_rate=0.0), 1, weights)
-    losses = train_student(student, case, 2, start=20).losses
-    tokens = [float(sum(part.loss_mask.sum() for part in batch(student, case, step))) for step in (20, 21)]
-    return {"tokens": sum(tokens), "loss": sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)}
+    outcomes = [train_step(student, batch(student, case, step), PhaseTimer()) for step in (20, 21)]
+    sums = [outcome.sums.double().sum(0) for outcome in outcomes if outcome.sums is not None]
+    return means(sums[0] + sums[1])
 
 
 @pytest.mark.parametrize("parallel, world_size", [
@@ -97,6 +98,7 @@ def train_and_look(case: Case, world_size: int, look: bool) -> tuple[Curve, Any]
     return Curve(first.losses + second.losses, first.grad_norms + second.grad_norms), left(student, None, [])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel, world_size", [(PLAIN, 1), (replace(OVERLAP, ddp_bucket_size=2_000), 2), (INTERLEAVED, 2)])
 def test_evaluation_leaves_no_trace(parallel, world_size):
     """Not in parameters, optimizer or random state, nor in a parameter gather that is under way; dropout is on again after it."""
