@@ -17,7 +17,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.errors import UserError
-from megatron_salt.model.head import METRICS, OutputHead
+from megatron_salt.model.head import KD_METRICS, OutputHead, SoftTarget
+from tests.grids import grid
 from tests.ranks import run_ranks
 
 SEQUENCE, BATCH, HIDDEN, VOCABULARY = 8, 2, 16, 64
@@ -137,9 +138,9 @@ class TinyModel(torch.nn.Module):
         if tied:
             self.embedding.weight.zero_out_wgrad = True
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, mask: Tensor, teacher: SoftTarget | None) -> tuple[Tensor, Tensor]:
         hidden = self.norm(self.embedding(tokens).transpose(0, 1).contiguous())
-        return self.head(hidden, tokens.roll(-1, 1), mask, self.embedding.weight if self.tied else None)
+        return self.head(hidden, tokens.roll(-1, 1), mask, self.embedding.weight if self.tied else None, teacher)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,13 @@ class Way:
     fusion: bool = False
     overlap: bool = False
     dtype: torch.dtype = torch.float32
+    taught: bool = False
+
+
+def teacher_of(tokens: Tensor, dtype: torch.dtype) -> SoftTarget:
+    """A teacher of another hidden size that has something to say about each batch of tokens."""
+    hidden = draw(SEQUENCE, BATCH, 24, seed=int(tokens.sum()))
+    return SoftTarget(hidden.to(dtype), draw(VOCABULARY, 24, seed=8).mul(0.4).to(dtype), temperature=0.5, kd_weight=0.6)
 
 
 def microbatches(rank: int) -> list[tuple[Tensor, Tensor]]:
@@ -156,7 +164,7 @@ def microbatches(rank: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tokens, masks, strict=True))
 
 
-def torch_gradients(model: TinyModel, rank: int) -> dict[str, Tensor]:
+def torch_gradients(model: TinyModel, rank: int, way: Way) -> dict[str, Tensor]:
     """Plain torch, full logits, float64, all microbatches in one sum."""
     names = dict(model.named_parameters())
     parameters = {name: parameter.detach().double().requires_grad_() for name, parameter in names.items()}
@@ -164,7 +172,12 @@ def torch_gradients(model: TinyModel, rank: int) -> dict[str, Tensor]:
     for tokens, mask in microbatches(rank):
         hidden = torch.nn.functional.layer_norm(table[tokens], (HIDDEN,), parameters["norm.weight"], parameters["norm.bias"])
         log_p = (hidden @ (table if model.tied else parameters["head.weight"])[:50].t()).log_softmax(-1)
-        (-log_p.gather(-1, tokens.roll(-1, 1)[..., None])[..., 0] * mask).sum().backward()
+        loss = -log_p.gather(-1, tokens.roll(-1, 1)[..., None])[..., 0]
+        if way.taught:
+            teacher = teacher_of(tokens, way.dtype)
+            logits = teacher.hidden.transpose(0, 1).double() @ teacher.weight[:50].double().t()
+            loss = 0.4 * loss - 0.6 * ((logits / teacher.temperature).softmax(-1) * log_p).sum(-1)
+        (loss * mask).sum().backward()
     return {name: parameter.grad for name, parameter in parameters.items()}
 
 
@@ -186,15 +199,16 @@ def main_grads(way: Way) -> tuple[dict[str, float], list[int]]:
     ddp.zero_grad_buffer()
     base = weight_gradients_alive()
     alive = []
-    for tokens, mask in microbatches(dist.get_rank())[:-1]:
+    batches = [(tokens, mask, teacher_of(tokens, way.dtype) if way.taught else None) for tokens, mask in microbatches(dist.get_rank())]
+    for batch in batches[:-1]:
         with ddp.no_sync():
-            loss, _ = ddp(tokens, mask)
+            loss, _ = ddp(*batch)
             alive.append(weight_gradients_alive() - base)
             loss.backward()
             alive.append(weight_gradients_alive() - base)
-    ddp(*microbatches(dist.get_rank())[-1])[0].backward()
+    ddp(*batches[-1])[0].backward()
     ddp.finish_grad_sync()
-    exact = torch_gradients(model, dist.get_rank())
+    exact = torch_gradients(model, dist.get_rank(), way)
     for gradient in exact.values():
         dist.all_reduce(gradient)
     world = dist.get_world_size()
@@ -204,12 +218,10 @@ def main_grads(way: Way) -> tuple[dict[str, float], list[int]]:
     return errors, alive
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
-@pytest.mark.parametrize("fusion", [False, True], ids=["", "fusion"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_main_grad_is_the_sum_of_all_uses_of_the_weight(dtype, tied, fusion, overlap):
-    for errors, alive in run_ranks(2, main_grads, Way(tied, fusion, overlap, dtype)):
+@pytest.mark.parametrize("dtype, tied, fusion, overlap, taught", grid(
+    dtype=(torch.float32, torch.bfloat16), tied=(False, True), fusion=(False, True), overlap=(False, True), taught=(False, True)))
+def test_main_grad_is_the_sum_of_all_uses_of_the_weight(dtype, tied, fusion, overlap, taught):
+    for errors, alive in run_ranks(2, main_grads, Way(tied, fusion, overlap, dtype, taught)):
         assert max(errors.values()) < (2e-6 if dtype == torch.float32 else 2e-2), errors
         assert alive == [1, 0, 1, 0]
 
@@ -261,7 +273,7 @@ def waits_for_parameters() -> list[str]:
 
         group.finish_param_sync = finish
     with torch.no_grad():
-        ddp(*microbatches(0)[0])
+        ddp(*microbatches(0)[0], None)
     return waited
 
 
@@ -302,4 +314,4 @@ def test_refuses_what_would_give_wrong_gradients(case):
 
 
 def test_metrics_have_distinct_names():
-    assert len(set(METRICS)) == len(METRICS)
+    assert len(set(KD_METRICS)) == len(KD_METRICS)
