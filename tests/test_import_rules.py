@@ -44,6 +44,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.salt.resumption",
     "megatron_salt.salt.routing",
     "megatron_salt.salt.schedule",
+    "megatron_salt.train.history",
     "megatron_salt.train.plan",
     "megatron_salt.train.signals",
 )

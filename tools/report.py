@@ -4,31 +4,29 @@
         --unigram-of data/held_out_text_document
 
 The unigram entropy of held-out tokens is the loss of the best model that knows how often each token occurs there and nothing
-of context: what a language model has to get below.
+of context: what a language model has to get below. Of a run with a teacher the training loss shown is the cross entropy with the
+data, which can be compared with other runs', not the mixture that stage 1 trains on; the switch to stage 2 is a vertical line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from megatron_salt.cli import run_tool
 from megatron_salt.data.windows import TokenFile
 from megatron_salt.errors import UserError
+from megatron_salt.train.history import Axis, Curve, read_curve
 
 MARKS = "*o+x#@"
 WIDTH, HEIGHT = 72, 14
 BLOCK = 1 << 22
-
-Axis = Literal["steps", "tokens", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,9 @@ class ReportConfig:
     below_unigram: float | None = None
     """Fail, with status 1, unless the last held-out loss of every run is at most this share of the unigram entropy."""
 
+    below: tuple[str, ...] = ()
+    """NAME:OTHER, one or several pairs of runs: fail, with status 1, unless the last held-out loss of NAME is below that of OTHER."""
+
     def __post_init__(self) -> None:
         if not self.run:
             raise UserError("--run names no run; give NAME=FILE")
@@ -61,32 +62,11 @@ class ReportConfig:
             raise UserError(f"--below-unigram must be above 0 and finite, got {self.below_unigram}")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One run, as its log tells it. Losses are nats a token; a step without a finite loss is nan."""
-
-    name: str
-    steps: np.ndarray
-    """int64 [n], rising"""
-    losses: np.ndarray
-    """float64 [n], training"""
-    tokens: np.ndarray
-    """int64 [n], read since the log began"""
-    seconds: np.ndarray
-    """float64 [n], of steps alone, since the log began"""
-    held_out: dict[int, float]
-    """{step: held-out loss}"""
-    unread_lines: int
-    """Lines that are not JSON: a crash tears at most the last one."""
-
-    def axis(self, x: Axis) -> np.ndarray:
-        """Where each step stands on the chosen axis: [n]."""
-        return {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}[x]
-
-
 def report(config: ReportConfig) -> int:
     """The whole tool; its exit status. Raises UserError."""
-    curves = [read_curve(name, path) for name, path in named_runs(config.run)]
+    runs = named_runs(config.run)
+    pairs = named_pairs(config.below, [name for name, _ in runs])
+    curves = [read_curve(name, path) for name, path in runs]
     unigram = None if config.unigram_of is None else unigram_entropy(config.unigram_of)
     print(chart(curves, config.x, unigram))
     print()
@@ -94,10 +74,14 @@ def report(config: ReportConfig) -> int:
     if config.output is not None:
         draw(curves, config.x, unigram, Path(config.output))
         print(f"\nwrote {config.output}")
-    if config.below_unigram is None:
-        return 0
-    assert unigram is not None
-    return require_below(curves, config.below_unigram, unigram)
+    good = True
+    if config.below_unigram is not None:
+        assert unigram is not None
+        good = require_below_unigram(curves, config.below_unigram, unigram)
+    of = {curve.name: curve for curve in curves}
+    for name, other in pairs:
+        good &= require_below(of[name], of[other])
+    return 0 if good else 1
 
 
 def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
@@ -113,42 +97,14 @@ def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
     return runs
 
 
-def read_curve(name: str, path: Path) -> Curve:
-    """A run's JSONL. UserError where the file cannot be read or no step is in it."""
-    entries, unread = _entries(path)
-    steps = {entry["step"]: entry for entry in entries if entry["kind"] == "step"}  # of a step told twice, the later
-    if not steps:
-        raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
-    try:
-        rows = [steps[step] for step in sorted(steps)]
-        return Curve(
-            name=name,
-            steps=np.array([row["step"] for row in rows], np.int64),
-            losses=np.array([np.nan if row["loss"] is None else row["loss"] for row in rows], np.float64),
-            tokens=np.cumsum([row["tokens"] for row in rows], dtype=np.int64),
-            seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
-            held_out={entry["step"]: entry["loss"] for entry in entries if entry["kind"] == "eval" and entry["loss"] is not None},
-            unread_lines=unread,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--run {name}={path} is not the log of a run: an entry lacks or garbles {error}") from error
-
-
-def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:
-    entries, unread = [], 0
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"--run {path} cannot be read: {error.strerror}") from error
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            unread += 1
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry:
-            entries.append(entry)
-    return entries, unread
+def named_pairs(words: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """NAME:OTHER words taken apart. UserError where one is not two of the runs."""
+    pairs = [(name, other) for name in names for other in names if name != other]
+    found = {f"{name}:{other}": (name, other) for name, other in pairs}
+    for word in words:
+        if word not in found:
+            raise UserError(f"--below {word} is not NAME:OTHER of two runs; there are {', '.join(names)}")
+    return [found[word] for word in words]
 
 
 def unigram_entropy(prefix: str) -> float:
@@ -164,41 +120,71 @@ def unigram_entropy(prefix: str) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def require_below(curves: Sequence[Curve], share: float, unigram: float) -> int:
-    """Say whether every run's last held-out loss is at most `share` of the unigram entropy; 0 or 1."""
-    status = 0
+def require_below_unigram(curves: Sequence[Curve], share: float, unigram: float) -> bool:
+    """Say whether every run's last held-out loss is at most `share` of the unigram entropy."""
+    verdicts = []
     for curve in curves:
-        if not curve.held_out:
-            print(f"FAILED: {curve.name} has no held-out loss (--eval-iters)")
-            status = 1
-            continue
-        loss = curve.held_out[max(curve.held_out)]
-        good = loss <= share * unigram
-        print(f"{'ok' if good else 'FAILED'}: held-out loss of {curve.name} is {loss / unigram:.2f} of the unigram entropy, "
-              f"at most {share:.2f} asked for")
-        status = status if good else 1
-    return status
+        loss = curve.final
+        verdicts.append(loss is not None and loss <= share * unigram)
+        told = "is missing (--eval-iters)" if loss is None else f"is {loss / unigram:.2f} of the unigram entropy"
+        print(f"{'ok' if verdicts[-1] else 'FAILED'}: held-out loss of {curve.name} {told}, at most {share:.2f} asked for")
+    return all(verdicts)
+
+
+def require_below(curve: Curve, other: Curve) -> bool:
+    """Say whether one run's last held-out loss is below another's, and when it got there."""
+    if curve.final is None or other.final is None:
+        print(f"FAILED: {curve.name if curve.final is None else other.name} has no held-out loss (--eval-iters)")
+        return False
+    good = curve.final < other.final
+    print(f"{'ok' if good else 'FAILED'}: held-out loss of {curve.name} is {curve.final:.4f}, {abs(other.final - curve.final):.4f} "
+          f"{'below' if good else 'not below'} {other.name}'s {other.final:.4f}", end="")
+    passed = min((step for step, loss in curve.held_out.items() if loss < other.final), default=None)
+    print(f", which it passed by step {passed} of {curve.steps[-1]}" if passed is not None else "")
+    return good
 
 
 # --- on the terminal --------------------------------------------------------------------------------------------------
 
 def table(curves: Sequence[Curve], unigram: float | None) -> str:
     """One row a run. Training loss: mean of the last twentieth; tokens/s and time: of steps, without evaluations and saves."""
-    heads = ["run", "steps", "tokens", "training loss", "held-out loss", "unigram entropy", "tokens/s", "time"]
+    heads = ["run", "steps", "tokens", "training loss", "held-out loss", "accuracy", "stage 2 from", "tokens/s", "time", "peak memory"]
     rows = []
     for curve in curves:
         last = curve.losses[-max(1, len(curve.losses) // 20):]
-        loss = f"{np.nanmean(last):.4f}" if np.isfinite(last).any() else "nan"
-        held_out = f"{curve.held_out[max(curve.held_out)]:.4f}" if curve.held_out else "-"
         seconds, tokens = curve.seconds[-1], int(curve.tokens[-1])
-        rows.append([curve.name, str(curve.steps[-1]), str(tokens), loss, held_out, "-" if unigram is None else f"{unigram:.4f}",
-                     f"{tokens / max(seconds, 1e-9):.0f}", f"{seconds:.1f} s"])
+        rows.append([
+            curve.name,
+            str(curve.steps[-1]),
+            str(tokens),
+            f"{np.nanmean(last):.4f}" if np.isfinite(last).any() else "nan",
+            "-" if curve.final is None else f"{curve.final:.4f}",
+            "-" if curve.accuracy is None else f"{curve.accuracy:.2%}",
+            "-" if curve.switch is None else f"step {curve.switch.step + 1}",
+            f"{tokens / max(seconds, 1e-9):.0f}",
+            f"{seconds:.1f} s",
+            f"{curve.peak_gib:.2f} GiB",
+        ])
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in [heads, *rows]]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    unread = [f"{curve.name}: {curve.unread_lines} lines of its log could not be read" for curve in curves if curve.unread_lines]
-    return "\n".join(lines + unread)
+    return "\n".join(lines + [note for curve in curves for note in _notes(curve)]
+                     + ([] if unigram is None else [f"unigram entropy of held-out tokens: {unigram:.4f}"]))
+
+
+def _notes(curve: Curve) -> list[str]:
+    """What does not fit into the table."""
+    notes = []
+    if curve.teacher is not None:
+        notes.append(f"{curve.name}: its teacher has held-out loss {curve.teacher[0]:.4f}, accuracy {curve.teacher[1]:.2%}")
+    if curve.switch is not None:
+        at = curve.switch
+        notes.append(f"{curve.name}: stage 1 ended after step {at.step}; memory in use {at.gib_before:.3f} GiB before the teacher was "
+                     f"freed, {at.gib_after:.3f} GiB after")
+    if curve.unread_lines:
+        notes.append(f"{curve.name}: {curve.unread_lines} lines of its log could not be read")
+    return notes
 
 
 def chart(curves: Sequence[Curve], x: Axis, unigram: float | None) -> str:
@@ -241,7 +227,8 @@ def _columns(curve: Curve, x: Axis, right: float) -> np.ndarray:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) -> None:
-    """Training loss (thin as it was, thick smoothed) and held-out loss (marks) of every run. The file appears whole or not at all."""
+    """Training loss (thin as it was, thick smoothed), held-out loss (marks) and switch to stage 2 (vertical line) of every run. The
+    file appears whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,9 +241,12 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
         axes.plot(at, smoothed(curve.losses, max(1, len(at) // 25)), color=colour, label=f"{curve.name}, training")
         evaluated = [step for step in curve.held_out if step in curve.steps]
         if evaluated:
-            places = at[np.searchsorted(curve.steps, evaluated)]
+            places = [_when(curve, x, step) for step in evaluated]
             axes.plot(places, [curve.held_out[step] for step in evaluated], "o--", color=colour, markersize=5, linewidth=1,
                       label=f"{curve.name}, held-out")
+        if curve.switch is not None:
+            axes.axvline(_when(curve, x, curve.switch.step), color=colour, linestyle="--", linewidth=1,
+                         label=f"{curve.name}, stage 1 ends (step {curve.switch.step})")
     if unigram is not None:
         axes.axhline(unigram, color="gray", linestyle=":", label="unigram entropy of held-out tokens")
     axes.set_xlabel({"steps": "steps", "tokens": "tokens", "seconds": "seconds of training"}[x])
@@ -274,6 +264,11 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     finally:
         pyplot.close(figure)
+
+
+def _when(curve: Curve, x: Axis, step: int) -> float:
+    """Where a step stands on the axis."""
+    return float(curve.axis(x)[min(int(np.searchsorted(curve.steps, step)), len(curve.steps) - 1)])
 
 
 def smoothed(losses: np.ndarray, window: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from megatron_salt.data.indexed import IndexedWriter
 from megatron_salt.errors import UserError
 from tests.train.logs import open_log, record
 from tools import report as module
-from tools.report import HEIGHT, ReportConfig, chart, named_runs, read_curve, report, smoothed, table, unigram_entropy
+from tools.report import HEIGHT, ReportConfig, chart, named_pairs, named_runs, read_curve, report, smoothed, table, unigram_entropy
 
 
 def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
@@ -26,6 +26,23 @@ def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None
             log.step(record(step, loss))
             if held_out and step in held_out:
                 log.evaluation(step, "valid", held_out[step], tokens=1000, seconds=1.0)
+    return path / "log.jsonl"
+
+
+def write_taught_log(path: Path, losses: list[float], kd_steps: int, held_out: dict[int, float]) -> Path:
+    """A log of a run with a teacher, whose mixed loss is 1 above the cross entropy with the data."""
+    path.mkdir()
+    teacher = {"teacher_loss": 3.5, "teacher_accuracy": 0.25}
+    with open_log(path, total_steps=len(losses)) as log:
+        for step, loss in enumerate(losses, start=1):
+            taught = step <= kd_steps
+            if step == kd_steps + 1:
+                log.event(kd_steps, "stage 2", {"stage": 2, "memory_gib_before": 2.5, "memory_gib_after": 2.25})
+            extra = {"kd_weight": 0.5, "ce": loss, "kl": 1.0, "teacher_ce": 3.5, "agreement": 0.5} if taught else {}
+            log.step(record(step, loss + taught, extra=extra))
+            if step in held_out:
+                beside = {"accuracy": 0.01 * step} | (teacher if taught else {})
+                log.evaluation(step, "valid", held_out[step], tokens=1000, seconds=1.0, beside=beside)
     return path / "log.jsonl"
 
 
@@ -44,6 +61,25 @@ def test_a_curve_is_what_the_run_logged(tmp_path: Path) -> None:
     assert curve.seconds.tolist() == [0.5, 1.0, 1.5]
     assert curve.held_out == {3: 2.5}
     assert curve.unread_lines == 0
+
+
+def test_of_a_run_with_a_teacher_the_loss_with_the_data_counts_and_the_switch_is_known(tmp_path: Path) -> None:
+    curve = read_curve("a", write_taught_log(tmp_path / "a", [4.0, 3.0, 2.0, 1.0], 2, {2: 3.25, 4: 1.5}))
+    assert curve.losses.tolist() == [4.0, 3.0, 2.0, 1.0]
+    assert (curve.final, curve.accuracy, curve.teacher) == (1.5, 0.04, (3.5, 0.25))
+    assert curve.switch is not None
+    assert (curve.switch.step, curve.switch.gib_before, curve.switch.gib_after) == (2, 2.5, 2.25)
+    told = table([curve], unigram=6.5)
+    assert "step 3" in told.splitlines()[2] and "4.00%" in told.splitlines()[2]
+    assert "a: its teacher has held-out loss 3.5000, accuracy 25.00%" in told
+    assert "a: stage 1 ended after step 2; memory in use 2.500 GiB before the teacher was freed, 2.250 GiB after" in told
+
+
+def test_a_teacher_that_stays_to_the_end_leaves_no_switch(tmp_path: Path) -> None:
+    curve = read_curve("a", write_taught_log(tmp_path / "a", [4.0, 3.0], 5, {2: 3.25}))
+    assert curve.switch is None
+    assert curve.teacher == (3.5, 0.25)
+    assert "stage 1 ended" not in table([curve], None)
 
 
 def test_a_torn_last_line_is_counted_and_left_out(tmp_path: Path) -> None:
@@ -91,6 +127,13 @@ def test_runs_are_called_as_asked_or_by_their_directory(tmp_path: Path) -> None:
     for words in (["a=1", "a=2"], ["=1"], ["runs/a/log", "elsewhere/a/log"]):
         with pytest.raises(UserError, match="different name"):
             named_runs(words)
+
+
+def test_runs_are_compared_by_their_names_even_with_a_colon() -> None:
+    assert named_pairs(["salt:plain", "x:y:salt"], ["salt", "plain", "x:y"]) == [("salt", "plain"), ("x:y", "salt")]
+    for word in ("salt", "salt:salt", "salt:teacher", "plain"):
+        with pytest.raises(UserError, match=f"--below {word} is not .* there are salt, plain"):
+            named_pairs([word], ["salt", "plain"])
 
 
 @pytest.mark.parametrize("flags", [{"run": ()}, {"run": tuple("abcdefg")}, {"run": ("a",), "below_unigram": 0.5},
@@ -146,13 +189,15 @@ def test_a_run_without_a_finite_loss_still_has_a_report(tmp_path: Path) -> None:
 
 def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
     curve = read_curve("a", write_log(tmp_path / "a", [8.0] * 38 + [3.0, 2.0], {20: 5.0, 40: 2.25}))
-    cells = table([curve], unigram=6.5).splitlines()[2].split()
-    assert cells == ["a", "40", "32000", "2.5000", "2.2500", "6.5000", "1600", "20.0", "s"]
+    lines = table([curve], unigram=6.5).splitlines()
+    assert lines[2].split()[:9] == ["a", "40", "32000", "2.5000", "2.2500", "-", "-", "1600", "20.0"]
+    assert lines[-1] == "unigram entropy of held-out tokens: 6.5000"
 
 
 @pytest.mark.parametrize("x", ["steps", "tokens", "seconds"])
 def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: module.Axis) -> None:
-    runs = [f"{name}={write_log(tmp_path / name, [5.0, 4.0, 3.0], {2: 4.5})}" for name in "ab"]
+    taught = write_taught_log(tmp_path / "c", [5.0, 4.0, 3.0], 1, {2: 4.5})
+    runs = [f"{name}={write_log(tmp_path / name, [5.0, 4.0, 3.0], {2: 4.5})}" for name in "ab"] + [f"c={taught}"]
     picture = tmp_path / "new" / "loss.png"
     assert report(ReportConfig(tuple(runs), str(picture), x)) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -170,3 +215,21 @@ def test_the_verdict_is_on_the_last_held_out_loss(tmp_path: Path, held_out: dict
     log = write_log(tmp_path / "a", [5.0, 4.0, 3.0], held_out)
     four_tokens = write_dataset(tmp_path / "d", [[1, 2, 3, 4]])  # entropy log 4 = 1.386
     assert report(ReportConfig((f"a={log}",), unigram_of=four_tokens, below_unigram=share)) == status
+
+
+@pytest.mark.parametrize(
+    "held_out, status, told",
+    [
+        ({1: 3.0, 2: 1.9, 3: 1.5}, 0, "ok: held-out loss of salt is 1.5000, 0.5000 below plain's 2.0000, which it passed by step 2 of 3"),
+        ({1: 1.0, 3: 2.0}, 1, "FAILED: held-out loss of salt is 2.0000, 0.0000 not below plain's 2.0000, which it passed by step 1 of 3"),
+        ({3: 2.5}, 1, "FAILED: held-out loss of salt is 2.5000, 0.5000 not below plain's 2.0000\n"),
+        ({}, 1, "FAILED: salt has no held-out loss"),
+    ],
+)
+def test_a_run_is_held_to_end_below_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture, held_out: dict[int, float], status: int, told: str
+) -> None:
+    plain = write_log(tmp_path / "plain", [5.0, 4.0, 3.0], {3: 2.0})
+    salt = write_taught_log(tmp_path / "salt", [5.0, 4.0, 3.0], 1, held_out)
+    assert report(ReportConfig((f"plain={plain}", f"salt={salt}"), below=("salt:plain",))) == status
+    assert told in capsys.readouterr().out

@@ -1,0 +1,121 @@
+"""A run as its JSONL tells it, after the run: curves, and what became of stage 1. Pure.
+
+Reads what `RunLog` and `sinks.Jsonl` wrote. Of a step told twice, by a run that was resumed, the later counts; a line that is not
+JSON is counted and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_salt.errors import UserError
+
+Axis = Literal["steps", "tokens", "seconds"]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The end of stage 1, on the rank that wrote the log."""
+
+    step: int
+    """The last one of stage 1."""
+    gib_before: float
+    """Memory in use before the teacher was freed."""
+    gib_after: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run, as its log tells it. Losses are nats a token; a step without a finite loss is nan."""
+
+    name: str
+    steps: np.ndarray
+    """int64 [n], rising"""
+    losses: np.ndarray
+    """float64 [n], training: cross entropy with the data"""
+    tokens: np.ndarray
+    """int64 [n], read since the log began"""
+    seconds: np.ndarray
+    """float64 [n], of steps alone, since the log began"""
+    held_out: dict[int, float]
+    """{step: held-out loss}"""
+    accuracy: float | None
+    """Of the last evaluation: share of held-out tokens whose likeliest next token was the right one"""
+    teacher: tuple[float, float] | None
+    """Held-out loss and accuracy of the run's teacher"""
+    switch: Switch | None
+    """None: no teacher, or it teaches to the end"""
+    peak_gib: float
+    """Most memory of the rank that wrote the log"""
+    unread_lines: int
+    """Lines that are not JSON: a crash tears at most the last one."""
+
+    @property
+    def final(self) -> float | None:
+        """The last held-out loss; None where there is none."""
+        return self.held_out[max(self.held_out)] if self.held_out else None
+
+    def axis(self, x: Axis) -> np.ndarray:
+        """Where each step stands on the chosen axis: [n]."""
+        return {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}[x]
+
+
+def read_curve(name: str, path: Path) -> Curve:
+    """A run's JSONL. UserError where the file cannot be read or no step is in it."""
+    entries, unread = _entries(path)
+    steps = {entry["step"]: entry for entry in entries if entry["kind"] == "step"}  # of a step told twice, the later
+    if not steps:
+        raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
+    evaluations = {entry["step"]: entry for entry in entries if entry["kind"] == "eval"}
+    switches = [entry for entry in entries if entry["kind"] == "event" and entry.get("stage") == 2]
+    try:
+        rows = [steps[step] for step in sorted(steps)]
+        last = evaluations[max(evaluations)] if evaluations else {}
+        taught = next((entry for entry in reversed(evaluations.values()) if "teacher_loss" in entry), None)
+        return Curve(
+            name=name,
+            steps=np.array([row["step"] for row in rows], np.int64),
+            losses=np.array([_loss(row) for row in rows], np.float64),
+            tokens=np.cumsum([row["tokens"] for row in rows], dtype=np.int64),
+            seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
+            held_out={step: float(entry["loss"]) for step, entry in evaluations.items() if entry["loss"] is not None},
+            accuracy=last.get("accuracy"),
+            teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
+            switch=_switch(switches[-1]) if switches else None,
+            peak_gib=max(float(row["memory_gib"]) for row in rows),
+            unread_lines=unread,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--run {name}={path} is not the log of a run: an entry lacks or garbles {error}") from error
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """Cross entropy with the data: in stage 1 it stands beside the loss, which is that with a mixture of data and teacher."""
+    loss = row.get("ce", row["loss"])
+    return np.nan if loss is None else float(loss)
+
+
+def _switch(entry: dict[str, Any]) -> Switch:
+    return Switch(entry["step"], float(entry["memory_gib_before"]), float(entry["memory_gib_after"]))
+
+
+def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:
+    entries, unread = [], 0
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--run {path} cannot be read: {error.strerror}") from error
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            unread += 1
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry:
+            entries.append(entry)
+    return entries, unread
