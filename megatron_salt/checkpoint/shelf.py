@@ -61,7 +61,7 @@ def read_tracker(root: Path, flag_name: str = "--load") -> int | None:
     path = root / TRACKER
     try:
         return int(path.read_text(encoding="ascii").strip())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, UnicodeDecodeError):
         raise UserError(f"{path} does not hold the number of a step; put there the step of a whole iter_* directory beside it, "

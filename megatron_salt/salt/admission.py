@@ -68,20 +68,20 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     if not paths:
         raise UserError(f"--teacher-load {load} holds no checkpoint; a checkpoint is an iter_* directory that a run with --save left")
     try:
-        facts = resume.read_facts(paths[0])
-        architecture, probe = facts["architecture"], facts["probe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--teacher-load {paths[0]} cannot teach: its {shelf.STATE} cannot be read, or lacks {error}") from None
+        facts, fingerprint = resume.read_facts(paths[0]), resume.checkpoint_fingerprint(paths[0])
+    except UserError as error:
+        raise UserError(f"--teacher-load: {error}") from None
+    architecture, probe = facts["architecture"], facts["probe"]
     if probe is None or None in probe["losses"]:
-        raise UserError(f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (its loss was not finite, or it was "
-                        "saved without one); save it again from a run that resumes it")
+        raise UserError(f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
+                        "release saved it); save it again from a run that resumes it")
     return TeacherCheckpoint(
         directory=paths[0],
-        model=ModelConfig(**{name.name: architecture[name.name] for name in fields(ModelConfig)}),
+        model=ModelConfig(**{field.name: architecture[field.name] for field in fields(ModelConfig) if field.name in architecture}),
         vocabulary=architecture["vocabulary"],
         seq_length=architecture["seq_length"],
         tokenizer_fingerprint=facts["tokenizer"],
-        fingerprint=resume.checkpoint_fingerprint(paths[0]),
+        fingerprint=fingerprint,
         lengths=tuple(probe["lengths"]),
         losses=tuple(probe["losses"]),
         dtype=probe["dtype"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from megatron_salt.checkpoint import integrity, resume, shelf
 from megatron_salt.checkpoint.progress import SaltProgress
 from megatron_salt.errors import UserError
-from tests.checkpoint.runs import SHARDED, Run, flip, job
+from megatron_salt.salt.admission import read_teacher
+from tests.checkpoint.runs import SHARDED, TINY, Run, flip, job
 from tests.ranks import RankError, run_ranks
 
 
@@ -129,3 +131,78 @@ def test_a_save_that_was_never_finished_is_refused_under_the_name_of_its_flag(tm
 def test_a_whole_one_opens_and_nothing_is_nothing(saved: Path, tmp_path: Path) -> None:
     assert run_ranks(1, open_as_teacher, saved) == [True]
     assert run_ranks(1, open_as_teacher, tmp_path / "nowhere") == [False]
+
+
+# ---- read by a student's run ---------------------------------------------------------------------------------------------
+
+
+def rewrite(directory: Path, **changes: object) -> None:
+    """Change facts of a checkpoint, its checksums with them."""
+    facts = resume.read_facts(directory) | changes
+    content = json.dumps({name: value for name, value in facts.items() if value is not ...}).encode()
+    sums = integrity.read_checksums(directory)
+    integrity.write_checksums(directory, sums | {shelf.STATE: integrity.write_whole(directory / shelf.STATE, content)})
+
+
+RECORD = {"lengths": [16, 32], "losses": [5.5, 5.75], "dtype": "float32"}
+
+
+def test_a_teacher_is_what_its_checkpoint_says(saved: Path, tmp_path: Path) -> None:
+    """Its architecture comes from there; a field that an earlier release did not know has its default."""
+    directory = shutil.copytree(shelf.directory_of(saved, 2), tmp_path / "iter_0000002")
+    architecture = {name: value for name, value in asdict(TINY).items() if name != "qk_layernorm"}
+    rewrite(directory, probe=RECORD, architecture=architecture | {"seq_length": 32, "vocabulary": 250})
+    teacher = read_teacher(str(tmp_path))
+    assert teacher.directory == directory and teacher.model == TINY and (teacher.vocabulary, teacher.seq_length) == (250, 32)
+    assert teacher.tokenizer_fingerprint == "tokenizer:aaaa" and teacher.fingerprint == resume.checkpoint_fingerprint(directory)
+    assert (teacher.lengths, teacher.losses, teacher.dtype) == ((16, 32), (5.5, 5.75), "float32")
+
+
+def no_probe(root: Path) -> str:
+    rewrite(shelf.directory_of(root, 2), probe=None)
+    return "has no record of its own loss"
+
+
+def no_probe_of_before(root: Path) -> str:
+    rewrite(shelf.directory_of(root, 2), probe=...)
+    return "has no record of its own loss"
+
+
+def not_finite(root: Path) -> str:
+    rewrite(shelf.directory_of(root, 2), probe=RECORD | {"losses": [5.5, None]})
+    return "was not finite"
+
+
+def no_state(root: Path) -> str:
+    (shelf.directory_of(root, 2) / shelf.STATE).unlink()
+    return f"{shelf.directory_of(root, 2) / shelf.STATE}: No such file"
+
+
+def something_else(root: Path) -> str:
+    shutil.rmtree(root)
+    root.mkdir()
+    (root / "model.safetensors").touch()
+    return f"{root} holds no checkpoint"
+
+
+def nowhere(root: Path) -> str:
+    shutil.rmtree(root)
+    return f"{root} holds no checkpoint"
+
+
+def a_file(root: Path) -> str:
+    shutil.rmtree(root)
+    root.touch()
+    return f"{root} holds no checkpoint"
+
+
+@pytest.mark.parametrize(
+    "spoil", [no_probe, no_probe_of_before, not_finite, no_state, no_checksums, something_else, nowhere, a_file, lost, rubbish_tracker]
+)
+def test_a_directory_that_cannot_teach_is_refused_in_one_line(saved: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    root = shutil.copytree(saved, tmp_path / "teacher")
+    message = spoil(root)
+    with pytest.raises(UserError) as caught:
+        read_teacher(str(root))
+    told = str(caught.value)
+    assert message in told and "--teacher-load" in told and "\n" not in told
