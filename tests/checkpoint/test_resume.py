@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.config import OptimizerConfig
 from megatron_salt.errors import UserError
 from megatron_salt.checkpoint import resume
+from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.train.optim import build_scheduler
 
 BATCH = 10
@@ -49,6 +51,21 @@ def resumed(flags: OptimizerConfig, iters: int, found: resume.Found) -> float:
     optimizer.param_groups[0].update(max_lr=FLAGS.lr, min_lr=FLAGS.min_lr)
     resume.load_schedule(scheduler, optimizer, found, resume.schedule_follows_run(flags))
     return optimizer.param_groups[0]["lr"]
+
+
+SALT = SaltProgress(40, {"kd_steps": 50, "kd_weight": 0.667}, "sha256:aaaa", "teacher", 38, {"loss": 3.25, "accuracy": 0.5})
+
+
+@pytest.mark.parametrize("salt", [None, SALT, replace(SALT, crossover=None, teacher_held_out=None)])
+def test_progress_comes_back_from_its_file(salt: SaltProgress | None) -> None:
+    """With --new-data too, but for the positions in the data."""
+    progress = Progress(7, 70, {"position": 70}, ({"event": "start", "step": 0},), {"nonfinite_in_a_row": 2}, salt)
+    run = resume.RunIdentity("", {}, "tokenizer:aaaa", "data:aaaa", 1)
+    facts = json.loads(json.dumps(asdict(progress) | resume.identity_facts(run)))
+    found = resume.Found(Path("checkpoint"), facts, {})
+    assert resume.progress_from(found, run, new_data=False) == progress
+    other = resume.progress_from(found, replace(run, data_fingerprint="data:bbbb"), new_data=True)
+    assert other == replace(progress, data={}, events=(*progress.events, other.events[-1]))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])
