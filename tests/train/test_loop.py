@@ -119,6 +119,7 @@ def test_checkpoints_come_at_the_interval_and_at_the_end_and_the_last_ones_stay(
     assert [state_of(tmp_path, step)["optimizer"]["form"] for step in (4, 5)] == ["dp_reshardable", "fully_reshardable"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("async_save", [pytest.param(True, marks=pytest.mark.full), False])
 def test_a_step_of_save_at_stays_and_loads_under_any_layout(tmp_path: Path, data: str, async_save: bool) -> None:
     """Also where a save is due anyway, which is then this one."""
