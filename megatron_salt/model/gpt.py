@@ -161,7 +161,7 @@ class GPT(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config=config, vocab_size=self.vocab_size, max_sequence_length=self.max_sequence_length,
                 position_embedding_type=model.position_embedding_type, tp_group=groups.tp,
-            )  # fmt: skip
+            ).to(config.params_dtype)  # fmt: skip  # learned positions are float32 whatever the config says
         self.rotary_pos_emb = None
         if model.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(

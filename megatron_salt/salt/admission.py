@@ -37,8 +37,9 @@ from megatron_salt.salt.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""How far, as a share of it, a loss may be from the recorded one, by the coarser of both precisions. Layouts differ by 1e-6."""
+TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-3}
+"""How far, as a share of it, a loss may be from the recorded one, by the coarser of both precisions. Small models differ
+by 1e-6 between layouts in float32, and by 3e-4 where either side is bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def verify(
     tolerance = max(TOLERANCE[name] for name in dtypes)
     wrong = [
         f"{recorded:.5f} over {length} tokens when saved, {loss:.5f} here"
-        for length, recorded, loss in zip(lengths, checkpoint.losses, losses, strict=False)
+        for length, recorded, of_replicas in zip(lengths, checkpoint.losses, losses, strict=False)
+        for loss in of_replicas
         if not math.isclose(loss, recorded, rel_tol=tolerance)  # so phrased, nan is wrong
     ]
     problem = agree("; ".join(wrong) or None)
@@ -186,27 +188,26 @@ def verify(
         raise UserError(f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: its loss on the fixed batch was "
                         f"{problem} (tolerance {tolerance:g} of it)")
     log.info("teacher %s: its recorded loss of %.4f over %d tokens came out as %.4f",
-             checkpoint.directory, checkpoint.losses[len(lengths) - 1], lengths[-1], losses[-1])
+             checkpoint.directory, checkpoint.losses[len(lengths) - 1], lengths[-1], losses[-1][0])
 
 
 @torch.no_grad()
 def losses_of(
     teacher: Teacher, vocabulary: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int
-) -> list[float]:
-    """The teacher's mean cross entropy over the first `lengths` tokens of each fixed microbatch: phases A and B, then its own head.
-    Collective over all ranks; each rank gets what its block's teachers come to."""
-    batch = fixed_batch(vocabulary, seq_length, lengths)
-    sums = torch.zeros(len(lengths), len(METRICS), dtype=torch.float64, device=cpu.device())
+) -> list[list[float]]:
+    """[lengths][replicas of the block]: the mean cross entropy over the first `lengths` tokens of each fixed microbatch, as each of the
+    block's teachers has it: phases A and B, then the teacher's own head. Collective over all ranks; all of a block receive."""
+    sums = torch.zeros(len(lengths), teacher.replicas, len(METRICS), dtype=torch.float64, device=cpu.device())
     gathering = VocabularyShard(shard.group, shard.rows, shard.num_valid, sequence_parallel=True)  # its hidden states come in slices
-    for number, hidden in enumerate(teacher.hidden_states(batch, merge=1)):
-        if hidden is None:
-            continue
-        assert teacher.weight is not None
-        here = positions_of(seq_length, student.layout.context, student.at.cp, torch.device("cpu"))
-        labels, mask = batch[number].labels[0, here].to(cpu.device()), batch[number].loss_mask[0, here].to(cpu.device())
-        sums[number] = fused_linear_cross_entropy(hidden, teacher.weight, labels, mask, gathering, chunk_tokens)[1]
+    here = positions_of(seq_length, student.layout.context, student.at.cp, torch.device("cpu"))
+    for number, microbatch in enumerate(fixed_batch(vocabulary, seq_length, lengths)):
+        labels, mask = microbatch.labels[0, here].to(cpu.device()), microbatch.loss_mask[0, here].to(cpu.device())
+        for replica, hidden in enumerate(teacher.hidden_states([microbatch] * teacher.replicas, merge=1)):
+            if hidden is not None and teacher.weight is not None:
+                metrics = fused_linear_cross_entropy(hidden, teacher.weight, labels, mask, gathering, chunk_tokens)[1]
+                sums[number, replica] = metrics
     dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
-    return (sums[:, METRICS.index("loss")] / sums[:, METRICS.index("tokens")]).tolist()
+    return (sums[..., METRICS.index("loss")] / sums[..., METRICS.index("tokens")]).tolist()
 
 
 def refuse_trainable(teacher: Teacher, optimized: Iterable[Tensor]) -> None:

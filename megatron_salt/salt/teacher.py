@@ -41,6 +41,8 @@ class _Input:
     """int64 [b, s]"""
     documents: Tensor | None
     """int64 [b, s]"""
+    cuts: list[tuple[slice, slice]]
+    """(positions, samples) of the hidden states that this rank will send, in the order of its pieces"""
 
 
 class Teacher:
@@ -81,33 +83,33 @@ class Teacher:
         stage; None elsewhere. `merge` microbatches are one of the teacher's. Collective over all ranks."""
         samples, length = microbatches[0].tokens.shape
         plan = plan_exchange(self._student.layout, self._mesh.layout, len(microbatches), merge, length)
-        mine = plan.forwards_of(self._replica)
-        groups = [_merged(microbatches[number * merge : (number + 1) * merge]) for number in mine]
+        inputs = [_input(microbatches, plan, forward, self._place, samples) for forward in plan.forwards_of(self._replica)]
         outputs: list[Tensor] = []
-        if groups:
-            outputs = run_pipeline([self._body], _forward_step, groups, self._mesh, length, merge * samples, forward_only=True)
-        return self._exchange(plan, dict(zip(mine, outputs, strict=False)), len(microbatches), merge, samples)
+        if inputs:  # on the teacher's last stage, what is to be sent of each forward
+            outputs = run_pipeline([self._body], _forward_step, inputs, self._mesh, length, merge * samples, forward_only=True)
+        return self._exchange(plan, outputs, len(microbatches), samples)
 
-    def _exchange(self, plan: routing.Plan, outputs: dict[int, Tensor], count: int, merge: int, samples: int) -> list[Tensor | None]:
-        """Phase B. outputs: [s, merge * b, h_t] by number of the forward, on ranks of the teacher's last stage."""
+    def _exchange(self, plan: routing.Plan, outputs: list[Tensor], count: int, samples: int) -> list[Tensor | None]:
+        """Phase B. outputs: of each of this rank's forwards its pieces end to end."""
         assert self.block_group is not None
         config = self._body.config
         width, dtype = config.hidden_size, config.params_dtype
-        parts = []
-        for piece in plan.sent_by(self._place):
-            forward, first = piece.microbatch // merge, piece.microbatch % merge * samples
-            parts += [outputs[forward][positions, first : first + samples].reshape(-1) for positions in piece.positions]
-        outbox = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=cpu.device())
-        outputs.clear()
+        size = plan.piece_length * samples * width
+        made = [piece for forward in plan.forwards_of(self._replica) for piece in _pieces(plan, forward, self._place)]
+        sent = [part for output in outputs if output.numel() for part in output.split(size)]
+        parts = {(piece.target, piece.microbatch): part for piece, part in zip(made, sent, strict=True)}
+        empty = torch.empty(0, dtype=dtype, device=cpu.device())
+        outbox = torch.cat([empty, *(parts[piece.target, piece.microbatch] for piece in plan.sent_by(self._place))])
         parts.clear()
-        send = [size * samples * width for size in plan.send_sizes(self._place)]
-        receive = [size * samples * width for size in plan.receive_sizes(self._place)]
+        sent.clear()
+        outputs.clear()
+        send = [positions * samples * width for positions in plan.send_sizes(self._place)]
+        receive = [positions * samples * width for positions in plan.receive_sizes(self._place)]
         inbox = torch.empty(sum(receive), dtype=dtype, device=cpu.device())
         dist.all_to_all_single(inbox, outbox, receive, send, group=self.block_group)
         hidden: list[Tensor | None] = [None] * count
-        shape = (plan.piece_length, samples, width)
-        for piece, part in zip(plan.received_by(self._place), inbox.split(plan.piece_length * samples * width), strict=False):
-            hidden[piece.microbatch] = part.view(shape)
+        for piece, part in zip(plan.received_by(self._place), inbox.split(size), strict=False):  # nothing splits into one empty part
+            hidden[piece.microbatch] = part.view(plan.piece_length, samples, width)
         return hidden
 
     def free(self) -> None:
@@ -148,7 +150,12 @@ class Teacher:
     @property
     def _replica(self) -> int:
         """Of the teacher's replicas in this block, the one that this rank belongs to."""
-        return self._mesh.at.dp % (self._mesh.layout.data // self._student.layout.data)
+        return self._mesh.at.dp % self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Of the teacher, in each block."""
+        return self._mesh.layout.data // self._student.layout.data
 
 
 def tensor_bytes(module: nn.Module) -> int:
@@ -156,26 +163,41 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def _merged(microbatches: Sequence[Microbatch]) -> _Input:
+def _pieces(plan: routing.Plan, forward: int, place: int) -> list[routing.Piece]:
+    """What a place sends of a forward."""
+    microbatches = plan.microbatches_of(forward)
+    return [piece for piece in plan.sent_by(place) if piece.microbatch in microbatches]
+
+
+def _input(microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int, place: int, samples: int) -> _Input:
+    numbers = plan.microbatches_of(forward)
+    merged = [microbatches[number] for number in numbers]
+
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors)).to(cpu.device(), non_blocking=True)
 
-    documents = [microbatch.documents for microbatch in microbatches if microbatch.documents is not None]
+    documents = [microbatch.documents for microbatch in merged if microbatch.documents is not None]
+    cuts = []
+    for piece in _pieces(plan, forward, place):
+        first = (piece.microbatch - numbers.start) * samples
+        cuts += [(positions, slice(first, first + samples)) for positions in piece.positions]
     return _Input(
-        joined([microbatch.tokens for microbatch in microbatches]),
-        joined([microbatch.position_ids for microbatch in microbatches]),
+        joined([microbatch.tokens for microbatch in merged]),
+        joined([microbatch.position_ids for microbatch in merged]),
         joined(documents) if documents else None,
+        cuts,
     )
 
 
 def _forward_step(body: nn.Module, batch: _Input) -> tuple[Tensor, LossFunction]:
-    """-> (hidden states, a "loss" that hands them out as the microbatch's metrics)."""
+    """-> (hidden states, a "loss" that hands out, as the microbatch's metrics, the pieces of them that this rank sends)."""
     assert isinstance(body, GPT)
     mask = attention_mask(batch.documents, batch.tokens.size(1), body.cp_group, batch.tokens.device)
     hidden = body(batch.tokens, batch.position_ids, mask)
 
-    def keep(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def cut(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         none = torch.zeros((), device=hidden.device)
-        return none, none.int(), hidden
+        parts = [hidden[positions, samples].reshape(-1) for positions, samples in batch.cuts]
+        return none, none.int(), torch.cat([hidden.new_empty(0), *parts])
 
-    return hidden, keep
+    return hidden, cut

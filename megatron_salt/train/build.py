@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -26,7 +27,7 @@ from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
-from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint import integrity, shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
 from megatron_salt.salt.prediction import predict
@@ -35,7 +36,7 @@ from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
-from megatron_salt.train.plan import RunPlan, plan_the_rest
+from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.checkpoint.resume import RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.stages import Stage1
@@ -118,6 +119,7 @@ def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, time
     loaded = checkpointer.load()
     progress = loaded or Progress(0, 0)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
+    check_save_at(config.checkpoint.save_at, plan.total_steps)
 
     def batches(samples: Samples, skip: tuple[str, ...]) -> Batches:
         return Batches(samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip))
@@ -141,13 +143,16 @@ def with_teacher(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     schedule = None if salt.teacher_load is None else Schedule.of(salt)
     teacher = inputs.teacher
     fingerprint = None if teacher is None else teacher.fingerprint
-    state, events = salt_from(progress if resumed else None, schedule, fingerprint, salt.teacher_load, salt.override_kd_schedule)
+    directory = salt.teacher_load if teacher is None else str(teacher.directory)
+    state, events = salt_from(progress if resumed else None, schedule, fingerprint, directory, salt.override_kd_schedule)
     run = replace(run, progress=replace(progress, salt=state, events=(*progress.events, *events)))
     if state is None:
         return run
     if state.stage_after(progress.step) == 2:
         return in_stage2(run)
     assert teacher is not None and schedule is not None
+    # Its held-out figures are computed anew: the held-out data, or how much of it is used, may be other than it was.
+    run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
     return replace(run, stage1=Stage1(admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout), schedule))
 
 
@@ -235,12 +240,12 @@ def _resumes_in_stage2(checkpoint: CheckpointConfig) -> bool:
     """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `with_teacher`."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
-    found = shelf.candidates(Path(checkpoint.load), fallback=True)
-    if not found:
-        return False
-    facts = read_facts(found[0])
-    salt = SaltProgress.from_facts(facts["salt"])
-    return salt is not None and salt.stage_after(facts["step"]) == 2
+    for directory in shelf.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
+        with contextlib.suppress(integrity.DamagedCheckpoint):
+            facts = read_facts(directory)
+            salt = SaltProgress.from_facts(facts["salt"])
+            return salt is not None and salt.stage_after(facts["step"]) == 2
+    return False
 
 
 def _checkpoint_tokenizer(load: str | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from megatron_salt.train.step import Student, unwrap
 from tests.gradients import TIED_COPY, whole_gradients, whole_tensors
 from tests.model import plain
 from tests.ranks import run_ranks
-from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, batch, build_student, train_student
+from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, batch, build_student, make_weights, train, train_student
 
 STEPS = 4
 
@@ -217,3 +218,14 @@ def compiled_frames(case: Case) -> dict[str, int]:
 def test_training_compiles_nothing(model):
     """So that it needs no C++ compiler and starts at once."""
     assert run_ranks(1, compiled_frames, Case(model=MODELS[model]))[0] == {}
+
+
+# ---- in bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_trains_in_bfloat16_as_in_float32_but_for_rounding(tmp_path: Path, model: str):
+    run_ranks(1, make_weights, Case(model=MODELS[model]), tmp_path / "weights")
+    exact, rounded = (run_ranks(1, train, Case(model=MODELS[model], dtype=dtype), 1, tmp_path / "weights")[0]
+                      for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.losses == pytest.approx(exact.losses, rel=2e-2)

@@ -173,7 +173,8 @@ def weightless(lesson: Lesson, world_size: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("student, teacher, dtype", [
-    ("tp2pp2 sp", (2, 1), torch.float32), ("cp2", (1, 2), torch.float32), ("vp2", (1, 1), torch.bfloat16), ("dp2tp2", (2, 1), torch.bfloat16),
+    ("tp2pp2 sp", (2, 1), torch.float32), ("cp2", (1, 2), torch.float32),
+    ("vp2", (1, 1), torch.bfloat16), ("dp2tp2", (2, 1), torch.bfloat16),
 ])
 def test_a_teacher_of_weight_0_changes_no_bit(school: Path, student: str, teacher: tuple[int, int], dtype: torch.dtype) -> None:
     """Neither by being built and loaded, nor by being run: with dropout, so that a random number more would be seen."""
