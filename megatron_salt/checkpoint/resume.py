@@ -282,7 +282,7 @@ def load_schedule(
                        for name in mine if name != "num_steps" and saved[name] != mine[name]]
         if differences:
             raise UserError(f"{found.directory} has another schedule: {'; '.join(differences)}. --override-opt-param-scheduler "
-                            "takes the flags --use-checkpoint-opt-param-scheduler the checkpoint's")
+                            "takes the flags, --use-checkpoint-opt-param-scheduler the checkpoint's")
     scheduler.load_state_dict(saved)
     if optimizer is not None:  # the groups carry a copy of the peak and the floor
         for group in optimizer.param_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.tokenizer import build_tokenizer
-from megatron_salt.checkpoint import sharded
+from megatron_salt.checkpoint import integrity, resume, sharded, shelf
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity, schedule_follows_run
@@ -113,6 +114,14 @@ def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 0x40
     path.write_bytes(bytes(content))
+
+
+def rewrite(directory: Path, **changes: object) -> None:
+    """Change facts of a checkpoint, its checksums with them; ... takes one out."""
+    facts = resume.read_facts(directory) | changes
+    content = json.dumps({name: value for name, value in facts.items() if value is not ...}).encode()
+    sums = integrity.read_checksums(directory)
+    integrity.write_checksums(directory, sums | {shelf.STATE: integrity.write_whole(directory / shelf.STATE, content)})
 
 
 def expect(error: type[Exception], action: Callable[[], Any]) -> str:

@@ -14,7 +14,7 @@ from megatron_salt.checkpoint import integrity, resume, shelf
 from megatron_salt.checkpoint.progress import SaltProgress
 from megatron_salt.errors import UserError
 from megatron_salt.salt.admission import read_teacher
-from tests.checkpoint.runs import SHARDED, TINY, Run, flip, job
+from tests.checkpoint.runs import SHARDED, TINY, Run, flip, job, rewrite
 from tests.ranks import RankError, run_ranks
 
 
@@ -134,14 +134,6 @@ def test_a_whole_one_opens_and_nothing_is_nothing(saved: Path, tmp_path: Path) -
 
 
 # ---- read by a student's run ---------------------------------------------------------------------------------------------
-
-
-def rewrite(directory: Path, **changes: object) -> None:
-    """Change facts of a checkpoint, its checksums with them."""
-    facts = resume.read_facts(directory) | changes
-    content = json.dumps({name: value for name, value in facts.items() if value is not ...}).encode()
-    sums = integrity.read_checksums(directory)
-    integrity.write_checksums(directory, sums | {shelf.STATE: integrity.write_whole(directory / shelf.STATE, content)})
 
 
 RECORD = {"lengths": [16, 32], "losses": [5.5, 5.75], "dtype": "float32"}
