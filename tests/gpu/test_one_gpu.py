@@ -44,7 +44,8 @@ def test_training_is_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.dtype,
 def test_the_fused_loss_equals_full_logits_in_float64(dtype: torch.dtype, tolerance: float) -> None:
     import torch.distributed as dist
 
-    from megatron_salt.model.loss import VocabularyShard, fused_linear_cross_entropy
+    from megatron_salt.model.loss import fused_linear_cross_entropy
+    from megatron_salt.model.vocabulary import VocabularyShard
     from tests.model.test_loss import ROWS, Case, make_inputs, oracle, relative_error
 
     inputs = make_inputs(Case(dtype=dtype))
@@ -73,6 +74,39 @@ def test_a_resumed_run_continues_with_the_same_state(tmp_path: Path, async_save:
     student, _, progress = start(replace(run, load=str(tmp_path)), 1)
     assert progress is not None and progress.step == 2
     assert train_student(student, run.case, 2, start=2).losses == pytest.approx(uninterrupted, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_a_teacher_teaches_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    from megatron_salt.model.loss import KD_METRICS
+    from tests.salt import teaching
+    from tests.small import Case, make_weights
+
+    run_ranks(1, teaching.make_teacher, tmp_path / "teacher")
+    lesson = teaching.Lesson(Case(dtype=dtype), str(tmp_path / "teacher"))
+    run_ranks(1, make_weights, lesson.case, tmp_path / "weights")
+    cpu = run_ranks(1, teaching.teach, lesson, 1, tmp_path / "weights")[0]
+    gpu = teaching.teach(lesson, 1, tmp_path / "weights")
+    for name in ("loss", "ce", "teacher_ce"):
+        number = KD_METRICS.index(name)
+        assert [sums[number] for sums in gpu.sums] == pytest.approx([sums[number] for sums in cpu.sums], rel=tolerance)
+
+
+def test_a_freed_teacher_leaves_the_devices_memory_as_it_was(tmp_path: Path) -> None:
+    from tests.salt import teaching
+    from tests.small import Case, build_student
+
+    run_ranks(1, teaching.make_teacher, tmp_path)
+    lesson = teaching.Lesson(Case(), str(tmp_path))
+    student = build_student(lesson.case, 1)
+    teaching.lessons(student, None, lesson, 2)  # the optimizer's state is there from the first step on
+    without = torch.cuda.memory_allocated()
+    teacher = teaching.admit(lesson, student)
+    teaching.lessons(student, teacher, lesson, 1, start=2)
+    assert torch.cuda.memory_allocated() >= without + teacher.num_bytes
+    teacher.free()
+    teaching.lessons(student, None, lesson, 1, start=3)
+    assert torch.cuda.memory_allocated() == pytest.approx(without, rel=0.01)
 
 
 def _leave_mesh() -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+
 from megatron_salt.checkpoint import rng
 from megatron_salt.config import ParallelConfig
 from megatron_salt.model.loss import KD_METRICS
@@ -40,8 +42,10 @@ STUDENTS = {
     "tp4": parallel(4),
     "dp2tp2": parallel(2, **OVERLAP),
     "cp2": parallel(cp=2, use_distributed_optimizer=True),
-    "cp2tp2 sp": parallel(2, cp=2, sp=True),
     "vp2": parallel(pp=2, vp=2, **OVERLAP),
+}
+MORE_STUDENTS = {
+    "cp2tp2 sp": parallel(2, cp=2, sp=True),
     "recompute": parallel(1, 2, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
 
@@ -98,10 +102,17 @@ def test_layouts_of_student_and_teacher_do_not_matter(school: Path, alone: Any, 
     """Fewer, as many and more microbatches than replicas of the teacher are among them (4 or 8 over 1 to 4)."""
     weights, reference = alone(student, model, kind, micro_batch_size)
     case = Case(parallel=STUDENTS[student], model=model_of(student, model), micro_batch_size=micro_batch_size)
-    world_size = 4 if STUDENTS[student].replica_ranks in (1, 2, 4) else STUDENTS[student].replica_ranks
-    taught = run_ranks(world_size, teach, Lesson(case, str(school / kind), teacher), world_size, weights)
-    for rank in taught:
-        same(rank, reference)
+    for taught in run_ranks(4, teach, Lesson(case, str(school / kind), teacher), 4, weights):
+        same(taught, reference)
+
+
+@pytest.mark.parametrize("student, teacher", [("cp2tp2 sp", (2, 2)), ("cp2tp2 sp", (1, 2)), ("recompute", (2, 1))])
+def test_nor_do_context_and_sequence_parallelism_together_and_recomputation(school: Path, alone: Any, student: str,
+                                                                            teacher: tuple[int, int]) -> None:
+    weights, reference = alone(student, "untied", "untied", 2)
+    case = Case(parallel=MORE_STUDENTS[student], model=MODELS["untied"])
+    for taught in run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher), 4, weights):
+        same(taught, reference)
 
 
 @pytest.mark.parametrize("micro_batch_size, merge, student, teacher", [
@@ -117,9 +128,8 @@ def test_how_the_batch_is_cut_does_not_matter(school: Path, alone: Any, micro_ba
     """Neither into the student's microbatches, nor how many of them the teacher takes at once; replicas may have nothing to do."""
     weights, reference = alone(student, "untied", "untied", 2)
     case = Case(parallel=STUDENTS[student], model=MODELS["untied"], micro_batch_size=micro_batch_size)
-    taught = run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher, merge), 4, weights)
-    for rank in taught:
-        same(rank, reference)
+    for taught in run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher, merge), 4, weights):
+        same(taught, reference)
 
 
 def test_documents_hide_each_other_from_the_teacher_too(school: Path, alone: Any) -> None:
@@ -238,6 +248,6 @@ def test_nothing_of_a_freed_teacher_is_left(school: Path, student: str, teacher:
 
 
 def test_the_layouts_here_are_what_their_names_say() -> None:
-    assert {name: student_layout(sizes, 4).data for name, sizes in STUDENTS.items()} == {
-        "tp2pp2": 1, "tp2pp2 sp": 1, "pp4": 1, "tp4": 1, "dp2tp2": 2, "cp2": 2, "cp2tp2 sp": 1, "vp2": 2, "recompute": 2,
+    assert {name: student_layout(sizes, 4).data for name, sizes in (STUDENTS | MORE_STUDENTS).items()} == {
+        "tp2pp2": 1, "tp2pp2 sp": 1, "pp4": 1, "tp4": 1, "dp2tp2": 2, "cp2": 2, "vp2": 2, "cp2tp2 sp": 1, "recompute": 2,
     }  # fmt: skip
