@@ -32,7 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.agreement import from_rank_0
+from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
@@ -272,7 +272,7 @@ def prepare_directory(save: Path) -> None:
         for line in shelf.tidy(save):
             log.warning("--save %s: %s", save, line)
 
-    problem = writer.on_rank_0(prepare) or writer.agree(_probe(save))
+    problem = writer.on_rank_0(prepare) or first_problem(_probe(save))
     if problem is not None:
         raise UserError(f"--save {save} cannot be written: {problem}")
 

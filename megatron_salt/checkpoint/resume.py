@@ -26,10 +26,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import OptimizerConfig, flag
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.agreement import from_rank_0
+from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.checkpoint import integrity, pickles, sharded, shelf
-from megatron_salt.checkpoint.writer import agree
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +199,7 @@ def refuse_other_run(found: Found, run: RunIdentity, finetune: bool, new_data: b
 def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> None:
     """Raise UserError where any rank found tensors that do not fit. Collective over all ranks."""
     shown = "; ".join(map(str, mismatches[:4])) + (f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else "")
-    problem = agree(shown or None)
+    problem = first_problem(shown or None)
     if problem is not None:
         raise UserError(f"{directory} does not fit this model: {problem}")
 
@@ -222,10 +221,10 @@ def loadable_form(found: Found, optimizer: MegatronOptimizer, plan: str, mesh: M
     problem = None
     if there != here:
         problem = f"was written at {_layout_flags(*there)}, this run has {_layout_flags(*here)}"
-    elif agree(None if saved["bucket_plans"].get(_place(mesh)) == plan else "another plan") is not None:
+    elif first_problem(None if saved["bucket_plans"].get(_place(mesh)) == plan else "another plan") is not None:
         problem = ("was written with another split into stages or gradient buckets (--decoder-first-pipeline-num-layers and "
                    "its like, --ddp-bucket-size, --overlap-grad-reduce)")
-    elif agree(None if mine == form else "an empty bucket") is not None:
+    elif first_problem(None if mine == form else "an empty bucket") is not None:
         problem = f"cannot be cut for {mesh.groups.dp_cp.size()} data- and context-parallel ranks: some would get nothing"
     if problem is not None:
         raise UserError(

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_salt.parallel.agreement import from_rank_0
+from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.versions import begin_sharded_save, quiet_checkpointing
 from megatron_salt.checkpoint.integrity import FileSum, sum_of_file
 from megatron_salt.checkpoint.sharded import State
@@ -40,13 +40,6 @@ class Write:
     directory: Path
     request: Any
     sums: SimpleQueue
-
-
-def agree(problem: str | None) -> str | None:
-    """The first rank's problem on every rank; None where no rank has one. Collective over all ranks."""
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    return next((f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one is not None), None)
 
 
 def on_rank_0(action: Callable[[], None]) -> str | None:
@@ -131,7 +124,7 @@ def _unseen(directory: Path, sums: dict[str, FileSum]) -> str | None:
                 problem = (f"{directory / name} has {found} bytes here and {one.size} on the rank that wrote it; "
                            "--save must be on a file system that all nodes share")
                 break
-    return agree(problem)
+    return first_problem(problem)
 
 
 def _size(path: Path) -> int | None:

@@ -29,6 +29,13 @@ def from_rank_0(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def first_problem(problem: str | None) -> str | None:
+    """The first rank's problem on every rank; None where no rank has one. Collective over all ranks."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problem)
+    return next((f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one is not None), None)
+
+
 def largest(value: int) -> int:
     """The largest of every rank's int. Collective over all ranks."""
     tensor = torch.tensor(value, dtype=torch.int64, device=cpu.device())

@@ -22,7 +22,6 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_salt.checkpoint import resume, rng, sharded, shelf
-from megatron_salt.checkpoint.writer import agree
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.fixed_batch import fixed_batch
 from megatron_salt.errors import UserError
@@ -31,6 +30,7 @@ from megatron_salt.model.gpt import GPT, transformer_config
 from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.model.vocabulary import VocabularyShard
+from megatron_salt.parallel.agreement import first_problem
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
 from megatron_salt.salt.teacher import Teacher
@@ -183,7 +183,7 @@ def verify(
         for loss in of_replicas
         if not math.isclose(loss, recorded, rel_tol=tolerance)  # so phrased, nan is wrong
     ]
-    problem = agree("; ".join(wrong) or None)
+    problem = first_problem("; ".join(wrong) or None)
     if problem is not None:
         raise UserError(f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: its loss on the fixed batch was "
                         f"{problem} (tolerance {tolerance:g} of it)")

@@ -13,7 +13,7 @@ import megatron_salt.parallel.cpu  # noqa: F401
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import flops_per_token
-from megatron_salt.parallel.agreement import largest
+from megatron_salt.parallel.agreement import first_problem, largest
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import Run, build, count_parameters, read_inputs
@@ -22,7 +22,6 @@ from megatron_salt.train.metrics import RunLog, tensorboard_directory
 from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.signals import ExitPlan, SignalWatch
-from megatron_salt.checkpoint.writer import agree
 
 
 def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalWatch | None, started: float) -> None:
@@ -62,7 +61,7 @@ def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:
         )  # fmt: skip
     except UserError as error:
         problem = str(error)
-    problem = agree(problem)
+    problem = first_problem(problem)
     if problem is not None:
         raise UserError(problem)
     assert log is not None
