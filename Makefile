@@ -39,7 +39,7 @@ setup: $(VENV)/.installed  ## The environment for training
 
 setup-dev: $(VENV)/.installed-dev  ## The environment for tests
 
-quickstart: setup  ## Text -> tokenizer -> tokens -> a small model trained on 2 ranks, on the CPU (SHORT=1: a shorter run)
+quickstart: setup  ## Text -> tokens -> a teacher, a student by SALT and one alone, on 2 CPU ranks (SHORT=1: a shorter run)
 	PYTHON=$(abspath $(BIN))/python SHORT=$(SHORT) bash examples/quickstart.sh
 
 quickstart-short:  ## The same in under 3 minutes

@@ -101,7 +101,7 @@ def test_commands_of_the_tools_parse(text: str) -> None:
     commands = re.findall(r"tools/(\w+)\.py( +--(?:[^`\n\\]|\\+\n)*)", text)
     assert commands
     for tool, rest in commands:
-        words = shlex.split(re.sub(r"\\+\n", " ", rest).replace('"$below"', "0.5"))
+        words = shlex.split(re.sub(r"\\+\n", " ", rest).replace('"${asked[@]}"', "--below-unigram 0.5 --below salt:plain"))
         parse_flags(tool_config(ROOT / "tools" / f"{tool}.py"), [word for word in words if not word.startswith("[")])
 
 
@@ -123,14 +123,20 @@ def test_examples_are_complete_runs(path: Path) -> None:
 
 
 def test_the_quickstart_trains_on_what_it_makes() -> None:
-    """Its YAML and its script agree on where things lie."""
-    run = from_yaml((ROOT / "examples/quickstart.yaml").read_text(), "quickstart.yaml")
+    """Its YAML and its script agree on where things lie, and the teacher on what the student is."""
     script = (ROOT / "examples/quickstart.sh").read_text()
     directory = re.search(r"^RUN=(\S+)$", script, re.MULTILINE)
-    assert directory
-    assert run.data.data_path == (f"{directory[1]}/data/train_text_document",)
-    assert run.data.valid_data_path == (f"{directory[1]}/data/held_out_text_document",)
-    assert run.checkpoint.save == f"{directory[1]}/checkpoints"
-    assert run.parallel.replica_ranks == 2
-    _, plan = check(run, world_size=2)
-    assert plan.num_microbatches > run.parallel.pipeline_model_parallel_size
+    kd_steps = re.search(r"^kd_steps=(\d+)$", script, re.MULTILINE)
+    assert directory and kd_steps
+    runs = {name: from_yaml((ROOT / f"examples/{name}.yaml").read_text(), name) for name in ("quickstart", "quickstart_teacher")}
+    for run, save in zip(runs.values(), ("plain", "teacher"), strict=True):
+        assert run.data.data_path == (f"{directory[1]}/data/train_text_document",)
+        assert run.data.valid_data_path == (f"{directory[1]}/data/held_out_text_document",)
+        assert run.checkpoint.save == f"{directory[1]}/{save}"
+        _, plan = check(run, world_size=2)
+        assert plan.num_microbatches >= run.parallel.pipeline_model_parallel_size
+    student, teacher = runs.values()
+    assert student.parallel.replica_ranks == 2
+    assert teacher.training == dataclasses.replace(student.training, micro_batch_size=teacher.training.micro_batch_size)  # the same samples
+    assert student.training.train_iters is not None
+    assert int(kd_steps[1]) < student.training.train_iters / 2

@@ -2,7 +2,7 @@
 
 One process, or tensor-parallel over all the ranks that torchrun starts. The context is recomputed for every token.
 
-    python tools/generate_text.py --load runs/quickstart/checkpoints --prompt 'def main(' --max-new-tokens 100
+    python tools/generate_text.py --load runs/quickstart/salt --prompt 'def main(' --max-new-tokens 100
 """
 
 from __future__ import annotations
