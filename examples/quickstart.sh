@@ -17,9 +17,9 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarni
 kd_steps=90
 asked=(--below-unigram 0.80 --below salt:plain)
 if [ "${SHORT:-0}" = 1 ]; then
-    set -- --train-iters 80 --eval-interval 40 --eval-iters 8 "$@"
-    kd_steps=20
-    asked=(--below-unigram 0.93)
+    set -- --train-iters 60 --eval-interval 30 --eval-iters 8 "$@"
+    kd_steps=15
+    asked=(--below-unigram 0.97)
 fi
 
 step() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS"; }
