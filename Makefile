@@ -27,6 +27,8 @@ CONSTRAINTS := $(wildcard constraints-py$(subst .,,$(VERSION)).txt)
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
+# A process a core runs whole files of tests. Their ranks wait for each other more than they compute, so this pays on two cores too.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full lint format clean python
@@ -46,13 +48,13 @@ quickstart-short:  ## The same in under 3 minutes
 	@$(MAKE) --no-print-directory quickstart SHORT=1
 
 test: lint  ## Lint, types and tests; of every grid of layouts a subset that covers all pairs
-	$(BIN)/python -m pytest $(OPTIONS)
+	$(PYTEST) $(OPTIONS)
 
 test-short: setup-dev  ## The last case of every test, without the long ones
-	$(BIN)/python -m pytest --short $(OPTIONS)
+	$(PYTEST) --short $(OPTIONS)
 
 test-full: lint  ## Everything
-	$(BIN)/python -m pytest --full $(OPTIONS)
+	$(PYTEST) --full $(OPTIONS)
 
 lint: setup-dev  ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -207,20 +208,23 @@ def test_the_teacher_is_bit_for_bit_what_it_was(school: Path) -> None:
     assert all(run_ranks(4, frozen, Lesson(Case(parallel=STUDENTS["tp2pp2"]), str(school / "tied"), (1, 2)), 4))
 
 
-def gone(lesson: Lesson, world_size: int) -> tuple[list[str], int, int, int]:
-    """What of a freed teacher is still alive, live tensor bytes with a teacher that was freed and without one, and groups too many."""
+def gone(lesson: Lesson, world_size: int) -> tuple[list[str], Counter[str], Counter[str], int]:
+    """What of a freed teacher is still alive, live tensors with a teacher that was freed and without one, and groups too many."""
+    earlier = live_tensors()  # what earlier tests left in this process stays until this one has counted
     student = build_student(lesson.case, world_size)
     lessons(student, None, lesson, 1)
-    without = live_bytes()
+    without = shapes(live_tensors())
     groups = len(dist.distributed_c10d._world.pg_map)
     teacher = admit(lesson, student)
     lessons(student, teacher, lesson, 1, start=1)
-    assert live_bytes() >= without + teacher.num_bytes
+    assert num_bytes(live_tensors()) >= num_bytes(earlier) + teacher.num_bytes
     watched = [(type(thing).__name__, weakref.ref(thing)) for thing in parts(teacher)]
     teacher.free()
     alive = [name for name, reference in watched if reference() is not None]
     lessons(student, None, lesson, 1, start=2)  # stage 2, which fills the student's own caches again
-    return alive, live_bytes(), without, len(dist.distributed_c10d._world.pg_map) - groups
+    after = shapes(live_tensors())
+    del earlier
+    return alive, after, without, len(dist.distributed_c10d._world.pg_map) - groups
 
 
 def parts(teacher: Any) -> list[Any]:
@@ -231,10 +235,22 @@ def parts(teacher: Any) -> list[Any]:
     return [*tensors, *teacher.body.modules(), *groups, mesh]
 
 
-def live_bytes() -> int:
-    """Bytes of every tensor that Python can reach, storages counted once."""
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python can reach, but the bytes of an all_gather_object, which gloo's thread lets go of in its own time."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return [tensor for tensor in tensors if tensor.dtype != torch.uint8]
+
+
+def shapes(tensors: list[torch.Tensor]) -> Counter[str]:
+    """How many there are of each kind, and bytes of their storages, so that a difference says what it is."""
+    return Counter(f"{type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}" for tensor in tensors) + Counter(
+        {"bytes": num_bytes(tensors)}
+    )
+
+
+def num_bytes(tensors: list[torch.Tensor]) -> int:
+    """Of their storages, each counted once."""
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
