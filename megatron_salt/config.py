@@ -575,6 +575,12 @@ class SaltConfig:
     kd_stop_margin: float = 0.0
     """How far, as a share of tokens, the student's accuracy must be above the teacher's for --kd-stop crossover. May be negative: stop that much before."""
 
+    stage1_selection: str | None = None
+    """What tools/select_data.py wrote: stage 1 draws from these samples alone (SALT_DS), each once before any comes again. With --kd-weight 0 no teacher is needed."""
+
+    stage2_data: Literal["all", "unseen"] = "all"
+    """What stage 2 draws from after a --stage1-selection: everything, from the beginning of an order of its own, or what stage 1 did not visit."""
+
     stage2_micro_batch_size: int | None = None
     """--micro-batch-size from the end of stage 1 on, when the teacher's memory is free. The global batch stays, so the mathematics does. Default: no change."""
 
@@ -588,12 +594,18 @@ class SaltConfig:
         _within(self, 0.0, 1.0, "kd_weight")
         _within(self, -1.0, 1.0, "kd_stop_margin")
         _above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib")
-        if self.teacher_load is None and self.kd_steps is not None:
-            raise UserError(f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load")
+        if self.teacher_load is None and self.kd_steps is not None and not (self.stage1_selection is not None and self.kd_weight == 0.0):
+            raise UserError(f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)")
         if self.teacher_load is not None and self.kd_steps is None:
             raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
-        if self.teacher_load is None and self.stage2_micro_batch_size is not None:
+        if self.stage1_selection is not None and self.kd_steps is None:
+            raise UserError(f"--stage1-selection {self.stage1_selection} needs --kd-steps, the length of stage 1")
+        if self.kd_steps is None and self.stage2_micro_batch_size is not None:
             raise UserError(f"--stage2-micro-batch-size {self.stage2_micro_batch_size} needs a stage 1: give --teacher-load and --kd-steps")
+        if self.stage1_selection is None and self.stage2_data != "all":
+            raise UserError(f"--stage2-data {self.stage2_data} needs --stage1-selection")
+        if self.teacher_load is None and self.kd_stop == "crossover":
+            raise UserError("--kd-stop crossover asks when the student passes its teacher: it needs --teacher-load")
         if self.kd_steps is not None and self.kd_transition_steps > self.kd_steps:
             raise UserError(f"--kd-transition-steps {self.kd_transition_steps} is longer than stage 1, --kd-steps {self.kd_steps}")
         if (self.kd_transition == "step") != (self.kd_transition_steps == 0):

@@ -9,15 +9,15 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class SaltProgress:
-    """Where a run with a teacher is. Kept to the end of the run, also when the teacher is long gone."""
+    """Where a run with a stage 1 is. Kept to the end of the run, also when the teacher is long gone."""
 
     stage1_end: int
     """Last step of stage 1: --kd-steps, or earlier after a crossover."""
     schedule: dict[str, Any]
     """Values of the kd flags that shape the mathematics, by field name (`Schedule.facts`)."""
-    teacher: str
-    """Fingerprint of the teacher's checkpoint."""
-    teacher_directory: str
+    teacher: str | None
+    """Fingerprint of the teacher's checkpoint; None: stage 1 has a selection of the data and no teacher."""
+    teacher_directory: str | None
     """Where it lay when the run began. For people."""
     crossover: int | None = None
     """Step after which the student was found to have passed the teacher."""
@@ -41,9 +41,10 @@ class Progress:
     step: int
     consumed_samples: int
     data: dict[str, Any] = field(default_factory=dict)
-    """Positions of the data's pools; empty: they start at their beginning."""
+    """Samples drawn, "position", and in stage 2 of a run with a selection how many of them stage 1 had drawn, "stage2_since"; empty:
+    the data starts at its beginning."""
     events: tuple[dict[str, Any], ...] = ()
     """What happened to the run and must be remembered, such as a change of data."""
     extra: dict[str, Any] = field(default_factory=dict)
     salt: SaltProgress | None = None
-    """None: a run without a teacher."""
+    """None: a run without a stage 1."""

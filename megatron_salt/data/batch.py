@@ -12,8 +12,10 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from megatron_salt.config import DataConfig, flag
 from megatron_salt.data import manifest
 from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
 from megatron_salt.data.order import Progress
+from megatron_salt.data.pools import Members, Runs
+from megatron_salt.data.scores import DatasetFacts
 from megatron_salt.data.windows import TokenFile, Windows
 from megatron_salt.errors import UserError
 
@@ -101,19 +105,48 @@ class Samples:
         self.split = split
         self.windows = list(windows)
         self.masking = masking
-        self.blend: Blend = make_blend(split, sizes, weights, seed)
-        self.size = sum(sizes)
-        """Windows of this split."""
-        self._sizes = list(sizes)
-        self._first = np.array(first, np.int64)
+        self.first = list(first)
+        """Of each dataset, the first window of this split."""
+        self.sizes = list(sizes)
+        """Of each dataset, how many windows of it this split has."""
         self._weights = None if weights is None else list(weights)
+        self._seed = seed
         self._offsets = np.cumsum([0, *(len(w) for w in self.windows)], dtype=np.int64)
+        self._draw_from(split, self.runs)
         self.vocabulary_size = vocabulary_size
         """Ids of the tokenizer."""
         self._verify = verify
 
     def __len__(self) -> int:
-        return self.size
+        return sum(self.sizes)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each dataset is a pool of its own, with its weight; else all of them are one."""
+        return self._weights is not None
+
+    @property
+    def runs(self) -> list[Runs]:
+        """All samples of this split, by pool."""
+        runs = [(int(offset) + first, size) for offset, first, size in zip(self._offsets, self.first, self.sizes, strict=False)]
+        if self.weighted:
+            return [Runs((first,), (size,)) for first, size in runs]
+        return [Runs(tuple(first for first, _ in runs), tuple(size for _, size in runs))]
+
+    @property
+    def num_members(self) -> int:
+        """Samples that the order draws from: all of the split, or fewer."""
+        return sum(pool.size for pool in self.members)
+
+    def drawing_from(self, order: str, members: Sequence[Members]) -> Self:
+        """The same data in an order of its own, and of each pool these samples alone. order: its name, which chooses it."""
+        other = copy(self)
+        other._draw_from(order, members)
+        return other
+
+    def _draw_from(self, order: str, members: Sequence[Members]) -> None:
+        self.members = list(members)
+        self.blend: Blend = make_blend(order, [pool.size for pool in members], self._weights, self._seed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -126,17 +159,30 @@ class Samples:
             "seq_length": self.windows[0].seq_length,
             "shares": None if self._weights is None else shares(self._weights),
             "datasets": [manifest.fingerprint(w.file.prefix, verify=self._verify) for w in self.windows],
-            "first": self._first.tolist(),
-            "sizes": self._sizes,
+            "first": self.first,
+            "sizes": self.sizes,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         datasets = f"{len(self.windows)} dataset{'s' if len(self.windows) > 1 else ''}"
-        return f"{digest} ({self.split}: {self.size} samples of --seq-length {facts['seq_length']} from {datasets})"
+        return f"{digest} ({self.split}: {len(self)} samples of --seq-length {facts['seq_length']} from {datasets})"
+
+    def dataset_facts(self) -> tuple[DatasetFacts, ...]:
+        """What scores and selections know the datasets by, held-out windows included. Reads as much as `fingerprint` does."""
+        return tuple(
+            DatasetFacts(windows.file.prefix, manifest.fingerprint(windows.file.prefix, verify=self._verify), len(windows))
+            for windows in self.windows
+        )
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Global sample ids at these positions of the order: int [n] -> int64 [n]."""
-        dataset, window = self.blend.locate(positions)
-        return self._offsets[dataset] + self._first[dataset] + window
+        pool, number = self.blend.locate(positions)
+        if len(self.members) == 1:
+            return self.members[0].ids(number)
+        ids = np.empty_like(number)
+        for index in np.unique(pool).tolist():
+            here = pool == index
+            ids[here] = self.members[index].ids(number[here])
+        return ids
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, window in its file) of global ids: int64 [n] -> int64 [n], int64 [n]."""
@@ -169,7 +215,7 @@ class Samples:
 
     def repeats(self, num_samples: int) -> str | None:
         """What to tell the user if `num_samples` samples are more than there are, else None."""
-        names = [f"the {self.split} data"] if self._weights is None else [w.file.prefix for w in self.windows]
+        names = [w.file.prefix for w in self.windows] if self.weighted else [f"the {self.split} data"]
         told = [
             f"{num_samples} samples take {pool.drawn} from {name}, which has {pool.size}: "
             f"{pool.num_repeats} are repeats, the last in epoch {(pool.drawn - 1) // pool.size + 1}"
@@ -202,28 +248,40 @@ class Batches:
         replica: int,
         num_replicas: int,
         skip: SkipRanges = (),
+        since: int = 0,
     ) -> None:
+        """since: the consumed count at which the order of `samples` begins."""
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
-        self._of = (samples, global_batch_size, replica, num_replicas, skip)
-        self._micro_batch_size = micro_batch_size
+        self._of = (global_batch_size, replica, num_replicas, skip)
+        self.micro_batch_size = micro_batch_size
+        self.since = since
         self._share = global_batch_size // num_replicas
         self._first = replica * self._share
         self._skip = skip
 
     def in_microbatches_of(self, size: int) -> Batches:
         """The same samples of the same global batches, cut into microbatches of another size."""
-        samples, global_batch_size, replica, num_replicas, skip = self._of
-        return Batches(samples, global_batch_size, size, replica, num_replicas, skip)
+        global_batch_size, replica, num_replicas, skip = self._of
+        return Batches(self.samples, global_batch_size, size, replica, num_replicas, skip, self.since)
+
+    def going_on_with(self, samples: Samples, since: int) -> Batches:
+        """From the consumed count `since` on the order of other samples, from its beginning."""
+        global_batch_size, replica, num_replicas, skip = self._of
+        return Batches(samples, global_batch_size, self.micro_batch_size, replica, num_replicas, skip, since)
+
+    def position(self, consumed: int) -> int:
+        """How much of the order has passed when the count stands at `consumed`: samples drawn, and those jumped over on the way."""
+        return int(passed_positions(np.array([consumed]), self._skip, self.since)[0])
 
     def fetch(self, consumed: int) -> list[Microbatch]:
         """This replica's microbatches of the step that starts after `consumed` samples."""
         counts = np.arange(consumed + self._first, consumed + self._first + self._share)
-        sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip))
+        sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip, self.since))
+        size = self.micro_batch_size
         return [
-            self._microbatch(sample_ids[start : start + self._micro_batch_size], tokens[start : start + self._micro_batch_size])
-            for start in range(0, self._share, self._micro_batch_size)
+            self._microbatch(sample_ids[start : start + size], tokens[start : start + size]) for start in range(0, self._share, size)
         ]
 
     def _microbatch(self, sample_ids: np.ndarray, tokens: np.ndarray) -> Microbatch:
@@ -254,15 +312,21 @@ def parse_skip_samples(values: Sequence[str]) -> SkipRanges:
     return tuple(ranges)
 
 
-def stream_positions(consumed: np.ndarray, skip: SkipRanges) -> np.ndarray:
-    """Position in the order of the sample that each consumed count (int [n]) takes -> int64 [n].
+def stream_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:
+    """Position in the order of the sample that each consumed count (int [n]) takes -> int64 [n]. The order begins at `since`.
 
     A:B means: when the consumed count, as logged, has reached A, jump over the next B - A samples. So the
     order before A stays what it was, and the numbers of a later spike can be given as the log shows them.
     """
+    return passed_positions(consumed + 1, skip, since) - 1
+
+
+def passed_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:
+    """Positions from the order's beginning to the last one that each consumed count has taken; jumps at or after it do not count."""
     starts = np.array([start for start, _ in skip], np.int64)
     jumped = np.cumsum([0, *(end - start for start, end in skip)], dtype=np.int64)
-    return consumed + jumped[np.searchsorted(starts, consumed, side="right")]
+    of_earlier_orders = jumped[np.searchsorted(starts, since)]
+    return consumed - since + jumped[np.searchsorted(starts, consumed)] - of_earlier_orders
 
 
 def open_training_data(

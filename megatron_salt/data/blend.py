@@ -1,9 +1,9 @@
-"""Which window of which dataset stands at a position of the endless stream of samples.
+"""Which pool, and which of its samples, stands at a position of the endless stream of samples.
 
-Without weights all windows form one pool: each is visited once an epoch, whatever dataset it is in. With weights each
-dataset is a pool with epochs of its own, and the datasets take turns so evenly that the first p samples hold each
-dataset's share of p to within ceil(log2(datasets)) / 2 samples, and every BLOCK of samples holds the shares exactly.
-Both are pure, and O(log datasets) a sample.
+Without weights all datasets form one pool: each sample is visited once an epoch, whatever dataset it is in. With weights each
+dataset is a pool with epochs of its own, and the pools take turns so evenly that the first p samples hold each
+pool's share of p to within ceil(log2(pools)) / 2 samples, and every BLOCK of samples holds the shares exactly.
+Both are pure, and O(log pools) a sample. What a pool's samples are: `pools.py`.
 """
 
 from __future__ import annotations
@@ -24,38 +24,41 @@ BLOCK = 1 << 30
 
 
 class Blend(Protocol):
-    """A total function from positions to windows."""
+    """A total function from positions to samples of pools."""
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """What takes turns."""
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset, window in that dataset) at each position: int [n] >= 0 -> int64 [n], int64 [n]."""
+        """(pool, sample of that pool) at each position: int [n] >= 0 -> int64 [n], int64 [n]."""
 
     def progress(self, position: int) -> list[Progress]:
         """Where each pool stands after the first `position` samples."""
 
 
 def make_blend(name: str, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> Blend:
-    """The stream `name` over datasets of these many windows (each at least 1); weights are relative, None: one pool."""
+    """The stream `name` over pools of these many samples (each at least 1); weights are relative, None: there is one pool."""
     if weights is None:
-        return Concatenation(tuple(sizes), Pool(name, sum(sizes), seed))
-    pools = tuple(Pool(f"{name}.{dataset}", size, seed) for dataset, size in enumerate(sizes))
+        (size,) = sizes
+        return OnePool(Pool(name, size, seed))
+    pools = tuple(Pool(f"{name}.{number}", size, seed) for number, size in enumerate(sizes))
     return Mixture(pools, shares(weights))
 
 
 @dataclass(frozen=True)
-class Concatenation:
-    """Datasets end to end as one pool."""
+class OnePool:
+    """A pool that has every turn."""
 
-    sizes: tuple[int, ...]
     pool: Pool
 
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum(self.sizes, dtype=np.int64)
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return (self.pool,)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         samples = self.pool.ids(positions)
-        dataset = np.searchsorted(self._ends, samples, side="right")
-        return dataset, samples - (self._ends - self.sizes)[dataset]
+        return np.zeros_like(samples), samples
 
     def progress(self, position: int) -> list[Progress]:
         return [self.pool.progress(position)]
@@ -63,16 +66,16 @@ class Concatenation:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets that take turns by share.
+    """Pools that take turns by share.
 
-    The turns come from a binary tree over the datasets. A node that has seen p samples has sent round(p * left share)
-    of them to its left child, so the position inside a dataset is a closed form, and the positions of a dataset appear
+    The turns come from a binary tree over the pools. A node that has seen p samples has sent round(p * left share)
+    of them to its left child, so the position inside a pool is a closed form, and the positions of a pool appear
     in order without a gap.
     """
 
     pools: tuple[Pool, ...]
     block_counts: tuple[int, ...]
-    """Samples of each dataset in a block of BLOCK; all at least 1."""
+    """Samples of each pool in a block of BLOCK; all at least 1."""
 
     @cached_property
     def _depth(self) -> int:
@@ -101,12 +104,12 @@ class Mixture:
             goes_right = self._sent_left(place + 1, node) == left
             place = np.where(goes_right, place - left, left)
             node = 2 * node + goes_right
-        dataset = node - (1 << self._depth)
-        window = np.empty_like(place)
-        for index in np.unique(dataset).tolist():
-            here = dataset == index
-            window[here] = self.pools[index].ids(place[here])
-        return dataset, window
+        pool = node - (1 << self._depth)
+        sample = np.empty_like(place)
+        for index in np.unique(pool).tolist():
+            here = pool == index
+            sample[here] = self.pools[index].ids(place[here])
+        return pool, sample
 
     def progress(self, position: int) -> list[Progress]:
         drawn = np.array([position], np.int64)
@@ -117,7 +120,7 @@ class Mixture:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Samples of each dataset in a BLOCK: BLOCK * weight / sum of weights, by largest remainder, ties to the first."""
+    """Samples of each pool in a BLOCK: BLOCK * weight / sum of weights, by largest remainder, ties to the first."""
     total = math.fsum(weights)
     exact = [BLOCK * (weight / total) for weight in weights]
     counts = [int(count) for count in exact]

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,7 +24,7 @@ FORMAT = 1
 _HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
-_JSON_TYPES = {"int": (int,), "str": (str,), "bool": (bool,), "int | None": (int, type(None)), "tuple[Source, ...]": (list,)}
+_JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None))}
 
 
 def content_hash() -> hashlib.blake2b:
@@ -88,35 +90,17 @@ def tokenizer_directory(prefix: str) -> Path:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest as JSON; the file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as stream:
-        json.dump({"format": FORMAT, **asdict(manifest)}, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(tmp, path)
+    write_json(asdict(manifest), path, FORMAT)
 
 
 def read_manifest(prefix: str) -> Manifest | None:
     """The dataset's manifest; None where there is none. UserError when it cannot be understood."""
     path = manifest_path(prefix)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, FORMAT, "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable manifest ({error}); "
-                        "restore it, or delete it to use the dataset without one") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path} has manifest format {found}, this version reads {FORMAT}")
-    del raw["format"]
-    expected = {field.name for field in fields(Manifest)}
-    if set(raw) != expected:
-        raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
-    for field in fields(Manifest):
-        if type(raw[field.name]) not in _JSON_TYPES[str(field.type)]:
-            raise UserError(f"{path}: {field.name} should be {field.type}, it is {raw[field.name]!r}")
+    check_fields(Manifest, raw, path)
     try:
         raw["sources"] = tuple(Source(**source) for source in raw["sources"])
     except TypeError as error:
@@ -124,19 +108,69 @@ def read_manifest(prefix: str) -> Manifest | None:
     return Manifest(**raw)
 
 
+def write_json(facts: Mapping[str, Any], path: Path, version: int) -> None:
+    """Write facts, and the version of their format, as JSON; the file appears whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as stream:
+        json.dump({"format": version, **facts}, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(tmp, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # whoever deletes a file that this one makes superfluous must know that its name is there for good
+    finally:
+        os.close(directory)
+
+
+def read_json(path: Path, version: int, remedy: str) -> dict[str, Any]:
+    """The facts that `write_json` wrote. FileNotFoundError where there is no file; UserError, with what to do about it
+    (`remedy`), where it cannot be understood."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable manifest ({error}); {remedy}") from None
+    if not isinstance(raw, dict) or raw.get("format") != version:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{path} has manifest format {found}, this version reads {version}")
+    del raw["format"]
+    return raw
+
+
+def check_fields(kind: type, raw: Mapping[str, Any], path: Path) -> None:
+    """UserError unless `raw`, read from `path`, has the fields of this dataclass, with values of their types: lists for tuples,
+    mappings for what else JSON has no word for."""
+    expected = {field.name for field in fields(kind)}
+    if set(raw) != expected:
+        raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
+    for field in fields(kind):
+        types = (list,) if str(field.type).startswith("tuple") else _JSON_TYPES.get(str(field.type), (dict,))
+        if type(raw[field.name]) not in types:
+            raise UserError(f"{path}: {field.name} should be {field.type}, it is {raw[field.name]!r}")
+
+
 def sampled_fingerprint(prefix: str) -> str:
     """`sampled:` and a hash of both sizes, the index header and up to 32 blocks of 4 KiB spread over each file."""
     digest = content_hash()
     for suffix in (".idx", ".bin"):
-        path = prefix + suffix
         size = _size(prefix, suffix)
         digest.update(f"{suffix} {size}\n".encode())
-        with open(path, "rb") as stream:
+        with open(prefix + suffix, "rb") as stream:
             if suffix == ".idx":
                 digest.update(stream.read(_HEADER_BYTES))
-            for offset in _block_offsets(size):
-                stream.seek(offset)
-                digest.update(stream.read(_BLOCK_BYTES))
+            _add_blocks(digest, stream, size)
+    return f"sampled:{digest.hexdigest()}"
+
+
+def sampled_hash(path: Path) -> str:
+    """The same of one file of any kind: `sampled:` and a hash of its size and of up to 32 blocks."""
+    digest, size = content_hash(), path.stat().st_size
+    digest.update(f"{size}\n".encode())
+    with open(path, "rb") as stream:
+        _add_blocks(digest, stream, size)
     return f"sampled:{digest.hexdigest()}"
 
 
@@ -177,6 +211,12 @@ def _content_fingerprint(bin_hash: str, idx_hash: str) -> str:
     digest = content_hash()
     digest.update(f"{bin_hash} {idx_hash}".encode())
     return f"content:{digest.hexdigest()}"
+
+
+def _add_blocks(digest: hashlib.blake2b, stream: BinaryIO, size: int) -> None:
+    for offset in _block_offsets(size):
+        stream.seek(offset)
+        digest.update(stream.read(_BLOCK_BYTES))
 
 
 def _block_offsets(size: int) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,11 @@ _SHIFT_29, _SHIFT_32 = np.uint64(29), np.uint64(32)
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where a permutation of 0..size-1, chosen by `key` (0 <= key < 2^64), takes each index: int [n] -> int64 [n]."""
     return _permute(np.asarray(index, np.int64), size, _round_keys(key)[:, None])
+
+
+def unpermute(image: np.ndarray, size: int, key: int) -> np.ndarray:
+    """The inverse of `permute`: int [n] -> int64 [n]."""
+    return _permute(np.asarray(image, np.int64), size, _round_keys(key)[:, None], _feistel_back)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Pool:
         if keys is None:
             return offsets
         return _permute(offsets, self.size, keys if distinct.size == 1 else keys[:, which])
+
+    def positions(self, ids: np.ndarray) -> np.ndarray:
+        """When the first epoch comes to each sample: int [n] -> int64 [n], each below `size`."""
+        return _permute(np.asarray(ids, np.int64), self.size, _epoch_keys(self.seed, self.name, 0)[:, None], _feistel_back)
 
     def progress(self, drawn: int) -> Progress:
         """Where the pool stands after its first `drawn` samples."""
@@ -87,21 +97,22 @@ def _round_keys(key: int) -> np.ndarray:
     return np.frombuffer(digest, "<u8").astype(np.uint64)
 
 
-def _permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """`keys`: uint64 [rounds, 1], or [rounds, n] where each element has its own permutation."""
+def _permute(index: np.ndarray, size: int, keys: np.ndarray, turn: Callable[..., np.ndarray] | None = None) -> np.ndarray:
+    """`keys`: uint64 [rounds, 1], or [rounds, n] where each element has its own permutation. `turn`: `_feistel`, or its inverse."""
+    turn = turn or _feistel
     assert 1 <= size <= MAX_SIZE, size
     assert index.size == 0 or (index.min() >= 0 and index.max() < size), (index.min(), index.max(), size)
     if index.size > _CHUNK:
         cuts = range(0, index.size, _CHUNK)
         return np.concatenate(
-            [_permute(index[i : i + _CHUNK], size, keys if keys.shape[1] == 1 else keys[:, i : i + _CHUNK]) for i in cuts]
+            [_permute(index[i : i + _CHUNK], size, keys if keys.shape[1] == 1 else keys[:, i : i + _CHUNK], turn) for i in cuts]
         )
     rows = math.isqrt(size - 1) + 1  # rows * columns >= size, with fewer than `rows` cells to spare
     columns = -(-size // rows)
-    cells = _feistel(index.astype(np.uint64), rows, columns, keys)
+    cells = turn(index.astype(np.uint64), rows, columns, keys)
     outside = np.flatnonzero(cells >= size)
     while outside.size:  # walk the cycle until it comes back inside
-        cells[outside] = _feistel(cells[outside], rows, columns, keys if keys.shape[1] == 1 else keys[:, outside])
+        cells[outside] = turn(cells[outside], rows, columns, keys if keys.shape[1] == 1 else keys[:, outside])
         outside = outside[cells[outside] >= size]
     return cells.astype(np.int64)
 
@@ -115,6 +126,18 @@ def _feistel(cells: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np
         row -= num_rows * (row >= num_rows)
         column += _hash_below(row, keys[pair + 1], num_columns)
         column -= num_columns * (column >= num_columns)
+    return row * num_columns + column
+
+
+def _feistel_back(cells: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np.ndarray:
+    """The inverse of `_feistel`: its turns, the other way and the last one first."""
+    num_rows, num_columns = np.uint64(rows), np.uint64(columns)
+    row, column = np.divmod(cells, num_columns)
+    for pair in range(_NUM_ROUNDS - 2, -1, -2):
+        column += num_columns - _hash_below(row, keys[pair + 1], num_columns)
+        column -= num_columns * (column >= num_columns)
+        row += num_rows - _hash_below(column, keys[pair], num_rows)
+        row -= num_rows * (row >= num_rows)
     return row * num_columns + column
 
 

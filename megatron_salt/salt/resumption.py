@@ -1,4 +1,4 @@
-"""In which stage a run goes on, and whether with this teacher and this schedule. Pure.
+"""In which stage a run goes on, and whether with this teacher and this schedule. Pure. (A stage 1 with a selection may have no teacher.)
 
 What a checkpoint says holds: a run inside stage 1 goes on with the same teacher and schedule or not at all, and one in stage 2 needs
 neither. Only --override-kd-schedule changes the schedule, and the change is recorded.
@@ -25,30 +25,38 @@ def salt_from(
 ) -> tuple[SaltProgress | None, Events]:
     """Where the run stands, and what to record. Raises UserError, naming both sides.
 
-    resumed: what the checkpoint says, None for a run from step 0 (--finetune too). schedule: of the flags, None without --teacher-load.
-    teacher: the fingerprint of the one in --teacher-load (`directory`), None where none was read. override: --override-kd-schedule.
+    resumed: what the checkpoint says, None for a run from step 0 (--finetune too). schedule: of the flags, None without --kd-steps.
+    teacher: the fingerprint of the one in --teacher-load (`directory`; None without), None where none was read. override:
+    --override-kd-schedule.
     A changed schedule ends stage 1 where its flags say, but never before the step reached; a crossover stays a fact while
     --kd-stop asks for one.
     """
     if resumed is None:
         if schedule is None:
             return None, ()
-        assert teacher is not None and directory is not None
+        assert (teacher is None) == (directory is None)
         return SaltProgress(schedule.kd_steps, schedule.facts(), teacher, directory), ()
     saved, step = resumed.salt, resumed.step
     # 1) stage 2 and plain runs go on without a teacher
     if saved is None and schedule is not None:
-        raise UserError(f"--load: the run was trained without a teacher up to step {step}, and --teacher-load {directory} asks for one; "
+        lacks, asks = ("stage 1", f"--kd-steps {schedule.kd_steps}") if directory is None else ("teacher", f"--teacher-load {directory}")
+        raise UserError(f"--load: the run was trained without a {lacks} up to step {step}, and {asks} asks for one; "
                         "--finetune takes the weights alone")
     if saved is None or saved.stage_after(step) == 2:
         if saved is not None and schedule is not None:
             log.info("step %d is in stage 2, since step %d: --teacher-load and the kd flags are not used", step, saved.stage1_end + 1)
         return saved, ()
     # 2) stage 1 goes on with the same teacher
-    if schedule is None:
+    if schedule is None and saved.teacher is None:
+        raise UserError(f"--load: step {step} is in stage 1, which ends after step {saved.stage1_end}: give --stage1-selection and the "
+                        "kd flags")
+    if schedule is None or (directory is None and saved.teacher is not None):
         raise UserError(f"--load: step {step} is in stage 1, which ends after step {saved.stage1_end}: it needs its teacher, "
                         f"{saved.teacher} (then in {saved.teacher_directory}); give --teacher-load and the kd flags")
-    if teacher is None:  # --load-fallback had to go further back than the facts of the newest checkpoint let expect
+    if directory is not None and saved.teacher is None:
+        raise UserError(f"--load: step {step} is in a stage 1 without a teacher, and --teacher-load {directory} asks for one; "
+                        "--finetune takes the weights alone")
+    if directory is not None and teacher is None:  # --load-fallback went further back than the newest checkpoint's facts let expect
         raise UserError(f"--load: step {step} is in stage 1, the newest checkpoint in stage 2, so that the teacher in --teacher-load "
                         f"{directory} was not read: give the iter_* directory of step {step} to --load")
     if teacher != saved.teacher:

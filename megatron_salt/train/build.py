@@ -16,8 +16,10 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, RunConfig, TrainingConfig
-from megatron_salt.data.batch import Batches, Samples, open_training_data, parse_skip_samples
+from megatron_salt.data.batch import Batches, Samples, open_training_data, parse_skip_samples, passed_positions
 from megatron_salt.data.choice import tokenizer_of_run
+from megatron_salt.data.selection import Selection, refuse_other_data
+from megatron_salt.data.staged import StagedSamples
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.gpt import build_model
@@ -56,6 +58,8 @@ class Inputs:
     valid: Samples | None
     teacher: TeacherCheckpoint | None
     """What --teacher-load says of itself; None without it, and where the run resumes in stage 2."""
+    staged: StagedSamples | None
+    """What each stage draws from; None without --stage1-selection."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,10 @@ class Run:
     """Where it starts: step 0, or where the checkpoint ends."""
 
     stage1: Stage1 | None
-    """The teacher at work; None in stage 2, and where there is none."""
+    """None in stage 2, and in a run without a stage 1."""
+
+    staged: StagedSamples | None
+    """What each stage draws from; None: all of a run draws from one order."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -89,7 +96,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
-    return Inputs(tokenizer, train, valid, teacher)
+    staged = None
+    if config.salt.stage1_selection is not None:
+        staged = StagedSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
+    return Inputs(tokenizer, train, valid, teacher, staged)
 
 
 def _probe(samples: Samples) -> None:
@@ -105,11 +115,12 @@ def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, time
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh)
+    data = from_rank_0(lambda: name_data(config, plan, inputs))
     identity = RunIdentity(
         yaml=to_yaml(config),
         architecture=asdict(config.model) | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
         tokenizer_fingerprint=inputs.tokenizer.fingerprint,
-        data_fingerprint=f"{from_rank_0(lambda: inputs.train.fingerprint)} in the order of --seed {config.training.seed}",
+        data_fingerprint=data,
         seed=config.training.seed,
         schedule_follows_run=schedule_follows_run(config.optimizer),
     )
@@ -127,20 +138,37 @@ def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, time
     run = Run(
         student=student,
         plan=plan,
-        train=batches(inputs.train, config.training.skip_samples),
+        train=batches(inputs.train if inputs.staged is None else inputs.staged.stage1(), config.training.skip_samples),
         valid=None if inputs.valid is None else batches(inputs.valid, ()),
         checkpointer=checkpointer,
         progress=progress,
         stage1=None,
+        staged=inputs.staged,
     )
-    return with_teacher(run, config, inputs, resumed=loaded is not None and progress.step > 0, timeout=timeout)
+    return in_its_stage(run, config, inputs, resumed=loaded is not None and progress.step > 0, timeout=timeout)
 
 
-def with_teacher(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta) -> Run:
-    """The run with the teacher that its flags and its checkpoint ask for: in stage 1 admitted, in stage 2 and in a run without one
-    none. Collective over all ranks. Raises UserError."""
+def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
+    """What the run draws from, in which order. Not collective; reads blocks of each dataset. Raises UserError where a selection was
+    made for other data than these, or is too small for them."""
+    name = f"{inputs.train.fingerprint} in the order of --seed {config.training.seed}"
+    staged, kd_steps = inputs.staged, config.salt.kd_steps
+    if staged is None:
+        return name
+    assert kd_steps is not None
+    datasets = list(inputs.train.dataset_facts())
+    refuse_other_data(staged.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
+    drawn = np.array([min(kd_steps, plan.total_steps) * plan.global_batch_size])
+    passed = int(passed_positions(drawn, parse_skip_samples(config.training.skip_samples))[0])
+    staged.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
+    return f"{name}, {staged.fingerprint}"
+
+
+def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta) -> Run:
+    """The run in the stage that its flags and its checkpoint ask for: in stage 1 with its teacher, where it has one, admitted.
+    Collective over all ranks. Raises UserError."""
     salt, progress = config.salt, run.progress
-    schedule = None if salt.teacher_load is None else Schedule.of(salt)
+    schedule = None if salt.kd_steps is None else Schedule.of(salt)
     teacher = inputs.teacher
     fingerprint = None if teacher is None else teacher.fingerprint
     directory = salt.teacher_load if teacher is None else str(teacher.directory)
@@ -149,8 +177,11 @@ def with_teacher(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     if state is None:
         return run
     if state.stage_after(progress.step) == 2:
-        return in_stage2(run)
-    assert teacher is not None and schedule is not None
+        run, progress = in_stage2(run, run.progress)
+        return replace(run, progress=progress)
+    assert schedule is not None
+    if teacher is None:
+        return replace(run, stage1=Stage1(None, schedule))
     # Its held-out figures are computed anew: the held-out data, or how much of it is used, may be other than it was.
     run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
     return replace(run, stage1=Stage1(admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout), schedule))
@@ -189,17 +220,24 @@ def admit_teacher(run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vo
     return teacher
 
 
-def in_stage2(run: Run) -> Run:
-    """The run from the end of stage 1 on: no teacher, and --stage2-micro-batch-size. Pure."""
+def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
+    """The run from the end of stage 1 on: no teacher, --stage2-micro-batch-size, and --stage2-data from where stage 2 began, which is
+    here unless the progress knows better. Pure."""
     plan = run.plan.in_stage2()
-    return replace(
+    train = run.train.in_microbatches_of(plan.micro_batch_size)
+    if run.staged is not None:
+        since = progress.data.get("stage2_since", progress.data.get("position", 0))
+        train = train.going_on_with(run.staged.stage2(train.position(since)), since)
+        progress = replace(progress, data={**progress.data, "stage2_since": since})
+    run = replace(
         run,
         stage1=None,
         plan=plan,
         student=replace(run.student, micro_batch_size=plan.micro_batch_size),
-        train=run.train.in_microbatches_of(plan.micro_batch_size),
+        train=train,
         valid=None if run.valid is None else run.valid.in_microbatches_of(plan.micro_batch_size),
     )
+    return run, progress
 
 
 def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh) -> Student:
@@ -237,7 +275,7 @@ def count_parameters(student: Student) -> int:
 
 
 def _resumes_in_stage2(checkpoint: CheckpointConfig) -> bool:
-    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `with_teacher`."""
+    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
     for directory in shelf.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:

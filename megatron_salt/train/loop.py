@@ -21,7 +21,8 @@ from megatron_salt.train.operations import GarbageSchedule, Profiler
 from megatron_salt.train.probe import probe
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.train.signals import ExitPlan
-from megatron_salt.train.stages import free_teacher, pass_crossover
+from megatron_salt.parallel.agreement import from_rank_0
+from megatron_salt.train.stages import Stage1, free_teacher, pass_crossover
 from megatron_salt.train.step import StepOutcome, train_step
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
@@ -35,15 +36,14 @@ def train(
     progress, total = run.progress, run.plan.total_steps
     timer, garbage = PhaseTimer(), GarbageSchedule(training)
     nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.extra.get("nonfinite_in_a_row", 0))
-    _announce(run, log)
+    _announce(run, progress, log)
     garbage.start()
     reason = None
     while progress.step < total and reason is None:
         step = progress.step + 1
+        if run.stage1 is not None and not run.stage1.goes_on(step, progress):
+            run, progress = _enter_stage2(run, run.stage1, progress, log)
         stage1 = run.stage1
-        if stage1 is not None and not stage1.teaches(step, progress):
-            free_teacher(stage1, progress, log)
-            run, stage1 = in_stage2(run), None
         profiler.before_step(step)
         started, learning_rate = time.perf_counter(), run.student.learning_rate
         with timer.phase("data"):
@@ -56,7 +56,7 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            data={"position": position + run.plan.global_batch_size},
+            data={**progress.data, "position": position + run.plan.global_batch_size},
             extra={**progress.extra, "nonfinite_in_a_row": nonfinite.in_a_row},
         )
         seconds = time.perf_counter() - started
@@ -82,13 +82,39 @@ def train(
     return progress
 
 
-def _announce(run: Run, log: RunLog) -> None:
-    """Say what the reader of the log should know about the steps to come."""
-    step, total = run.progress.step, run.plan.total_steps
+def _announce(run: Run, progress: Progress, log: RunLog) -> None:
+    """Say what the reader of the log should know about the steps to come, where they draw from one order."""
+    step, total = progress.step, run.plan.total_steps
     if step >= total:
         log.event(step, f"nothing to train: {step} steps are done, and the run has {total}")
-    elif told := run.train.samples.repeats(run.progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size):
+        return
+    if run.staged is not None and run.stage1 is not None and progress.salt is not None:
+        total = min(total, progress.salt.stage1_end)
+    drawn = progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size
+    if told := run.train.samples.repeats(run.train.position(drawn)):
         log.event(step, told)
+
+
+def _enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> tuple[Run, Progress]:
+    """Give up the teacher, and go on with the data of stage 2. Collective over all ranks."""
+    if stage1.teacher is not None:
+        free_teacher(stage1.teacher, progress, run.plan.stage2_micro_batch_size, log)
+    in_stage1 = run.train
+    run, progress = in_stage2(run, progress)
+    staged = run.staged
+    if staged is None:
+        return run, progress
+    passed = in_stage1.position(run.train.since)
+    to_come = (run.plan.total_steps - progress.step) * run.plan.global_batch_size
+    repeats = from_rank_0(lambda: staged.repeats(passed, to_come))
+    log.event(
+        progress.step,
+        f"stage 2 draws {to_come} samples from {run.train.samples.num_members} (--stage2-data {staged.stage2_data}); stage 1 drew "
+        f"{passed} from the {in_stage1.samples.num_members} of the selection{'' if repeats is None else f'; {repeats}'}",
+        {"stage2_since": run.train.since},
+    )
+    _announce(run, progress, log)
+    return run, progress
 
 
 def _record(
@@ -116,17 +142,20 @@ def _record(
 def _evaluate(run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog) -> Progress:
     """Loss and accuracy on held-out data; in stage 1 also the teacher's, once, since it is frozen, and whether it has been passed."""
     started, student, stage1, salt = time.perf_counter(), run.student, run.stage1, progress.salt
-    ask_teacher = stage1 is not None and salt is not None and salt.teacher_held_out is None
+    teacher = None if stage1 is None else stage1.teacher
+    ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
     figures = evaluate(
         student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
-        stage1.teacher if stage1 is not None and ask_teacher else None,
+        teacher if ask_teacher else None,
     )  # fmt: skip
     if ask_teacher:
         assert salt is not None
         salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
         progress = replace(progress, salt=salt)
     beside = {"accuracy": figures["accuracy"]}
-    if stage1 is not None and salt is not None and salt.teacher_held_out is not None:
+    if teacher is not None and salt is not None and salt.teacher_held_out is not None:
         beside |= {f"teacher_{name}": value for name, value in salt.teacher_held_out.items()}
     log.evaluation(progress.step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started, beside)
-    return progress if stage1 is None else pass_crossover(stage1, progress, figures["accuracy"], log)
+    if stage1 is None or teacher is None:
+        return progress
+    return pass_crossover(stage1, progress, figures["accuracy"], log)

@@ -18,12 +18,13 @@ from megatron_salt.train.metrics import RunLog, memory_in_use_gib
 
 @dataclass(frozen=True)
 class Stage1:
-    """A teacher at work."""
+    """A teacher at work, or a selection of the data alone."""
 
-    teacher: Teacher
+    teacher: Teacher | None
+    """None: the data is selected, and nothing else."""
     schedule: Schedule
 
-    def teaches(self, step: int, progress: Progress) -> bool:
+    def goes_on(self, step: int, progress: Progress) -> bool:
         """Whether a step is still of stage 1. Pure."""
         assert progress.salt is not None
         return self.schedule.in_stage1(step, progress.salt.stage1_end)
@@ -56,16 +57,16 @@ def pass_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: Run
     return replace(progress, salt=replace(salt, crossover=progress.step, stage1_end=end))
 
 
-def free_teacher(stage1: Stage1, progress: Progress, log: RunLog) -> None:
-    """End stage 1: give up the teacher, and log what that was worth. Collective over all ranks."""
+def free_teacher(teacher: Teacher, progress: Progress, micro_batch_size: int, log: RunLog) -> None:
+    """End stage 1: give up the teacher, and log what that was worth. micro_batch_size: of stage 2. Collective over all ranks."""
     started, before = time.perf_counter(), memory_in_use_gib()
-    teacher_gib = stage1.teacher.num_bytes / 2**30
-    stage1.teacher.free()
+    teacher_gib = teacher.num_bytes / 2**30
+    teacher.free()
     after = memory_in_use_gib()
     most = largest(round((before - after) * 2**20)) / 2**20
     log.event(
         progress.step,
         f"stage 2: the teacher ({teacher_gib:.3f} GiB here) is gone in {time.perf_counter() - started:.2f} s; memory in use "
         f"{before:.3f} GiB before, {after:.3f} GiB after ({most:.3f} GiB less on the rank that gained most)",
-        {"stage": 2, "memory_gib_before": before, "memory_gib_after": after},
+        {"stage": 2, "memory_gib_before": before, "memory_gib_after": after, "micro_batch_size": micro_batch_size},
     )

@@ -120,3 +120,28 @@ def test_a_changed_schedule_ends_stage_1_where_its_flags_say_and_never_in_the_pa
     assert found.crossover == (None if change.get("kd_stop") == "steps" else salt.crossover)
     assert found.teacher_held_out == salt.teacher_held_out
     assert taken(resumed(step, found), **change) == (found, ())  # the change holds from then on, without the flag
+
+
+SELECTED = SaltConfig(stage1_selection="chosen.npy", kd_steps=100, kd_weight=0.0)
+ALONE = SaltProgress(100, Schedule.of(SELECTED).facts(), None, None)
+
+
+def test_a_stage_1_with_a_selection_alone_starts_and_goes_on_without_a_teacher() -> None:
+    schedule = Schedule.of(SELECTED)
+    assert salt_from(None, schedule, None, None, False) == (ALONE, ())
+    for step in (1, 99, 100, 101):
+        assert salt_from(resumed(step, ALONE), schedule, None, None, False) == (ALONE, ())
+    assert salt_from(resumed(100, ALONE), None, None, None, False) == (ALONE, ())
+
+
+def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
+    schedule = Schedule.of(SELECTED)
+    for flags, found, told in [
+        ((schedule, "sha256:aaaa", "moved"), ALONE, "step 99 is in a stage 1 without a teacher, and --teacher-load moved asks for one"),
+        ((schedule, None, None), SALT, r"step 99 is in stage 1.* its teacher, sha256:aaaa \(then in teacher\); give --teacher-load"),
+        ((None, None, None), ALONE, "step 99 is in stage 1, which ends after step 100: give --stage1-selection and the kd flags"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            salt_from(resumed(99, found), *flags, False)
+    with pytest.raises(UserError, match="trained without a stage 1 up to step 7, and --kd-steps 100 asks for one"):
+        salt_from(resumed(7, None), schedule, None, None, False)

@@ -1,0 +1,355 @@
+"""The teacher-score index on disk: one row a sample, written in shards by independent jobs that may be killed at any byte.
+
+A sample is a window of the datasets in --data-path order; its id, 0..N-1 over all of them, is its row. An index is a directory:
+`index.json` says what the scores are of, and each shard is a directory `samples-<first>-<end>` with one plain numpy file
+a column, of full size from the start and filled block by block. `blocks.journal` holds a digest of each finished block, so
+that a resumed job trusts what is whole and repeats what is torn; `shard.json`, with every column's size and hash, comes last.
+How it is read and merged: `score_index.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from megatron_salt.data.manifest import check_fields, content_hash, read_json, write_json
+from megatron_salt.errors import UserError
+
+FORMAT = 1
+INDEX, SHARD, JOURNAL = "index.json", "shard.json", "blocks.journal"
+_DIGEST_BYTES = 16
+_SHARD_NAME = re.compile(r"samples-(\d{15})-(\d{15})")
+
+
+def columns(top_k: Sequence[int], seq_length: int) -> dict[str, np.dtype]:
+    """The columns of an index, in their order on disk, with their types.
+
+    For each k, over the tokens of the window that count in the loss mask, l being the teacher's cross entropy of a token in nats:
+      median_zeroed_{k}, mean_zeroed_{k}: of l, with 0 in place of l where the true token is outside the teacher's top k (the
+        paper's formula, an indicator times the loss).
+      median_dropped_{k}, mean_dropped_{k}: of l over the tokens inside the top k alone (the paper's words, "filtered"); 0 where
+        there is none, and never NaN for that reason.
+      share_{k}: share of the tokens that are inside the top k.
+    Then `median`, `mean`: of l over all tokens; `entropy`: mean entropy of the teacher's distribution; `tokens`: how many tokens
+    count; `content`: hash of the window's L + 1 tokens, see `content_hashes`. A median is numpy's: of an even number of values the
+    mean of the middle two. A token is inside the top k when fewer than k logits are strictly greater than its own. A window
+    without a token that counts has 0 everywhere.
+    """
+    score, count = np.dtype("<f4"), np.dtype("<u2" if seq_length <= 65535 else "<u4")
+    kinds = ("median_zeroed", "mean_zeroed", "median_dropped", "mean_dropped", "share")
+    return {
+        **{f"{kind}_{k}": score for k in top_k for kind in kinds},
+        **dict.fromkeys(("median", "mean", "entropy"), score),
+        "tokens": count,
+        "content": np.dtype("<u8"),
+    }
+
+
+def content_hashes(tokens: np.ndarray) -> np.ndarray:
+    """What tells equal windows: blake2b, 8 bytes, of the ids as little-endian int32: int64 [n, L + 1] -> uint64 [n]."""
+    rows = np.ascontiguousarray(tokens, "<i4")
+    digests = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
+    return np.frombuffer(digests, "<u8")
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of an index."""
+
+    prefix: str
+    """Where it lay when it was scored: for people, and for tools that show its text."""
+    fingerprint: str
+    """See manifest.fingerprint."""
+    samples: int
+    """Its windows, held-out ones included."""
+
+
+@dataclass(frozen=True)
+class IndexManifest:
+    """What the scores are of: the contents of `index.json`. Two jobs with equal manifests write the same rows."""
+
+    datasets: tuple[DatasetFacts, ...]
+    """In --data-path order, which numbers the samples."""
+    seq_length: int
+    vocabulary: int
+    """Ids of the tokenizer."""
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    teacher: str
+    """Fingerprint of the teacher's weights."""
+    teacher_step: int
+    """Steps the teacher was trained for."""
+    teacher_directory: str
+    """The checkpoint it was read from; for people."""
+    top_k: tuple[int, ...]
+    masking: dict[str, bool]
+    """eod_mask_loss, reset_position_ids, reset_attention_mask."""
+    dtype: str
+    """What the teacher computed in: float32 or bfloat16."""
+    micro_batch_size: int
+    """Windows of one forward pass, which rounding may depend on."""
+    block_samples: int
+    """Windows that are written, and after a kill repeated, together."""
+
+    def __post_init__(self) -> None:
+        assert self.block_samples >= 1 and self.datasets and all(dataset.samples >= 1 for dataset in self.datasets), self
+
+    @property
+    def num_samples(self) -> int:
+        return sum(dataset.samples for dataset in self.datasets)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_samples // self.block_samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """`scores:` and a hash of all facts but paths."""
+        facts = {**self._facts(), "datasets": [(dataset.fingerprint, dataset.samples) for dataset in self.datasets]}
+        digest = content_hash()
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        return f"scores:{digest.hexdigest()}"
+
+    def differences(self, other: IndexManifest) -> list[str]:
+        """`<fact> is <mine> there and <the other's> here`, of all facts but paths; none where both are of the same scores."""
+        there, here = self._facts(), other._facts()
+        found = [f"{name} is {there.get(name)} there and {here.get(name)} here"
+                 for name in dict.fromkeys([*there, *here]) if there.get(name) != here.get(name)]
+        return dataset_differences(self.datasets, other.datasets) + found
+
+    def _facts(self) -> dict[str, object]:
+        """All but datasets and paths, under names for people."""
+        plain = [field.name for field in fields(self) if field.name not in ("datasets", "teacher_directory", "masking")]
+        return {name.replace("_", " "): getattr(self, name) for name in plain} | self.masking
+
+
+def dataset_differences(there: Sequence[DatasetFacts], here: Sequence[DatasetFacts]) -> list[str]:
+    """In what, prefixes apart, two lists of datasets differ, by number and name; empty where they number the same samples."""
+    found = []
+    for number, (mine, other) in enumerate(zip_longest(there, here), 1):
+        if mine is None or other is None:
+            found.append(f"dataset {number}, {other.prefix}, is here alone" if mine is None
+                         else f"dataset {number}, {mine.prefix}, is there alone")
+            continue
+        found += [f"{name} of dataset {number}, {other.prefix}, is {getattr(mine, name)} there and {getattr(other, name)} here"
+                  for name in ("samples", "fingerprint") if getattr(mine, name) != getattr(other, name)]
+    return found
+
+
+def manifest_from_json(raw: dict, path: Path) -> IndexManifest:
+    """The manifest that `asdict` and JSON made `raw` of, which lies in `path`. UserError if it is not one."""
+    check_fields(IndexManifest, raw, path)
+    try:
+        datasets = tuple(DatasetFacts(**facts) for facts in raw["datasets"])
+        return IndexManifest(**{**raw, "datasets": datasets, "top_k": tuple(raw["top_k"])})
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"{path}: its datasets cannot be read ({error})") from None
+
+
+def read_index(directory: Path, flag_name: str) -> IndexManifest:
+    """The manifest of an index. UserError, naming the flag, where the directory holds none."""
+    path = directory / INDEX
+    try:
+        return manifest_from_json(read_json(path, FORMAT, "score the data again, or restore it"), path)
+    except FileNotFoundError:
+        raise UserError(f"{flag_name} {directory} is no score index: it has no {INDEX}") from None
+
+
+def claim(directory: Path, manifest: IndexManifest) -> None:
+    """Make `directory` the index of `manifest`, or find that it is. Any number of jobs may call at once.
+
+    UserError when it holds an index of something else, naming what differs.
+    """
+    path, temporary = directory / INDEX, directory / f"{INDEX}.{os.uname().nodename}.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_json(asdict(manifest), temporary, FORMAT)
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)  # unlike a rename, it replaces nothing: the first job's stays
+            finally:
+                temporary.unlink()
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be written: {error.strerror} ({error.filename})") from error
+    differences = read_index(directory, "--output").differences(manifest)
+    if differences:
+        raise UserError(f"--output {directory} is an index of other scores: {'; '.join(differences)}")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` -> (i, n), 0 <= i < n. UserError naming --shard."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard takes i/n, such as 0/4 for the first of four: i counts from 0 to n-1; got {text}")
+    return int(match[1]), int(match[2])
+
+
+def shard_blocks(num_blocks: int, shard: tuple[int, int]) -> range:
+    """The blocks of shard i of n: sizes differ by at most one, and are 0 for some where there are fewer blocks than shards."""
+    i, n = shard
+    assert 0 <= i < n, shard
+    return range(num_blocks * i // n, num_blocks * (i + 1) // n)
+
+
+def shard_paths(directory: Path) -> list[tuple[int, int, Path]]:
+    """(first sample, end, path) of the shards in an index, finished or not, in the order of samples."""
+    found = [(_SHARD_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
+
+
+def column_path(shard: Path, column: str) -> Path:
+    return shard / f"{column}.npy"
+
+
+def npy_header(dtype: np.dtype, rows: int) -> bytes:
+    """What a .npy file of one column begins with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)})
+    return header.getvalue()
+
+
+def write_shard_manifest(shard: Path, manifest: IndexManifest, first: int, end: int, hashes: Mapping[str, str]) -> None:
+    """Write `shard.json`, which says that the shard is finished. hashes: of each column's whole file."""
+    files = {name: {"bytes": column_path(shard, name).stat().st_size, "hash": digest} for name, digest in hashes.items()}
+    write_json({"index": manifest.fingerprint, "first": first, "end": end, "columns": files}, shard / SHARD, FORMAT)
+
+
+class ShardWriter:
+    """Fills the shard of `blocks` in an index that `claim` made. One process a shard; what an earlier one finished stays.
+
+    Errors of the disk are OSErrors with the file's name.
+    """
+
+    def __init__(self, directory: Path, manifest: IndexManifest, blocks: range) -> None:
+        """UserError where another process is writing this shard, or the index has shards of another division that overlap it."""
+        self._manifest, self._blocks = manifest, blocks
+        self._columns = columns(manifest.top_k, manifest.seq_length)
+        self._first, self._end = self._samples_of(blocks.start, blocks.stop)
+        self.path = directory / f"samples-{self._first:015d}-{self._end:015d}"
+        self.todo: list[int] = []
+        """Blocks that are not finished, ascending."""
+        self._files: dict[str, int] = {}  # descriptors, while there is something to write
+        self._closing = contextlib.ExitStack()
+        weakref.finalize(self, self._closing.close)
+        if blocks:
+            self._refuse_overlap(directory)
+            self._open()
+
+    def write(self, block: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Put a block's rows in their place, for good when this returns. rows: every column, a value for each sample of the block."""
+        first, end = self._samples_of(block, block + 1)
+        assert block in self._blocks and set(rows) == set(self._columns), (block, self._blocks, sorted(rows))
+        assert all(values.shape == (end - first,) for values in rows.values()), (first, end, {n: v.shape for n, v in rows.items()})
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for name, dtype in self._columns.items():
+            data = np.ascontiguousarray(rows[name], dtype).tobytes()
+            digest.update(data)
+            self._write(name, data, self._offset(name, first))
+        for name in (*self._columns, JOURNAL):  # the journal speaks of data that is on disk
+            if name == JOURNAL:
+                self._write(JOURNAL, digest.digest(), _DIGEST_BYTES * (block - self._blocks.start))
+            with self._naming(name):
+                os.fsync(self._files[name])
+        if block in self.todo:
+            self.todo.remove(block)
+
+    def finish(self) -> None:
+        """Hash the columns and declare the shard finished. Every block must have been written."""
+        assert not self.todo, self.todo
+        if self._files:
+            hashes = {}
+            for name in self._columns:
+                with open(column_path(self.path, name), "rb") as stream:
+                    hashes[name] = hashlib.file_digest(stream, content_hash).hexdigest()
+            write_shard_manifest(self.path, self._manifest, self._first, self._end, hashes)
+            (self.path / JOURNAL).unlink()
+            self.close()
+
+    def close(self) -> None:
+        """Let another process have the shard."""
+        self._files.clear()
+        self._closing.close()
+
+    def _samples_of(self, first_block: int, end_block: int) -> tuple[int, int]:
+        size = self._manifest.block_samples
+        return first_block * size, min(end_block * size, self._manifest.num_samples)
+
+    def _refuse_overlap(self, directory: Path) -> None:
+        for first, end, path in shard_paths(directory):
+            if path != self.path and first < self._end and self._first < end:
+                raise UserError(f"--output {directory} holds {path.name}, which overlaps {self.path.name}: give every job the same "
+                                "n in --shard i/n, or delete the shards of the other division")
+
+    def _open(self) -> None:
+        """Lock the shard, make its files unless they are there, and look which blocks are whole."""
+        self.path.mkdir(exist_ok=True)
+        self._open_file(JOURNAL, self.path / JOURNAL, b"", _DIGEST_BYTES * len(self._blocks))
+        if (self.path / SHARD).exists():
+            (self.path / JOURNAL).unlink(missing_ok=True)  # of a job that was killed right at its end
+            self.close()
+            return
+        for name, dtype in self._columns.items():
+            header = npy_header(dtype, self._end - self._first)
+            self._open_file(name, column_path(self.path, name), header, len(header) + (self._end - self._first) * dtype.itemsize)
+        self.todo = [block for block in self._blocks if not self._is_whole(block)]
+
+    def _open_file(self, name: str, path: Path, header: bytes, size: int) -> None:
+        """Open a file, make it `size` bytes long (what was missing reads as zeros) and lock it if it is the journal."""
+        with self._naming(name):
+            self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._closing.callback(os.close, self._files[name])
+            if name == JOURNAL:
+                self._lock()
+            os.ftruncate(self._files[name], size)
+        self._write(name, header, 0)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._files[JOURNAL], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is being written by another process: give each job a --shard of its own") from None
+        except OSError:  # some file systems have no locks; then it is the user's word
+            return
+
+    def _is_whole(self, block: int) -> bool:
+        """Whether the journal holds the digest of what the columns hold."""
+        recorded = os.pread(self._files[JOURNAL], _DIGEST_BYTES, _DIGEST_BYTES * (block - self._blocks.start))
+        if recorded == bytes(_DIGEST_BYTES):
+            return False
+        first, end = self._samples_of(block, block + 1)
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for name, dtype in self._columns.items():
+            digest.update(os.pread(self._files[name], (end - first) * dtype.itemsize, self._offset(name, first)))
+        return digest.digest() == recorded
+
+    def _offset(self, name: str, sample: int) -> int:
+        dtype = self._columns[name]
+        return len(npy_header(dtype, self._end - self._first)) + (sample - self._first) * dtype.itemsize
+
+    def _write(self, name: str, data: bytes, offset: int) -> None:
+        with self._naming(name):
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._files[name], data[done:], offset + done)
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Name the file in an OSError that does not."""
+        try:
+            yield
+        except OSError as error:
+            path = self.path / JOURNAL if name == JOURNAL else column_path(self.path, name)
+            raise OSError(error.errno, error.strerror, str(path)) from error

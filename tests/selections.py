@@ -1,0 +1,25 @@
+"""A selection of chosen ids, as tools/select_data.py would have written it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.manifest import fingerprint
+from megatron_salt.data.scores import DatasetFacts, IndexManifest
+from megatron_salt.data.selection import write_selection
+from megatron_salt.data.tokenizer import build_tokenizer
+from megatron_salt.data.windows import TokenFile, Windows
+
+
+def write_ids(prefix: object, data_path: Sequence[str], seq_length: int, ids: Sequence[int], valid_share: float = 0.0) -> str:
+    """Write PREFIX.npy and PREFIX.json for byte-level data; returns PREFIX.npy."""
+    datasets = tuple(DatasetFacts(one, fingerprint(one), len(Windows(TokenFile.open(one), seq_length))) for one in data_path)
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
+    scores = IndexManifest(
+        datasets, seq_length, tokenizer.vocab_size, tokenizer.fingerprint, "sha256:0", 10, "teacher/iter_0000010", (10,), {}, "float32", 1, 1
+    )
+    write_selection(str(prefix), [np.array(sorted(ids), np.int64)], len(ids), scores, {"rule": "by hand"}, valid_share)
+    return f"{prefix}.npy"
