@@ -88,6 +88,17 @@ class Softmax:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What a distribution says of the label; float32 [n] each."""
+
+    softmax: Softmax
+    rank: Tensor
+    """How many ids have a logit above the label's: 0 where none has."""
+    entropy: Tensor
+    """-sum_v p_v log p_v, nats."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A teacher's p = softmax(teacher logits / T) beside a student's softmax at T = 1; float32 [n] each."""
 
@@ -128,6 +139,34 @@ def reduce(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Softmax
     for rows in blocks(logits_nv):
         part.sum_exp[rows] = part.below_largest(logits_nv, rows).exp_().sum(-1)
     return _combine(_Sums(*_gather(packed, group)))
+
+
+def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Judgement:
+    """`reduce`, the label's rank and the entropy. float32 logits: rounded ones would tie. Collective over the group; every rank
+    receives. One collective more than `reduce`, for the rank: the label's logit is on one rank, the ids above it are on all."""
+    assert logits_nv.dtype == torch.float32, logits_nv.dtype
+    packed = logits_nv.new_zeros((_NUM_SUMS + 1, logits_nv.size(0)))
+    part, gap = _Sums(*packed[:_NUM_SUMS]), packed[_NUM_SUMS]  # gap: sum_v exp(logit_v - largest) (logit_v - largest)
+    part.add_label(logits_nv, label)
+    for rows in blocks(logits_nv):
+        block = part.below_largest(logits_nv, rows)
+        exp_bv = block.exp()
+        part.sum_exp[rows] = exp_bv.sum(-1)
+        gap[rows] = torch.linalg.vecdot(exp_bv, block)
+    gathered = _gather(packed, group)
+    parts, gaps = _Sums(*gathered[:_NUM_SUMS]), gathered[_NUM_SUMS]
+    softmax = _combine(parts)
+    label_logit = parts.label.amax(0)
+    rank = logits_nv.new_zeros(logits_nv.size(0))
+    for rows in blocks(logits_nv):
+        rank[rows] = (logits_nv[rows] > label_logit[rows, None]).sum(-1).float()
+    if group.size() > 1:
+        dist.all_reduce(rank, group=group)
+    _, below = _below_group(parts)
+    factor = below.exp()
+    sum_exp = (factor * parts.sum_exp).sum(0)
+    mean_gap = (factor * (gaps + parts.sum_exp * below)).sum(0) / sum_exp
+    return Judgement(softmax, rank, sum_exp.log() - mean_gap)
 
 
 def compare(

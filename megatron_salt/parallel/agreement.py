@@ -17,13 +17,18 @@ T = TypeVar("T")
 
 def from_rank_0(action: Callable[[], T]) -> T:
     """Rank 0's result of `action`, on every rank; its UserError or OSError is raised on every rank. Collective over all ranks."""
+    return from_rank(0, action)
+
+
+def from_rank(rank: int, action: Callable[[], T]) -> T:
+    """Another rank's, in the same way. `rank` is the same on all."""
     outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if dist.get_rank() == rank:
         try:
             outcome[0] = action()
         except (UserError, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=rank)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -61,6 +61,8 @@ class TeacherCheckpoint:
     """What it recorded for them."""
     dtype: str
     """What it computed them in."""
+    step: int
+    """Steps it was trained for."""
 
 
 def read_teacher(load: str) -> TeacherCheckpoint:
@@ -86,6 +88,7 @@ def read_teacher(load: str) -> TeacherCheckpoint:
         lengths=tuple(probe["lengths"]),
         losses=tuple(probe["losses"]),
         dtype=probe["dtype"],
+        step=facts["step"],
     )
 
 

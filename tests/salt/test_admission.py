@@ -127,7 +127,9 @@ def test_the_gate_lets_the_right_ones_pass(school: Path, kind: str, dtype: torch
 
 # ---- it fits -----------------------------------------------------------------------------------------------------------
 
-FITTING = TeacherCheckpoint(Path("teachers/iter_0000100"), TEACHER, 250, 64, "tokenizer:aaaa", "sha256:1", (16, 64), (5.0, 5.0), "float32")
+FITTING = TeacherCheckpoint(
+    Path("teachers/iter_0000100"), TEACHER, 250, 64, "tokenizer:aaaa", "sha256:1", (16, 64), (5.0, 5.0), "float32", 100
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("change, salt, told", [

@@ -1,0 +1,134 @@
+"""The teacher reads the data: samples to rows of the score index.
+
+The teacher's forward pass of stage 1, whose hidden states go nowhere but into the reduction of `model/scores.py` on its own last stage.
+Microbatch m is samples [m B, (m+1) B), whatever the shard, the block or the number of replicas, so that no matrix changes its shape;
+replicas take turns. The last one of the data is filled up by repeating its last sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import megatron_salt.parallel.cpu as cpu  # before megatron
+
+from megatron_salt.data.batch import Samples
+from megatron_salt.data.scores import columns, content_hashes
+from megatron_salt.model.attention import attention_mask
+from megatron_salt.model.gpt import GPT
+from megatron_salt.model.scores import TokenScores, output_weight, token_scores, window_scores
+from megatron_salt.model.vocabulary import VocabularyShard
+from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+
+Rows = dict[str, np.ndarray]
+"""The columns of consecutive samples, by name."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A microbatch on this rank's device."""
+
+    tokens: Tensor
+    """int64 [b, s]"""
+    labels_sb: Tensor
+    """int64 [s*b]"""
+    mask_bs: Tensor
+    """float32 [b, s]"""
+    position_ids: Tensor
+    """int64 [b, s]"""
+    documents: Tensor | None
+    """int64 [b, s]"""
+
+
+class Scorer:
+    """A teacher's part on this rank, and the data it reads."""
+
+    def __init__(
+        self, body: GPT, weight: Tensor | None, mesh: Mesh, shard: VocabularyShard, samples: Samples, micro_batch_size: int,
+        top_k: tuple[int, ...], chunk_tokens: int,
+    ) -> None:  # fmt: skip
+        """body: this rank's stage without output head. weight: this rank's rows of the output weight [V/tp, h], on the last stage; None
+        elsewhere."""
+        self._body, self._mesh, self._shard, self._samples = body.eval(), mesh, shard, samples
+        self._weight = None if weight is None else output_weight(weight)
+        self._micro, self._top_k, self._chunk_tokens = micro_batch_size, top_k, chunk_tokens
+        self._dtypes = columns(top_k, self.seq_length)
+
+    @property
+    def seq_length(self) -> int:
+        """Of a sample."""
+        return self._samples.windows[0].seq_length
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank gets the rows: the first replica's last stage, on its first tensor-parallel rank."""
+        at = self._mesh.at
+        return self._mesh.is_last_stage and at.tp == 0 and at.dp == 0
+
+    @property
+    def writer(self) -> int:
+        """The global rank that gets the rows."""
+        layout = self._mesh.layout
+        return layout.groups("tp", "cp", "dp")[layout.pipeline - 1][0]
+
+    @torch.no_grad()
+    def score(self, first: int, end: int) -> Rows | None:
+        """The rows of samples [first, end), `first` a multiple of the micro-batch size. Collective over all ranks; the writer receives."""
+        assert first % self._micro == 0 and first < end, (first, end, self._micro)
+        replicas, replica = self._mesh.layout.data, self._mesh.at.dp
+        starts = range(first, end, self._micro)
+        rounds = -(-len(starts) // replicas)
+        mine = [self._place(start) for start in starts[replica::replicas]]
+        found: list[Tensor] = []
+        if mine:
+            found = run_pipeline([self._body], self._step, mine, self._mesh, self.seq_length, self._micro, forward_only=True)
+        if not self._mesh.is_last_stage:
+            return None
+        own = torch.zeros(rounds, len(self._dtypes) - 1, self._micro, dtype=torch.float64, device=cpu.device())
+        if found:
+            own[: len(found)] = torch.stack(found)
+        every = own.new_empty((replicas * rounds, *own.shape[1:]))
+        dist.all_gather_into_tensor(every, own, group=self._mesh.groups.dp)
+        if not self.is_writer:
+            return None
+        by_turn = every.view(replicas, rounds, *own.shape[1:]).permute(2, 1, 0, 3).flatten(1)[:, : end - first].cpu().numpy()
+        contents = content_hashes(self._samples.tokens(np.arange(first, end)))
+        names = [name for name in self._dtypes if name != "content"]
+        rows = {name: values.astype(self._dtypes[name]) for name, values in zip(names, by_turn, strict=True)}
+        return rows | {"content": contents}
+
+    def _place(self, start: int) -> _Placed:
+        last = sum(len(windows) for windows in self._samples.windows) - 1
+        tokens = self._samples.tokens(np.minimum(np.arange(start, start + self._micro), last))
+        inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:].T)
+        mask, position_ids, documents = self._samples.masking.of(inputs)
+
+        def placed(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(cpu.device(), non_blocking=True)
+
+        return _Placed(
+            placed(inputs), placed(labels).flatten(), placed(mask), placed(position_ids),
+            None if documents is None else placed(documents),
+        )  # fmt: skip
+
+    def _step(self, body: nn.Module, batch: _Placed) -> tuple[Tensor, LossFunction]:
+        """-> (hidden states, a "loss" that hands out the score columns as the microbatch's metrics)."""
+        assert isinstance(body, GPT)
+        mask = attention_mask(batch.documents, batch.tokens.size(1), body.cp_group, batch.tokens.device)
+        hidden = body(batch.tokens, batch.position_ids, mask)
+
+        def scores(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert self._weight is not None
+            of_tokens = token_scores(
+                hidden_sbh, self._weight, batch.labels_sb, batch.mask_bs.t().flatten(), self._shard, self._chunk_tokens
+            )
+            by_window = (values.view(-1, batch.tokens.size(0)).t() for values in (of_tokens.loss, of_tokens.rank, of_tokens.entropy))
+            none = torch.zeros((), device=hidden_sbh.device)
+            return none, none.int(), window_scores(TokenScores(*by_window), batch.mask_bs, self._top_k)
+
+        return hidden, scores

@@ -1,0 +1,286 @@
+"""Let a teacher score every window of the training data, for `select_data.py` to choose from: the teacher-score index (SALT_DS).
+
+The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
+started. Jobs of a SLURM array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
+started again, and one that is finished has nothing to do. What is in the directory: `megatron_salt/data/scores.py`.
+
+    torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
+        --output /shared/scores --shard "$SLURM_ARRAY_TASK_ID/16"
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from megatron_salt.cli import run_tool
+from megatron_salt.config import DataConfig, ParallelConfig, SaltConfig, TokenizerConfig
+from megatron_salt.data.scores import IndexManifest, ShardWriter, claim, parse_shard, shard_blocks
+from megatron_salt.errors import UserError
+from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+
+if TYPE_CHECKING:
+    from megatron_salt.data.batch import Samples
+    from megatron_salt.salt.admission import TeacherCheckpoint
+    from megatron_salt.salt.scoring import Rows, Scorer
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score the windows of a dataset with a teacher."""
+
+    teacher_load: str
+    """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory: an early one, in the paper."""
+
+    data_path: tuple[str, ...]
+    """Prefixes of .bin/.idx pairs in the order of the training run's --data-path; weights may be there, and mean nothing here."""
+
+    output: str
+    """Directory of the index. All jobs of one index name the same."""
+
+    shard: str = "0/1"
+    """i/n: score the i-th of n parts of the samples, i from 0 to n-1. Every job of an index has the same n."""
+
+    seq_length: int | None = None
+    """Tokens of a window: the training run's --seq-length. Default: the teacher's."""
+
+    score_top_k: tuple[int, ...] = (1, 10, 50, 100)
+    """The k of the scores: a token counts as learnable where fewer than k ids are likelier to the teacher. The paper has 10."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each of the teacher's layers."""
+
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages of the teacher. What both leave over is data parallelism."""
+
+    micro_batch_size: int = 4
+    """Windows of one forward pass. Part of the index: another one may round otherwise."""
+
+    block_samples: int = 4096
+    """Windows that are written together, a multiple of --micro-batch-size. What a killed job has to do again is less than this."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the teacher computes in. Default: what it was trained in."""
+
+    eod_mask_loss: bool = False
+    """As the training run: no score where the input token is the end-of-document id."""
+
+    reset_position_ids: bool = False
+    """As the training run: positions start again after each end-of-document id."""
+
+    reset_attention_mask: bool = False
+    """As the training run: tokens attend inside their own document alone."""
+
+    verify_data: bool = False
+    """Hash every byte of the data at start instead of a fixed sample of blocks."""
+
+    loss_chunk_mib: int = 256
+    """Memory for the logits of one chunk of tokens, float32."""
+
+    log_interval: int = 1
+    """Blocks between lines of progress."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer fails."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "block_samples", "loss_chunk_mib", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.block_samples % self.micro_batch_size:
+            raise UserError(f"--block-samples {self.block_samples} is not a multiple of --micro-batch-size {self.micro_batch_size}")
+        if not self.score_top_k or min(self.score_top_k) < 1 or len(set(self.score_top_k)) < len(self.score_top_k):
+            raise UserError(f"--score-top-k takes different numbers of at least 1, got {' '.join(map(str, self.score_top_k)) or 'none'}")
+        if not self.distributed_timeout_minutes > 0:
+            raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
+        parse_shard(self.shard)
+
+
+def score_data(config: ScoreConfig) -> None:
+    """The whole tool. Raises UserError."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
+    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+    from megatron_salt.checkpoint.checkpointer import TOKENIZER
+    from megatron_salt.data.batch import open_training_data
+    from megatron_salt.data.choice import tokenizer_of_run
+    from megatron_salt.salt.admission import read_teacher, refuse_unfit
+
+    layout = scoring_layout(config, world_size_from_environment())
+    teacher = read_teacher(config.teacher_load)
+    length = config.seq_length or teacher.seq_length
+    data = DataConfig(
+        data_path=config.data_path, eod_mask_loss=config.eod_mask_loss, reset_position_ids=config.reset_position_ids,
+        reset_attention_mask=config.reset_attention_mask, verify_data=config.verify_data,
+    )  # fmt: skip
+    tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
+    refuse_unfit(teacher, teacher_flags(config), tokenizer.fingerprint, tokenizer.vocab_size, length)
+    if max(config.score_top_k) > tokenizer.vocab_size:
+        raise UserError(f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocab_size} ids of the tokenizer")
+    samples, _ = open_training_data(data, length, seed=0, tokenizer_vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
+
+    def manifest() -> IndexManifest:
+        masking = {name: getattr(config, name) for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
+        return IndexManifest(
+            samples.dataset_facts(), length, tokenizer.vocab_size, tokenizer.fingerprint, teacher.fingerprint, teacher.step,
+            str(teacher.directory), config.score_top_k, masking, config.dtype or teacher.dtype, config.micro_batch_size,
+            config.block_samples,
+        )  # fmt: skip
+
+    score_shard(config, layout, teacher, samples, manifest)
+
+
+def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
+    """The teacher over all ranks. Raises UserError."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+    )
+    return student_layout(parallel, world_size)
+
+
+def teacher_flags(config: ScoreConfig) -> SaltConfig:
+    """The teacher's part of a training run's flags."""
+    return SaltConfig(
+        teacher_load=config.teacher_load, kd_steps=1, teacher_tensor_model_parallel_size=config.tensor_model_parallel_size,
+        teacher_pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+    )  # fmt: skip
+
+
+def score_shard(
+    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest]
+) -> None:
+    """Join the world, and score what this shard lacks. manifest: what the scores are of; rank 0 calls. Collective. Raises UserError."""
+    import torch.distributed as dist
+
+    from megatron_salt.parallel.agreement import from_rank_0
+    from megatron_salt.parallel.launch import distributed
+
+    with distributed(timedelta(minutes=config.distributed_timeout_minutes)):
+        rank = dist.get_rank()
+        logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
+        facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))
+        blocks = shard_blocks(facts.num_blocks, parse_shard(config.shard))
+        if not blocks:
+            if rank == 0:
+                print(f"shard {config.shard}: none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}")
+            return
+        scorer = build_scorer(config, layout, teacher, samples, facts.dtype)
+        fill_shard(config, scorer, facts, blocks)
+
+
+def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
+    """`claim`, and the manifest again. Raises UserError."""
+    claim(output, manifest)
+    return manifest
+
+
+def build_scorer(config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, dtype: str) -> Scorer:
+    """The teacher, admitted as to a training run, on this rank. Collective over all ranks. Raises UserError."""
+    import torch
+
+    from megatron_salt.model.loss import chunk_tokens_for_budget
+    from megatron_salt.model.vocabulary import VocabularyShard
+    from megatron_salt.parallel.launch import seed_everything
+    from megatron_salt.parallel.mesh import make_student_mesh
+    from megatron_salt.salt.admission import admit
+    from megatron_salt.salt.routing import teacher_layout
+    from megatron_salt.salt.scoring import Scorer
+
+    timeout, torch_dtype = timedelta(minutes=config.distributed_timeout_minutes), getattr(torch, dtype)
+    mesh = make_student_mesh(layout, timeout=timeout)
+    seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
+    rows = teacher.model.padded_vocabulary(teacher.vocabulary) // layout.tensor
+    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary, sequence_parallel=False)
+    chunk_tokens = chunk_tokens_for_budget(config.loss_chunk_mib, rows, torch.float32) * 2  # there are no student's logits beside them
+    length = samples.windows[0].seq_length
+    admitted = admit(
+        teacher, teacher_flags(config), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard, length, chunk_tokens,
+        torch_dtype, 1, timeout,
+    )  # fmt: skip
+    assert admitted.body is not None and admitted.mesh is not None
+    return Scorer(
+        admitted.body, admitted.weight, admitted.mesh, shard, samples, config.micro_batch_size, config.score_top_k, chunk_tokens
+    )
+
+
+def fill_shard(config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range) -> None:
+    """Score and write block after block. Collective over all ranks. Raises UserError where the writer cannot write."""
+    from megatron_salt.parallel.agreement import from_rank
+
+    opened: list[ShardWriter] = []  # one, on the rank that writes
+
+    def open_shard() -> list[int]:
+        opened.append(ShardWriter(Path(config.output), facts, blocks))
+        return list(opened[0].todo)
+
+    def write(block: int, rows: Rows | None) -> None:
+        assert rows is not None
+        opened[0].write(block, rows)
+
+    def on_writer(action: Callable[[], T]) -> T:
+        try:
+            return from_rank(scorer.writer, action)
+        except OSError as error:
+            raise UserError(
+                f"--output {config.output} cannot be written: {error.strerror} ({error.filename}); finished blocks stay"
+            ) from None
+
+    todo = on_writer(open_shard)
+    progress = Progress(config, facts, blocks, len(todo)) if opened else None
+    for block in todo:
+        rows = scorer.score(block * facts.block_samples, min((block + 1) * facts.block_samples, facts.num_samples))
+        on_writer(partial(write, block, rows))
+        if progress is not None and rows is not None:
+            progress.tell(rows)
+    on_writer(lambda: opened[0].finish())
+    if progress is not None:
+        progress.end()
+
+
+class Progress:
+    """What the writer says on the way."""
+
+    def __init__(self, config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> None:
+        self._shard, self._interval, self._length = config.shard, config.log_interval, facts.seq_length
+        self._todo, self._done, self._samples, self._not_finite = todo, 0, 0, 0
+        self._started = time.monotonic()
+        size = min(blocks.stop * facts.block_samples, facts.num_samples) - blocks.start * facts.block_samples
+        self._say(f"{size} of {facts.num_samples} samples in {len(blocks)} blocks, {len(blocks) - todo} of them finished before")
+
+    def tell(self, rows: Rows) -> None:
+        """A block is written."""
+        import numpy as np
+
+        self._done += 1
+        self._samples += len(rows["mean"])
+        self._not_finite += int(np.count_nonzero(~np.isfinite(rows["mean"])))
+        if self._done % self._interval == 0 or self._done == self._todo:
+            seconds = time.monotonic() - self._started
+            left = int(seconds / self._done * (self._todo - self._done))
+            self._say(f"block {self._done}/{self._todo} | {self._samples} samples | "
+                      f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left")
+
+    def end(self) -> None:
+        """All blocks are written, and the shard is finished."""
+        if self._not_finite:
+            self._say(f"the teacher's loss is not finite in {self._not_finite} samples; select_data.py will refuse them")
+        self._say("finished")
+
+    def _say(self, text: str) -> None:
+        print(f"shard {self._shard}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(ScoreConfig, score_data))
