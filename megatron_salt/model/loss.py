@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
 from megatron.core.tensor_parallel import layers
 
-from megatron_salt.model.vocabulary import Comparison, Label, Softmax, VocabularyShard, blocks, compare, reduce, slices
+from megatron_salt.model.vocabulary import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
 
 METRICS = ("tokens", "loss", "accuracy")
 """The sums over valid tokens that come with the loss, in this order: weight of the mask, loss, top-1 hits (ties count)."""
@@ -110,6 +110,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
         size = _even_chunk(all_tokens.size(0), chunk_tokens)
         buffer = real_weight.new_empty((size, shard.real_rows))
+        blocks = Blocks.of(buffer)
         teacher_logits = None if teacher is None else _TeacherLogits(teacher, mask, shard, size)
         sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float32, device=hidden.device)
         for chunk in slices(all_tokens.size(0), size):
@@ -119,14 +120,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             label = Label.of(torch.where(mask_n > 0, labels[chunk], 0), shard)
             soft = None
             if teacher is None or teacher_logits is None:
-                student = reduce(logits_nv, label, shard.group)
+                student = reduce(logits_nv, label, shard.group, blocks)
             else:
                 teacher_nv = teacher_logits.of(chunk)
-                student, comparison = compare(logits_nv, teacher_nv, teacher.temperature, label, shard.group)
+                student, comparison = compare(logits_nv, teacher_nv, teacher.temperature, label, shard.group, blocks)
                 soft = _Soft(teacher_nv, comparison, teacher.temperature, teacher.kd_weight)
             _add_metrics(sums, mask_n, student, soft)
             if want_hidden or want_weight:
-                gradient_nv = _into_gradient(logits_nv, label, mask_n, student, soft)
+                gradient_nv = _into_gradient(logits_nv, label, mask_n, student, soft, blocks)
                 if d_hidden is not None:
                     torch.mm(gradient_nv, real_weight, out=d_hidden[chunk])
                 if d_weight is not None:
@@ -219,7 +220,9 @@ def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | N
         sums[len(METRICS) :] += masked(ce, soft.comparison.kl, -teacher.log_p, teacher.hit, agreement)
 
 
-def _into_gradient(logits_nv: Tensor, label: Label, mask_n: Tensor, student: Softmax, soft: _Soft | None) -> Tensor:
+def _into_gradient(
+    logits_nv: Tensor, label: Label, mask_n: Tensor, student: Softmax, soft: _Soft | None, blocks: Blocks
+) -> Tensor:
     """mask * (softmax(logits) - (1-w) onehot(label) - w p), over the logits in place."""
     if not logits_nv.size(1):
         return logits_nv
@@ -230,12 +233,15 @@ def _into_gradient(logits_nv: Tensor, label: Label, mask_n: Tensor, student: Sof
         log_p_label = (soft.comparison.teacher.label / soft.temperature) - soft.comparison.sum_exp.log()
         at_label = soft.mix(at_label, student.log_p.exp() - log_p_label.exp())
         teacher_factor = mask_n * soft.weight / soft.comparison.sum_exp
-    for rows in blocks(logits_nv):
-        block = (logits_nv[rows] - shift[rows, None]).exp_()
+    for rows in blocks.over(logits_nv):
+        in_place = logits_nv.dtype == torch.float32
+        block = torch.sub(logits_nv[rows], shift[rows, None], out=logits_nv[rows] if in_place else blocks.room(0, rows)).exp_()
         if soft is not None:
-            teacher_block = (soft.logits_nv[rows] - soft.comparison.teacher.largest[rows, None]).div_(soft.temperature).exp_()
+            largest = soft.comparison.teacher.largest[rows, None]
+            teacher_block = torch.sub(soft.logits_nv[rows], largest, out=blocks.room(1, rows)).div_(soft.temperature).exp_()
             block.addcmul_(teacher_block, teacher_factor[rows, None], value=-1)
-        logits_nv[rows] = block
+        if not in_place:
+            logits_nv[rows] = block
     at_label = (mask_n * at_label).to(logits_nv.dtype)
     # Not scatter_, which on a CPU in bfloat16 goes by way of a float32 copy of the whole chunk.
     return logits_nv.index_put_(label_ids, torch.where(label.here, at_label, logits_nv[label_ids]))
@@ -250,8 +256,11 @@ def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
     elif total.is_cuda:  # from torch 2.10 on; before, only apex has it
         torch.addmm(total, gradient_nv.t(), hidden_nh, out_dtype=torch.float32, out=total)
     else:  # band by band, so that the rounded product is still in the cache when it is added
-        for band in slices(total.size(0), max(1, (1 << 20) // total.size(1))):
-            total[band].add_(gradient_nv[:, band].t() @ hidden_nh)
+        rows = max(1, min(total.size(0), (1 << 20) // total.size(1)))
+        room = hidden_nh.new_empty((rows, total.size(1)))
+        for band in slices(total.size(0), rows):
+            product = torch.mm(gradient_nv[:, band].t(), hidden_nh, out=room[: band.stop - band.start])
+            total[band].add_(product)
 
 
 def _gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:

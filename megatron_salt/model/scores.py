@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_salt.model.vocabulary import Label, VocabularyShard, judge, slices
-
+from megatron_salt.model.vocabulary import Blocks, Label, VocabularyShard, judge, slices
 
 
 @dataclass(frozen=True)
@@ -29,39 +28,39 @@ class TokenScores:
     """Of the model's distribution, nats."""
 
 
-def output_weight(weight: Tensor) -> Tensor:
-    """The weight [V/tp, h] as `token_scores` wants it. Where no product of bfloat16 numbers has a float32 result (on a CPU) that
-    is a float32 copy, made once."""
-    return weight if weight.is_cuda else weight.float()
+class TokenScorer:
+    """The output weight of a model, ready to score tokens; and room for the logits of one chunk, kept from call to call."""
 
+    def __init__(self, weight: Tensor, shard: VocabularyShard, chunk_tokens: int) -> None:
+        """weight: [V/tp, h], this rank's rows. chunk_tokens: how many tokens have logits at one time."""
+        # Where no product of bfloat16 numbers has a float32 result (on a CPU), a float32 copy stands in.
+        self._weight = (weight if weight.is_cuda else weight.float())[: shard.real_rows]
+        self._shard, self._chunk_tokens = shard, chunk_tokens
+        self._buffer = torch.empty((chunk_tokens, shard.real_rows), device=weight.device)
+        self._blocks = Blocks.of(self._buffer)
 
-@torch.no_grad()
-def token_scores(
-    hidden_sbh: Tensor, weight: Tensor, labels_sb: Tensor, mask_sb: Tensor, shard: VocabularyShard, chunk_tokens: int
-) -> TokenScores:
-    """Collective over the tensor-parallel group; all its ranks get all.
+    @torch.no_grad()
+    def score(self, hidden_sbh: Tensor, labels_sb: Tensor, mask_sb: Tensor) -> TokenScores:
+        """Collective over the tensor-parallel group; all its ranks get all.
 
-    hidden_sbh: [s, b, h], the whole sequence on every rank. weight: `output_weight`. labels_sb: int64 [s*b], s-major; mask_sb: [s*b].
-    Twice `chunk_tokens` of the loss would fit in the same memory: logits are float32 here, and there are no others.
-    """
-    hidden_nh = hidden_sbh.reshape(-1, hidden_sbh.size(-1))
-    real_weight = weight[: shard.real_rows]
-    buffer = torch.empty((min(chunk_tokens, hidden_nh.size(0)), shard.real_rows), device=weight.device)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in slices(hidden_nh.size(0), chunk_tokens):
-        valid = mask_sb[chunk] > 0
-        label = Label.of(torch.where(valid, labels_sb[chunk], 0), shard)
-        logits_nv = _float32_product(hidden_nh[chunk], real_weight, buffer[: valid.numel()])
-        judgement = judge(logits_nv, label, shard.group)
-        parts.append((-judgement.softmax.log_p, judgement.rank, judgement.entropy))
-    return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        hidden_sbh: [s, b, h], the whole sequence on every rank; labels_sb: int64 [s*b], s-major; mask_sb: [s*b].
+        """
+        hidden_nh = hidden_sbh.reshape(-1, hidden_sbh.size(-1))
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for chunk in slices(hidden_nh.size(0), self._chunk_tokens):
+            valid = mask_sb[chunk] > 0
+            label = Label.of(torch.where(valid, labels_sb[chunk], 0), self._shard)
+            logits_nv = self.logits(hidden_nh[chunk])
+            judgement = judge(logits_nv, label, self._shard.group, self._blocks)
+            parts.append((-judgement.softmax.log_p, judgement.rank, judgement.entropy))
+        return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-
-def _float32_product(hidden_nh: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """hidden_nh @ weight^T in float32."""
-    if weight.dtype == torch.float32:
-        return torch.mm(hidden_nh.float(), weight.t(), out=out)
-    return torch.mm(hidden_nh, weight.t(), out_dtype=torch.float32, out=out)
+    def logits(self, hidden_nh: Tensor) -> Tensor:
+        """float32 [n, real ids of this rank] of at most a chunk of tokens, [n, h]. The next call overwrites it."""
+        out = self._buffer[: hidden_nh.size(0)]
+        if self._weight.dtype == torch.float32:
+            return torch.mm(hidden_nh.float(), self._weight.t(), out=out)
+        return torch.mm(hidden_nh, self._weight.t(), out_dtype=torch.float32, out=out)
 
 
 def window_scores(scores: TokenScores, mask_bs: Tensor, top_k: Sequence[int]) -> Tensor:

@@ -124,33 +124,55 @@ def slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows, so many that a float32 copy of one stays small; none of a matrix without columns."""
-    if not matrix.size(1):
-        return iter(())
-    return slices(matrix.size(0), max(1, _BLOCK[matrix.device.type] // matrix.size(1)))
+class Blocks:
+    """How chunks of logits are gone through: so many rows at a time that float32 copies of them stay in cache, in room made once.
+
+    New room for each block would cost a CPU more than the arithmetic in it: the allocator fetches large pieces from the kernel, which
+    hands out each page anew.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:
+        """For chunks of at most `num_rows` rows. A rank may have no column, and then there is no block."""
+        self._rows = min(num_rows, max(1, _BLOCK[device.type] // max(1, num_columns)))
+        self._columns, self._device = num_columns, device
+        self._rooms: dict[int, Tensor] = {}
+
+    @staticmethod
+    def of(logits_nv: Tensor) -> Blocks:
+        """For one chunk alone."""
+        return Blocks(logits_nv.size(0), logits_nv.size(1), logits_nv.device)
+
+    def over(self, logits_nv: Tensor) -> Iterator[slice]:
+        """Slices of a chunk's rows."""
+        return slices(logits_nv.size(0), self._rows) if self._columns else iter(())
+
+    def room(self, number: int, rows: slice) -> Tensor:
+        """float32 [rows, columns] to write to, which is another's for another number and the same for the next block."""
+        if number not in self._rooms:
+            self._rooms[number] = torch.empty((self._rows, self._columns), dtype=torch.float32, device=self._device)
+        return self._rooms[number][: rows.stop - rows.start]
 
 
-def reduce(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Softmax:
+def reduce(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Blocks) -> Softmax:
     """From the logits of this rank's real ids, rounded or not. Collective over the group; every rank receives."""
     packed = logits_nv.new_zeros((_NUM_SUMS, logits_nv.size(0)), dtype=torch.float32)
     part = _Sums(*packed)
     part.add_label(logits_nv, label)
-    for rows in blocks(logits_nv):
-        part.sum_exp[rows] = part.below_largest(logits_nv, rows).exp_().sum(-1)
+    for rows in blocks.over(logits_nv):
+        part.sum_exp[rows] = part.below_largest(logits_nv, rows, blocks.room(0, rows)).exp_().sum(-1)
     return _combine(_Sums(*_gather(packed, group)))
 
 
-def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Judgement:
+def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Blocks) -> Judgement:
     """`reduce`, the label's rank and the entropy. float32 logits: rounded ones would tie. Collective over the group; every rank
     receives. One collective more than `reduce`, for the rank: the label's logit is on one rank, the ids above it are on all."""
     assert logits_nv.dtype == torch.float32, logits_nv.dtype
     packed = logits_nv.new_zeros((_NUM_SUMS + 1, logits_nv.size(0)))
     part, gap = _Sums(*packed[:_NUM_SUMS]), packed[_NUM_SUMS]  # gap: sum_v exp(logit_v - largest) (logit_v - largest)
     part.add_label(logits_nv, label)
-    for rows in blocks(logits_nv):
-        block = part.below_largest(logits_nv, rows)
-        exp_bv = block.exp()
+    for rows in blocks.over(logits_nv):
+        block = part.below_largest(logits_nv, rows, blocks.room(0, rows))
+        exp_bv = torch.exp(block, out=blocks.room(1, rows))
         part.sum_exp[rows] = exp_bv.sum(-1)
         gap[rows] = torch.linalg.vecdot(exp_bv, block)
     gathered = _gather(packed, group)
@@ -158,8 +180,8 @@ def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Judgemen
     softmax = _combine(parts)
     label_logit = parts.label.amax(0)
     rank = logits_nv.new_zeros(logits_nv.size(0))
-    for rows in blocks(logits_nv):
-        rank[rows] = (logits_nv[rows] > label_logit[rows, None]).sum(-1).float()
+    for rows in blocks.over(logits_nv):
+        rank[rows] = torch.gt(logits_nv[rows], label_logit[rows, None], out=blocks.room(0, rows)).sum(-1)  # exact below 2^24 ids
     if group.size() > 1:
         dist.all_reduce(rank, group=group)
     _, below = _below_group(parts)
@@ -170,17 +192,19 @@ def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup) -> Judgemen
 
 
 def compare(
-    logits_nv: Tensor, teacher_nv: Tensor, temperature: float, label: Label, group: dist.ProcessGroup
+    logits_nv: Tensor, teacher_nv: Tensor, temperature: float, label: Label, group: dist.ProcessGroup, blocks: Blocks
 ) -> tuple[Softmax, Comparison]:
     """The student's softmax, bit for bit as `reduce` has it, and the teacher beside it. Collective over the group; all receive."""
     packed = logits_nv.new_zeros((2 * _NUM_SUMS + _NUM_SOFT_SUMS, logits_nv.size(0)), dtype=torch.float32)
     student, teacher, soft = _unpack(packed)
     student.add_label(logits_nv, label)
     teacher.add_label(teacher_nv, label)
-    for rows in blocks(logits_nv):
-        student_bv, teacher_bv = student.below_largest(logits_nv, rows), teacher.below_largest(teacher_nv, rows)
-        soft.both[rows] = ((student_bv + teacher_bv).amax(-1) == 0).float()  # neither is above 0
-        exp_bv = teacher_bv.exp()
+    for rows in blocks.over(logits_nv):
+        student_bv = student.below_largest(logits_nv, rows, blocks.room(0, rows))
+        teacher_bv = teacher.below_largest(teacher_nv, rows, blocks.room(1, rows))
+        exp_bv = torch.add(student_bv, teacher_bv, out=blocks.room(2, rows))
+        soft.both[rows] = (exp_bv.amax(-1) == 0).float()  # neither is above 0
+        exp_bv = torch.exp(teacher_bv, out=exp_bv)
         teacher.sum_exp[rows] = exp_bv.sum(-1)
         if temperature != 1:
             exp_bv = torch.exp(teacher_bv.div_(temperature), out=exp_bv)
@@ -205,10 +229,10 @@ class _Sums(NamedTuple):
         if logits_nv.size(1):
             self.label.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0], float("-inf")))
 
-    def below_largest(self, logits_nv: Tensor, rows: slice) -> Tensor:
-        """Find the largest of a block of rows; the block minus it, a new float32 tensor."""
+    def below_largest(self, logits_nv: Tensor, rows: slice, room: Tensor) -> Tensor:
+        """Find the largest of a block of rows; the block minus it, in `room`."""
         self.largest[rows] = logits_nv[rows].amax(-1)
-        return logits_nv[rows] - self.largest[rows, None]
+        return torch.sub(logits_nv[rows], self.largest[rows, None], out=room)
 
 
 class _SoftSums(NamedTuple):

@@ -20,7 +20,7 @@ from megatron_salt.data.batch import Samples
 from megatron_salt.data.scores import columns, content_hashes
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.scores import TokenScores, output_weight, token_scores, window_scores
+from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
@@ -54,10 +54,11 @@ class Scorer:
     ) -> None:  # fmt: skip
         """body: this rank's stage without output head. weight: this rank's rows of the output weight [V/tp, h], on the last stage; None
         elsewhere."""
-        self._body, self._mesh, self._shard, self._samples = body.eval(), mesh, shard, samples
-        self._weight = None if weight is None else output_weight(weight)
-        self._micro, self._top_k, self._chunk_tokens = micro_batch_size, top_k, chunk_tokens
+        self._body, self._mesh, self._samples = body.eval(), mesh, samples
+        self._micro, self._top_k = micro_batch_size, top_k
         self._dtypes = columns(top_k, self.seq_length)
+        chunk_tokens = min(chunk_tokens, micro_batch_size * self.seq_length)
+        self._tokens = None if weight is None else TokenScorer(weight, shard, chunk_tokens)
 
     @property
     def seq_length(self) -> int:
@@ -123,10 +124,8 @@ class Scorer:
         hidden = body(batch.tokens, batch.position_ids, mask)
 
         def scores(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            assert self._weight is not None
-            of_tokens = token_scores(
-                hidden_sbh, self._weight, batch.labels_sb, batch.mask_bs.t().flatten(), self._shard, self._chunk_tokens
-            )
+            assert self._tokens is not None
+            of_tokens = self._tokens.score(hidden_sbh, batch.labels_sb, batch.mask_bs.t().flatten())
             by_window = (values.view(-1, batch.tokens.size(0)).t() for values in (of_tokens.loss, of_tokens.rank, of_tokens.entropy))
             none = torch.zeros((), device=hidden_sbh.device)
             return none, none.int(), window_scores(TokenScores(*by_window), batch.mask_bs, self._top_k)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
-from megatron_salt.model.vocabulary import Label, VocabularyShard, compare, reduce
+from megatron_salt.model.vocabulary import Blocks, Label, VocabularyShard, compare, reduce
 from tests.grids import grid
 from tests.model.test_loss import Alone, Storages, relative_error
 from tests.ranks import run_ranks
@@ -235,8 +235,8 @@ def test_kl_of_any_token_is_right_and_never_below_0(temperature, scale, noise):
     logits = torch.randn(64, 5000, generator=generator) * scale
     teacher = logits * temperature + torch.randn(64, 5000, generator=generator) * noise  # p at its temperature is near the student's
     label = Label.of(torch.zeros(64, dtype=torch.int64), VocabularyShard(Alone(), 5000, 5000, False))
-    student, comparison = compare(logits, teacher, temperature, label, Alone())
-    assert all(torch.equal(a, b) for a, b in zip(vars(student).values(), vars(reduce(logits, label, Alone())).values(), strict=True))
+    student, comparison = compare(logits, teacher, temperature, label, Alone(), Blocks.of(logits))
+    assert all(torch.equal(a, b) for a, b in zip(vars(student).values(), vars(reduce(logits, label, Alone(), Blocks.of(logits))).values(), strict=True))
     log_p, log_q = (teacher.double() / temperature).log_softmax(-1), logits.double().log_softmax(-1)
     assert comparison.kl.min() >= -1e-6
     torch.testing.assert_close(comparison.kl.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=2e-6, atol=1e-6)
@@ -246,10 +246,10 @@ def test_agreement_and_hits_count_ties():
     """Ids 1 and 2 tie in the student, 2 and 3 in the teacher."""
     student, teacher = torch.tensor([[0.0, 5, 5, 1]]).repeat(4, 1), torch.tensor([[0.0, 1, 5, 5]]).repeat(4, 1)
     label = Label.of(torch.arange(4), VocabularyShard(Alone(), 4, 4, False))
-    softmax, comparison = compare(student, teacher, 1.0, label, Alone())
+    softmax, comparison = compare(student, teacher, 1.0, label, Alone(), Blocks.of(student))
     assert softmax.hit.tolist() == [0, 1, 1, 0] and comparison.teacher.hit.tolist() == [0, 0, 1, 1]
     assert comparison.agreement.tolist() == [1] * 4
-    _, apart = compare(student[:, [0, 1, 3, 3]], teacher, 1.0, label, Alone())
+    _, apart = compare(student[:, [0, 1, 3, 3]], teacher, 1.0, label, Alone(), Blocks.of(student))
     assert apart.agreement.tolist() == [0] * 4
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_salt.data.scores import columns
-from megatron_salt.model.scores import TokenScores, output_weight, token_scores, window_scores
+from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocabulary import VocabularyShard
 from tests.ranks import run_ranks
 
@@ -67,7 +67,7 @@ def scores_here(case: Case) -> TokenScores:
     assert group is not None
     shard = VocabularyShard(group, ROWS // case.tp, case.num_valid, sequence_parallel=False)
     own = inputs.weight[shard.first : shard.first + shard.rows]
-    return token_scores(inputs.hidden, output_weight(own), inputs.labels, inputs.mask, shard, case.chunk)
+    return TokenScorer(own, shard, case.chunk).score(inputs.hidden, inputs.labels, inputs.mask)
 
 
 CASES = [

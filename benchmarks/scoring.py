@@ -1,0 +1,113 @@
+"""What scoring adds to a forward pass of the teacher: tokens/s of `tools/score_data.py`'s inner part on one CPU rank.
+
+    python benchmarks/scoring.py           two minutes; one core
+
+The rival is the bare forward pass of the same teacher over the same windows: reading them, body, and the product with the output
+weight, chunk by chunk into a buffer that nobody looks at. Scoring makes of these logits loss, rank and entropy of each token and the
+columns of each window, and hashes the window's contents. Both take turns on the same samples; the ratio is the median over pairs of
+neighbours. --vocabulary 32768 makes the head as large a part of the teacher as the body.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import stage1_overhead
+import torch
+from results import result
+from torch import Tensor, nn
+
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+
+from megatron_salt.data.batch import open_training_data  # noqa: E402
+from megatron_salt.model.gpt import GPT  # noqa: E402
+from megatron_salt.model.vocabulary import slices  # noqa: E402
+from megatron_salt.parallel.launch import distributed  # noqa: E402
+from megatron_salt.parallel.pipeline import LossFunction, run_pipeline  # noqa: E402
+from megatron_salt.salt.admission import read_teacher  # noqa: E402
+from megatron_salt.salt.scoring import Scorer, _Placed  # noqa: E402
+from tools.score_data import ScoreConfig, build_scorer, scoring_layout  # noqa: E402
+
+GOAL = 0.90
+WINDOWS, MICRO_BATCH = 16, 4
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--pairs", type=int, default=9)
+    asked.add_argument("--vocabulary", type=int, default=stage1_overhead.VOCABULARY)
+    asked.add_argument("--bf16", action="store_true")
+    flags = asked.parse_args()
+    torch.set_num_threads(1)
+    stage1_overhead.VOCABULARY = flags.vocabulary
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stage1_overhead.teach_for_one_step(folder, flags.bf16)
+        pairs = measure(folder, flags.pairs)
+    tokens = WINDOWS * stage1_overhead.SEQ_LENGTH
+    for what, seconds in (("scoring", [pair[0] for pair in pairs]), ("bare forward pass", [pair[1] for pair in pairs])):
+        print(f"{what:20}{tokens / statistics.median(seconds):>10.0f} tokens/s (CPU seconds)")
+    low, middle, high = statistics.quantiles([bare / scoring for scoring, bare in pairs], n=4)
+    print(f"quartiles {low:.3f}-{high:.3f}, {len(pairs)} pairs, vocabulary {flags.vocabulary}")
+    result(f"scoring_over_bare_forward_{flags.vocabulary // 1024}K{'_bf16' if flags.bf16 else ''}", middle, GOAL)
+
+
+def measure(folder: Path, pairs: int) -> list[tuple[float, float]]:
+    """CPU seconds of scoring and of the bare forward pass, in turns."""
+    config = ScoreConfig(teacher_load=str(folder / "teacher"), data_path=(str(folder / "data"),), output="", micro_batch_size=MICRO_BATCH)
+    run = stage1_overhead.base_run(folder, stage1_overhead.TEACHER, bf16=False)
+    data = replace(run.data, data_path=config.data_path)
+    samples, _ = open_training_data(data, stage1_overhead.SEQ_LENGTH, 0, stage1_overhead.VOCABULARY, None)
+    teacher = read_teacher(config.teacher_load)
+    with distributed(timedelta(minutes=5)):
+        scorer = build_scorer(config, scoring_layout(config, 1), teacher, samples, teacher.dtype)
+        found = []
+        for pair in range(pairs + 1):
+            scoring, bare = (lambda: scorer.score(0, WINDOWS)), (lambda: bare_forward(scorer))
+            seconds = [cpu_seconds(action) for action in ((scoring, bare) if pair % 2 else (bare, scoring))]
+            found.append((seconds[0], seconds[1]) if pair % 2 else (seconds[1], seconds[0]))
+        return found[1:]
+
+
+def cpu_seconds(action) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+@torch.no_grad()
+def bare_forward(scorer: Scorer) -> None:
+    """Read, body, and logits of every token."""
+    tokens = scorer._tokens
+    assert tokens is not None
+
+    def step(body: nn.Module, batch: _Placed) -> tuple[Tensor, LossFunction]:
+        assert isinstance(body, GPT)
+        hidden = body(batch.tokens, batch.position_ids, None)
+
+        def logits(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            hidden_nh = hidden_sbh.flatten(0, 1)
+            for chunk in slices(len(hidden_nh), tokens._chunk_tokens):
+                tokens.logits(hidden_nh[chunk])
+            none = torch.zeros(())
+            return none, none.int(), none
+
+        return hidden, logits
+
+    placed = [scorer._place(start) for start in range(0, WINDOWS, MICRO_BATCH)]
+    run_pipeline([scorer._body], step, placed, scorer._mesh, scorer.seq_length, MICRO_BATCH, forward_only=True)
+
+
+if __name__ == "__main__":
+    main()
