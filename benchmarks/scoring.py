@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,14 +29,15 @@ from torch import Tensor, nn
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
+from megatron_salt.config import DataConfig  # noqa: E402
 from megatron_salt.data.batch import open_training_data  # noqa: E402
 from megatron_salt.model.gpt import GPT  # noqa: E402
 from megatron_salt.model.vocabulary import slices  # noqa: E402
 from megatron_salt.parallel.launch import distributed  # noqa: E402
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline  # noqa: E402
 from megatron_salt.salt.admission import read_teacher  # noqa: E402
-from megatron_salt.salt.scoring import Scorer, _Placed  # noqa: E402
-from tools.score_data import ScoreConfig, build_scorer, scoring_layout  # noqa: E402
+from megatron_salt.parallel.layout import Layout  # noqa: E402
+from megatron_salt.salt.scoring import Scorer, _Placed, make_scorer  # noqa: E402
 
 GOAL = 0.90
 WINDOWS, MICRO_BATCH = 16, 4
@@ -65,13 +65,11 @@ def main() -> None:
 
 def measure(folder: Path, pairs: int) -> list[tuple[float, float]]:
     """CPU seconds of scoring and of the bare forward pass, in turns."""
-    config = ScoreConfig(teacher_load=str(folder / "teacher"), data_path=(str(folder / "data"),), output="", micro_batch_size=MICRO_BATCH)
-    run = stage1_overhead.base_run(folder, stage1_overhead.TEACHER, bf16=False)
-    data = replace(run.data, data_path=config.data_path)
+    data = DataConfig(data_path=(str(folder / "data"),))
     samples, _ = open_training_data(data, stage1_overhead.SEQ_LENGTH, 0, stage1_overhead.VOCABULARY, None)
-    teacher = read_teacher(config.teacher_load)
-    with distributed(timedelta(minutes=5)):
-        scorer = build_scorer(config, scoring_layout(config, 1), teacher, samples, teacher.dtype)
+    teacher, timeout = read_teacher(str(folder / "teacher")), timedelta(minutes=5)
+    with distributed(timeout):
+        scorer = make_scorer(teacher, Layout(), samples, teacher.dtype, MICRO_BATCH, (1, 10, 50, 100), 256, timeout)
         found = []
         for pair in range(pairs + 1):
             scoring, bare = (lambda: scorer.score(0, WINDOWS)), (lambda: bare_forward(scorer))

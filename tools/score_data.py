@@ -1,11 +1,11 @@
 """Let a teacher score every window of the training data, for `select_data.py` to choose from: the teacher-score index (SALT_DS).
 
 The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
-started. Jobs of a SLURM array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
+started. Jobs of an array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
 started again, and one that is finished has nothing to do. What is in the directory: `megatron_salt/data/scores.py`.
 
     torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
-        --output /shared/scores --shard "$SLURM_ARRAY_TASK_ID/16"
+        --output /shared/scores --shard 0/16
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megatron_salt.cli import run_tool
-from megatron_salt.config import DataConfig, ParallelConfig, SaltConfig, TokenizerConfig
+from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.scores import IndexManifest, ShardWriter, claim, parse_shard, shard_blocks
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
@@ -116,6 +116,7 @@ def score_data(config: ScoreConfig) -> None:
     from megatron_salt.data.batch import open_training_data
     from megatron_salt.data.choice import tokenizer_of_run
     from megatron_salt.salt.admission import read_teacher, refuse_unfit
+    from megatron_salt.salt.scoring import teacher_flags
 
     layout = scoring_layout(config, world_size_from_environment())
     teacher = read_teacher(config.teacher_load)
@@ -125,7 +126,7 @@ def score_data(config: ScoreConfig) -> None:
         reset_attention_mask=config.reset_attention_mask, verify_data=config.verify_data,
     )  # fmt: skip
     tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
-    refuse_unfit(teacher, teacher_flags(config), tokenizer.fingerprint, tokenizer.vocab_size, length)
+    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocab_size, length)
     if max(config.score_top_k) > tokenizer.vocab_size:
         raise UserError(f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocab_size} ids of the tokenizer")
     samples, _ = open_training_data(data, length, seed=0, tokenizer_vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
@@ -150,14 +151,6 @@ def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
     return student_layout(parallel, world_size)
 
 
-def teacher_flags(config: ScoreConfig) -> SaltConfig:
-    """The teacher's part of a training run's flags."""
-    return SaltConfig(
-        teacher_load=config.teacher_load, kd_steps=1, teacher_tensor_model_parallel_size=config.tensor_model_parallel_size,
-        teacher_pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-    )  # fmt: skip
-
-
 def score_shard(
     config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest]
 ) -> None:
@@ -166,8 +159,10 @@ def score_shard(
 
     from megatron_salt.parallel.agreement import from_rank_0
     from megatron_salt.parallel.launch import distributed
+    from megatron_salt.salt.scoring import make_scorer
 
-    with distributed(timedelta(minutes=config.distributed_timeout_minutes)):
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    with distributed(timeout):
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
         facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))
@@ -176,7 +171,9 @@ def score_shard(
             if rank == 0:
                 print(f"shard {config.shard}: none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}")
             return
-        scorer = build_scorer(config, layout, teacher, samples, facts.dtype)
+        scorer = make_scorer(
+            teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout
+        )
         fill_shard(config, scorer, facts, blocks)
 
 
@@ -184,35 +181,6 @@ def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
     """`claim`, and the manifest again. Raises UserError."""
     claim(output, manifest)
     return manifest
-
-
-def build_scorer(config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, dtype: str) -> Scorer:
-    """The teacher, admitted as to a training run, on this rank. Collective over all ranks. Raises UserError."""
-    import torch
-
-    from megatron_salt.model.loss import chunk_tokens_for_budget
-    from megatron_salt.model.vocabulary import VocabularyShard
-    from megatron_salt.parallel.launch import seed_everything
-    from megatron_salt.parallel.mesh import make_student_mesh
-    from megatron_salt.salt.admission import admit
-    from megatron_salt.salt.routing import teacher_layout
-    from megatron_salt.salt.scoring import Scorer
-
-    timeout, torch_dtype = timedelta(minutes=config.distributed_timeout_minutes), getattr(torch, dtype)
-    mesh = make_student_mesh(layout, timeout=timeout)
-    seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
-    rows = teacher.model.padded_vocabulary(teacher.vocabulary) // layout.tensor
-    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary, sequence_parallel=False)
-    chunk_tokens = chunk_tokens_for_budget(config.loss_chunk_mib, rows, torch.float32) * 2  # there are no student's logits beside them
-    length = samples.windows[0].seq_length
-    admitted = admit(
-        teacher, teacher_flags(config), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard, length, chunk_tokens,
-        torch_dtype, 1, timeout,
-    )  # fmt: skip
-    assert admitted.body is not None and admitted.mesh is not None
-    return Scorer(
-        admitted.body, admitted.weight, admitted.mesh, shard, samples, config.micro_batch_size, config.score_top_k, chunk_tokens
-    )
 
 
 def fill_shard(config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range) -> None:

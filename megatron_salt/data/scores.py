@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -172,7 +173,7 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
 
     UserError when it holds an index of something else, naming what differs.
     """
-    path, temporary = directory / INDEX, directory / f"{INDEX}.{os.uname().nodename}.{os.getpid()}"
+    path, temporary = directory / INDEX, directory / f"{INDEX}.{uuid.uuid4().hex}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():

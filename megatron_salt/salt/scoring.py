@@ -8,6 +8,7 @@ replicas take turns. The last one of the data is filled up by repeating its last
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -16,14 +17,20 @@ from torch import Tensor, nn
 
 import megatron_salt.parallel.cpu as cpu  # before megatron
 
+from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Samples
 from megatron_salt.data.scores import columns, content_hashes
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import GPT
+from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocabulary import VocabularyShard
-from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.parallel.launch import seed_everything
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.admission import TeacherCheckpoint, admit
+from megatron_salt.salt.routing import teacher_layout
 
 Rows = dict[str, np.ndarray]
 """The columns of consecutive samples, by name."""
@@ -131,3 +138,31 @@ class Scorer:
             return none, none.int(), window_scores(TokenScores(*by_window), batch.mask_bs, self._top_k)
 
         return hidden, scores
+
+
+def teacher_flags(layout: Layout) -> SaltConfig:
+    """A training run's flags for a teacher that lies as the scorer's does."""
+    return SaltConfig(
+        teacher_load="", kd_steps=1, teacher_tensor_model_parallel_size=layout.tensor, teacher_pipeline_model_parallel_size=layout.pipeline
+    )
+
+
+def make_scorer(
+    teacher: TeacherCheckpoint, layout: Layout, samples: Samples, dtype: str, micro_batch_size: int, top_k: tuple[int, ...],
+    chunk_mib: int, timeout: timedelta,
+) -> Scorer:  # fmt: skip
+    """The teacher over all ranks, admitted as to a training run. Collective over all ranks. Raises UserError.
+
+    chunk_mib: memory for logits. The teacher is its own student here, so to speak: in the same layout, with nobody to teach.
+    """
+    mesh = make_student_mesh(layout, timeout=timeout)
+    seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
+    rows = teacher.model.padded_vocabulary(teacher.vocabulary) // layout.tensor
+    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary, sequence_parallel=False)
+    chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
+    admitted = admit(
+        teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,
+        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout,
+    )  # fmt: skip
+    assert admitted.body is not None and admitted.mesh is not None
+    return Scorer(admitted.body, admitted.weight, admitted.mesh, shard, samples, micro_batch_size, top_k, chunk_tokens)

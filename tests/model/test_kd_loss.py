@@ -236,7 +236,8 @@ def test_kl_of_any_token_is_right_and_never_below_0(temperature, scale, noise):
     teacher = logits * temperature + torch.randn(64, 5000, generator=generator) * noise  # p at its temperature is near the student's
     label = Label.of(torch.zeros(64, dtype=torch.int64), VocabularyShard(Alone(), 5000, 5000, False))
     student, comparison = compare(logits, teacher, temperature, label, Alone(), Blocks.of(logits))
-    assert all(torch.equal(a, b) for a, b in zip(vars(student).values(), vars(reduce(logits, label, Alone(), Blocks.of(logits))).values(), strict=True))
+    alone = reduce(logits, label, Alone(), Blocks.of(logits))
+    assert all(torch.equal(a, b) for a, b in zip(vars(student).values(), vars(alone).values(), strict=True))
     log_p, log_q = (teacher.double() / temperature).log_softmax(-1), logits.double().log_softmax(-1)
     assert comparison.kl.min() >= -1e-6
     torch.testing.assert_close(comparison.kl.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=2e-6, atol=1e-6)

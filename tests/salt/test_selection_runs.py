@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from megatron_salt.data.batch import Batches
-from megatron_salt.train import loop
 from tests.program import (
     DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, entries, losses, numbers, refused, state_of, tensors, train, write_tokens,
 )  # fmt: skip

@@ -1,0 +1,54 @@
+"""merge_scores: shards of one directory or several become what one job would have written; mistakes are refused and lose nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.cli import run_tool
+from tests.data.score_files import files_in, manifest_of, random_rows, write_index, write_shard
+from tools.merge_scores import MergeConfig, merge_scores
+
+MANIFEST = manifest_of([45, 1, 57])
+ROWS = random_rows(MANIFEST)
+
+
+def merge(*words: object) -> int:
+    return run_tool(MergeConfig, merge_scores, [str(word) for word in words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert merge(*words) == 2
+    return capsys.readouterr().err
+
+
+def test_merged_shards_are_byte_for_byte_what_one_job_writes(tmp_path: Path) -> None:
+    write_index(tmp_path / "whole", MANIFEST, ROWS)
+    for number in range(3):
+        write_shard(tmp_path / ("a" if number else "b"), MANIFEST, ROWS, (number, 3))
+    assert merge("--scores", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "new" / "merged") == 0
+    assert files_in(tmp_path / "new" / "merged") == files_in(tmp_path / "whole")
+    assert merge("--scores", tmp_path / "whole", "--output", tmp_path / "new" / "merged", "--overwrite") == 0
+    assert files_in(tmp_path / "new" / "merged") == files_in(tmp_path / "whole")
+
+
+def test_mistakes_are_refused_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_index(tmp_path / "a", MANIFEST, ROWS, num_shards=3)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years")
+    before = files_in(tmp_path)
+    for told, words in [
+        ("is one of --scores", ("--output", tmp_path / "a", "--overwrite")),
+        ("exists; --overwrite replaces it", ("--output", tmp_path / "full")),
+        ("does not delete anything else", ("--output", tmp_path / "full", "--overwrite")),
+        ("is no score index", ("--scores", tmp_path / "full", "--output", tmp_path / "new")),
+        ("cannot be written: File exists", ("--output", tmp_path / "full" / "thesis.tex" / "merged")),
+    ]:
+        words = words if "--scores" in words else ("--scores", tmp_path / "a", *words)
+        assert told in refused(capsys, *words), told
+        assert files_in(tmp_path) == before
+    shutil.rmtree(next((tmp_path / "a").glob("samples-*")))
+    assert "of 103 samples are not scored" in refused(capsys, "--scores", tmp_path / "a", "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,196 @@
+"""select_data: what it writes is the rule's choice, what it reports is true, and mistakes are refused by name and lose nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_salt.cli import run_tool
+from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.indexed import IndexedWriter
+from megatron_salt.data.manifest import fingerprint, tokenizer_directory
+from megatron_salt.data.scores import DatasetFacts, content_hashes
+from megatron_salt.data.selection import Selection
+from megatron_salt.data.tokenizer import build_tokenizer
+from megatron_salt.data.windows import TokenFile, Windows
+from tests.data.score_files import files_in, manifest_of, random_rows, write_index
+from tools.select_data import SelectConfig, select_data
+
+LENGTH = 16
+BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
+TEXTS = ("the cat sat on the mat and then sat on it again, all day long. " * 9, "import os; import sys; print(os.sep, sys.path)\n" * 9)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """Scores of two byte-level datasets of 20 and 11 windows: 0.0, 0.1, ... by id for the paper's score, other columns at random."""
+    windows = []
+    for name, text in (("cats", TEXTS[0][:320]), ("code", TEXTS[1][:176])):
+        writer = IndexedWriter(str(tmp_path / name), np.dtype(np.uint16))
+        tokens = np.append(np.frombuffer(text.encode(), np.uint8).astype(np.uint16), BYTES.eod)
+        writer.append(tokens.astype(np.uint16), np.array([len(tokens)], np.int32))
+        writer.finish()
+        BYTES.save(tokenizer_directory(str(tmp_path / name)))
+        windows.append(Windows(TokenFile.open(str(tmp_path / name)), LENGTH))
+    datasets = tuple(DatasetFacts(one.file.prefix, fingerprint(one.file.prefix), len(one)) for one in windows)
+    manifest = manifest_of([1], datasets=datasets, tokenizer=BYTES.fingerprint, teacher_directory=str(tmp_path / "gone"))
+    tokens = np.concatenate([one.read_many(np.arange(len(one))) for one in windows])
+    tokens[25] = tokens[3]
+    rows = random_rows(manifest, median_zeroed_10=np.arange(len(tokens)) / 10, content=content_hashes(tokens))
+    write_index(tmp_path / "scores", manifest, rows, num_shards=2)
+    assert [dataset.samples for dataset in datasets] == [20, 11]
+    return tmp_path / "scores"
+
+
+def select(index: Path, *words: object) -> int:
+    return run_tool(SelectConfig, select_data, ["--scores", str(index), "--output", str(index.parent / "chosen"), *map(str, words)])
+
+
+def chosen(index: Path) -> list[int]:
+    return Selection.open(str(index.parent / "chosen")).ids.tolist()
+
+
+def report_of(index: Path) -> str:
+    return (index.parent / "chosen.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, ids",
+    [
+        (("--fraction", 0.2), range(25, 31)),
+        (("--num-samples", 4), range(27, 31)),
+        (("--num-samples", 4, "--rule", "bottom"), range(4)),
+        (("--num-samples", 4, "--rule", "band", "--band-skip", 0.1), range(24, 28)),
+        (("--rule", "threshold", "--min-score", 1.05, "--max-score", 1.35), range(11, 14)),
+        (("--fraction", 0.5, "--per-dataset"), [*range(10, 20), *range(25, 31)]),
+        (("--num-samples", 6, "--exclude-duplicates"), [24, *range(26, 31)]),
+        (("--num-samples", 6, "--valid-share", 0.2), range(23, 29)),
+        (("--num-samples", 31, "--score", "median_zeroed_1"), range(31)),
+    ],
+)  # fmt: skip
+def test_the_file_is_the_rules_choice(index: Path, words: tuple, ids: range | list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(index, *words) == 0
+    assert chosen(index) == list(ids)
+    assert report_of(index) in capsys.readouterr().out
+    assert f"{len(ids)} of 31 samples" in report_of(index)
+    assert (index.parent / "chosen.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_random_choice_is_its_seeds(index: Path) -> None:
+    found = []
+    for words in ((), ("--seed", 1234), ("--seed", 2)):
+        assert select(index, "--num-samples", 9, "--rule", "random", "--overwrite", *words) == 0
+        found.append(chosen(index))
+    assert found[0] == found[1] != found[2] and all(len(set(ids)) == 9 for ids in found)
+
+
+def test_the_report_says_what_was_chosen(index: Path) -> None:
+    assert select(index, "--fraction", 0.5, "--valid-share", 0.1, "--exclude-duplicates", "--examples", 2) == 0
+    told = report_of(index)
+    assert "chosen by score median_zeroed_10, name top, fraction 0.5" in told and "step 7, w" in told
+    assert "not eligible: 3 held out (--valid-share 0.1), 0 without a token that counts, 1 duplicates" in told
+    lines = [line.split() for line in told.splitlines() if line.endswith(("cats", "code"))]
+    assert [(line[0], line[1], line[2], line[4]) for line in lines[:2]] == [("20", "18", "5", "1.3"), ("11", "9", "9", "1.3")]
+    assert sum(int(count) for count in re.findall(r"^ +[\d.]+ [|>][#.]* (\d+) of \d+$", told, re.MULTILINE)) == 14
+    assert re.search(r"%  median_zeroed_1$", told, re.MULTILINE) and "by chance 51.9%" in told
+    best = told.partition("highest scores:")[2].splitlines()
+    assert "sample 29 " in best[1] and "2.9, chosen:" in best[1] and "sys.path" in best[1] + best[2]
+    assert "sample 12 " in told.partition("not chosen, next to the cut:")[2].splitlines()[1]
+    assert "sample 0 " in told.partition("lowest scores:")[2]
+
+
+def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
+    """With a score of 0 in every window but three, five are chosen by nothing but their ids."""
+    opened = manifest_of([40])
+    write_index(tmp_path / "flat", opened, random_rows(opened, median_zeroed_10=np.arange(40) // 37))
+    assert select(tmp_path / "flat", "--num-samples", 8) == 0
+    assert chosen(index) == [0, 1, 2, 3, 4, 37, 38, 39]
+    told = report_of(index)
+    assert "5 of the 8 chosen ones have the very score of a cut, as 32 others have" in told
+    assert "a zeroed median is 0 where half of the tokens or more are outside the top k" in told
+    assert "d0.idx is not there" in told
+
+
+def test_chosen_documents_are_exported_as_text(index: Path) -> None:
+    path = index.parent / "out" / "chosen.jsonl"
+    assert select(index, "--num-samples", 3, "--export-documents", path) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [28, 29, 30] and [row["window"] for row in rows] == [8, 9, 10]
+    assert [row["text"] for row in rows] == [TEXTS[1][16 * window : 16 * window + 16] for window in (8, 9, 10)]
+    assert all(row["dataset"].endswith("code") for row in rows) and rows[0]["median_zeroed_10"] == pytest.approx(2.8)
+
+
+def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = index.parent
+    for name in ("cats", "code"):
+        for suffix in (".bin", ".idx", ".tokenizer"):
+            (folder / (name + suffix)).rename(folder / f"moved-{name}{suffix}")
+    assert select(index, "--fraction", 0.2) == 0
+    assert "cats.idx is not there (--data-path says where the data is now)" in report_of(index)
+    moved = (folder / "moved-cats", folder / "moved-code")
+    assert select(index, "--fraction", 0.2, "--overwrite", "--data-path", *moved) == 0
+    assert "sys.path" in report_of(index)
+    before = files_in(folder)
+    for words, told in [
+        (("--data-path", *moved[::-1]), "is not the data that was scored"),
+        (("--data-path", moved[0]), "--data-path names 1 datasets, the index has scores of 2"),
+        (("--export-documents", folder / "text.jsonl"), "--export-documents"),
+    ]:
+        assert select(index, "--fraction", 0.3, "--overwrite", *words) == 2
+        assert told in capsys.readouterr().err
+    assert files_in(folder) == before
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ((), "--rule top takes either --fraction or --num-samples"),
+        (("--fraction", 0.5, "--num-samples", 3), "--rule top takes either --fraction or --num-samples"),
+        (("--fraction", 1.5), "--fraction must be above 0 and at most 1, got 1.5"),
+        (("--fraction", 0), "--fraction must be above 0 and at most 1, got 0"),
+        (("--num-samples", 0), "--num-samples must be at least 1, got 0"),
+        (("--num-samples", 32), "32"),
+        (("--fraction", 0.5, "--score", "best"), "--score best is not a score of the index: it has median_zeroed_1, "),
+        (("--fraction", 0.5, "--score", "content"), "--score content is not a score of the index"),
+        (("--fraction", 0.5, "--min-score", 1), "--min-score does not go with --rule top, which takes --fraction --num-samples"),
+        (("--fraction", 0.5, "--rule", "threshold", "--min-score", 1), "--fraction does not go with --rule threshold"),
+        (("--rule", "threshold"), "--rule threshold needs --min-score"),
+        (("--rule", "threshold", "--min-score", 99), "99"),
+        (("--rule", "band", "--fraction", 0.5), "--rule band needs --band-skip"),
+        (("--fraction", 0.5, "--seed", 1), "--seed does not go with --rule top"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_by_name(index: Path, words: tuple, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_in(index.parent)
+    assert select(index, *words) == 2
+    err = capsys.readouterr().err
+    assert told in err and "Traceback" not in err
+    assert files_in(index.parent) == before
+
+
+def test_what_is_there_is_replaced_only_when_asked(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(index, "--num-samples", 3) == 0
+    assert select(index, "--num-samples", 4) == 2
+    assert "chosen.json" in (err := capsys.readouterr().err) and "--overwrite replaces it" in err
+    assert len(chosen(index)) == 3
+    assert select(index, "--num-samples", 4, "--overwrite") == 0
+    assert len(chosen(index)) == 4
+
+
+def test_damaged_and_nan_scores_are_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    column = next(index.glob("samples-*/median_zeroed_10.npy"))
+    content = column.read_bytes()
+    column.write_bytes(content[:-4] + b"\x00\x00\xc0\x7f")
+    assert select(index, "--num-samples", 3) == 2
+    assert str(column) in capsys.readouterr().err
+    manifest = manifest_of([40])
+    scores = np.arange(40.0)
+    scores[[7, 9]] = np.nan
+    write_index(index.parent / "nan", manifest, random_rows(manifest, median_zeroed_10=scores))
+    assert select(index.parent / "nan", "--num-samples", 3) == 2
+    assert "2" in (err := capsys.readouterr().err) and "NaN" in err and "7" in err
+    assert not (index.parent / "chosen.npy").exists()

@@ -1,0 +1,53 @@
+"""Merge the shards of a teacher-score index, of one directory or of several, into one index of a single shard.
+
+No tool needs it: they read an index of many shards, or of shards in several directories, as it is. It is for moving an index, and for
+file systems that dislike many files. The result is byte for byte what one unsharded job would have written.
+
+    python tools/merge_scores.py --scores jobs/a jobs/b --output scores
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_salt.cli import run_tool
+from megatron_salt.data.score_index import ScoreIndex, merge
+from megatron_salt.data.scores import INDEX
+from megatron_salt.errors import UserError
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge the shards of a teacher-score index."""
+
+    scores: tuple[str, ...]
+    """Directories that hold the shards, together all of one index."""
+
+    output: str
+    """Directory of the merged index."""
+
+    overwrite: bool = False
+    """Replace an index that is already there."""
+
+
+def merge_scores(config: MergeConfig) -> None:
+    """The whole tool. Raises UserError."""
+    output = Path(config.output)
+    if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
+        raise UserError(f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content")
+    if output.exists() and not config.overwrite:
+        raise UserError(f"--output {output} exists; --overwrite replaces it")
+    if output.exists() and not (output / INDEX).exists():
+        raise UserError(f"--output {output} is no score index, it has no {INDEX}; --overwrite does not delete anything else")
+    index = ScoreIndex.open(config.scores)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        merge(index, output)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})") from error
+    print(f"wrote {output}: {index.num_samples} samples of {len(index.shards)} shards")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(MergeConfig, merge_scores))

@@ -1,0 +1,222 @@
+"""Choose stage 1's samples by a teacher's scores (SALT_DS): an index of `score_data.py` in, a file for --stage1-selection out.
+
+PREFIX.npy lists the chosen samples, PREFIX.json says what they are, PREFIX.txt and PREFIX.png show what was chosen, with examples of
+the text. The choice is exact, ties go to the lower sample id, and memory stays bounded at any number of samples. Held-out
+windows are never chosen: give the training run's --valid-share.
+
+    python tools/select_data.py --scores scores --output selections/top_half --fraction 0.5 --per-dataset --exclude-duplicates
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_salt.cli import run_tool
+from megatron_salt.config import flag
+from megatron_salt.data.blend import parse_data_path
+from megatron_salt.data.eligible import duplicates, find_eligible
+from megatron_salt.data.manifest import tokenizer_directory
+from megatron_salt.data.score_index import ScoreIndex
+from megatron_salt.data.select import Choice, Rule, RuleName, choose
+from megatron_salt.data.selection import Selection, selection_paths, write_selection
+from megatron_salt.data.selection_report import draw, report, sample, write_text
+from megatron_salt.data.window_text import WindowText, find_tokenizer, open_windows
+from megatron_salt.errors import UserError
+
+DEFAULT_SCORE = "median_zeroed_10"
+EXPORTED = 256  # windows that are decoded together
+_SHARED = ("fraction", "num_samples", "per_dataset")
+FLAGS_OF = {"top": _SHARED, "bottom": _SHARED, "band": (*_SHARED, "band_skip"), "random": (*_SHARED, "seed"),
+            "threshold": ("min_score", "max_score")}
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Choose samples by their scores."""
+
+    scores: tuple[str, ...]
+    """Directory of a score index, or several that hold its shards."""
+
+    output: str
+    """PREFIX of what is written: PREFIX.npy, .json, .txt and .png."""
+
+    score: str | None = None
+    """Column to choose by. Default: median_zeroed_10, the paper's score."""
+
+    fraction: float | None = None
+    """Share of the eligible samples to choose, above 0 and up to 1. Either this or --num-samples, except with --rule threshold."""
+
+    num_samples: int | None = None
+    """How many samples to choose."""
+
+    rule: RuleName = "top"
+    """top: the highest scores, as in the paper. band: those after the highest --band-skip share, which may be noise. threshold: all from
+    --min-score to --max-score. Controls: bottom, the lowest scores, and random."""
+
+    band_skip: float | None = None
+    """With --rule band: share of the eligible samples, those with the highest scores, that is left out."""
+
+    min_score: float | None = None
+    """With --rule threshold: the lowest score that is chosen."""
+
+    max_score: float | None = None
+    """With --rule threshold: the highest score that is chosen. Default: no limit."""
+
+    per_dataset: bool = False
+    """Each dataset gives the same share of its eligible samples, so that a blend keeps its proportions. Default: all are one pool."""
+
+    exclude_duplicates: bool = False
+    """Leave out samples whose tokens are those of a sample with a lower id."""
+
+    valid_share: float = 0.0
+    """The training run's --valid-share: each dataset's last windows that it holds out are never chosen."""
+
+    seed: int | None = None
+    """With --rule random: another seed chooses other samples. Default: 1234."""
+
+    data_path: tuple[str, ...] = ()
+    """Where the data is now, in the index's order, for examples and --export-documents. Default: where it was scored."""
+
+    examples: int = 5
+    """Samples whose text the report shows: so many of the highest scores, of the lowest, and on either side of the cut."""
+
+    export_documents: str | None = None
+    """JSON lines file for the text of every chosen window, with its id, dataset, window and score; an empty line where a document ends."""
+
+    overwrite: bool = False
+    """Replace a selection that is already there."""
+
+    max_memory_gib: float = 1.5
+    """Memory for the search of --exclude-duplicates; with less it reads the hashes more often."""
+
+    def __post_init__(self) -> None:
+        flags = {name: getattr(self, name) for names in FLAGS_OF.values() for name in names}
+        given = {name for name, value in flags.items() if value is not None and value is not False}
+        for name in sorted(given - set(FLAGS_OF[self.rule])):
+            raise UserError(f"{flag(name)} does not go with --rule {self.rule}, which takes {' '.join(map(flag, FLAGS_OF[self.rule]))}")
+        if self.rule != "threshold" and (self.fraction is None) == (self.num_samples is None):
+            raise UserError(f"--rule {self.rule} takes either --fraction or --num-samples")
+        for name in {"threshold": ("min_score",), "band": ("band_skip",)}.get(self.rule, ()):
+            if getattr(self, name) is None:
+                raise UserError(f"--rule {self.rule} needs {flag(name)}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name, value, good, told in (
+            ("fraction", self.fraction, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("num_samples", self.num_samples, lambda x: x >= 1, "at least 1"),
+            ("band_skip", self.band_skip, lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("min_score", self.min_score, lambda x: not math.isnan(x), "a number"),
+            ("max_score", self.max_score, lambda x: x >= (x if self.min_score is None else self.min_score),
+             f"at least --min-score {self.min_score}"),
+            ("valid_share", self.valid_share, lambda x: 0 <= x <= 0.5, "in [0, 0.5]"),
+            ("examples", self.examples, lambda x: x >= 0, "at least 0"),
+            ("max_memory_gib", self.max_memory_gib, lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ):
+            if value is not None and not good(value):
+                raise UserError(f"{flag(name)} must be {told}, got {value}")
+
+
+def select_data(config: SelectConfig) -> None:
+    """The whole tool: check what can be known, choose, write, report. Raises UserError."""
+    index = ScoreIndex.open(config.scores)
+    column = score_column(index, config.score)
+    outputs = [Path(f"{selection_prefix(config)}{suffix}") for suffix in (".json", ".npy", ".txt", ".png")]
+    outputs += [Path(config.export_documents)] if config.export_documents else []
+    present = [str(path) for path in outputs if path.exists()]
+    if present and not config.overwrite:
+        raise UserError(f"--output {config.output}: {', '.join(present)} exists; --overwrite replaces it")
+    text = window_text(config, index)
+    if isinstance(text, str) and config.export_documents:
+        raise UserError(f"--export-documents {config.export_documents}: {text}")
+    for name in (column, "tokens", *(["content"] if config.exclude_duplicates else [])):
+        index.verify(name)
+
+    repeated = duplicates(index, int(config.max_memory_gib * (1 << 30))) if config.exclude_duplicates else None
+    choice = choose(index, column, rule_of(config), find_eligible(index, config.valid_share, repeated))
+    facts = {"score": column, **asdict(choice.rule), "exclude_duplicates": config.exclude_duplicates}
+    try:
+        for path in outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_selection(selection_prefix(config), choice.ids(), choice.count, index.manifest, facts, config.valid_share)
+        for path in outputs[2:]:
+            path.unlink(missing_ok=True)  # they tell of the selection that was there
+        selection = Selection.open(config.output, "--output")
+        sampled = sample(choice, selection)
+        told = report(choice, selection, sampled, config.examples, text)
+        write_text(told, outputs[2])
+        draw(choice, sampled, outputs[3])
+        if config.export_documents:
+            assert isinstance(text, WindowText)
+            export(choice, text, Path(config.export_documents))
+    except OSError as error:
+        raise UserError(f"--output {config.output} cannot be written: {error.strerror} ({error.filename or 'while writing'})") from error
+    print(told, end="")
+    print("\nwrote", *outputs[1:2], *outputs[:1], *outputs[2:])
+
+
+def selection_prefix(config: SelectConfig) -> str:
+    """--output without the suffix of a file of it."""
+    return str(selection_paths(config.output)[0]).removesuffix(".npy")
+
+
+def score_column(index: ScoreIndex, name: str | None) -> str:
+    """The column to choose by. Raises UserError where it is none, or no score."""
+    known = [column for column, dtype in index.columns.items() if dtype.kind == "f"]
+    if name is None and DEFAULT_SCORE not in known:
+        raise UserError(f"--score is not given, and the index has no {DEFAULT_SCORE}: it has {', '.join(known)}")
+    column = name or DEFAULT_SCORE
+    if column not in known:
+        raise UserError(f"--score {column} is not a score of the index: it has {', '.join(known)}")
+    return column
+
+
+def rule_of(config: SelectConfig) -> Rule:
+    """The rule that the flags ask for."""
+    seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
+    return Rule(config.rule, config.fraction, config.num_samples, config.per_dataset, config.band_skip or 0.0, config.min_score,
+                config.max_score, seed)
+
+
+def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
+    """What decodes the samples, or why nothing does. Raises UserError where data is there, but is not what was scored."""
+    manifest = index.manifest
+    if not config.examples and not config.export_documents:
+        return "--examples 0"
+    prefixes = parse_data_path(config.data_path, "--data-path")[0] if config.data_path else [d.prefix for d in manifest.datasets]
+    missing = [path for prefix in prefixes for path in (f"{prefix}.idx", f"{prefix}.bin") if not os.path.isfile(path)]
+    if missing and not config.data_path:
+        return f"{missing[0]} is not there (--data-path says where the data is now)"
+    windows = open_windows(manifest, prefixes)
+    tokenizer = find_tokenizer(manifest.tokenizer, [tokenizer_directory(prefix) for prefix in prefixes])
+    if tokenizer is None and os.path.isdir(manifest.teacher_directory):
+        from megatron_salt.checkpoint.checkpointer import TOKENIZER  # imports torch
+
+        tokenizer = find_tokenizer(manifest.tokenizer, [Path(manifest.teacher_directory) / TOKENIZER])
+    if tokenizer is None:
+        return f"no tokenizer {manifest.tokenizer} beside the data or in {manifest.teacher_directory}"
+    return WindowText(windows, tokenizer)
+
+
+def export(choice: Choice, text: WindowText, path: Path) -> None:
+    """Write the text of every chosen window; the file appears whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as stream:
+        for chosen in choice.ids():
+            for start in range(0, len(chosen), EXPORTED):
+                ids = chosen[start : start + EXPORTED]
+                scores = choice.index.rows(ids, [choice.column])[choice.column]
+                columns = (ids.tolist(), *(found.tolist() for found in text.locate(ids)), scores.tolist(), text.of(ids))
+                for sample_id, dataset, window, score, content in zip(*columns, strict=True):
+                    row = {"id": sample_id, "dataset": text.windows[dataset].file.prefix, "window": window, choice.column: score,
+                           "text": content}
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(tmp, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(SelectConfig, select_data))
