@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
-from megatron_salt.data.scores import IndexManifest, ShardWriter, claim, parse_shard, shard_blocks
+from megatron_salt.data.scores import IndexManifest, ShardWriter, claim, is_finished, parse_shard, samples_of, shard_blocks
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from megatron_salt.salt.admission import TeacherCheckpoint
     from megatron_salt.salt.scoring import Rows, Scorer
 
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -167,10 +169,16 @@ def score_shard(
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
         facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))
         blocks = shard_blocks(facts.num_blocks, parse_shard(config.shard))
-        if not blocks:
+        nothing = f"none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}" if not blocks else None
+        if nothing is None and from_rank_0(lambda: is_finished(Path(config.output), facts, blocks)):
+            nothing = f"all its {len(blocks)} blocks were finished before"
+        if nothing is not None:
             if rank == 0:
-                print(f"shard {config.shard}: none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}")
+                print(f"shard {config.shard}: {nothing}")
             return
+        if facts.block_samples % (facts.micro_batch_size * layout.data):
+            log.warning("--block-samples %d is not a multiple of --micro-batch-size %d x %d data-parallel replicas: some idle at the end "
+                        "of each block", facts.block_samples, facts.micro_batch_size, layout.data)
         scorer = make_scorer(
             teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout
         )
@@ -208,7 +216,7 @@ def fill_shard(config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks
     todo = on_writer(open_shard)
     progress = Progress(config, facts, blocks, len(todo)) if opened else None
     for block in todo:
-        rows = scorer.score(block * facts.block_samples, min((block + 1) * facts.block_samples, facts.num_samples))
+        rows = scorer.score(*samples_of(facts, range(block, block + 1)))
         on_writer(partial(write, block, rows))
         if progress is not None and rows is not None:
             progress.tell(rows)
@@ -224,8 +232,8 @@ class Progress:
         self._shard, self._interval, self._length = config.shard, config.log_interval, facts.seq_length
         self._todo, self._done, self._samples, self._not_finite = todo, 0, 0, 0
         self._started = time.monotonic()
-        size = min(blocks.stop * facts.block_samples, facts.num_samples) - blocks.start * facts.block_samples
-        self._say(f"{size} of {facts.num_samples} samples in {len(blocks)} blocks, {len(blocks) - todo} of them finished before")
+        first, end = samples_of(facts, blocks)
+        self._say(f"{end - first} of {facts.num_samples} samples in {len(blocks)} blocks, {len(blocks) - todo} of them finished before")
 
     def tell(self, rows: Rows) -> None:
         """A block is written."""

@@ -211,6 +211,23 @@ def shard_paths(directory: Path) -> list[tuple[int, int, Path]]:
     return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
 
 
+def samples_of(manifest: IndexManifest, blocks: range) -> tuple[int, int]:
+    """(first sample, end) of consecutive blocks."""
+    size = manifest.block_samples
+    return blocks.start * size, min(blocks.stop * size, manifest.num_samples)
+
+
+def shard_path(directory: Path, manifest: IndexManifest, blocks: range) -> Path:
+    """Where the shard of `blocks` lies."""
+    first, end = samples_of(manifest, blocks)
+    return directory / f"samples-{first:015d}-{end:015d}"
+
+
+def is_finished(directory: Path, manifest: IndexManifest, blocks: range) -> bool:
+    """Whether nothing is left to do in the shard of `blocks`."""
+    return (shard_path(directory, manifest, blocks) / SHARD).exists()
+
+
 def column_path(shard: Path, column: str) -> Path:
     return shard / f"{column}.npy"
 
@@ -238,8 +255,8 @@ class ShardWriter:
         """UserError where another process is writing this shard, or the index has shards of another division that overlap it."""
         self._manifest, self._blocks = manifest, blocks
         self._columns = columns(manifest.top_k, manifest.seq_length)
-        self._first, self._end = self._samples_of(blocks.start, blocks.stop)
-        self.path = directory / f"samples-{self._first:015d}-{self._end:015d}"
+        self._first, self._end = samples_of(manifest, blocks)
+        self.path = shard_path(directory, manifest, blocks)
         self.todo: list[int] = []
         """Blocks that are not finished, ascending."""
         self._files: dict[str, int] = {}  # descriptors, while there is something to write
@@ -251,7 +268,7 @@ class ShardWriter:
 
     def write(self, block: int, rows: Mapping[str, np.ndarray]) -> None:
         """Put a block's rows in their place, for good when this returns. rows: every column, a value for each sample of the block."""
-        first, end = self._samples_of(block, block + 1)
+        first, end = samples_of(self._manifest, range(block, block + 1))
         assert block in self._blocks and set(rows) == set(self._columns), (block, self._blocks, sorted(rows))
         assert all(values.shape == (end - first,) for values in rows.values()), (first, end, {n: v.shape for n, v in rows.items()})
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
@@ -283,10 +300,6 @@ class ShardWriter:
         """Let another process have the shard."""
         self._files.clear()
         self._closing.close()
-
-    def _samples_of(self, first_block: int, end_block: int) -> tuple[int, int]:
-        size = self._manifest.block_samples
-        return first_block * size, min(end_block * size, self._manifest.num_samples)
 
     def _refuse_overlap(self, directory: Path) -> None:
         for first, end, path in shard_paths(directory):
@@ -330,7 +343,7 @@ class ShardWriter:
         recorded = os.pread(self._files[JOURNAL], _DIGEST_BYTES, _DIGEST_BYTES * (block - self._blocks.start))
         if recorded == bytes(_DIGEST_BYTES):
             return False
-        first, end = self._samples_of(block, block + 1)
+        first, end = samples_of(self._manifest, range(block, block + 1))
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         for name, dtype in self._columns.items():
             digest.update(os.pread(self._files[name], (end - first) * dtype.itemsize, self._offset(name, first)))
