@@ -33,7 +33,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron.core.datasets.utils import Split
 
 from megatron_salt.config import DataConfig
-from megatron_salt.data.batch import Batches, Samples, open_training_data
+from megatron_salt.data.batch import Batches
+from megatron_salt.data.samples import Samples, open_training_data
 
 VOCABULARY, EOD, SEED = 32_000, 0, 1234
 BATCH = 64

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 from megatron_salt.config import DataConfig  # noqa: E402
-from megatron_salt.data.batch import open_training_data  # noqa: E402
+from megatron_salt.data.samples import open_training_data  # noqa: E402
 from megatron_salt.model.gpt import GPT  # noqa: E402
 from megatron_salt.model.vocabulary import slices  # noqa: E402
 from megatron_salt.parallel.launch import distributed  # noqa: E402

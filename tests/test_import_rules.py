@@ -42,6 +42,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.scores",
     "megatron_salt.data.select",
     "megatron_salt.data.selection",
+    "megatron_salt.data.shard_writer",
     "megatron_salt.data.windows",
     "megatron_salt.model.flops",
     "megatron_salt.model.shapes",

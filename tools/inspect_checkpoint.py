@@ -102,10 +102,11 @@ def _stages(facts: dict[str, Any]) -> list[str]:
     ends = f"stage 1 {'ends' if stage == 1 else 'ended'} after step {salt.stage1_end}"
     crossover = "" if salt.crossover is None else f", because the student had passed its teacher at step {salt.crossover}"
     held_out = salt.teacher_held_out or {}
+    teacher = "none: stage 1 has a selection" if salt.teacher is None else f"{salt.teacher}, then in {salt.teacher_directory}"
     return [
         f"stage        {stage}; {ends}{crossover}",
         "schedule     " + ", ".join(f"{flag(name)} {value}" for name, value in salt.schedule.items()),
-        f"teacher      {salt.teacher}, then in {salt.teacher_directory}",
+        f"teacher      {teacher}",
         *(["held out     the teacher's " + ", ".join(f"{name} {value:g}" for name, value in held_out.items())] if held_out else []),
     ]
 

@@ -180,8 +180,10 @@ def _notes(curve: Curve) -> list[str]:
         notes.append(f"{curve.name}: its teacher has held-out loss {curve.teacher[0]:.4f}, accuracy {curve.teacher[1]:.2%}")
     if curve.switch is not None:
         at = curve.switch
-        notes.append(f"{curve.name}: stage 1 ended after step {at.step}; memory in use {at.gib_before:.3f} GiB before the teacher was "
-                     f"freed, {at.gib_after:.3f} GiB after")
+        freed = "" if at.gib_before is None else (
+            f"; memory in use {at.gib_before:.3f} GiB before the teacher was freed, {at.gib_after:.3f} GiB after"
+        )
+        notes.append(f"{curve.name}: stage 1 ended after step {at.step}{freed}")
     if curve.unread_lines:
         notes.append(f"{curve.name}: {curve.unread_lines} lines of its log could not be read")
     return notes

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
-from megatron_salt.data.scores import IndexManifest, ShardWriter, claim, is_finished, parse_shard, samples_of, shard_blocks
+from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
+from megatron_salt.data.shard_writer import ShardWriter
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 
 if TYPE_CHECKING:
-    from megatron_salt.data.batch import Samples
+    from megatron_salt.data.samples import Samples
     from megatron_salt.salt.admission import TeacherCheckpoint
     from megatron_salt.salt.scoring import Rows, Scorer
 
@@ -115,7 +116,7 @@ def score_data(config: ScoreConfig) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
     import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
     from megatron_salt.checkpoint.checkpointer import TOKENIZER
-    from megatron_salt.data.batch import open_training_data
+    from megatron_salt.data.samples import open_training_data
     from megatron_salt.data.choice import tokenizer_of_run
     from megatron_salt.salt.admission import read_teacher, refuse_unfit
     from megatron_salt.salt.scoring import teacher_flags

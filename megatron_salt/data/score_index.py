@@ -20,17 +20,8 @@ import numpy as np
 
 from megatron_salt.data.manifest import content_hash, read_json, write_json
 from megatron_salt.data.scores import (
-    FORMAT,
-    INDEX,
-    SHARD,
-    IndexManifest,
-    column_path,
-    columns,
-    npy_header,
-    read_index,
-    shard_paths,
-    write_shard_manifest,
-)
+    FORMAT, INDEX, SHARD, IndexManifest, column_path, columns, npy_header, read_index, shard_paths, write_shard_manifest,
+)  # fmt: skip
 from megatron_salt.errors import UserError
 
 CHUNK = 1 << 20

@@ -1,4 +1,4 @@
-"""What each stage draws from, in a run whose stage 1 has a selection (SALT_DS). Pure.
+"""What each stage draws from, in a run whose stage 1 has a selection (SALT_DS).
 
 Stage 1 visits the selection in its own keyed order, each sample once an epoch. Stage 2 begins the order of another pool: of everything,
 or of what stage 1 did not visit. With weights each dataset is a pool of its own in both stages. Where stage 2 begins depends on
@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_salt.data.batch import Samples
+from megatron_salt.data.samples import Samples
 from megatron_salt.data.pools import Chosen, Unseen
 from megatron_salt.data.selection import Selection
+from megatron_salt.data.windows import Windows
 from megatron_salt.errors import UserError
 
 COUNTED = 1 << 20  # samples of stage 2 that are held against stage 1, one by one
@@ -105,7 +106,7 @@ class StagedSamples:
         return [0, *itertools.accumulate(len(windows) for windows in self.everything.windows)]
 
     @property
-    def _held_out(self) -> list[tuple]:
+    def _held_out(self) -> list[tuple[Windows, int, int]]:
         """(windows, first held-out id, how many) of each dataset."""
         samples = self.everything
         ends = zip(samples.windows, self._offsets, samples.first, samples.sizes, strict=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import megatron_salt.parallel.cpu as cpu  # before megatron
 
 from megatron_salt.config import SaltConfig
-from megatron_salt.data.batch import Samples
+from megatron_salt.data.samples import Samples
 from megatron_salt.data.scores import columns, content_hashes
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import GPT

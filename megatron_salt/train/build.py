@@ -16,7 +16,8 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, RunConfig, TrainingConfig
-from megatron_salt.data.batch import Batches, Samples, open_training_data, parse_skip_samples, passed_positions
+from megatron_salt.data.batch import Batches, parse_skip_samples, passed_positions
+from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.data.choice import tokenizer_of_run
 from megatron_salt.data.selection import Selection, refuse_other_data
 from megatron_salt.data.staged import StagedSamples

@@ -24,9 +24,9 @@ class Switch:
 
     step: int
     """The last one of stage 1."""
-    gib_before: float
-    """Memory in use before the teacher was freed."""
-    gib_after: float
+    gib_before: float | None
+    """Memory in use before the teacher was freed; None: there was none, stage 1 had a selection of the data alone."""
+    gib_after: float | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def _loss(row: dict[str, Any]) -> float:
 
 
 def _switch(entry: dict[str, Any]) -> Switch:
-    return Switch(entry["step"], float(entry["memory_gib_before"]), float(entry["memory_gib_after"]))
+    before, after = entry.get("memory_gib_before"), entry.get("memory_gib_after")
+    return Switch(entry["step"], None if before is None else float(before), None if after is None else float(after))
 
 
 def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:

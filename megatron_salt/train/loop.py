@@ -111,7 +111,7 @@ def _enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> 
         progress.step,
         f"stage 2 draws {to_come} samples from {run.train.samples.num_members} (--stage2-data {staged.stage2_data}); stage 1 drew "
         f"{passed} from the {in_stage1.samples.num_members} of the selection{'' if repeats is None else f'; {repeats}'}",
-        {"stage2_since": run.train.since},
+        {"stage2_since": run.train.since} | ({"stage": 2} if stage1.teacher is None else {}),
     )
     _announce(run, progress, log)
     return run, progress

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.data.score_index import ScoreIndex
-from megatron_salt.data.scores import DatasetFacts, IndexManifest, ShardWriter, claim, columns, shard_blocks
+from megatron_salt.data.scores import DatasetFacts, IndexManifest, claim, columns, shard_blocks
+from megatron_salt.data.shard_writer import ShardWriter
 
 TOP_K = (1, 10)
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from megatron_salt.config import DataConfig
-from megatron_salt.data.batch import Batches, Masking, Samples, open_training_data, parse_skip_samples, stream_positions
+from megatron_salt.data.batch import Batches, parse_skip_samples, stream_positions
+from megatron_salt.data.masking import Masking
+from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
 from tests.data.conftest import WriteDataset, bytes_read, write_sparse
 

@@ -21,16 +21,8 @@ import pytest
 
 from megatron_salt.data import score_index
 from megatron_salt.data.score_index import ScoreIndex, merge
-from megatron_salt.data.scores import (
-    DatasetFacts,
-    ShardWriter,
-    claim,
-    columns,
-    content_hashes,
-    parse_shard,
-    shard_blocks,
-    shard_paths,
-)
+from megatron_salt.data.scores import DatasetFacts, claim, columns, content_hashes, parse_shard, shard_blocks, shard_paths
+from megatron_salt.data.shard_writer import ShardWriter
 from megatron_salt.errors import UserError
 from tests.data.score_files import files_in, manifest_of, random_rows, write_blocks, write_index, write_shard
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_salt.config import DataConfig
-from megatron_salt.data.batch import Batches, Samples, open_training_data
+from megatron_salt.data.batch import Batches
+from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.data.selection import Selection
 from megatron_salt.data.staged import StagedSamples
 from megatron_salt.errors import UserError

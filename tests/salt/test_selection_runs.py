@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_salt.data.batch import Batches
+from megatron_salt.train.history import read_curve
 from tests.program import (
     DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, entries, losses, numbers, refused, state_of, tensors, train, write_tokens,
 )  # fmt: skip
@@ -161,6 +162,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 def test_the_curve_depends_on_the_selection_and_on_stage_2s_data(tmp_path: Path, data: tuple[str, str], chosen: str) -> None:
     for name, flags in (("all", {}), ("unseen", dict(stage2_data="unseen")), ("plain", None)):
         train(**(dict(data_path=data, train_iters=STEPS) if flags is None else selected(data, chosen, **flags)), save=tmp_path / name)
+    curve = read_curve("all", tmp_path / "all" / "train.jsonl")
+    assert curve.switch is not None and (curve.switch.step, curve.switch.gib_before) == (3, None)
     curves = {name: list(losses(tmp_path / name).values()) for name in ("all", "unseen", "plain")}
     assert curves["all"][:3] == curves["unseen"][:3] != curves["plain"][:3]
     assert curves["all"][3:] != curves["unseen"][3:]

@@ -322,7 +322,7 @@ def test_a_full_disk_ends_every_rank_and_keeps_what_is_finished(tmp_path: Path, 
 
 def out_of_space(words: list[str]) -> Ended:
     """In every rank: the third block finds no space."""
-    from megatron_salt.data.scores import ShardWriter
+    from megatron_salt.data.shard_writer import ShardWriter
 
     whole = ShardWriter.write
 
