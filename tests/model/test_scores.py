@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_salt.data.scores import columns
 from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocabulary import VocabularyShard
+from tests.model.test_loss import Alone
 from tests.ranks import run_ranks
 
 LENGTH, BATCH, HIDDEN, ROWS = 13, 4, 16, 64
@@ -92,6 +93,17 @@ def test_loss_rank_and_entropy_of_each_token_equal_full_logits(case: Case) -> No
         assert torch.equal(found[:, 1], torch.tensor(expected, dtype=torch.float64)[:, 1])
         assert all(torch.equal(one, other) for one, other in zip(vars(scores).values(), vars(everyone[0]).values(), strict=True))
     assert len({rank for _, rank, _ in expected}) > 15
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_device_equals_full_logits(dtype: torch.dtype, device: str) -> None:
+    case = Case(dtype=dtype)
+    inputs = make_inputs(case)
+    hidden, weight, labels, mask = (tensor.to(device) for tensor in inputs)
+    scores = TokenScorer(weight, VocabularyShard(Alone(), ROWS, case.num_valid, False), case.chunk).score(hidden, labels, mask)
+    found = torch.stack([scores.loss, scores.rank, scores.entropy], 1)[mask > 0].cpu().double()
+    torch.testing.assert_close(found, torch.tensor(oracle(inputs, case), dtype=torch.float64), rtol=2e-6, atol=2e-6)
 
 
 def window_oracle(loss: np.ndarray, rank: np.ndarray, entropy: np.ndarray, valid: np.ndarray) -> dict[str, float]:
