@@ -122,9 +122,6 @@ def preprocess(config: PreprocessConfig) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     if config.append_eod and tokenizer.eod is None:
         raise UserError(f"--append-eod: the {tokenizer.kind} has no end-of-document token")
-    if not files:
-        print(f"--shard {config.shard}: no file falls to it; nothing to do")
-        return
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
     facts = what_it_depends_on(config, files, forms, tokenizer)
     if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(prefixes, tokenizer, files):
@@ -164,6 +161,8 @@ def shard_files(config: PreprocessConfig) -> list[str]:
         return files
     if STDIN in files:
         raise UserError(f"--shard {config.shard} divides files; --input {STDIN} is none")
+    if len(files) < shard[1]:
+        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts")
     mine = files_of_shard([os.path.getsize(file) for file in files], shard)
     return [files[number] for number in mine]
 

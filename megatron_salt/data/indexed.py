@@ -1,4 +1,4 @@
-"""Writing Megatron's .bin/.idx: what mcore's IndexedDatasetBuilder writes, byte for byte, in constant memory.
+"""Megatron's .bin/.idx written and read through, in constant memory: byte for byte what mcore's IndexedDatasetBuilder writes.
 
 .bin holds the ids of all documents end to end. .idx holds magic, version, dtype code, two counts, then int32 lengths, int64
 byte offsets and int64 document boundaries (0 .. number of documents; one sequence a document). Both are hashed while
@@ -8,6 +8,7 @@ they are written. numpy and the standard library alone.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _LENGTH_BYTES, DIGEST_BYTES = 4, 16  # a document
 _READ_BYTES = 1 << 22
+_BATCH_DOCUMENTS, _BATCH_TOKENS = 1 << 16, 1 << 20  # that a reader holds at a time, long documents apart
 _CHUNK = 1 << 20  # documents whose index entries are in memory at a time
 
 
@@ -130,6 +132,59 @@ class IndexedWriter:
         with open(self.prefix + ".lengths", "rb") as stream:
             while len(chunk := np.fromfile(stream, dtype=np.int32, count=_CHUNK)):
                 yield chunk
+
+
+class IndexedReader:
+    """Reads PREFIX.bin and PREFIX.idx once, in order, in constant memory, and hashes both. One sequence a document."""
+
+    def __init__(self, prefix: str, dtype: np.dtype, documents: int) -> None:
+        """dtype, documents: what the header says, see `windows.TokenFile`. UserError when it cannot be written again."""
+        self.prefix = prefix
+        self.dtype = dtype
+        self.documents = documents
+        self.bin_hash, self.idx_hash = "", ""
+        """Of the files, once all was read."""
+        with open(prefix + ".idx", "rb") as stream:
+            _, _, _, sequences, boundaries = _HEADER.unpack(stream.read(_HEADER.size))
+        if dtype.name not in _DTYPE_CODES or sequences != documents or boundaries != documents + 1:
+            raise UserError(f"--input {prefix} has {sequences} sequences of {dtype.name} in {documents} documents; only documents of one "
+                            f"sequence each can be copied, in {' or '.join(_DTYPE_CODES)}")
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids end to end, int32 lengths) of consecutive documents. UserError when the files contradict each other."""
+        digest, start = content_hash(), 0
+        with open(self.prefix + ".bin", "rb") as tokens:
+            for lengths, pointers, boundaries in self._index():
+                ends = start + np.cumsum(lengths, dtype=np.int64)
+                begins = np.concatenate(([start], ends[:-1]))
+                first = int(boundaries[0])
+                if (len(lengths) and lengths.min() < 0) or not np.array_equal(pointers, begins * self.dtype.itemsize) or not np.array_equal(
+                        boundaries, np.arange(first, first + len(lengths) + 1)):
+                    raise UserError(f"--input {self.prefix}.idx is damaged: its documents from number {first} on do not lie end to end")
+                cuts = np.flatnonzero(np.diff((ends - start) // _BATCH_TOKENS)) + 1
+                for some in np.split(lengths, cuts):
+                    ids = np.fromfile(tokens, self.dtype, int(some.sum(dtype=np.int64)))
+                    digest.update(ids.tobytes())
+                    if len(ids) < some.sum(dtype=np.int64):
+                        raise UserError(f"--input {self.prefix}.bin is shorter than its index says")
+                    yield ids, some
+                start = int(ends[-1])
+        self.bin_hash = digest.hexdigest()
+        with open(self.prefix + ".idx", "rb") as stream:
+            self.idx_hash = hashlib.file_digest(stream, content_hash).hexdigest()
+
+    def _index(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """int32 lengths [n], int64 offsets [n] and boundaries [n + 1], for some documents at a time."""
+        pointers_at = _HEADER.size + 4 * self.documents
+        with open(self.prefix + ".idx", "rb") as stream:
+            for first in range(0, self.documents, _BATCH_DOCUMENTS):
+                count = min(_BATCH_DOCUMENTS, self.documents - first)
+                arrays = []
+                for kind, at, extra in ((np.int32, _HEADER.size + 4 * first, 0), (np.int64, pointers_at + 8 * first, 0),
+                                        (np.int64, pointers_at + 8 * (self.documents + first), 1)):
+                    stream.seek(at)
+                    arrays.append(np.fromfile(stream, kind, count + extra))
+                yield arrays[0], arrays[1], arrays[2]
 
 
 class _HashedFile:
