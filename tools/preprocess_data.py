@@ -23,6 +23,7 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.backends import choose_backend
 from megatron_salt.data.documents import STDIN, BadLines, input_files
 from megatron_salt.data.encode import SLOTS_PER_WORKER, Encoder, encode_chunks
 from megatron_salt.data.indexed import Written, token_dtype
@@ -38,7 +39,8 @@ from megatron_salt.data.manifest import (
     write_manifest,
 )
 from megatron_salt.data.meter import Meter
-from megatron_salt.data.reading import Chunk, Form, chunks, form_of
+from megatron_salt.data.parse import Parser
+from megatron_salt.data.reading import Chunk, Form, chunks, form_of, sample_chunks
 from megatron_salt.data.scores import parse_shard
 from megatron_salt.data.sharing import files_of_shard
 from megatron_salt.data.stage import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
@@ -47,6 +49,7 @@ from megatron_salt.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 SMALLEST_CHUNK_BYTES = 1 << 16
+SAMPLE_CHUNK_BYTES, SAMPLE_CHARACTERS = 1 << 17, 2 << 20
 WORKING_BYTES = 48 << 20  # what a tokenizer and its results take while they work
 
 
@@ -74,6 +77,9 @@ class PreprocessConfig:
 
     workers: int = 1
     """Processes that tokenise."""
+
+    tokenizer_backend: Literal["auto", "reference", "gigatoken"] = "auto"
+    """reference: the tokenizer's own library; auto: gigatoken where it is installed and gives the same ids for a sample of the input."""
 
     max_memory: float | None = None
     """GiB that all processes together may take; single documents of many MB come on top. Default: about 200 MB a process."""
@@ -140,7 +146,9 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                encoder = Encoder(tokenizer, "reference", config.json_keys, config.append_eod, digests=False)
+                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample_texts(config, files, forms))
+                print(f"tokenizer backend: {why}", flush=True)
+                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, digests=False)
                 written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
                 journal.append({"finished": written})
             for prefix in prefixes:
@@ -180,6 +188,25 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     if form == "columns" and file == STDIN:
         raise UserError(f"--input-format parquet reads files, not --input {STDIN}")
     return form
+
+
+def sample_texts(config: PreprocessConfig, files: list[str], forms: list[Form]) -> list[str]:
+    """Documents from all over the input, for the choice of a backend; none where none is to be made."""
+    texts: list[str] = []
+    if config.tokenizer_backend == "reference" or config.tokenizer.tokenizer_type == "ByteLevelTokenizer":
+        return texts
+    parse = Parser(config.json_keys)
+    for chunk in sample_chunks(files, forms, config.json_keys, 16, 16 if len(files) == 1 else 2, SAMPLE_CHUNK_BYTES):
+        for column in parse(chunk.form, chunk.read()).texts:
+            texts += column
+    return shortened(texts, SAMPLE_CHARACTERS)
+
+
+def shortened(texts: list[str], characters: int) -> list[str]:
+    """The texts, evenly fewer of them, and these cut, until they have about so many characters."""
+    mean = max(sum(min(len(text), SAMPLE_CHUNK_BYTES) for text in texts) // max(len(texts), 1), 1)
+    step = max(len(texts) * mean // characters, 1)
+    return [text[:SAMPLE_CHUNK_BYTES] for text in texts[::step]]
 
 
 def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:

@@ -89,6 +89,25 @@ def chunks(number: int, path: str, form: Form, keys: Sequence[str], start: int, 
                         f"{error.strerror or error}") from None
 
 
+def sample_chunks(files: Sequence[str], forms: Sequence[Form], keys: Sequence[str], num_files: int, places: int,
+                  chunk_bytes: int) -> Iterator[Chunk]:
+    """Some chunks of up to `num_files` files: of plain ones from up to `places` places, of others the first. Pipes give none."""
+    step = max(len(files) / num_files, 1)
+    for number in sorted({int(i * step) for i in range(min(num_files, len(files)))}):
+        path, form = files[number], forms[number]
+        if not os.path.isfile(path):
+            continue
+        starts = {0}
+        if form in ("jsonl", "text") and not path.endswith((".gz", ".zst")):
+            with open(path, "rb", buffering=0) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                starts |= {_line_end(stream.fileno(), size * i // places, size) for i in range(1, places)} - {size}
+        for start in sorted(starts):
+            for chunk in chunks(number, path, form, keys, start, chunk_bytes):
+                yield chunk
+                break
+
+
 def _ranges(number: int, path: str, form: Form, start: int, chunk_bytes: int) -> Iterator[Chunk]:
     """Ranges of a plain file."""
     with open(path, "rb", buffering=0) as stream:

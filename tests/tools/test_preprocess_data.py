@@ -116,6 +116,13 @@ def test_any_number_of_workers_writes_the_same_files(tmp_path, corpus, monkeypat
     assert files_in(tmp_path / "w2") == first == files_in(tmp_path / "w3")
 
 
+def test_the_backend_does_not_show(tmp_path, corpus, sentencepiece_flags, capsys):
+    for backend in ("auto", "reference", "gigatoken"):
+        assert run(corpus, tmp_path / backend / "d", "--tokenizer-backend", backend, tokenizer=sentencepiece_flags) == 0
+        assert ("gigatoken, which gave the ids" in capsys.readouterr().out) == (backend != "reference")
+    assert files_in(tmp_path / "auto") == files_in(tmp_path / "reference") == files_in(tmp_path / "gigatoken")
+
+
 def test_the_size_of_batches_does_not_show(tmp_path, corpus, monkeypatch):
     for size in (1, 777, 1 << 20):
         monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", size)
@@ -376,7 +383,7 @@ class Interrupted:
         self.deadline.start()
         self.pipe = open(home / "pipe", "w")  # noqa: SIM115 (closed by close)
         self.feed()
-        assert self.process.stdout is not None and "documents" in self.process.stdout.readline()
+        assert self.process.stdout is not None and any(" documents, " in line for line in self.process.stdout)
         assert (out / "d_text_document.tmp.bin").exists()
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         self.workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
