@@ -1,57 +1,76 @@
-"""Turn JSON lines into a training dataset: `<output-prefix>_<key>_document.bin` and `.idx`, in Megatron's format.
+"""Turn text into a training dataset: `<output-prefix>_<key>_document.bin` and `.idx`, in Megatron's format.
 
-Documents come out in input order, and the files are the same bytes for any number of workers. Beside them lie a manifest
-(`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`). All is written under
-temporary names and moved to the final ones at the end; a run that fails leaves nothing, a killed one `.tmp` files at most.
-The first bad line ends the run unless --max-bad-lines says how much text may be lost; blank lines and empty documents
-lose none and are left out and counted.
+Documents come out in input order, and the files are the same bytes for any number of workers, and for a run that was killed and
+resumed. Beside them lie a manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`).
+All is written under temporary names and moved to the final ones at the end; a run that fails leaves nothing, a killed one `.tmp`
+files, which --resume goes on with. The first bad line ends the run unless --max-bad-lines says how much text may be lost; blank
+lines and empty documents lose none and are left out and counted. Memory does not grow with the input.
 
-    python tools/preprocess_data.py --input 'corpus/*.jsonl' --output-prefix data/web --append-eod --workers 8 \\
+    python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --output-prefix data/web --append-eod --workers 8 --resume \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model web.model
+
+On many machines give each job --shard 0/16, 1/16, ... and then put the parts together with tools/merge_datasets.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
-import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.data.documents import BadLines, input_files, line_batches
-from megatron_salt.data.encode import Encoder, encode_batches
-from megatron_salt.data.indexed import IndexedWriter, token_dtype
+from megatron_salt.data.backends import choose_backend
+from megatron_salt.data.documents import STDIN, BadLines, input_files
+from megatron_salt.data.encode import SLOTS_PER_WORKER, Encoder, encode_chunks
+from megatron_salt.data.indexed import Written, token_dtype
+from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import (
     Manifest,
     Source,
     manifest_path,
+    read_manifest,
     sampled_fingerprint,
+    sampled_hash,
     tokenizer_directory,
     write_manifest,
 )
+from megatron_salt.data.meter import Meter
+from megatron_salt.data.parse import Parser
+from megatron_salt.data.reading import Chunk, Form, chunks, form_of, sample_chunks
+from megatron_salt.data.scores import parse_shard
+from megatron_salt.data.sharing import files_of_shard
+from megatron_salt.data.stage import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
 from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.errors import UserError
 
-BATCH_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
+SMALLEST_CHUNK_BYTES = 1 << 16
+SAMPLE_CHUNK_BYTES, SAMPLE_CHARACTERS = 1 << 17, 2 << 20
+WORKING_BYTES = 48 << 20  # what a tokenizer and its results take while they work
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Tokenise JSON lines into Megatron's .bin/.idx."""
+    """Tokenise text into Megatron's .bin/.idx."""
 
     input: tuple[str, ...]
-    """Files or glob patterns, one JSON object a line; .gz is decompressed. Documents keep this order."""
+    """Files or patterns, or - for standard input: JSON lines, text (.txt), tables (.parquet); .gz, .zst too. Documents keep this order."""
 
     output_prefix: str
     """Where the dataset goes: PREFIX_KEY_document.bin, .idx, .manifest.json and .tokenizer."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys whose strings are documents; each key gets a dataset of its own."""
+    """Keys, or columns of a table, whose strings are documents; each gets a dataset of its own."""
+
+    input_format: Literal["auto", "jsonl", "text", "parquet"] = "auto"
+    """How files are read; auto goes by their names, and takes standard input for JSON lines."""
+
+    text_documents: Literal["line", "file"] = "line"
+    """What a document is in plain text."""
 
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document id."""
@@ -59,11 +78,23 @@ class PreprocessConfig:
     workers: int = 1
     """Processes that tokenise."""
 
+    tokenizer_backend: Literal["auto", "reference", "gigatoken"] = "auto"
+    """reference: the tokenizer's own library; auto: gigatoken where it is installed and gives the same ids for a sample of the input."""
+
+    max_memory: float | None = None
+    """GiB that all processes together may take; single documents of many MB come on top. Default: about 200 MB a process."""
+
+    resume: bool = False
+    """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
+
+    shard: str = "0/1"
+    """i/n: the i-th of n parts of the files, i from 0 to n-1, divided by size; goes to PREFIX-0000i-of-0000n_KEY_document."""
+
     log_interval: int = 10000
-    """Documents between progress lines."""
+    """Documents between progress lines; on a terminal there is a bar instead."""
 
     overwrite: bool = False
-    """Replace a dataset that is already there."""
+    """Replace a dataset that is already there, and what a killed run left."""
 
     max_bad_lines: int = 0
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
@@ -79,120 +110,218 @@ class PreprocessConfig:
             raise UserError(f"--json-keys needs one or more different keys, got {' '.join(self.json_keys) or 'none'}")
         if any(os.sep in key for key in self.json_keys):
             raise UserError(f"--json-keys become file names and cannot contain {os.sep}, got {' '.join(self.json_keys)}")
+        if self.resume and (self.overwrite or STDIN in self.input):
+            raise UserError(f"--resume goes with neither --overwrite nor --input {STDIN}: what was read before must still be there")
+        parse_shard(self.shard)
 
-
-@dataclass
-class Tally:
-    """Counts of one input file; per key where there is a list."""
-
-    lines: int
-    rejected: int
-    documents: list[int]
-    empty: list[int]
+    @property
+    def shard_prefix(self) -> str:
+        """--output-prefix, with the shard's number where there are several."""
+        i, n = parse_shard(self.shard)
+        return self.output_prefix if n == 1 else f"{self.output_prefix}-{i:05d}-of-{n:05d}"
 
 
 def preprocess(config: PreprocessConfig) -> None:
     """The whole tool: check everything that can be known, encode, write, publish. UserError for the user's mistakes."""
-    files = input_files(config.input)
+    files = shard_files(config)
+    forms = [file_form(config, file) for file in files]
     tokenizer = build_tokenizer(config.tokenizer)
     if config.append_eod and tokenizer.eod is None:
         raise UserError(f"--append-eod: the {tokenizer.kind} has no end-of-document token")
-    prefixes = [f"{config.output_prefix}_{key}_document" for key in config.json_keys]
-    present = [str(path) for prefix in prefixes for path in output_paths(prefix) if path.exists()]
-    if present and not config.overwrite:
-        raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
-
-    encoder = Encoder(tokenizer, config.json_keys, config.append_eod)
+    prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
+    facts = what_it_depends_on(config, files, forms, tokenizer)
+    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(prefixes, tokenizer, files):
+        print(f"{', '.join(prefixes)}: already whole")
+        return
+    chunk_bytes = memory_plan(config)
     try:
         with ExitStack() as stack:
             os.makedirs(os.path.dirname(config.output_prefix) or ".", exist_ok=True)
-            writers = [open_writer(prefix, tokenizer, stack) for prefix in prefixes]
-            tallies = write_documents(config, files, encoder, writers)
-            for key, writer in zip(config.json_keys, writers, strict=True):
-                if writer.documents == 0:
-                    raise UserError(f"--input {' '.join(config.input)}: no document under the key {key!r}; nothing was written")
-            for i, writer in enumerate(writers):
-                describe(config, i, writer, tokenizer, tallies)
-            for prefix, writer in zip(prefixes, writers, strict=True):
-                publish(writer.prefix, prefix)
+            journal = Journal(journal_path(config.shard_prefix))
+            stack.callback(journal.close)
+            refuse_present(config, prefixes, journal)
+            begin(journal, facts, config.resume, config.overwrite)
+            if not config.resume:
+                stack.callback(clean, prefixes, journal)
+            if journal.records[1:] and "finished" in journal.records[-1]:
+                written = journal.records[-1]["finished"]
+            else:
+                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample_texts(config, files, forms))
+                print(f"tokenizer backend: {why}", flush=True)
+                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, digests=False)
+                written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
+                journal.append({"finished": written})
+            for prefix in prefixes:
+                publish(temporary(prefix), prefix)
+            clean(prefixes, journal)
     except OSError as error:
         raise UserError(f"--output-prefix {config.output_prefix} cannot be written: {error.strerror} "
                         f"({error.filename or 'while writing'})") from error
-    for prefix, writer in zip(prefixes, writers, strict=True):
-        print(f"wrote {prefix}.bin .idx .manifest.json .tokenizer: {writer.documents} documents, {writer.tokens} tokens")
+    for line in written:
+        print(line)
 
 
-def write_documents(config: PreprocessConfig, files: list[str], encoder: Encoder,
-                    writers: list[IndexedWriter]) -> dict[str, Tally]:
-    """Encode all lines of `files` into the writers (one a key); counts per file, in the files' order."""
-    none = [0] * len(writers)
-    tallies = {file: Tally(0, 0, list(none), list(none)) for file in files}
-    bad_lines = BadLines(config.max_bad_lines)
-    batches = itertools.chain.from_iterable(line_batches(file, BATCH_BYTES) for file in files)
-    started, documents, text_bytes = time.monotonic(), 0, 0
-    with closing(encode_batches(batches, encoder, config.workers)) as encoded:
-        for batch in encoded:
-            bad_lines.add(batch.file, batch.bad)
-            tally = tallies[batch.file]
-            tally.lines += batch.lines
-            tally.rejected += len(batch.bad)
-            for i, writer in enumerate(writers):
-                writer.append(batch.ids[i], batch.lengths[i])
-                tally.documents[i] += len(batch.lengths[i])
-                tally.empty[i] += batch.empty[i]
-            before, documents = documents, documents + batch.lines - len(batch.bad)
-            text_bytes += batch.text_bytes
-            if documents // config.log_interval > before // config.log_interval:
-                speed = text_bytes / 1e6 / max(time.monotonic() - started, 1e-6)
-                print(f"{documents} documents, {text_bytes / 1e6:.1f} MB, {speed:.2f} MB/s, "
-                      f"{sum(writer.tokens for writer in writers)} tokens", flush=True)
-    seconds = max(time.monotonic() - started, 1e-6)
-    print(f"read {documents} documents, {text_bytes / 1e6:.1f} MB in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.2f} MB/s; "
-          f"{bad_lines.count} bad lines, {sum(sum(tally.empty) for tally in tallies.values())} empty documents", flush=True)
-    return tallies
+def shard_files(config: PreprocessConfig) -> list[str]:
+    """The files of this job, which for most is all of them."""
+    files = input_files(config.input)
+    shard = parse_shard(config.shard)
+    if shard[1] == 1:
+        return files
+    if STDIN in files:
+        raise UserError(f"--shard {config.shard} divides files; --input {STDIN} is none")
+    if len(files) < shard[1]:
+        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts")
+    mine = files_of_shard([os.path.getsize(file) for file in files], shard)
+    return [files[number] for number in mine]
 
 
-def output_paths(prefix: str) -> list[Path]:
-    """All that belongs to a dataset, in the order in which it is published."""
-    return [Path(prefix + ".bin"), tokenizer_directory(prefix), Path(prefix + ".idx"), manifest_path(prefix)]
+def file_form(config: PreprocessConfig, file: str) -> Form:
+    """How a file is read. UserError where that cannot be."""
+    if config.input_format == "auto":
+        form = form_of(file, config.text_documents)
+    elif config.input_format == "text":
+        form = "text" if config.text_documents == "line" else "file"
+    else:
+        form = "columns" if config.input_format == "parquet" else "jsonl"
+    if form in ("text", "file") and len(config.json_keys) > 1:
+        raise UserError(f"--input {file} is plain text, which has no keys; --json-keys asks for {' '.join(config.json_keys)}")
+    if form == "columns" and file == STDIN:
+        raise UserError(f"--input-format parquet reads files, not --input {STDIN}")
+    return form
 
 
-def open_writer(prefix: str, tokenizer: Tokenizer, stack: ExitStack) -> IndexedWriter:
-    """A writer under a temporary name, and the tokenizer beside it. Leaving `stack` deletes what is left of both."""
-    temporary = prefix + ".tmp"
-    stack.callback(_remove, output_paths(temporary))
-    _remove(output_paths(temporary))  # of a run that was killed
-    writer = IndexedWriter(temporary, token_dtype(tokenizer.vocab_size))
-    stack.callback(writer.discard)
-    tokenizer.save(tokenizer_directory(temporary))
-    return writer
+def sample_texts(config: PreprocessConfig, files: list[str], forms: list[Form]) -> list[str]:
+    """Documents from all over the input, for the choice of a backend; none where none is to be made."""
+    texts: list[str] = []
+    if config.tokenizer_backend == "reference" or config.tokenizer.tokenizer_type == "ByteLevelTokenizer":
+        return texts
+    parse = Parser(config.json_keys)
+    for chunk in sample_chunks(files, forms, config.json_keys, 16, 16 if len(files) == 1 else 2, SAMPLE_CHUNK_BYTES):
+        for column in parse(chunk.form, chunk.read()).texts:
+            texts += column
+    return shortened(texts, SAMPLE_CHARACTERS)
 
 
-def describe(config: PreprocessConfig, i: int, writer: IndexedWriter, tokenizer: Tokenizer, tallies: dict[str, Tally]) -> None:
-    """Finish the files of key number `i` and write their manifest."""
-    written = writer.finish()
-    sources = tuple(Source(file, os.path.getsize(file), tally.lines, tally.documents[i], tally.empty[i], tally.rejected)
-                    for file, tally in tallies.items())
-    write_manifest(Manifest(
+def shortened(texts: list[str], characters: int) -> list[str]:
+    """The texts, evenly fewer of them, and these cut, until they have about so many characters."""
+    mean = max(sum(min(len(text), SAMPLE_CHUNK_BYTES) for text in texts) // max(len(texts), 1), 1)
+    step = max(len(texts) * mean // characters, 1)
+    return [text[:SAMPLE_CHUNK_BYTES] for text in texts[::step]]
+
+
+def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
+    """All that decides which bytes are written: a run resumes only where it is the same."""
+    regular = [os.path.isfile(file) for file in files]
+    return {"--input": [[file, form, os.path.getsize(file) if there else 0, sampled_hash(Path(file)) if there else ""]
+                        for file, form, there in zip(files, forms, regular, strict=True)],
+            "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint}
+
+
+def are_whole(prefixes: list[str], tokenizer: Tokenizer, files: list[str]) -> bool:
+    """Whether an earlier run of this job left nothing to do."""
+    if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
+        return False
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    return all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
+               and [(source.file, source.size_bytes) for source in manifest.sources] == [(file, size_of(file)) for file in files]
+               for manifest in manifests)
+
+
+def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
+    """UserError where the output exists, unless it may be replaced."""
+    present = [str(path) for prefix in prefixes for path in output_paths(prefix) if path.exists()]
+    resumed = config.resume and len(journal.records) > 1  # the run that began it was allowed to
+    if present and not config.overwrite and not resumed:
+        if not journal.records:
+            remove([journal.path])
+        raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
+
+
+def memory_plan(config: PreprocessConfig) -> int:
+    """Bytes of a chunk, so that all processes stay below --max-memory. UserError where that is too little."""
+    if config.max_memory is None:
+        return CHUNK_BYTES
+    processes = config.workers + (config.workers > 1)
+    with open("/proc/self/statm") as stream:
+        own = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    fixed = processes * own + config.workers * WORKING_BYTES
+    copies = config.workers * (SLOTS_PER_WORKER * 3 + 8)  # text, ids and lengths in each slot, and what a worker makes of one
+    chunk_bytes = int(config.max_memory * 2**30 - fixed) // copies
+    if chunk_bytes < SMALLEST_CHUNK_BYTES:
+        raise UserError(f"--max-memory {config.max_memory:g} GiB is too little for --workers {config.workers}, which take "
+                        f"{(fixed + copies * SMALLEST_CHUNK_BYTES) / 2**30:.2f} GiB; give more, or fewer workers")
+    return min(chunk_bytes, CHUNK_BYTES)
+
+
+def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer, encoder: Encoder,
+              journal: Journal, prefixes: list[str], chunk_bytes: int) -> list[str]:
+    """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
+    if len(journal.records) == 1:
+        remove(path for prefix in prefixes for path in leftovers(prefix))
+    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), digests=False)
+    with closing(stage):
+        for prefix in prefixes:
+            tokenizer.save(tokenizer_directory(temporary(prefix)))
+        write_documents(config, stage, forms, encoder, chunk_bytes)
+        lines = []
+        for i, key in enumerate(config.json_keys):
+            if stage.writers[i].documents == 0:
+                raise UserError(f"--input {' '.join(config.input)}: no document under the key {key!r}; nothing was written")
+            manifest = describe(config, i, stage.writers[i].write_index(), tokenizer, stage)
+            lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
+                         f"{manifest.tokens} tokens, {manifest.bytes_per_token:.2f} bytes a token")
+    return lines
+
+
+def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], encoder: Encoder, chunk_bytes: int) -> None:
+    """Encode all documents from where the stage is on into its writers."""
+    if stage.file or stage.position:
+        print(f"resuming in {stage.files[stage.file]}, after {stage.writers[0].documents} documents", flush=True)
+    before = [sum(size_of(file) for file in stage.files[:number]) for number in range(len(stage.files))]
+    meter = Meter(before[-1] + size_of(stage.files[-1]), before[stage.file] + stage.on_disk, config.log_interval)
+    bad_lines = BadLines(config.max_bad_lines, stage.bad_lines)
+    with closing(encode_chunks(remaining(config, stage, forms, chunk_bytes), encoder, config.workers, stage.writers[0].dtype)) as encoded:
+        for each in encoded:
+            chunk = each.chunk
+            first = stage.tallies[chunk.file].lines + 1
+            stage.add(each)
+            bad_lines.add(chunk.path, [(first + line, reason) for line, _, reason in each.bad])
+            meter.add(each.documents - len(each.bad), sum(each.text_bytes), sum(map(len, each.ids)), before[chunk.file] + chunk.on_disk)
+    stage.note()
+    empty = sum(sum(tally.empty) for tally in stage.tallies)
+    print(f"read {meter.close()}; {bad_lines.count} bad lines, {empty} empty documents", flush=True)
+
+
+def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_bytes: int) -> Iterator[Chunk]:
+    """The chunks that are not in the stage yet."""
+    start = stage.position
+    for number in range(stage.file, len(stage.files)):
+        yield from chunks(number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes)
+        start = 0
+
+
+def describe(config: PreprocessConfig, i: int, written: Written, tokenizer: Tokenizer, stage: Stage) -> Manifest:
+    """Write the manifest of key number `i`."""
+    writer = stage.writers[i]
+    sources = tuple(Source(file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()),
+                           tally.text_bytes[i], tally.rejected) for file, tally in zip(stage.files, stage.tallies, strict=True))
+    manifest = Manifest(
         written.documents, written.tokens, writer.dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
         written.idx_hash, sampled_fingerprint(writer.prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
-        tokenizer.eod, config.append_eod, config.json_keys[i], sources), manifest_path(writer.prefix))
+        tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None)
+    write_manifest(manifest, manifest_path(writer.prefix))
+    return manifest
 
 
-def publish(temporary: str, prefix: str) -> None:
-    """Move a finished dataset to its name. What it replaces loses manifest and index first and gets them last, so a crash in
-    between leaves no index, or an index without a manifest, but never a mixture that looks whole."""
-    _remove(reversed(output_paths(prefix)))
-    for source, target in zip(output_paths(temporary), output_paths(prefix), strict=True):
-        os.replace(source, target)
+def size_of(file: str) -> int:
+    """Bytes on disk; 0 of a pipe."""
+    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def clean(prefixes: list[str], journal: Journal) -> None:
+    """Delete everything that has a temporary name."""
+    remove(path for prefix in prefixes for path in leftovers(prefix))
+    remove([journal.path])
 
 
 if __name__ == "__main__":

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.documents import BadLine, BadLines, decode_line, input_files, json_texts, line_batches
+from megatron_salt.data.documents import BadLines, input_files
+from megatron_salt.data.parse import Parser
+from megatron_salt.data.reading import chunks, form_of
 from megatron_salt.errors import UserError
 
-BATCH_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 SENTENCE_CHARACTERS = 4096
 THREADS = 4  # a constant: unigram's sums, and so its file, depend on it
 _LINES = re.compile(r"[^\n]+\n*|\n+")
@@ -36,7 +38,7 @@ class TrainTokenizerConfig:
     """Train a SentencePiece tokenizer."""
 
     input: tuple[str, ...]
-    """Files or glob patterns: .jsonl and .json hold one JSON object a line, others plain text; .gz is decompressed."""
+    """Files or glob patterns: .jsonl and .json hold a JSON object a line, .parquet columns, others text; .gz and .zst too."""
 
     output: str
     """The model file, for --tokenizer-model."""
@@ -103,15 +105,17 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
 
 
 def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines) -> Iterator[str]:
-    """The strings under `keys` of each JSON line, or each line of a plain text with its line feed."""
-    is_json = file.removesuffix(".gz").endswith((".jsonl", ".json"))
-    for batch in line_batches(file, BATCH_BYTES):
-        for number, line in enumerate(batch.lines, start=batch.first_line):
-            try:
-                if line.strip():
-                    yield from json_texts(line, keys) if is_json else [decode_line(line)]
-            except BadLine as reason:
-                bad_lines.add(file, [(number, str(reason))])
+    """The strings under `keys` of JSON lines or of a table, or each line of a plain text with a line feed."""
+    form = form_of(file, "line")
+    if form == "jsonl" and not file.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")):
+        form = "text"
+    parse, first = Parser(keys[:1] if form == "text" else keys), 1
+    for chunk in chunks(0, file, form, keys, 0, CHUNK_BYTES):
+        parsed = parse(form, chunk.read())
+        bad_lines.add(file, [(first + line, reason) for line, _, reason in parsed.bad])
+        first += parsed.lines
+        for texts in zip(*parsed.texts, strict=True):
+            yield from (text + "\n" for text in texts) if form == "text" else texts
 
 
 def sentences(text: str) -> Iterator[str]:

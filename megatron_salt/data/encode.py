@@ -1,8 +1,9 @@
-"""Batches of JSON lines to batches of ids, in this process or in several.
+"""Chunks of text to ids, in this process or in several.
 
-What a batch becomes is a pure function of its lines, the tokenizer, the keys and append_eod, and batches come back in
-the order in which they went in: the result does not depend on the number of workers. Workers parse and encode; only
-raw lines go to them and only arrays of ids come back.
+What a chunk becomes is a pure function of its bytes, the tokenizer, the keys and append_eod, and chunks come back in the order
+in which they went in: the result does not depend on the number of workers. Workers parse and encode. Text and ids never pass
+through a pickle: a chunk of a plain file is read by its worker, other text and all ids lie in slots, files in memory that
+both sides hold open; a few slots per worker bound what is in memory.
 """
 
 from __future__ import annotations
@@ -12,90 +13,165 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
+from multiprocessing.reduction import DupFd
 
 import numpy as np
 
-from megatron_salt.data.documents import BadLine, LineBatch, json_texts
+from megatron_salt.data.backends import Backend, encode_with
 from megatron_salt.data.indexed import token_dtype
+from megatron_salt.data.parse import Parsed, Parser
+from megatron_salt.data.reading import Chunk
 from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
 from megatron_salt.errors import UserError
 
-BATCHES_PER_WORKER = 3  # read ahead of the consumer, so that memory is bounded
+SLOTS_PER_WORKER = 3  # read ahead of the consumer
+_TEXT_AT_A_TIME = 1 << 18  # characters: what a tokenizer holds besides ids is many times its text
 
 
 @dataclass(frozen=True)
-class EncodedBatch:
-    """What the lines of one batch became."""
+class EncodedChunk:
+    """What one chunk became."""
 
-    file: str
+    chunk: Chunk
+    """Without its bytes."""
     lines: int
+    """Lines, or rows, blank ones included."""
+    documents: int
     """Lines that are not blank."""
-    bad: list[tuple[int, str]]
-    """(line number, reason) of each line that was left out."""
-    text_bytes: int
-    """Size of the lines."""
+    bad: list[tuple[int, str, str]]
+    """(line from 0, kind, reason) of each line that was left out."""
+    text_bytes: list[int]
+    """Per key: size of the texts in UTF-8."""
     ids: list[np.ndarray]
     """Per key: ids of all documents end to end."""
     lengths: list[np.ndarray]
     """Per key: int32 [documents], each at least 1."""
     empty: list[int]
     """Per key: documents without a token."""
+    digests: list[np.ndarray]
+    """Per key, if asked for: uint64 [documents, 2], a hash of each text."""
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """LineBatch -> EncodedBatch: a pure function of the tokenizer and these settings."""
+    """Chunk -> EncodedChunk: a pure function of the tokenizer and these settings."""
 
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    append_eod: bool
+    def __init__(self, tokenizer: Tokenizer, backend: Backend, keys: Sequence[str], append_eod: bool, digests: bool) -> None:
+        self.settings = (tokenizer.kind, tokenizer.files, backend, tuple(keys), append_eod, digests)
+        """What another process makes the same encoder of."""
+        self._parse = Parser(keys)
+        self._encode = encode_with(tokenizer, backend)
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._eod = tokenizer.eod if append_eod else None
+        self._digests = digests
+        assert not append_eod or self._eod is not None
 
-    def encode(self, batch: LineBatch) -> EncodedBatch:
-        texts: list[list[str]] = [[] for _ in self.keys]
-        bad: list[tuple[int, str]] = []
-        num_lines = 0
-        for number, line in enumerate(batch.lines, start=batch.first_line):
-            if not line.strip():
-                continue
-            num_lines += 1
-            try:
-                found = json_texts(line, self.keys)
-            except BadLine as reason:
-                bad.append((number, str(reason)))
-                continue
-            for column, text in zip(texts, found, strict=True):
-                column.append(text)
-        columns = [self._encode_column(column) for column in texts]
-        return EncodedBatch(batch.file, num_lines, bad, sum(map(len, batch.lines)), [ids for ids, _ in columns],
-                            [lengths for _, lengths in columns],
-                            [len(column) - len(lengths) for column, (_, lengths) in zip(texts, columns, strict=True)])
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """UserError when the chunk's file cannot be read."""
+        parsed = self._parse(chunk.form, chunk.read())
+        columns = [self._encode_column(texts) for texts in parsed.texts]
+        return EncodedChunk(
+            replace(chunk, data=None), parsed.lines, parsed.documents, parsed.bad,
+            [sum(len(text.encode()) for text in texts) for texts in parsed.texts], [ids for ids, _, _ in columns],
+            [lengths for _, lengths, _ in columns],
+            [len(texts) - len(lengths) for texts, (_, lengths, _) in zip(parsed.texts, columns, strict=True)],
+            self._hash(parsed, [full for _, _, full in columns]))
 
-    def _encode_column(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        documents = [ids for ids in self.tokenizer.encode_batch(texts) if ids]
-        if self.append_eod:
-            eod = self.tokenizer.eod
-            assert eod is not None
-            for ids in documents:
-                ids.append(eod)
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        flat = itertools.chain.from_iterable(documents)
-        return np.fromiter(flat, token_dtype(self.tokenizer.vocab_size), lengths.sum(dtype=np.int64)), lengths
+    def _encode_column(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of all texts, lengths of those that have any, and which these are."""
+        parts, sizes = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
+        for some in _portions(texts):
+            ids, lengths = self._encode(some)
+            parts.append(ids.astype(self._dtype))
+            sizes.append(lengths)
+        ids, every = np.concatenate(parts), np.concatenate(sizes)
+        full = every > 0
+        lengths = every[full].astype(np.int32)
+        if self._eod is not None:
+            ids = np.insert(ids, np.cumsum(lengths, dtype=np.int64), self._eod)
+            lengths += np.int32(1)
+        return ids, lengths, full
 
-
-_encoder: Encoder  # of a worker process, set once by _start_worker: a tokenizer is too large to travel with each batch
+    def _hash(self, parsed: Parsed, full: list[np.ndarray]) -> list[np.ndarray]:
+        if not self._digests:
+            return []
+        return [text_digests([text for text, kept in zip(texts, mask, strict=True) if kept])
+                for texts, mask in zip(parsed.texts, full, strict=True)]
 
 
-def _start_worker(kind: str, files: Mapping[str, bytes], keys: tuple[str, ...], append_eod: bool) -> None:
-    global _encoder
+def text_digests(texts: Sequence[str]) -> np.ndarray:
+    """uint64 [texts, 2]: equal for equal texts, and by chance for no others."""
+    import hashlib
+
+    joined = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return np.frombuffer(joined, "<u8").reshape(len(texts), 2)
+
+
+def _portions(texts: list[str]) -> Iterable[list[str]]:
+    """The texts in groups of about _TEXT_AT_A_TIME."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= _TEXT_AT_A_TIME:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+class Slots:
+    """Files in memory, for bytes on their way to a worker and for arrays on their way back. Travels to processes at their start."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        self.descriptors = descriptors
+
+    def __reduce__(self) -> tuple:
+        return _attach, ([DupFd(descriptor) for descriptor in self.descriptors],)
+
+    def put(self, slot: int, parts: Iterable[bytes | np.ndarray]) -> None:
+        """Replace what a slot holds."""
+        descriptor, at = self.descriptors[slot], 0
+        for part in parts:
+            left = memoryview(part if isinstance(part, bytes) else part.tobytes())
+            while left:
+                done = os.pwrite(descriptor, left, at)
+                at, left = at + done, left[done:]
+        os.ftruncate(descriptor, at)
+
+    def take(self, slot: int, size: int, offset: int = 0) -> bytes:
+        data = os.pread(self.descriptors[slot], size, offset)
+        while len(data) < size:  # one call reads at most 2 GiB
+            more = os.pread(self.descriptors[slot], size - len(data), offset + len(data))
+            assert more, (slot, size, offset)
+            data += more
+        return data
+
+
+def _attach(duplicates: list) -> Slots:
+    return Slots([duplicate.detach() for duplicate in duplicates])
+
+
+_encoder: Encoder  # of a worker process, set once by _start_worker: a tokenizer is too large to travel with each chunk
+_slots: Slots
+
+
+def _start_worker(slots: Slots, kind: str, files: Mapping[str, bytes], backend: Backend, keys: Sequence[str], append_eod: bool,
+                  digests: bool) -> None:
+    global _encoder, _slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer_from_files(kind, files, origin="the tokenizer"), keys, append_eod)
+    _slots = slots
+    _encoder = Encoder(tokenizer_from_files(kind, files, origin="the tokenizer"), backend, keys, append_eod, digests)
 
 
 def _die_with_parent() -> None:
@@ -106,27 +182,60 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(batch: LineBatch) -> EncodedBatch:
-    return _encoder.encode(batch)
+def _encode_in_worker(chunk: Chunk, slot: int, size: int) -> tuple[EncodedChunk, list[tuple[int, int]]]:
+    """The result without its arrays, which lie in the slot; per key, how many ids and lengths."""
+    if size >= 0:
+        chunk = replace(chunk, data=_slots.take(slot, size))
+    encoded = _encoder.encode(chunk)
+    del chunk
+    _slots.put(slot, itertools.chain(encoded.ids, encoded.lengths, encoded.digests))
+    shape = [(len(ids), len(lengths)) for ids, lengths in zip(encoded.ids, encoded.lengths, strict=True)]
+    return replace(encoded, ids=[], lengths=[], digests=[]), shape
 
 
-def encode_batches(batches: Iterable[LineBatch], encoder: Encoder, workers: int) -> Generator[EncodedBatch]:
-    """Encode in order, with one process (this one) or several; at most a few batches per worker are in memory.
+def encode_chunks(chunks: Iterable[Chunk], encoder: Encoder, workers: int, dtype: np.dtype) -> Generator[EncodedChunk]:
+    """Encode in order, with one process (this one) or several; at most SLOTS_PER_WORKER chunks per worker are in memory.
     Close the generator to stop early. UserError when a worker dies."""
     if workers == 1:
-        yield from map(encoder.encode, batches)
+        yield from map(encoder.encode, chunks)
         return
-    initial = (encoder.tokenizer.kind, encoder.tokenizer.files, encoder.keys, encoder.append_eod)
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=initial)
-    pending: deque[Future[EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) >= workers * BATCHES_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(f"a worker died, most likely for lack of memory; --workers {workers} may be too many") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ExitStack() as stack:
+        slots = Slots([os.memfd_create("slot") for _ in range(workers * SLOTS_PER_WORKER)])
+        for descriptor in slots.descriptors:
+            stack.callback(os.close, descriptor)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (slots, *encoder.settings))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        free, pending = deque(range(len(slots.descriptors))), deque[tuple[int, Future]]()
+        try:
+            for chunk in chunks:
+                slot, size = free.popleft(), -1
+                if chunk.data is not None:
+                    slots.put(slot, [chunk.data])
+                    size = len(chunk.data)
+                pending.append((slot, pool.submit(_encode_in_worker, replace(chunk, data=None), slot, size)))
+                del chunk
+                while pending and (not free or pending[0][1].done()):
+                    yield _received(slots, *pending[0], encoder.settings[-1], dtype)
+                    free.append(pending.popleft()[0])
+            while pending:
+                yield _received(slots, *pending[0], encoder.settings[-1], dtype)
+                free.append(pending.popleft()[0])
+        except BrokenProcessPool:
+            raise UserError(f"a worker died, most likely for lack of memory; --workers {workers} may be too many") from None
+
+
+def _received(slots: Slots, slot: int, future: Future, digests: bool, dtype: np.dtype) -> EncodedChunk:
+    """A worker's result with its arrays."""
+    encoded, shape = future.result()
+    at = 0
+
+    def array(kind: np.dtype, count: int) -> np.ndarray:
+        nonlocal at
+        data = slots.take(slot, kind.itemsize * count, at)
+        at += len(data)
+        return np.frombuffer(data, kind)
+
+    ids = [array(dtype, count) for count, _ in shape]
+    lengths = [array(np.dtype(np.int32), count) for _, count in shape]
+    hashes = [array(np.dtype("<u8"), 2 * count).reshape(-1, 2) for _, count in shape] if digests else []
+    return replace(encoded, ids=ids, lengths=lengths, digests=hashes)

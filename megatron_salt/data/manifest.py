@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,8 @@ FORMAT = 1
 _HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
-_JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None))}
+_JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
+               "str | None": (str, type(None))}
 
 
 def content_hash() -> hashlib.blake2b:
@@ -46,6 +47,10 @@ class Source:
     """Texts without a token, left out."""
     rejected_lines: int
     """Lines that could not be used: --max-bad-lines."""
+    text_bytes: int = 0
+    """Size in UTF-8 of the texts that were encoded; 0: not recorded."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """How many lines were rejected for which reason."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,22 @@ class Manifest:
     """Whether every document ends with eod."""
     json_key: str
     sources: tuple[Source, ...]
+    shard: str | None = None
+    """i/n: what it holds is the i-th of n parts of its input; None: all of it."""
+    duplicates: int = 0
+    """Documents left out because an equal text came before (--dedup)."""
+    shuffle_seed: int | None = None
+    """--shuffle-documents; None: documents lie in input order."""
 
     @property
     def fingerprint(self) -> str:
         """`content:` and the hash of both files' hashes: the same for equal files, wherever they lie."""
         return _content_fingerprint(self.bin_hash, self.idx_hash)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the texts that were encoded; 0: not recorded."""
+        return sum(source.text_bytes for source in self.sources) / max(self.tokens, 1)
 
 
 def manifest_path(prefix: str) -> Path:
@@ -100,6 +116,8 @@ def read_manifest(prefix: str) -> Manifest | None:
         raw = read_json(path, FORMAT, "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
+    added = {name: getattr(Manifest, name) for name in ("shard", "duplicates", "shuffle_seed")}  # older ones lack them
+    raw = {**added, **raw}
     check_fields(Manifest, raw, path)
     try:
         raw["sources"] = tuple(Source(**source) for source in raw["sources"])
@@ -143,13 +161,13 @@ def read_json(path: Path, version: int, remedy: str) -> dict[str, Any]:
 def check_fields(kind: type, raw: Mapping[str, Any], path: Path) -> None:
     """UserError unless `raw`, read from `path`, has the fields of this dataclass, with values of their types: lists for tuples,
     mappings for what else JSON has no word for."""
-    expected = {field.name for field in fields(kind)}
+    expected = {each.name for each in fields(kind)}
     if set(raw) != expected:
         raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
-    for field in fields(kind):
-        types = (list,) if str(field.type).startswith("tuple") else _JSON_TYPES.get(str(field.type), (dict,))
-        if type(raw[field.name]) not in types:
-            raise UserError(f"{path}: {field.name} should be {field.type}, it is {raw[field.name]!r}")
+    for each in fields(kind):
+        types = (list,) if str(each.type).startswith("tuple") else _JSON_TYPES.get(str(each.type), (dict,))
+        if type(raw[each.name]) not in types:
+            raise UserError(f"{path}: {each.name} should be {each.type}, it is {raw[each.name]!r}")
 
 
 def sampled_fingerprint(prefix: str) -> str:

@@ -53,6 +53,8 @@ class Tokenizer:
     """What it was made of, under the names that `save` uses."""
     encode_ids: Callable[[list[str]], list[list[int]]] = field(repr=False)
     decode_ids: Callable[[list[int]], str] = field(repr=False)
+    as_json: Callable[[], bytes] | None = field(default=None, repr=False)
+    """The same as a tokenizer.json, for other libraries; None: there is none."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, nothing added."""
@@ -175,7 +177,14 @@ def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Tokenizer:
     return Tokenizer("SentencePieceTokenizer", processor.vocab_size(), eod if eod >= 0 else None,
                      _fingerprint("SentencePieceTokenizer", files), files,
                      encode_ids=lambda texts: processor.encode(texts, out_type=int, num_threads=1),
-                     decode_ids=lambda ids: processor.decode(ids))
+                     decode_ids=lambda ids: processor.decode(ids), as_json=lambda: _json_of_sentencepiece(files["tokenizer.model"]))
+
+
+def _json_of_sentencepiece(model: bytes) -> bytes:
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    content = sentencepiece_to_tokenizer_json(model)
+    return content.encode() if isinstance(content, str) else content
 
 
 def _hugging_face(files: Mapping[str, bytes], origin: str) -> Tokenizer:
@@ -191,7 +200,8 @@ def _hugging_face(files: Mapping[str, bytes], origin: str) -> Tokenizer:
     eod = next((i for i in map(model.token_to_id, HUGGING_FACE_EOD) if i is not None), None)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
     return Tokenizer("HuggingFaceTokenizer", size, eod, _fingerprint("HuggingFaceTokenizer", files), files,
-                     encode_ids=_rust_encode(model), decode_ids=lambda ids: model.decode(ids))
+                     encode_ids=_rust_encode(model), decode_ids=lambda ids: model.decode(ids),
+                     as_json=lambda: files["tokenizer.json"])
 
 
 def _gpt2(files: Mapping[str, bytes], origin: str) -> Tokenizer:
@@ -216,7 +226,8 @@ def _gpt2(files: Mapping[str, bytes], origin: str) -> Tokenizer:
     model.decoder = decoders.ByteLevel()
     return Tokenizer("GPT2BPETokenizer", max(vocabulary.values()) + 1, vocabulary.get(GPT2_EOD),
                      _fingerprint("GPT2BPETokenizer", files), files,
-                     encode_ids=_rust_encode(model), decode_ids=lambda ids: model.decode(ids))
+                     encode_ids=_rust_encode(model), decode_ids=lambda ids: model.decode(ids),
+                     as_json=lambda: model.to_str().encode())
 
 
 def _rust_encode(model: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 import tokenizers
+import zstandard
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: its imports expect a GPU)
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -36,6 +39,16 @@ BYTES = ["--tokenizer-type", "ByteLevelTokenizer"]
 def write_lines(path: Path, texts: list[str], key: str = "text") -> Path:
     lines = [json.dumps({key: text, "other": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def as_table(path: Path, columns: dict, **options) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
     return path
 
 
@@ -93,7 +106,7 @@ def test_the_files_are_those_that_mcores_builder_makes_of_the_same_ids(corpus, o
 
 
 def test_any_number_of_workers_writes_the_same_files(tmp_path, corpus, monkeypatch, sentencepiece_flags):
-    monkeypatch.setattr(preprocess_data, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 1000)
     more = write_lines(tmp_path / "more.jsonl", TEXTS[::-1])
     for workers in (1, 2, 3):
         flags = ["--append-eod", "--workers", str(workers)]
@@ -103,9 +116,16 @@ def test_any_number_of_workers_writes_the_same_files(tmp_path, corpus, monkeypat
     assert files_in(tmp_path / "w2") == first == files_in(tmp_path / "w3")
 
 
+def test_the_backend_does_not_show(tmp_path, corpus, sentencepiece_flags, capsys):
+    for backend in ("auto", "reference", "gigatoken"):
+        assert run(corpus, tmp_path / backend / "d", "--tokenizer-backend", backend, tokenizer=sentencepiece_flags) == 0
+        assert ("gigatoken, which gave the ids" in capsys.readouterr().out) == (backend != "reference")
+    assert files_in(tmp_path / "auto") == files_in(tmp_path / "reference") == files_in(tmp_path / "gigatoken")
+
+
 def test_the_size_of_batches_does_not_show(tmp_path, corpus, monkeypatch):
     for size in (1, 777, 1 << 20):
-        monkeypatch.setattr(preprocess_data, "BATCH_BYTES", size)
+        monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", size)
         assert run(corpus, tmp_path / str(size) / "d") == 0
     assert files_in(tmp_path / "1") == files_in(tmp_path / "777") == files_in(tmp_path / str(1 << 20))
 
@@ -131,6 +151,67 @@ def test_gzip_carriage_returns_byte_order_mark_and_blank_lines_are_read_as_meant
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(raw))
     assert run(tmp_path / "x.jsonl.gz", out / "d") == 0
     assert dataset(out / "d") == as_bytes(["one", "two\u2028\r"])
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+FORMS = {
+    "jsonl": lambda home: write(home / "x.jsonl", json_lines(TEXTS)),
+    "no suffix": lambda home: write(home / "x", json_lines(TEXTS)),
+    "gz": lambda home: write(home / "x.jsonl.gz", gzip.compress(json_lines(TEXTS))),
+    "gz of several members": lambda home: write(
+        home / "x.json.gz", gzip.compress(json_lines(TEXTS[:50])) + gzip.compress(json_lines(TEXTS[50:]))),
+    "zst": lambda home: write(home / "x.jsonl.zst", zstandard.compress(json_lines(TEXTS))),
+    "zst of several frames": lambda home: write(home / "x.jsonl.zst", b"".join(zstandard.compress(json_lines([text])) for text in TEXTS)),
+    "parquet": lambda home: as_table(home / "x.parquet", {"n": list(range(120)), "text": TEXTS}),
+    "parquet of several groups": lambda home: as_table(home / "x.parquet", {"text": TEXTS}, row_group_size=7, compression="zstd"),
+    "parquet of large strings": lambda home: as_table(home / "x.parquet", {"text": pyarrow.array(TEXTS, pyarrow.large_string())}),
+    "parquet of bytes": lambda home: as_table(home / "x.parquet", {"text": [text.encode() for text in TEXTS]}),
+    "parquet of a dictionary": lambda home: as_table(home / "x.parquet", {"text": pyarrow.array(TEXTS).dictionary_encode()}),
+}
+
+
+@pytest.mark.parametrize("workers, chunk_bytes", [("1", 1 << 20), ("1", 300), ("2", 300)])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_form_of_the_input_does_not_show(tmp_path, out, monkeypatch, form, workers, chunk_bytes):
+    if workers == "2" and form not in ("jsonl", "zst", "parquet of several groups"):
+        pytest.skip("processes take a second to start; three forms tell enough")
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", chunk_bytes)
+    assert run(FORMS[form](tmp_path), out / "d", "--workers", workers) == 0
+    assert dataset(out / "d") == as_bytes(TEXTS)
+
+
+@pytest.mark.parametrize("name, pack", [("x.txt", bytes), ("x.txt.gz", gzip.compress), ("x.txt.zst", zstandard.compress)])
+@pytest.mark.parametrize("chunk_bytes", [5, 1 << 20])
+def test_plain_text_is_a_document_a_line_or_a_file(tmp_path, out, monkeypatch, name, pack, chunk_bytes):
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", chunk_bytes)
+    raw = "\ufeffone\r\n\n  two é\u2028\n \nthree".encode()
+    assert run(write(tmp_path / name, pack(raw)), out / "d") == 0
+    assert dataset(out / "d") == as_bytes(["one", "  two é\u2028", "three"])
+    assert run(tmp_path / name, out / "e", "--text-documents", "file") == 0
+    assert dataset(out / "e") == [list(raw[3:])]
+
+
+@pytest.mark.parametrize("flags, raw", [
+    ([], json_lines(TEXTS)),
+    (["--input-format", "text"], "".join(text.replace("\n", " ") + "\n" for text in TEXTS).encode())])
+def test_standard_input_is_read(out, flags, raw):
+    command = [sys.executable, "tools/preprocess_data.py", "--input", "-", "--output-prefix", str(out / "d"), *BYTES,
+               "--workers", "2", *flags]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, input=raw, check=True, timeout=60)
+    assert dataset(out / "d") == as_bytes([text.replace("\n", " ") if flags else text for text in TEXTS])
+
+
+def test_rows_without_a_value_are_bad_lines(tmp_path, out, capsys):
+    table = as_table(tmp_path / "x.parquet", {"text": ["a", None, "b", ""], "title": ["c", "d", None, "e"]})
+    assert run(table, out / "d", "--json-keys", "text", "title", "--max-bad-lines", "2") == 0
+    assert dataset(out / "d", "text") == as_bytes(["a"]) and dataset(out / "d", "title") == as_bytes(["c", "e"])
+    shown = capsys.readouterr().out
+    assert "x.parquet:2: the value of 'text' is not a string but null" in shown and "x.parquet:3: the value of 'title'" in shown
+    (source,) = read_manifest(f"{out}/d_text_document").sources
+    assert (source.lines, source.documents, source.empty_documents, source.reasons) == (4, 1, 1, {"not a string": 2})
 
 
 def test_very_long_documents_and_all_of_unicode_survive(tmp_path, out):
@@ -168,6 +249,8 @@ def test_the_manifest_tells_what_was_made_of_what(tmp_path, corpus, out):
     assert (manifest.vocab_size, manifest.eod, manifest.append_eod) == (257, 256, True)
     assert [(s.file, s.size_bytes, s.lines, s.documents) for s in manifest.sources] == [
         (str(corpus), corpus.stat().st_size, 120, 120), (str(more), more.stat().st_size, 2, 2)]
+    assert [s.text_bytes for s in manifest.sources] == [sum(map(len, as_bytes(TEXTS))), 2]
+    assert manifest.bytes_per_token == sum(s.text_bytes for s in manifest.sources) / manifest.tokens
     assert fingerprint(prefix) == fingerprint(prefix, verify=True) == manifest.fingerprint
 
 
@@ -212,11 +295,6 @@ def test_only_the_first_few_bad_lines_are_shown(tmp_path, out, capsys):
     assert "--max-bad-lines allows 499" in capsys.readouterr().err
 
 
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 @pytest.mark.parametrize("make, word", [
     (lambda home: home / "missing.jsonl", "missing.jsonl: no such file"),
     (lambda home: home / "*.nothing", "no such file"),
@@ -226,7 +304,12 @@ def write(path: Path, content: bytes) -> Path:
     (lambda home: write(home / "x.jsonl", b'{"text": ""}\n'), "no document under the key 'text'"),
     (lambda home: write(home / "x.jsonl.gz", gzip.compress(os.urandom(9000))[:4000]), "x.jsonl.gz is damaged or truncated"),
     (lambda home: write(home / "x.jsonl.gz", b"not gzip"), "x.jsonl.gz is damaged"),
-    (lambda home: write(home / "x.jsonl.zst", b"x"), ".zst files cannot be read"),
+    (lambda home: write(home / "x.jsonl.zst", b"x"), "x.jsonl.zst is damaged or truncated"),
+    (lambda home: write(home / "x.jsonl.zst", zstandard.compress(os.urandom(9000))[:4000]), "x.jsonl.zst is damaged or truncated"),
+    (lambda home: write(home / "x.jsonl.xz", b"x"), ".xz files cannot be read"),
+    (lambda home: write(home / "x.parquet", b"x" * 100), "x.parquet is damaged or truncated"),
+    (lambda home: as_table(home / "x.parquet", {"txt": ["a"]}), "no column 'text'.*it has txt"),
+    (lambda home: as_table(home / "x.parquet", {"text": [1]}), "does not hold strings but int64"),
     (lambda home: [write(home / "x.jsonl", b'{"text": "a"}'), home / "x.*"], "names .*x.jsonl 2 times")])
 def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, capsys, make, word):
     home = tmp_path / "in"
@@ -238,6 +321,8 @@ def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, cap
 
 @pytest.mark.parametrize("flags, word", [
     (["--workers", "0"], "--workers"), (["--max-bad-lines", "-1"], "--max-bad-lines"),
+    (["--max-memory", "0.1", "--workers", "3"], "--max-memory 0.1 GiB is too little for --workers 3"),
+    (["--resume", "--overwrite"], "--resume"), (["--shard", "2/2"], "--shard"), (["--input-format", "xml"], "--input-format"),
     (["--log-interval", "0"], "--log-interval"), (["--json-keys", "a", "a"], "--json-keys"),
     (["--json-keys", "a/b"], "--json-keys"),
     (["--tokenizer-model", "x"], "--tokenizer-model x"), (["--aplend-eod"], "did you mean --append-eod")])
@@ -298,7 +383,7 @@ class Interrupted:
         self.deadline.start()
         self.pipe = open(home / "pipe", "w")  # noqa: SIM115 (closed by close)
         self.feed()
-        assert self.process.stdout is not None and "documents" in self.process.stdout.readline()
+        assert self.process.stdout is not None and any(" documents, " in line for line in self.process.stdout)
         assert (out / "d_text_document.tmp.bin").exists()
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         self.workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -1,0 +1,63 @@
+"""A file of records that survives a kill at any byte: what was appended is read back whole, and a torn end is not there.
+
+A record is a line: a hash, and JSON. Appending returns when it is on disk, so whatever a record speaks of must be there before.
+One process at a time holds a journal. Standard library alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_salt.errors import UserError
+
+
+class Journal:
+    """The journal at `path`, made where there is none."""
+
+    def __init__(self, path: Path) -> None:
+        """UserError while another process holds it."""
+        self.path = path
+        self._stream = open(path, "a+b")  # noqa: SIM115 (closed by close)
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise UserError(f"{path} is held by another process, which writes the same output") from None
+        except OSError:
+            pass  # some file systems have no locks; then it is the user's word
+        self.records: list[dict[str, Any]] = []
+        """All there are, oldest first."""
+        whole = 0
+        self._stream.seek(0)
+        for line in self._stream:
+            digest, _, body = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or digest != _digest(body):
+                break
+            self.records.append(json.loads(body))
+            whole += len(line)
+        self._stream.truncate(whole)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        body = json.dumps(record).encode()
+        self._stream.write(_digest(body) + b" " + body + b"\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.records.append(dict(record))
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self._stream.truncate(0)
+        self.records.clear()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
