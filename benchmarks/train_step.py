@@ -134,7 +134,7 @@ def make_pair(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> Pair:
     def step_ours() -> float:
         sums = train_step(student, microbatches, PhaseTimer()).sums
         assert sums is not None
-        tokens, loss = sums.sum(0).tolist()
+        tokens, loss, _ = sums.sum(0).tolist()
         return loss / tokens
 
     return Pair(step_ours, lambda: trainer.step(batches), count_parameters(student))
