@@ -22,8 +22,8 @@ Backend = Literal["reference", "gigatoken"]
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 """Texts -> (ids end to end, int64 lengths)."""
 
-CACHE_BYTES = 64 << 20  # what gigatoken's caches, which grow with the text, may take before they are dropped
-_LOOK_EVERY = 4 << 20  # characters
+CACHE_BYTES = 56 << 20  # what gigatoken's caches, which grow with the text, may take before they are dropped
+_LOOK_EVERY = 1 << 20  # characters
 
 HARD = (
     "", " ", "  ", "\n", "\n\n", "\r\n", "\t", "a", " a", "a ", "  a  b", "a\nb", "a \n b", "\x00", "\x00a", "\x7f\x80\x9f", "\u2028",
@@ -130,7 +130,11 @@ class _Gigatoken:
         self._encode: Callable[[str], np.ndarray] = lambda text: np.empty(0, np.uint32)  # the old one goes before the new one comes
         _give_back()
         self._encode = gigatoken.Tokenizer.from_json(self._json).encode
-        self._since, self._limit = 0, _resident() + CACHE_BYTES
+        _give_back()
+        self._since = 0
+        if not self._limit:
+            self._limit = _resident() + CACHE_BYTES
+        self._limit = max(self._limit, _resident() + CACHE_BYTES // 2)  # where the system does not take memory back
 
 
 def without_special(tokenizer_json: bytes) -> bytes:
