@@ -4,9 +4,9 @@
     python benchmarks/preprocess.py --input corpus.jsonl --tokenizer-model t.model   your own text and tokenizer (.model or .json)
 
 Raw: each of --workers processes holds its share of the same texts in memory and encodes them in batches, timed from the first to the last
-batch, nothing read, parsed or written. The tool: from its start to its end, less what it takes for the first few MB, which
-every process needs to start (imports, tokenizer, comparison of backends) and which are told apart. Rates are MB of text, in UTF-8, a second; best of --rounds, in turns. On cores
-that others use too, CPU seconds of all processes tell more than the clock.
+batch, nothing read, parsed or written. The tool: from its start to its end, less what it takes for the first few MB, which every process
+needs to start (imports, tokenizer, comparison of backends) and which are told apart. Rates are MB of text, in UTF-8, a second; best of
+--rounds, in turns. On cores that others use too, CPU seconds of all processes tell more than the clock.
 Memory is what all processes of the tool have resident together at its highest, shared pages once, plus files in memory.
 """
 
@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import result
 
-from megatron_salt.data.backends import encode_with
-from megatron_salt.data.tokenizer import tokenizer_from_files
+from megatron_salt.data.backends import without_special
+from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -175,7 +175,7 @@ def raw_cost(kind: str, model: Path, backend: str, source: tuple[Path, int], wor
 def encode_share(kind: str, model: str, backend: str, path: str, i: int, workers: int, ready, go, seconds) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = tokenizer_from_files(kind, {NAMES[kind]: Path(model).read_bytes()}, model)
-    encode = tokenizer.encode_batch if backend == "reference" else encode_with(tokenizer, "gigatoken")
+    encode = tokenizer.encode_batch if backend == "reference" else gigatoken_of(tokenizer)
     with open(path, encoding="utf-8") as stream:
         texts = [json.loads(line)["text"] for number, line in enumerate(stream) if number % workers == i]
     ready.wait()
@@ -190,6 +190,14 @@ def encode_share(kind: str, model: str, backend: str, path: str, i: int, workers
             batch, size = [], 0
     encode(batch)
     seconds.put(time.process_time() - started)
+
+
+def gigatoken_of(tokenizer: Tokenizer):
+    """gigatoken with nothing around it, caches that grow and all."""
+    import gigatoken
+
+    encode = gigatoken.Tokenizer.from_json(without_special(tokenizer.as_json())).encode
+    return lambda texts: [encode(text) for text in texts]
 
 
 # --- text and tokenizers ----------------------------------------------------------------------------------------------
