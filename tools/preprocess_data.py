@@ -23,11 +23,11 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.data.arrange import arrange, repeated
+from megatron_salt.data.arrange import finish_arranged
 from megatron_salt.data.backends import choose_backend
 from megatron_salt.data.documents import STDIN, BadLines, input_files
-from megatron_salt.data.encode import SLOTS_PER_WORKER, Encoder, encode_chunks
-from megatron_salt.data.indexed import IndexedWriter, Written, token_dtype
+from megatron_salt.data.encode import Encoder, chunk_size, encode_chunks
+from megatron_salt.data.indexed import Written, token_dtype
 from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import (
     Manifest,
@@ -40,8 +40,8 @@ from megatron_salt.data.manifest import (
     write_manifest,
 )
 from megatron_salt.data.meter import Meter
-from megatron_salt.data.parse import Parser
-from megatron_salt.data.reading import Chunk, Form, chunks, form_of, sample_chunks
+from megatron_salt.data.parse import sample_texts
+from megatron_salt.data.reading import Chunk, Form, chunks, form_of
 from megatron_salt.data.scores import parse_shard
 from megatron_salt.data.sharing import files_of_shard
 from megatron_salt.data.stage import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
@@ -49,10 +49,7 @@ from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-SMALLEST_CHUNK_BYTES = 1 << 16
-SAMPLE_CHUNK_BYTES, SAMPLE_CHARACTERS = 1 << 17, 2 << 20
 ARRANGE_BYTES = 512 << 20
-WORKING_BYTES = 48 << 20  # what a tokenizer and its results take while they work
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def preprocess(config: PreprocessConfig) -> None:
     if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files):
         print(f"{', '.join(prefixes)}: already whole")
         return
-    chunk_bytes = memory_plan(config)
+    chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
     try:
         with ExitStack() as stack:
             os.makedirs(os.path.dirname(config.output_prefix) or ".", exist_ok=True)
@@ -162,7 +159,9 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample_texts(config, files, forms))
+                needs_sample = config.tokenizer_backend != "reference" and tokenizer.as_json is not None
+                sample = sample_texts(files, forms, config.json_keys) if needs_sample else []
+                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
                 print(f"tokenizer backend: {why}", flush=True)
                 encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact")
                 written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
@@ -206,25 +205,6 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     return form
 
 
-def sample_texts(config: PreprocessConfig, files: list[str], forms: list[Form]) -> list[str]:
-    """Documents from all over the input, for the choice of a backend; none where none is to be made."""
-    texts: list[str] = []
-    if config.tokenizer_backend == "reference" or config.tokenizer.tokenizer_type == "ByteLevelTokenizer":
-        return texts
-    parse = Parser(config.json_keys)
-    for chunk in sample_chunks(files, forms, config.json_keys, 16, 16 if len(files) == 1 else 2, SAMPLE_CHUNK_BYTES):
-        for column in parse(chunk.form, chunk.read()).texts:
-            texts += column
-    return shortened(texts, SAMPLE_CHARACTERS)
-
-
-def shortened(texts: list[str], characters: int) -> list[str]:
-    """The texts, evenly fewer of them, and these cut, until they have about so many characters."""
-    mean = max(sum(min(len(text), SAMPLE_CHUNK_BYTES) for text in texts) // max(len(texts), 1), 1)
-    step = max(len(texts) * mean // characters, 1)
-    return [text[:SAMPLE_CHUNK_BYTES] for text in texts[::step]]
-
-
 def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
     """All that decides which bytes are written: a run resumes only where it is the same."""
     regular = [os.path.isfile(file) for file in files]
@@ -255,22 +235,6 @@ def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journ
         raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
 
 
-def memory_plan(config: PreprocessConfig) -> int:
-    """Bytes of a chunk, so that all processes stay below --max-memory. UserError where that is too little."""
-    if config.max_memory is None:
-        return CHUNK_BYTES
-    processes = config.workers + (config.workers > 1)
-    with open("/proc/self/statm") as stream:
-        own = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    fixed = processes * own + config.workers * WORKING_BYTES
-    copies = config.workers * (SLOTS_PER_WORKER * 3 + 8)  # text, ids and lengths in each slot, and what a worker makes of one
-    chunk_bytes = int(config.max_memory * 2**30 - fixed) // copies
-    if chunk_bytes < SMALLEST_CHUNK_BYTES:
-        raise UserError(f"--max-memory {config.max_memory:g} GiB is too little for --workers {config.workers}, which take "
-                        f"{(fixed + copies * SMALLEST_CHUNK_BYTES) / 2**30:.2f} GiB; give more, or fewer workers")
-    return min(chunk_bytes, CHUNK_BYTES)
-
-
 def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer, encoder: Encoder,
               journal: Journal, prefixes: list[str], chunk_bytes: int) -> list[str]:
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
@@ -285,10 +249,17 @@ def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tok
         for i, key in enumerate(config.json_keys):
             if stage.writers[i].documents == 0:
                 raise UserError(f"--input {' '.join(config.input)}: no document under the key {key!r}; nothing was written")
-            written, duplicates = arranged(config, stage.writers[i], finished_prefix(config, prefixes[i]))
+            source = stage.writers[i]
+            if config.is_arranged:
+                budget = int(config.max_memory * 2**30 / 2) if config.max_memory else ARRANGE_BYTES
+                written = finish_arranged(source, finished_prefix(config, prefixes[i]), config.dedup == "exact",
+                                          config.shuffle_documents, budget)
+            else:
+                written = source.write_index()
+            duplicates = source.documents - written.documents
             manifest = describe(config, i, written, duplicates, tokenizer, stage)
-            lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, {manifest.tokens} tokens, "
-                         f"{sum(tally.text_bytes[i] for tally in stage.tallies) / stage.writers[i].tokens:.2f} bytes a token"
+            lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
+                         f"{manifest.tokens} tokens, {sum(tally.text_bytes[i] for tally in stage.tallies) / source.tokens:.2f} bytes a token"
                          + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else ""))
     return lines
 
@@ -323,22 +294,6 @@ def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_b
 def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
     """Where a dataset is finished before it gets its name."""
     return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
-
-
-def arranged(config: PreprocessConfig, source: IndexedWriter, prefix: str) -> tuple[Written, int]:
-    """Finish the documents of `source` at `prefix`, arranged as the flags ask; how many duplicates were left out."""
-    if not config.is_arranged:
-        return source.write_index(), 0
-    budget = int(config.max_memory * 2**30 / 2) if config.max_memory else ARRANGE_BYTES
-    source.close()
-    left_out, target = None, IndexedWriter(prefix, source.dtype)
-    try:
-        if config.dedup == "exact":
-            left_out = repeated(Path(source.prefix + ".digests"), source.documents, budget)
-        arrange(source, target, Path(source.prefix + ".buckets"), left_out, config.shuffle_documents, budget)
-        return target.finish(), source.documents - target.documents
-    finally:
-        target.close()
 
 
 def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage) -> Manifest:

@@ -14,10 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.data.indexed import DIGEST_BYTES, IndexedWriter
+from megatron_salt.data.indexed import DIGEST_BYTES, IndexedWriter, Written
 from megatron_salt.data.order import permute
 
 _CHUNK = 1 << 20  # documents whose numbers are in memory at a time
+
+
+def finish_arranged(source: IndexedWriter, prefix: str, dedup: bool, seed: int | None, budget: int) -> Written:
+    """Write the documents of `source`, which is closed by this, to a finished dataset at `prefix`. dedup: leave out repetitions.
+    seed: of the order; None: as they are. budget: bytes of memory."""
+    source.close()
+    target = IndexedWriter(prefix, source.dtype)
+    try:
+        left_out = repeated(Path(source.prefix + ".digests"), source.documents, budget) if dedup else None
+        arrange(source, target, Path(source.prefix + ".buckets"), left_out, seed, budget)
+        return target.finish()
+    finally:
+        target.close()
 
 
 def repeated(digests: Path, documents: int, budget: int) -> np.ndarray:

@@ -117,7 +117,7 @@ class _Gigatoken:
         self._since += sum(map(len, texts))
         if self._since >= _LOOK_EVERY:
             self._since = 0
-            if _resident() > self._limit:
+            if resident_bytes() > self._limit:
                 self._make()
         lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
         ids = np.concatenate(arrays) if arrays else np.empty(0, np.uint32)
@@ -133,8 +133,8 @@ class _Gigatoken:
         _give_back()
         self._since = 0
         if not self._limit:
-            self._limit = _resident() + CACHE_BYTES
-        self._limit = max(self._limit, _resident() + CACHE_BYTES // 2)  # where the system does not take memory back
+            self._limit = resident_bytes() + CACHE_BYTES
+        self._limit = max(self._limit, resident_bytes() + CACHE_BYTES // 2)  # where the system does not take memory back
 
 
 def without_special(tokenizer_json: bytes) -> bytes:
@@ -145,7 +145,7 @@ def without_special(tokenizer_json: bytes) -> bytes:
     return json.dumps(content).encode()
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     with open("/proc/self/statm") as stream:
         return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
