@@ -31,6 +31,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.checkpoint.integrity",
     "megatron_salt.checkpoint.progress",
     "megatron_salt.checkpoint.shelf",
+    "megatron_salt.data.arrange",
     "megatron_salt.data.blend",
     "megatron_salt.data.documents",
     "megatron_salt.data.eligible",

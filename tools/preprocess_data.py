@@ -23,9 +23,10 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.arrange import finish_arranged
 from megatron_salt.data.backends import choose_backend
 from megatron_salt.data.documents import STDIN, BadLines, input_files
-from megatron_salt.data.encode import SLOTS_PER_WORKER, Encoder, encode_chunks
+from megatron_salt.data.encode import Encoder, chunk_size, encode_chunks
 from megatron_salt.data.indexed import Written, token_dtype
 from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import (
@@ -39,8 +40,8 @@ from megatron_salt.data.manifest import (
     write_manifest,
 )
 from megatron_salt.data.meter import Meter
-from megatron_salt.data.parse import Parser
-from megatron_salt.data.reading import Chunk, Form, chunks, form_of, sample_chunks
+from megatron_salt.data.parse import sample_texts
+from megatron_salt.data.reading import Chunk, Form, chunks, form_of
 from megatron_salt.data.scores import parse_shard
 from megatron_salt.data.sharing import files_of_shard
 from megatron_salt.data.stage import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
@@ -48,9 +49,7 @@ from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-SMALLEST_CHUNK_BYTES = 1 << 16
-SAMPLE_CHUNK_BYTES, SAMPLE_CHARACTERS = 1 << 17, 2 << 20
-WORKING_BYTES = 48 << 20  # what a tokenizer and its results take while they work
+ARRANGE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,12 @@ class PreprocessConfig:
     shard: str = "0/1"
     """i/n: the i-th of n parts of the files, i from 0 to n-1, divided by size; goes to PREFIX-0000i-of-0000n_KEY_document."""
 
+    dedup: Literal["none", "exact"] = "none"
+    """exact: of documents with equal texts only the first is kept."""
+
+    shuffle_documents: int | None = None
+    """A seed: documents lie in a random order instead of the input's, so that windows join others than neighbours."""
+
     log_interval: int = 10000
     """Documents between progress lines; on a terminal there is a bar instead."""
 
@@ -112,7 +117,15 @@ class PreprocessConfig:
             raise UserError(f"--json-keys become file names and cannot contain {os.sep}, got {' '.join(self.json_keys)}")
         if self.resume and (self.overwrite or STDIN in self.input):
             raise UserError(f"--resume goes with neither --overwrite nor --input {STDIN}: what was read before must still be there")
-        parse_shard(self.shard)
+        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 1 << 63:
+            raise UserError(f"--shuffle-documents takes a seed from 0 to 2^63 - 1, got {self.shuffle_documents}")
+        if parse_shard(self.shard)[1] > 1 and self.is_arranged:
+            raise UserError(f"--shard {self.shard} goes with neither --dedup nor --shuffle-documents, which are about all documents")
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether documents are written a second time."""
+        return self.dedup == "exact" or self.shuffle_documents is not None
 
     @property
     def shard_prefix(self) -> str:
@@ -130,10 +143,10 @@ def preprocess(config: PreprocessConfig) -> None:
         raise UserError(f"--append-eod: the {tokenizer.kind} has no end-of-document token")
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
     facts = what_it_depends_on(config, files, forms, tokenizer)
-    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(prefixes, tokenizer, files):
+    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files):
         print(f"{', '.join(prefixes)}: already whole")
         return
-    chunk_bytes = memory_plan(config)
+    chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
     try:
         with ExitStack() as stack:
             os.makedirs(os.path.dirname(config.output_prefix) or ".", exist_ok=True)
@@ -146,13 +159,15 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample_texts(config, files, forms))
+                needs_sample = config.tokenizer_backend != "reference" and tokenizer.as_json is not None
+                sample = sample_texts(files, forms, config.json_keys) if needs_sample else []
+                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
                 print(f"tokenizer backend: {why}", flush=True)
-                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, digests=False)
+                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact")
                 written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
                 journal.append({"finished": written})
             for prefix in prefixes:
-                publish(temporary(prefix), prefix)
+                publish(finished_prefix(config, prefix), prefix)
             clean(prefixes, journal)
     except OSError as error:
         raise UserError(f"--output-prefix {config.output_prefix} cannot be written: {error.strerror} "
@@ -190,39 +205,22 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     return form
 
 
-def sample_texts(config: PreprocessConfig, files: list[str], forms: list[Form]) -> list[str]:
-    """Documents from all over the input, for the choice of a backend; none where none is to be made."""
-    texts: list[str] = []
-    if config.tokenizer_backend == "reference" or config.tokenizer.tokenizer_type == "ByteLevelTokenizer":
-        return texts
-    parse = Parser(config.json_keys)
-    for chunk in sample_chunks(files, forms, config.json_keys, 16, 16 if len(files) == 1 else 2, SAMPLE_CHUNK_BYTES):
-        for column in parse(chunk.form, chunk.read()).texts:
-            texts += column
-    return shortened(texts, SAMPLE_CHARACTERS)
-
-
-def shortened(texts: list[str], characters: int) -> list[str]:
-    """The texts, evenly fewer of them, and these cut, until they have about so many characters."""
-    mean = max(sum(min(len(text), SAMPLE_CHUNK_BYTES) for text in texts) // max(len(texts), 1), 1)
-    step = max(len(texts) * mean // characters, 1)
-    return [text[:SAMPLE_CHUNK_BYTES] for text in texts[::step]]
-
-
 def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
     """All that decides which bytes are written: a run resumes only where it is the same."""
     regular = [os.path.isfile(file) for file in files]
     return {"--input": [[file, form, os.path.getsize(file) if there else 0, sampled_hash(Path(file)) if there else ""]
                         for file, form, there in zip(files, forms, regular, strict=True)],
-            "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint}
+            "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint,
+            "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
 
 
-def are_whole(prefixes: list[str], tokenizer: Tokenizer, files: list[str]) -> bool:
+def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, files: list[str]) -> bool:
     """Whether an earlier run of this job left nothing to do."""
     if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
         return False
     manifests = [read_manifest(prefix) for prefix in prefixes]
     return all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
+               and (manifest.append_eod, manifest.shuffle_seed) == (config.append_eod, config.shuffle_documents)
                and [(source.file, source.size_bytes) for source in manifest.sources] == [(file, size_of(file)) for file in files]
                for manifest in manifests)
 
@@ -237,39 +235,32 @@ def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journ
         raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
 
 
-def memory_plan(config: PreprocessConfig) -> int:
-    """Bytes of a chunk, so that all processes stay below --max-memory. UserError where that is too little."""
-    if config.max_memory is None:
-        return CHUNK_BYTES
-    processes = config.workers + (config.workers > 1)
-    with open("/proc/self/statm") as stream:
-        own = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    fixed = processes * own + config.workers * WORKING_BYTES
-    copies = config.workers * (SLOTS_PER_WORKER * 3 + 8)  # text, ids and lengths in each slot, and what a worker makes of one
-    chunk_bytes = int(config.max_memory * 2**30 - fixed) // copies
-    if chunk_bytes < SMALLEST_CHUNK_BYTES:
-        raise UserError(f"--max-memory {config.max_memory:g} GiB is too little for --workers {config.workers}, which take "
-                        f"{(fixed + copies * SMALLEST_CHUNK_BYTES) / 2**30:.2f} GiB; give more, or fewer workers")
-    return min(chunk_bytes, CHUNK_BYTES)
-
-
 def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer, encoder: Encoder,
               journal: Journal, prefixes: list[str], chunk_bytes: int) -> list[str]:
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
-    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), digests=False)
+    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), config.dedup == "exact")
     with closing(stage):
         for prefix in prefixes:
-            tokenizer.save(tokenizer_directory(temporary(prefix)))
+            tokenizer.save(tokenizer_directory(finished_prefix(config, prefix)))
         write_documents(config, stage, forms, encoder, chunk_bytes)
         lines = []
         for i, key in enumerate(config.json_keys):
             if stage.writers[i].documents == 0:
                 raise UserError(f"--input {' '.join(config.input)}: no document under the key {key!r}; nothing was written")
-            manifest = describe(config, i, stage.writers[i].write_index(), tokenizer, stage)
+            source = stage.writers[i]
+            if config.is_arranged:
+                budget = int(config.max_memory * 2**30 / 2) if config.max_memory else ARRANGE_BYTES
+                written = finish_arranged(source, finished_prefix(config, prefixes[i]), config.dedup == "exact",
+                                          config.shuffle_documents, budget)
+            else:
+                written = source.write_index()
+            duplicates = source.documents - written.documents
+            manifest = describe(config, i, written, duplicates, tokenizer, stage)
             lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
-                         f"{manifest.tokens} tokens, {manifest.bytes_per_token:.2f} bytes a token")
+                         f"{manifest.tokens} tokens, {sum(tally.text_bytes[i] for tally in stage.tallies) / source.tokens:.2f} bytes a token"
+                         + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else ""))
     return lines
 
 
@@ -300,16 +291,22 @@ def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_b
         start = 0
 
 
-def describe(config: PreprocessConfig, i: int, written: Written, tokenizer: Tokenizer, stage: Stage) -> Manifest:
+def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
+    """Where a dataset is finished before it gets its name."""
+    return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
+
+
+def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage) -> Manifest:
     """Write the manifest of key number `i`."""
-    writer = stage.writers[i]
+    prefix = finished_prefix(config, stage.prefixes[i])
     sources = tuple(Source(file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()),
                            tally.text_bytes[i], tally.rejected) for file, tally in zip(stage.files, stage.tallies, strict=True))
     manifest = Manifest(
-        written.documents, written.tokens, writer.dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
-        written.idx_hash, sampled_fingerprint(writer.prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
-        tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None)
-    write_manifest(manifest, manifest_path(writer.prefix))
+        written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
+        written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
+        tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None,
+        duplicates, config.shuffle_documents)
+    write_manifest(manifest, manifest_path(prefix))
     return manifest
 
 

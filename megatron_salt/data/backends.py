@@ -22,8 +22,8 @@ Backend = Literal["reference", "gigatoken"]
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 """Texts -> (ids end to end, int64 lengths)."""
 
-CACHE_BYTES = 64 << 20  # what gigatoken's caches, which grow with the text, may take before they are dropped
-_LOOK_EVERY = 4 << 20  # characters
+CACHE_BYTES = 56 << 20  # what gigatoken's caches, which grow with the text, may take before they are dropped
+_LOOK_EVERY = 1 << 20  # characters
 
 HARD = (
     "", " ", "  ", "\n", "\n\n", "\r\n", "\t", "a", " a", "a ", "  a  b", "a\nb", "a \n b", "\x00", "\x00a", "\x7f\x80\x9f", "\u2028",
@@ -117,7 +117,7 @@ class _Gigatoken:
         self._since += sum(map(len, texts))
         if self._since >= _LOOK_EVERY:
             self._since = 0
-            if _resident() > self._limit:
+            if resident_bytes() > self._limit:
                 self._make()
         lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
         ids = np.concatenate(arrays) if arrays else np.empty(0, np.uint32)
@@ -130,7 +130,11 @@ class _Gigatoken:
         self._encode: Callable[[str], np.ndarray] = lambda text: np.empty(0, np.uint32)  # the old one goes before the new one comes
         _give_back()
         self._encode = gigatoken.Tokenizer.from_json(self._json).encode
-        self._since, self._limit = 0, _resident() + CACHE_BYTES
+        _give_back()
+        self._since = 0
+        if not self._limit:
+            self._limit = resident_bytes() + CACHE_BYTES
+        self._limit = max(self._limit, resident_bytes() + CACHE_BYTES // 2)  # where the system does not take memory back
 
 
 def without_special(tokenizer_json: bytes) -> bytes:
@@ -141,7 +145,7 @@ def without_special(tokenizer_json: bytes) -> bytes:
     return json.dumps(content).encode()
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     with open("/proc/self/statm") as stream:
         return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

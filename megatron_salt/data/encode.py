@@ -23,7 +23,7 @@ from multiprocessing.reduction import DupFd
 
 import numpy as np
 
-from megatron_salt.data.backends import Backend, encode_with
+from megatron_salt.data.backends import Backend, encode_with, resident_bytes
 from megatron_salt.data.indexed import token_dtype
 from megatron_salt.data.parse import Parsed, Parser
 from megatron_salt.data.reading import Chunk
@@ -31,6 +31,8 @@ from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
 from megatron_salt.errors import UserError
 
 SLOTS_PER_WORKER = 3  # read ahead of the consumer
+_SMALLEST_CHUNK = 1 << 16
+_WORKING_BYTES = 96 << 20  # what a tokenizer, its caches and its results take in a worker
 _TEXT_AT_A_TIME = 1 << 18  # characters: what a tokenizer holds besides ids is many times its text
 
 
@@ -124,6 +126,21 @@ def _portions(texts: list[str]) -> Iterable[list[str]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def chunk_size(max_memory: float | None, workers: int, largest: int) -> int:
+    """Bytes of a chunk, `largest` at most, so that all processes stay below `max_memory` GiB (None: as they like). UserError where
+    that is too little."""
+    if max_memory is None:
+        return largest
+    processes = workers + (workers > 1)
+    fixed = processes * resident_bytes() + workers * _WORKING_BYTES
+    copies = workers * (3 * SLOTS_PER_WORKER + 8)  # text, ids and lengths in each slot, and what a worker makes of a chunk
+    size = int(max_memory * 2**30 - fixed) // copies
+    if size < _SMALLEST_CHUNK:
+        raise UserError(f"--max-memory {max_memory:g} GiB is too little for --workers {workers}, which take "
+                        f"{(fixed + copies * _SMALLEST_CHUNK) / 2**30:.2f} GiB; give more, or fewer workers")
+    return min(size, largest)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

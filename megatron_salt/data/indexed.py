@@ -117,11 +117,11 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Close and delete everything, at any time."""
-        self.abandon()
+        self.close()
         for suffix in (".bin", ".idx", ".lengths", ".digests"):
             Path(self.prefix + suffix).unlink(missing_ok=True)
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Close, and leave what there is to a later writer."""
         for file in self._files.values():
             with contextlib.suppress(OSError):  # a full disk: the buffer cannot be flushed, and is not wanted

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from megatron_salt.data.documents import BadLine, decode_line, json_texts
-from megatron_salt.data.reading import Form, unpack
+from megatron_salt.data.reading import Form, sample_chunks, unpack
+
+_SAMPLE_CHUNK, _SAMPLE_CHARACTERS = 1 << 17, 2 << 20
 
 
 @dataclass
@@ -117,3 +119,12 @@ def _is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def sample_texts(files: Sequence[str], forms: Sequence[Form], keys: Sequence[str]) -> list[str]:
+    """Texts from all over the input, about _SAMPLE_CHARACTERS of them, long ones cut; of pipes none."""
+    parse, texts = Parser(keys), []
+    for chunk in sample_chunks(files, forms, keys, 16, 16 if len(files) == 1 else 2, _SAMPLE_CHUNK):
+        for column in parse(chunk.form, chunk.read()).texts:
+            texts += [text[:_SAMPLE_CHUNK] for text in column]
+    return texts[:: max(sum(map(len, texts)) // _SAMPLE_CHARACTERS, 1)]

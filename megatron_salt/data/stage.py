@@ -102,7 +102,7 @@ class Stage:
     def close(self) -> None:
         """Close the files, and leave them to a run that resumes."""
         for writer in self.writers:
-            writer.abandon()
+            writer.close()
 
 
 def temporary(prefix: str) -> str:

@@ -214,6 +214,27 @@ def test_rows_without_a_value_are_bad_lines(tmp_path, out, capsys):
     assert (source.lines, source.documents, source.empty_documents, source.reasons) == (4, 1, 1, {"not a string": 2})
 
 
+def test_equal_documents_are_written_once_and_counted(tmp_path, out, capsys):
+    texts = ["a", "b", "", "a", "c", "b ", "a", "c"]
+    assert run(write_lines(tmp_path / "x.jsonl", texts), out / "d", "--dedup", "exact", "--append-eod") == 0
+    assert dataset(out / "d") == [[97, 256], [98, 256], [99, 256], [98, 32, 256]] and "3 duplicates left out" in capsys.readouterr().out
+    manifest = read_manifest(f"{out}/d_text_document")
+    assert (manifest.documents, manifest.duplicates, manifest.sources[0].documents) == (4, 3, 7)
+    assert fingerprint(f"{out}/d_text_document", verify=True) == manifest.fingerprint
+
+
+def test_documents_are_shuffled_by_the_seed_alone(tmp_path, corpus, out, monkeypatch):
+    assert run(corpus, out / "a", "--shuffle-documents", "1") == 0
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 900)
+    monkeypatch.setattr(preprocess_data, "ARRANGE_BYTES", 3000)
+    assert run(corpus, out / "b", "--shuffle-documents", "1", "--workers", "2") == 0
+    assert run(corpus, out / "c", "--shuffle-documents", "2") == 0
+    a, b, c = (dataset(out / name) for name in "abc")
+    assert a == b and a != c and sorted(a) == sorted(c) == sorted(as_bytes(TEXTS)) and a != as_bytes(TEXTS)
+    assert not any(".tmp" in name for name in files_in(out))
+    assert read_manifest(f"{out}/a_text_document").shuffle_seed == 1
+
+
 def test_very_long_documents_and_all_of_unicode_survive(tmp_path, out):
     texts = ["x" * 10_000_000, "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 17)])), "\x00"]
     assert run(write_lines(tmp_path / "x.jsonl", texts), out / "d") == 0
@@ -322,7 +343,9 @@ def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, cap
 @pytest.mark.parametrize("flags, word", [
     (["--workers", "0"], "--workers"), (["--max-bad-lines", "-1"], "--max-bad-lines"),
     (["--max-memory", "0.1", "--workers", "3"], "--max-memory 0.1 GiB is too little for --workers 3"),
-    (["--resume", "--overwrite"], "--resume"), (["--shard", "2/2"], "--shard"), (["--input-format", "xml"], "--input-format"),
+    (["--resume", "--overwrite"], "--resume"), (["--shard", "2/2"], "--shard"),
+    (["--shard", "0/2", "--dedup", "exact"], "--dedup"),
+    (["--shuffle-documents", "-1"], "--shuffle-documents"), (["--input-format", "xml"], "--input-format"),
     (["--log-interval", "0"], "--log-interval"), (["--json-keys", "a", "a"], "--json-keys"),
     (["--json-keys", "a/b"], "--json-keys"),
     (["--tokenizer-model", "x"], "--tokenizer-model x"), (["--aplend-eod"], "did you mean --append-eod")])
@@ -368,6 +391,36 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(corpus, out):
 def test_an_unwritable_place_is_refused_by_name(tmp_path, corpus, capsys):
     assert run(corpus, write(tmp_path / "file", b"") / "d") == 2
     assert "--output-prefix" in capsys.readouterr().err
+
+
+TOLD_RUN = """
+import resource, sys
+from tools import preprocess_data
+code = preprocess_data.run_tool(preprocess_data.PreprocessConfig, preprocess_data.preprocess, sys.argv[1:])
+print("memory", *(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+sys.exit(code)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suffix, flags", [("jsonl", []), ("jsonl.zst", []), ("parquet", []),
+                                           ("jsonl", ["--dedup", "exact", "--shuffle-documents", "1"])])
+def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
+    """Of short documents, of which the index has most to say. KiB, of the parent and of its largest child."""
+    peaks = []
+    for number in (60_000, 600_000):
+        texts = [f"{i} document" for i in range(number)]
+        path = tmp_path / f"{number}.{suffix}"
+        if suffix == "parquet":
+            as_table(path, {"text": texts})
+        else:
+            path.write_bytes(json_lines(texts) if suffix == "jsonl" else zstandard.compress(json_lines(texts)))
+        command = [sys.executable, "-c", TOLD_RUN, "--input", str(path), "--output-prefix", str(tmp_path / f"{number}/d"), *BYTES,
+                   "--workers", "2", "--max-memory", "0.6", *flags]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True,
+                              text=True, timeout=60)
+        peaks.append([int(word) for word in done.stdout.split("memory")[1].split()])
+    assert max(late - early for early, late in zip(*peaks, strict=True)) < 25_000, peaks
 
 
 class Interrupted:

@@ -80,16 +80,17 @@ def stopped(inputs: list[str], out: Path, chunks: int, *flags: str) -> None:
     assert files_in(out) and not PUBLISHED & set(files_in(out))
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 5, 17, 40, 70])
-def test_a_run_that_stops_anywhere_goes_on(tmp_path, eager, capsys, chunks):
+@pytest.mark.parametrize("chunks, flags", [*((chunks, []) for chunks in (0, 1, 5, 17, 40, 70)),
+                                           (40, ["--dedup", "exact", "--shuffle-documents", "7"])])
+def test_a_run_that_stops_anywhere_goes_on(tmp_path, eager, capsys, chunks, flags):
     inputs = corpus(tmp_path)
-    assert run(inputs, tmp_path / "whole") == 0
-    stopped(inputs, tmp_path / "out", chunks)
+    assert run(inputs, tmp_path / "whole", *flags) == 0
+    stopped(inputs, tmp_path / "out", chunks, *flags)
     for name in ("d_text_document.tmp.bin", "d_title_document.tmp.lengths"):  # and what a kill leaves of writes that were under way
         with open(tmp_path / "out" / name, "ab") as stream:
             stream.write(b"torn")
     capsys.readouterr()
-    assert run(inputs, tmp_path / "out", "--resume") == 0
+    assert run(inputs, tmp_path / "out", "--resume", *flags) == 0
     assert ("resuming" in capsys.readouterr().out) == (chunks > 0)
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 

@@ -1,0 +1,246 @@
+"""preprocess_data.py against raw batch encoding by the same tokenizers on as many processes, and its memory from 1x to 10x of input.
+
+    python benchmarks/preprocess.py                                                the text of this Python installation
+    python benchmarks/preprocess.py --input corpus.jsonl --tokenizer-model t.model   your own text and tokenizer (.model or .json)
+
+Raw: each of --workers processes holds its share of the same texts in memory and encodes them in batches, timed from the first to the last
+batch, nothing read, parsed or written. The tool: from its start to its end, less what it takes for the first few MB, which every process
+needs to start (imports, tokenizer, comparison of backends) and which are told apart. Rates are MB of text, in UTF-8, a second; best of
+--rounds, in turns. On cores that others use too, CPU seconds of all processes tell more than the clock.
+Memory is what all processes of the tool have resident together at its highest, shared pages once, plus files in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from results import result
+
+from megatron_salt.data.backends import without_special
+from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+MEGATRON, MEGATRON_GIGATOKEN = 2.5, 31.0
+"""MB/s of Megatron-LM's preprocess_data.py and preprocess_data_fast.py on 2 cores, measured on 60 MB of documentation with Llama-2's
+tokenizer.json; they are not run here."""
+NAMES = {"SentencePieceTokenizer": "tokenizer.model", "HuggingFaceTokenizer": "tokenizer.json"}
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--input", help="JSON lines with `text`")
+    asked.add_argument("--tokenizer-model", nargs="+", help="SentencePiece .model, tokenizer.json; default: trained on the input")
+    asked.add_argument("--megabytes", type=float, default=20, help="of text for the reference backends; gigatoken gets 10 times as much")
+    asked.add_argument("--workers", type=int, default=2)
+    asked.add_argument("--rounds", type=int, default=2)
+    flags = asked.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = read_texts(flags.input, folder)
+        models = [Path(model) for model in flags.tokenizer_model or train(texts, folder)]
+        tiny = write(texts, folder / "tiny.jsonl", 2 * flags.workers)
+        small, large = (write(texts, folder / f"{size}.jsonl", flags.megabytes * size) for size in (1, 10))
+        print(f"{small[1] / 1e6:.1f} MB of text, {flags.workers} workers")
+        for model in models:
+            kind = "HuggingFaceTokenizer" if model.suffix == ".json" else "SentencePieceTokenizer"
+            speed(kind, model, "reference", small, tiny, flags.workers, flags.rounds)
+            speed(kind, model, "gigatoken", large, tiny, flags.workers, flags.rounds)
+            grown(kind, model, small, large, flags.workers)
+
+
+def speed(kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: tuple[Path, int], workers: int,
+          rounds: int) -> None:
+    """One backend of one tokenizer, raw and in the tool."""
+    raw, whole, start = Cost(1e9, 1e9), Cost(1e9, 1e9), Cost(1e9, 1e9)
+    for _ in range(rounds):
+        raw = raw.least(raw_cost(kind, model, backend, source, workers))
+        start = start.least(tool(kind, model, backend, tiny, workers)[0])
+        whole = whole.least(tool(kind, model, backend, source, workers)[0])
+    inside = Cost(whole.wall - start.wall, whole.cpu - start.cpu)
+    label, size, more = f"{kind.removesuffix('Tokenizer').lower()}_{backend}", source[1] / 1e6, (source[1] - tiny[1]) / 1e6
+    print(f"{kind} by {backend}: raw {size / raw.wall:.2f} MB/s, {size / raw.cpu:.2f} MB a CPU second; the tool "
+          f"{more / inside.wall:.2f} and {more / inside.cpu:.2f}; its first {tiny[1] / 1e6:.0f} MB, with its start, {start.wall:.1f} s")
+    result(f"tool_over_raw_{label}", more / size * raw.wall / inside.wall, 0.9 if backend == "reference" else 0.7)
+    result(f"tool_over_raw_cpu_{label}", more / size * raw.cpu / inside.cpu, 0.9 if backend == "reference" else 0.7)
+    if backend == "gigatoken":
+        result(f"over_megatron_{label}", more / inside.wall / MEGATRON, 20)
+        result(f"over_megatrons_gigatoken_{label}", more / inside.wall / MEGATRON_GIGATOKEN, 1)
+        result(f"over_megatron_of_free_cores_{label}", more * workers / inside.cpu / MEGATRON, 20)
+
+
+def grown(kind: str, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int) -> None:
+    """Memory that ten times the input takes more."""
+    few, many = (tool(kind, model, "gigatoken", source, workers)[1] for source in (small, large))
+    print(f"{kind} by gigatoken: {few / 1e6:.0f} MB resident for {small[1] / 1e6:.0f} MB of text, "
+          f"{many / 1e6:.0f} MB for {large[1] / 1e6:.0f} MB")
+    result(f"grown_mb_{kind.removesuffix('Tokenizer').lower()}_gigatoken", (many - few) / 1e6, 50, lower_is_better=True)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by the clock, and of all processes' CPUs."""
+
+    wall: float
+    cpu: float
+
+    def least(self, other: Cost) -> Cost:
+        return Cost(min(self.wall, other.wall), min(self.cpu, other.cpu))
+
+
+def tool(kind: str, model: Path, backend: str, source: tuple[Path, int], workers: int) -> tuple[Cost, int]:
+    """A run of the tool from its start to its end; bytes of memory at the highest."""
+    with tempfile.TemporaryDirectory(dir=source[0].parent) as out:
+        command = [sys.executable, "tools/preprocess_data.py", "--input", str(source[0]), "--output-prefix", f"{out}/d", "--append-eod",
+                   "--tokenizer-type", kind, "--tokenizer-model", str(model.resolve()), "--tokenizer-backend", backend,
+                   "--workers", str(workers), "--log-interval", "1000000000"]
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        memory = Memory(process.pid)
+        if process.wait():
+            sys.exit(f"{' '.join(command)} failed")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        return Cost(time.monotonic() - started, cpu), memory.highest()
+
+
+class Memory(threading.Thread):
+    """Looks ten times a second at what a process and its children have resident, until it ends."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._pid, self._highest = pid, 0
+        self.start()
+
+    def run(self) -> None:
+        while Path(f"/proc/{self._pid}").exists():
+            try:
+                children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
+                self._highest = max(self._highest, sum(map(proportional, [str(self._pid), *children])) + in_files(self._pid))
+            except OSError:  # one of them ended meanwhile
+                pass
+            time.sleep(0.1)
+
+    def highest(self) -> int:
+        self.join()
+        return self._highest
+
+
+def proportional(pid: str) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+
+
+def in_files(pid: int) -> int:
+    """Bytes in the files in memory that a process holds open."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return sum(link.stat().st_size for link in links if "memfd:slot" in str(link.readlink()))
+
+
+def raw_cost(kind: str, model: Path, backend: str, source: tuple[Path, int], workers: int) -> Cost:
+    """`workers` processes that encode alone."""
+    context = multiprocessing.get_context("spawn")
+    ready, go, seconds = context.Barrier(workers + 1), context.Barrier(workers + 1), context.SimpleQueue()
+    processes = [context.Process(target=encode_share, args=(kind, str(model), backend, str(source[0]), i, workers, ready, go, seconds))
+                 for i in range(workers)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    started = time.monotonic()
+    go.wait()
+    cpu = sum(seconds.get() for _ in processes)
+    wall = time.monotonic() - started
+    for process in processes:
+        process.join()
+    return Cost(wall, cpu)
+
+
+def encode_share(kind: str, model: str, backend: str, path: str, i: int, workers: int, ready, go, seconds) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = tokenizer_from_files(kind, {NAMES[kind]: Path(model).read_bytes()}, model)
+    encode = tokenizer.encode_batch if backend == "reference" else gigatoken_of(tokenizer)
+    with open(path, encoding="utf-8") as stream:
+        texts = [json.loads(line)["text"] for number, line in enumerate(stream) if number % workers == i]
+    ready.wait()
+    go.wait()
+    started = time.process_time()
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size > 1 << 18:
+            encode(batch)
+            batch, size = [], 0
+    encode(batch)
+    seconds.put(time.process_time() - started)
+
+
+def gigatoken_of(tokenizer: Tokenizer):
+    """gigatoken with nothing around it, caches that grow and all."""
+    import gigatoken
+
+    encode = gigatoken.Tokenizer.from_json(without_special(tokenizer.as_json())).encode
+    return lambda texts: [encode(text) for text in texts]
+
+
+# --- text and tokenizers ----------------------------------------------------------------------------------------------
+
+
+def read_texts(path: str | None, folder: Path) -> list[str]:
+    if path is None:
+        subprocess.run([sys.executable, "tools/python_corpus.py", "--output-dir", str(folder)], cwd=ROOT, env=ENVIRONMENT, check=True,
+                       stdout=subprocess.DEVNULL)
+        path = str(folder / "train.jsonl")
+    with open(path, encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
+
+
+def write(texts: list[str], path: Path, megabytes: float) -> tuple[Path, int]:
+    """The texts, over and over if they are too few, up to that size: (file, bytes of text)."""
+    size, number = 0, 0
+    with open(path, "w", encoding="utf-8") as out:
+        while size < megabytes * 1e6:
+            text = texts[number % len(texts)]
+            out.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
+            size, number = size + len(text.encode()), number + 1
+    return path, size
+
+
+def train(texts: list[str], folder: Path) -> list[Path]:
+    """A SentencePiece model and a byte-level tokenizer.json of the texts."""
+    import sentencepiece
+    import tokenizers
+
+    some = [line for text in texts[:: max(len(texts) // 500, 1)] for line in text.splitlines()]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(some), model_writer=model, vocab_size=8000, model_type="bpe",
+                                             byte_fallback=True, minloglevel=2)
+    (folder / "t.model").write_bytes(model.getvalue())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(some, tokenizers.trainers.BpeTrainer(vocab_size=32000, special_tokens=["<|endoftext|>"], show_progress=False,
+                                                                 initial_alphabet=alphabet))
+    bpe.save(str(folder / "t.json"))
+    return [folder / "t.model", folder / "t.json"]
+
+
+if __name__ == "__main__":
+    main()
