@@ -258,8 +258,9 @@ def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tok
                 written = source.write_index()
             duplicates = source.documents - written.documents
             manifest = describe(config, i, written, duplicates, tokenizer, stage)
+            text_bytes = sum(tally.text_bytes[i] for tally in stage.tallies)
             lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
-                         f"{manifest.tokens} tokens, {sum(tally.text_bytes[i] for tally in stage.tallies) / source.tokens:.2f} bytes a token"
+                         f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
                          + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else ""))
     return lines
 
