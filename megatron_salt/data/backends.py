@@ -44,12 +44,14 @@ def encode_with(tokenizer: Tokenizer, backend: Backend) -> Encode:
 
 
 def choose_backend(wanted: Literal["auto", "reference", "gigatoken"], tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Backend, str]:
-    """The backend to use, and a line on why. sample: texts of the user's.
+    """The backend to use, and a line on why. sample: texts of the user's; without any, auto takes the reference.
 
     UserError where the one that is asked for is not installed, does not do this tokenizer, or gives other ids.
     """
     if wanted == "reference":
         return "reference", f"the {tokenizer.kind}'s own library"
+    if wanted == "auto" and not sample and tokenizer.as_json is not None:
+        return "reference", f"the {tokenizer.kind}'s own library (the input gives no sample to compare another one on)"
     found = _fault(tokenizer, sample)
     if found is None:
         size = sum(map(len, sample)) / 1e6

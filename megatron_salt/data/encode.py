@@ -8,6 +8,7 @@ both sides hold open; a few slots per worker bound what is in memory.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import signal
@@ -108,8 +109,6 @@ class Encoder:
 
 def text_digests(texts: Sequence[str]) -> np.ndarray:
     """uint64 [texts, 2]: equal for equal texts, and by chance for no others."""
-    import hashlib
-
     joined = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
     return np.frombuffer(joined, "<u8").reshape(len(texts), 2)
 

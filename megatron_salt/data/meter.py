@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -19,7 +20,8 @@ class Meter:
         self._started = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total or None, initial=done, unit="B", unit_scale=True, dynamic_ncols=True,
+            self._bar = tqdm(total=total or None, initial=done, unit="B", unit_scale=True,
+                             ncols=shutil.get_terminal_size((120, 24)).columns, nrows=24,  # a pseudo-terminal may have the size 0
                              bar_format="{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt}{postfix}, {remaining} left")
 
     def add(self, documents: int, text_bytes: int, tokens: int, on_disk: int) -> None:
@@ -37,6 +39,7 @@ class Meter:
     def close(self) -> str:
         """Take the bar away; what was done, at what speed."""
         if self._bar is not None:
+            self._bar.refresh()
             self._bar.close()
         return f"{self.documents} documents, {self.text_bytes / 1e6:.1f} MB in {self._seconds():.1f} s, {self._speeds()}"
 

@@ -50,6 +50,8 @@ def test_gigatoken_is_taken_where_it_agrees():
     backend, why = choose_backend("auto", hugging_face(), TEXTS)
     assert backend == "gigatoken" and "60 texts of the input" in why
     assert choose_backend("reference", hugging_face(), TEXTS)[0] == "reference"
+    assert choose_backend("auto", hugging_face(), [])[0] == "reference"
+    assert choose_backend("gigatoken", hugging_face(), [])[0] == "gigatoken"
 
 
 def test_the_first_text_that_differs_is_shown(monkeypatch):

@@ -388,6 +388,25 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(corpus, out):
     assert process.returncode == 2 and "--output-prefix" in message and "Traceback" not in message and not files_in(out)
 
 
+def test_after_a_full_disk_a_run_resumes(tmp_path, corpus, out):
+    flags = ["--input", str(corpus), "--output-prefix", str(out / "d"), *BYTES, "--resume"]
+    assert tool(*flags, limit_blocks=8).wait(timeout=60) == 2 and files_in(out)
+    assert tool(*flags).wait(timeout=60) == 0 and run(corpus, tmp_path / "whole/d") == 0
+    assert files_in(out) == files_in(tmp_path / "whole")
+
+
+def test_a_terminal_sees_a_bar(corpus, out):
+    parent, child = os.openpty()
+    assert tool("--input", str(corpus), "--output-prefix", str(out / "d"), *BYTES, stderr=child).wait(timeout=60) == 0
+    os.close(child)
+    shown = ""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(parent, 10_000):
+            shown += part.decode()
+    os.close(parent)
+    assert "100%" in shown and "MB/s" in shown and "documents/s" in shown and "tokens/s" in shown and "left" in shown
+
+
 def test_an_unwritable_place_is_refused_by_name(tmp_path, corpus, capsys):
     assert run(corpus, write(tmp_path / "file", b"") / "d") == 2
     assert "--output-prefix" in capsys.readouterr().err
