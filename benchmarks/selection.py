@@ -1,7 +1,7 @@
 """Choosing samples from scores: exact selection, the search for duplicates, and what the result costs to open, at 10^8 and 10^9 samples.
 
-    python benchmarks/selection.py           10^8 samples: two minutes, 3 GB of disk
-    python benchmarks/selection.py --full    10^9 too: a quarter of an hour, 14 GB of disk
+    python benchmarks/selection.py           10^8 samples: half a minute, 3 GB of disk
+    python benchmarks/selection.py --full    10^9 too: five minutes, 14 GB of disk
 
 The rival is numpy in memory: argpartition for the highest tenth of float32 scores, and a sort of the ids it gives, where that fits (10^8).
 Both read the same column file and leave the same ids. Each runs in a process of its own: seconds are CPU seconds, memory is the

@@ -46,7 +46,7 @@ def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | 
     held_out = held_out_ranges(index.manifest, valid_share)
     packed = np.empty(-(-index.num_samples // 8), np.uint8)
     empty = num_repeated = 0
-    for first, tokens in index.chunks("tokens"):  # CHUNK is a multiple of 8
+    for first, tokens in index.chunks("tokens", size=CHUNK):  # CHUNK is a multiple of 8
         end = first + len(tokens)
         may = np.ones(len(tokens), bool)
         for start, stop in held_out:
@@ -111,7 +111,7 @@ def duplicates(index: ScoreIndex, max_bytes: int) -> np.ndarray:
 
 def _hashes_in(index: ScoreIndex, low: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(id, hash) of the samples whose hash is in [low, end), ascending ids: int64 [n], uint64 [n] a chunk."""
-    for first, hashes in index.chunks("content"):
+    for first, hashes in index.chunks("content", size=CHUNK):
         inside = (hashes >= np.uint64(low)) & (hashes <= np.uint64(end - 1))
         yield first + np.flatnonzero(inside), hashes[inside]
 

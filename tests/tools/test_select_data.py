@@ -13,6 +13,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.data.indexed import IndexedWriter
 from megatron_salt.data.manifest import fingerprint, tokenizer_directory
+from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.scores import DatasetFacts, content_hashes
 from megatron_salt.data.selection import Selection
 from megatron_salt.data.tokenizer import build_tokenizer
@@ -103,6 +104,19 @@ def test_the_report_says_what_was_chosen(index: Path) -> None:
     assert "sample 0 " in told.partition("lowest scores:")[2]
 
 
+@pytest.mark.parametrize("rule, skip", [("top", 0), ("bottom", 0), ("band", 6)])
+def test_the_overlap_is_that_of_two_sorts(index: Path, rule: str, skip: int) -> None:
+    """Oracle: by either score sort the samples, ties by id, and take seven."""
+    assert select(index, "--num-samples", 7, "--rule", rule, *(("--band-skip", 0.2) if skip else ())) == 0
+    opened = ScoreIndex.open([str(index)])
+    told = {name: share for share, name in re.findall(r"^ +([\d.]+%)  (\w+)$", report_of(index), re.MULTILINE)}
+    assert len(told) == 12 and "median_zeroed_10" not in told
+    for name, share in told.items():
+        scores = opened.read(name, 0, 31)
+        taken = set(np.lexsort((np.arange(31), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist())
+        assert share == f"{len(taken & set(chosen(index))) / 7:.1%}", name
+
+
 def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
     """With a score of 0 in every window but three, five are chosen by nothing but their ids."""
     opened = manifest_of([40])
@@ -143,6 +157,10 @@ def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: py
         assert select(index, "--fraction", 0.3, "--overwrite", *words) == 2
         assert told in capsys.readouterr().err
     assert files_in(folder) == before
+    content = (folder / "moved-cats.bin").read_bytes()
+    (folder / "moved-cats.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert select(index, "--fraction", 0.3, "--overwrite", "--data-path", *moved) == 2
+    assert "moved-cats is not the data that was scored: it has 20 samples and the fingerprint sampled:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
