@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_salt.data.score_index import CHUNK, ScoreIndex
 from megatron_salt.data.scores import IndexManifest
-from megatron_salt.errors import UserError
+from megatron_salt.data.windows import num_held_out
 
 _HASHES = 1 << 64
 
@@ -74,14 +74,9 @@ def dataset_ranges(manifest: IndexManifest) -> list[tuple[int, int]]:
 
 
 def held_out_ranges(manifest: IndexManifest, valid_share: float) -> list[tuple[int, int]]:
-    """(first id, end) of the windows of each dataset that a run with this --valid-share holds out: the last ones, at least one."""
-    if not valid_share:
-        return []
-    for dataset in manifest.datasets:
-        if dataset.samples < 2:
-            raise UserError(f"--valid-share {valid_share}: {dataset.prefix} has {dataset.samples} window of --seq-length "
-                            f"{manifest.seq_length}; at least one must remain for training and one be held out")
-    return [(end - max(1, int((end - first) * valid_share)), end) for first, end in dataset_ranges(manifest)]
+    """(first id, end) of the windows of each dataset that a run with this --valid-share holds out. UserError as in `num_held_out`."""
+    held_out = [num_held_out(dataset.samples, valid_share, dataset.prefix, manifest.seq_length) for dataset in manifest.datasets]
+    return [(end - count, end) for (_, end), count in zip(dataset_ranges(manifest), held_out, strict=True) if count]
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------

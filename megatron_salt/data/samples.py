@@ -23,7 +23,7 @@ from megatron_salt.data.masking import Masking
 from megatron_salt.data.order import Progress
 from megatron_salt.data.pools import Members, Runs
 from megatron_salt.data.scores import DatasetFacts
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.windows import TokenFile, Windows, num_held_out
 from megatron_salt.errors import UserError
 
 
@@ -190,7 +190,7 @@ def open_training_data(
         return Samples(split, windows, first, sizes, weights, seed, masking, tokenizer_vocab_size, data.verify_data)
 
     windows, weights = _open_windows(data.data_path, "--data-path", seq_length)
-    held_out = [_held_out(w, data.valid_share) for w in windows]
+    held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]
     kept = [len(w) - count for w, count in zip(windows, held_out, strict=True)]
     train = samples("train", windows, [0] * len(windows), kept, weights, seed)
     if data.valid_data_path:
@@ -204,15 +204,3 @@ def open_training_data(
 def _open_windows(data_path: Sequence[str], flag_name: str, seq_length: int) -> tuple[list[Windows], list[float] | None]:
     prefixes, weights = parse_data_path(data_path, flag_name)
     return [Windows(TokenFile.open(prefix, flag_name), seq_length) for prefix in prefixes], weights
-
-
-def _held_out(windows: Windows, valid_share: float) -> int:
-    """How many of a dataset's last windows are held out."""
-    if not valid_share:
-        return 0
-    if len(windows) < 2:
-        raise UserError(
-            f"--valid-share {valid_share}: {windows.file.prefix} has {len(windows)} window of --seq-length "
-            f"{windows.seq_length}; at least one must remain for training and one be held out"
-        )
-    return max(1, int(len(windows) * valid_share))

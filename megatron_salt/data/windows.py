@@ -158,3 +158,16 @@ class Windows:
         """Tokens of several windows, int [n], in the order given -> int64 [n, L + 1]."""
         assert windows.size == 0 or (windows.min() >= 0 and windows.max() < self._num_windows), (windows, self._num_windows)
         return self.file.read(windows.astype(np.int64) * self.seq_length, self.seq_length + 1)
+
+
+def num_held_out(num_windows: int, valid_share: float, prefix: str, seq_length: int) -> int:
+    """How many of a dataset's windows, the last ones, --valid-share holds out: at least one, unless the share is 0. UserError where none
+    would remain. prefix, seq_length: for the error alone."""
+    if not valid_share:
+        return 0
+    if num_windows < 2:
+        raise UserError(
+            f"--valid-share {valid_share}: {prefix} has {num_windows} window of --seq-length {seq_length}; at least one must remain for "
+            "training and one be held out"
+        )
+    return max(1, int(num_windows * valid_share))
