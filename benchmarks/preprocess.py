@@ -2,11 +2,15 @@
 
     python benchmarks/preprocess.py                                                the text of this Python installation
     python benchmarks/preprocess.py --input corpus.jsonl --tokenizer-model t.model   your own text and tokenizer (.model or .json)
+    python benchmarks/preprocess.py --megatron Megatron-LM                         against the two tools of a checkout, too
 
 Raw: each of --workers processes holds its share of the same texts in memory and encodes them in batches, timed from the first to the last
 batch, nothing read, parsed or written. The tool: from its start to its end, less what it takes for the first few MB, which every process
 needs to start (imports, tokenizer, comparison of backends) and which are told apart. Rates are MB of text, in UTF-8, a second; best of
 --rounds, in turns. On cores that others use too, CPU seconds of all processes tell more than the clock.
+Megatron-LM's preprocess_data.py and preprocess_data_fast.py, and ours beside them, count from start to end, on the same file, each at
+its own pace: the first on the text for the reference backends, the others on ten times as much. They need the packages that their
+checkout needs (transformers): --megatron-python.
 Memory is what all processes of the tool have resident together at its highest, shared pages once, plus files in memory.
 """
 
@@ -35,9 +39,6 @@ from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-MEGATRON, MEGATRON_GIGATOKEN = 2.5, 31.0
-"""MB/s of Megatron-LM's preprocess_data.py and preprocess_data_fast.py on 2 cores, measured on 60 MB of documentation with Llama-2's
-tokenizer.json; they are not run here."""
 NAMES = {"SentencePieceTokenizer": "tokenizer.model", "HuggingFaceTokenizer": "tokenizer.json"}
 
 
@@ -48,6 +49,8 @@ def main() -> None:
     asked.add_argument("--megabytes", type=float, default=20, help="of text for the reference backends; gigatoken gets 10 times as much")
     asked.add_argument("--workers", type=int, default=2)
     asked.add_argument("--rounds", type=int, default=2)
+    asked.add_argument("--megatron", help="a checkout of Megatron-LM")
+    asked.add_argument("--megatron-python", default=sys.executable, help="what runs its tools")
     flags = asked.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -61,6 +64,8 @@ def main() -> None:
             speed(kind, model, "reference", small, tiny, flags.workers, flags.rounds)
             speed(kind, model, "gigatoken", large, tiny, flags.workers, flags.rounds)
             grown(kind, model, small, large, flags.workers)
+            if flags.megatron and kind == "HuggingFaceTokenizer":
+                against_megatron(flags.megatron_python, Path(flags.megatron).resolve(), model, small, large, flags.workers, flags.rounds)
 
 
 def speed(kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: tuple[Path, int], workers: int,
@@ -77,10 +82,21 @@ def speed(kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: 
           f"{more / inside.wall:.2f} and {more / inside.cpu:.2f}; its first {tiny[1] / 1e6:.0f} MB, with its start, {start.wall:.1f} s")
     result(f"tool_over_raw_{label}", more / size * raw.wall / inside.wall, 0.9 if backend == "reference" else 0.5)
     result(f"tool_over_raw_cpu_{label}", more / size * raw.cpu / inside.cpu, 0.9 if backend == "reference" else 0.5)
-    if backend == "gigatoken":
-        result(f"over_megatron_{label}", more / inside.wall / MEGATRON, 20)
-        result(f"over_megatrons_gigatoken_{label}", more / inside.wall / MEGATRON_GIGATOKEN, 1)
-        result(f"over_megatron_of_free_cores_{label}", more * workers / inside.cpu / MEGATRON, 20)
+
+
+def against_megatron(python: str, checkout: Path, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int,
+                     rounds: int) -> None:
+    """Whole runs of ours with gigatoken, and of Megatron-LM's two tools."""
+    ours, theirs, fast = Cost(1e9, 1e9), Cost(1e9, 1e9), Cost(1e9, 1e9)
+    for _ in range(rounds):
+        ours = ours.least(tool("HuggingFaceTokenizer", model, "gigatoken", large, workers)[0])
+        fast = fast.least(megatron_tool(python, checkout, "preprocess_data_fast.py", model, large, ["--use-gigatoken"]))
+        theirs = theirs.least(megatron_tool(python, checkout, "preprocess_data.py", model, small, ["--workers", str(workers)]))
+    rates = [source[1] / 1e6 / cost.wall for source, cost in ((large, ours), (large, fast), (small, theirs))]
+    print(f"from start to end: ours with gigatoken {rates[0]:.2f} MB/s ({ours.wall:.1f} s), Megatron-LM's preprocess_data_fast.py "
+          f"{rates[1]:.2f} ({fast.wall:.1f} s), its preprocess_data.py {rates[2]:.2f} ({theirs.wall:.1f} s)")
+    result("whole_run_over_megatrons_gigatoken", rates[0] / rates[1], 1)
+    result("whole_run_over_megatron", rates[0] / rates[2], 20)
 
 
 def grown(kind: str, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int) -> None:
@@ -116,9 +132,23 @@ def tool(kind: str, model: Path, backend: str, source: tuple[Path, int], workers
         memory = Memory(process.pid)
         if process.wait():
             sys.exit(f"{' '.join(command)} failed")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-        return Cost(time.monotonic() - started, cpu), memory.highest()
+        return since(started, before), memory.highest()
+
+
+def megatron_tool(python: str, checkout: Path, script: str, model: Path, source: tuple[Path, int], more: list[str]) -> Cost:
+    """A run of one of Megatron-LM's tools from its start to its end."""
+    with tempfile.TemporaryDirectory(dir=source[0].parent) as out:
+        command = [python, f"tools/{script}", "--input", str(source[0]), "--output-prefix", f"{out}/d", "--append-eod",
+                   "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model.resolve()), *more]
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)}, stdout=subprocess.DEVNULL, check=True)
+        return since(started, before)
+
+
+def since(started: float, before: resource.struct_rusage) -> Cost:
+    """What the children took since then."""
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cost(time.monotonic() - started, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
 
 
 class Memory(threading.Thread):

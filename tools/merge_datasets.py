@@ -85,7 +85,9 @@ def merge_datasets(config: MergeConfig) -> None:
                     whole[0], documents=written.documents, tokens=written.tokens, bin_bytes=written.bin_bytes,
                     idx_bytes=written.idx_bytes, bin_hash=written.bin_hash, idx_hash=written.idx_hash,
                     sampled=sampled_fingerprint(writer.prefix), sources=tuple(source for each in whole for source in each.sources),
-                    duplicates=sum(each.duplicates for each in whole), shard=None), manifest_path(writer.prefix))
+                    duplicates=sum(each.duplicates for each in whole), shard=None,
+                    tokenizer_backends=tuple(sorted({name for each in whole for name in each.tokenizer_backends})),
+                ), manifest_path(writer.prefix))
             publish(writer.prefix, output)
     except OSError as error:
         raise UserError(f"--output-prefix {output} cannot be written: {error.strerror} "

@@ -240,7 +240,7 @@ def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tok
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
-    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), config.dedup == "exact")
+    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), config.dedup == "exact", encoder.backend)
     with closing(stage):
         for prefix in prefixes:
             tokenizer.save(tokenizer_directory(finished_prefix(config, prefix)))
@@ -306,7 +306,7 @@ def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int
         written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
         written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
         tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None,
-        duplicates, config.shuffle_documents)
+        duplicates, config.shuffle_documents, tuple(sorted(stage.backends)))
     write_manifest(manifest, manifest_path(prefix))
     return manifest
 

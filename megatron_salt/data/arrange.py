@@ -18,6 +18,7 @@ from megatron_salt.data.indexed import DIGEST_BYTES, IndexedWriter, Written
 from megatron_salt.data.order import permute
 
 _CHUNK = 1 << 20  # documents whose numbers are in memory at a time
+_SLICE = 1 << 20  # tokens that are put in order at a time
 
 
 def finish_arranged(source: IndexedWriter, prefix: str, dedup: bool, seed: int | None, budget: int) -> Written:
@@ -68,57 +69,83 @@ def arrange(source: IndexedWriter, target: IndexedWriter, scratch: Path, left_ou
     """Append the documents of `source`, whose files are on disk, to `target`: without those in the bitmap `left_out`, and in the
     order of `seed` unless that is None. scratch: a path for as many bytes again. budget: bytes of memory, long documents apart."""
     if seed is None:
-        for ids, lengths, _ in _kept(source, left_out, budget // 4):
+        for ids, lengths, _ in _kept(source, left_out, budget // 8):
             target.append(ids, lengths)
         return
     kept = source.documents if left_out is None else source.documents - int(np.bitwise_count(left_out).sum(dtype=np.int64))
-    item = source.dtype.itemsize
-    regions = max(-(-source.tokens * item * 4 // budget), 1)
-    width = max(-(-kept // regions), 1)  # positions of a region
-    sizes = np.zeros(-(-kept // width) + 1, np.int64)
-    for _, lengths, numbers in _numbered(source, left_out):
-        np.add.at(sizes, permute(numbers, kept, seed) // width + 1, lengths.astype(np.int64) * item + 12)
-    starts = np.cumsum(sizes)
+    regions = _Regions.plan(source, left_out, kept, seed, budget)
     try:
         with open(scratch, "w+b", buffering=0) as stream:
-            _scatter(source, left_out, stream.fileno(), starts[:-1].copy(), width, kept, seed, budget)
-            for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-                _append_region(target, _read(stream.fileno(), start, end - start))
+            for ids, lengths, numbers in _kept(source, left_out, budget // 16):
+                regions.write(stream.fileno(), ids, lengths, permute(numbers, kept, seed))
+            for ids, lengths in regions.read(stream.fileno()):
+                target.append(ids, lengths)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _scatter(source: IndexedWriter, left_out: np.ndarray | None, descriptor: int, cursors: np.ndarray, width: int, kept: int, seed: int,
-             budget: int) -> None:
-    """Write each document, with its position (int64) and length (int32) before it, to the region it belongs to."""
-    for ids, lengths, numbers in _kept(source, left_out, budget // 4):
-        positions = permute(numbers, kept, seed)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        homes = positions // width
+class _Regions:
+    """The scratch file: of each region of `width` consecutive positions the documents' positions (int64), lengths (int32) and ids."""
+
+    def __init__(self, dtype: np.dtype, width: int, documents: np.ndarray, tokens: np.ndarray) -> None:
+        """documents, tokens: int64 [regions], what comes into each."""
+        self.dtype, self.width, self.documents, self.tokens = dtype, width, documents, tokens
+        sizes = 12 * documents + dtype.itemsize * tokens
+        self.starts = np.cumsum(sizes) - sizes
+        self.documents_done, self.tokens_done = np.zeros_like(documents), np.zeros_like(tokens)
+
+    @classmethod
+    def plan(cls, source: IndexedWriter, left_out: np.ndarray | None, kept: int, seed: int, budget: int) -> _Regions:
+        """As many that one fits into the budget with what putting it in order takes."""
+        wanted = -(-(source.tokens * source.dtype.itemsize * 4 + kept * 64) // budget) or 1
+        width = -(-kept // wanted) or 1
+        documents = np.minimum(width, kept - np.arange(0, kept, width))
+        tokens = np.zeros_like(documents)
+        for _, lengths, numbers in _numbered(source, left_out):
+            np.add.at(tokens, permute(numbers, kept, seed) // width, lengths)
+        return cls(source.dtype, width, documents, tokens)
+
+    def write(self, descriptor: int, ids: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> None:
+        """Put documents, ids end to end, where their positions belong."""
+        if len(lengths) == 0:
+            return
+        homes = positions // self.width
         order = np.argsort(homes, kind="stable")
-        cuts = np.flatnonzero(np.diff(homes[order])) + 1
-        for group in np.split(order, cuts):
-            if len(group) == 0:
-                continue
-            parts = []
-            for i in group.tolist():
-                parts += [positions[i].tobytes(), lengths[i].tobytes(), ids[ends[i] - lengths[i]:ends[i]].tobytes()]
-            data = b"".join(parts)
-            home = homes[group[0]]
-            _write(descriptor, data, int(cursors[home]))
-            cursors[home] += len(data)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        ids, lengths, positions, homes = _gathered(ids, starts[order], lengths[order]), lengths[order], positions[order], homes[order]
+        present, firsts = np.unique(homes, return_index=True)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        for home, first, last in zip(present.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(homes)], strict=True):
+            begin, end = int(ends[first] - lengths[first]), int(ends[last - 1])
+            base, number = int(self.starts[home]), int(self.documents[home])
+            documents, tokens = int(self.documents_done[home]), int(self.tokens_done[home])
+            _write(descriptor, positions[first:last], base + 8 * documents)
+            _write(descriptor, lengths[first:last], base + 8 * number + 4 * documents)
+            _write(descriptor, ids[begin:end], base + 12 * number + self.dtype.itemsize * tokens)
+            self.documents_done[home] += last - first
+            self.tokens_done[home] += end - begin
+
+    def read(self, descriptor: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids end to end, int32 lengths) of all documents in the order of their positions, some at a time."""
+        assert (self.documents_done == self.documents).all() and (self.tokens_done == self.tokens).all()
+        for base, number, tokens in zip(self.starts.tolist(), self.documents.tolist(), self.tokens.tolist(), strict=True):
+            positions = _read(descriptor, base, 8 * number).view(np.int64)
+            lengths = _read(descriptor, base + 8 * number, 4 * number).view(np.int32)
+            ids = _read(descriptor, base + 12 * number, self.dtype.itemsize * tokens).view(self.dtype)
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            order = np.argsort(positions)
+            cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order], dtype=np.int64) // _SLICE)) + 1
+            for some in np.split(order, cuts):
+                if len(some):
+                    yield _gathered(ids, starts[some], lengths[some]), lengths[some]
 
 
-def _append_region(target: IndexedWriter, data: bytes) -> None:
-    """The documents of a region, in the order of their positions."""
-    found, at, item = [], 0, target.dtype.itemsize
-    while at < len(data):
-        position, length = int.from_bytes(data[at:at + 8], "little"), int.from_bytes(data[at + 8:at + 12], "little")
-        found.append((position, at + 12, length))
-        at += 12 + length * item
-    found.sort()
-    ids = b"".join(data[begin:begin + length * item] for _, begin, length in found)
-    target.append(np.frombuffer(ids, target.dtype), np.array([length for _, _, length in found], np.int32))
+def _gathered(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ids of documents that begin at `starts`, end to end."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    places = np.repeat(starts - (ends - lengths), lengths)
+    places += np.arange(len(places))
+    return ids[places]
 
 
 def _numbered(source: IndexedWriter, left_out: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -147,16 +174,17 @@ def _kept(source: IndexedWriter, left_out: np.ndarray | None, size: int) -> Iter
                 done += count
 
 
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    done = 0
+def _write(descriptor: int, values: np.ndarray, offset: int) -> None:
+    data, done = np.ascontiguousarray(values).data.cast("B"), 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _read(descriptor: int, offset: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # one call reads at most 2 GiB
-        more = os.pread(descriptor, size - len(data), offset + len(data))
+def _read(descriptor: int, offset: int, size: int) -> np.ndarray:
+    """uint8 [size]"""
+    data, done = np.empty(size, np.uint8), 0
+    while done < size:  # one call reads at most 2 GiB
+        more = os.preadv(descriptor, [data[done:].data], offset + done)
         assert more, (offset, size)
-        data += more
+        done += more
     return data

@@ -68,6 +68,7 @@ class Encoder:
         self.settings = (tokenizer.kind, tokenizer.files, backend, tuple(keys), append_eod, digests)
         """What another process makes the same encoder of."""
         self._parse = Parser(keys)
+        self.backend = backend
         self._encode = encode_with(tokenizer, backend)
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eod = tokenizer.eod if append_eod else None

@@ -82,6 +82,8 @@ class Manifest:
     """Documents left out because an equal text came before (--dedup)."""
     shuffle_seed: int | None = None
     """--shuffle-documents; None: documents lie in input order."""
+    tokenizer_backends: tuple[str, ...] = ()
+    """What encoded (--tokenizer-backend): more than one where a run was resumed with another or parts were merged; empty: not recorded."""
 
     @property
     def fingerprint(self) -> str:
@@ -117,10 +119,11 @@ def read_manifest(prefix: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     added = {name: getattr(Manifest, name) for name in ("shard", "duplicates", "shuffle_seed")}  # older ones lack them
-    raw = {**added, **raw}
+    raw = {**added, "tokenizer_backends": [], **raw}
     check_fields(Manifest, raw, path)
     try:
         raw["sources"] = tuple(Source(**source) for source in raw["sources"])
+        raw["tokenizer_backends"] = tuple(raw["tokenizer_backends"])
     except TypeError as error:
         raise UserError(f"{path}: its sources cannot be read ({error})") from None
     return Manifest(**raw)

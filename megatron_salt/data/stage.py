@@ -46,18 +46,22 @@ class Tally:
 class Stage:
     """Writers of one dataset a key, at `prefixes` + `.tmp`, with the tallies of `files` and a journal."""
 
-    def __init__(self, journal: Journal, prefixes: Sequence[str], files: Sequence[str], dtype: np.dtype, digests: bool) -> None:
+    def __init__(self, journal: Journal, prefixes: Sequence[str], files: Sequence[str], dtype: np.dtype, digests: bool,
+                 backend: str) -> None:
         """Go on where the journal says that an earlier run was, or begin. UserError when that run's files were changed."""
         self.journal, self.prefixes, self.files = journal, prefixes, files
         none = [0] * len(prefixes)
         self.tallies = [Tally(0, 0, {}, list(none), list(none), list(none)) for _ in files]
         self.file, self.position, self.on_disk = 0, 0, 0
         """Where the input goes on: file number, position in it, bytes of it on disk before that."""
+        self.backends = {backend}
+        """What encoded, in this run and those that it resumes."""
         marks: list[Mark | None] = [None] * len(prefixes)
         for record in journal.records:
             if "marks" in record:
                 marks = [Mark(mark["documents"], mark["tokens"], tuple(mark["hashes"])) for mark in record["marks"]]
                 self.file, self.position, self.on_disk = record["file"], record["position"], record["on_disk"]
+                self.backends |= set(record["backends"])
                 for number, tally in record["tallies"].items():
                     self.tallies[int(number)] = Tally(**tally)
         self._touched: set[int] = set()
@@ -95,6 +99,7 @@ class Stage:
         """Bring everything to the disk and write down how far it is."""
         marks = [asdict(writer.mark()) for writer in self.writers]
         self.journal.append({"file": self.file, "position": self.position, "on_disk": self.on_disk, "marks": marks,
+                             "backends": sorted(self.backends),
                              "tallies": {str(number): asdict(self.tallies[number]) for number in sorted(self._touched)}})
         self._touched.clear()
         self._noted = time.monotonic()

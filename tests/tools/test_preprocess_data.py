@@ -116,11 +116,15 @@ def test_any_number_of_workers_writes_the_same_files(tmp_path, corpus, monkeypat
     assert files_in(tmp_path / "w2") == first == files_in(tmp_path / "w3")
 
 
-def test_the_backend_does_not_show(tmp_path, corpus, sentencepiece_flags, capsys):
+def test_the_backend_shows_in_the_manifest_alone(tmp_path, corpus, sentencepiece_flags, capsys):
+    files = {}
     for backend in ("auto", "reference", "gigatoken"):
         assert run(corpus, tmp_path / backend / "d", "--tokenizer-backend", backend, tokenizer=sentencepiece_flags) == 0
         assert ("gigatoken, which gave the ids" in capsys.readouterr().out) == (backend != "reference")
-    assert files_in(tmp_path / "auto") == files_in(tmp_path / "reference") == files_in(tmp_path / "gigatoken")
+        files[backend] = files_in(tmp_path / backend)
+        manifest = json.loads(files[backend].pop("d_text_document.manifest.json"))
+        assert manifest["tokenizer_backends"] == ["reference" if backend == "reference" else "gigatoken"]
+    assert files["auto"] == files["reference"] == files["gigatoken"]
 
 
 def test_the_size_of_batches_does_not_show(tmp_path, corpus, monkeypatch):
@@ -416,22 +420,25 @@ TOLD_RUN = """
 import resource, sys
 from tools import preprocess_data
 code = preprocess_data.run_tool(preprocess_data.PreprocessConfig, preprocess_data.preprocess, sys.argv[1:])
-print("memory", *(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1]
+print("memory", own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
 """
+"""A process's ru_maxrss would begin with that of the one that started it, which here holds the texts: VmHWM is its own."""
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("suffix, flags", [("jsonl", []), ("jsonl.zst", []), ("parquet", []),
                                            ("jsonl", ["--dedup", "exact", "--shuffle-documents", "1"])])
 def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
-    """Of short documents, of which the index has most to say. KiB, of the parent and of its largest child."""
+    """Of short documents, of which the index has most to say. KiB, of the parent and of its largest child. What puts documents
+    in order takes what --max-memory leaves, and no more."""
     peaks = []
     for number in (60_000, 600_000):
         texts = [f"{i} document" for i in range(number)]
         path = tmp_path / f"{number}.{suffix}"
         if suffix == "parquet":
-            as_table(path, {"text": texts})
+            as_table(path, {"text": texts}, row_group_size=30_000)
         else:
             path.write_bytes(json_lines(texts) if suffix == "jsonl" else zstandard.compress(json_lines(texts)))
         command = [sys.executable, "-c", TOLD_RUN, "--input", str(path), "--output-prefix", str(tmp_path / f"{number}/d"), *BYTES,
@@ -439,7 +446,9 @@ def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True,
                               text=True, timeout=60)
         peaks.append([int(word) for word in done.stdout.split("memory")[1].split()])
-    assert max(late - early for early, late in zip(*peaks, strict=True)) < 25_000, peaks
+    assert peaks[1][0] + 2 * peaks[1][1] < 0.6 * 2**20, peaks
+    if not flags:
+        assert max(late - early for early, late in zip(*peaks, strict=True)) < 25_000, peaks
 
 
 class Interrupted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from sentencepiece import SentencePieceTrainer
 
 from megatron_salt.cli import run_tool
 from megatron_salt.data import stage
@@ -93,6 +95,24 @@ def test_a_run_that_stops_anywhere_goes_on(tmp_path, eager, capsys, chunks, flag
     assert run(inputs, tmp_path / "out", "--resume", *flags) == 0
     assert ("resuming" in capsys.readouterr().out) == (chunks > 0)
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_a_run_may_go_on_with_another_backend_and_the_manifest_names_both(tmp_path, eager):
+    inputs = corpus(tmp_path)
+    model = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+                               minloglevel=2)
+    (tmp_path / "t.model").write_bytes(model.getvalue())
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tmp_path / "t.model")]
+    assert run(inputs, tmp_path / "whole", *tokenizer, "--tokenizer-backend", "reference") == 0
+    stopped(inputs, tmp_path / "out", 5, *tokenizer, "--tokenizer-backend", "gigatoken")
+    assert run(inputs, tmp_path / "out", "--resume", *tokenizer, "--tokenizer-backend", "reference") == 0
+    found, whole = files_in(tmp_path / "out"), files_in(tmp_path / "whole")
+    for key in ("text", "title"):
+        manifest, expected = (json.loads(files.pop(f"d_{key}_document.manifest.json")) for files in (found, whole))
+        assert (manifest.pop("tokenizer_backends"), expected.pop("tokenizer_backends")) == (["gigatoken", "reference"], ["reference"])
+        assert manifest == expected
+    assert found == whole
 
 
 def test_a_journal_may_end_at_any_byte(tmp_path, eager):
