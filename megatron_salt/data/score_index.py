@@ -129,11 +129,17 @@ class ScoreIndex:
 def merge(index: ScoreIndex, output: Path) -> None:
     """Make `output` an index of one shard, byte for byte what a single job would have written. In constant memory.
 
-    `output` appears whole or not at all; what was there before is deleted in the end.
+    `output` appears whole or not at all; what was there before is deleted in the end. A kill between the two leaves it, or its
+    remains, at `output`.old.
     """
-    temporary = output.with_name(output.name + ".tmp")
+    temporary, old = output.with_name(output.name + ".tmp"), output.with_name(output.name + ".old")
     if temporary.exists():
         shutil.rmtree(temporary)  # of a merge that was killed
+    if old.exists():
+        if not output.exists():
+            raise UserError(f"--output {output}: a merge was killed before it could replace it; the index that was there is {old}: move it "
+                            "back, or away")
+        shutil.rmtree(old)
     shard = temporary / f"samples-{0:015d}-{index.num_samples:015d}"
     shard.mkdir(parents=True)
     try:
@@ -141,10 +147,14 @@ def merge(index: ScoreIndex, output: Path) -> None:
         write_shard_manifest(shard, index.manifest, 0, index.num_samples, hashes)
         write_json(asdict(index.manifest), temporary / INDEX, FORMAT)
         if output.exists():
-            shutil.rmtree(output)
+            os.rename(output, old)
         os.rename(temporary, output)
+        if old.exists():
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not output.exists():
+            os.rename(old, output)
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -52,3 +53,26 @@ def test_mistakes_are_refused_and_nothing_is_lost(tmp_path: Path, capsys: pytest
     shutil.rmtree(next((tmp_path / "a").glob("samples-*")))
     assert "of 103 samples are not scored" in refused(capsys, "--scores", tmp_path / "a", "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_replaced_is_there_until_the_new_index_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    write_index(tmp_path / "new", MANIFEST, random_rows(MANIFEST), num_shards=3)
+    write_index(tmp_path / "old", MANIFEST, ROWS)
+    before = files_in(tmp_path)
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).name == "old.tmp":
+            raise OSError(5, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    assert "Input/output error" in refused(capsys, "--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite")
+    assert files_in(tmp_path) == before
+    monkeypatch.undo()
+    (tmp_path / "old").rename(tmp_path / "old.old")  # what a kill leaves between two renamings
+    told = refused(capsys, "--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite")
+    assert "move it back" in told and str(tmp_path / "old.old") in told
+    (tmp_path / "old.old").rename(tmp_path / "old")
+    assert merge("--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
