@@ -56,7 +56,8 @@ def test_mistakes_are_refused_and_nothing_is_lost(tmp_path: Path, capsys: pytest
 
 
 def test_what_is_replaced_is_there_until_the_new_index_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    write_index(tmp_path / "new", MANIFEST, random_rows(MANIFEST), num_shards=3)
+    write_index(tmp_path / "new", MANIFEST, random_rows(MANIFEST, seed=1), num_shards=3)
+    write_index(tmp_path / "expected", MANIFEST, random_rows(MANIFEST, seed=1))
     write_index(tmp_path / "old", MANIFEST, ROWS)
     before = files_in(tmp_path)
     rename = os.rename
@@ -75,4 +76,5 @@ def test_what_is_replaced_is_there_until_the_new_index_is(tmp_path: Path, capsys
     assert "move it back" in told and str(tmp_path / "old.old") in told
     (tmp_path / "old.old").rename(tmp_path / "old")
     assert merge("--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+    assert files_in(tmp_path / "old") == files_in(tmp_path / "expected")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "new", "old"]
