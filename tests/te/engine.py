@@ -67,6 +67,7 @@ def build(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision, world_size: int, vocabulary: int = 250, seq_length: int = 32
 ) -> tuple[list[GPT], Mesh]:
     """This rank's chunks of a student on the CPU, freshly initialised in bfloat16. Collective over all ranks."""
+    quantization.FP8GlobalStateManager.reset()  # it knows the modules and groups of the tests before
     mesh = make_student_mesh(student_layout(parallel, world_size), parallel.virtual_stages)
     seed_everything(1234, mesh)
     with gpu_seen():
