@@ -86,7 +86,7 @@ def weights_of(chunks: list[GPT], mesh) -> list[tuple[str, tuple[int, ...], tupl
     for leaf in sharded.nested_values(sharded.model_state(chunks, mesh.groups)):
         for part in sharded.nested_values(leaf.build()) if isinstance(leaf, sharded.ShardedTensorFactory) else [leaf]:
             if isinstance(part, sharded.ShardedTensor):
-                found.append((part.key, part.global_shape, part.global_slice(), part.data.detach().clone()))
+                found += [(part.key, part.global_shape, part.global_slice(), part.data.detach().clone())]
     return found
 
 
