@@ -69,7 +69,8 @@ def kept() -> dict[str, object]:
         "in_fp8": in_fp8, "linears": {f"{name}.weight" for name, module in model.named_modules() if module in set(linears(model))},
         "error": error, "untouched": untouched, "refused": refused,
         "freed": bytes_before - sum(raw.nbytes for tensor in model.decoder.parameters() for raw in raw_tensors(tensor)),
-        "elements": sum(before[name].numel() for name in in_fp8), "flagged": all(linear.primary_weights_in_fp8 for linear in linears(model)),
+        "elements": sum(before[name].numel() for name in in_fp8),
+        "flagged": all(linear.primary_weights_in_fp8 for linear in linears(model)),
     }  # fmt: skip
 
 
