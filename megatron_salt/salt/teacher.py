@@ -45,6 +45,24 @@ class _Input:
     """(positions, samples) of the hidden states that this rank will send, in the order of its pieces"""
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a teacher in FP8 is to itself in bfloat16, on a fixed batch; the worst of its replicas."""
+
+    kl: float
+    """Mean over tokens of KL(bfloat16 || FP8), nats."""
+    agreement: float
+    """Share of tokens whose likeliest id is the same."""
+    tokens: int
+    """Of the batch."""
+    max_kl: float
+    """--teacher-fp8-max-kl, which kl is not above."""
+
+    def __str__(self) -> str:
+        return (f"teacher in FP8: KL(bfloat16 || FP8) {self.kl:.2e} nats a token on {self.tokens} fixed tokens (--teacher-fp8-max-kl "
+                f"{self.max_kl:g}), the same first choice on {self.agreement:.1%}")
+
+
 class Teacher:
     """What this rank holds of the teacher. Invariant: nothing of it has a gradient, and after `free` nothing of it is left."""
 
@@ -64,6 +82,7 @@ class Teacher:
         self.weight = weight
         self.mesh: Mesh | None = mesh
         self.block_group: dist.ProcessGroup | None = block_group
+        self.fidelity: Fidelity | None = None  # of a teacher in FP8, once it is known
         self.num_bytes = tensor_bytes(body) + (0 if weight is None else weight.nbytes)
         self._student, self._merge, self._temperature = student, microbatches_per_forward, temperature
         self._place = dist.get_rank(block_group)
