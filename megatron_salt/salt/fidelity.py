@@ -7,8 +7,6 @@ over tokens of KL(bfloat16 teacher || FP8 teacher); above --teacher-fp8-max-kl t
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,8 +22,6 @@ from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import first_problem
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.salt.teacher import Fidelity, Teacher
-
-log = logging.getLogger(__name__)
 
 SAMPLES = 4
 """Sequences of the batch, each of the run's --seq-length."""
@@ -51,9 +47,7 @@ def refuse_unfaithful(
                         "--teacher-fp8-format")
     extremes = torch.stack([kl.max(), -agreement.min()])  # of this block's replicas; the worst block's for all
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    fidelity = Fidelity(kl=float(extremes[0]), agreement=-float(extremes[1]), tokens=SAMPLES * seq_length, max_kl=max_kl)
-    log.info("%s", fidelity)
-    return fidelity
+    return Fidelity(kl=float(extremes[0]), agreement=-float(extremes[1]), tokens=SAMPLES * seq_length, max_kl=max_kl)
 
 
 @torch.no_grad()
