@@ -48,6 +48,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.sharing",
     "megatron_salt.data.windows",
     "megatron_salt.model.flops",
+    "megatron_salt.model.precision",
     "megatron_salt.model.shapes",
     "megatron_salt.parallel.layout",
     "megatron_salt.salt.prediction",

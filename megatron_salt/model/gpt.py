@@ -6,6 +6,8 @@ turns them into a loss. State-dict keys are those of megatron-core's GPTModel, s
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.attention import CoreAttention
+from megatron_salt.model.fp8 import ForwardContext, fp8_products
 from megatron_salt.model.head import OutputHead
 from megatron_salt.model.loss import SoftTarget
+from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import mlp_of_layer
@@ -42,9 +46,12 @@ def squared_relu(activations: Tensor) -> Tensor:
     return F.relu(activations).square()
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, precision: Precision = TORCH
+) -> TransformerConfig:
     """megatron-core's configuration of one model at one layout. dtype: float32 or bfloat16, of parameters and activations."""
     interleaved = parallel.virtual_stages is not None
+    fp8 = None if precision.forward_only else precision.fp8_format  # see precision.py
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -87,6 +94,17 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        fp8=fp8,
+        fp8_recipe=precision.fp8_recipe,
+        fp8_margin=precision.margin,
+        fp8_amax_history_len=precision.amax_history_len,
+        fp8_amax_compute_algo=precision.amax_compute_algo,
+        fp8_param=precision.fp8_params,
+        fp4=precision.fp4_format,
+        fp4_recipe=precision.fp4_recipe,
+        first_last_layers_bf16=any(precision.bf16_layers),
+        num_layers_at_start_in_bf16=precision.bf16_layers[0],
+        num_layers_at_end_in_bf16=precision.bf16_layers[1],
     )
 
 
@@ -147,9 +165,16 @@ class GPT(LanguageModule):
     def __init__(
         self, config: TransformerConfig, model: ModelConfig, vocabulary: int, seq_length: int, chunk_tokens: int,
         groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None, has_head: bool = True,
+        precision: Precision = TORCH,
     ) -> None:  # fmt: skip
-        """has_head: without one (a teacher's body) the last stage ends with the final norm, and a tied weight is the embedding alone."""
+        """has_head: without one (a teacher's body) the last stage ends with the final norm, and a tied weight is the embedding alone.
+        precision: the one that `config` was made with."""
         super().__init__(config=config, pg_collection=groups)
+        self.precision = precision
+        self.forward_context: ForwardContext = nullcontext
+        if precision.forward_only and precision.fp8_format is not None:
+            self.forward_context = fp8_products(precision, groups.tp)
+        self.fp8_alone = False
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.has_head = has_head
         self.share_embeddings_and_output_weights = has_head and not model.untie_embeddings_and_output_weights
@@ -192,7 +217,8 @@ class GPT(LanguageModule):
         if self.rotary_pos_emb is not None:
             length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config, None)
             rotary = self.rotary_pos_emb(length)
-        return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        with self.forward_context():
+            return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary)
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None) -> tuple[Tensor, Tensor]:
         """On the last stage: hidden states of `forward`, labels and loss_mask [b, s/cp] -> (summed loss, metric sums), see head.py."""
@@ -222,14 +248,15 @@ class GPT(LanguageModule):
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, seq_length: int, vocabulary: int, dtype: torch.dtype, chunk_tokens: int, mesh: Mesh
-) -> list[GPT]:
+    model: ModelConfig, parallel: ParallelConfig, seq_length: int, vocabulary: int, dtype: torch.dtype, chunk_tokens: int, mesh: Mesh,
+    precision: Precision = TORCH,
+) -> list[GPT]:  # fmt: skip
     """This rank's model chunks on its device, one per virtual stage. Collective over the embedding group where weights are tied.
 
     vocabulary: real ids of the tokenizer; chunk_tokens: tokens whose logits exist at one time in the head.
     """
     check_shapes(model, parallel, seq_length)
-    config = transformer_config(model, parallel, dtype)
+    config = transformer_config(model, parallel, dtype, precision)
     chunks = []
     for stage in range(parallel.num_virtual_stages_per_pipeline_rank):
         last = stage == parallel.num_virtual_stages_per_pipeline_rank - 1
@@ -238,6 +265,7 @@ def build_model(
             pre_process=mesh.is_first_stage and stage == 0,
             post_process=mesh.is_last_stage and last,
             vp_stage=None if parallel.virtual_stages is None else stage,
+            precision=precision,
         )  # fmt: skip
         chunks.append(chunk)
     return chunks
