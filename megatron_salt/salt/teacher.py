@@ -22,6 +22,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
+from megatron_salt.model.fp8 import raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
@@ -83,7 +84,6 @@ class Teacher:
         self.mesh: Mesh | None = mesh
         self.block_group: dist.ProcessGroup | None = block_group
         self.fidelity: Fidelity | None = None  # of a teacher in FP8, once it is known
-        self.num_bytes = tensor_bytes(body) + (0 if weight is None else weight.nbytes)
         self._student, self._merge, self._temperature = student, microbatches_per_forward, temperature
         self._place = dist.get_rank(block_group)
 
@@ -152,6 +152,11 @@ class Teacher:
         dist.barrier()
 
     @property
+    def num_bytes(self) -> int:
+        """Of its weights and buffers on this rank; 0 once it is freed."""
+        return (0 if self.body is None else tensor_bytes(self.body)) + (0 if self.weight is None else self.weight.nbytes)
+
+    @property
     def _body(self) -> GPT:
         assert self.body is not None, "the teacher has been freed"
         return self.body
@@ -178,8 +183,8 @@ class Teacher:
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    """Bytes of a module's parameters, in FP8 or not, and buffers."""
+    return sum(raw.nbytes for tensor in [*module.parameters(), *module.buffers()] for raw in raw_tensors(tensor))
 
 
 def _pieces(plan: routing.Plan, forward: int, place: int) -> list[routing.Piece]:
