@@ -91,6 +91,9 @@ def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype)
 
 class Quantizer(Protocol):
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
+    def rows(self, tensor: Tensor) -> Quantized:
+        """The first of the two, as it lies in memory."""
+
     def update(self) -> None:
         """Take note of the maxima seen since the last time. Collective where maxima are reduced."""
 
@@ -103,8 +106,11 @@ class Tensorwise:
     group: Group = None
 
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        back = quantize(tensor, scale_from(amax_of(tensor, self.group), self.dtype), self.dtype).back()
+        back = self.rows(tensor).back()
         return back, back
+
+    def rows(self, tensor: Tensor) -> Quantized:
+        return quantize(tensor, scale_from(amax_of(tensor, self.group), self.dtype), self.dtype)
 
     def update(self) -> None: ...
 
@@ -118,8 +124,11 @@ class Delayed:
 
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         self.history[0] = torch.maximum(self.history[0], amax_of(tensor))
-        back = quantize(tensor, self.scale, self.dtype).back()
+        back = self.rows(tensor).back()
         return back, back
+
+    def rows(self, tensor: Tensor) -> Quantized:
+        return quantize(tensor, self.scale, self.dtype)
 
     def update(self) -> None:
         if self.group is not None:
@@ -133,15 +142,33 @@ class Delayed:
 
 @dataclass
 class Blocks:
-    """Blocks of `rows` x `columns`; the form that is read along the first dimension is made from the tensor anew."""
+    """Blocks of `height` x `width`; the form that is read along the first dimension is made from the tensor anew."""
 
     dtype: torch.dtype
-    rows: int
-    columns: int
+    height: int
+    width: int
 
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        return (quantize_blocks(tensor, self.rows, self.columns, self.dtype).back(),
-                quantize_blocks(tensor, self.columns, self.rows, self.dtype).back())  # fmt: skip
+        return self.rows(tensor).back(), quantize_blocks(tensor, self.width, self.height, self.dtype).back()
+
+    def rows(self, tensor: Tensor) -> Quantized:
+        return quantize_blocks(tensor, self.height, self.width, self.dtype)
+
+    def update(self) -> None: ...
+
+
+@dataclass
+class Kept:
+    """A tensor that exists in FP8 alone, whatever is handed in."""
+
+    quantized: Quantized
+
+    def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        back = self.quantized.back()
+        return back, back
+
+    def rows(self, tensor: Tensor) -> Quantized:
+        return self.quantized
 
     def update(self) -> None: ...
 
@@ -165,7 +192,7 @@ class Recipe:
             made.append({
                 "tensorwise": lambda dtype=dtype: Tensorwise(dtype, group),
                 "delayed": lambda dtype=dtype: Delayed(dtype, self.history, self.algorithm, self.margin, group),
-                "blockwise": lambda dtype=dtype, rows=BLOCK if which == "weight" else 1: Blocks(dtype, rows, BLOCK),
+                "blockwise": lambda dtype=dtype, height=BLOCK if which == "weight" else 1: Blocks(dtype, height, BLOCK),
                 "mxfp8": lambda dtype=dtype: Blocks(dtype, 1, MX_BLOCK),
             }[self.kind]())  # fmt: skip
         return made[0], made[1], made[2]
@@ -246,6 +273,15 @@ class Emulation:
             self.active = False
         if torch.is_grad_enabled():
             self._update(0, 1)
+
+    @torch.no_grad()
+    def keep_fp8_alone(self) -> None:
+        """Of a model that is only run forward: its linears' weights in FP8, and their other form freed."""
+        for linear in self.linears:
+            kept = linear.quantizers[1].rows(linear.weight)
+            linear.register_buffer("payload", kept.payload)
+            linear.quantizers = (linear.quantizers[0], Kept(kept), linear.quantizers[2])
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
     def _update(self, *which: int) -> None:
         for linear in self.linears:

@@ -1,0 +1,86 @@
+"""A student that trains in emulated FP8, on the ranks and by the step of a real run: how near its curve is to the one without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.train.step import unwrap
+from tests.fp8_emulation import Recipe, emulate
+from tests.ranks import run_ranks
+from tests.small import Case, Curve, build_student, make_weights, train_student
+
+STEPS = 12
+CASE = Case(learning_rate=1e-2)
+TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("weights") / "weights"
+    run_ranks(1, make_weights, CASE, directory)
+    return directory
+
+
+def curve(case: Case, world_size: int, weights: Path, recipe: Recipe | None, reduce_amax: bool = True) -> Curve:
+    student = build_student(case, world_size, weights)
+    for chunk in student.chunks if recipe is not None else []:
+        model = unwrap(chunk)
+        model.forward_context = emulate(model, recipe, reduce_amax).products
+    return train_student(student, case, STEPS)
+
+
+def furthest(one: Curve, other: Curve) -> float:
+    """Largest distance between the losses of a step, nats."""
+    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", [
+    Recipe("blockwise"), Recipe("mxfp8"), Recipe("delayed", algorithm="most_recent", history=1), Recipe("delayed"), Recipe("tensorwise", hybrid=False),
+    Recipe("tensorwise"),
+], ids=lambda recipe: f"{recipe.kind}{'' if recipe.hybrid else ' e4m3'}{f' {recipe.algorithm}' if recipe.kind == 'delayed' else ''}")  # fmt: skip
+def test_the_loss_follows_the_one_without_fp8(weights: Path, recipe: Recipe, dtype: torch.dtype) -> None:
+    case = replace(CASE, dtype=dtype)
+    [plain] = run_ranks(1, curve, case, 1, weights, None)
+    [fp8] = run_ranks(1, curve, case, 1, weights, recipe)
+    assert plain.losses[0] - plain.losses[-1] > 1.5, "nothing was learnt"
+    assert 1e-5 < furthest(plain, fp8) < 0.05
+    assert fp8.grad_norms == pytest.approx(plain.grad_norms, rel=0.25)
+
+
+@pytest.mark.parametrize("recipe", [Recipe("delayed"), Recipe("tensorwise")], ids=lambda recipe: recipe.kind)
+def test_two_ranks_compute_what_one_does_where_maxima_are_reduced(weights: Path, recipe: Recipe) -> None:
+    """Over the tensor-parallel group: the same scales, so the same rounded numbers, but for what lay on the edge between two. With
+    maxima of each rank's own part the curve is another."""
+    [one] = run_ranks(1, curve, CASE, 1, weights, recipe)
+    [two, also] = run_ranks(2, curve, replace(CASE, parallel=TP2), 2, weights, recipe)
+    [apart, _] = run_ranks(2, curve, replace(CASE, parallel=TP2), 2, weights, recipe, False)
+    assert two == also
+    assert furthest(one, two) < 2e-3
+    assert furthest(one, apart) > 2 * furthest(one, two)
+
+
+def frozen_scales(weights: Path, updated: bool) -> list[float]:
+    """Losses under delayed scaling whose scales are, or are not, updated."""
+    student = build_student(CASE, 1, weights)
+    model = unwrap(student.chunks[0])
+    emulation = emulate(model, Recipe("delayed"))
+    model.forward_context = emulation.products
+    if not updated:
+        emulation._update = lambda *_: None  # type: ignore[method-assign]
+    return train_student(student, CASE, STEPS).losses
+
+
+def test_without_updates_of_its_scales_delayed_scaling_learns_less(weights: Path) -> None:
+    """Gradients of a mean over many tokens are far below what e5m2 holds at a scale of 1."""
+    [updated] = run_ranks(1, frozen_scales, weights, True)
+    [stale] = run_ranks(1, frozen_scales, weights, False)
+    assert updated[0] == stale[0] and stale[-1] > updated[-1]
+
+
