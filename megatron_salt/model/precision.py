@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_salt.config import QuantizationConfig, SaltConfig
+from megatron_salt.parallel.hardware import Capability
 
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
-Capability = tuple[int, int]
-"""CUDA's compute capability, as (9, 0)."""
+Implementation = Literal["torch", "transformer_engine"]
 
 
 @dataclass(frozen=True)
 class Precision:
     """Of one model. As it stands: plain torch layers in the model's dtype."""
 
-    implementation: Literal["torch", "transformer_engine"] = "torch"
+    implementation: Implementation = "torch"
     """Of linears and norms; of attention too, unless `document_masks`."""
 
     fp8_format: Fp8Format | None = None
@@ -81,7 +81,7 @@ def default_recipe(capability: Capability | None) -> Fp8Recipe:
 
 
 def student_precision(
-    quantization: QuantizationConfig, implementation: Literal["torch", "transformer_engine"], capability: Capability | None,
+    quantization: QuantizationConfig, implementation: Implementation, capability: Capability | None,
     document_masks: bool,
 ) -> Precision:  # fmt: skip
     """The student's by its flags. capability: the device's; None without a GPU."""
@@ -102,7 +102,7 @@ def student_precision(
 
 
 def teacher_precision(
-    salt: SaltConfig, implementation: Literal["torch", "transformer_engine"], capability: Capability | None, document_masks: bool
+    salt: SaltConfig, implementation: Implementation, capability: Capability | None, document_masks: bool
 ) -> Precision:
     """The teacher's by its flags. Its weights are loaded in bfloat16; `fp8.keep_fp8_alone` drops that form."""
     return Precision(
