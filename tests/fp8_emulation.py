@@ -228,10 +228,9 @@ class Column(layers.ColumnParallelLinear):
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, Any]:
         if not self.emulation.active:
             return super().forward(input_, weight, runtime_gather_output)
-        whole = (mappings.gather_from_sequence_parallel_region if self.sequence_parallel else mappings.copy_to_tensor_model_parallel_region)(
-            input_, group=self.tp_group
-        )
-        return _with_bias(Fp8Product.apply(whole, self.weight, self.quantizers), self)
+        bring = (mappings.gather_from_sequence_parallel_region if self.sequence_parallel
+                 else mappings.copy_to_tensor_model_parallel_region)  # fmt: skip
+        return _with_bias(Fp8Product.apply(bring(input_, group=self.tp_group), self.weight, self.quantizers), self)
 
 
 class Row(layers.RowParallelLinear):
@@ -244,9 +243,9 @@ class Row(layers.RowParallelLinear):
         if not self.emulation.active:
             return super().forward(input_)
         part = Fp8Product.apply(input_, self.weight, self.quantizers)
-        total = (mappings.reduce_scatter_to_sequence_parallel_region if self.sequence_parallel
-                 else mappings.reduce_from_tensor_model_parallel_region)(part, group=self.tp_group)  # fmt: skip
-        return _with_bias(total, self)
+        add_up = (mappings.reduce_scatter_to_sequence_parallel_region if self.sequence_parallel
+                  else mappings.reduce_from_tensor_model_parallel_region)  # fmt: skip
+        return _with_bias(add_up(part, group=self.tp_group), self)
 
 
 def _with_bias(output: Tensor, linear: Column | Row) -> tuple[Tensor, Any]:

@@ -42,8 +42,8 @@ def refuse_unfaithful(
     worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # so phrased, nan is wrong
     problem = first_problem(None if worst is None else f"{worst:.3g} nats a token")
     if problem is not None:
-        raise UserError(f"the teacher in FP8 is too far from itself in bfloat16: on {SAMPLES} fixed samples of {seq_length} tokens their mean KL "
-                        f"divergence was {problem}, above --teacher-fp8-max-kl {max_kl:g}; take another --teacher-fp8-recipe, or no "
+        raise UserError("the teacher in FP8 is too far from itself in bfloat16: their mean KL divergence on "
+                        f"{SAMPLES} fixed samples of {seq_length} tokens was {problem}, above --teacher-fp8-max-kl {max_kl:g}; take another --teacher-fp8-recipe, or no "
                         "--teacher-fp8-format")
     extremes = torch.stack([kl.max(), -agreement.min()])  # of this block's replicas; the worst block's for all
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)

@@ -5,9 +5,7 @@ Skipped where there is none. The CPU's side of a comparison runs in the pool of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,17 +13,7 @@ import torch
 
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def world() -> Iterator[None]:
-    """A world of one rank on the GPU, in this process."""
-    from megatron_salt.parallel.launch import distributed
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with distributed(timedelta(minutes=2)):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])

@@ -57,7 +57,9 @@ def test_every_number_comes_back_to_within_half_a_step(dtype: torch.dtype, sprea
     assert bool((error > bound / 2).any()), "the bound is not far from what happens"
 
 
-@pytest.mark.parametrize("amax, scale", [(0.0, 3.0), (math.inf, 3.0), (math.nan, 3.0), (448.0, 1.0), (7.0, 64.0), (1e-42, torch.finfo().max)])
+@pytest.mark.parametrize("amax, scale", [
+    (0.0, 3.0), (math.inf, 3.0), (math.nan, 3.0), (448.0, 1.0), (7.0, 64.0), (1e-42, torch.finfo().max),
+])  # fmt: skip
 def test_a_scale_needs_an_amax_that_is_a_number_above_0(amax: float, scale: float) -> None:
     """Else it is what it was; and it never is infinite."""
     assert float(scale_from(torch.tensor(amax), E4M3, instead=3.0)) == pytest.approx(scale, rel=1e-6)

@@ -1,4 +1,4 @@
-"""The gate of an FP8 teacher, on a trained teacher whose linears multiply in emulated FP8: who passes, who does not, and what it changes."""
+"""The gate of an FP8 teacher, on a trained one whose linears multiply in emulated FP8: who passes, who does not, what it changes."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,9 +41,13 @@ def furthest(one: Curve, other: Curve) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", [
-    Recipe("blockwise"), Recipe("mxfp8"), Recipe("delayed", algorithm="most_recent", history=1), Recipe("delayed"), Recipe("tensorwise", hybrid=False),
-    Recipe("tensorwise"),
-], ids=lambda recipe: f"{recipe.kind}{'' if recipe.hybrid else ' e4m3'}{f' {recipe.algorithm}' if recipe.kind == 'delayed' else ''}")  # fmt: skip
+    pytest.param(Recipe("blockwise"), id="blockwise"),
+    pytest.param(Recipe("mxfp8"), id="mxfp8"),
+    pytest.param(Recipe("delayed", algorithm="most_recent", history=1), id="delayed, most recent"),
+    pytest.param(Recipe("delayed"), id="delayed, max"),
+    pytest.param(Recipe("tensorwise", hybrid=False), id="tensorwise e4m3"),
+    pytest.param(Recipe("tensorwise"), id="tensorwise"),
+])  # fmt: skip
 def test_the_loss_follows_the_one_without_fp8(weights: Path, recipe: Recipe, dtype: torch.dtype) -> None:
     case = replace(CASE, dtype=dtype)
     [plain] = run_ranks(1, curve, case, 1, weights, None)
