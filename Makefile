@@ -31,7 +31,7 @@ export PIP_RETRIES ?= 10
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-gpu lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -55,6 +55,11 @@ test-short: setup-dev  ## The last case of every test, without the long ones
 
 test-full: lint  ## Everything
 	$(PYTEST) --full $(OPTIONS)
+
+test-gpu:  ## What only a GPU can show, on one or two, with the Python that is active (see the README); then step times by precision
+	@python -c 'import torch; assert torch.cuda.is_available(), "no NVIDIA GPU is seen"'
+	python -m pytest -m gpu $(OPTIONS)
+	python benchmarks/precision_steps.py
 
 lint: setup-dev  ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -125,7 +125,7 @@ def measure(folder: Path, name: str, words: list[str], sizes: Sizes, ranks: int,
 
 def table(rows: list[Row]) -> str:
     """For people. Ratios are to the first row."""
-    lines = [f"{'':26}{'stage 2, s':>11}{'':8}{'stage 1, s':>11}{'':8}{'1 / 2':>7}{'tokens/s':>11}{'teacher GiB':>13}{'its KL':>10}"]
+    lines = [f"{'stage 2, s':>37}{'stage 1, s':>19}{'1 / 2':>15}{'tokens/s':>11}{'teacher GiB':>13}{'its KL':>10}"]
     base = rows[0]
     for row in rows:
         if row.refused:
@@ -134,8 +134,10 @@ def table(rows: list[Row]) -> str:
         ratios = [f"({base_time / time:.2f}x)" if base_time else "" for base_time, time in
                   ((base.stage2, row.stage2), (base.stage1, row.stage1))]  # fmt: skip
         kl = "" if row.kl is None else f"{row.kl:.1e}"
-        lines.append(f"{row.name:26}{row.stage2:>11.3f}{ratios[0]:>8}{row.stage1:>11.3f}{ratios[1]:>8}{row.stage1 / row.stage2:>7.2f}"
-                     f"{row.tokens_per_second:>11.0f}{row.teacher_gib:>13.3f}{kl:>10}")
+        lines.append(
+            f"{row.name:26}{row.stage2:>11.3f}{ratios[0]:>8}{row.stage1:>11.3f}{ratios[1]:>8}{row.stage1 / row.stage2:>7.2f}"
+            f"{row.tokens_per_second:>11.0f}{row.teacher_gib:>13.3f}{kl:>10}"
+        )
     return "\n".join(lines)
 
 

@@ -43,8 +43,8 @@ def refuse_unfaithful(
     problem = first_problem(None if worst is None else f"{worst:.3g} nats a token")
     if problem is not None:
         raise UserError("the teacher in FP8 is too far from itself in bfloat16: their mean KL divergence on "
-                        f"{SAMPLES} fixed samples of {seq_length} tokens was {problem}, above --teacher-fp8-max-kl {max_kl:g}; take another --teacher-fp8-recipe, or no "
-                        "--teacher-fp8-format")
+                        f"{SAMPLES} fixed samples of {seq_length} tokens was {problem}, above --teacher-fp8-max-kl {max_kl:g}; "
+                        "take another --teacher-fp8-recipe, or no --teacher-fp8-format")
     extremes = torch.stack([kl.max(), -agreement.min()])  # of this block's replicas; the worst block's for all
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     return Fidelity(kl=float(extremes[0]), agreement=-float(extremes[1]), tokens=SAMPLES * seq_length, max_kl=max_kl)

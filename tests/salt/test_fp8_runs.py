@@ -124,7 +124,7 @@ def of_a_wrong_scale(emulation: Emulation) -> None:
 
 
 def small_beside_their_inputs(emulation: Emulation) -> None:
-    """The same function by other numbers: the MLP's inner activations 2^10 times as large, what they are multiplied with as much smaller."""
+    """The same function by other numbers: the MLP's inner activations 2^10 times as large, what they are multiplied with smaller."""
     with torch.no_grad():
         for linear in emulation.linears:
             if type(linear).__name__ == "Row" and linear.input_size != linear.output_size:
