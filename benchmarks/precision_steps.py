@@ -146,8 +146,8 @@ def run(folder: Path, ranks: int, words: list[str], sizes: Sizes) -> str | None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_salt.pretrain",
         *FAMILY, "--bf16", "--seq-length", str(sizes.seq_length), "--micro-batch-size", str(sizes.micro_batch_size),
-        "--data-path", str(folder / "data"), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "tokenizer.json"),
-        *words,
+        "--data-path", str(folder / "data"), "--tokenizer-type", "HuggingFaceTokenizer",
+        "--tokenizer-model", str(folder / "tokenizer.json"), *words,
     ]  # fmt: skip
     ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     if ended.returncode == 0:
