@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_salt.config import ParallelConfig
 from tests.gpu.checks import ENGINE, RECIPES, assert_exchanged, assert_same_scores, curve, exchange, in_fp8, why_not
-from tests.gpu.ranks import on_devices, program
+from tests.gpu.ranks import on_cpu, on_devices, program
 from tests.program import argv, losses, write_tokens
 from tests.ranks import run_ranks
 from tests.salt import teaching
@@ -31,6 +33,19 @@ def without_a_gpu() -> Any:
 
 def where(word: str) -> tuple[str, int, int, str]:
     return word, dist.get_rank(), dist.get_world_size(), dist.get_backend()
+
+
+def engine_here() -> tuple[bool, bool]:
+    """Whether it can be found, and imported."""
+    try:
+        importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return False, importlib.util.find_spec("transformer_engine") is not None
+    return True, True
+
+
+def test_the_cpus_side_has_no_transformer_engine() -> None:
+    assert on_cpu(1, engine_here) == [(False, False)]
 
 
 def fails() -> None:

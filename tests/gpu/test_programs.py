@@ -9,7 +9,7 @@ import pytest
 
 from megatron_salt.model.precision import Fp8Recipe
 from tests.gpu.checks import ENGINE, RECIPES, assert_same_scores, in_fp8, skip_unless
-from tests.gpu.ranks import program
+from tests.gpu.ranks import on_cpu, program
 from tests.program import argv, entries, losses, write_tokens
 from tests.tools import test_score_data as scoring
 
@@ -99,5 +99,6 @@ def test_scores_are_those_of_the_cpu(tmp_path: Path, data: str, teacher: Path) -
     """In float32 on both: but for a window in a hundred, where a token changes its rank, to a thousandth of a nat."""
     flags = dict(teacher_load=teacher, data_path=data, dtype="float32")
     program("tools.score_data", scoring.argv(**flags, output=tmp_path / "gpu"))
-    scoring.score(1, **flags, output=tmp_path / "cpu")
+    [ended] = on_cpu(1, scoring.main, scoring.argv(**flags, output=tmp_path / "cpu"))
+    assert ended.status == 0, ended
     assert_same_scores(tmp_path / "gpu", tmp_path / "cpu")

@@ -10,7 +10,7 @@ import torch
 
 from megatron_salt.model.precision import Fp8Recipe
 from tests.gpu.checks import ENGINE, RECIPES, WIDE, curve, in_fp8, skip_unless
-from tests.ranks import run_ranks
+from tests.gpu.ranks import on_cpu
 from tests.small import MODELS, Case, make_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
@@ -24,7 +24,7 @@ def test_its_layers_compute_what_torchs_do(tmp_path: Path, name: str) -> None:
     """Forward: the first loss. Backward: the first gradient norm. And three steps on."""
     skip_unless(ENGINE)
     case = Case(model=MODELS[name], dtype=torch.bfloat16)
-    run_ranks(1, make_weights, case, tmp_path / "weights")
+    on_cpu(1, make_weights, case, tmp_path / "weights")
     plain, engine = (curve(one, tmp_path / "weights", 3) for one in (case, replace(case, precision=ENGINE)))
     assert engine.losses == pytest.approx(plain.losses, rel=5e-3)
     assert engine.grad_norms == pytest.approx(plain.grad_norms, rel=5e-2)
@@ -33,7 +33,7 @@ def test_its_layers_compute_what_torchs_do(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_loss_in_fp8_follows_the_one_in_bfloat16(tmp_path: Path, recipe: Fp8Recipe) -> None:
     skip_unless(in_fp8(recipe))
-    run_ranks(1, make_weights, FP8, tmp_path / "weights")
+    on_cpu(1, make_weights, FP8, tmp_path / "weights")
     bf16, fp8 = (
         curve(replace(FP8, precision=precision), tmp_path / "weights", STEPS) for precision in (ENGINE, in_fp8(recipe))
     )

@@ -10,8 +10,7 @@ import torch
 from megatron_salt.config import ParallelConfig
 from megatron_salt.model.loss import KD_METRICS
 from tests.gpu.checks import assert_exchanged, exchange
-from tests.gpu.ranks import on_devices
-from tests.ranks import run_ranks
+from tests.gpu.ranks import on_cpu, on_devices
 from tests.salt import teaching
 from tests.small import Case, make_weights, train
 
@@ -30,7 +29,7 @@ EXACT = dict(rel=1e-4)
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("teacher")
-    run_ranks(1, teaching.make_teacher, directory, teaching.TEACHER, 10)
+    on_cpu(1, teaching.make_teacher, directory, teaching.TEACHER, 10)
     return str(directory)
 
 
@@ -42,8 +41,8 @@ def test_the_exchange_moves_hidden_states_bit_for_bit(teacher: str, name: str) -
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_gpus_train_as_two_cpu_ranks(tmp_path: Path, name: str) -> None:
     case = Case(parallel=LAYOUTS[name])
-    run_ranks(1, make_weights, case, tmp_path / "weights")
-    gpu, cpu = (run(2, train, case, 2, tmp_path / "weights") for run in (on_devices, run_ranks))
+    on_cpu(1, make_weights, case, tmp_path / "weights")
+    gpu, cpu = (run(2, train, case, 2, tmp_path / "weights") for run in (on_devices, on_cpu))
     assert gpu[0].losses == pytest.approx(cpu[0].losses, **EXACT)
     assert gpu[0].grad_norms == pytest.approx(cpu[0].grad_norms, rel=5e-4)
 
@@ -52,8 +51,8 @@ def test_two_gpus_train_as_two_cpu_ranks(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["tp2", "pp2"])
 def test_a_teacher_teaches_two_gpus_as_two_cpu_ranks(tmp_path: Path, teacher: str, name: str, layout: tuple[int, int]) -> None:
     lesson = teaching.Lesson(Case(parallel=LAYOUTS[name]), teacher, layout)
-    run_ranks(1, make_weights, lesson.case, tmp_path / "weights")
-    gpu, cpu = (run(2, teaching.teach, lesson, 2, tmp_path / "weights") for run in (on_devices, run_ranks))
+    on_cpu(1, make_weights, lesson.case, tmp_path / "weights")
+    gpu, cpu = (run(2, teaching.teach, lesson, 2, tmp_path / "weights") for run in (on_devices, on_cpu))
     for metric in ("loss", "ce", "kl", "teacher_ce"):
         number = KD_METRICS.index(metric)
         assert [sums[number] for sums in gpu[0].sums] == pytest.approx([sums[number] for sums in cpu[0].sums], **EXACT)
