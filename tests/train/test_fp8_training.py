@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.small import Case, Curve, build_student, make_weights, train_student
 
 STEPS = 12
-CASE = Case(learning_rate=1e-2)
+CASE = Case()
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
@@ -52,9 +52,9 @@ def test_the_loss_follows_the_one_without_fp8(weights: Path, recipe: Recipe, dty
     case = replace(CASE, dtype=dtype)
     [plain] = run_ranks(1, curve, case, 1, weights, None)
     [fp8] = run_ranks(1, curve, case, 1, weights, recipe)
-    assert plain.losses[0] - plain.losses[-1] > 1.5, "nothing was learnt"
-    assert 1e-5 < furthest(plain, fp8) < 0.05
-    assert fp8.grad_norms == pytest.approx(plain.grad_norms, rel=0.25)
+    assert plain.losses[0] - plain.losses[-1] > 2, "nothing was learnt"
+    assert 1e-4 < furthest(plain, fp8) < 0.015
+    assert fp8.grad_norms == pytest.approx(plain.grad_norms, rel=0.1)
 
 
 @pytest.mark.parametrize("recipe", [Recipe("delayed"), Recipe("tensorwise")], ids=lambda recipe: recipe.kind)
@@ -65,25 +65,5 @@ def test_two_ranks_compute_what_one_does_where_maxima_are_reduced(weights: Path,
     [two, also] = run_ranks(2, curve, replace(CASE, parallel=TP2), 2, weights, recipe)
     [apart, _] = run_ranks(2, curve, replace(CASE, parallel=TP2), 2, weights, recipe, False)
     assert two == also
-    assert furthest(one, two) < 2e-3
-    assert furthest(one, apart) > 2 * furthest(one, two)
-
-
-def frozen_scales(weights: Path, updated: bool) -> list[float]:
-    """Losses under delayed scaling whose scales are, or are not, updated."""
-    student = build_student(CASE, 1, weights)
-    model = unwrap(student.chunks[0])
-    emulation = emulate(model, Recipe("delayed"))
-    model.forward_context = emulation.products
-    if not updated:
-        emulation._update = lambda *_: None  # type: ignore[method-assign]
-    return train_student(student, CASE, STEPS).losses
-
-
-def test_without_updates_of_its_scales_delayed_scaling_learns_less(weights: Path) -> None:
-    """Gradients of a mean over many tokens are far below what e5m2 holds at a scale of 1."""
-    [updated] = run_ranks(1, frozen_scales, weights, True)
-    [stale] = run_ranks(1, frozen_scales, weights, False)
-    assert updated[0] == stale[0] and stale[-1] > updated[-1]
-
-
+    assert furthest(one, two) < 1e-3 and abs(one.losses[0] - two.losses[0]) < 2e-5
+    assert furthest(one, apart) > 1e-3 and abs(one.losses[0] - apart.losses[0]) > 5e-5
