@@ -7,35 +7,66 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_salt.checkpoint import rng
-from megatron_salt.config import ParallelConfig, SaltConfig
+from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
+from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.fixed_batch import fixed_batch
 from megatron_salt.errors import UserError
 from megatron_salt.model.fp8 import in_bfloat16
+from megatron_salt.model.loss import METRICS
 from megatron_salt.salt.fidelity import SAMPLES, Fidelity, refuse_unfaithful
 from megatron_salt.salt.teacher import Teacher
-from megatron_salt.train.step import Student
+from megatron_salt.train.metrics import PhaseTimer
+from megatron_salt.train.step import Student, train_step
 from tests.fp8_emulation import Emulation, Quantized, Recipe, emulate
 from tests.ranks import run_ranks
-from tests.salt.teaching import CHUNK_TOKENS, TEACHER, TIED_TEACHER, Lesson, admit, lessons, make_teacher, shard_of
+from tests.salt.teaching import CHUNK_TOKENS, TEACHER, TIED_TEACHER, Lesson, admit, lessons, save_teacher, shard_of
 from tests.small import SEQ_LENGTH, VOCABULARY, Case, build_student
 
 DEFAULT = SaltConfig().teacher_fp8_max_kl
 TP2PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 BF16 = Case(dtype=torch.bfloat16)
 EVERYWHERE = (0, 1, 2, 3)
+LINEARS = 4
+"""Of a layer."""
+TIGHT = 2e-3
+"""A bound for this teacher, which takes its answers from its embeddings as much as from its layers."""
 
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("school")
-    run_ranks(1, make_teacher, root / "untied", TEACHER, 60, torch.bfloat16)
-    run_ranks(1, make_teacher, root / "tied", TIED_TEACHER, 60, torch.bfloat16)
+    for name, model in (("untied", TEACHER), ("tied", TIED_TEACHER)):
+        [accuracy] = run_ranks(1, make_teacher, root / name, model)
+        assert accuracy > 0.8
     return root
+
+
+def make_teacher(directory: Path, model: ModelConfig, steps: int = 100) -> float:
+    """One that knows what follows each token, of any text: 7 x + 3, nine times in ten. Its accuracy at last, on one rank."""
+    student = build_student(Case(model=model, dtype=torch.bfloat16, learning_rate=1e-2, micro_batch_size=16), 1, seed=77)
+    sums = None
+    for step in range(steps):
+        sums = train_step(student, [succession(step)], PhaseTimer()).sums
+    save_teacher(student, directory, model, steps)
+    assert sums is not None
+    return float(sums[0, METRICS.index("accuracy")] / sums[0, METRICS.index("tokens")])
+
+
+def succession(step: int) -> Microbatch:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCABULARY, (16, SEQ_LENGTH + 1), generator=generator)
+    surprising = torch.rand(tokens.shape, generator=generator) < 0.1
+    for place in range(SEQ_LENGTH):
+        tokens[:, place + 1] = torch.where(surprising[:, place + 1], tokens[:, place + 1], (7 * tokens[:, place] + 3) % VOCABULARY)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(SEQ_LENGTH).expand(16, -1).contiguous()
+    return Microbatch(inputs, labels, torch.ones(16, SEQ_LENGTH), positions, None, np.arange(16))
 
 
 def in_fp8(lesson: Lesson, student: Student, recipe: Recipe) -> tuple[Teacher, Emulation]:
@@ -87,12 +118,12 @@ def examined(
     lesson: Lesson, world_size: int, recipe: Recipe, damage: Callable[[Tensor], Tensor] | None = None, ranks: tuple[int, ...] = (),
     max_kl: float = DEFAULT,
 ) -> Fidelity | str:  # fmt: skip
-    """What the gate says where the first linear's weight is spoiled on some ranks."""
+    """What the gate says where the weights of a layer are spoiled on some ranks."""
     student = build_student(lesson.case, world_size)
     teacher, emulation = in_fp8(lesson, student, recipe)
     if damage is not None and student.mesh.rank in ranks:
-        linear = emulation.linears[-1]
-        linear.quantizers = (linear.quantizers[0], Spoiled(damage), linear.quantizers[2])
+        for linear in emulation.linears[:LINEARS]:
+            linear.quantizers = (linear.quantizers[0], Spoiled(damage), linear.quantizers[2])
     try:
         return gate(lesson, student, teacher, max_kl)
     except UserError as error:
@@ -102,11 +133,17 @@ def examined(
 # ---- who passes ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["blockwise", "mxfp8", "tensorwise"])
-@pytest.mark.parametrize("which, parallel, teacher", [
-    pytest.param("untied", ParallelConfig(), (1, 1), id="one rank"),
-    pytest.param("tied", TP2PP2, (1, 2), id="tp2pp2, teacher pp2 twice"),
-    pytest.param("untied", TP2PP2, (2, 1), id="tp2pp2, teacher tp2 twice"),
+ONE, PP, TP = ("untied", ParallelConfig(), (1, 1)), ("tied", TP2PP2, (1, 2)), ("untied", TP2PP2, (2, 1))
+
+
+@pytest.mark.parametrize("kind, which, parallel, teacher", [
+    pytest.param("blockwise", *ONE, id="blockwise"),
+    pytest.param("mxfp8", *ONE, id="mxfp8"),
+    pytest.param("tensorwise", *ONE, id="tensorwise"),
+    pytest.param("mxfp8", *PP, id="mxfp8, tp2pp2, teacher pp2 twice", marks=pytest.mark.full),
+    pytest.param("blockwise", *TP, id="blockwise, tp2pp2, teacher tp2 twice", marks=pytest.mark.full),
+    pytest.param("tensorwise", *PP, id="tensorwise, tp2pp2, teacher pp2 twice"),
+    pytest.param("tensorwise", *TP, id="tensorwise, tp2pp2, teacher tp2 twice"),
 ])  # fmt: skip
 def test_fp8_of_a_trained_teacher_passes_at_the_default(
     school: Path, kind: Any, which: str, parallel: ParallelConfig, teacher: tuple[int, int]
@@ -114,7 +151,7 @@ def test_fp8_of_a_trained_teacher_passes_at_the_default(
     lesson = Lesson(replace(BF16, parallel=parallel), str(school / which), teacher)
     told = run_ranks(parallel.replica_ranks, examined, lesson, parallel.replica_ranks, Recipe(kind))
     assert isinstance(told[0], Fidelity) and len(set(told)) == 1, told
-    assert 1e-6 < told[0].kl < DEFAULT / 2 and told[0].agreement > 0.8 and told[0].tokens == SAMPLES * SEQ_LENGTH
+    assert 1e-6 < told[0].kl < TIGHT / 2 < DEFAULT and told[0].agreement > 0.95 and told[0].tokens == SAMPLES * SEQ_LENGTH
 
 
 def test_the_figure_is_the_models_and_not_the_layouts(school: Path) -> None:
@@ -151,13 +188,19 @@ def test_the_figure_is_that_of_full_logits_in_float64(school: Path, which: str) 
 # ---- who does not ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage, ranks", [(zeroed, EVERYWHERE), (of_twice_the_scale, EVERYWHERE), (with_a_nan, (1,)), (zeroed, (2,))])
-def test_the_gate_sees_spoiled_weights_of_one_layer(school: Path, damage: Any, ranks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("damage, ranks, max_kl", [
+    (zeroed, EVERYWHERE, TIGHT),
+    (of_twice_the_scale, EVERYWHERE, DEFAULT),
+    (with_a_nan, (1,), DEFAULT),
+    (of_twice_the_scale, (2,), DEFAULT),
+    (zeroed, (3,), TIGHT),
+])
+def test_the_gate_sees_spoiled_weights_of_one_layer(school: Path, damage: Any, ranks: tuple[int, ...], max_kl: float) -> None:
     """On whatever rank, and tells all of them the same."""
     lesson = Lesson(replace(BF16, parallel=TP2PP2), str(school / "untied"))
-    told = run_ranks(4, examined, lesson, 4, Recipe(), damage, ranks)
+    told = run_ranks(4, examined, lesson, 4, Recipe(), damage, ranks, max_kl)
     assert len(set(told)) == 1 and isinstance(told[0], str), told
-    assert f"--teacher-fp8-max-kl {DEFAULT:g}" in told[0] and "nats a token" in told[0]
+    assert f"--teacher-fp8-max-kl {max_kl:g}" in told[0] and "nats a token" in told[0]
     assert ("nan" in told[0]) == (damage is with_a_nan)
 
 
@@ -176,7 +219,7 @@ def stale(lesson: Lesson, kind: Any, factor: float) -> Fidelity | str:
     teacher, _ = in_fp8(lesson, student, Recipe(kind))
     scaled_up(teacher, factor)
     try:
-        return gate(lesson, student, teacher)
+        return gate(lesson, student, teacher, TIGHT)
     except UserError as error:
         return str(error)
 
@@ -187,7 +230,7 @@ def test_the_gate_sees_scales_that_are_never_updated(school: Path) -> None:
     [delayed] = run_ranks(1, stale, lesson, "delayed", 256.0)
     [tensorwise] = run_ranks(1, stale, lesson, "tensorwise", 256.0)
     assert isinstance(delayed, str) and "--teacher-fp8-max-kl" in delayed
-    assert isinstance(tensorwise, Fidelity) and tensorwise.kl < DEFAULT / 2
+    assert isinstance(tensorwise, Fidelity) and tensorwise.kl < TIGHT / 4
 
 
 def test_the_bound_is_the_flags(school: Path) -> None:
