@@ -93,7 +93,6 @@ class Exchanged:
     """This rank among the student's tensor-parallel ranks, and their number."""
 
 
-@torch.no_grad()
 def exchange(lesson: Lesson, world_size: int) -> Exchanged:
     """Phases A and B for four microbatches, and the same by each rank's own replica of the teacher, which here is whole."""
     assert lesson.teacher == (1, 1)
@@ -103,7 +102,8 @@ def exchange(lesson: Lesson, world_size: int) -> Exchanged:
     batch = fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH] * 4)
     received = teacher.hidden_states(batch, merge=1)
     device = cpu.device()
-    here = [teacher.body(one.tokens.to(device), one.position_ids.to(device), None) for one in batch]
+    with torch.no_grad():
+        here = [teacher.body(one.tokens.to(device), one.position_ids.to(device), None) for one in batch]
     at, layout = student.mesh.at, student.mesh.layout
     return Exchanged(
         [one.cpu() for one in here], [None if one is None else one.cpu() for one in received], (at.tp, layout.tensor)

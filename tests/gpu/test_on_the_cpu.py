@@ -88,6 +88,7 @@ def test_a_machine_without_a_gpu_says_why_it_cannot(precision: Any) -> None:
     assert why_not(precision) is not None
 
 
+@pytest.mark.long
 def test_programs_run_by_torchrun_and_scores_are_compared(tmp_path: Path) -> None:
     data = write_tokens(tmp_path / "words")
     program("megatron_salt.pretrain", argv(data_path=data, train_iters=3, save=tmp_path / "teacher", transformer_impl="torch"))

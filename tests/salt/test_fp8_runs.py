@@ -142,7 +142,7 @@ def test_a_spoiled_fp8_teacher_ends_the_run_before_it_begins(
 ) -> None:
     flags = salt(data, teacher, **PP2, save=tmp_path)
     message = refused(2, **flags, within=functools.partial(fp8_teachers, recipe, spoil))
-    assert "--teacher-fp8-max-kl 0.02" in message and "nats a token" in message
+    assert f"--teacher-fp8-max-kl {SaltConfig().teacher_fp8_max_kl:g}" in message and "nats a token" in message
     assert not list(tmp_path.glob("iter_*"))
 
 
