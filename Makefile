@@ -68,7 +68,7 @@ test-te:  ## What of Transformer Engine and FP8 can be tested without a GPU; Pyt
 	@$(MAKE) --no-print-directory run-test-te $(if $(ASKED_FOR),,PYTHON=python3.12)
 
 run-test-te: $(TE_VENV)/.installed
-	$(TE_BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile tests/te $(OPTIONS)
+	TORCHDYNAMO_DISABLE=1 $(TE_BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile tests/te $(OPTIONS)
 
 test-gpu:  ## What only a GPU can show, on one or two; then a table of step times. In the environment of test-te
 	@$(MAKE) --no-print-directory run-test-gpu $(if $(ASKED_FOR),,PYTHON=python3.12)
