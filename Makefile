@@ -39,7 +39,7 @@ TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
 # of NVIDIA's wheels, and against nvcc's for the few that they lack.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-te run-test-te lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-te run-test-te test-gpu run-test-gpu lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -69,6 +69,14 @@ test-te:  ## What of Transformer Engine and FP8 can be tested without a GPU; Pyt
 
 run-test-te: $(TE_VENV)/.installed
 	TORCHDYNAMO_DISABLE=1 $(TE_BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile tests/te $(OPTIONS)
+
+test-gpu:  ## What only a GPU can show, on one or two; then a table of step times. In the environment of test-te
+	@$(MAKE) --no-print-directory run-test-gpu $(if $(ASKED_FOR),,PYTHON=python3.12)
+
+run-test-gpu: $(TE_VENV)/.installed
+	$(TE_BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no NVIDIA GPU is seen"'
+	$(TE_BIN)/python -m pytest -m gpu $(OPTIONS)
+	$(TE_BIN)/python benchmarks/precision_steps.py
 
 lint: setup-dev  ## ruff and mypy
 	$(BIN)/python -m ruff check .

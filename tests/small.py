@@ -15,6 +15,7 @@ from megatron_salt.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.gpt import build_model
 from megatron_salt.model.head import METRICS
+from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
@@ -57,16 +58,17 @@ class Case:
     learning_rate: float = 3e-3
     documents: bool = False
     """Whether attention stays inside documents."""
+    precision: Precision = TORCH
 
 
 def build_student(case: Case, world_size: int, weights: Path | None = None, seed: int = 1234) -> Student:
     """The case's student, with its weights from a checkpoint where one is named. Collective over all ranks."""
     mesh = make_student_mesh(student_layout(case.parallel, world_size), case.parallel.virtual_stages)
     seed_everything(seed, mesh)
-    chunks = build_model(case.model, case.parallel, SEQ_LENGTH, VOCABULARY, case.dtype, chunk_tokens=24, mesh=mesh)
-    ddp_chunks = wrap_in_ddp(chunks, case.parallel, mesh)
+    chunks = build_model(case.model, case.parallel, SEQ_LENGTH, VOCABULARY, case.dtype, 24, mesh, case.precision)
+    ddp_chunks = wrap_in_ddp(chunks, case.parallel, mesh, case.precision)
     flags = OptimizerConfig(lr=case.learning_rate, weight_decay=0.1, adam_beta2=0.95, lr_decay_style="constant")
-    optimizer = build_optimizer(ddp_chunks, flags, case.parallel, case.dtype, mesh)
+    optimizer = build_optimizer(ddp_chunks, flags, case.parallel, case.dtype, mesh, case.precision)
     scheduler = build_scheduler(optimizer, flags, train_samples=100 * GLOBAL_BATCH, global_batch_size=GLOBAL_BATCH)
     student = Student(ddp_chunks, optimizer, scheduler, mesh, SEQ_LENGTH, case.micro_batch_size, GLOBAL_BATCH)
     if weights is not None:

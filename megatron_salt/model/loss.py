@@ -103,7 +103,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         teacher: SoftTarget | None, wanted: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         want_hidden, want_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        hidden_sbh = _gather_sequence(hidden, shard.group) if shard.sequence_parallel else hidden
+        hidden_sbh = gather_sequence(hidden, shard.group) if shard.sequence_parallel else hidden
         all_tokens = hidden_sbh.reshape(-1, hidden.size(-1))
         real_weight = weight[: shard.real_rows]
         d_hidden = torch.empty_like(all_tokens) if want_hidden else None
@@ -180,7 +180,7 @@ class _TeacherLogits:
     """The teacher's logits of one chunk at a time, in one buffer."""
 
     def __init__(self, teacher: SoftTarget, mask: Tensor, shard: VocabularyShard, size: int) -> None:
-        self.hidden = _gather_sequence(teacher.hidden, shard.group).flatten(0, 1)
+        self.hidden = gather_sequence(teacher.hidden, shard.group).flatten(0, 1)
         self.weight = teacher.weight[: shard.real_rows]
         self.mask = mask
         self.buffer = self.weight.new_empty((size, shard.real_rows))
@@ -263,8 +263,8 @@ def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
             total[band].add_(product)
 
 
-def _gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[s, b, h] from every rank's [s/tp, b, h]."""
+def gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[s, b, h] from every rank's [s/tp, b, h]. Collective over the group."""
     if group.size() == 1:
         return hidden
     whole = hidden.new_empty((hidden.size(0) * group.size(), *hidden.shape[1:]))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_salt.model.vocabulary import Blocks, Label, VocabularyShard, judge, slices
+from megatron_salt.model.logits import WideLogits
+from megatron_salt.model.vocabulary import Label, VocabularyShard, judge, slices
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,8 @@ class TokenScorer:
 
     def __init__(self, weight: Tensor, shard: VocabularyShard, chunk_tokens: int) -> None:
         """weight: [V/tp, h], this rank's rows. chunk_tokens: how many tokens have logits at one time."""
-        # Where no product of bfloat16 numbers has a float32 result (on a CPU), a float32 copy stands in.
-        self._weight = (weight if weight.is_cuda else weight.float())[: shard.real_rows]
+        self.logits = WideLogits(weight, shard, chunk_tokens)
         self._shard, self._chunk_tokens = shard, chunk_tokens
-        self._buffer = torch.empty((chunk_tokens, shard.real_rows), device=weight.device)
-        self._blocks = Blocks.of(self._buffer)
 
     @torch.no_grad()
     def score(self, hidden_sbh: Tensor, labels_sb: Tensor, mask_sb: Tensor) -> TokenScores:
@@ -50,17 +48,9 @@ class TokenScorer:
         for chunk in slices(hidden_nh.size(0), self._chunk_tokens):
             valid = mask_sb[chunk] > 0
             label = Label.of(torch.where(valid, labels_sb[chunk], 0), self._shard)
-            logits_nv = self.logits(hidden_nh[chunk])
-            judgement = judge(logits_nv, label, self._shard.group, self._blocks)
+            judgement = judge(self.logits.of(hidden_nh[chunk]), label, self._shard.group, self.logits.blocks)
             parts.append((-judgement.softmax.log_p, judgement.rank, judgement.entropy))
         return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-    def logits(self, hidden_nh: Tensor) -> Tensor:
-        """float32 [n, real ids of this rank] of at most a chunk of tokens, [n, h]. The next call overwrites it."""
-        out = self._buffer[: hidden_nh.size(0)]
-        if self._weight.dtype == torch.float32:
-            return torch.mm(hidden_nh.float(), self._weight.t(), out=out)
-        return torch.mm(hidden_nh, self._weight.t(), out_dtype=torch.float32, out=out)
 
 
 def window_scores(scores: TokenScores, mask_bs: Tensor, top_k: Sequence[int]) -> Tensor:

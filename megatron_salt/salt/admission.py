@@ -2,7 +2,8 @@
 
 Cheapest first: facts are read and held against the run before ranks join; then the body is built on the teacher's own groups and
 loaded, its output weight goes straight to the student's last stage; last the teacher, through the very path of a training step,
-must reproduce the losses that its checkpoint recorded of itself. Whatever does not fit is a UserError that names both sides.
+must reproduce the losses that its checkpoint recorded of itself, and if it is to compute in FP8 stay near them there (`fidelity.py`).
+Whatever does not fit is a UserError that names both sides.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.fixed_batch import fixed_batch
 from megatron_salt.errors import UserError
 from megatron_salt.model.attention import positions_of
+from megatron_salt.model.fp8 import in_bfloat16, keep_fp8_alone, raw_tensors
 from megatron_salt.model.gpt import GPT, transformer_config
 from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
 from megatron_salt.model.precision import TORCH, Precision
@@ -34,6 +36,7 @@ from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import first_problem
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
+from megatron_salt.salt.fidelity import refuse_unfaithful
 from megatron_salt.salt.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -138,7 +141,13 @@ def admit(
     sharded.load_model([body], sharded.load(state, found.directory, mesh.groups))
     weight = load_output_weight(checkpoint, student, shard, dtype)
     teacher = Teacher(body, weight, mesh, student, block_group, microbatches_per_forward, salt.kd_teacher_temperature)
-    verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype)
+    with in_bfloat16(body):
+        verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype)
+    if body.precision.fp8_format is not None:
+        teacher.fidelity = refuse_unfaithful(
+            teacher, salt.teacher_fp8_max_kl, checkpoint.vocabulary, student, shard, seq_length, chunk_tokens
+        )
+        keep_fp8_alone(body)
     return teacher
 
 
@@ -221,6 +230,6 @@ def refuse_trainable(teacher: Teacher, optimized: Iterable[Tensor]) -> None:
     assert teacher.body is not None
     own = [*teacher.body.parameters(), *teacher.body.buffers(), *([] if teacher.weight is None else [teacher.weight])]
     assert not any(tensor.requires_grad for tensor in own), "a parameter of the teacher requires a gradient"
-    storages = {tensor.untyped_storage().data_ptr() for tensor in own if tensor.numel()}
+    storages = {raw.untyped_storage().data_ptr() for tensor in own for raw in raw_tensors(tensor) if raw.numel()}
     moved = {tensor.untyped_storage().data_ptr() for tensor in optimized if tensor.numel()}
     assert not storages & moved, "a tensor of the teacher is in the optimizer"

@@ -21,6 +21,7 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_salt.data.batch import Microbatch
+from megatron_salt.model.fp8 import raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
@@ -44,6 +45,24 @@ class _Input:
     """(positions, samples) of the hidden states that this rank will send, in the order of its pieces"""
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a teacher in FP8 is to itself in bfloat16, on a fixed batch; the worst of its replicas."""
+
+    kl: float
+    """Mean over tokens of KL(bfloat16 || FP8), nats."""
+    agreement: float
+    """Share of tokens whose likeliest id is the same."""
+    tokens: int
+    """Of the batch."""
+    max_kl: float
+    """--teacher-fp8-max-kl, which kl is not above."""
+
+    def __str__(self) -> str:
+        return (f"teacher in FP8: KL(bfloat16 || FP8) {self.kl:.2e} nats a token on {self.tokens} fixed tokens (--teacher-fp8-max-kl "
+                f"{self.max_kl:g}), the same first choice on {self.agreement:.1%}")
+
+
 class Teacher:
     """What this rank holds of the teacher. Invariant: nothing of it has a gradient, and after `free` nothing of it is left."""
 
@@ -63,7 +82,7 @@ class Teacher:
         self.weight = weight
         self.mesh: Mesh | None = mesh
         self.block_group: dist.ProcessGroup | None = block_group
-        self.num_bytes = tensor_bytes(body) + (0 if weight is None else weight.nbytes)
+        self.fidelity: Fidelity | None = None  # of a teacher in FP8, once it is known
         self._student, self._merge, self._temperature = student, microbatches_per_forward, temperature
         self._place = dist.get_rank(block_group)
 
@@ -132,6 +151,11 @@ class Teacher:
         dist.barrier()
 
     @property
+    def num_bytes(self) -> int:
+        """Of its weights and buffers on this rank; 0 once it is freed."""
+        return (0 if self.body is None else tensor_bytes(self.body)) + (0 if self.weight is None else self.weight.nbytes)
+
+    @property
     def _body(self) -> GPT:
         assert self.body is not None, "the teacher has been freed"
         return self.body
@@ -158,8 +182,8 @@ class Teacher:
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    """Bytes of a module's parameters, in FP8 or not, and buffers."""
+    return sum(raw.nbytes for tensor in [*module.parameters(), *module.buffers()] for raw in raw_tensors(tensor))
 
 
 def _pieces(plan: routing.Plan, forward: int, place: int) -> list[routing.Piece]:

@@ -6,7 +6,7 @@ The loop knows no parallelism. What it needs to continue is in `Progress`, which
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -88,6 +88,8 @@ def _announce(run: Run, progress: Progress, log: RunLog) -> None:
     if step >= total:
         log.event(step, f"nothing to train: {step} steps are done, and the run has {total}")
         return
+    if run.stage1 is not None and run.stage1.teacher is not None and (fidelity := run.stage1.teacher.fidelity) is not None:
+        log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
     if run.staged is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)
     drawn = progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size

@@ -5,27 +5,15 @@ Skipped where there is none. The CPU's side of a comparison runs in the pool of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.gpu.ranks import on_cpu
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def world() -> Iterator[None]:
-    """A world of one rank on the GPU, in this process."""
-    from megatron_salt.parallel.launch import distributed
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with distributed(timedelta(minutes=2)):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
@@ -33,8 +21,8 @@ def test_training_is_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.dtype,
     from tests import small
 
     case = small.Case(dtype=dtype)
-    run_ranks(1, small.make_weights, case, tmp_path / "weights")
-    cpu = run_ranks(1, small.train, case, 1, tmp_path / "weights")[0]
+    on_cpu(1, small.make_weights, case, tmp_path / "weights")
+    cpu = on_cpu(1, small.train, case, 1, tmp_path / "weights")[0]
     gpu = small.train(case, 1, tmp_path / "weights")
     assert gpu.losses == pytest.approx(cpu.losses, rel=tolerance)
     assert gpu.grad_norms == pytest.approx(cpu.grad_norms, rel=5 * tolerance)
@@ -82,10 +70,10 @@ def test_a_teacher_teaches_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.
     from tests.salt import teaching
     from tests.small import Case, make_weights
 
-    run_ranks(1, teaching.make_teacher, tmp_path / "teacher")
+    on_cpu(1, teaching.make_teacher, tmp_path / "teacher")
     lesson = teaching.Lesson(Case(dtype=dtype), str(tmp_path / "teacher"))
-    run_ranks(1, make_weights, lesson.case, tmp_path / "weights")
-    cpu = run_ranks(1, teaching.teach, lesson, 1, tmp_path / "weights")[0]
+    on_cpu(1, make_weights, lesson.case, tmp_path / "weights")
+    cpu = on_cpu(1, teaching.teach, lesson, 1, tmp_path / "weights")[0]
     gpu = teaching.teach(lesson, 1, tmp_path / "weights")
     for name in ("loss", "ce", "teacher_ce"):
         number = KD_METRICS.index(name)
@@ -96,7 +84,7 @@ def test_a_freed_teacher_leaves_the_devices_memory_as_it_was(tmp_path: Path) -> 
     from tests.salt import teaching
     from tests.small import Case, build_student
 
-    run_ranks(1, teaching.make_teacher, tmp_path)
+    on_cpu(1, teaching.make_teacher, tmp_path)
     lesson = teaching.Lesson(Case(), str(tmp_path))
     student = build_student(lesson.case, 1)
     teaching.lessons(student, None, lesson, 2)  # the optimizer's state is there from the first step on

@@ -37,6 +37,11 @@ def make_teacher(directory: Path, model: ModelConfig = TEACHER, steps: int = 2, 
     case = Case(model=model, dtype=dtype)
     student = build_student(case, 1, seed=77)
     train_student(student, case, steps)
+    save_teacher(student, directory, model, steps)
+
+
+def save_teacher(student: Student, directory: Path, model: ModelConfig, steps: int) -> None:
+    """Save a model that one rank has trained."""
     identity = RunIdentity("", asdict(model) | {"seq_length": SEQ_LENGTH, "vocabulary": VOCABULARY}, "tokenizer:aaaa", "data:aaaa", 1)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     checkpointer = Checkpointer(CheckpointConfig(save=str(directory)), identity, tokenizer, student.mesh, student.chunks, None, None)

@@ -1,0 +1,74 @@
+"""A student that trains in emulated FP8, on the ranks and by the step of a real run: how near its curve is to the one without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.train.step import unwrap
+from tests.fp8_emulation import Recipe, emulate
+from tests.ranks import run_ranks
+from tests.small import Case, Curve, build_student, make_weights, train_student
+
+STEPS = 12
+CASE = Case()
+TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("weights") / "weights"
+    run_ranks(1, make_weights, CASE, directory)
+    return directory
+
+
+def curve(case: Case, world_size: int, weights: Path, recipe: Recipe | None, reduce_amax: bool = True) -> Curve:
+    student = build_student(case, world_size, weights)
+    for chunk in student.chunks if recipe is not None else []:
+        model = unwrap(chunk)
+        model.forward_context = emulate(model, recipe, reduce_amax).products
+    return train_student(student, case, STEPS)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])
+def plain(request: pytest.FixtureRequest, weights: Path) -> tuple[torch.dtype, Curve]:
+    """Without FP8."""
+    return request.param, run_ranks(1, curve, replace(CASE, dtype=request.param), 1, weights, None)[0]
+
+
+def furthest(one: Curve, other: Curve) -> float:
+    """Largest distance between the losses of a step, nats."""
+    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [
+    pytest.param(Recipe("blockwise"), id="blockwise"),
+    pytest.param(Recipe("mxfp8"), id="mxfp8"),
+    pytest.param(Recipe("delayed", algorithm="most_recent", history=1), id="delayed, most recent"),
+    pytest.param(Recipe("delayed"), id="delayed, max"),
+    pytest.param(Recipe("tensorwise", hybrid=False), id="tensorwise e4m3"),
+    pytest.param(Recipe("tensorwise"), id="tensorwise"),
+])  # fmt: skip
+def test_the_loss_follows_the_one_without_fp8(weights: Path, plain: tuple[torch.dtype, Curve], recipe: Recipe) -> None:
+    """While it falls by more than two nats."""
+    dtype, without = plain
+    [fp8] = run_ranks(1, curve, replace(CASE, dtype=dtype), 1, weights, recipe)
+    assert without.losses[0] - without.losses[-1] > 2
+    assert 1e-4 < furthest(without, fp8) < 0.015
+    assert fp8.grad_norms == pytest.approx(without.grad_norms, rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", [Recipe("delayed"), Recipe("tensorwise")], ids=lambda recipe: recipe.kind)
+def test_two_ranks_compute_what_one_does_where_maxima_are_reduced(weights: Path, recipe: Recipe) -> None:
+    """Over the tensor-parallel group: the same scales, so the same rounded numbers, but for what lay on the edge between two. With
+    maxima of each rank's own part the curve is another."""
+    [one] = run_ranks(1, curve, CASE, 1, weights, recipe)
+    [two, also] = run_ranks(2, curve, replace(CASE, parallel=TP2), 2, weights, recipe)
+    [apart, _] = run_ranks(2, curve, replace(CASE, parallel=TP2), 2, weights, recipe, False)
+    assert two == also
+    assert furthest(one, two) < 1e-3 and abs(one.losses[0] - two.losses[0]) < 2e-5
+    assert furthest(one, apart) > 1e-3 and abs(one.losses[0] - apart.losses[0]) > 5e-5
