@@ -223,8 +223,7 @@ class Checkpointer:
             return None
         found = resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
-            if config.save is None or os.path.realpath(config.load) != os.path.realpath(config.save):
-                raise UserError(f"--load {config.load} holds no checkpoint; a run starts without one only where --save is the same")
+            resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             return None
         resume.refuse_other_run(found, self._run, config.finetune, config.new_data)
