@@ -91,7 +91,6 @@ launch() { # command, on all tasks, until it is done
 }
 
 preflight() { # what one process can see, before there are others
-    outcome=$logs/outcome$ELEMENT-$(uuid)
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${container[@]}" "${wrap[@]}" "${command[@]}" --dry-run "$SLURM_NTASKS" &
     step=$! beat=''
     follow || [ -n "$leaving" ] || stop "the check before the start failed, for the reason above; nothing was started" 2

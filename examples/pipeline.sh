@@ -12,6 +12,7 @@ export OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16} SCORES=${S
 export TEACHER=${TEACHER:-runs/teacher_1p5b} TOKENIZER=${TOKENIZER:-data/tokenizer.model} DATA=${DATA:-$OUTPUT/${NAME}_text_document}
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 everywhere=("$@")
+unset RUN_DIR # each job has its own
 
 words() { # words VARIABLE: what is in it, into `list`
     read -ra list <<<"${!1:-}"
@@ -39,11 +40,11 @@ teacher=$job
 words STUDENT_FLAGS
 student_flags=("${list[@]}")
 if [ "${SELECT:-1}" = 0 ]; then
-    submit salt "$teacher" STUDENT_OPTIONS examples/salt_2p8b.sh "${student_flags[@]}"
+    submit salt "$teacher" STUDENT_OPTIONS --export="ALL,RUN_DIR=${STUDENT:-runs/salt_2p8b}" examples/salt_2p8b.sh "${student_flags[@]}"
     exit
 fi
 words SCORE_FLAGS
 submit score "$teacher" SCORE_OPTIONS --array="0-$((SHARDS - 1))" examples/score.sh "${list[@]}"
 select="$PYTHON tools/select_data.py --overwrite --scores $SCORES --output $SELECTION --fraction 0.5 --valid-share 0.0005 ${SELECT_FLAGS:-}"
 submit select "$job" CPU_OPTIONS "${cpus[@]}" --job-name=select --wrap "$select"
-submit salt_ds "$job" STUDENT_OPTIONS examples/salt_ds_2p8b.sh "${student_flags[@]}"
+submit salt_ds "$job" STUDENT_OPTIONS --export="ALL,RUN_DIR=${STUDENT:-runs/salt_ds_2p8b}" examples/salt_ds_2p8b.sh "${student_flags[@]}"

@@ -40,7 +40,8 @@ class CommandLine(RunConfig):
     """Print the resolved configuration as YAML, fit for --config, and exit."""
 
     dry_run: int | None = None
-    """Check the run as so many ranks would start it, and exit: flags, data, teacher, --save and its space, the checkpoint in --load, versions. One process, no GPU, nothing stays written."""
+    """Check the run as this many ranks would start it, and exit: flags, data, teacher, --save and its space, the checkpoint in --load,
+    versions. One process, no GPU, nothing stays written."""
 
     def __post_init__(self) -> None:
         if self.dry_run is not None and self.dry_run < 1:

@@ -39,7 +39,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
     parameters = num_parameters(config.model, padded, config.training.seq_length)
     sizes = ", ".join(f"{name} {size}" for name, size in layout.sizes.items())
-    print(f"model: {parameters / 1e6:.2f}M parameters with a vocabulary of {inputs.tokenizer.vocab_size} on {layout.world_size} ranks: {sizes}")
+    print(f"model: {parameters / 1e6:.2f}M parameters with a vocabulary of {inputs.tokenizer.vocab_size} on {layout.world_size} ranks: "
+          f"{sizes}")
     print(f"step: {plan.global_batch_size} samples of {config.training.seq_length} tokens, "
           f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica")
     print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")

@@ -1,0 +1,43 @@
+"""What cannot run ends at once, with the reason in the job's log, before the trainer starts anywhere; what gets nowhere is stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import BYTES, ON_ONE_NODE, ON_TWO_NODES, TINY, Site
+
+pytestmark = pytest.mark.slurm
+
+RUN = (*TINY, *BYTES, "--global-batch-size", "4", "--train-iters", "4")
+
+
+@pytest.mark.parametrize("what, options, flags, environment, reason", [
+    ("data", ON_TWO_NODES, (), {"DATA": "/nowhere/words"}, "/nowhere/words"),
+    ("teacher", ON_TWO_NODES, (), {"TEACHER": "/nowhere/teacher"}, "--teacher-load /nowhere/teacher holds no checkpoint"),
+    ("nodes", ON_ONE_NODE, ("--pipeline-model-parallel-size", "2"), {}, "1 ranks cannot hold whole replicas"),
+    ("another run", ON_TWO_NODES, (), {"RUN_DIR": "teacher's"}, "holds another architecture: --hidden-size is 16 there and 32 here"),
+])
+def test_the_job_ends_before_anything_is_started(site: Site, data: str, teacher: Path, what, options, flags, environment, reason) -> None:
+    run = site.work / f"refused {what}".replace(" ", "-")
+    if what == "another run":
+        shutil.copytree(teacher, run, ignore=shutil.ignore_patterns("logs"))
+    given = {"DATA": data, "TEACHER": teacher} | environment | {"RUN_DIR": run}
+    job = site.submit("salt_2p8b.sh", *RUN, "--kd-steps", "2", *flags, options=options, **given)
+    assert job.end(60) == "FAILED"
+    assert f"error: {reason}" in job.log or reason in job.log.split("error: ", 1)[1].splitlines()[0], job.log
+    assert "rank 0 at" not in job.log and "Traceback" not in job.log
+
+
+def test_a_job_that_gets_no_further_is_stopped(site: Site, data: str, tmp_path: Path) -> None:
+    """Its processes die at once, again and again; the check before the start, which is the same program, does not."""
+    dying = site.work / "dying-python"
+    dying.write_text(f'#!/usr/bin/env bash\ncase " $* " in *" --dry-run "*) exec {site.environment["PYTHON"]} "$@" ;; esac\nkill -9 $$\n')
+    dying.chmod(0o755)
+    job = site.submit("baseline_2p8b.sh", *RUN, options=ON_ONE_NODE, RUN_DIR=site.work / "endless", DATA=data, PYTHON=dying, MAX_RESTARTS=2)
+    assert job.end(90) == "FAILED"
+    assert [line for line in ("start 1.1:", "start 1.2:", "start 1.3:", "start 1.4:") if line in job.log] == [
+        "start 1.1:", "start 1.2:", "start 1.3:"]  # fmt: skip
+    assert "error: stopped: 2 restarts in a row ended without progress (0)" in job.log

@@ -1,0 +1,112 @@
+"""salt_2p8b.sh through everything that ends a job early: the loss curve is that of a run which nothing happened to, bit for bit.
+
+Two nodes, the student's two pipeline stages across them (or its two tensor-parallel halves), a teacher on each in stage 1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.program import checkpoints, numbers
+from tests.slurm.cluster import wait_for
+from tests.slurm.jobs import BYTES, ON_TWO_NODES, TINY, Job, Site, last_step
+
+pytestmark = pytest.mark.slurm
+
+STEPS, KD_STEPS = 100, 40
+LAYOUTS = {"pp": ("--pipeline-model-parallel-size", "2"), "tp": ("--tensor-model-parallel-size", "2", "--sequence-parallel")}
+
+
+def start(site: Site, data: str, teacher: Path, run: Path, layout: str, options: tuple[str, ...] = ()) -> Job:
+    return site.submit(
+        "salt_2p8b.sh", *TINY, *BYTES, *LAYOUTS[layout], "--global-batch-size", "16", "--train-iters", str(STEPS),
+        "--save-interval", "25", "--teacher-micro-batch-size", "2", options=(*ON_TWO_NODES, *options),
+        RUN_DIR=run, DATA=data, TEACHER=teacher, KD_STEPS=KD_STEPS,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site, data: str, teacher: Path) -> Callable[[str], Path]:
+    """The run that nothing happens to, by layout."""
+    runs: dict[str, Path] = {}
+
+    def of(layout: str) -> Path:
+        if layout not in runs:
+            runs[layout] = site.work / f"undisturbed-{layout}"
+            log = start(site, data, teacher, runs[layout], layout).complete()
+            assert log.count("tasks, rank 0 at") == 1 and f"done: step {STEPS}" in log
+        return runs[layout]
+
+    return of
+
+
+def at_step(job: Job, run: Path, step: int) -> None:
+    wait_for(lambda: last_step(run) >= step, 120, f"step {step} does not come:\n{job.log}")
+
+
+def time_limit(site: Site, job: Job, run: Path) -> None:
+    """--time=1 with SIGUSR1 ahead of it, as `start` asked for."""
+    job.wait_for("left because of USR1", 180)
+
+
+def requeue(site: Site, job: Job, run: Path) -> None:
+    at_step(job, run, 30)
+    site.cluster.ask("scontrol", "requeue", job.number)
+
+
+def requeue_while_importing(site: Site, job: Job, run: Path) -> None:
+    """SIGTERM before the trainer listens, and then again."""
+    job.wait_for("tasks, rank 0 at")
+    site.cluster.ask("scontrol", "requeue", job.number)
+
+
+def preemption(site: Site, job: Job, run: Path) -> None:
+    at_step(job, run, 30)
+    urgent = site.submit("preprocess.sh", options=("--partition=urgent", "--array=0", "--nodes=2", "--exclusive", "--mem=100M"),
+                         RUN_DIR=run.parent / "urgent", INPUT="/nowhere.jsonl")  # fmt: skip
+    urgent.end()
+
+
+def power_cut(site: Site, job: Job, run: Path) -> None:
+    if not site.cluster.can_cut_power:
+        pytest.skip("nodes are no namespaces here")
+    at_step(job, run, 30)
+    site.cluster.cut_power("node2")
+    wait_for(lambda: job.state != "RUNNING", 90, "nobody notices")
+    site.cluster.power_on("node2")
+
+
+def killed_process(site: Site, job: Job, run: Path) -> None:
+    wait_for(lambda: 25 in checkpoints(run), 120, job.log)
+    os.kill(site.tiny_processes(str(run))[-1], signal.SIGKILL)
+
+
+RESTARTS = {  # how often Slurm starts the job anew, and how often the job its processes
+    time_limit: ("pp", 1, 1),
+    requeue_while_importing: ("pp", 1, 1),
+    preemption: ("pp", 1, 1),
+    power_cut: ("tp", 1, 1),
+    killed_process: ("tp", 0, 2),
+    requeue: ("pp", 1, 1),
+}
+
+
+@pytest.mark.parametrize("disturb", [
+    pytest.param(one, marks=[] if one is requeue else [pytest.mark.long], id=one.__name__) for one in RESTARTS
+])
+def test_the_curve_is_that_of_an_undisturbed_run(site, data, teacher, undisturbed, disturb):
+    layout, restarts, starts = RESTARTS[disturb]
+    expected = numbers(undisturbed(layout))
+    run = site.work / disturb.__name__
+    short = ("--time=1", "--signal=B:USR1@1") if disturb is time_limit else ()
+    job = start(site, data, teacher, run, layout, short)
+    disturb(site, job, run)
+    log = job.complete()
+    assert f"start {restarts + 1}.{starts}:" in log and f"done: step {STEPS}" in log
+    assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
+    assert numbers(run) == expected
