@@ -31,7 +31,7 @@ export PIP_RETRIES ?= 10
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-slurm lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -55,6 +55,10 @@ test-short: setup-dev  ## The last case of every test, without the long ones
 
 test-full: lint  ## Everything
 	$(PYTEST) --full $(OPTIONS)
+
+test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
+	bash tests/slurm/install.sh
+	$(BIN)/python -m pytest --slurm $(if $(filter 1,$(SHORT)),--short) tests/slurm $(OPTIONS)
 
 lint: setup-dev  ## ruff and mypy
 	$(BIN)/python -m ruff check .
