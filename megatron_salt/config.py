@@ -259,8 +259,8 @@ class TrainingConfig:
     bf16: bool = False
     """Train in bfloat16, with float32 main parameters and gradient reduction; default: float32."""
 
-    transformer_impl: Literal["torch"] = "torch"
-    """Implementation of the layers: plain torch modules with scaled-dot-product attention."""
+    transformer_impl: Literal["torch", "transformer_engine"] | None = None
+    """Implementation of the student's and the teacher's layers: plain torch modules with scaled-dot-product attention, or Transformer Engine's. Default: transformer_engine on a GPU where it is installed, else torch. Checkpoints interchange."""
 
     loss_chunk_tokens: int | None = None
     """Tokens whose logits exist at one time in the output head; default: what fits --loss-chunk-mib."""
@@ -320,6 +320,60 @@ class TrainingConfig:
             raise UserError(f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}")
         if any(rank < 0 for rank in self.profile_ranks):
             raise UserError(f"--profile-ranks must be at least 0, got {' '.join(map(str, self.profile_ranks))}")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Matrix products of the student's layers in 8 or 4 bits, by Transformer Engine. Nothing of it without --fp8-format or --fp4-format."""
+
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Multiply in FP8: e4m3 throughout, or hybrid, which has e5m2 for gradients. Needs --bf16 and --transformer-impl transformer_engine. Embedding, norms, attention, output head and loss stay as they are."""
+
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = None
+    """How scales are chosen: one a tensor from its present maximum (tensorwise) or from those of earlier steps (delayed), or one for each block of 128 (blockwise) or 32 (mxfp8) values. Default: mxfp8 on GPUs of compute capability 10, else tensorwise."""
+
+    fp8_amax_history_len: int = 1
+    """Maxima that --fp8-recipe delayed remembers of each tensor."""
+
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Which of the remembered maxima --fp8-recipe delayed scales by."""
+
+    fp8_margin: int = 0
+    """--fp8-recipe delayed leaves this many powers of two of room above the maximum."""
+
+    fp8_param_gather: bool = False
+    """Keep the layers' weights in FP8 alone (main parameters stay float32 in the distributed optimizer) and gather them so: half the weights' memory and traffic."""
+
+    first_last_layers_bf16: bool = False
+    """Leave the first --num-layers-at-start-in-bf16 and the last --num-layers-at-end-in-bf16 layers of the model out of FP8 and FP4."""
+
+    num_layers_at_start_in_bf16: int = 1
+    """Layers at the start that --first-last-layers-bf16 leaves in bfloat16."""
+
+    num_layers_at_end_in_bf16: int = 1
+    """Layers at the end that --first-last-layers-bf16 leaves in bfloat16."""
+
+    fp4_format: Literal["e2m1"] | None = None
+    """Multiply in FP4, which takes the place of --fp8-format. For GPUs of compute capability 10 and above."""
+
+    fp4_recipe: Literal["nvfp4"] = "nvfp4"
+    """How FP4's scales are chosen."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "fp8_amax_history_len")
+        _at_least(self, 0, "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        if self.fp8_format is not None and self.fp4_format is not None:
+            raise UserError(f"--fp8-format {self.fp8_format} and --fp4-format {self.fp4_format} are two precisions of the same products; give one")
+        for name in ("fp8_recipe", "fp8_param_gather"):
+            if getattr(self, name) and self.fp8_format is None:
+                raise UserError(f"{flag(name)} needs --fp8-format")
+        if self.first_last_layers_bf16 and self.fp8_format is None and self.fp4_format is None:
+            raise UserError("--first-last-layers-bf16 needs --fp8-format or --fp4-format")
+        if self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
+            raise UserError("--first-last-layers-bf16 cannot be combined with --fp8-recipe delayed, whose maxima are reduced over ranks once for all layers")
+        if self.fp8_recipe != "delayed" and (self.fp8_amax_history_len != 1 or self.fp8_amax_compute_algo != "most_recent" or self.fp8_margin):
+            raise UserError("--fp8-amax-history-len, --fp8-amax-compute-algo and --fp8-margin belong to --fp8-recipe delayed, "
+                            f"got --fp8-recipe {self.fp8_recipe}")
 
 
 @dataclass(frozen=True)
@@ -560,6 +614,15 @@ class SaltConfig:
     teacher_micro_batch_size: int | None = None
     """Samples of one forward pass of the teacher: a multiple of --micro-batch-size, whose consecutive microbatches it merges. Default: --micro-batch-size."""
 
+    teacher_fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Multiply in FP8 in the teacher's layers (forward alone, where both formats are e4m3), and keep their weights in FP8 alone. Needs --bf16 and --transformer-impl transformer_engine. Default: bfloat16."""
+
+    teacher_fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = None
+    """How the teacher's scales are chosen, see --fp8-recipe; delayed is refused for a teacher. Default: mxfp8 on GPUs of compute capability 10, else tensorwise."""
+
+    teacher_fp8_max_kl: float = 0.02
+    """Refuse an FP8 teacher whose distributions are further than this from its own in bfloat16: mean KL divergence, nats a token, on a fixed batch."""
+
     teacher_exchange_max_gib: float = 8.0
     """Refuse a run whose teacher hidden states would take more than this on a rank of the student's last stage in one step."""
 
@@ -602,7 +665,14 @@ class SaltConfig:
         _at_least(self, 0, "kd_transition_steps")
         _within(self, 0.0, 1.0, "kd_weight")
         _within(self, -1.0, 1.0, "kd_stop_margin")
-        _above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib")
+        _above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib", "teacher_fp8_max_kl")
+        if self.teacher_fp8_recipe == "delayed":
+            raise UserError("--teacher-fp8-recipe delayed cannot be used: Transformer Engine updates delayed scales only where gradients are "
+                            "computed, so a teacher, which has none, would keep those that it started with; use tensorwise, blockwise or mxfp8")
+        if self.teacher_fp8_recipe is not None and self.teacher_fp8_format is None:
+            raise UserError(f"--teacher-fp8-recipe {self.teacher_fp8_recipe} needs --teacher-fp8-format")
+        if self.teacher_fp8_format is not None and self.teacher_load is None:
+            raise UserError(f"--teacher-fp8-format {self.teacher_fp8_format} needs --teacher-load")
         if self.teacher_load is None and self.kd_steps is not None and not (self.stage1_selection is not None and self.kd_weight == 0.0):
             raise UserError(f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)")
         if self.teacher_load is not None and self.kd_steps is None:
@@ -631,6 +701,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     salt: SaltConfig = field(default_factory=SaltConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,6 +20,7 @@ from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
+from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.plan import RunPlan, check_save_at, check_teacher, plan_run
@@ -57,6 +58,7 @@ def carry_out(config: RunConfig, started: float) -> None:
     try:
         # Every rank would be told several times that there is no apex, which nobody needs.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+        order_launches(layout.tensor, layout.context)
         from megatron_salt.train.session import run_session  # torch and megatron-core, whose imports take seconds
 
         run_session(config, layout, plan, watch, started)

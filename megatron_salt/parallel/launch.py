@@ -1,4 +1,4 @@
-"""torch.distributed up and down, the device of this rank, and its random seeds.
+"""torch.distributed up and down, the device of this rank and what is known of it, and its random seeds. NCCL with a GPU, gloo without.
 
 Works under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and, with none of these
 set, as a single process.
@@ -6,6 +6,7 @@ set, as a single process.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import random
 from collections.abc import Iterator
@@ -20,24 +21,50 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_salt.errors import UserError
+from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release
 from megatron_salt.parallel.mesh import Mesh
+
+
+def find_hardware() -> Hardware:
+    """Bind this rank's GPU, and say what there is. No rank talks to another. Raises UserError."""
+    capability = torch.cuda.get_device_capability() if bind_device() else None
+    cuda = None if torch.version.cuda is None else release(torch.version.cuda)
+    try:
+        engine = release(importlib.metadata.version("transformer_engine"))
+    except importlib.metadata.PackageNotFoundError:
+        engine = None
+    return Hardware(capability, cuda, engine)
+
+
+def bind_device() -> bool:
+    """Make the GPU of LOCAL_RANK this process's own; whether there is one. Raises UserError where there are fewer."""
+    if not torch.cuda.is_available():
+        return False
+    local_rank, shown = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= shown:
+        raise UserError(f"LOCAL_RANK is {local_rank} but this node shows {shown} GPUs; start at most that many ranks a node")
+    torch.cuda.set_device(local_rank)
+    return True
+
+
+def describe(hardware: Hardware) -> str:
+    """What the run computes and communicates with, in a line. Call it inside of `distributed`."""
+    if hardware.capability is None:
+        return f"on the CPU: {dist.get_backend()}, torch {torch.__version__}"
+    engine = "no Transformer Engine" if hardware.transformer_engine is None else f"Transformer Engine {dotted(hardware.transformer_engine)}"
+    return (f"on {torch.cuda.get_device_name()} (compute capability {dotted(hardware.capability)}), one a rank by LOCAL_RANK: "
+            f"{dist.get_backend()} {dotted(torch.cuda.nccl.version())}, torch {torch.__version__}, {engine}, "
+            f"{CONNECTIONS} {os.environ.get(CONNECTIONS, 'unset')}")
 
 
 @contextmanager
 def distributed(timeout: timedelta) -> Iterator[None]:
     """Bind this rank's device, join the world, and leave it at the end. Collective over all ranks.
 
-    NCCL with a GPU, gloo without. A collective that waits longer than `timeout` fails. After an exception the group is left
-    without a word to the others, who may be waiting in a collective: the launcher ends them.
+    A collective that waits longer than `timeout` fails. After an exception the group is left without a word to the others, who may
+    be waiting in a collective: the launcher ends them.
     """
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            shown = torch.cuda.device_count()
-            raise UserError(f"LOCAL_RANK is {local_rank} but this node shows {shown} GPUs; start at most that many ranks a node")
-        torch.cuda.set_device(local_rank)
-        backend = "nccl"
+    backend = "nccl" if bind_device() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

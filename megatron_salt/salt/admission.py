@@ -28,6 +28,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.gpt import GPT, transformer_config
 from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
+from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import first_problem
@@ -120,7 +121,7 @@ def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
 
 def admit(
     checkpoint: TeacherCheckpoint, salt: SaltConfig, layout: Layout, student: Mesh, shard: VocabularyShard, seq_length: int,
-    chunk_tokens: int, dtype: torch.dtype, microbatches_per_forward: int, timeout: timedelta,
+    chunk_tokens: int, dtype: torch.dtype, microbatches_per_forward: int, timeout: timedelta, precision: Precision = TORCH,
 ) -> Teacher:  # fmt: skip
     """Build, load and verify the teacher. Collective over all ranks. Raises UserError. Draws no random number of the student's.
 
@@ -131,7 +132,7 @@ def admit(
     mesh = make_teacher_mesh(layout, timeout)
     block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout)
     dist.all_reduce(torch.zeros(1, device=cpu.device()), group=block_group)  # see Mesh.warm_up
-    body = build_body(checkpoint, salt, mesh, seq_length, dtype)
+    body = build_body(checkpoint, salt, mesh, seq_length, dtype, precision)
     state = sharded.model_state([body], mesh.groups)
     resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
     sharded.load_model([body], sharded.load(state, found.directory, mesh.groups))
@@ -141,14 +142,16 @@ def admit(
     return teacher
 
 
-def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, seq_length: int, dtype: torch.dtype) -> GPT:
+def build_body(
+    checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, seq_length: int, dtype: torch.dtype, precision: Precision
+) -> GPT:
     """This rank's stage of the teacher without its output head, its weights undefined. The random state stays as it is."""
     names, before = rng.capture()
-    config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype)
+    config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype, precision)
     config.perform_initialization = False
     body = GPT(
         config, checkpoint.model, checkpoint.vocabulary, checkpoint.seq_length, 1, mesh.groups, pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage, vp_stage=None, has_head=False,
+        post_process=mesh.is_last_stage, vp_stage=None, has_head=False, precision=precision,
     )  # fmt: skip
     rng.restore(names, before)
     return body

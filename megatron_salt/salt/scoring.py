@@ -20,7 +20,6 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.scores import columns, content_hashes
-from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
@@ -127,7 +126,7 @@ class Scorer:
     def _step(self, body: nn.Module, batch: _Placed) -> tuple[Tensor, LossFunction]:
         """-> (hidden states, a "loss" that hands out the score columns as the microbatch's metrics)."""
         assert isinstance(body, GPT)
-        mask = attention_mask(batch.documents, batch.tokens.size(1), body.cp_group, batch.tokens.device)
+        mask = body.attention_mask(batch.documents, batch.tokens.size(1), batch.tokens.device)
         hidden = body(batch.tokens, batch.position_ids, mask)
 
         def scores(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

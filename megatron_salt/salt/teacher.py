@@ -21,7 +21,6 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
@@ -192,7 +191,7 @@ def _input(microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int,
 def _forward_step(body: nn.Module, batch: _Input) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, a "loss" that hands out, as the microbatch's metrics, the pieces of them that this rank sends)."""
     assert isinstance(body, GPT)
-    mask = attention_mask(batch.documents, batch.tokens.size(1), body.cp_group, batch.tokens.device)
+    mask = body.attention_mask(batch.documents, batch.tokens.size(1), batch.tokens.device)
     hidden = body(batch.tokens, batch.position_ids, mask)
 
     def cut(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.gpt import build_model
 from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
+from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
@@ -42,6 +43,7 @@ from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.checkpoint.resume import RunIdentity, read_facts, schedule_follows_run
+from megatron_salt.train.precisions import PLAIN, Precisions
 from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
@@ -111,11 +113,13 @@ def _probe(samples: Samples) -> None:
         first += len(windows)
 
 
-def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta) -> Run:
+def build(
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta, precisions: Precisions = PLAIN
+) -> Run:
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks."""
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
-    student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh)
+    student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
     data = from_rank_0(lambda: name_data(config, plan, inputs))
     checkpointer = Checkpointer(
         config.checkpoint, identify(config, inputs, data), inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler
@@ -138,7 +142,8 @@ def build(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, time
         stage1=None,
         staged=inputs.staged,
     )
-    return in_its_stage(run, config, inputs, resumed=loaded is not None and progress.step > 0, timeout=timeout)
+    resumed = loaded is not None and progress.step > 0
+    return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher)
 
 
 def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
@@ -169,9 +174,9 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
     return f"{name}, {staged.fingerprint}"
 
 
-def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta) -> Run:
+def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta, precision: Precision) -> Run:
     """The run in the stage that its flags and its checkpoint ask for: in stage 1 with its teacher, where it has one, admitted.
-    Collective over all ranks. Raises UserError."""
+    precision: the teacher's. Collective over all ranks. Raises UserError."""
     salt, progress = config.salt, run.progress
     schedule = None if salt.kd_steps is None else Schedule.of(salt)
     teacher = inputs.teacher
@@ -189,10 +194,12 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
         return replace(run, stage1=Stage1(None, schedule))
     # Its held-out figures are computed anew: the held-out data, or how much of it is used, may be other than it was.
     run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
-    return replace(run, stage1=Stage1(admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout), schedule))
+    return replace(run, stage1=Stage1(admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout, precision), schedule))
 
 
-def admit_teacher(run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta) -> Teacher:
+def admit_teacher(
+    run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta, precision: Precision
+) -> Teacher:
     """The teacher over the student's ranks, after telling what it will cost. Collective over all ranks. Raises UserError."""
     salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
@@ -217,7 +224,9 @@ def admit_teacher(run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vo
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
-    teacher = admit(checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout)
+    teacher = admit(
+        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision
+    )
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info("teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage", checkpoint.directory,
@@ -245,14 +254,14 @@ def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
     return run, progress
 
 
-def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh) -> Student:
+def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh, precision: Precision = TORCH) -> Student:
     """The model with its optimizer and schedule, freshly initialised. Collective over all ranks."""
     training, dtype = config.training, dtype_of(config.training)
     rows = config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
-    model = build_model(config.model, config.parallel, training.seq_length, vocabulary, dtype, chunk_tokens, mesh)
-    chunks = wrap_in_ddp(model, config.parallel, mesh)
-    optimizer = build_optimizer(chunks, config.optimizer, config.parallel, dtype, mesh)
+    model = build_model(config.model, config.parallel, training.seq_length, vocabulary, dtype, chunk_tokens, mesh, precision)
+    chunks = wrap_in_ddp(model, config.parallel, mesh, precision)
+    optimizer = build_optimizer(chunks, config.optimizer, config.parallel, dtype, mesh, precision)
     scheduler = build_scheduler(optimizer, config.optimizer, plan.total_samples, plan.global_batch_size)
     if mesh.is_last_stage:
         log.info("output head: logits of %d tokens at a time, float32 weight gradient of %.1f MiB",

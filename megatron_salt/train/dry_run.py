@@ -21,11 +21,13 @@ from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import num_parameters
+from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.resumption import salt_from
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.train.build import Inputs, dtype_of, identify, name_data, read_inputs
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
+from megatron_salt.train.precisions import choose_precisions
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 OPTIMIZER_BYTES = 12  # of a parameter: float32 main parameter and both moments
@@ -46,6 +48,11 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
+    hardware = find_hardware()
+    if hardware.capability is None:
+        print("precision: not checked, there is no GPU here")
+    else:
+        print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
     progress = resumption(config, plan, inputs)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     check_save_at(config.checkpoint.save_at, plan.total_steps)

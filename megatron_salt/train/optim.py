@@ -16,10 +16,13 @@ from megatron.core.utils import get_model_config
 
 from megatron_salt.config import OptimizerConfig, ParallelConfig
 from megatron_salt.errors import UserError
+from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.parallel.mesh import Mesh
 
 
-def wrap_in_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig, mesh: Mesh) -> list[DistributedDataParallel]:
+def wrap_in_ddp(
+    chunks: Sequence[nn.Module], parallel: ParallelConfig, mesh: Mesh, precision: Precision = TORCH
+) -> list[DistributedDataParallel]:
     """Give each chunk its gradient buffers, in float32, and its reduction over dp and cp. Collective over nothing."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -27,6 +30,7 @@ def wrap_in_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig, mesh: Mes
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         bucket_size=parallel.ddp_bucket_size,
+        fp8_param_gather=precision.fp8_params,
     )
     # Later chunks' gradients are ready long before the first chunk's: without overlap one bucket a chunk is best (as Megatron does).
     return [
@@ -39,9 +43,14 @@ def wrap_in_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig, mesh: Mes
 
 
 def build_optimizer(
-    ddp_chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype, mesh: Mesh
-) -> MegatronOptimizer:
-    """AdamW over this rank's shard, and the hooks by which the schedules reach it. dtype: of the parameters."""
+    ddp_chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype, mesh: Mesh,
+    precision: Precision = TORCH,
+) -> MegatronOptimizer:  # fmt: skip
+    """AdamW over this rank's shard, and the hooks by which the schedules reach it. dtype: of the parameters.
+
+    megatron-core takes Transformer Engine's FusedAdam where it is installed, else apex's, else ours (parallel/adamw.py): all three keep
+    `exp_avg` and `exp_avg_sq` per parameter and one `step` per group, so checkpoints pass between them.
+    """
     core = CoreOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -55,6 +64,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=precision.fp8_recipe if precision.fp8_params else None,  # which matters where weights are kept in FP8
     )
     built = get_megatron_optimizer(core, list(ddp_chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
     config = get_model_config(ddp_chunks[0])

@@ -14,7 +14,8 @@ from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.agreement import first_problem, largest
-from megatron_salt.parallel.launch import distributed
+from megatron_salt.parallel.hardware import refuse_connections
+from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import Run, build, count_parameters, read_inputs
 from megatron_salt.train.loop import train
@@ -22,27 +23,35 @@ from megatron_salt.train.metrics import RunLog, tensorboard_directory
 from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.outcome import write_outcome
+from megatron_salt.train.precisions import choose_precisions
 from megatron_salt.train.signals import ExitPlan, SignalWatch
 from megatron_salt.train.vitals import Heartbeat, StragglerReport
+
+log = logging.getLogger(__name__)
 
 
 def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalWatch | None, started: float) -> None:
     """Carry out a checked run. Every rank calls. Raises UserError."""
+    hardware = find_hardware()
+    refuse_connections(layout.tensor, layout.context, hardware.capability)
     inputs = read_inputs(config)
+    precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     with distributed(timeout):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
-        run = build(config, plan, layout, inputs, timeout)
+        log.info("%s", describe(hardware))
+        log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
+        run = build(config, plan, layout, inputs, timeout, precisions)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, agree=largest, started=started,
         )  # fmt: skip
-        with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as log:
-            log.event(
+        with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
+            run_log.event(
                 run.progress.step,
                 f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
                 f"cp {layout.context}, dp {layout.data}; "
@@ -51,7 +60,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
             )
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
-            progress = train(run, config.training, config.checkpoint, log, exit_plan, profiler, heartbeat, stragglers)
+            progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)
     if rank == 0:  # after the last barrier: every rank has saved
         done = progress.step >= run.plan.total_steps
         write_outcome(config.training.outcome_file, "done" if done else "left", progress.step,

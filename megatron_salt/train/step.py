@@ -20,7 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.model.attention import attention_mask, positions_of
+from megatron_salt.model.attention import positions_of
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh
@@ -94,7 +94,7 @@ def forward_step(chunk: nn.Module, batch: Placed) -> tuple[Tensor, LossFunction]
     """-> (hidden states, the loss function that the last stage calls on them)."""
     model = unwrap(chunk)
     length = batch.tokens.size(1) * model.cp_group.size()
-    mask = attention_mask(batch.documents, length, model.cp_group, batch.tokens.device)
+    mask = model.attention_mask(batch.documents, length, batch.tokens.device)
     hidden = chunk(batch.tokens, batch.position_ids, mask)
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

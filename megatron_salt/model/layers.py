@@ -1,0 +1,117 @@
+"""The modules that a model's layers are built from: plain torch ones, or Transformer Engine's.
+
+Both are megatron-core's TransformerLayer with the same keys in a checkpoint: Transformer Engine keeps a norm inside the linear that
+follows it, and the torch layers save theirs under those keys. Transformer Engine is imported where its layers are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_salt.model.attention import CoreAttention
+from megatron_salt.model.precision import Precision
+from megatron_salt.parallel.versions import mlp_of_layer
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm that allows sequence parallelism: its weight is marked, so that its gradient is summed over tp."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm that allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that differ between implementations."""
+
+    norm_before: Any
+    """In front of attention and of the MLP."""
+    norm: Any
+    """Of queries and keys, and at the model's end."""
+    column: Any
+    """The linear behind `norm_before`, split over its outputs."""
+    row: Any
+    """Split over its inputs."""
+    attention: Any
+    saved_as: dict[str, str] = field(default_factory=dict)
+    """Prefixes of keys in a layer that a checkpoint has under another name."""
+
+
+def torch_parts(config: TransformerConfig) -> Parts:
+    """Plain torch modules and megatron-core's parallel linears."""
+    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    saved_as = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    return Parts(norm, norm, ColumnParallelLinear, RowParallelLinear, CoreAttention, saved_as)
+
+
+def transformer_engine_parts(torch_attention: bool) -> Parts:
+    """Transformer Engine's modules, in the places of megatron-core's `get_gpt_layer_with_transformer_engine_spec`."""
+    from megatron.core.extensions.transformer_engine import (
+        TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    attention = CoreAttention if torch_attention else TEDotProductAttention
+    return Parts(IdentityOp, TENorm, TELayerNormColumnParallelLinear, TERowParallelLinear, attention)
+
+
+def block_spec(config: TransformerConfig, precision: Precision, pp_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one model chunk."""
+    engine = precision.implementation == "transformer_engine"
+    parts = transformer_engine_parts(precision.torch_attention) if engine else torch_parts(config)
+    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.norm_before,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=parts.column,
+                    core_attention=parts.attention,
+                    linear_proj=parts.row,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.norm_before,
+            mlp=mlp_of_layer(MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=parts.saved_as,
+        ),
+    )
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
