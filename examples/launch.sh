@@ -72,7 +72,7 @@ launch() { # command, on all tasks, until it is done
     trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
     trap 'leaving=TERM left_at=${left_at:-$SECONDS}' TERM
     report
-    if [ "$listens" = 1 ] && [ "$RESTARTS" = 0 ]; then preflight; fi
+    [ "$listens$RESTARTS" != 10 ] || preflight
     while [ -z "$leaving" ]; do
         attempt=$((attempt + 1))
         guard
@@ -99,6 +99,9 @@ guard() { # stop a job whose starts do not get further
     local file=$logs/launches$ELEMENT job='' before='' count=0 now
     now=$(progress)
     read -r job before count 2>/dev/null <"$file"
+    if [ "${job:-$SLURM_JOB_ID}" != "$SLURM_JOB_ID" ] && [ -n "$(squeue --noheader --states=RUNNING --jobs "$job" 2>/dev/null)" ]; then
+        stop "job $job is running in RUN_DIR $RUN_DIR; give another, or wait for its end" 2
+    fi
     if [ "$RESTARTS/$attempt" = 0/1 ] || [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$now" ]; then count=0; else count=$((count + 1)); fi
     echo "$SLURM_JOB_ID $now $count" >"$file"
     [ "$count" -le "$MAX_RESTARTS" ] || stop "stopped: $MAX_RESTARTS restarts in a row ended without progress ($now); MAX_RESTARTS allows more"
@@ -169,5 +172,5 @@ report() { # where this runs
 
 nodes_are_up() { ! sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%T | grep -qE 'down|fail|drain|\*'; }
 uuid() { cat /proc/sys/kernel/random/uuid; }
-header() { grep -oE "^#SBATCH --$1=[0-9]+" "$0" | cut -d= -f2; }
+header() { grep -oE "^#SBATCH --$1=[0-9]+" "examples/$(basename "$0")" | cut -d= -f2; }
 ranks_of_header() { echo $(($(header nodes) * $(header ntasks-per-node))); }
