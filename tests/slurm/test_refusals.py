@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.program import entries
+from tests.slurm.cluster import wait_for
 from tests.slurm.jobs import BYTES, ON_ONE_NODE, ON_TWO_NODES, TINY, Site
 
 pytestmark = pytest.mark.slurm
@@ -41,3 +43,30 @@ def test_a_job_that_gets_no_further_is_stopped(site: Site, data: str, tmp_path: 
     assert [line for line in ("start 1.1:", "start 1.2:", "start 1.3:", "start 1.4:") if line in job.log] == [
         "start 1.1:", "start 1.2:", "start 1.3:"]  # fmt: skip
     assert "error: stopped: 2 restarts in a row ended without progress (0)" in job.log
+
+
+def test_a_cancelled_job_stays_cancelled(site: Site, data: str) -> None:
+    job = site.submit("baseline_2p8b.sh", *RUN, "--train-iters", "100000", options=ON_ONE_NODE, RUN_DIR=site.work / "cancelled", DATA=data)
+    job.wait_for(r"step \d+/100000")
+    site.cluster.ask("scancel", job.number)
+    assert job.end(60) == "CANCELLED"
+    wait_for(lambda: "Slurm says JobState=CANCELLED" in job.log, 60, job.log)
+    assert job.state == "CANCELLED"
+
+
+def test_two_jobs_do_not_share_a_directory_and_a_finished_run_has_nothing_to_do(site: Site, data: str) -> None:
+    """What jobs of the same number left in the directory before is not believed."""
+    run = site.work / "shared"
+    first = site.submit("baseline_2p8b.sh", *RUN, "--train-iters", "60", options=ON_ONE_NODE, RUN_DIR=run, DATA=data)
+    logs = run / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "launches").write_text(f"{first.number} 0 99\n")
+    (logs / "outcome-of-another-job").write_text("done 60 job 1.0 long ago\n")
+    first.wait_for("rank 0 at")
+    second = site.submit("baseline_2p8b.sh", *RUN, "--train-iters", "60", options=ON_ONE_NODE, RUN_DIR=run, DATA=data)
+    assert second.end(60) == "FAILED"
+    assert f"error: job {first.number} is running in RUN_DIR {run}" in second.log
+    assert "done: step 60" in first.complete()
+    again = site.submit("baseline_2p8b.sh", *RUN, "--train-iters", "60", options=ON_ONE_NODE, RUN_DIR=run, DATA=data).complete()
+    assert "nothing to train" in again and "done: step 60" in again
+    assert len(entries(run)) == 60

@@ -26,7 +26,7 @@ def start(site: Site, data: str, teacher: Path, run: Path, layout: str, options:
     return site.submit(
         "salt_2p8b.sh", *TINY, *BYTES, *LAYOUTS[layout], "--global-batch-size", "16", "--train-iters", str(STEPS),
         "--save-interval", "25", "--teacher-micro-batch-size", "2", options=(*ON_TWO_NODES, *options),
-        RUN_DIR=run, DATA=data, TEACHER=teacher, KD_STEPS=KD_STEPS,
+        RUN_DIR=run, DATA=data, TEACHER=teacher, KD_STEPS=KD_STEPS, HANG_MINUTES=1,
     )  # fmt: skip
 
 
@@ -86,12 +86,20 @@ def killed_process(site: Site, job: Job, run: Path) -> None:
     os.kill(site.tiny_processes(str(run))[-1], signal.SIGKILL)
 
 
+def stopped_process(site: Site, job: Job, run: Path) -> None:
+    """One that neither dies nor goes on: the others wait for it in a collective, for longer than HANG_MINUTES."""
+    at_step(job, run, 30)
+    os.kill(site.tiny_processes(str(run))[-1], signal.SIGSTOP)
+    job.wait_for("hangs: no step went by for 1 minutes", 120)
+
+
 RESTARTS = {  # how often Slurm starts the job anew, and how often the job its processes
     time_limit: ("pp", 1, 1),
     requeue_while_importing: ("pp", 1, 1),
     preemption: ("pp", 1, 1),
     power_cut: ("tp", 1, 1),
     killed_process: ("tp", 0, 2),
+    stopped_process: ("pp", 0, 2),
     requeue: ("pp", 1, 1),
 }
 
