@@ -31,7 +31,15 @@ export PIP_RETRIES ?= 10
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-slurm lint format clean python
+# Transformer Engine's extension is compiled for one release of torch, so its tests have an environment of their own.
+TE_VENV := .venv-te
+TE_BIN := $(TE_VENV)/bin
+TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
+# Where no built extension is found (in pip's cache, or where PIP_FIND_LINKS points), it is compiled, without a GPU: against the headers
+# of NVIDIA's wheels, and against nvcc's for the few that they lack.
+NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
+
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-slurm test-te run-test-te lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -60,6 +68,12 @@ test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, 
 	bash tests/slurm/install.sh
 	$(BIN)/python -m pytest --slurm $(if $(filter 1,$(SHORT)),--short) tests/slurm $(OPTIONS)
 
+test-te:  ## What of Transformer Engine and FP8 can be tested without a GPU; Python 3.12, 6.5 GB
+	@$(MAKE) --no-print-directory run-test-te $(if $(ASKED_FOR),,PYTHON=python3.12)
+
+run-test-te: $(TE_VENV)/.installed
+	$(TE_BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile tests/te $(OPTIONS)
+
 lint: setup-dev  ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
@@ -69,7 +83,7 @@ format: setup-dev  ## Mend what ruff can mend
 	$(BIN)/python -m ruff format .
 
 clean:  ## Remove environments and caches
-	rm -rf .venv .venv-3.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-3.* $(TE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 python:
@@ -84,4 +98,14 @@ $(VENV)/.installed: requirements.txt $(CONSTRAINTS) | python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(TE_VENV)/.installed: requirements.txt constraints-te.txt | python
+	@test "$(VERSION)" = 3.12 || { echo "Transformer Engine is tested with Python 3.12, not $(VERSION); give one: make test-te PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(INTERPRETER)" -m venv --clear $(TE_VENV)
+	@echo "Installing into $(TE_VENV) from requirements.txt constraints-te.txt (some minutes, and ten more where the extension is compiled)"
+	@$(TE_INSTALL) -r requirements.txt setuptools wheel pybind11 ninja pytest pytest-xdist transformer_engine transformer_engine_cu13
+	@NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$(shell nproc) CPATH="$(NVCC_HEADERS):$$CPATH" \
+		$(TE_INSTALL) --no-build-isolation transformer_engine_torch
+	@$(TE_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -35,7 +35,7 @@ from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.checkpoint import integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.checkpoint import fp8_state, integrity, resume, rng, sharded, shelf, writer
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
 
@@ -153,6 +153,8 @@ class Checkpointer:
             plans = resume.bucket_plans(sharded.bucket_plan(self._chunks, model), self._mesh)
             facts["optimizer"] = {"form": form, "step": sharded.optimizer_step(self._optimizer), "bucket_plans": plans}
             state["optimizer"] = sharded.optimizer_state(self._optimizer, model, form, is_loading=False)
+        if scales := fp8_state.state_to_save(self._chunks, self._mesh.groups):
+            state["fp8"] = scales
         return state, facts
 
     def _write_companions(self, directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> None:
@@ -247,9 +249,12 @@ class Checkpointer:
         same_generators = facts["layout"] == self._mesh.layout.sizes and facts["rng"] == [list(name) for name in names]
         if with_rng and same_generators:
             state["rng"] = sharded.rng_state(torch.empty_like(vector), self._mesh.layout, self._mesh.rank)
+        if scales := fp8_state.state_to_load(self._chunks, self._mesh.groups, found.sizes):
+            state["fp8"] = scales
         resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
         loaded = sharded.load(state, found.directory, self._mesh.groups)
         sharded.load_model(self._chunks, loaded)
+        fp8_state.load_state(self._chunks, loaded.get("fp8", {}))
         if optimizer is not None:
             sharded.load_optimizer(optimizer, loaded["optimizer"], facts["optimizer"]["step"])
         elif self._optimizer is not None:

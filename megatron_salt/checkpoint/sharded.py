@@ -84,7 +84,7 @@ def model_state(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> 
     states = {}
     for key, chunk in zip(chunk_keys(len(chunks)), chunks, strict=True):
         model: Any = unwrapped(chunk)
-        states[key] = _without_empty_objects(model.sharded_state_dict(metadata=metadata))
+        states[key] = _without_extra_state(model.sharded_state_dict(metadata=metadata))
     return states
 
 
@@ -209,15 +209,15 @@ def _blank(padding: ShardedTensor) -> ShardedTensor:
     return replace(padding, data=torch.zeros_like(padding.data[:length]), local_shape=(length,))
 
 
-def _without_empty_objects(state: State) -> State:
-    """megatron-core gives every linear layer an `_extra_state`; outside FP8 there is nothing in it."""
+def _without_extra_state(state: State) -> State:
+    """Every linear has an `_extra_state`, empty or Transformer Engine's pickle: it stays here, and fp8_state.py saves what is in it."""
 
-    def is_empty(value: Any) -> bool:
-        return isinstance(value, ShardedObject) and (
-            value.data is None or (isinstance(value.data, torch.Tensor) and value.data.numel() == 0)
-        )
+    def emptied(value: Any) -> Any:
+        if not isinstance(value, ShardedObject):
+            return value
+        return LocalNonpersistentObject(None if value.data is None else torch.empty(0, dtype=torch.uint8))
 
-    return {key: LocalNonpersistentObject(value.data) if is_empty(value) else value for key, value in state.items()}
+    return {key: emptied(value) if key.endswith("_extra_state") else value for key, value in state.items()}
 
 
 # ---- from disk ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_salt.parallel.agreement import first_problem, from_rank_0
@@ -63,6 +64,7 @@ def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write
     from its own snapshot. `directory` exists and is seen by every rank.
     """
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), groups.dp_cp)
+    force_all_tensors_to_non_fp8(state)  # weights that the model has in FP8 alone are saved like any other
     with quiet_checkpointing():
         tensors, rest = save_preprocess(state)
         assert not rest, f"only tensors are saved, found {list(rest)}"

@@ -1,10 +1,10 @@
-"""FP8 in a model that is only run forward: products in FP8 or in bfloat16 from the same weights, and at last weights in FP8 alone.
+"""Running a model with FP8 or without, from the same weights; and a model that is only run forward with weights in FP8 alone.
 
-What may be relied on. A GPT whose `Precision` is `forward_only` with an `fp8_format` is built and loaded with bfloat16 weights and
-runs its layers inside `GPT.forward_context()`, which is `fp8_products` over a group of its own mesh. `with in_bfloat16(model)` runs
-the same weights without it, bit for bit as a model without FP8 does. `keep_fp8_alone(model)` then gives the layers' linears FP8
-weights, in the one orientation that a forward product reads, and frees the bfloat16 ones; after it `in_bfloat16` is refused. In all
-other models `forward_context` is `nullcontext`. Nothing here communicates.
+`with in_bfloat16(model)` runs any model's layers in bfloat16. For a teacher, this may be relied on: a GPT whose `Precision` is
+`forward_only` with an `fp8_format` is built and loaded with bfloat16 weights and runs its layers inside `GPT.forward_context()`, which
+is `fp8_products` over a group of its own mesh; `in_bfloat16` runs them as a model without FP8 does, bit for bit. Then
+`keep_fp8_alone(model)` gives the layers' linears FP8 weights, in the one orientation that a forward product reads, and frees the
+bfloat16 ones. In all other models `forward_context` is `nullcontext`. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -49,12 +49,16 @@ def te_recipe(precision: Precision) -> Any:
 
 @contextmanager
 def in_bfloat16(model: GPT) -> Iterator[None]:
-    """Run a forward-only model's layers without FP8, from the weights that FP8 is made from, while the block runs."""
+    """Run a model's layers without FP8 and FP4 while the block runs. A teacher's must still be there in bfloat16."""
     assert not model.fp8_alone, "the bfloat16 weights have been dropped"
-    context, model.forward_context = model.forward_context, nullcontext
+    config, context = model.config, model.forward_context
+    formats = config.fp8, config.fp4
+    config.fp8 = config.fp4 = None
+    model.forward_context = nullcontext
     try:
         yield
     finally:
+        config.fp8, config.fp4 = formats
         model.forward_context = context
 
 

@@ -80,7 +80,7 @@ def refuse_precision(precision: Precision, hardware: Hardware, bf16: bool, distr
     if capability < need.capability or (need.below is not None and capability >= need.below):
         below = "" if need.below is None else f" and below {dotted(need.below)}"
         raise UserError(f"{recipe_flag} needs a GPU of compute capability {dotted(need.capability)} or higher{below}; "
-                        f"this one has {dotted(capability)}")
+                        f"it has {dotted(capability)}")
     if engine < need.transformer_engine:
         raise UserError(f"{recipe_flag} needs Transformer Engine {dotted(need.transformer_engine)} or later, and {dotted(engine)} is "
                         "installed")

@@ -45,7 +45,7 @@ class FusedAdam(torch.optim.Optimizer):
                 continue
             group["step"] = group.get("step", 0) + 1
             states = [self._state_of(param) for param in params]
-            step = torch.tensor(float(group["step"]), device=params[0].device)
+            step = torch.full((), float(group["step"]), device=params[0].device)  # torch.tensor would wait for the device
             torch._fused_adamw_(
                 params,
                 [param.grad for param in params],

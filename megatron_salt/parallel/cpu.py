@@ -40,6 +40,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on `device()`. To a GPU by way of pinned memory, so that the copy waits for nobody and nobody waits for it; torch
+    keeps the pinned buffer until the copy is done, and uses it again."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor
+
+
 def _names_cuda(where: object) -> bool:
     return (isinstance(where, str) and where.startswith("cuda")) or (isinstance(where, torch.device) and where.type == "cuda")
 

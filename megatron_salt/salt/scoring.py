@@ -116,7 +116,7 @@ class Scorer:
         mask, position_ids, documents = self._samples.masking.of(inputs)
 
         def placed(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(cpu.device(), non_blocking=True)
+            return cpu.to_device(torch.from_numpy(array))
 
         return _Placed(
             placed(inputs), placed(labels).flatten(), placed(mask), placed(position_ids),

@@ -173,7 +173,7 @@ def _input(microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int,
     merged = [microbatches[number] for number in numbers]
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors)).to(cpu.device(), non_blocking=True)
+        return torch.cat([cpu.to_device(tensor) for tensor in tensors])
 
     documents = [microbatch.documents for microbatch in merged if microbatch.documents is not None]
     cuts = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch
 import megatron_salt.parallel.cpu as cpu  # before megatron
 
 from megatron_salt.data.fixed_batch import fixed_batch, prefix_lengths
+from megatron_salt.model.fp8 import in_bfloat16
 from megatron_salt.model.head import METRICS
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.evaluate import sums_over_replicas
-from megatron_salt.train.step import Student, forward_step, place
+from megatron_salt.train.step import Student, forward_step, place, unwrap
 
 
 @torch.no_grad()
@@ -21,15 +23,19 @@ def probe(student: Student, vocabulary: int) -> dict[str, Any]:
     """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
 
     "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
-    each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in. Changes nothing of the student,
-    whose every data-parallel replica computes the same. `vocabulary`: ids of the tokenizer.
+    each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
+    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary`: ids of the tokenizer.
     """
     mesh, length = student.mesh, student.seq_length
     lengths = prefix_lengths(length)
     batch = fixed_batch(vocabulary, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
     for chunk in student.chunks:
         chunk.eval()
-    metrics = run_pipeline(student.chunks, forward_step, [place(one, mesh) for one in batch], mesh, length, 1, forward_only=True)
+    placed = [place(one, mesh) for one in batch]
+    with ExitStack() as stack:
+        for chunk in student.chunks:
+            stack.enter_context(in_bfloat16(unwrap(chunk)))
+        metrics = run_pipeline(student.chunks, forward_step, placed, mesh, length, 1, forward_only=True)
     for chunk in student.chunks:
         chunk.train()
     sums = torch.zeros(len(lengths), len(METRICS), dtype=torch.float64, device=cpu.device())

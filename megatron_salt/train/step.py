@@ -69,14 +69,14 @@ class Placed:
 
 def place(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) -> Placed:
     """Bring a microbatch to the device."""
-    device, length = cpu.device(), microbatch.tokens.size(1)
+    length = microbatch.tokens.size(1)
 
     def share(tensor: Tensor) -> Tensor:
         if mesh.layout.context > 1:
             tensor = tensor[:, positions_of(length, mesh.layout.context, mesh.at.cp, tensor.device)]
-        return tensor.to(device, non_blocking=True)
+        return cpu.to_device(tensor)
 
-    documents = None if microbatch.documents is None else microbatch.documents.to(device, non_blocking=True)
+    documents = None if microbatch.documents is None else cpu.to_device(microbatch.documents)
     return Placed(
         share(microbatch.tokens), share(microbatch.labels), share(microbatch.loss_mask), share(microbatch.position_ids), documents,
         target,

@@ -1,0 +1,78 @@
+"""What makes the host wait for the device inside a step: the gradient norm, by which the step is applied or not, and nothing else.
+
+Seen are the operations that need an answer from the device, or the size of one, before the host can go on. On the CPU they are the
+same operations, and cost nothing.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+
+from megatron_salt.config import ParallelConfig
+from megatron_salt.parallel.versions import megatron_core_version
+from megatron_salt.train.metrics import PhaseTimer
+from megatron_salt.train.step import train_step
+from tests.ranks import run_ranks
+from tests.salt import teaching
+from tests.small import Case, batch, build_student, train_student
+
+ANSWERS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._unique2", "aten.is_nonzero")
+SHARDED = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
+
+
+class Waits(TorchDispatchMode):
+    """The functions in which operations would wait, as a set. Indexing by a mask is one of them: its result's size is in the data."""
+
+    def __init__(self, functions: tuple[str, ...]) -> None:
+        """functions: names by which a wait is told; others are told by operation and line."""
+        super().__init__()
+        self.functions, self.found = functions, set[str]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        by_mask = operation is torch.ops.aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or str(operation.overloadpacket) in ANSWERS:
+            stack = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+            named = [frame.name for frame in stack if frame.name in self.functions]
+            self.found.add(named[-1] if named else f"{operation} at {stack[-1].filename}:{stack[-1].lineno}")
+        return operation(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(parallel: ParallelConfig, dtype: torch.dtype, teacher: Path | None) -> set[str]:
+    case = Case(parallel, dtype=dtype)
+    student = build_student(case, 1)
+    lesson = teaching.Lesson(case, str(teacher))
+    taught = None if teacher is None else teaching.admit(lesson, student)
+    train_student(student, case, 1)  # what is made once is there
+    microbatches = batch(student, case, 1)
+    with Waits(("get_grad_norm", "finalize_model_grads")) as waits:
+        train_step(student, microbatches, PhaseTimer(), taught, 0.5)
+    return waits.found
+
+
+@pytest.mark.parametrize("parallel, dtype, taught", [(ParallelConfig(), torch.float32, False), (SHARDED, torch.bfloat16, True)])
+def test_a_step_waits_for_the_gradient_norm_alone(tmp_path, parallel, dtype, taught):
+    if taught:
+        run_ranks(1, teaching.make_teacher, tmp_path, teaching.TEACHER, 2, dtype)
+    [waits] = run_ranks(1, waits_of_a_step, parallel, dtype, tmp_path if taught else None)
+    also = {"finalize_model_grads"} if megatron_core_version().startswith("0.16.") else set()  # whether any token was valid
+    assert waits == {"get_grad_norm"} | also
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda values: bool(values[0] > 0), lambda values: values[values > 0], torch.nonzero, lambda values: float(values.sum())]
+)
+def test_a_wait_is_seen(wait):
+    values = torch.tensor([0.0, 1.0])
+    with Waits(("test_a_wait_is_seen",)) as waits:
+        values.sum().sqrt()
+        assert waits.found == set()
+        wait(values)
+    assert waits.found == {"test_a_wait_is_seen"}
