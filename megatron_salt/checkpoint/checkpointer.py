@@ -30,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.tokenizer import Tokenizer
-from megatron_salt.errors import UserError
+from megatron_salt.errors import SaveError, UserError
 from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
@@ -100,7 +100,7 @@ class Checkpointer:
         directory = shelf.partial_of(self._save, progress.step)
         sums: dict[str, integrity.FileSum] = {}
         started = time.monotonic()
-        with sharded.settled(self._chunks):
+        with sharded.settled(self._chunks), writer.sheltered():
             state, facts = self._state_to_save(progress, probe, name, reshardable)
             problem = writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
             if problem is not None:
@@ -196,7 +196,7 @@ class Checkpointer:
     def _failed(self, step: int, problem: str) -> None:
         message = from_rank_0(partial(self._give_up, step, problem))
         if self._config.on_save_error == "stop":
-            raise UserError(f"{message} (--on-save-error continue would go on without it)")
+            raise SaveError(f"{message} (--on-save-error continue would go on without it)")
         log.error("%s", message)
 
     def _give_up(self, step: int, problem: str) -> str:

@@ -27,7 +27,7 @@ def test_the_job_ends_before_anything_is_started(site: Site, data: str, teacher:
     if what == "another run":
         shutil.copytree(teacher, run, ignore=shutil.ignore_patterns("logs"))
     given = {"DATA": data, "TEACHER": teacher} | environment | {"RUN_DIR": run}
-    job = site.submit("salt_2p8b.sh", *RUN, "--kd-steps", "2", *flags, options=options, **given)
+    job = site.submit("salt_2p8b.sh", *RUN, "--teacher-micro-batch-size", "1", "--kd-steps", "2", *flags, options=options, **given)
     assert job.end(60) == "FAILED"
     assert f"error: {reason}" in job.log or reason in job.log.split("error: ", 1)[1].splitlines()[0], job.log
     assert "rank 0 at" not in job.log and "Traceback" not in job.log
