@@ -12,6 +12,8 @@
 #
 # For your site, by environment (examples/README.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
 # MAX_RESTARTS, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
+#
+# shellcheck disable=SC2034 # precision, teacher_precision and data are for the scripts
 set -uo pipefail
 
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
@@ -35,7 +37,7 @@ container=()
 read -ra wrap <<<"${WRAP:-}" # a command that runs a command: apptainer exec --nv image.sif
 
 # FP8 in the layers of the student and of the teacher, for GPUs that have it (H100 and later); FP8=0 for A100.
-precision=() teacher_precision=()
+precision=() teacher_precision=() data=()
 if [ "${FP8:-1}" != 0 ]; then
     precision=(--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise)
     teacher_precision=(--teacher-fp8-format hybrid --teacher-fp8-recipe tensorwise)
@@ -67,7 +69,7 @@ run_tool() { # run_tool COMMAND...: a tool that goes on where it was killed, unt
 }
 
 launch() { # command, on all tasks, until it is done
-    logs=$RUN_DIR/logs leaving='' attempt=0
+    logs=$RUN_DIR/logs leaving='' left_at='' attempt=0
     mkdir -p "$logs" || stop "RUN_DIR $RUN_DIR cannot be written" 2
     trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
     trap 'leaving=TERM left_at=${left_at:-$SECONDS}' TERM

@@ -18,14 +18,14 @@ from tests.slurm.jobs import BYTES, ON_TWO_NODES, TINY, Job, Site, last_step
 
 pytestmark = pytest.mark.slurm
 
-STEPS, KD_STEPS = 100, 40
+STEPS, KD_STEPS, SAVES = 60, 25, 15
 LAYOUTS = {"pp": ("--pipeline-model-parallel-size", "2"), "tp": ("--tensor-model-parallel-size", "2", "--sequence-parallel")}
 
 
-def start(site: Site, data: str, teacher: Path, run: Path, layout: str, options: tuple[str, ...] = ()) -> Job:
+def start(site: Site, data: str, teacher: Path, run: Path, layout: str, *flags: str, options: tuple[str, ...] = ()) -> Job:
     return site.submit(
-        "salt_2p8b.sh", *TINY, *BYTES, *LAYOUTS[layout], "--global-batch-size", "16", "--train-iters", str(STEPS),
-        "--save-interval", "25", "--teacher-micro-batch-size", "2", options=(*ON_TWO_NODES, *options),
+        "salt_2p8b.sh", *TINY, *BYTES, *LAYOUTS[layout], "--global-batch-size", "8", "--train-iters", str(STEPS),
+        "--save-interval", str(SAVES), "--teacher-micro-batch-size", "2", *flags, options=(*ON_TWO_NODES, *options),
         RUN_DIR=run, DATA=data, TEACHER=teacher, KD_STEPS=KD_STEPS, HANG_MINUTES=1,
     )  # fmt: skip
 
@@ -50,12 +50,12 @@ def at_step(job: Job, run: Path, step: int) -> None:
 
 
 def time_limit(site: Site, job: Job, run: Path) -> None:
-    """--time=1 with SIGUSR1 ahead of it, as `start` asked for."""
+    """One minute, with SIGUSR1 ahead of its end."""
     job.wait_for("left because of USR1", 180)
 
 
 def requeue(site: Site, job: Job, run: Path) -> None:
-    at_step(job, run, 30)
+    at_step(job, run, 20)
     site.cluster.ask("scontrol", "requeue", job.number)
 
 
@@ -66,7 +66,7 @@ def requeue_while_importing(site: Site, job: Job, run: Path) -> None:
 
 
 def preemption(site: Site, job: Job, run: Path) -> None:
-    at_step(job, run, 30)
+    at_step(job, run, 20)
     urgent = site.submit("preprocess.sh", options=("--partition=urgent", "--array=0", "--nodes=2", "--exclusive", "--mem=100M"),
                          RUN_DIR=run.parent / "urgent", INPUT="/nowhere.jsonl")  # fmt: skip
     urgent.end()
@@ -75,20 +75,20 @@ def preemption(site: Site, job: Job, run: Path) -> None:
 def power_cut(site: Site, job: Job, run: Path) -> None:
     if not site.cluster.can_cut_power:
         pytest.skip("nodes are no namespaces here")
-    at_step(job, run, 30)
+    at_step(job, run, 20)
     site.cluster.cut_power("node2")
     wait_for(lambda: job.state != "RUNNING", 90, "nobody notices")
     site.cluster.power_on("node2")
 
 
 def killed_process(site: Site, job: Job, run: Path) -> None:
-    wait_for(lambda: 25 in checkpoints(run), 120, job.log)
+    wait_for(lambda: SAVES in checkpoints(run), 120, job.log)
     os.kill(site.tiny_processes(str(run))[-1], signal.SIGKILL)
 
 
 def stopped_process(site: Site, job: Job, run: Path) -> None:
     """One that neither dies nor goes on: the others wait for it in a collective, for longer than HANG_MINUTES."""
-    at_step(job, run, 30)
+    at_step(job, run, 20)
     os.kill(site.tiny_processes(str(run))[-1], signal.SIGSTOP)
     job.wait_for("hangs: no step went by for 1 minutes", 120)
 
@@ -111,8 +111,11 @@ def test_the_curve_is_that_of_an_undisturbed_run(site, data, teacher, undisturbe
     layout, restarts, starts = RESTARTS[disturb]
     expected = numbers(undisturbed(layout))
     run = site.work / disturb.__name__
-    short = ("--time=1", "--signal=B:USR1@1") if disturb is time_limit else ()
-    job = start(site, data, teacher, run, layout, short)
+    options, flags = (), ()
+    if disturb is time_limit:  # evaluations, which change no number, keep the run from being over before its minute is
+        options = ("--time=1", "--signal=B:USR1@1")
+        flags = ("--valid-data-path", data, "--eval-interval", "1", "--eval-iters", "30")
+    job = start(site, data, teacher, run, layout, *flags, options=options)
     disturb(site, job, run)
     log = job.complete()
     assert f"start {restarts + 1}.{starts}:" in log and f"done: step {STEPS}" in log

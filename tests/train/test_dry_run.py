@@ -28,13 +28,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
 
 
 def rehearse(**flags: Any) -> str:
-    [ended] = run(**{"dry_run": 8} | flags)
+    [ended] = run(**{"dry_run": 4} | flags)
     assert ended.status == 0, ended
     return ended.out
 
 
 def test_it_tells_what_the_run_would_be(tmp_path: Path, data: str, trained: Path) -> None:
-    out = rehearse(data_path=data, train_iters=5, tensor_model_parallel_size=2, save=tmp_path / "new", load=tmp_path / "new",
+    out = rehearse(dry_run=8, data_path=data, train_iters=5, tensor_model_parallel_size=2, save=tmp_path / "new", load=tmp_path / "new",
                    teacher_load=trained, kd_steps=2)  # fmt: skip
     assert "on 8 ranks: tensor 2, context 1, data 4, pipeline 1" in out
     assert "8 samples of 16 tokens, 1 microbatches of 2 a replica" in out
