@@ -52,6 +52,7 @@ def at_step(job: Job, run: Path, step: int) -> None:
 def time_limit(site: Site, job: Job, run: Path) -> None:
     """One minute, with SIGUSR1 ahead of its end."""
     job.wait_for("left because of USR1", 180)
+    site.cluster.ask("scontrol", "update", f"jobid={job.number}", "timelimit=10")  # once is enough
 
 
 def requeue(site: Site, job: Job, run: Path) -> None:
@@ -117,7 +118,7 @@ def test_the_curve_is_that_of_an_undisturbed_run(site, data, teacher, undisturbe
         flags = ("--valid-data-path", data, "--eval-interval", "1", "--eval-iters", "30")
     job = start(site, data, teacher, run, layout, *flags, options=options)
     disturb(site, job, run)
-    log = job.complete()
+    log = job.complete(400)
     assert f"start {restarts + 1}.{starts}:" in log and f"done: step {STEPS}" in log
     assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
     assert numbers(run) == expected
