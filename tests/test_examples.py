@@ -85,7 +85,10 @@ def test_teachers_fit_beside_their_students(student: str, teacher: str) -> None:
     assert teaching.model.hidden_size < taught.model.hidden_size
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if "tools/" in path.read_text()], ids=lambda path: path.name)
+TEXTS = [path for path in (*SCRIPTS, EXAMPLES / "README.md") if "tools/" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", TEXTS, ids=lambda path: path.name)
 def test_flags_of_tools_exist(script: Path) -> None:
     joined = script.read_text().replace("\\\n", " ").replace("\n#", "\n")
     for tool, rest in re.findall(r"tools/(\w+)\.py([^\n]*)", joined):

@@ -9,11 +9,17 @@ import pytest
 
 from tests.program import entries
 from tests.slurm.cluster import wait_for
-from tests.slurm.jobs import BYTES, ON_ONE_NODE, ON_TWO_NODES, TINY, Site
+from tests.slurm.jobs import BYTES, ON_ONE_NODE, ON_TWO_NODES, ROOT, TINY, Site
 
 pytestmark = pytest.mark.slurm
 
 RUN = (*TINY, *BYTES, "--global-batch-size", "4", "--train-iters", "4")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.sh") if "#SBATCH" in path.read_text()))
+def test_slurm_takes_the_header_as_it_is(site: Site, script: str) -> None:
+    """But for the nodes, of which there are two here."""
+    assert site.submit(script, options=("--test-only", "--nodes=1-2")).number == ""
 
 
 @pytest.mark.parametrize("what, options, flags, environment, reason", [

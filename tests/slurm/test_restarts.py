@@ -40,6 +40,8 @@ def undisturbed(site: Site, data: str, teacher: Path) -> Callable[[str], Path]:
             runs[layout] = site.work / f"undisturbed-{layout}"
             log = start(site, data, teacher, runs[layout], layout).complete()
             assert log.count("tasks, rank 0 at") == 1 and f"done: step {STEPS}" in log
+            of_nodes = {path.name: path.read_text() for path in runs[layout].glob("logs/*/*.log")}
+            assert set(of_nodes) == {"node1.log", "node2.log"} and f"step {STEPS}/{STEPS}" in of_nodes["node2.log"]
         return runs[layout]
 
     return of
