@@ -32,7 +32,7 @@ PATIENCE = 10.0  # seconds that other ranks leave to the one that reports a mist
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what `argv` asks for; the exit status. SIGUSR2 shows on stderr where every thread is, of a run that hangs, say."""
     started = time.monotonic()
-    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
+    faulthandler.register(signal.SIGUSR2, file=2)
     return exit_status(lambda: with_one_voice(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started)))
 
 
