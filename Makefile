@@ -66,7 +66,7 @@ test-full: lint  ## Everything
 
 test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
 	bash tests/slurm/install.sh
-	$(BIN)/python -m pytest --slurm $(if $(filter 1,$(SHORT)),--short) tests/slurm $(OPTIONS)
+	$(BIN)/python -m pytest --slurm -o faulthandler_timeout=900 $(if $(filter 1,$(SHORT)),--short) tests/slurm $(OPTIONS)
 
 test-te:  ## What of Transformer Engine and FP8 can be tested without a GPU; Python 3.12, 6.5 GB
 	@$(MAKE) --no-print-directory run-test-te $(if $(ASKED_FOR),,PYTHON=python3.12)

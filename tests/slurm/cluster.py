@@ -2,7 +2,7 @@
 
 Needs root and Debian's slurm-wlm. Where the kernel lets us, each node is a namespace of its own (host name, processes, mounts), so that
 killing its first process is a power cut; `Cluster.can_cut_power` says whether. Everything listens on 127.0.0.1. Times that sites count
-in minutes are seconds here. Only processes that we started are ended, by their number.
+in minutes are seconds here. Only processes that we started are ended, by their number; they end with us whatever ends us.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 PORT = 17002
 DAEMONS = ("munged", "slurmctld", "slurmd")
+MARK = "# tests/slurm"
 GPUS, CPUS = 8, 64  # of a node; nobody checks
 
 SLURM_CONF = """\
@@ -169,7 +170,7 @@ class Cluster:
     def _spawn(self, name: str, *command: str) -> None:
         with open(self.root / "log" / f"{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                ["setpriv", "--pdeathsig", "KILL", *command], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
     def _write_conf(self) -> None:
@@ -185,17 +186,18 @@ class Cluster:
 
     def _write_hosts(self) -> None:
         """Names for the nodes. A node calls itself 127.0.0.1 and the others 127.0.1.N, so that it knows which one it is."""
-        self._hosts = Path("/etc/hosts").read_text()
-        ours = "".join(f"127.0.{int(self.can_cut_power)}.{n if self.can_cut_power else 1} {node}\n"
-                       for n, node in enumerate(self.names, start=1))
         host = socket.gethostname().split(".")[0]
-        Path("/etc/hosts").write_text(f"{self._hosts.rstrip()}\n127.0.0.1 {host}\n{ours}")
+        ours = [f"127.0.0.1 {host}", *(f"127.0.1.{n} {node}" for n, node in enumerate(self.names, start=1))]
+        self._restore_hosts()
+        with open("/etc/hosts", "a") as hosts:
+            hosts.writelines(f"{line} {MARK}\n" for line in ours)
         for me in self.names:
             others = "".join(f"127.0.1.{n} {node}\n" for n, node in enumerate(self.names, start=1) if node != me)
             (self.root / f"hosts.{me}").write_text(f"127.0.0.1 localhost {me}\n{others}")
 
     def _restore_hosts(self) -> None:
-        Path("/etc/hosts").write_text(self._hosts)
+        lines = Path("/etc/hosts").read_text().splitlines(keepends=True)
+        Path("/etc/hosts").write_text("".join(line if line.endswith("\n") else f"{line}\n" for line in lines if MARK not in line))
 
 
 @contextlib.contextmanager
