@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "${REPO:-$(dirname "$0")/..}"
 export OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16} SCORES=${SCORES:-runs/scores} SELECTION=${SELECTION:-runs/selection}
-export TEACHER=${TEACHER:-runs/teacher_1p5b} TOKENIZER=${TOKENIZER:-data/tokenizer.model} DATA=${DATA:-$OUTPUT/${NAME}_text_document}
+export TEACHER=${TEACHER:-runs/teacher_1p5b} TOKENIZER=${TOKENIZER:-data/tokenizer.model} DATA=$OUTPUT/${NAME}_text_document
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 everywhere=("$@")
 unset RUN_DIR # each job has its own

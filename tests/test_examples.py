@@ -66,7 +66,7 @@ def test_scripts_are_runs_of_the_papers_length_that_fit_their_nodes(script: Path
 
 def test_environment_and_trailing_flags_win(tmp_path: Path) -> None:
     run, _ = run_of(EXAMPLES / "salt_2p8b.sh", tmp_path, "--train-iters", "7", "--kd-weight", "0.5", "--no-bf16", FP8="0",
-                    DATA="0.7 a 0.3 b", TEACHER="t", KD_STEPS="5", RUN_DIR="here")  # fmt: skip
+                    DATA="0.7 a 0.3 b", TEACHER="t", KD_STEPS="5", RUN_DIR="here", WRAP="env ANY=thing")  # fmt: skip
     assert run.data.data_path == ("0.7", "a", "0.3", "b") and run.salt.teacher_load == "t" and run.salt.kd_steps == 5
     assert run.training.train_iters == 7 and run.salt.kd_weight == 0.5 and not run.training.bf16
     assert run.checkpoint.save == run.checkpoint.load == "here"

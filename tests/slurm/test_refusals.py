@@ -60,6 +60,7 @@ def test_a_cancelled_job_stays_cancelled(site: Site, data: str) -> None:
     assert job.state == "CANCELLED"
 
 
+@pytest.mark.long
 def test_two_jobs_do_not_share_a_directory_and_a_finished_run_has_nothing_to_do(site: Site, data: str) -> None:
     """What jobs of the same number left in the directory before is not believed."""
     run = site.work / "shared"
