@@ -158,9 +158,12 @@ end_step() { # end_step WHY: every task shows where it is, and is killed
 requeue() { # have Slurm start this job again; it has done so already after a preemption or `scontrol requeue`, and must not after scancel
     local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} state
     id=${id:-$SLURM_JOB_ID}
-    state=$(scontrol show job --oneliner "$id" | grep -oE 'JobState=[A-Z_]+')
+    state=$(scontrol show job --oneliner "$id" | grep -oE '(JobState|Reason)=[A-Za-z_]+' | xargs)
     say "left because of $leaving at progress $(progress); Slurm says $state"
-    [ "$state" != JobState=RUNNING ] || scontrol requeue "$id" || stop "Slurm does not requeue this job: submit it again, it goes on where it was"
+    case $state in
+        *JobState=RUNNING* | *Reason=TimeLimit*) # the limit came before the save was done: too late for this save, not for the next start
+            scontrol requeue "$id" || stop "Slurm does not requeue this job: submit it again, it goes on where it was" ;;
+    esac
     exit 0
 }
 

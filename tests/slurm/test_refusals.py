@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_cancelled_job_stays_cancelled(site: Site, data: str) -> None:
     job.wait_for(r"step \d+/100000")
     site.cluster.ask("scancel", job.number)
     assert job.end(60) == "CANCELLED"
-    wait_for(lambda: "Slurm says JobState=CANCELLED" in job.log, 60, job.log)
+    wait_for(lambda: "left because of TERM" in job.log, 60, job.log)
+    time.sleep(3)
     assert job.state == "CANCELLED"
 
 
