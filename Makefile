@@ -39,7 +39,7 @@ TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
 # of NVIDIA's wheels, and against nvcc's for the few that they lack.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-te run-test-te test-gpu run-test-gpu lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-slurm test-te run-test-te test-gpu run-test-gpu lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -63,6 +63,10 @@ test-short: setup-dev  ## The last case of every test, without the long ones
 
 test-full: lint  ## Everything
 	$(PYTEST) --full $(OPTIONS)
+
+test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
+	bash tests/slurm/install.sh
+	$(BIN)/python -m pytest --slurm -o faulthandler_timeout=900 $(if $(filter 1,$(SHORT)),--short) tests/slurm $(OPTIONS)
 
 test-te:  ## What of Transformer Engine and FP8 can be tested without a GPU; Python 3.12, 6.5 GB
 	@$(MAKE) --no-print-directory run-test-te $(if $(ASKED_FOR),,PYTHON=python3.12)

@@ -39,9 +39,22 @@ class CommandLine(RunConfig):
     print_config: bool = False
     """Print the resolved configuration as YAML, fit for --config, and exit."""
 
+    dry_run: int | None = None
+    """Check the run as this many ranks would start it, and exit: flags, data, teacher, --save and its space, the checkpoint in --load,
+    versions. One process, no GPU, nothing stays written."""
+
+    def __post_init__(self) -> None:
+        if self.dry_run is not None and self.dry_run < 1:
+            raise UserError(f"--dry-run must be at least 1 rank, got {self.dry_run}")
+
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The run that `argv` (without the program's name) asks for.
+    """The run that `argv` (without the program's name) asks for: see `parse_command`."""
+    return parse_command(argv)[0]
+
+
+def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
+    """The run that `argv` (without the program's name) asks for, and the ranks of --dry-run, None without it.
 
     Raises UserError for mistakes. --help and --print-config print to stdout and raise SystemExit(0).
     """
@@ -59,7 +72,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     if command_line.print_config:
         print(to_yaml(run), end="")
         raise SystemExit(0)
-    return run
+    return run, command_line.dry_run
 
 
 def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Sequence[str] | None = None) -> int:

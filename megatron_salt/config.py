@@ -286,6 +286,9 @@ class TrainingConfig:
     exit_signal_handler: bool = False
     """Save and leave when SIGTERM or SIGUSR1 arrives."""
 
+    outcome_file: str | None = None
+    """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on) or "refused" (a mistake that another start would repeat), the step and the reason. None appears where the run died."""
+
     max_nonfinite_steps: int = 10
     """So many steps in a row with a non-finite gradient norm end the run. Each such step leaves parameters and optimizer untouched."""
 
@@ -579,6 +582,12 @@ class LoggingConfig:
     jsonl: str | None = None
     """File that gets one JSON object a step; default: SAVE/train.jsonl."""
 
+    heartbeat_file: str | None = None
+    """For a launcher: file that holds the present step and changes, at most every ten seconds, while steps go by. One that stands still longer than any evaluation or save takes means that the run hangs."""
+
+    straggler_report_interval: int | None = None
+    """Steps between reports of the rank that calculates, and the one that reads its data, more slowly than the others. Default: none."""
+
     wandb_project: str | None = None
     """Weights & Biases project (needs the wandb package)."""
 
@@ -586,7 +595,7 @@ class LoggingConfig:
     """Weights & Biases run name."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "log_interval")
+        _at_least(self, 1, "log_interval", "straggler_report_interval")
 
 
 @dataclass(frozen=True)

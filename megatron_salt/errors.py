@@ -7,3 +7,7 @@ traceback and exit with code 2. Everything else that is raised is a bug of ours 
 
 class UserError(ValueError):
     """A mistake in flags, files or environment, described for the person who made it."""
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written. Nobody's mistake: another start may fare better."""

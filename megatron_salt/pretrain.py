@@ -8,18 +8,21 @@ anything is written. `--help` and mistakes in flags need neither torch nor other
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 
-from megatron_salt.cli import exit_status, parse
+from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
-from megatron_salt.errors import UserError
+from megatron_salt.errors import SaveError, UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.plan import RunPlan, check_save_at, check_teacher, plan_run
 from megatron_salt.train.signals import SignalWatch
 
@@ -27,13 +30,30 @@ PATIENCE = 10.0  # seconds that other ranks leave to the one that reports a mist
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what `argv` asks for; the exit status."""
+    """Run what `argv` asks for; the exit status. SIGUSR2 shows on stderr where every thread is, of a run that hangs, say."""
     started = time.monotonic()
-    return exit_status(lambda: with_one_voice(lambda: pretrain(parse(sys.argv[1:] if argv is None else argv), started)))
+    faulthandler.register(signal.SIGUSR2, file=2)
+    return exit_status(lambda: with_one_voice(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started)))
 
 
-def pretrain(config: RunConfig, started: float) -> None:
-    """Train as configured. started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts."""
+def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> None:
+    """Train as configured, or see whether that could be done by `dry_run_ranks` ranks.
+
+    started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts.
+    """
+    try:
+        if dry_run_ranks is None:
+            carry_out(config, started)
+        else:
+            rehearse(config, dry_run_ranks)
+    except UserError as error:
+        if not isinstance(error, SaveError):
+            write_outcome(config.training.outcome_file, "refused", None, str(error))
+        raise
+
+
+def carry_out(config: RunConfig, started: float) -> None:
+    """Check, join the world, train, leave. Every rank calls. Raises UserError."""
     layout, plan = check(config, world_size_from_environment())
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
@@ -46,6 +66,14 @@ def pretrain(config: RunConfig, started: float) -> None:
     finally:
         if watch is not None:
             watch.restore()
+
+
+def rehearse(config: RunConfig, world_size: int) -> None:
+    """See what can be seen without the others. Raises UserError."""
+    layout, plan = check(config, world_size)
+    from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
+
+    dry_run(config, layout, plan)
 
 
 def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:

@@ -1,7 +1,8 @@
 """Which tests run, and the end of the pool of ranks.
 
 `pytest` runs all but the cases marked `full`; `--full` (`make test-full`) runs those too; `--short` (`make test-short`)
-runs the last case of every test, without those marked `full` or `long`. Tests marked `gpu` are skipped where there is none.
+runs the last case of every test, without those marked `full` or `long`. `--slurm` runs those marked `slurm` alone.
+Tests marked `gpu` are skipped where there is none.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from tests import ranks
 def pytest_addoption(parser: pytest.Parser) -> None:
     which = parser.getgroup("megatron_salt")
     which.addoption("--full", action="store_true", help="every case of every grid")
+    which.addoption("--slurm", action="store_true", help="the tests on a Slurm cluster, which they start (make test-slurm), and no others")
     which.addoption("--short", action="store_true", help="the last case of every test, without long ones")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = items if config.getoption("--full") else [item for item in items if not item.get_closest_marker("full")]
+    wanted = [item for item in wanted if bool(item.get_closest_marker("slurm")) == config.getoption("--slurm")]
     if config.getoption("--short"):
         last = {item.nodeid.partition("[")[0]: item for item in wanted if not item.get_closest_marker("long")}
         wanted = list(last.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_salt import pretrain
 from megatron_salt.errors import UserError
-from tests.program import SMALL, argv, checkpoints, numbers, run, start, tensors, the_error, train, wait_until, write_tokens
+from tests.program import SMALL, argv, checkpoints, entries, numbers, run, start, tensors, the_error, train, wait_until, write_tokens
 
 
 WITHOUT_TORCH = """
@@ -67,6 +68,20 @@ def test_a_process_that_is_told_to_leave_saves_and_exits_with_0(tmp_path: Path, 
     train(**flags, save=tmp_path / "left alone")
     assert numbers(tmp_path / "told") == numbers(tmp_path / "left alone")
     assert tensors(tmp_path / "told", left_at + 2) == tensors(tmp_path / "left alone", left_at + 2)
+
+
+@pytest.mark.long
+def test_a_signal_to_every_process_of_the_run_does_not_spoil_the_save(tmp_path: Path, data: str) -> None:
+    """Slurm signals all processes of a job, those that write a checkpoint in the background among them."""
+    flags = dict(data_path=data, train_iters=100_000, exit_signal_handler=True, async_save=True, save_interval=3)
+    process = start(**flags, save=tmp_path / "told")
+    wait_until(lambda: len(list((tmp_path / "told").glob("iter_*"))) >= 2, process)  # the second is being written, or just was
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "failed" not in err, err
+    assert out.splitlines()[-1].endswith("leaving: SIGTERM received")
+    assert checkpoints(tmp_path / "told")[-1] == entries(tmp_path / "told")[-1]["step"]
 
 
 @pytest.mark.long

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.tokenizer import Tokenizer
-from megatron_salt.errors import UserError
+from megatron_salt.errors import SaveError, UserError
 from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
@@ -101,7 +100,7 @@ class Checkpointer:
         directory = shelf.partial_of(self._save, progress.step)
         sums: dict[str, integrity.FileSum] = {}
         started = time.monotonic()
-        with sharded.settled(self._chunks):
+        with sharded.settled(self._chunks), writer.sheltered():
             state, facts = self._state_to_save(progress, probe, name, reshardable)
             problem = writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
             if problem is not None:
@@ -197,7 +196,7 @@ class Checkpointer:
     def _failed(self, step: int, problem: str) -> None:
         message = from_rank_0(partial(self._give_up, step, problem))
         if self._config.on_save_error == "stop":
-            raise UserError(f"{message} (--on-save-error continue would go on without it)")
+            raise SaveError(f"{message} (--on-save-error continue would go on without it)")
         log.error("%s", message)
 
     def _give_up(self, step: int, problem: str) -> str:
@@ -225,8 +224,7 @@ class Checkpointer:
             return None
         found = resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
-            if config.save is None or os.path.realpath(config.load) != os.path.realpath(config.save):
-                raise UserError(f"--load {config.load} holds no checkpoint; a run starts without one only where --save is the same")
+            resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             return None
         resume.refuse_other_run(found, self._run, config.finetune, config.new_data)

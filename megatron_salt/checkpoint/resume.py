@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,12 @@ def refuse_other_run(found: Found, run: RunIdentity, finetune: bool, new_data: b
     if found.facts["data_fingerprint"] != run.data_fingerprint and not new_data:
         raise UserError(f"{found.directory} was trained on data {found.facts['data_fingerprint']}, --data-path is "
                         f"{run.data_fingerprint}; --new-data goes on with it, --finetune takes the weights alone")
+
+
+def refuse_empty(load: str, save: str | None) -> None:
+    """Raise UserError for a --load that has no checkpoint and is not where the run itself will save its first. Pure."""
+    if save is None or os.path.realpath(load) != os.path.realpath(save):
+        raise UserError(f"--load {load} holds no checkpoint; a run starts without one only where --save is the same")
 
 
 def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> None:

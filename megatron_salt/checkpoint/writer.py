@@ -7,10 +7,13 @@ returns. Each writer also checksums the shards that it wrote, in the process tha
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,18 @@ def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write
     if request.async_fn is not None:
         request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, directory, dist.get_rank(), sums))
     return Write(directory, request, sums)
+
+
+@contextmanager
+def sheltered() -> Iterator[None]:
+    """Processes started inside never hear the signals at which a run saves and leaves. Slurm sends them to every process of a job, and
+    the ones that are writing, which the run waits for, must not die of them. To this process they come when the block ends."""
+    resource_tracker.ensure_running()  # Python starts it with the first process, and unblocks SIGTERM behind our back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def write_now(write: Write) -> None:

@@ -1,6 +1,6 @@
 """Arithmetic of a model, counted as Megatron-LM counts it: matrix multiplications alone, a multiply-add as two. Pure.
 
-All figures are FLOPs of one token's forward pass where nothing else is said; backward takes twice as many.
+All figures are FLOPs of one token's forward pass where nothing else is said; backward takes twice as many. Parameters are counted too.
 """
 
 from __future__ import annotations
@@ -30,3 +30,17 @@ def head_flops(model: ModelConfig, padded_vocabulary: int) -> float:
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary: int) -> float:
     """Model FLOPs of forward and backward for one token: recomputation does not count."""
     return 3.0 * (model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary))
+
+
+def num_parameters(model: ModelConfig, padded_vocabulary: int, seq_length: int) -> int:
+    """Parameters of the whole model, embedding and head included, as megatron-core makes them; a tied weight counts once."""
+    hidden, width, bias = model.hidden_size, model.head_width, not model.disable_bias_linear
+    norm = 2 if model.normalization == "LayerNorm" else 1  # weight and bias, or a weight
+    wide_qkv, wide_fc1 = width * (model.num_attention_heads + 2 * model.query_groups), (2 if model.swiglu else 1) * model.ffn_width
+    attention = (hidden + bias) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
+    attention += 2 * norm * width if model.qk_layernorm else 0
+    mlp = (hidden + bias) * wide_fc1 + (model.ffn_width + bias) * hidden
+    learned = model.position_embedding_type == "learned_absolute"
+    positions = (model.max_position_embeddings or seq_length) * hidden if learned else 0
+    embeddings = padded_vocabulary * hidden * (2 if model.untie_embeddings_and_output_weights else 1) + positions
+    return model.num_layers * (attention + mlp + 2 * norm * hidden) + norm * hidden + embeddings

@@ -121,16 +121,8 @@ def build(
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
     data = from_rank_0(lambda: name_data(config, plan, inputs))
-    identity = RunIdentity(
-        yaml=to_yaml(config),
-        architecture=asdict(config.model) | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
-        tokenizer_fingerprint=inputs.tokenizer.fingerprint,
-        data_fingerprint=data,
-        seed=config.training.seed,
-        schedule_follows_run=schedule_follows_run(config.optimizer),
-    )
     checkpointer = Checkpointer(
-        config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler
+        config.checkpoint, identify(config, inputs, data), inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler
     )
     loaded = checkpointer.load()
     progress = loaded or Progress(0, 0)
@@ -152,6 +144,18 @@ def build(
     )
     resumed = loaded is not None and progress.step > 0
     return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher)
+
+
+def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
+    """What a checkpoint must share with this run. data: `name_data`. Pure."""
+    return RunIdentity(
+        yaml=to_yaml(config),
+        architecture=asdict(config.model) | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
+        tokenizer_fingerprint=inputs.tokenizer.fingerprint,
+        data_fingerprint=data,
+        seed=config.training.seed,
+        schedule_follows_run=schedule_follows_run(config.optimizer),
+    )
 
 
 def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:

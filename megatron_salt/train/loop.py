@@ -24,14 +24,16 @@ from megatron_salt.train.signals import ExitPlan
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.train.stages import Stage1, free_teacher, pass_crossover
 from megatron_salt.train.step import StepOutcome, train_step
+from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 """What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
-    run: Run, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan, profiler: Profiler
-) -> Progress:
+    run: Run, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan, profiler: Profiler,
+    heartbeat: Heartbeat, stragglers: StragglerReport,
+) -> Progress:  # fmt: skip
     """Train from run.progress to the end, or until there is a reason to leave. Collective over all ranks. Returns where it stopped."""
     progress, total = run.progress, run.plan.total_steps
     timer, garbage = PhaseTimer(), GarbageSchedule(training)
@@ -60,8 +62,12 @@ def train(
             extra={**progress.extra, "nonfinite_in_a_row": nonfinite.in_a_row},
         )
         seconds = time.perf_counter() - started
-        log.step(_record(run, progress, outcome, learning_rate, kd_weight, seconds, timer))
+        record = _record(run, progress, outcome, learning_rate, kd_weight, seconds, timer)
+        log.step(record)
         garbage.after_step(step)
+        heartbeat.beat(step)
+        if (report := stragglers.after_step(step, record.phases["data"])) is not None:
+            log.event(step, *report)
         if run.valid is not None and training.eval_iters and (step % training.eval_interval == 0 or step == total):
             with timer.phase("eval"):
                 progress = _evaluate(run, run.valid, training.eval_iters, progress, log)

@@ -22,8 +22,10 @@ from megatron_salt.train.loop import train
 from megatron_salt.train.metrics import RunLog, tensorboard_directory
 from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
+from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.precisions import choose_precisions
 from megatron_salt.train.signals import ExitPlan, SignalWatch
+from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,13 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
                 f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
                 {"parameters": parameters, "layout": layout.sizes},
             )
-            train(run, config.training, config.checkpoint, run_log, exit_plan, profiler)
+            heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
+            stragglers = StragglerReport(config.logging.straggler_report_interval)
+            progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)
+    if rank == 0:  # after the last barrier: every rank has saved
+        done = progress.step >= run.plan.total_steps
+        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step,
+                      "after its last step" if done else f"before its last step, {run.plan.total_steps}")
 
 
 def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:

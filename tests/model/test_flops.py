@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_salt.config import ModelConfig
-from megatron_salt.model.flops import flops_per_token
+from megatron_salt.model.flops import flops_per_token, num_parameters
+from megatron_salt.train.build import count_parameters
+from tests.ranks import run_ranks
+from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
 
 
 def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -42,3 +45,13 @@ def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(model
     width = model.num_attention_heads * model.head_width
     masked_half = model.num_layers * 3 * 2 * (2 * width * seq_length / 2)  # per token: two products, forward and twice backward
     assert flops_per_token(model, seq_length, vocabulary) == counter.get_total_flops() / seq_length - masked_half
+
+
+def counted(name: str) -> int:
+    return count_parameters(build_student(Case(model=MODELS[name]), 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_that_the_model_has(name):
+    model = MODELS[name]
+    assert run_ranks(1, counted, name) == [num_parameters(model, model.padded_vocabulary(VOCABULARY), SEQ_LENGTH)]

@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# What every job script here shares. They source this file and end with `train FLAGS...` or `run_tool COMMAND...`, which do not return.
+#
+# One task a GPU, started by srun; no torchrun. Slurm's signals reach the trainer itself, once, with all of KillWait to save in, where
+# torchrun kills its workers 30 s after SIGTERM; ranks lie in the order of Slurm's nodes, where a rendezvous deals them as they come; and
+# a step that died or hangs is started again by the same loop that handles everything else, so there is one way to restart and not two.
+#
+# A run restarts: inside the job, when a process dies or hangs; by `scontrol requeue`, when the time limit is near (--signal=B:USR1@...);
+# by Slurm, after preemption, `scontrol requeue` and the loss of a node. Each start resumes from the newest whole checkpoint. Whether a
+# run is done, left to go on, or was refused is what the trainer wrote into a file named anew for each start, never an exit status. More
+# than MAX_RESTARTS starts in a row without a new checkpoint end the job.
+#
+# For your site, by environment (examples/README.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
+# MAX_RESTARTS, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
+#
+# shellcheck disable=SC2034 # precision, teacher_precision and data are for the scripts
+set -uo pipefail
+
+[ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+HANG_MINUTES=${HANG_MINUTES:-30}    # longer than --distributed-timeout-minutes (10), at which a stuck collective ends by itself, and
+                                    # than start-up, any evaluation and any save: in these no step goes by
+LEAVE_SECONDS=${LEAVE_SECONDS:-240} # for the save after SIGUSR1; less than the lead of --signal
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+ELEMENT=${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarning}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # stage 2 uses what the teacher leaves
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # which collective was it that hung: the last ones are kept,
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # and written when one times out
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
+
+container=()
+[ -z "${CONTAINER:-}" ] || container=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$PWD}" --container-workdir="$PWD")
+read -ra wrap <<<"${WRAP:-}" # a command that runs a command: apptainer exec --nv image.sif
+
+# FP8 in the layers of the student and of the teacher, for GPUs that have it (H100 and later); FP8=0 for A100.
+precision=() teacher_precision=() data=()
+if [ "${FP8:-1}" != 0 ]; then
+    precision=(--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise)
+    teacher_precision=(--teacher-fp8-format hybrid --teacher-fp8-recipe tensorwise)
+fi
+read -ra data <<<"${DATA:-data/pile_text_document}" # one prefix, or weights and prefixes
+
+say() { printf '%(%F %T)T | %s\n' -1 "$*"; }
+stop() { say "error: $1"; exit "${2:-1}"; }
+
+train() { # train FLAGS...: the trainer, until it is done
+    local flag
+    for flag in "$@"; do
+        case $flag in --save | --save=*) stop "give RUN_DIR=DIRECTORY instead of --save: logs and restarts need it too" 2 ;; esac
+    done
+    case " $* " in *" --load "* | *" --load="*) ;; *) set -- "$@" --load "$RUN_DIR" ;; esac
+    command=("$PYTHON" -m megatron_salt.pretrain "$@" --save "$RUN_DIR" --exit-signal-handler)
+    if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: see what can be seen, before GPUs are held
+        exec "${wrap[@]}" "${command[@]}" --dry-run "${RANKS:-$(ranks_of_header)}"
+    fi
+    listens=1
+    launch
+}
+
+run_tool() { # run_tool COMMAND...: a tool that goes on where it was killed, until it is done
+    [ -n "${SLURM_JOB_ID:-}" ] || stop "start this with sbatch"
+    command=("$@")
+    listens=0
+    launch
+}
+
+launch() { # command, on all tasks, until it is done
+    logs=$RUN_DIR/logs leaving='' left_at='' attempt=0
+    mkdir -p "$logs" || stop "RUN_DIR $RUN_DIR cannot be written" 2
+    trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
+    trap 'leaving=TERM left_at=${left_at:-$SECONDS}' TERM
+    report
+    [ "$listens$RESTARTS" != 10 ] || preflight
+    while [ -z "$leaving" ]; do
+        attempt=$((attempt + 1))
+        guard
+        start
+        follow
+        read -r word at reason 2>/dev/null <"$outcome" || word=died
+        case $word in
+            done) say "done: step $at, $reason"; exit 0 ;;
+            refused) stop "refused, and not started again: $reason" 2 ;;
+            left) leaving=${leaving:-itself} ;;
+            *) say "the processes died without a word; node logs: $NODE_LOGS"; [ -n "$leaving" ] || nodes_are_up || leaving=node ;;
+        esac
+    done
+    requeue
+}
+
+preflight() { # what one process can see, before there are others
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${container[@]}" "${wrap[@]}" "${command[@]}" --dry-run "$SLURM_NTASKS" &
+    step=$! beat=''
+    follow || [ -n "$leaving" ] || stop "the check before the start failed, for the reason above; nothing was started" 2
+}
+
+guard() { # stop a job whose starts do not get further
+    local file=$logs/launches$ELEMENT job='' before='' count=0 now
+    now=$(progress)
+    read -r job before count 2>/dev/null <"$file"
+    if [ "${job:-$SLURM_JOB_ID}" != "$SLURM_JOB_ID" ] && [ -n "$(squeue --noheader --states=RUNNING --jobs "$job" 2>/dev/null)" ]; then
+        stop "job $job is running in RUN_DIR $RUN_DIR; give another, or wait for its end" 2
+    fi
+    if [ "$RESTARTS/$attempt" = 0/1 ] || [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$now" ]; then count=0; else count=$((count + 1)); fi
+    echo "$SLURM_JOB_ID $now $count" >"$file"
+    [ "$count" -le "$MAX_RESTARTS" ] || stop "stopped: $MAX_RESTARTS restarts in a row ended without progress ($now); MAX_RESTARTS allows more"
+}
+
+progress() { # a word that changes when the run gets further
+    if [ "$listens" = 1 ]; then cat "$RUN_DIR/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
+    else du -sb "$OUTPUT" 2>/dev/null | cut -f1; fi
+}
+
+start() { # one step of the job: every task runs the command
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + RESTARTS * 4 + attempt) % 12000)) # not the port of the start before
+    NODE_LOGS=$logs/$SLURM_JOB_ID.$RESTARTS.$attempt
+    outcome=$logs/outcome$ELEMENT-$(uuid) beat=$logs/heartbeat$ELEMENT
+    export MASTER_ADDR MASTER_PORT NODE_LOGS OUTCOME=$outcome LISTENS=$listens
+    mkdir -p "$NODE_LOGS"
+    rm -f "$beat"
+    local own=()
+    [ "$listens" = 0 ] || own=(--outcome-file "$outcome" --heartbeat-file "$beat")
+    say "start $((RESTARTS + 1)).$attempt: $SLURM_NTASKS tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT, node logs in $NODE_LOGS"
+    srun --kill-on-bad-exit=1 "${container[@]}" bash examples/task.sh "${wrap[@]}" "${command[@]}" "${own[@]}" &
+    step=$!
+}
+
+follow() { # until the step has ended: pass signals on, again and again, and end what hangs
+    local now last='' since=$SECONDS
+    while kill -0 "$step" 2>/dev/null; do
+        sleep 2 &
+        wait $! # a trap ends this at once
+        now=$(cat "$beat" 2>/dev/null)
+        if [ "$now" != "$last" ]; then last=$now since=$SECONDS; fi
+        if [ -n "$leaving" ]; then
+            kill -USR1 "$step" 2>/dev/null # of no effect before the trainer listens, so once is not enough
+            [ $((SECONDS - left_at)) -le "$LEAVE_SECONDS" ] || end_step "has not saved $LEAVE_SECONDS s after SIG$leaving"
+        elif [ -n "$beat" ] && [ "$listens" = 1 ] && [ $((SECONDS - since)) -gt $((60 * HANG_MINUTES)) ]; then
+            end_step "hangs: no step went by for $HANG_MINUTES minutes"
+        fi
+    done
+    wait "$step"
+}
+
+end_step() { # end_step WHY: every task shows where it is, and is killed
+    local id
+    say "the run $1; its stacks are in the node logs"
+    kill -USR2 "$step" 2>/dev/null
+    sleep 5
+    for id in $(squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format %i | grep -E '\.[0-9]+$'); do scancel --signal=KILL "$id"; done
+    wait "$step"
+}
+
+requeue() { # have Slurm start this job again; it has done so already after a preemption or `scontrol requeue`, and must not after scancel
+    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} state
+    id=${id:-$SLURM_JOB_ID}
+    state=$(scontrol show job --oneliner "$id" | grep -oE '(JobState|Reason)=[A-Za-z_]+' | xargs)
+    say "left because of $leaving at progress $(progress); Slurm says $state"
+    case $state in
+        *JobState=RUNNING* | *Reason=TimeLimit*) # the limit came before the save was done: too late for this save, not for the next start
+            scontrol requeue "$id" || stop "Slurm does not requeue this job: submit it again, it goes on where it was" ;;
+    esac
+    exit 0
+}
+
+report() { # where this runs
+    say "job $SLURM_JOB_ID$ELEMENT ($SLURM_JOB_NAME), start $((RESTARTS + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes, $SLURM_JOB_NODELIST"
+    say "code $(git describe --always --dirty 2>/dev/null || echo without git) in $PWD; ${CONTAINER:+container $CONTAINER; }${wrap[*]} $PYTHON"
+    say "command: ${command[*]}"
+    env | grep -E '^(NCCL|TORCH|PYTORCH|CUDA|GLOO|OMP|NVTE)_' | sort
+    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | sort | uniq -c
+}
+
+nodes_are_up() { ! sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%T | grep -qE 'down|fail|drain|\*'; }
+uuid() { cat /proc/sys/kernel/random/uuid; }
+header() { grep -oE "^#SBATCH --$1=[0-9]+" "examples/$(basename "$0")" | cut -d= -f2; }
+ranks_of_header() { echo $(($(header nodes) * $(header ntasks-per-node))); }

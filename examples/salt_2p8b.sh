@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=salt_2p8b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# SALT: a 2.8B student with a 1.5B teacher, the setting of arXiv 2410.18779: 256K vocabulary, 1280 tokens, batches of 2048, 208K steps, of
+# which the teacher helps in the first 36K, with weight 0.667 and temperature 0.25, and goes at once.
+#
+#     bash examples/salt_2p8b.sh          # on the login node: data, teacher, space, versions, without holding a GPU
+#     sbatch examples/salt_2p8b.sh        # the run; the same again goes on with it
+#     TEACHER=/shared/teacher sbatch --nodes=4 examples/salt_2p8b.sh --kd-steps 20000
+#
+# From the repository's root. sbatch's own options stand before the script, the trainer's flags after it, and both win over what is here.
+# Needs the data (preprocess.sh) and a teacher (teacher_1p5b.sh); pipeline.sh makes everything in its order.
+#
+# Departures from the paper: a causal language model instead of UL2's mixture; AdamW instead of Adafactor, at a peak of 3e-4 instead of
+# 1e-3; the shapes are our own (the paper gives parameter counts), with SwiGLU, RMSNorm and rotary positions; FP8 products (FP8=0: bfloat16).
+cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
+RUN_DIR=${RUN_DIR:-runs/salt_2p8b}
+source examples/launch.sh
+
+train --config examples/model_2p8b.yaml "${precision[@]}" --data-path "${data[@]}" \
+    --teacher-load "${TEACHER:-runs/teacher_1p5b}" "${teacher_precision[@]}" --teacher-micro-batch-size 8 \
+    --kd-steps "${KD_STEPS:-36000}" --kd-weight "${KD_WEIGHT:-0.667}" --kd-teacher-temperature "${KD_TEMPERATURE:-0.25}" \
+    --straggler-report-interval 100 "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One task of a job's step: `task.sh COMMAND...`, started by examples/launch.sh on every GPU. Gives the process its rank, and its output
+# to the job's log and to one file a node. The trainer writes by itself how it ended; of a tool it is said here, by the tool's own status.
+[ "$LISTENS" = 0 ] || trap '' TERM USR1 USR2 # until the trainer listens, which takes its imports: whoever signals repeats it
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+"$@" 2>&1 | tee -a "$NODE_LOGS/${SLURMD_NODENAME:-$(hostname -s)}.log"
+status=${PIPESTATUS[0]}
+if [ "$LISTENS" = 0 ] && [ "$SLURM_PROCID" = 0 ]; then
+    case $status in
+        0) echo "done - finished" >"$OUTCOME" ;;
+        2) echo "refused - see the log" >"$OUTCOME" ;;
+    esac
+fi
+exit "$status"

@@ -1,0 +1,33 @@
+"""How a run ended, in one line for whoever started it: --outcome-file.
+
+    done 208000 job 4711.2 after its last step
+
+`done`: the last step is saved. `left`: it saved and wants to go on (a signal, a time limit). `refused`: a mistake of the user's, which
+another start would only repeat. No file: the run died. A launcher decides by this line and not by exit codes, which torch, Slurm and
+signals make up too; it names a new file at each start, so that no other job's word can be taken for this one's. Standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+Word = Literal["done", "left", "refused"]
+
+
+def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -> None:
+    """Leave the line; it appears whole or not at all, and of several processes' lines one stays. step: reached; None before the first.
+
+    Nothing is written where `path` is None. A disk that cannot take it is no further mistake: the run then counts as one that died.
+    """
+    if path is None:
+        return
+    job, restart = os.environ.get("SLURM_JOB_ID", "-"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    line = f"{word} {'-' if step is None else step} job {job}.{restart} {' '.join(reason.split())}\n"
+    tmp = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        tmp.write_text(line, encoding="utf-8")
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""The cluster examples without a cluster: sizes, layouts, and the run that each script comes to."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.cli import from_yaml, known_flags, parse
+from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.model.flops import num_parameters
+from megatron_salt.model.shapes import check_shapes
+from megatron_salt.pretrain import check
+from tests.test_docs import tool_config
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+VOCABULARY = 256_000
+SIZES = {"1p5b": 1.5e9, "2p8b": 2.8e9, "8p6b": 8.6e9}
+SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
+TRAINERS = [path for path in SCRIPTS if re.search("_(1p5b|2p8b|8p6b)$", path.stem)]
+
+
+def model_run(name: str) -> RunConfig:
+    path = EXAMPLES / f"model_{name}.yaml"
+    return from_yaml(path.read_text(), str(path))
+
+
+def run_of(script: Path, tmp_path: Path, *flags: str, **environment: str) -> tuple[RunConfig, int]:
+    """The run that a script comes to, and its ranks by its header: outside Slurm it starts `PYTHON ... --dry-run RANKS`."""
+    echo = tmp_path / "echo"
+    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    told = subprocess.run(["bash", str(script), *flags], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(echo)} | environment,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    module, program, *words, dry_run, ranks = told.stdout.splitlines()
+    assert (module, program, dry_run) == ("-m", "megatron_salt.pretrain", "--dry-run")
+    return parse(words), int(ranks)
+
+
+@pytest.mark.parametrize("name, size", SIZES.items())
+def test_models_have_the_size_in_their_name(name: str, size: float) -> None:
+    run = model_run(name)
+    parameters = num_parameters(run.model, run.model.padded_vocabulary(VOCABULARY), run.training.seq_length)
+    print(f"model_{name}.yaml: {parameters / 1e9:.3f}B parameters with a vocabulary of {VOCABULARY}")
+    assert abs(parameters / size - 1) < 0.02
+    assert f"{parameters / 1e9:.2f}B parameters" in (EXAMPLES / f"model_{name}.yaml").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("fp8", ["1", "0"])
+def test_scripts_are_runs_of_the_papers_length_that_fit_their_nodes(script: Path, fp8: str, tmp_path: Path) -> None:
+    run, ranks = run_of(script, tmp_path, FP8=fp8)
+    layout, plan = check(run, ranks)
+    assert 8 % layout.tensor == 0 and ranks % 8 == 0
+    assert (plan.total_steps, plan.global_batch_size, run.training.seq_length) == (208_000, 2048, 1280)
+    taught = script.stem.startswith(("salt", "rkd"))
+    assert run.salt.kd_steps == ({"rkd_2p8b": 208_000}.get(script.stem, 36_000) if taught else None)
+    assert (run.salt.stage1_selection is not None) == script.stem.startswith("salt_ds")
+    assert run.checkpoint.save == run.checkpoint.load == f"runs/{script.stem}"
+
+
+def test_environment_and_trailing_flags_win(tmp_path: Path) -> None:
+    run, _ = run_of(EXAMPLES / "salt_2p8b.sh", tmp_path, "--train-iters", "7", "--kd-weight", "0.5", "--no-bf16", FP8="0",
+                    DATA="0.7 a 0.3 b", TEACHER="t", KD_STEPS="5", RUN_DIR="here", WRAP="env ANY=thing")  # fmt: skip
+    assert run.data.data_path == ("0.7", "a", "0.3", "b") and run.salt.teacher_load == "t" and run.salt.kd_steps == 5
+    assert run.training.train_iters == 7 and run.salt.kd_weight == 0.5 and not run.training.bf16
+    assert run.checkpoint.save == run.checkpoint.load == "here"
+
+
+def test_save_is_refused_because_the_launcher_must_know_it() -> None:
+    ended = subprocess.run(["bash", "examples/salt_2p8b.sh", "--save", "there"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "give RUN_DIR=DIRECTORY instead of --save" in ended.stdout
+
+
+@pytest.mark.parametrize("student, teacher", [("2p8b", "1p5b"), ("8p6b", "2p8b")])
+def test_teachers_fit_beside_their_students(student: str, teacher: str) -> None:
+    taught, teaching = model_run(student), model_run(teacher)
+    check_shapes(teaching.model, ParallelConfig(), taught.training.seq_length)  # whole on each GPU
+    assert teaching.training.seq_length == taught.training.seq_length
+    assert teaching.model.hidden_size < taught.model.hidden_size
+
+
+TEXTS = [path for path in (*SCRIPTS, EXAMPLES / "README.md") if "tools/" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", TEXTS, ids=lambda path: path.name)
+def test_flags_of_tools_exist(script: Path) -> None:
+    joined = script.read_text().replace("\\\n", " ").replace("\n#", "\n")
+    for tool, rest in re.findall(r"tools/(\w+)\.py([^\n]*)", joined):
+        flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - {"--dependency", "--wrap"}
+        assert flags <= set(known_flags(tool_config(ROOT / f"tools/{tool}.py"))), (script.name, tool)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script: Path) -> None:
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    command = ["bash", "-n"] if checker is None else [checker, "--external-sources", "--source-path", str(ROOT)]
+    ended = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr

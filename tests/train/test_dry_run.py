@@ -1,0 +1,84 @@
+"""--dry-run: finds what a start would refuse, without ranks, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_salt.config import CheckpointConfig
+from megatron_salt.errors import UserError
+from megatron_salt.train.dry_run import check_room
+from tests.program import refused, run, train, write_tokens
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    """A run of 2 steps: a teacher, or a run to go on with."""
+    save = tmp_path_factory.mktemp("trained")
+    train(data_path=data, train_iters=2, save=save)
+    return save
+
+
+def rehearse(**flags: Any) -> str:
+    [ended] = run(**{"dry_run": 4} | flags)
+    assert ended.status == 0, ended
+    return ended.out
+
+
+def test_it_tells_what_the_run_would_be(tmp_path: Path, data: str, trained: Path) -> None:
+    out = rehearse(dry_run=8, data_path=data, train_iters=5, tensor_model_parallel_size=2, save=tmp_path / "new", load=tmp_path / "new",
+                   teacher_load=trained, kd_steps=2)  # fmt: skip
+    assert "on 8 ranks: tensor 2, context 1, data 4, pipeline 1" in out
+    assert "8 samples of 16 tokens, 1 microbatches of 2 a replica" in out
+    assert f"teacher: {trained}/iter_0000002, after 2 steps" in out
+    assert "5 steps, starting after step 0" in out and re.search(r"save: [\d.]+ GiB free, a checkpoint takes about 0.00 GiB", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_parameters_are_the_models(tmp_path: Path, data: str) -> None:
+    said = re.search(r"([\d.]+M parameters)", rehearse(data_path=data, train_iters=1))
+    assert said and said[1] in train(data_path=data, train_iters=1).out
+
+
+def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
+    assert "5 steps, starting after step 2" in rehearse(data_path=data, train_iters=5, save=trained, load=trained)
+    assert "5 steps, starting after step 0" in rehearse(data_path=data, train_iters=5, load=trained, finetune=True)
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (dict(data_path="/nowhere/words"), "/nowhere/words"),
+    (dict(teacher_load="/nowhere/teacher", kd_steps=1), "--teacher-load /nowhere/teacher holds no checkpoint"),
+    (dict(dry_run=7), "--global-batch-size 8 is not divisible by --micro-batch-size 2 x 7"),
+    (dict(dry_run=7, tensor_model_parallel_size=2), "7 ranks cannot hold whole replicas"),
+    (dict(dry_run=0), "--dry-run must be at least 1 rank, got 0"),
+    (dict(load="/nowhere"), "--load /nowhere holds no checkpoint; a run starts without one only where --save is the same"),
+    (dict(num_layers=3, load="TRAINED"), "another architecture: --num-layers is 2 there and 3 here"),
+    (dict(seed=5, load="TRAINED"), "--new-data goes on with it"),
+    (dict(load="TRAINED", teacher_load="TRAINED", kd_steps=1), "the run was trained without a teacher up to step 2"),
+    (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
+])
+def test_it_refuses_what_a_start_would(data: str, trained: Path, flags: dict[str, Any], reason: str) -> None:
+    named = {name: trained if value == "TRAINED" else value for name, value in flags.items()}
+    assert reason in refused(**{"data_path": data, "train_iters": 4, "dry_run": 4} | named)
+
+
+def test_a_start_refuses_the_same(data: str, trained: Path) -> None:
+    flags = dict(data_path=data, train_iters=4, num_layers=3, load=trained)
+    assert refused(**flags) == refused(**flags, dry_run=1)
+
+
+def test_room(tmp_path: Path) -> None:
+    there = CheckpointConfig(save=str(tmp_path / "a/b"), keep_last=3)
+    assert "WARNING" not in check_room(there, 1e-6)
+    free = float(check_room(there, 1e-6).split()[1])
+    assert "--keep-last 3 and the one being written" in check_room(there, free / 2)
+    with pytest.raises(UserError, match="GiB free, and one checkpoint takes about"):
+        check_room(there, 2 * free + 1)
