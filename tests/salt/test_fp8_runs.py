@@ -21,7 +21,7 @@ from megatron_salt.config import SaltConfig
 from megatron_salt.model.gpt import GPT
 from megatron_salt.salt import admission
 from tests.fp8_emulation import Emulation, Recipe, emulate
-from tests.program import entries, losses, refused, train, write_tokens
+from tests.program import entries, losses, numbers, refused, train, write_tokens
 
 STEPS, KD_STEPS = 5, 3
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -105,6 +105,14 @@ def test_a_teacher_of_weight_0_in_fp8_changes_no_bit_of_the_student(tmp_path: Pa
     train(2, **without, save=tmp_path / "plain")
     train(2, **flags, save=tmp_path / "fp8", within=functools.partial(fp8_teachers, Recipe()))
     assert losses(tmp_path / "fp8") == losses(tmp_path / "plain")
+
+
+def test_a_resumed_run_has_the_same_teacher_again(tmp_path: Path, data: str, teacher: Path) -> None:
+    """Admitted anew: bit for bit."""
+    flags, within = salt(data, teacher, **PP2), functools.partial(fp8_teachers, Recipe())
+    train(2, **flags, save=tmp_path / "one", save_interval=2, within=within)
+    train(2, **flags, save=tmp_path / "two", load=tmp_path / "one" / "iter_0000002", within=within)
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "one")[2:]
 
 
 class Halved:
