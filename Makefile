@@ -109,7 +109,7 @@ $(TE_VENV)/.installed: requirements.txt constraints-te.txt | python
 	@"$(INTERPRETER)" -m venv --clear $(TE_VENV)
 	@echo "Installing into $(TE_VENV) from requirements.txt constraints-te.txt (some minutes, and ten more where the extension is compiled)"
 	@$(TE_INSTALL) -r requirements.txt setuptools wheel pybind11 ninja pytest pytest-xdist transformer_engine transformer_engine_cu13
-	@NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$(shell nproc) CPATH="$(NVCC_HEADERS):$$CPATH" \
+	@NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$(shell nproc) CPATH="$(NVCC_HEADERS)$${CPATH:+:$$CPATH}" \
 		$(TE_INSTALL) --no-build-isolation transformer_engine_torch
 	@$(TE_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -86,7 +86,7 @@ def weights_of(chunks: list[GPT], mesh) -> list[tuple[str, tuple[int, ...], tupl
     for leaf in sharded.nested_values(sharded.model_state(chunks, mesh.groups)):
         for part in sharded.nested_values(leaf.build()) if isinstance(leaf, sharded.ShardedTensorFactory) else [leaf]:
             if isinstance(part, sharded.ShardedTensor):
-                found.append((part.key, part.global_shape, part.global_slice(), part.data.detach().clone()))
+                found += [(part.key, part.global_shape, part.global_slice(), part.data.detach().clone())]
     return found
 
 
@@ -135,7 +135,7 @@ DELAYED = engine.fp8("delayed", amax_history_len=4)
 TENSORWISE = engine.fp8("tensorwise")
 
 
-@pytest.mark.parametrize("model", ["tied", "untied", "squared relu"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("one, other", [(TORCH, engine.ENGINE), (engine.ENGINE, TORCH)], ids=["torch to engine", "engine to torch"])
 def test_weights_pass_between_torch_and_transformer_engine(tmp_path, one, other, model):
     passed(tmp_path, Side(one, model=MODELS[model]), Side(other, TP2, 2, MODELS[model]))

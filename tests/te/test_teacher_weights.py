@@ -48,7 +48,6 @@ def kept() -> dict[str, object]:
     bytes_before = tensor_bytes(model.decoder)
     with engine.gpu_seen(), cast_in_torch():
         keep_fp8_alone(model)
-        first = {name: parameter.data_ptr() for name, parameter in model.named_parameters() if len(raw_tensors(parameter)) == 0}
         keep_fp8_alone(model)  # once is enough
     after = dict(model.named_parameters())
     in_fp8 = {name for name, parameter in after.items() if raw_tensors(parameter)[0] is not parameter}
@@ -68,9 +67,10 @@ def kept() -> dict[str, object]:
         refused = str(error_)
     return {
         "in_fp8": in_fp8, "linears": {f"{name}.weight" for name, module in model.named_modules() if module in set(linears(model))},
-        "error": error, "untouched": untouched, "refused": refused, "first": first,
-        "freed": bytes_before - sum(raw.nbytes for parameter in model.decoder.parameters() for raw in raw_tensors(parameter)),
-        "elements": sum(before[name].numel() for name in in_fp8), "flagged": all(linear.primary_weights_in_fp8 for linear in linears(model)),
+        "error": error, "untouched": untouched, "refused": refused,
+        "freed": bytes_before - sum(raw.nbytes for tensor in model.decoder.parameters() for raw in raw_tensors(tensor)),
+        "elements": sum(before[name].numel() for name in in_fp8),
+        "flagged": all(linear.primary_weights_in_fp8 for linear in linears(model)),
     }  # fmt: skip
 
 
