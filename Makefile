@@ -79,7 +79,7 @@ test-gpu:  ## What only a GPU can show, on one or two; then a table of step time
 
 run-test-gpu: $(TE_VENV)/.installed
 	$(TE_BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no NVIDIA GPU is seen"'
-	$(TE_BIN)/python -m pytest -m gpu $(OPTIONS)
+	$(TE_BIN)/python -m pytest -m gpu tests/gpu tests/model $(OPTIONS)
 	$(TE_BIN)/python benchmarks/precision_steps.py
 
 lint: setup-dev  ## ruff and mypy

@@ -186,16 +186,19 @@ class Recipe:
 
     def quantizers(self, group: Group) -> tuple[Quantizer, Quantizer, Quantizer]:
         """Of a linear's input, weight and output gradient. group: over which maxima of whole tensors are reduced."""
-        made: list[Quantizer] = []
-        for which in ("input", "weight", "gradient"):
-            dtype = E5M2 if self.hybrid and which == "gradient" else E4M3
-            made.append({
-                "tensorwise": lambda dtype=dtype: Tensorwise(dtype, group),
-                "delayed": lambda dtype=dtype: Delayed(dtype, self.history, self.algorithm, self.margin, group),
-                "blockwise": lambda dtype=dtype, height=BLOCK if which == "weight" else 1: Blocks(dtype, height, BLOCK),
-                "mxfp8": lambda dtype=dtype: Blocks(dtype, 1, MX_BLOCK),
-            }[self.kind]())  # fmt: skip
-        return made[0], made[1], made[2]
+        gradients = E5M2 if self.hybrid else E4M3
+        return self._quantizer(E4M3, 1, group), self._quantizer(E4M3, BLOCK, group), self._quantizer(gradients, 1, group)
+
+    def _quantizer(self, dtype: torch.dtype, height: int, group: Group) -> Quantizer:
+        match self.kind:
+            case "tensorwise":
+                return Tensorwise(dtype, group)
+            case "delayed":
+                return Delayed(dtype, self.history, self.algorithm, self.margin, group)
+            case "blockwise":
+                return Blocks(dtype, height, BLOCK)
+            case "mxfp8":
+                return Blocks(dtype, 1, MX_BLOCK)
 
 
 # ---- a model's linears ------------------------------------------------------------------------------------------------------

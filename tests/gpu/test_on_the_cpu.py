@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.precision_steps import Row, table
 from megatron_salt.config import ParallelConfig
 from tests.gpu.checks import ENGINE, RECIPES, assert_exchanged, assert_same_scores, curve, exchange, in_fp8, why_not
 from tests.gpu.ranks import on_cpu, on_devices, program
@@ -102,3 +103,12 @@ def test_programs_run_by_torchrun_and_scores_are_compared(tmp_path: Path) -> Non
         assert_same_scores(tmp_path / "alone", tmp_path / "rounded")
     with pytest.raises(AssertionError, match="needs --transformer-impl transformer_engine"):
         program("megatron_salt.pretrain", argv(data_path=data, train_iters=3, bf16=True, fp8_format="hybrid"))
+
+
+def test_the_table_of_step_times_has_ratios_and_reasons() -> None:
+    timed = [Row("torch, bf16", 0.3, 0.2, 1000.0, 0.5), Row("FP8 delayed", 0.15, 0.1, 2000.0, 0.25, 3e-4)]
+    rows = [*timed, Row("FP8 mxfp8", refused="too old")]
+    header, torch_row, fp8_row, refused = table(rows).splitlines()
+    assert torch_row.split() == ["torch,", "bf16", "0.200", "(1.00x)", "0.300", "(1.00x)", "1.50", "1000", "0.500"]
+    assert fp8_row.split() == ["FP8", "delayed", "0.100", "(2.00x)", "0.150", "(2.00x)", "1.50", "2000", "0.250", "3.0e-04"]
+    assert refused == f"{'FP8 mxfp8':26}not here: too old" and header.split()[:3] == ["stage", "2,", "s"]

@@ -142,6 +142,7 @@ ONE, PP, TP = ("untied", ParallelConfig(), (1, 1)), ("tied", TP2PP2, (1, 2)), ("
     pytest.param("tensorwise", *ONE, id="tensorwise"),
     pytest.param("mxfp8", *PP, id="mxfp8, tp2pp2, teacher pp2 twice", marks=pytest.mark.full),
     pytest.param("blockwise", *TP, id="blockwise, tp2pp2, teacher tp2 twice", marks=pytest.mark.full),
+    pytest.param("tensorwise", "tied", ParallelConfig(context_parallel_size=2), (1, 2), id="tensorwise, cp2, teacher pp2"),
     pytest.param("tensorwise", *PP, id="tensorwise, tp2pp2, teacher pp2 twice"),
     pytest.param("tensorwise", *TP, id="tensorwise, tp2pp2, teacher tp2 twice"),
 ])  # fmt: skip
@@ -231,6 +232,15 @@ def test_the_gate_sees_scales_that_are_never_updated(school: Path) -> None:
     [tensorwise] = run_ranks(1, stale, lesson, "tensorwise", 256.0)
     assert isinstance(delayed, str) and "--teacher-fp8-max-kl" in delayed
     assert isinstance(tensorwise, Fidelity) and tensorwise.kl < TIGHT / 4
+
+
+def test_what_is_wrong_in_one_block_is_told_in_all(school: Path) -> None:
+    """Two student replicas of two ranks, each with two of the teacher's."""
+    lesson = Lesson(replace(BF16, parallel=ParallelConfig(tensor_model_parallel_size=2)), str(school / "untied"))
+    sound = run_ranks(4, examined, lesson, 4, Recipe())
+    assert len(set(sound)) == 1 and isinstance(sound[0], Fidelity)
+    spoiled = run_ranks(4, examined, lesson, 4, Recipe(), of_twice_the_scale, (3,))
+    assert len(set(spoiled)) == 1 and isinstance(spoiled[0], str) and "rank 2: " in spoiled[0]
 
 
 def test_the_bound_is_the_flags(school: Path) -> None:

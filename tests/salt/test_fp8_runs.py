@@ -21,7 +21,7 @@ from megatron_salt.config import SaltConfig
 from megatron_salt.model.gpt import GPT
 from megatron_salt.salt import admission
 from tests.fp8_emulation import Emulation, Recipe, emulate
-from tests.program import entries, losses, refused, train, write_tokens
+from tests.program import entries, losses, numbers, refused, train, write_tokens
 
 STEPS, KD_STEPS = 5, 3
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -76,14 +76,20 @@ def salt(data: str, teacher: Path, **flags: Any) -> dict[str, Any]:
     return dict(data_path=data, train_iters=STEPS, teacher_load=teacher, kd_steps=KD_STEPS, bf16=True) | flags
 
 
-@pytest.mark.parametrize("world_size, flags", [
-    pytest.param(1, {}, id="one rank"),
-    pytest.param(2, dict(PP2, teacher_tensor_model_parallel_size=2), id="pp2, teacher tp2"),
-    pytest.param(2, dict(TP2, teacher_pipeline_model_parallel_size=2), id="tp2, teacher pp2"),
+ONE = (1, {})
+PP2_TP2 = (2, dict(PP2, teacher_tensor_model_parallel_size=2))
+TP2_PP2 = (2, dict(TP2, teacher_pipeline_model_parallel_size=2))
+
+
+@pytest.mark.parametrize("kind, world_size, flags", [
+    pytest.param("blockwise", *ONE, id="blockwise"),
+    pytest.param("mxfp8", *TP2_PP2, id="mxfp8, tp2, teacher pp2"),
+    pytest.param("blockwise", *PP2_TP2, id="blockwise, pp2, teacher tp2", marks=pytest.mark.full),
+    pytest.param("tensorwise", *TP2_PP2, id="tensorwise, tp2, teacher pp2", marks=pytest.mark.full),
+    pytest.param("tensorwise", *PP2_TP2, id="tensorwise, pp2, teacher tp2"),
 ])  # fmt: skip
-@pytest.mark.parametrize("kind", ["blockwise", "mxfp8", "tensorwise"])
 def test_a_student_learns_from_an_fp8_teacher_as_from_one_in_bfloat16(
-    tmp_path: Path, data: str, teacher: Path, world_size: int, flags: dict[str, Any], kind: Any
+    tmp_path: Path, data: str, teacher: Path, kind: Any, world_size: int, flags: dict[str, Any]
 ) -> None:
     flags = salt(data, teacher, **flags)
     train(world_size, **flags, save=tmp_path / "bf16")
@@ -105,6 +111,14 @@ def test_a_teacher_of_weight_0_in_fp8_changes_no_bit_of_the_student(tmp_path: Pa
     train(2, **without, save=tmp_path / "plain")
     train(2, **flags, save=tmp_path / "fp8", within=functools.partial(fp8_teachers, Recipe()))
     assert losses(tmp_path / "fp8") == losses(tmp_path / "plain")
+
+
+def test_a_resumed_run_has_the_same_teacher_again(tmp_path: Path, data: str, teacher: Path) -> None:
+    """Admitted anew: bit for bit."""
+    flags, within = salt(data, teacher, **PP2), functools.partial(fp8_teachers, Recipe())
+    train(2, **flags, save=tmp_path / "one", save_interval=2, within=within)
+    train(2, **flags, save=tmp_path / "two", load=tmp_path / "one" / "iter_0000002", within=within)
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "one")[2:]
 
 
 class Halved:
