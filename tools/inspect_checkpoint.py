@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 RUN_YAML = "run.yaml"
-_NOT_THE_MODEL = ("optimizer.", "chained_", "rng")
+_NOT_THE_MODEL = ("optimizer.", "chained_", "rng", "fp8.")
 
 
 @dataclass(frozen=True)

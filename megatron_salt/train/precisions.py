@@ -41,6 +41,6 @@ def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | N
         refuse_shapes(precisions.student, config.model, config.parallel, config.training.seq_length, micro_batch)
     if teacher is not None:
         refuse_precision(precisions.teacher, hardware, config.training.bf16, sharded)
-        micro_batch = plan.micro_batch_size * plan.teacher_merge
-        refuse_shapes(precisions.teacher, teacher, teacher_parallel(config.salt), config.training.seq_length, micro_batch)
+        for micro_batch in (1, plan.micro_batch_size * plan.teacher_merge):  # as it is looked at on admission, and as it teaches
+            refuse_shapes(precisions.teacher, teacher, teacher_parallel(config.salt), config.training.seq_length, micro_batch)
     return precisions

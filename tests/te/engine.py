@@ -46,27 +46,37 @@ def fp8(recipe: str, **fields: object) -> Precision:
 
 
 @contextmanager
-def gpu_seen(capability: tuple[int, int] = (9, 0), meta: bool = False) -> Iterator[None]:
-    """A GPU of that compute capability, as far as Transformer Engine asks. meta: whatever is built on "the current device" is on meta."""
+def capability_seen(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """The answer to a question for the device's compute capability."""
     properties = types.SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132, name="none")
-    device = "meta" if meta else "cpu"
     verdicts = ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_NVFP4_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT")
     utils._get_device_compute_capability.cache_clear()
     with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
-        mock.patch.object(torch.cuda, "current_device", return_value=device),
         mock.patch.multiple(quantization, **dict.fromkeys(verdicts)),
-        torch.device(device),
     ):
         yield
     utils._get_device_compute_capability.cache_clear()
+
+
+@contextmanager
+def gpu_seen(capability: tuple[int, int] = (9, 0), meta: bool = False) -> Iterator[None]:
+    """A GPU of that compute capability, as far as Transformer Engine asks. meta: whatever is built on "the current device" is on meta."""
+    device = "meta" if meta else "cpu"
+    with (
+        capability_seen(capability),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "current_device", return_value=device),
+        torch.device(device),
+    ):
+        yield
 
 
 def build(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision, world_size: int, vocabulary: int = 250, seq_length: int = 32
 ) -> tuple[list[GPT], Mesh]:
     """This rank's chunks of a student on the CPU, freshly initialised in bfloat16. Collective over all ranks."""
+    quantization.FP8GlobalStateManager.reset()  # it knows the modules and groups of the tests before
     mesh = make_student_mesh(student_layout(parallel, world_size), parallel.virtual_stages)
     seed_everything(1234, mesh)
     with gpu_seen():

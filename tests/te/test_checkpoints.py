@@ -80,18 +80,17 @@ def scales_of(chunks: list[GPT]) -> Scales:
     return {(layer.layer_number, name): of(linear) for layer in layers for name, linear in named_linears(layer)}
 
 
-def weights_of(chunks: list[GPT], mesh) -> dict[tuple[str, tuple[int, ...]], Tensor]:
-    """(key in a checkpoint, offset there) -> this rank's part."""
-    state = {key: value for chunk in sharded.model_state(chunks, mesh.groups).values() for key, value in chunk.items()}
-    found = {}
-    for leaf in sharded.nested_values(state):
+def weights_of(chunks: list[GPT], mesh) -> list[tuple[str, tuple[int, ...], tuple, Tensor]]:
+    """(key in a checkpoint, global shape, where there, this rank's part), of everything that the model saves."""
+    found = []
+    for leaf in sharded.nested_values(sharded.model_state(chunks, mesh.groups)):
         for part in sharded.nested_values(leaf.build()) if isinstance(leaf, sharded.ShardedTensorFactory) else [leaf]:
             if isinstance(part, sharded.ShardedTensor):
-                found[part.key, tuple(part.global_offset)] = part.data.detach().clone()
+                found += [(part.key, part.global_shape, part.global_slice(), part.data.detach().clone())]
     return found
 
 
-def saving(side: Side, directory: Path) -> tuple[dict, Scales]:
+def saving(side: Side, directory: Path) -> tuple[list, Scales]:
     chunks, mesh = engine.build(side.model, side.parallel, side.precision, side.world_size)
     if side.precision.fp8_recipe == "delayed":
         scaled(chunks)
@@ -99,12 +98,12 @@ def saving(side: Side, directory: Path) -> tuple[dict, Scales]:
     return weights_of(chunks, mesh), scales_of(chunks)
 
 
-def loading(side: Side, directory: Path) -> tuple[dict, Scales]:
+def loading(side: Side, directory: Path) -> tuple[list, Scales]:
     assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE" not in os.environ
     chunks, mesh = engine.build(side.model, side.parallel, side.precision, side.world_size)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         torch.nn.init.constant_(parameter, 7.0)
-    with engine.gpu_seen():
+    with engine.capability_seen():
         assert checkpointer(side, chunks, mesh, load=directory).load() == Progress(1, 16)
     return weights_of(chunks, mesh), scales_of(chunks)
 
@@ -114,21 +113,21 @@ def passed(tmp_path: Path, one: Side, other: Side) -> tuple[Scales, Scales]:
     saved = run_ranks(one.world_size, saving, one, tmp_path)
     loaded = run_ranks(other.world_size, loading, other, tmp_path)
     whole = [whole_of([weights for weights, _ in ranks]) for ranks in (saved, loaded)]
-    assert whole[0].keys() == whole[1].keys() and len(whole[0]) > 20
+    assert whole[0].keys() == whole[1].keys() and len(whole[0]) >= 8
     assert all(torch.equal(whole[0][key], whole[1][key]) for key in whole[0])
     return merged(saved), merged(loaded)
 
 
-def whole_of(ranks: list[dict[tuple[str, tuple[int, ...]], Tensor]]) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint as one vector of sorted values: parts may be cut otherwise."""
-    parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
-    for rank in ranks:
-        for (key, offset), part in rank.items():
-            parts.setdefault(key, {})[offset] = part
-    return {key: torch.cat([part.flatten() for part in of_key.values()]).sort().values for key, of_key in parts.items()}
+def whole_of(ranks: list[list[tuple[str, tuple[int, ...], tuple, Tensor]]]) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint, from the parts of all ranks."""
+    whole: dict[str, Tensor] = {}
+    for key, shape, where, part in (entry for rank in ranks for entry in rank):
+        whole.setdefault(key, torch.full(shape, torch.nan, dtype=part.dtype))[where] = part
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole
 
 
-def merged(ranks: list[tuple[dict, Scales]]) -> Scales:
+def merged(ranks: list[tuple[list, Scales]]) -> Scales:
     return {key: state for _, scales in ranks for key, state in scales.items()}
 
 
@@ -136,7 +135,7 @@ DELAYED = engine.fp8("delayed", amax_history_len=4)
 TENSORWISE = engine.fp8("tensorwise")
 
 
-@pytest.mark.parametrize("model", ["tied", "untied", "squared relu"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("one, other", [(TORCH, engine.ENGINE), (engine.ENGINE, TORCH)], ids=["torch to engine", "engine to torch"])
 def test_weights_pass_between_torch_and_transformer_engine(tmp_path, one, other, model):
     passed(tmp_path, Side(one, model=MODELS[model]), Side(other, TP2, 2, MODELS[model]))

@@ -123,12 +123,12 @@ def taught(recipe: str, tensor: int, pipeline: int) -> dict[str, object]:
     salt = SaltConfig(
         teacher_load="t", kd_steps=1, teacher_tensor_model_parallel_size=tensor, teacher_pipeline_model_parallel_size=pipeline
     )
-    with engine.gpu_seen():
+    with engine.gpu_seen((10, 0)):
         body = build_body(CHECKPOINT, salt, mesh, LENGTH, torch.bfloat16, precision).eval().requires_grad_(False)
     engine.unfused(body)
     for parameter in body.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    with engine.gpu_seen(), engine.books_alone():
+    with engine.gpu_seen((10, 0)), engine.books_alone():
         forward(student).float().sum().backward()
         before = [linear.fp8_meta["scaling_fwd"].scale.clone() for linear in linears(student)]
         with recorded() as asked, torch.no_grad():

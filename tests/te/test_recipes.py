@@ -41,7 +41,7 @@ def in_context(precision: Precision, layer: int) -> tuple[bool, str]:
     context = get_fp4_context if precision.fp4_format else get_fp8_context
     with context(config(precision), layer):
         enabled = FP8GlobalStateManager.is_fp8_enabled()
-        return enabled, type(FP8GlobalStateManager.get_fp8_recipe()).__name__ if enabled else ""
+        return enabled, type(FP8GlobalStateManager.get_fp8_recipe()).__name__.removeprefix("TE") if enabled else ""
 
 
 @pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
