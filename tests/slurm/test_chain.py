@@ -74,7 +74,8 @@ def submit_pipeline(site: Site, text: Path, name: str, **environment: str) -> di
         NAME="words", SHARDS="2", SCORES=base / "scores", SELECTION=base / "selection", TEACHER=base / "teacher",
         STUDENT=base / "salt_ds", EARLY_STEP="2", SEQ_LENGTH="16",
         KD_STEPS="4", CPU_OPTIONS=" ".join(ON_CPUS), TEACHER_OPTIONS=" ".join(ON_ONE_NODE), SCORE_OPTIONS=" ".join(ON_ONE_NODE),
-        STUDENT_OPTIONS=" ".join(ON_ONE_NODE), TEACHER_FLAGS=f"{flags} 4 --hidden-size 16", STUDENT_FLAGS=f"{flags} 8 --teacher-micro-batch-size 1",
+        STUDENT_OPTIONS=" ".join(ON_ONE_NODE), TEACHER_FLAGS=f"{flags} 4 --hidden-size 16",
+        STUDENT_FLAGS=f"{flags} 8 --teacher-micro-batch-size 1",
         SCORE_FLAGS="--micro-batch-size 4 --block-samples 8", SELECT_FLAGS="--valid-share 0 --score mean", **environment,
     )  # fmt: skip
     found = re.findall(r"^(\w+) +job (\S+) +after (\S+)", printed, re.MULTILINE)
