@@ -260,7 +260,7 @@ class TrainingConfig:
     """Train in bfloat16, with float32 main parameters and gradient reduction; default: float32."""
 
     transformer_impl: Literal["torch", "transformer_engine"] | None = None
-    """Implementation of the student's and the teacher's layers: plain torch modules with scaled-dot-product attention, or Transformer Engine's. Default: transformer_engine on a GPU where it is installed, else torch. Checkpoints interchange."""
+    """Implementation of the student's and the teacher's layers: plain torch modules with scaled-dot-product attention, or Transformer Engine's. Default: transformer_engine with --bf16 on a GPU where it is installed, else torch. Checkpoints interchange."""
 
     loss_chunk_tokens: int | None = None
     """Tokens whose logits exist at one time in the output head; default: what fits --loss-chunk-mib."""

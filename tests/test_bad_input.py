@@ -97,7 +97,7 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         (2, dict(VP2, **KD, num_layers=4, stage2_micro_batch_size=8), ["1 microbatches", "--stage2-micro-batch-size 8"]),
         (1, dict(KD, kd_stop="crossover"), ["--kd-stop crossover", "--eval-iters"]),
         (1, dict(KD, kd_stop="crossover", eval_iters=1, valid_share=0.1, eval_interval=3), ["--kd-stop crossover", "--eval-interval 3"]),
-        (1, dict(transformer_impl="transformer_engine"), ["--transformer-impl transformer_engine", "is not installed"]),
+        (1, dict(transformer_impl="transformer_engine", bf16=True), ["--transformer-impl transformer_engine", "is not installed"]),
         (1, dict(fp8_format="hybrid", bf16=True), ["--fp8-format hybrid needs --transformer-impl transformer_engine", "no NVIDIA GPU"]),
         (1, dict(fp4_format="e2m1", bf16=True), ["--fp4-format e2m1 needs --transformer-impl transformer_engine", "no NVIDIA GPU"]),
         (1, dict(fp8_format="hybrid", fp4_format="e2m1"), ["--fp8-format hybrid", "--fp4-format e2m1"]),

@@ -33,6 +33,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -249,6 +250,9 @@ def load(state: State, directory: Path, groups: ProcessGroupCollection) -> State
 
     Each data- and context-parallel rank reads its share and the shares are exchanged. All chunks must be in one `state`.
     """
+    # Weights that the model has in FP8 alone arrive in bfloat16 and are rounded once, whole: megatron-core 0.19 would round each half of a
+    # gated MLP's first weight by itself, and their sum again.
+    force_all_tensors_to_non_fp8(state)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
     with quiet_checkpointing():
         return dist_checkpointing.load(state, str(directory), sharded_strategy=strategy)

@@ -44,16 +44,19 @@ def refuse_machine(hardware: Hardware) -> None:
                         "the optimizer that megatron-core takes from it needs; run on a GPU, or in an environment without it")
 
 
-def choose_implementation(asked: Implementation | None, hardware: Hardware) -> Implementation:
-    """--transformer-impl, or its default: Transformer Engine on a GPU where it is installed. Raises UserError where it cannot be."""
+def choose_implementation(asked: Implementation | None, hardware: Hardware, bf16: bool) -> Implementation:
+    """--transformer-impl, or its default: Transformer Engine in bfloat16 on a GPU where it is installed. Raises UserError where it cannot
+    be. In float32 its attention has no kernel but the one that writes all scores to memory."""
     if asked is None:
-        usable = hardware.capability is not None and hardware.transformer_engine is not None
+        usable = hardware.capability is not None and hardware.transformer_engine is not None and bf16
         return "transformer_engine" if usable else "torch"
     if asked == "transformer_engine":
         if hardware.transformer_engine is None:
             raise UserError("--transformer-impl transformer_engine: Transformer Engine is not installed; requirements-gpu.txt says how")
         if hardware.capability is None:
             raise UserError("--transformer-impl transformer_engine needs an NVIDIA GPU, and this process sees none; use torch")
+        if not bf16:
+            raise UserError("--transformer-impl transformer_engine needs --bf16: its fast attention knows no float32; use torch")
     return asked
 
 
@@ -62,12 +65,12 @@ def refuse_precision(precision: Precision, hardware: Hardware, bf16: bool, distr
     if not precision.quantized:
         return
     name, asked, recipe = _names(precision)
+    if not bf16:
+        raise UserError(f"{name} {asked} needs --bf16")
     if precision.implementation != "transformer_engine":
         why = "no NVIDIA GPU is seen" if hardware.capability is None else "Transformer Engine is not installed" \
             if hardware.transformer_engine is None else "--transformer-impl is torch"
         raise UserError(f"{name} {asked} needs --transformer-impl transformer_engine on a GPU: {why}")
-    if not bf16:
-        raise UserError(f"{name} {asked} needs --bf16")
     if precision.fp8_params and not distributed_optimizer:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer, which holds the float32 main parameters")
     if precision.fp8_params and recipe == "mxfp8":

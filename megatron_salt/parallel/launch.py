@@ -54,7 +54,7 @@ def describe(hardware: Hardware) -> str:
     engine = "no Transformer Engine" if hardware.transformer_engine is None else f"Transformer Engine {dotted(hardware.transformer_engine)}"
     return (f"on {torch.cuda.get_device_name()} (compute capability {dotted(hardware.capability)}), one a rank by LOCAL_RANK: "
             f"{dist.get_backend()} {dotted(torch.cuda.nccl.version())}, torch {torch.__version__}, {engine}, "
-            f"{CONNECTIONS} {os.environ.get(CONNECTIONS, 'unset')}")
+            f"{CONNECTIONS} {os.environ.get(CONNECTIONS, 'unset')}; batches come through pinned memory")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ PLAIN = Precisions()
 def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | None, hardware: Hardware) -> Precisions:
     """By --transformer-impl, --fp8-*, --fp4-* and --teacher-fp8-*. teacher: its architecture, where one teaches. Pure. Raises UserError."""
     refuse_machine(hardware)
-    implementation = choose_implementation(config.training.transformer_impl, hardware)
+    implementation = choose_implementation(config.training.transformer_impl, hardware, config.training.bf16)
     masks = config.data.reset_attention_mask
     precisions = Precisions(
         student_precision(config.quantization, implementation, hardware.capability, masks),

@@ -116,18 +116,22 @@ def test_the_widths_are_those_of_a_layers_weights():
 
 
 @pytest.mark.parametrize(
-    "asked, hardware, chosen",
-    [(None, HOPPER, "transformer_engine"), (None, LAPTOP, "torch"), (None, replace(HOPPER, transformer_engine=None), "torch"),
-     ("torch", HOPPER, "torch"), ("transformer_engine", HOPPER, "transformer_engine")],
+    "asked, hardware, bf16, chosen",
+    [(None, HOPPER, True, "transformer_engine"), (None, HOPPER, False, "torch"), (None, LAPTOP, True, "torch"),
+     (None, replace(HOPPER, transformer_engine=None), True, "torch"), ("torch", HOPPER, True, "torch"),
+     ("transformer_engine", HOPPER, True, "transformer_engine")],
 )  # fmt: skip
-def test_the_implementation_follows_the_machine_unless_asked_for(asked, hardware, chosen):
-    assert choose_implementation(asked, hardware) == chosen
+def test_the_implementation_follows_the_machine_unless_asked_for(asked, hardware, bf16, chosen):
+    assert choose_implementation(asked, hardware, bf16) == chosen
 
 
-@pytest.mark.parametrize("hardware, said", [(LAPTOP, "is not installed"), (replace(HOPPER, capability=None), "sees none")])
-def test_transformer_engine_is_refused_where_it_cannot_run(hardware, said):
+@pytest.mark.parametrize(
+    "hardware, bf16, said",
+    [(LAPTOP, True, "is not installed"), (replace(HOPPER, capability=None), True, "sees none"), (HOPPER, False, "needs --bf16")],
+)  # fmt: skip
+def test_transformer_engine_is_refused_where_it_cannot_run(hardware, bf16, said):
     with pytest.raises(UserError, match=said):
-        choose_implementation("transformer_engine", hardware)
+        choose_implementation("transformer_engine", hardware, bf16)
 
 
 def test_an_optimizer_that_needs_a_gpu_is_refused_without_one():

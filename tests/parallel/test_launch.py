@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_salt.parallel.launch import seed_everything
+from megatron_salt.errors import UserError
+from megatron_salt.parallel.hardware import Hardware
+from megatron_salt.parallel.launch import bind_device, describe, find_hardware, seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from tests.ranks import run_ranks
@@ -84,3 +87,29 @@ def test_seeds_differ_by_stage_and_inside_the_tracker_by_tensor_parallel_rank():
 def test_replicas_start_alike():
     first, second = run_ranks(2, draws, Layout(data=2), 5)
     assert first == second
+
+
+def test_each_process_binds_the_gpu_of_its_local_rank(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    gpus = dict(is_available=lambda: True, device_count=lambda: 4, get_device_capability=lambda: (9, 0))
+    with mock.patch.multiple(torch.cuda, **gpus, set_device=mock.DEFAULT) as patched:
+        assert find_hardware().capability == (9, 0)
+        patched["set_device"].assert_called_once_with(3)
+    fewer = gpus | dict(device_count=lambda: 2)
+    with mock.patch.multiple(torch.cuda, **fewer), pytest.raises(UserError, match="LOCAL_RANK is 3 .* 2 GPUs"):
+        bind_device()
+    assert find_hardware().capability is None
+
+
+def described(hardware: Hardware) -> str:
+    with mock.patch.multiple(torch.cuda, get_device_name=lambda: "H100"), mock.patch("torch.cuda.nccl.version", return_value=(2, 30, 7)):
+        return describe(hardware)
+
+
+def test_what_the_run_computes_on_is_told(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    [on_gpu] = run_ranks(1, described, Hardware((9, 0), (13, 0), (2, 20, 2)))
+    told = ("H100", "9.0", "LOCAL_RANK", "2.30.7", "Transformer Engine 2.20.2", "CUDA_DEVICE_MAX_CONNECTIONS", "pinned memory")
+    assert [word for word in told if word not in on_gpu] == []
+    [on_cpu] = run_ranks(1, described, Hardware(None, None, None))
+    assert on_cpu == f"on the CPU: gloo, torch {torch.__version__}"

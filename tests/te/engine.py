@@ -137,3 +137,34 @@ def books_alone() -> Iterator[None]:
             stack.enter_context(mock.patch.object(linear, "forward", _forward))
         stack.enter_context(mock.patch.object(te.RMSNorm, "forward", norm))
         yield
+
+
+@contextmanager
+def casts_in_torch() -> Iterator[None]:
+    """Tensorwise FP8 with torch's casts, which on a GPU are kernels: to e4m3 at the scale of the tensor's maximum, and back."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Tensor
+
+    largest = torch.finfo(torch.float8_e4m3fn).max
+
+    def quantize(quantizer: Float8CurrentScalingQuantizer, tensor: Tensor) -> Float8Tensor:
+        scale = largest / tensor.float().abs().amax()
+        data = (tensor.float() * scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Float8Tensor(
+            shape=data.shape, dtype=tensor.dtype, data=data, fp8_scale_inv=scale.reciprocal().view(1), fp8_dtype=quantizer.dtype,
+            quantizer=quantizer,
+        )  # fmt: skip
+
+    def update(quantizer: Float8CurrentScalingQuantizer, source: Tensor, target: Float8Tensor, *, noop_flag: None = None) -> Float8Tensor:
+        made = quantize(quantizer, source)
+        target._data.copy_(made._data)
+        target._scale_inv.copy_(made._scale_inv)
+        return target
+
+    def dequantize(tensor: Float8Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        return (tensor._data.view(torch.float8_e4m3fn).float() * tensor._scale_inv).to(dtype or tensor.dtype)
+
+    with (
+        mock.patch.multiple(Float8CurrentScalingQuantizer, quantize_impl=quantize, update_quantized=update),
+        mock.patch.object(Float8Tensor, "dequantize", dequantize),
+    ):
+        yield

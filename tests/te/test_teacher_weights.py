@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import pytest
 import torch
-from torch import Tensor
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
@@ -19,34 +14,13 @@ from tests.ranks import run_ranks
 from tests.small import SMALL
 from tests.te import engine
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
-
-
-@contextmanager
-def cast_in_torch() -> Iterator[None]:
-    """Transformer Engine's quantizer with torch's cast, which on a GPU is a kernel."""
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Tensor
-
-    def quantize(quantizer: Float8CurrentScalingQuantizer, tensor: Tensor) -> Float8Tensor:
-        scale = LARGEST / tensor.float().abs().amax()
-        data = (tensor.float() * scale).to(torch.float8_e4m3fn).view(torch.uint8)
-        assert quantizer.rowwise_usage and not quantizer.columnwise_usage
-        return Float8Tensor(
-            shape=data.shape, dtype=tensor.dtype, data=data, fp8_scale_inv=scale.reciprocal().view(1), fp8_dtype=quantizer.dtype,
-            quantizer=quantizer,
-        )  # fmt: skip
-
-    with mock.patch.object(Float8CurrentScalingQuantizer, "quantize_impl", quantize):
-        yield
-
-
 def kept() -> dict[str, object]:
     precision = engine.fp8("tensorwise", forward_only=True)
     [model], _ = engine.build(SMALL, ParallelConfig(), precision, 1)
     model.eval().requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     bytes_before = tensor_bytes(model.decoder)
-    with engine.gpu_seen(), cast_in_torch():
+    with engine.gpu_seen(), engine.casts_in_torch():
         keep_fp8_alone(model)
         keep_fp8_alone(model)  # once is enough
     after = dict(model.named_parameters())
@@ -56,6 +30,7 @@ def kept() -> dict[str, object]:
         weight = after[name]
         [data] = raw_tensors(weight)  # no transpose beside it
         assert data.dtype == torch.uint8 and data.shape == before[name].shape and not weight.requires_grad
+        assert weight._quantizer.rowwise_usage and not weight._quantizer.columnwise_usage
         back = data.view(torch.float8_e4m3fn).float() * weight._scale_inv
         error = max(error, float((back - before[name].float()).abs().max() / before[name].float().abs().max()))
     untouched = all(torch.equal(after[name], before[name]) for name in after.keys() - in_fp8)
