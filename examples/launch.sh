@@ -11,7 +11,7 @@
 # than MAX_RESTARTS starts in a row without a new checkpoint end the job.
 #
 # For your site, by environment (examples/README.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
-# MAX_RESTARTS, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
+# MAX_RESTARTS, PAUSE, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
 #
 # shellcheck disable=SC2034 # precision, teacher_precision and data are for the scripts
 set -uo pipefail
@@ -20,6 +20,7 @@ set -uo pipefail
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 HANG_MINUTES=${HANG_MINUTES:-30}    # longer than --distributed-timeout-minutes (10), at which a stuck collective ends by itself, and
                                     # than start-up, any evaluation and any save: in these no step goes by
+PAUSE=${PAUSE:-20}                  # seconds before a start inside the job, more each time: Slurm needs some to see that a node is gone
 LEAVE_SECONDS=${LEAVE_SECONDS:-240} # for the save after SIGUSR1; less than the lead of --signal
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 ELEMENT=${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
@@ -107,6 +108,7 @@ guard() { # stop a job whose starts do not get further
     if [ "$RESTARTS/$attempt" = 0/1 ] || [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$now" ]; then count=0; else count=$((count + 1)); fi
     echo "$SLURM_JOB_ID $now $count" >"$file"
     [ "$count" -le "$MAX_RESTARTS" ] || stop "stopped: $MAX_RESTARTS restarts in a row ended without progress ($now); MAX_RESTARTS allows more"
+    [ "$attempt" = 1 ] || sleep $((PAUSE * count))
 }
 
 progress() { # a word that changes when the run gets further

@@ -19,7 +19,7 @@
 # INPUT: files or patterns; TOKENIZER: a SentencePiece model (tools/train_tokenizer.py makes one of 256,000 ids).
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16}
-RUN_DIR=${RUN_DIR:-runs/preprocess}
+RUN_DIR=${RUN_DIR:-runs/preprocess-$NAME}
 source examples/launch.sh
 
 run_tool "$PYTHON" tools/preprocess_data.py --input "${INPUT:-corpus/*.jsonl.zst}" --output-prefix "$OUTPUT/$NAME" --append-eod --resume \

@@ -14,7 +14,9 @@ from megatron_salt.cli import from_yaml, known_flags, parse
 from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.pretrain import check
+from megatron_salt.train.precisions import choose_precisions
 from tests.test_docs import tool_config
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,21 @@ def test_scripts_are_runs_of_the_papers_length_that_fit_their_nodes(script: Path
     assert run.salt.kd_steps == ({"rkd_2p8b": 208_000}.get(script.stem, 36_000) if taught else None)
     assert (run.salt.stage1_selection is not None) == script.stem.startswith("salt_ds")
     assert run.checkpoint.save == run.checkpoint.load == f"runs/{script.stem}"
+
+
+TEACHERS = {"salt_8p6b": "2p8b"}
+
+
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda path: path.stem)
+def test_h100_and_a100_can_multiply_as_the_scripts_say(script: Path, tmp_path: Path) -> None:
+    teacher = model_run(TEACHERS.get(script.stem, "1p5b")).model
+    for capability, fp8 in (((9, 0), "1"), ((8, 0), "0")):
+        run, ranks = run_of(script, tmp_path, FP8=fp8)
+        _, plan = check(run, ranks)
+        taught_by = teacher if run.salt.teacher_load else None
+        precisions = choose_precisions(run, plan, taught_by, Hardware(capability, cuda=(12, 8), transformer_engine=(2, 9)))
+        assert (precisions.student.fp8_format, precisions.teacher.fp8_format if taught_by else None) == (
+            ("hybrid", "hybrid" if taught_by else None) if fp8 == "1" else (None, None))  # fmt: skip
 
 
 def test_environment_and_trailing_flags_win(tmp_path: Path) -> None:

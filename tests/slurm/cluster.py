@@ -170,8 +170,9 @@ class Cluster:
     def _spawn(self, name: str, *command: str) -> None:
         with open(self.root / "log" / f"{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                ["setpriv", "--pdeathsig", "KILL", *command], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
 
     def _write_conf(self) -> None:
         values = dict(host=socket.gethostname().split(".")[0], port=PORT, root=self.root, srun_first=PORT + 1000, srun_last=PORT + 1999)

@@ -60,20 +60,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps({"text": " ".join(draw.choices(words, k=40))}) for _ in range(60)]
         (directory / f"part{number}.jsonl").write_text("\n".join(lines) + "\n")
     subprocess.run([sys.executable, "tools/train_tokenizer.py", "--input", f"{directory}/part*.jsonl", "--output",
-                    f"{directory}/words.model", "--vocab-size", "128"], cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+                    f"{directory}/words.model", "--vocab-size", "300"], cwd=ROOT, check=True, capture_output=True)  # fmt: skip
     return directory
 
 
 def submit_pipeline(site: Site, text: Path, name: str, **environment: str) -> dict[str, Job]:
     """The whole chain, tiny; its jobs by name."""
     base = site.work / name
+    base.mkdir()  # for the logs
     flags = " ".join((*TINY, "--global-batch-size", "4", "--train-iters"))
     printed = site.pipeline(
         "--time=10", f"--output={base}/%x-%j.log", INPUT=f"{text}/part*.jsonl", TOKENIZER=text / "words.model", OUTPUT=base / "data",
         NAME="words", SHARDS="2", SCORES=base / "scores", SELECTION=base / "selection", TEACHER=base / "teacher",
         STUDENT=base / "salt_ds", EARLY_STEP="2", SEQ_LENGTH="16",
         KD_STEPS="4", CPU_OPTIONS=" ".join(ON_CPUS), TEACHER_OPTIONS=" ".join(ON_ONE_NODE), SCORE_OPTIONS=" ".join(ON_ONE_NODE),
-        STUDENT_OPTIONS=" ".join(ON_ONE_NODE), TEACHER_FLAGS=f"{flags} 4 --hidden-size 16", STUDENT_FLAGS=f"{flags} 8",
+        STUDENT_OPTIONS=" ".join(ON_ONE_NODE), TEACHER_FLAGS=f"{flags} 4 --hidden-size 16",
+        STUDENT_FLAGS=f"{flags} 8 --teacher-micro-batch-size 1",
         SCORE_FLAGS="--micro-batch-size 4 --block-samples 8", SELECT_FLAGS="--valid-share 0 --score mean", **environment,
     )  # fmt: skip
     found = re.findall(r"^(\w+) +job (\S+) +after (\S+)", printed, re.MULTILINE)

@@ -45,7 +45,8 @@ def test_a_job_that_gets_no_further_is_stopped(site: Site, data: str, tmp_path: 
     dying = site.work / "dying-python"
     dying.write_text(f'#!/usr/bin/env bash\ncase " $* " in *" --dry-run "*) exec {site.environment["PYTHON"]} "$@" ;; esac\nkill -9 $$\n')
     dying.chmod(0o755)
-    job = site.submit("baseline_2p8b.sh", *RUN, options=ON_ONE_NODE, RUN_DIR=site.work / "endless", DATA=data, PYTHON=dying, MAX_RESTARTS=2)
+    job = site.submit("baseline_2p8b.sh", *RUN, options=ON_ONE_NODE, RUN_DIR=site.work / "endless", DATA=data, PYTHON=dying,
+                      MAX_RESTARTS=2, PAUSE=1)  # fmt: skip
     assert job.end(90) == "FAILED"
     assert [line for line in ("start 1.1:", "start 1.2:", "start 1.3:", "start 1.4:") if line in job.log] == [
         "start 1.1:", "start 1.2:", "start 1.3:"]  # fmt: skip
