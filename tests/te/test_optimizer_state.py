@@ -14,6 +14,7 @@ from torch import Tensor
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 import megatron.core.optimizer
+from megatron.core.optimizer import distrib_optimizer
 
 from megatron_salt.checkpoint import sharded
 from megatron_salt.config import ParallelConfig
@@ -32,7 +33,8 @@ def optimizer_of(name: str) -> Iterator[None]:
     from transformer_engine.pytorch.optimizers import FusedAdam as TheirAdam
 
     assert megatron.core.optimizer.Adam is TheirAdam is not FusedAdam
-    with mock.patch.object(megatron.core.optimizer, "Adam", {"ours": FusedAdam, "transformer_engine": TheirAdam}[name]):
+    adam = {"ours": FusedAdam, "transformer_engine": TheirAdam}[name]
+    with mock.patch.object(megatron.core.optimizer, "Adam", adam), mock.patch.object(distrib_optimizer, "Adam", adam):
         yield
 
 
