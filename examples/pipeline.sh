@@ -12,6 +12,7 @@ export OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16} SCORES=${S
 export TEACHER=${TEACHER:-runs/teacher_1p5b} TOKENIZER=${TOKENIZER:-data/tokenizer.model} DATA=$OUTPUT/${NAME}_text_document
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 everywhere=("$@")
+before=() # options of a job that have no #SBATCH lines to stand in
 unset RUN_DIR # each job has its own
 
 words() { # words VARIABLE: what is in it, into `list`
@@ -21,7 +22,7 @@ words() { # words VARIABLE: what is in it, into `list`
 submit() { # submit NAME AFTER OPTIONS_VARIABLE WHAT...: one job, whose number goes into `job`
     local name=$1 after=$2 list=()
     words "$3"
-    local command=(sbatch --parsable "${everywhere[@]}" "${list[@]}" ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} "${@:4}")
+    local command=(sbatch --parsable "${before[@]}" "${everywhere[@]}" "${list[@]}" ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} "${@:4}")
     if [ "${DRY_RUN:-0}" = 1 ]; then job=$name; else job=$("${command[@]}"); job=${job%%;*}; fi
     printf '%-10s job %-12s after %-12s %s\n' "$name" "$job" "${after:--}" "${command[*]}"
 }
@@ -29,10 +30,14 @@ submit() { # submit NAME AFTER OPTIONS_VARIABLE WHAT...: one job, whose number g
 compgen -G "${INPUT:-corpus/*.jsonl.zst}" >/dev/null || { echo "error: INPUT ${INPUT:-corpus/*.jsonl.zst} matches no file" >&2; exit 2; }
 [ -f "$TOKENIZER" ] || { echo "error: TOKENIZER $TOKENIZER is not there; tools/train_tokenizer.py makes one" >&2; exit 2; }
 
-cpus=(--job-name=merge --nodes=1 --ntasks=1 --requeue --open-mode=append "--output=%x-%j.log")
+submit_tool() { # submit_tool NAME AFTER COMMAND
+    local before=(--nodes=1 --ntasks=1 --requeue --open-mode=append "--output=%x-%j.log")
+    submit "$1" "$2" CPU_OPTIONS --job-name="$1" --wrap "$3"
+}
+
 submit preprocess "" CPU_OPTIONS --array="0-$((SHARDS - 1))" examples/preprocess.sh
 printf -v parts "'%s-*-of-%05d_text_document'" "$OUTPUT/$NAME" "$SHARDS"
-submit merge "$job" CPU_OPTIONS "${cpus[@]}" --wrap "$PYTHON tools/merge_datasets.py --overwrite --input $parts --output-prefix $DATA"
+submit_tool merge "$job" "$PYTHON tools/merge_datasets.py --overwrite --input $parts --output-prefix $DATA"
 merged=$job
 words TEACHER_FLAGS
 submit teacher "$merged" TEACHER_OPTIONS --export="ALL,RUN_DIR=$TEACHER" examples/teacher_1p5b.sh "${list[@]}"
@@ -46,5 +51,5 @@ fi
 words SCORE_FLAGS
 submit score "$teacher" SCORE_OPTIONS --array="0-$((SHARDS - 1))" examples/score.sh "${list[@]}"
 select="$PYTHON tools/select_data.py --overwrite --scores $SCORES --output $SELECTION --fraction 0.5 --valid-share 0.0005 ${SELECT_FLAGS:-}"
-submit select "$job" CPU_OPTIONS "${cpus[@]}" --job-name=select --wrap "$select"
+submit_tool select "$job" "$select"
 submit salt_ds "$job" STUDENT_OPTIONS --export="ALL,RUN_DIR=${STUDENT:-runs/salt_ds_2p8b}" examples/salt_ds_2p8b.sh "${student_flags[@]}"
