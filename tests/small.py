@@ -59,6 +59,9 @@ class Case:
     documents: bool = False
     """Whether attention stays inside documents."""
     precision: Precision = TORCH
+    adam_eps: float = 1e-8
+    """1e-6 where several steps of two runs are compared that round differently: Adam makes a gradient that is nothing but rounding as
+    large as any other, unless it is below this."""
 
 
 def build_student(case: Case, world_size: int, weights: Path | None = None, seed: int = 1234) -> Student:
@@ -67,7 +70,7 @@ def build_student(case: Case, world_size: int, weights: Path | None = None, seed
     seed_everything(seed, mesh)
     chunks = build_model(case.model, case.parallel, SEQ_LENGTH, VOCABULARY, case.dtype, 24, mesh, case.precision)
     ddp_chunks = wrap_in_ddp(chunks, case.parallel, mesh, case.precision)
-    flags = OptimizerConfig(lr=case.learning_rate, weight_decay=0.1, adam_beta2=0.95, lr_decay_style="constant")
+    flags = OptimizerConfig(lr=case.learning_rate, weight_decay=0.1, adam_beta2=0.95, adam_eps=case.adam_eps, lr_decay_style="constant")
     optimizer = build_optimizer(ddp_chunks, flags, case.parallel, case.dtype, mesh, case.precision)
     scheduler = build_scheduler(optimizer, flags, train_samples=100 * GLOBAL_BATCH, global_batch_size=GLOBAL_BATCH)
     student = Student(ddp_chunks, optimizer, scheduler, mesh, SEQ_LENGTH, case.micro_batch_size, GLOBAL_BATCH)

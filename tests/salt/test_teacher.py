@@ -75,7 +75,7 @@ def alone(school: Path) -> Any:
 
     @cache
     def reference(student: str, model: str, teacher: str, micro_batch_size: int) -> tuple[Path, Taught]:
-        case = Case(model=model_of(student, model), micro_batch_size=micro_batch_size)
+        case = Case(model=model_of(student, model), micro_batch_size=micro_batch_size, adam_eps=1e-6)
         weights = school / f"weights {student if student == 'tp4' else 'others'} {model}"
         if not weights.exists():
             run_ranks(1, make_weights, case, weights)
@@ -102,7 +102,7 @@ def test_layouts_of_student_and_teacher_do_not_matter(school: Path, alone: Any, 
                                                       kind: str, micro_batch_size: int) -> None:
     """Fewer, as many and more microbatches than replicas of the teacher are among them (4 or 8 over 1 to 4)."""
     weights, reference = alone(student, model, kind, micro_batch_size)
-    case = Case(parallel=STUDENTS[student], model=model_of(student, model), micro_batch_size=micro_batch_size)
+    case = Case(parallel=STUDENTS[student], model=model_of(student, model), micro_batch_size=micro_batch_size, adam_eps=1e-6)
     for taught in run_ranks(4, teach, Lesson(case, str(school / kind), teacher), 4, weights):
         same(taught, reference)
 
@@ -111,7 +111,7 @@ def test_layouts_of_student_and_teacher_do_not_matter(school: Path, alone: Any, 
 def test_nor_do_context_and_sequence_parallelism_together_and_recomputation(school: Path, alone: Any, student: str,
                                                                             teacher: tuple[int, int]) -> None:
     weights, reference = alone(student, "untied", "untied", 2)
-    case = Case(parallel=MORE_STUDENTS[student], model=MODELS["untied"])
+    case = Case(parallel=MORE_STUDENTS[student], model=MODELS["untied"], adam_eps=1e-6)
     for taught in run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher), 4, weights):
         same(taught, reference)
 
@@ -128,14 +128,14 @@ def test_how_the_batch_is_cut_does_not_matter(school: Path, alone: Any, micro_ba
                                               teacher: tuple[int, int]) -> None:
     """Neither into the student's microbatches, nor how many of them the teacher takes at once; replicas may have nothing to do."""
     weights, reference = alone(student, "untied", "untied", 2)
-    case = Case(parallel=STUDENTS[student], model=MODELS["untied"], micro_batch_size=micro_batch_size)
+    case = Case(parallel=STUDENTS[student], model=MODELS["untied"], micro_batch_size=micro_batch_size, adam_eps=1e-6)
     for taught in run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher, merge), 4, weights):
         same(taught, reference)
 
 
 def test_documents_hide_each_other_from_the_teacher_too(school: Path, alone: Any) -> None:
     weights, open_minded = alone("cp2", "untied", "untied", 2)
-    case = Case(model=MODELS["untied"], documents=True)
+    case = Case(model=MODELS["untied"], documents=True, adam_eps=1e-6)
     reference = run_ranks(1, teach, Lesson(case, str(school / "untied")), 1, weights)[0]
     assert reference.sums[0][KD_METRICS.index("teacher_ce")] != pytest.approx(open_minded.sums[0][KD_METRICS.index("teacher_ce")], rel=1e-4)
     case = replace(case, parallel=STUDENTS["cp2"])
