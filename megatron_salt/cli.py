@@ -83,13 +83,13 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), 2 after printing `error: ...` for a UserError, 130 for Ctrl-C."""
+    """Run `action`; its status (None means 0), a UserError's own after printing `error: ...`, 130 for Ctrl-C."""
     try:
         return action() or 0
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         return 130
 

@@ -1,13 +1,28 @@
-"""The one exception that means "the user can mend this".
+"""Exceptions that end a program with one line and a status of their own.
 
 Raised with a message that names the flag, the file and the numbers; the entry points print it without a
-traceback and exit with code 2. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
+traceback and exit with the class's status. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
 """
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or environment, described for the person who made it."""
+    """A mistake in flags, files or environment, described for the person who made it. Another start would only repeat it."""
+
+    status = 2
+    """What the process exits with."""
+    outcome = "refused"
+    """The word in --outcome-file: train/outcome.py."""
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written. Nobody's mistake: another start may fare better."""
+    """The last checkpoint is not on disk, or not whole. Nobody's mistake: another start may fare better."""
+
+    status = 3
+    outcome = "unsaved"
+
+
+class NonFiniteError(UserError):
+    """Loss or parameters are not finite. Another start from the same checkpoint would most likely come to the same."""
+
+    status = 4
+    outcome = "nonfinite"
