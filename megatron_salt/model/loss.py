@@ -27,11 +27,11 @@ from megatron.core.tensor_parallel import layers
 from megatron_salt.model.vocabulary import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
 
 METRICS = ("tokens", "loss", "accuracy")
-"""The sums over valid tokens that come with the loss, in this order: weight of the mask, loss, top-1 hits (ties count)."""
+"""The sums over valid tokens that come with the loss, in this order: weight of the mask, loss, top-1 hits (a tie counts as its share)."""
 
 KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement")
 """The same with a teacher. loss is of the mixed target; ce the student's cross entropy against the labels; kl of the teacher at its
-temperature from the student; the teacher's own figures are at temperature 1; agreement: an id is the largest of both models."""
+temperature from the student; the teacher's own figures are at temperature 1; agreement: how often both choose the same id."""
 
 
 @dataclass(frozen=True)

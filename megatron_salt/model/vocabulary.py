@@ -76,6 +76,9 @@ class Softmax:
     label: Tensor
     """The label's logit minus the largest; -inf where no rank has it."""
 
+    ties: Tensor
+    """How many ids have the largest logit: at least 1."""
+
     @property
     def log_p(self) -> Tensor:
         """The label's log-probability. Not by way of the log-sum-exp: where p is near 1, that would cancel."""
@@ -83,8 +86,8 @@ class Softmax:
 
     @property
     def hit(self) -> Tensor:
-        """1 where the label's logit is the largest, alone or not; else 0."""
-        return (self.label == 0).float()
+        """The chance that an id with the largest logit is the label: 1 where it alone has it, 1/n where n ids tie, else 0."""
+        return torch.where(self.label == 0, 1 / self.ties, 0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Comparison:
     """sum_v p_v (log p_v - log of the student's probability)."""
 
     agreement: Tensor
-    """1 where one id is the largest of both, alone or not; else 0."""
+    """The chance that both choose the same id, where each draws among the ids with its largest logit: 1 where each has one, the
+    same; 0 where they share none."""
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -203,7 +207,7 @@ def compare(
         student_bv = student.below_largest(logits_nv, rows, blocks.room(0, rows))
         teacher_bv = teacher.below_largest(teacher_nv, rows, blocks.room(1, rows))
         exp_bv = torch.add(student_bv, teacher_bv, out=blocks.room(2, rows))
-        soft.both[rows] = (exp_bv.amax(-1) == 0).float()  # neither is above 0
+        soft.both[rows] = (exp_bv == 0).sum(-1).float()  # neither is above 0
         exp_bv = torch.exp(teacher_bv, out=exp_bv)
         teacher.sum_exp[rows] = exp_bv.sum(-1)
         if temperature != 1:
@@ -223,6 +227,8 @@ class _Sums(NamedTuple):
     """sum_v exp(logit_v - this rank's largest): at least 1 where there is an id."""
     label: Tensor
     """The label's logit; -inf where it is not here."""
+    ties: Tensor
+    """How many of this rank's ids have its largest logit."""
 
     def add_label(self, logits_nv: Tensor, label: Label) -> None:
         self.label.fill_(float("-inf"))
@@ -230,9 +236,11 @@ class _Sums(NamedTuple):
             self.label.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0], float("-inf")))
 
     def below_largest(self, logits_nv: Tensor, rows: slice, room: Tensor) -> Tensor:
-        """Find the largest of a block of rows; the block minus it, in `room`."""
+        """Find the largest of a block of rows, and how many ids have it; the block minus it, in `room`."""
         self.largest[rows] = logits_nv[rows].amax(-1)
-        return torch.sub(logits_nv[rows], self.largest[rows, None], out=room)
+        block = torch.sub(logits_nv[rows], self.largest[rows, None], out=room)
+        self.ties[rows] = (block == 0).sum(-1).float()  # exact below 2^24 ids
+        return block
 
 
 class _SoftSums(NamedTuple):
@@ -246,7 +254,7 @@ class _SoftSums(NamedTuple):
     """sum_v e_v ((teacher logit_v - largest) / T - (student logit_v - student's largest)): summed as a difference, because
     that of two sums would have lost the KL divergence of models that agree."""
     both: Tensor
-    """1 where one id is the largest of both"""
+    """How many of this rank's ids have its largest logit of both."""
 
 
 _NUM_SUMS, _NUM_SOFT_SUMS = len(_Sums._fields), len(_SoftSums._fields)
@@ -271,7 +279,8 @@ def _combine(parts: _Sums) -> Softmax:
     largest, below = _below_group(parts)
     label = parts.label.amax(0)
     log_sum = (parts.sum_exp * below.exp()).sum(0).log()
-    return Softmax(largest, torch.where(label > float("-inf"), log_sum, float("nan")), label - largest)
+    ties = torch.where((parts.sum_exp > 0) & (below == 0), parts.ties, 0).sum(0)
+    return Softmax(largest, torch.where(label > float("-inf"), log_sum, float("nan")), label - largest, ties)
 
 
 def _below_group(parts: _Sums) -> tuple[Tensor, Tensor]:
@@ -291,5 +300,6 @@ def _combine_both(student: _Sums, teacher: _Sums, soft: _SoftSums, temperature: 
     logit = (factor * (soft.logit + soft.sum_exp * student_below)).sum(0)
     gap = (factor * (soft.gap + soft.sum_exp * (teacher_below - student_below))).sum(0)
     kl = gap / sum_exp + (student_whole.log_sum.exp() / sum_exp).log()  # a ratio near 1 where the models agree
-    agreement = ((soft.both > 0) & (student_below == 0) & (teacher_below == 0)).any(0).float()
+    both = torch.where((student_below == 0) & (teacher_below == 0), soft.both, 0).sum(0)
+    agreement = both / (student_whole.ties * teacher_whole.ties)
     return student_whole, Comparison(teacher_whole, sum_exp, logit / sum_exp, kl, agreement)

@@ -243,15 +243,35 @@ def test_kl_of_any_token_is_right_and_never_below_0(temperature, scale, noise):
     torch.testing.assert_close(comparison.kl.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=2e-6, atol=1e-6)
 
 
-def test_agreement_and_hits_count_ties():
-    """Ids 1 and 2 tie in the student, 2 and 3 in the teacher."""
-    student, teacher = torch.tensor([[0.0, 5, 5, 1]]).repeat(4, 1), torch.tensor([[0.0, 1, 5, 5]]).repeat(4, 1)
-    label = Label.of(torch.arange(4), VocabularyShard(Alone(), 4, 4, False))
-    softmax, comparison = compare(student, teacher, 1.0, label, Alone(), Blocks.of(student))
-    assert softmax.hit.tolist() == [0, 1, 1, 0] and comparison.teacher.hit.tolist() == [0, 0, 1, 1]
-    assert comparison.agreement.tolist() == [1] * 4
-    _, apart = compare(student[:, [0, 1, 3, 3]], teacher, 1.0, label, Alone(), Blocks.of(student))
-    assert apart.agreement.tolist() == [0] * 4
+def whole_numbers(tp: int, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[list[list[float]], float]:
+    """(hits of the student, of the teacher, agreement) of each row, and the student's accuracy out of the fused loss; on a rank of tp."""
+    group, rows = dist.group.WORLD, student.size(1) // tp
+    assert group is not None
+    shard = VocabularyShard(group, rows, student.size(1), False)
+    own = slice(shard.first, shard.first + rows)
+    parts = student[:, own].contiguous(), teacher[:, own].contiguous()
+    softmax, comparison = compare(*parts, 0.25, Label.of(labels, shard), group, Blocks.of(parts[0]))
+    figures = [softmax.hit.tolist(), comparison.teacher.hit.tolist(), comparison.agreement.tolist()]
+    one_hot = torch.eye(student.size(1))  # hidden states that are logits: a weight of the identity
+    _, sums = fused_linear_cross_entropy(student[:, None], one_hot[own], labels, torch.ones(len(labels)), shard, 3)
+    return figures, float(sums[METRICS.index("accuracy")])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_tie_counts_as_its_share(tp):
+    """Against choosing uniformly, in float64, among the ids that have the largest logit; few values, so that ties are frequent."""
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (torch.randint(0, 3, (200, 6), generator=generator).float() for _ in range(2))
+    labels = torch.randint(0, 6, (200,), generator=generator)
+    student_share, teacher_share = (
+        (logits == logits.amax(-1, keepdim=True)).double() / (logits == logits.amax(-1, keepdim=True)).sum(-1, keepdim=True)
+        for logits in (student, teacher)
+    )
+    right = [share.gather(1, labels[:, None])[:, 0] for share in (student_share, teacher_share)] + [(student_share * teacher_share).sum(-1)]
+    assert {len(set(column.tolist())) > 3 for column in right} == {True}
+    for figures, accuracy in run_ranks(tp, whole_numbers, tp, student, teacher, labels):
+        torch.testing.assert_close(torch.tensor(figures, dtype=torch.float64), torch.stack(right), rtol=1e-6, atol=0)
+        assert accuracy == pytest.approx(float(right[0].sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
