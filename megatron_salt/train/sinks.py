@@ -98,10 +98,17 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(entry: Entry) -> dict[str, float]:
-    """An entry's numbers under the names of its curves: train/loss, time/data, valid/loss ..."""
+    """An entry's numbers under the names of its curves: train/loss, time/data, valid/loss ...
+
+    train/loss is the cross entropy against the data in both stages, so that the curve does not jump where a teacher leaves;
+    the loss that stage 1 minimises, of the mixed target, is train/mixed_loss.
+    """
     prefix = {"step": "train", "eval": entry.get("name"), "event": "event"}[entry["kind"]]
     curves = {f"{prefix}/{key}": float(value) for key, value in entry.items()
               if isinstance(value, (int, float)) and key not in ("step", "time")}
+    if "ce" in entry:
+        curves |= {f"{prefix}/loss": float(entry["ce"]), f"{prefix}/mixed_loss": float(entry["loss"])}
+        del curves[f"{prefix}/ce"]
     return curves | {f"time/{phase}": float(seconds) for phase, seconds in entry.get("phases", {}).items()}
 
 

@@ -147,6 +147,8 @@ def test_what_is_flushed_survives_a_kill_and_a_run_that_starts_over_replaces_it(
 def test_curves_are_named_by_kind():
     step = {"kind": "step", "step": 3, "time": 1.0, "loss": 2.0, "nonfinite": True, "phases": {"data": 0.5}}
     assert sinks.scalars(step) == {"train/loss": 2.0, "train/nonfinite": 1.0, "time/data": 0.5}
+    assert sinks.scalars(step | {"loss": 1.5, "ce": 2.0})["train/loss"] == 2.0, "of the data, in both stages: no jump where a teacher goes"
+    assert sinks.scalars(step | {"loss": 1.5, "ce": 2.0})["train/mixed_loss"] == 1.5
     assert sinks.scalars({"kind": "eval", "step": 3, "name": "valid", "loss": 1.0}) == {"valid/loss": 1.0}
 
 
