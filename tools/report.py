@@ -147,8 +147,12 @@ def require_below(curve: Curve, other: Curve) -> bool:
 # --- on the terminal --------------------------------------------------------------------------------------------------
 
 def table(curves: Sequence[Curve], unigram: float | None) -> str:
-    """One row a run. Training loss: mean of the last twentieth; tokens/s and time: of steps, without evaluations and saves."""
-    heads = ["run", "steps", "tokens", "training loss", "held-out loss", "accuracy", "stage 2 from", "tokens/s", "time", "peak memory"]
+    """One row a run. Training loss: mean of the last twentieth; tokens/s and time: of steps, without evaluations and saves.
+
+    Time is the wall clock's, of a machine that may be shared: the median step suffers least from what else ran there.
+    """
+    heads = ["run", "steps", "tokens", "training loss", "held-out loss", "accuracy", "stage 2 from", "tokens/s", "time", "median step",
+             "peak memory"]
     rows = []
     for curve in curves:
         last = curve.losses[-max(1, len(curve.losses) // 20):]
@@ -163,6 +167,7 @@ def table(curves: Sequence[Curve], unigram: float | None) -> str:
             "-" if curve.switch is None else f"step {curve.switch.step + 1}",
             f"{tokens / max(seconds, 1e-9):.0f}",
             f"{seconds:.1f} s",
+            f"{1000 * np.median(np.diff(curve.seconds, prepend=0)):.4g} ms",
             f"{curve.peak_gib:.2f} GiB",
         ])
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,8 @@ def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
     curve = read_curve("a", write_log(tmp_path / "a", [8.0] * 38 + [3.0, 2.0], {20: 5.0, 40: 2.25}))
     lines = table([curve], unigram=6.5).splitlines()
     assert lines[2].split()[:9] == ["a", "40", "32000", "2.5000", "2.2500", "-", "-", "1600", "20.0"]
+    one_slow = replace(curve, seconds=np.cumsum([0.1] * 39 + [100.0]))
+    assert table([one_slow], None).splitlines()[2].split()[8:12] == ["103.9", "s", "100", "ms"], "a median stands beside wall-clock"
     assert lines[-1] == "unigram entropy of held-out tokens: 6.5000"
 
 
