@@ -27,9 +27,14 @@ def head_flops(model: ModelConfig, padded_vocabulary: int) -> float:
     return 2.0 * model.hidden_size * padded_vocabulary
 
 
+def forward_flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary: int) -> float:
+    """FLOPs of a forward pass for one token, output layer included: what a teacher costs."""
+    return model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary)
+
+
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary: int) -> float:
     """Model FLOPs of forward and backward for one token: recomputation does not count."""
-    return 3.0 * (model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary))
+    return 3.0 * forward_flops_per_token(model, seq_length, padded_vocabulary)
 
 
 def num_parameters(model: ModelConfig, padded_vocabulary: int, seq_length: int) -> int:

@@ -23,6 +23,7 @@ from megatron_salt.data.selection import Selection, refuse_other_data
 from megatron_salt.data.staged import StagedSamples
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
+from megatron_salt.model.flops import forward_flops_per_token
 from megatron_salt.model.gpt import build_model
 from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
 from megatron_salt.model.precision import TORCH, Precision
@@ -194,7 +195,10 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
         return replace(run, stage1=Stage1(None, schedule))
     # Its held-out figures are computed anew: the held-out data, or how much of it is used, may be other than it was.
     run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
-    return replace(run, stage1=Stage1(admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout, precision), schedule))
+    padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
+    flops = forward_flops_per_token(teacher.model, config.training.seq_length, padded)
+    admitted = admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout, precision)
+    return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
 def admit_teacher(

@@ -141,6 +141,7 @@ def _record(
         grad_norm=outcome.grad_norm,
         tokens=run.plan.global_batch_size * run.student.seq_length,
         seconds=seconds,
+        teacher_flops=0.0 if run.stage1 is None else run.stage1.teacher_flops,
         nonfinite=not outcome.applied,
         phases=timer.take(),
         extra={} if run.stage1 is None else {"kd_weight": kd_weight} | {name: figures[name] for name in SHOWN if name in figures},

@@ -108,6 +108,9 @@ class StepRecord:
     seconds: float
     """Wall time of the step: data, forward, backward, optimizer; without evaluations and saves."""
 
+    teacher_flops: float = 0.0
+    """The teacher's FLOPs for an input token; 0 in a step without one."""
+
     nonfinite: Tensor | bool = False
     """Whether the step was skipped for a non-finite gradient norm."""
 
@@ -134,7 +137,8 @@ class RunLog:
         self._active = active
         self._interval = logging.log_interval
         self._total_steps = total_steps
-        self._flops_per_token_and_rank = flops_per_token / world_size
+        self._flops_per_token = flops_per_token
+        self._world_size = world_size
         self._clock = clock
         self._first: tuple[int, float] | None = None  # step and time of the first record, for the ETA
         self._unread: list[StepRecord] = []
@@ -215,7 +219,8 @@ class RunLog:
                 "kind": "step", "time": time.time(), "step": record.step, "consumed_samples": record.consumed_samples,
                 "loss": float(record.loss), "lr": record.lr, "grad_norm": float(record.grad_norm),
                 "nonfinite": bool(record.nonfinite), "tokens": record.tokens, "seconds": record.seconds,
-                "tokens_per_second": rate, "tflops_per_rank": self._tflops_per_rank(rate), "memory_gib": memory,
+                "tokens_per_second": rate, "tflops_per_rank": self._tflops_per_rank(rate, record.teacher_flops),
+                "memory_gib": memory,
                 "phases": dict(record.phases),
             }
             assert not record.extra.keys() & entry.keys(), f"extra metrics repeat {sorted(record.extra.keys() & entry.keys())}"
@@ -247,9 +252,10 @@ class RunLog:
 
         seconds = sum(entry["seconds"] for entry in entries)
         rate = sum(entry["tokens"] for entry in entries) / max(seconds, 1e-9)
+        tflops = sum(entry["tflops_per_rank"] * entry["seconds"] for entry in entries) / max(seconds, 1e-9)
         parts = [
             f"step {last['step']}/{self._total_steps}", f"loss {mean('loss'):.4f}", f"lr {last['lr']:.3e}",
-            f"grad norm {mean('grad_norm'):.3f}", f"{rate:.0f} tokens/s", f"{self._tflops_per_rank(rate):.3g} TFLOP/s a rank",
+            f"grad norm {mean('grad_norm'):.3f}", f"{rate:.0f} tokens/s", f"{tflops:.3g} TFLOP/s a rank",
             f"{last['memory_gib']:.2f} GiB", f"{last['consumed_samples']} samples",
             f"{_clock_time(self._seconds_left(last))} left",
         ]
@@ -257,8 +263,9 @@ class RunLog:
         parts += [f"{self._num_nonfinite} non-finite"] if self._num_nonfinite else []
         return " | ".join(parts)
 
-    def _tflops_per_rank(self, tokens_per_second: float) -> float:
-        return tokens_per_second * self._flops_per_token_and_rank / 1e12
+    def _tflops_per_rank(self, tokens_per_second: float, teacher_flops: float) -> float:
+        """Of student and teacher: what the ranks compute, and so no measure of the student's progress where there is a teacher."""
+        return tokens_per_second * (self._flops_per_token + teacher_flops) / self._world_size / 1e12
 
     def _seconds_left(self, last: Mapping[str, Any]) -> float:
         """By the pace since the first record, evaluations and saves included."""

@@ -23,6 +23,8 @@ class Stage1:
     teacher: Teacher | None
     """None: the data is selected, and nothing else."""
     schedule: Schedule
+    teacher_flops: float = 0.0
+    """The teacher's FLOPs for an input token, output layer included; 0 without a teacher."""
 
     def goes_on(self, step: int, progress: Progress) -> bool:
         """Whether a step is still of stage 1. Pure."""

@@ -93,6 +93,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     train(world_size, **flags, save=tmp_path / "one", save_interval=1)
     one = tmp_path / "one"
     assert [entry["step"] for entry in entries(one) if "kd_weight" in entry] == [1, 2, 3]
+    flops = [entry["tflops_per_rank"] / entry["tokens_per_second"] for entry in entries(one)]
+    assert min(flops[:3]) == pytest.approx(max(flops[:3])) and min(flops[:3]) > 1.01 * max(flops[3:]), "a teacher's arithmetic counts"
     for step in (2, 3, 4):
         if step == 3:
             shutil.rmtree(tmp_path / "teacher")

@@ -78,6 +78,14 @@ def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
     assert 0.01 < entry["memory_gib"] < 100
 
 
+def test_the_arithmetic_of_a_teacher_counts_in_the_steps_that_have_one(tmp_path, capsys):
+    with open_log(tmp_path, log_interval=2) as log:
+        log.step(record(1, teacher_flops=5e8))
+        log.step(record(2))
+    assert [entry["tflops_per_rank"] for entry in entries(tmp_path)] == [0.6, 0.4]  # 1600 tokens/s * (1e9 and 0.5e9) FLOPs / 4 ranks
+    assert "| 0.5 TFLOP/s a rank |" in capsys.readouterr().out
+
+
 def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, capsys):
     losses = [Late(float(step)) for step in range(1, 8)]
     with open_log(tmp_path, log_interval=3, total_steps=7) as log:
