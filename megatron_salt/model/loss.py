@@ -8,7 +8,8 @@ gradients, and nothing of the teacher is kept for backward.
 
 Rounding: logits (both models') and their gradient are rounded to the model's dtype, as megatron-core's output layer does;
 everything between is float32. Each chunk's weight gradient is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has
-float32 output) the chunk's product is rounded to bfloat16 first, as in megatron-core's layers, and then added in float32.
+float32 output) the chunk's product is rounded to bfloat16 first, as in megatron-core's layers, and then added in float32; a CPU
+without bfloat16 products multiplies in float32 and adds that unrounded, see products.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
 from megatron.core.tensor_parallel import layers
 
+from megatron_salt.model import products
 from megatron_salt.model.vocabulary import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
 
 METRICS = ("tokens", "loss", "accuracy")
@@ -116,7 +118,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         for chunk in slices(all_tokens.size(0), size):
             mask_n = mask[chunk]
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
-            logits_nv = torch.mm(hidden_nh, real_weight.t(), out=buffer[: mask_n.size(0)])
+            logits_nv = products.logits(hidden_nh, real_weight, buffer[: mask_n.size(0)])
             label = Label.of(torch.where(mask_n > 0, labels[chunk], 0), shard)
             soft = None
             if teacher is None or teacher_logits is None:
@@ -129,7 +131,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if want_hidden or want_weight:
                 gradient_nv = _into_gradient(logits_nv, label, mask_n, student, soft, blocks)
                 if d_hidden is not None:
-                    torch.mm(gradient_nv, real_weight, out=d_hidden[chunk])
+                    products.hidden_gradient(gradient_nv, real_weight, d_hidden[chunk])
                 if d_weight is not None:
                     _add_product(d_weight[: shard.real_rows], gradient_nv, hidden_nh)
         if d_hidden is not None:
@@ -189,7 +191,7 @@ class _TeacherLogits:
         """[n, real ids of this rank]; 0 where the mask is. The next call overwrites it."""
         mask_n = self.mask[chunk]
         hidden_nh = torch.where(mask_n[:, None] > 0, self.hidden[chunk], 0)
-        return torch.mm(hidden_nh, self.weight.t(), out=self.buffer[: mask_n.size(0)])
+        return products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])
 
 
 @dataclass(frozen=True)
@@ -255,12 +257,8 @@ def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
         layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden_nh, gradient_nv, total)
     elif total.is_cuda:  # from torch 2.10 on; before, only apex has it
         torch.addmm(total, gradient_nv.t(), hidden_nh, out_dtype=torch.float32, out=total)
-    else:  # band by band, so that the rounded product is still in the cache when it is added
-        rows = max(1, min(total.size(0), (1 << 20) // total.size(1)))
-        room = hidden_nh.new_empty((rows, total.size(1)))
-        for band in slices(total.size(0), rows):
-            product = torch.mm(gradient_nv[:, band].t(), hidden_nh, out=room[: band.stop - band.start])
-            total[band].add_(product)
+    else:
+        products.add_weight_gradient(total, gradient_nv, hidden_nh)
 
 
 def gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
