@@ -70,7 +70,7 @@ run_tool() { # run_tool COMMAND...: a tool that goes on where it was killed, unt
 }
 
 launch() { # command, on all tasks, until it is done
-    logs=$RUN_DIR/logs leaving='' left_at='' attempt=0
+    logs=$RUN_DIR/logs leaving='' left_at='' attempt=0 unsaved=0
     mkdir -p "$logs" || stop "RUN_DIR $RUN_DIR cannot be written" 2
     trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
     trap 'leaving=TERM left_at=${left_at:-$SECONDS}' TERM
@@ -85,6 +85,12 @@ launch() { # command, on all tasks, until it is done
         case $word in
             done) say "done: step $at, $reason"; exit 0 ;;
             refused) stop "refused, and not started again: $reason" 2 ;;
+            nonfinite) stop "not finite, and not started again: $reason" 4 ;;
+            unsaved)
+                unsaved=$((unsaved + 1))
+                [ "$unsaved" = 1 ] || stop "the last checkpoint could not be saved, twice: $reason" 3
+                say "the last checkpoint could not be saved, started once more: $reason"
+                [ -z "$leaving" ] || stop "left without a checkpoint: $reason" 3 ;;
             left) leaving=${leaving:-itself} ;;
             *) say "the processes died without a word; node logs: $NODE_LOGS"; [ -n "$leaving" ] || nodes_are_up || leaving=node ;;
         esac

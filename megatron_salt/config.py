@@ -287,7 +287,7 @@ class TrainingConfig:
     """Save and leave when SIGTERM or SIGUSR1 arrives."""
 
     outcome_file: str | None = None
-    """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on) or "refused" (a mistake that another start would repeat), the step and the reason. None appears where the run died."""
+    """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on), "refused" (a mistake that another start would repeat), "unsaved" (the last checkpoint is not on disk) or "nonfinite", the step and the reason. None appears where the run died."""
 
     max_nonfinite_steps: int = 10
     """So many steps in a row with a non-finite gradient norm end the run. Each such step leaves parameters and optimizer untouched."""
@@ -592,7 +592,7 @@ class LoggingConfig:
     """Weights & Biases project (needs the wandb package)."""
 
     wandb_exp_name: str | None = None
-    """Weights & Biases run name."""
+    """Weights & Biases run name, any text. A resumed run of the same name continues it."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "log_interval", "straggler_report_interval")

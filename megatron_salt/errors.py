@@ -4,13 +4,15 @@ Raised with a message that names the flag, the file and the numbers; the entry p
 traceback and exit with the class's status. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
 """
 
+from typing import Literal
+
 
 class UserError(ValueError):
     """A mistake in flags, files or environment, described for the person who made it. Another start would only repeat it."""
 
     status = 2
     """What the process exits with."""
-    outcome = "refused"
+    outcome: Literal["refused", "unsaved", "nonfinite"] = "refused"
     """The word in --outcome-file: train/outcome.py."""
 
 
@@ -18,11 +20,11 @@ class SaveError(UserError):
     """The last checkpoint is not on disk, or not whole. Nobody's mistake: another start may fare better."""
 
     status = 3
-    outcome = "unsaved"
+    outcome: Literal["refused", "unsaved", "nonfinite"] = "unsaved"
 
 
 class NonFiniteError(UserError):
     """Loss or parameters are not finite. Another start from the same checkpoint would most likely come to the same."""
 
     status = 4
-    outcome = "nonfinite"
+    outcome: Literal["refused", "unsaved", "nonfinite"] = "nonfinite"

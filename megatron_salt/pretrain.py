@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
-from megatron_salt.errors import SaveError, UserError
+from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
@@ -47,8 +47,7 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
         else:
             rehearse(config, dry_run_ranks)
     except UserError as error:
-        if not isinstance(error, SaveError):
-            write_outcome(config.training.outcome_file, "refused", None, str(error))
+        write_outcome(config.training.outcome_file, error.outcome, None, str(error))
         raise
 
 

@@ -2,24 +2,35 @@
 
     done 208000 job 4711.2 after its last step
 
-`done`: the last step is saved. `left`: it saved and wants to go on (a signal, a time limit). `refused`: a mistake of the user's, which
-another start would only repeat. No file: the run died. A launcher decides by this line and not by exit codes, which torch, Slurm and
-signals make up too; it names a new file at each start, so that no other job's word can be taken for this one's. Standard library alone.
+| word        | status | meaning |
+| `done`      | 0 | the last step is done and, with --save, its checkpoint is on disk |
+| `left`      | 0 | it saved and wants to go on (a signal, a time limit) |
+| `refused`   | 2 | a mistake of the user's, which another start would only repeat |
+| `unsaved`   | 3 | the last checkpoint is not on disk; another start may fare better |
+| `nonfinite` | 4 | loss or parameters are not finite; another start would come to the same |
+| `machine`   | 5 | reserved: a host that a run cannot use; nothing writes it yet |
+
+No file: the run died. A launcher decides by this line and not by exit codes, which torch, Slurm and signals make up too. It names a new
+file at each start, so that no other job's word can be taken for this one's. Standard library alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import Literal
 
-Word = Literal["done", "left", "refused"]
+Word = Literal["done", "left", "refused", "unsaved", "nonfinite", "machine"]
+
+log = logging.getLogger(__name__)
 
 
 def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -> None:
     """Leave the line; it appears whole or not at all, and of several processes' lines one stays. step: reached; None before the first.
 
-    Nothing is written where `path` is None. A disk that cannot take it is no further mistake: the run then counts as one that died.
+    Nothing is written where `path` is None. A disk that cannot take it is told and ends nothing: the run then counts as one that died.
     """
     if path is None:
         return
@@ -29,5 +40,7 @@ def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -
     try:
         tmp.write_text(line, encoding="utf-8")
         os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("--outcome-file %s cannot be written (%s): how the run ended is not in it", path, error)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 import megatron_salt.parallel.cpu  # noqa: F401
 
 from megatron_salt.config import RunConfig
-from megatron_salt.errors import UserError
+from megatron_salt.checkpoint import shelf
+from megatron_salt.errors import SaveError, UserError
 from megatron_salt.model.flops import flops_per_token
-from megatron_salt.parallel.agreement import first_problem, largest
+from megatron_salt.parallel.agreement import first_problem, from_rank_0, largest
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
@@ -61,10 +63,27 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
             progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)
+        if config.checkpoint.save is not None and progress.step > run.progress.step:
+            refuse_unsaved(Path(config.checkpoint.save), progress.step)
     if rank == 0:  # after the last barrier: every rank has saved
         done = progress.step >= run.plan.total_steps
         write_outcome(config.training.outcome_file, "done" if done else "left", progress.step,
                       "after its last step" if done else f"before its last step, {run.plan.total_steps}")
+
+
+def refuse_unsaved(save: Path, step: int) -> None:
+    """Raise SaveError unless the checkpoint of `step`, the last one of this start, is whole under --save. Collective over all ranks."""
+
+    def look() -> str | None:
+        whole = shelf.whole_checkpoints(save)
+        if step in whole and shelf.read_tracker(save, "--save") == step:
+            return None
+        stands = f"{whole[max(whole)]} stands" if whole else "there is no earlier checkpoint"
+        return f"the run ended at step {step}, which is not saved in --save {save}; {stands}; --load {save} goes on from it"
+
+    problem = from_rank_0(look)
+    if problem is not None:
+        raise SaveError(problem)
 
 
 def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:

@@ -8,10 +8,12 @@ loses nothing: the JSONL keeps what it could not write and tries again.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,7 +147,8 @@ class Wandb:
     def __init__(self, project: str, run_name: str | None, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=run_name, id=run_name, resume="allow", config=dict(config))
+        run_id = None if run_name is None else wandb_id(run_name)
+        self._run = wandb.init(project=project, name=run_name, id=run_id, resume="allow", config=dict(config))
 
     def write(self, entry: Entry) -> None:
         self._run.log(scalars(entry), step=entry["step"])
@@ -155,6 +158,13 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def wandb_id(run_name: str) -> str:
+    """The id that a run's name stands for: the name itself where W&B takes it, else its sound characters and a hash of it."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", run_name):
+        return run_name
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', run_name)[:48]}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
 
 
 def make_directory(directory: Path, flag_name: str) -> None:

@@ -8,6 +8,8 @@ its data, and a fixed piece of arithmetic, which a throttled GPU or a core that 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import statistics
@@ -22,6 +24,8 @@ import torch.distributed as dist
 
 import megatron_salt.parallel.cpu as cpu
 
+log = logging.getLogger(__name__)
+
 BEAT_SECONDS = 10.0
 _PRODUCTS = 16  # of one timing
 
@@ -34,9 +38,10 @@ class Heartbeat:
         self._path = Path(path) if path is not None and active else None
         self._clock = clock
         self._written: float | None = None
+        self._told = False
 
     def beat(self, step: int) -> None:
-        """After every step; writes when the last writing is ten seconds old. A disk that cannot take it does not end the run."""
+        """After every step; writes when the last writing is ten seconds old. A disk that cannot take it is told once."""
         if self._path is None or (self._written is not None and self._clock() - self._written < BEAT_SECONDS):
             return
         self._written = self._clock()
@@ -44,8 +49,13 @@ class Heartbeat:
         try:
             tmp.write_text(f"{step}\n", encoding="ascii")
             os.replace(tmp, self._path)
-        except OSError:
-            tmp.unlink(missing_ok=True)
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                log.warning("--heartbeat-file %s cannot be written (%s); the run goes on, and tries again", self._path, error)
+            self._told = True
+            with contextlib.suppress(OSError):
+                tmp.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

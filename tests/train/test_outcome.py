@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_salt import pretrain
+from megatron_salt.checkpoint import shelf
+from megatron_salt.config import RunConfig
+from megatron_salt.errors import NonFiniteError, SaveError, UserError
+from megatron_salt.train import session
 from megatron_salt.train.outcome import write_outcome
+from megatron_salt.train.vitals import Heartbeat
 from tests.program import refused, train, write_tokens
 
 
@@ -40,3 +47,45 @@ def test_the_line_names_job_and_restart_and_a_disk_that_cannot_take_it_is_no_err
     assert (tmp_path / "outcome").read_text() == "left 9 job 17.2 two lines\n"
     write_outcome(str(tmp_path / "not there" / "outcome"), "left", 9, "")
     write_outcome(None, "left", 9, "")
+
+
+def test_a_side_file_that_cannot_be_written_or_removed_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    write_outcome(str(tmp_path / "outcome"), "done", 9, "")
+    heartbeat = Heartbeat(str(tmp_path / "beat"), active=True, clock=iter(range(0, 1000, 20)).__next__)
+    for step in range(3):
+        heartbeat.beat(step)
+    assert [message.split()[0] for message in caplog.messages] == ["--outcome-file", "--heartbeat-file"]
+
+
+@pytest.mark.parametrize("error", [UserError("no"), SaveError("no"), NonFiniteError("no")])
+def test_each_kind_of_end_leaves_its_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: UserError) -> None:
+    def end(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pretrain, "carry_out", end)
+    config = RunConfig(training=replace(RunConfig().training, outcome_file=str(tmp_path / "outcome")))
+    with pytest.raises(UserError):
+        pretrain.pretrain(config, None, 0.0)
+    assert (tmp_path / "outcome").read_text() == f"{error.outcome} - job -.0 no\n"
+
+
+def test_the_last_step_is_saved_only_where_its_checkpoint_stands_and_the_tracker_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "from_rank_0", lambda look: look())
+    with pytest.raises(SaveError, match="step 6, which is not saved .* no earlier"):
+        session.refuse_unsaved(tmp_path, 6)
+    for step in (3, 6):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        shelf.write_tracker(tmp_path, 3)
+    with pytest.raises(SaveError, match="iter_0000006 stands"):
+        session.refuse_unsaved(tmp_path, 6)
+    shelf.write_tracker(tmp_path, 6)
+    session.refuse_unsaved(tmp_path, 6)

@@ -170,3 +170,11 @@ def test_wandb_gets_the_same_numbers_and_its_run_is_finished(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
     train(tmp_path, (1, 2), start_step=0, wandb_project="salt", wandb_exp_name="first")
     assert calls == [("salt", "first", "allow"), (1, 1.0), (2, 2.0), "finish"]
+
+
+def test_a_wandb_id_is_the_name_where_that_is_sound_and_else_sound_and_its_own():
+    assert sinks.wandb_id("first_2.8b-a") == "first_2.8b-a"
+    odd = ["a 7b: lr=1e-4/x #2", "a 7b: lr=1e-4/x ?2", "é" * 200, " "]
+    ids = [sinks.wandb_id(name) for name in odd]
+    assert len(set(ids)) == len(odd) and all(len(one) <= 64 and not set(one) & set("/\\#?%: é") for one in ids)
+    assert ids == [sinks.wandb_id(name) for name in odd]
