@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -159,7 +160,7 @@ class Checkpointer:
 
     def _write_companions(self, directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> None:
         """Rank 0: everything but the shards."""
-        if directory.exists():
+        if os.path.lexists(directory):
             shelf.delete(directory)
         (directory / TOKENIZER).mkdir(parents=True)
         self._tokenizer.save(directory / TOKENIZER)
@@ -189,9 +190,8 @@ class Checkpointer:
         metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
         integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
         shelf.publish(self._save, pending.step)
-        if self._config.keep_last is not None:
-            for step in shelf.surplus(shelf.saved_under(self._save), self._config.keep_last, latest=pending.step):
-                shelf.delete(shelf.whole_checkpoints(self._save)[step])
+        for line in shelf.make_room(self._save, self._config.keep_last, pending.step):
+            log.warning("--save: %s", line)
 
     def _failed(self, step: int, problem: str) -> None:
         message = from_rank_0(partial(self._give_up, step, problem))
