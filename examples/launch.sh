@@ -128,6 +128,7 @@ start() { # one step of the job: every task runs the command
     NODE_LOGS=$logs/$SLURM_JOB_ID.$RESTARTS.$attempt
     outcome=$logs/outcome$ELEMENT-$(uuid) beat=$logs/heartbeat$ELEMENT
     export MASTER_ADDR MASTER_PORT NODE_LOGS OUTCOME=$outcome LISTENS=$listens
+    export SALT_LAUNCH=$SLURM_JOB_ID.$RESTARTS.$attempt # a later start takes --save over at once from one that died
     mkdir -p "$NODE_LOGS"
     rm -f "$beat"
     local own=()

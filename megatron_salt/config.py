@@ -532,6 +532,9 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints from a background process while training goes on."""
 
+    take_over_save: bool = False
+    """Take --save away from a run that seems to be writing there. That run ends at its next save."""
+
     dist_ckpt_optim_fully_reshardable: bool = False
     """Write routine checkpoints' optimizer state so that it loads under any layout, as the save at the run's last step always is. Slower: every data-parallel rank gathers its group's state in host memory, 12 bytes a parameter of its tp and pp share."""
 
@@ -557,6 +560,8 @@ class CheckpointConfig:
         _at_least(self, 1, "save_interval", "keep_last")
         if self.save_interval is not None and self.save is None:
             raise UserError(f"--save-interval {self.save_interval} needs --save")
+        if self.take_over_save and self.save is None:
+            raise UserError("--take-over-save needs --save")
         if self.save_at and self.save is None:
             raise UserError(f"--save-at {' '.join(map(str, self.save_at))} needs --save")
         if any(step < 1 for step in self.save_at):

@@ -29,6 +29,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.errors",
     "megatron_salt.config",
     "megatron_salt.checkpoint.integrity",
+    "megatron_salt.checkpoint.owner",
     "megatron_salt.checkpoint.progress",
     "megatron_salt.checkpoint.shelf",
     "megatron_salt.data.arrange",

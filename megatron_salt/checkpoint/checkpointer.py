@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
 from megatron_salt.checkpoint import fp8_state, integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
 
@@ -69,11 +71,14 @@ class Checkpointer:
         chunks: Sequence[nn.Module],
         optimizer: MegatronOptimizer | None,
         scheduler: OptimizerParamScheduler | None,
+        owner: Ownership | None = None,
     ) -> None:
-        """`chunks` are the bare or wrapped model chunks of this rank. Raises UserError where --save cannot be written."""
+        """`chunks` are the bare or wrapped model chunks of this rank. `owner` is rank 0's hold on --save; None: on other ranks, or
+        where nobody else can write. Raises UserError where --save cannot be written."""
         self._config, self._run, self._tokenizer, self._mesh = config, run, tokenizer, mesh
         self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
         self._save = None if config.save is None else Path(config.save)
+        self._owner = owner
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
@@ -159,7 +164,8 @@ class Checkpointer:
 
     def _write_companions(self, directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> None:
         """Rank 0: everything but the shards."""
-        if directory.exists():
+        self._check_owner()
+        if os.path.lexists(directory):
             shelf.delete(directory)
         (directory / TOKENIZER).mkdir(parents=True)
         self._tokenizer.save(directory / TOKENIZER)
@@ -185,13 +191,13 @@ class Checkpointer:
     def _seal(self, pending: _Pending, shards: dict[str, integrity.FileSum]) -> None:
         """Rank 0: checksums, the final name, the tracker; then make room."""
         assert self._save is not None
+        self._check_owner()
         directory = pending.write.directory
         metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
         integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
         shelf.publish(self._save, pending.step)
-        if self._config.keep_last is not None:
-            for step in shelf.surplus(shelf.saved_under(self._save), self._config.keep_last, latest=pending.step):
-                shelf.delete(shelf.whole_checkpoints(self._save)[step])
+        for line in shelf.make_room(self._save, self._config.keep_last, pending.step):
+            log.warning("--save: %s", line)
 
     def _failed(self, step: int, problem: str) -> None:
         message = from_rank_0(partial(self._give_up, step, problem))
@@ -202,6 +208,7 @@ class Checkpointer:
     def _give_up(self, step: int, problem: str) -> str:
         """Rank 0: remove what there is of a save that failed, and say so."""
         assert self._save is not None
+        self._check_owner()
         directory = shelf.partial_of(self._save, step)
         if directory.exists():
             with contextlib.suppress(OSError):
@@ -211,6 +218,11 @@ class Checkpointer:
         free = shutil.disk_usage(self._save).free / 2**30
         failed = f"saving step {step} to --save {self._save} ({free:.1f} GiB free) failed on {problem}"
         return f"{failed}; what there was of it is removed, {stands}"
+
+    def _check_owner(self) -> None:
+        """Rank 0, before it writes or deletes: raises UserError where --save is another run's by now."""
+        if self._owner is not None:
+            self._owner.check()
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 

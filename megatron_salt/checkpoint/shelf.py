@@ -8,11 +8,14 @@ chose, and everything else with one of our suffixes is a leftover. Where a step 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_salt.errors import UserError
@@ -51,7 +54,7 @@ def whole_checkpoints(root: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for path in _entries(root):
         step, suffix = _parse(path)
-        if suffix is None or (suffix == _REPLACED and not directory_of(root, step).exists()):
+        if suffix is None or (suffix == _REPLACED and path.is_dir() and not directory_of(root, step).exists()):
             found[step] = path
     return dict(sorted(found.items()))
 
@@ -102,33 +105,55 @@ def candidates(load: Path, fallback: bool = False, flag_name: str = "--load") ->
 
 def publish(root: Path, step: int) -> Path:
     """Give a whole partial its name and move the tracker. Its files must be durable already."""
-    partial, final = partial_of(root, step), directory_of(root, step)
-    sync_directory(partial)
+    written, final = partial_of(root, step), directory_of(root, step)
+    sync_directory(written)
     replaced = final.with_name(final.name + _REPLACED)
-    if final.exists():
+    if os.path.lexists(final):
+        if os.path.lexists(replaced):
+            delete(replaced)
         os.rename(final, replaced)
-    os.rename(partial, final)
+    os.rename(written, final)
     sync_directory(root)
     write_tracker(root, step)
-    if replaced.exists():
-        delete(replaced)
+    if os.path.lexists(replaced):
+        with contextlib.suppress(OSError):  # the save is whole; `make_room` tries again and tells
+            delete(replaced)
     return final
 
 
 def tidy(root: Path) -> list[str]:
-    """Remove what crashed runs left half-done; put a replaced checkpoint back where its successor never came. What was done."""
+    """Remove what crashed runs left half-done; put a replaced checkpoint back where its successor never came. What was done.
+
+    A leftover that cannot be removed is told too, and stays: it is in nobody's way.
+    """
     done = []
     for path in _entries(root):
         step, suffix = _parse(path)
         final = directory_of(root, step)
-        if suffix == _REPLACED and not final.exists():
+        if suffix == _REPLACED and path.is_dir() and not os.path.lexists(final):
             os.rename(path, final)
             done.append(f"restored {final.name}, whose replacement was never finished")
         elif suffix is not None:
-            shutil.rmtree(path)
-            done.append(f"removed {path.name}, left over from an unfinished run")
+            problem = _try(partial(_remove, path))
+            done.append(f"removed {path.name}, left over from an unfinished run" if problem is None else _stays(path, problem))
     (root / (TRACKER + ".tmp")).unlink(missing_ok=True)
     return done
+
+
+def make_room(root: Path, keep_last: int | None, latest: int) -> list[str]:
+    """Delete the checkpoints that --keep-last leaves over, and what earlier deletions could not remove. What could not be deleted now.
+
+    `latest` is the step just saved. A checkpoint that is a symbolic link is unlinked; what it points to stays.
+    """
+    doomed = []
+    for path in _entries(root):
+        step, suffix = _parse(path)
+        if suffix == _DELETING or (suffix == _REPLACED and directory_of(root, step).exists()):
+            doomed.append(path)
+    if keep_last is not None:
+        whole = whole_checkpoints(root)
+        doomed += [whole[step] for step in surplus(saved_under(root), keep_last, latest)]
+    return [_stays(path, problem) for path in doomed if (problem := _try(partial(delete, path))) is not None]
 
 
 def delete(path: Path) -> None:
@@ -137,10 +162,30 @@ def delete(path: Path) -> None:
     doomed = directory_of(path.parent, step)
     doomed = doomed.with_name(doomed.name + _DELETING)
     if suffix != _DELETING:
-        if doomed.exists():
-            shutil.rmtree(doomed)
+        if os.path.lexists(doomed):
+            _remove(doomed)
         os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory with all that is in it, or a file or symbolic link by itself."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def _try(action: Callable[[], None]) -> OSError | None:
+    try:
+        action()
+    except OSError as error:
+        return error
+    return None
+
+
+def _stays(path: Path, problem: OSError) -> str:
+    return f"{path} cannot be deleted ({problem}); the next save tries again"
 
 
 def saved_under(root: Path) -> list[Saved]:
@@ -168,7 +213,7 @@ def _before(root: Path, step: int) -> list[Path]:
 def _entries(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and (match[2] or path.is_dir()))
 
 
 def _parse(path: Path) -> tuple[int, str | None]:

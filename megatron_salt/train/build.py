@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,8 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
 from megatron_salt.checkpoint import integrity, shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
+from megatron_salt.checkpoint.owner import Ownership, acquire, myself
+from megatron_salt.checkpoint.writer import describe
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
 from megatron_salt.salt.prediction import predict
 from megatron_salt.salt.resumption import salt_from
@@ -115,16 +118,21 @@ def _probe(samples: Samples) -> None:
 
 
 def build(
-    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta, precisions: Precisions = PLAIN
-) -> Run:
-    """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks."""
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta, precisions: Precisions = PLAIN,
+    held: contextlib.ExitStack | None = None,
+) -> Run:  # fmt: skip
+    """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
+
+    held: gives --save free when the run ends; None: nobody else writes there.
+    """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
     data = from_rank_0(lambda: name_data(config, plan, inputs))
     checkpointer = Checkpointer(
-        config.checkpoint, identify(config, inputs, data), inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler
-    )
+        config.checkpoint, identify(config, inputs, data), inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
+        None if held is None else own_save(config.checkpoint, held),
+    )  # fmt: skip
     loaded = checkpointer.load()
     progress = loaded or Progress(0, 0)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
@@ -145,6 +153,20 @@ def build(
     )
     resumed = loaded is not None and progress.step > 0
     return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher)
+
+
+def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack) -> Ownership | None:
+    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, all raise UserError."""
+    if checkpoint.save is None:
+        return None
+    save, mine = Path(checkpoint.save), []
+    try:
+        from_rank_0(lambda: mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save)))
+    except OSError as error:
+        raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}") from None
+    for ownership in mine:
+        held.callback(ownership.release)
+    return mine[0] if mine else None
 
 
 def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -39,13 +40,13 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     inputs = read_inputs(config)
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    with distributed(timeout):
+    with ExitStack() as held, distributed(timeout):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
-        run = build(config, plan, layout, inputs, timeout, precisions)
+        run = build(config, plan, layout, inputs, timeout, precisions, held)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(

@@ -138,3 +138,57 @@ def test_a_checkpoint_that_cannot_be_read_is_not_deleted(tmp_path: Path) -> None
     shutil.copytree(tmp_path / "iter_0000010", tmp_path / "iter_0000011")
     (tmp_path / "iter_0000011" / STATE).unlink()
     assert shelf.saved_under(tmp_path) == []
+
+
+def saves(root: Path, *steps: int) -> None:
+    for step in steps:
+        put(root, step, saved_at=step)
+        shelf.publish(root, step)
+
+
+def test_a_checkpoint_that_is_a_link_is_unlinked_and_its_target_stays(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    saves(root, 10, 20, 30)
+    (root / "iter_0000010").rename(elsewhere)
+    (root / "iter_0000010").symlink_to(elsewhere)
+    assert shelf.make_room(root, 1, latest=30) == []
+    assert {path.name for path in root.iterdir()} == {TRACKER, "iter_0000030"}
+    assert contents(elsewhere) == "new"
+
+
+def test_a_step_whose_name_a_broken_link_has_is_saved_all_the_same(tmp_path: Path) -> None:
+    saves(tmp_path, 10)
+    (tmp_path / "iter_0000020").symlink_to(tmp_path / "nowhere")
+    saves(tmp_path, 20)
+    assert contents(tmp_path / "iter_0000020") == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {TRACKER, "iter_0000010", "iter_0000020"}
+
+
+@pytest.mark.parametrize("suffix", ["partial", "replaced", "deleting"])
+def test_leftovers_that_are_links_or_files_are_removed_at_the_start(tmp_path: Path, suffix: str) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    saves(root, 10)
+    elsewhere.mkdir()
+    (root / f"iter_0000010.{suffix}").symlink_to(elsewhere)
+    (root / f"iter_0000020.{suffix}").write_text("no directory")
+    (root / f"iter_0000030.{suffix}").symlink_to(tmp_path / "nowhere")
+    assert len(shelf.tidy(root)) == 3
+    assert {path.name for path in root.iterdir()} == {TRACKER, "iter_0000010"} and elsewhere.is_dir()
+
+
+def test_a_deletion_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves(tmp_path, 10, 20)
+    with monkeypatch.context() as patch:
+
+        def busy(path: Path) -> None:
+            raise OSError(16, "Device or resource busy", str(path))
+
+        patch.setattr(shutil, "rmtree", busy)
+        (line,) = shelf.make_room(tmp_path, 1, latest=20)
+        assert "iter_0000010" in line and "busy" in line
+        (line,) = shelf.tidy(tmp_path)
+        assert "cannot be deleted" in line
+        (line,) = shelf.make_room(tmp_path, 1, latest=20)
+        assert "iter_0000010.deleting" in line
+    assert shelf.make_room(tmp_path, 1, latest=20) == []
+    assert {path.name for path in tmp_path.iterdir()} == {TRACKER, "iter_0000020"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
 from megatron_salt.train.dry_run import check_room
@@ -82,3 +83,13 @@ def test_room(tmp_path: Path) -> None:
     assert "--keep-last 3 and the one being written" in check_room(there, free / 2)
     with pytest.raises(UserError, match="GiB free, and one checkpoint takes about"):
         check_room(there, 2 * free + 1)
+
+
+def test_a_save_that_another_run_owns_is_refused_here_as_at_a_start(tmp_path: Path, data: str) -> None:
+    with owned(tmp_path / "run", myself({}), take_over=False):
+        for ranks in ({"dry_run": 1}, {}):
+            message = refused(data_path=data, train_iters=2, save=tmp_path / "run", **ranks)
+            assert f"--save {tmp_path / 'run'} is owned by process" in message and "--take-over-save" in message
+            assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+        train(data_path=data, train_iters=2, save=tmp_path / "run", take_over_save=True)
+        assert not (tmp_path / "run" / LOCK).exists() and (tmp_path / "run" / "iter_0000002").is_dir()

@@ -1,0 +1,262 @@
+"""Who writes into a directory: `owner.json` in it, a lock that needs nothing of the file system but an atomic create and rename.
+
+It names the owner, and a thread of the owner counts on in it every ten seconds. An owner that is gone is known by a pid of this machine
+that no longer runs, by an earlier start of the same Slurm job, or by a count that stood still while a newcomer watched for a minute: clocks
+are never compared. The owner counts through its open file, so a lock that replaced its own is never overwritten.
+Standard library only; nothing here communicates: rank 0 calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_salt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOCK = "owner.json"
+BEAT = 10.0  # seconds between beats
+WATCH = 60.0  # seconds without a beat after which an owner is gone
+SETTLE = 0.5  # seconds in which two newcomers that took over at once see who was last
+_DIGITS = 12  # of the count, so that every beat has the same length
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One process that writes into a directory."""
+
+    host: str
+    machine: str
+    """This start of this machine, and this process's view of its pids: only under the same one a pid says anything."""
+    pid: int
+    started: str
+    """Of the process, in the kernel's ticks: another process that has its pid has another."""
+    job: str
+    """Slurm's job id; empty outside of Slurm."""
+    start: tuple[int, int]
+    """Slurm's restart count, and the count of examples/launch.sh's starts within it."""
+    token: str
+    """Of this lock alone."""
+
+    def __str__(self) -> str:
+        job = f" in Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+Verdict = Literal["take", "refuse", "watch"]
+
+
+def myself(environment: Mapping[str, str]) -> Owner:
+    """This process, by /proc and Slurm's variables; SALT_LAUNCH is JOB.RESTARTS.ATTEMPT, from examples/launch.sh."""
+    pid, job = os.getpid(), environment.get("SLURM_JOB_ID", "")
+    restarts, attempt = environment.get("SLURM_RESTART_COUNT", ""), ""
+    if environment.get("SALT_LAUNCH", "").count(".") == 2:
+        job, restarts, attempt = environment["SALT_LAUNCH"].split(".")
+    start = (int(restarts) if restarts.isdecimal() else 0, int(attempt) if attempt.isdecimal() else 0)
+    return Owner(socket.gethostname(), _machine(), pid, process_start(pid) or "", job, start, uuid.uuid4().hex)
+
+
+def decide(found: Owner | None, mine: Owner, find_start: Callable[[int], str | None], take_over: bool) -> tuple[Verdict, str]:
+    """What a newcomer does at once about the owner that it found, and why; None: the lock cannot be read. Pure but for `find_start`.
+
+    find_start: when the process of a pid of this machine started; None where there is none.
+    """
+    if take_over:
+        return "take", "--take-over-save says so"
+    if found is None:
+        return "watch", "it cannot be read"
+    if found.job and found.job == mine.job and found.start < mine.start:
+        return "take", "it is an earlier start of this job"
+    if found.machine and found.machine == mine.machine:
+        if find_start(found.pid) == found.started:
+            return "refuse", "it runs"
+        return "take", "its process is gone"
+    return "watch", "whether it runs cannot be seen from here"
+
+
+def read(directory: Path) -> tuple[Owner | None, bytes]:
+    """The owner that the directory's lock names, None where it names none, and the lock's content. Raises FileNotFoundError."""
+    content = (directory / LOCK).read_bytes()
+    try:
+        facts = json.loads(content)
+        restarts, attempt = facts["start"]
+        owner = Owner(
+            host=str(facts["host"]), machine=str(facts["machine"]), pid=int(facts["pid"]), started=str(facts["started"]),
+            job=str(facts["job"]), start=(int(restarts), int(attempt)), token=str(facts["token"]),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, content
+    return owner, content
+
+
+def refuse_living(directory: Path) -> str | None:
+    """For who only looks: a line about an owner that may be gone, None without one. Raises UserError for one that surely runs."""
+    try:
+        found, _ = read(directory)
+    except OSError:
+        return None
+    verdict, why = decide(found, myself(os.environ), process_start, take_over=False)
+    if verdict == "refuse":
+        raise UserError(_refusal(directory, found))
+    return None if verdict == "take" else f"owned by {found or 'an owner that cannot be read'}; {why}, a start will watch it"
+
+
+class Ownership:
+    """A directory that is this process's own until `release`. `check` before every write: another may have taken it over."""
+
+    def __init__(self, directory: Path, owner: Owner, descriptor: int, beat: float) -> None:
+        self._directory, self._owner, self._descriptor, self._interval = directory, owner, descriptor, beat
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owner of --save", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises UserError where the directory is another's by now."""
+        if self._is_mine():
+            return
+        try:
+            other = str(read(self._directory)[0] or "an owner that cannot be read")
+        except FileNotFoundError:
+            other = f"somebody who removed {LOCK}"
+        raise UserError(f"--save {self._directory} was taken over by {other}; this run, {self._owner}, writes no more there and ends")
+
+    def release(self) -> None:
+        """Give the directory free, where it is still this process's own."""
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                (self._directory / LOCK).unlink()
+        os.close(self._descriptor)
+
+    def _is_mine(self) -> bool:
+        try:
+            found, _ = read(self._directory)
+        except FileNotFoundError:
+            return False
+        return found is not None and found.token == self._owner.token
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(self._interval):
+            count += 1
+            with contextlib.suppress(OSError):  # replaced on another node, or a file system in trouble: `check` tells
+                _write(self._descriptor, self._owner, count)
+
+
+@contextlib.contextmanager
+def owned(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT) -> Iterator[Ownership]:
+    """The directory as this process's own, made where it is missing. Raises UserError where it is another's, OSError where it cannot
+    be written."""
+    ownership = acquire(directory, mine, take_over, watch, beat)
+    try:
+        yield ownership
+    finally:
+        ownership.release()
+
+
+def acquire(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT) -> Ownership:
+    """As `owned`, for who releases it himself. watch: seconds that an owner may stand still; a multiple of `beat`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    while True:
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileExistsError:
+            pass
+        else:
+            try:
+                _write(descriptor, mine, 0)
+            except OSError:
+                path.unlink()
+                raise
+            return Ownership(directory, mine, descriptor, beat)
+        try:
+            found, content = read(directory)
+        except FileNotFoundError:
+            continue  # released just now
+        verdict, why = decide(found, mine, process_start, take_over)
+        name = str(found or f"an owner whose {LOCK} cannot be read")
+        if verdict == "watch":
+            log.warning("--save %s seems to be owned by %s; watching it for %g s", directory, name, watch)
+            if not _stands_still(directory, content, watch):
+                if not path.exists():
+                    continue
+                verdict = "refuse"
+            why = f"it stood still for {watch:g} s"
+        if verdict == "refuse":
+            raise UserError(_refusal(directory, found))
+        log.warning("--save %s is taken over from %s: %s", directory, name, why)
+        return _take_over(directory, mine, beat)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in the kernel's ticks; None where there is none that still runs."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()  # the name before may hold anything
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # fields 3 and 22 of proc(5)
+
+
+def _machine() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""  # then no pid says anything
+
+
+def _write(descriptor: int, owner: Owner, count: int) -> None:
+    content = json.dumps({**asdict(owner), "beat": f"{count:0{_DIGITS}}"}) + "\n"
+    os.pwrite(descriptor, content.encode(), 0)
+    os.fsync(descriptor)
+
+
+def _stands_still(directory: Path, content: bytes, watch: float) -> bool:
+    """Whether the lock's content is the same for `watch` seconds."""
+    end = time.monotonic() + watch
+    while time.monotonic() < end:
+        time.sleep(min(1.0, watch / 20))
+        try:
+            if (directory / LOCK).read_bytes() != content:
+                return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _take_over(directory: Path, mine: Owner, beat: float) -> Ownership:
+    new = directory / f"{LOCK}.{mine.token}"
+    descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    try:
+        _write(descriptor, mine, 0)
+        os.replace(new, directory / LOCK)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    ownership = Ownership(directory, mine, descriptor, beat)
+    time.sleep(SETTLE)
+    try:
+        ownership.check()
+    except UserError:
+        ownership.release()
+        raise
+    return ownership
+
+
+def _refusal(directory: Path, owner: Owner | None) -> str:
+    return (f"--save {directory} is owned by {owner or f'a run whose {LOCK} cannot be read'}, which is writing there: give another --save, "
+            "wait for its end, or take it away from that run with --take-over-save")
