@@ -8,9 +8,9 @@ Architecture defaults are Megatron-LM's, except for dropout, which is off.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_salt.errors import UserError
 
@@ -41,6 +41,29 @@ def _within(section: object, low: float, high: float, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{flag(name)} must lie in [{low}, {high}], got {value}")
+
+
+def _from_zero_to_below_one(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"{flag(name)} must be at least 0 and below 1, got {value}")
+
+
+_FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal number and largest one
+_LARGEST_COUNT = 2**62
+
+
+def _representable(section: Any) -> None:
+    """Refuse numbers that the calculation cannot hold: floats outside float32, counts that do not fit into int64."""
+    for leaf in fields(section):
+        value = getattr(section, leaf.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and number != 0 and not _FLOAT32[0] <= abs(number) <= _FLOAT32[1]:
+                raise UserError(f"{flag(leaf.name)} must be 0 or between {_FLOAT32[0]:.3g} and {_FLOAT32[1]:.3g} in size, as float32 "
+                                f"holds it, got {number}")
+            if isinstance(number, int) and abs(number) > _LARGEST_COUNT:
+                raise UserError(f"{flag(leaf.name)} must be at most {_LARGEST_COUNT} in size, got {number}")
 
 
 @dataclass(frozen=True)
@@ -114,9 +137,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                   "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by")
-        _at_least(self, 0, "init_method_std")
-        _within(self, 0.0, 1.0, "hidden_dropout", "attention_dropout", "rotary_percent")
-        _above_zero(self, "rotary_base", "norm_epsilon")
+        _above_zero(self, "rotary_base", "norm_epsilon", "init_method_std")
+        _within(self, 0.0, 1.0, "rotary_percent", "norm_epsilon", "init_method_std")
+        _from_zero_to_below_one(self, "hidden_dropout", "attention_dropout")
+        _representable(self)
         if self.swiglu and self.squared_relu:
             raise UserError("--swiglu and --squared-relu name two different activations; give one")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
@@ -209,6 +233,7 @@ class ParallelConfig:
                   "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "decoder_first_pipeline_num_layers",
                   "decoder_last_pipeline_num_layers", "recompute_num_layers", "ddp_bucket_size")
         _above_zero(self, "distributed_timeout_minutes")
+        _representable(self)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")
         if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
@@ -313,7 +338,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
                   "loss_chunk_tokens", "loss_chunk_mib", "eval_interval", "exit_interval", "max_nonfinite_steps")
-        _at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start", "exit_duration_in_mins")
+        _at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start", "exit_duration_in_mins", "seed")
+        _representable(self)
         if self.train_iters is not None and self.train_samples is not None:
             raise UserError(f"--train-iters {self.train_iters} and --train-samples {self.train_samples} are two lengths of one run; give one")
         if self.profile and self.profile_step_end <= self.profile_step_start:
@@ -362,6 +388,7 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "fp8_amax_history_len")
         _at_least(self, 0, "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        _representable(self)
         if self.fp8_format is not None and self.fp4_format is not None:
             raise UserError(f"--fp8-format {self.fp8_format} and --fp4-format {self.fp4_format} are two precisions of the same products; give one")
         for name in ("fp8_recipe", "fp8_param_gather"):
@@ -448,11 +475,19 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay",
-                  "start_weight_decay", "end_weight_decay", "clip_grad", "adam_eps")
+                  "start_weight_decay", "end_weight_decay", "clip_grad")
+        _above_zero(self, "adam_eps")
         _at_least(self, 1, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
-        _within(self, 0.0, 1.0, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
+        _from_zero_to_below_one(self, "adam_beta1", "adam_beta2")
+        _within(self, 0.0, 1.0, "lr_warmup_fraction", "adam_eps")
+        _representable(self)
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+        if self.lr_warmup_init > self.lr:
+            raise UserError(f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}")
+        for name in ("weight_decay", "start_weight_decay", "end_weight_decay"):
+            if self.lr * (getattr(self, name) or 0.0) >= 1.0:
+                raise UserError(f"--lr {self.lr} x {flag(name)} {getattr(self, name)} must be below 1, the share that a step takes from a weight")
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
             raise UserError(f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} / "
                             f"--lr-warmup-samples {self.lr_warmup_samples} are two lengths of one warm-up; give one")
@@ -489,6 +524,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.5, "valid_share")
+        _representable(self)
         if self.valid_share and self.valid_data_path:
             raise UserError(f"--valid-share {self.valid_share} and --valid-data-path {' '.join(self.valid_data_path)} both name held-out data; give one")
 
@@ -558,6 +594,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "save_interval", "keep_last")
+        _representable(self)
         if self.save_interval is not None and self.save is None:
             raise UserError(f"--save-interval {self.save_interval} needs --save")
         if self.take_over_save and self.save is None:
@@ -601,6 +638,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "log_interval", "straggler_report_interval")
+        _representable(self)
 
 
 @dataclass(frozen=True)
@@ -671,6 +709,8 @@ class SaltConfig:
         _within(self, 0.0, 1.0, "kd_weight")
         _within(self, -1.0, 1.0, "kd_stop_margin")
         _above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib", "teacher_fp8_max_kl")
+        _within(self, 0.001, 1000.0, "kd_teacher_temperature")
+        _representable(self)
         if self.teacher_fp8_recipe == "delayed":
             raise UserError("--teacher-fp8-recipe delayed cannot be used: Transformer Engine updates delayed scales only where gradients are "
                             "computed, so a teacher, which has none, would keep those that it started with; use tensorwise, blockwise or mxfp8")

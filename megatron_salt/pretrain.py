@@ -19,11 +19,10 @@ from collections.abc import Callable, Sequence
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.hardware import order_launches
-from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.parallel.layout import world_size_from_environment
+from megatron_salt.train.checks import check
 from megatron_salt.train.outcome import write_outcome
-from megatron_salt.train.plan import RunPlan, check_save_at, check_teacher, plan_run
 from megatron_salt.train.signals import SignalWatch
 
 PATIENCE = 10.0  # seconds that other ranks leave to the one that reports a mistake
@@ -73,18 +72,6 @@ def rehearse(config: RunConfig, world_size: int) -> None:
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)
-
-
-def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
-    """Everything that the flags alone can get wrong. Raises UserError."""
-    layout = student_layout(config.parallel, world_size)
-    check_shapes(config.model, config.parallel, config.training.seq_length)
-    check_masking(config.model, config.data)
-    check_teacher(config.salt, config.training, layout)
-    plan = plan_run(config.training, config.parallel, layout, config.salt)
-    if config.training.train_iters is not None or config.checkpoint.load is None:  # else a checkpoint has a say in the run's length
-        check_save_at(config.checkpoint.save_at, plan.total_steps)
-    return layout, plan
 
 
 def with_one_voice(action: Callable[[], None]) -> None:

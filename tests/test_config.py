@@ -17,10 +17,16 @@ from megatron_salt.errors import UserError
 TEACHER = dict(teacher_load="t", kd_steps=5)
 REFUSED = [
     (ModelConfig, dict(num_layers=0), "--num-layers must be at least 1, got 0"),
-    (ModelConfig, dict(hidden_dropout=1.5), "--hidden-dropout must lie in [0.0, 1.0], got 1.5"),
+    (ModelConfig, dict(hidden_dropout=1.5), "--hidden-dropout must be at least 0 and below 1, got 1.5"),
+    (ModelConfig, dict(hidden_dropout=1.0), "--hidden-dropout must be at least 0 and below 1, got 1.0"),
+    (ModelConfig, dict(attention_dropout=float("nan")), "--attention-dropout must be at least 0 and below 1, got nan"),
+    (ModelConfig, dict(init_method_std=1e300), "--init-method-std must lie in [0.0, 1.0], got 1e+300"),
+    (ModelConfig, dict(init_method_std=0.0), "--init-method-std must be above 0 and finite, got 0.0"),
+    (ModelConfig, dict(norm_epsilon=1e30), "--norm-epsilon must lie in [0.0, 1.0], got 1e+30"),
+    (ModelConfig, dict(norm_epsilon=1e-60), "--norm-epsilon must be 0 or between 1.18e-38 and 3.4e+38 in size"),
     (ModelConfig, dict(rotary_base=0.0), "--rotary-base must be above 0 and finite, got 0.0"),
     (ModelConfig, dict(norm_epsilon=float("nan")), "--norm-epsilon"),
-    (ModelConfig, dict(init_method_std=-0.1), "--init-method-std must be at least 0, got -0.1"),
+    (ModelConfig, dict(init_method_std=-0.1), "--init-method-std must be above 0 and finite, got -0.1"),
     (ModelConfig, dict(swiglu=True, squared_relu=True), "--swiglu and --squared-relu"),
     (ModelConfig, dict(hidden_size=100, num_attention_heads=12),
      "--hidden-size 100 is not divisible by --num-attention-heads 12"),
@@ -42,7 +48,20 @@ REFUSED = [
     (OptimizerConfig, dict(lr=float("nan")), "--lr must be at least 0, got nan"),
     (OptimizerConfig, dict(lr=float("inf")), "--lr must be finite, got inf"),
     (OptimizerConfig, dict(lr=1e-4, min_lr=1e-3), "--min-lr 0.001 is above --lr 0.0001"),
-    (OptimizerConfig, dict(adam_beta2=1.5), "--adam-beta2 must lie in [0.0, 1.0], got 1.5"),
+    (OptimizerConfig, dict(adam_beta2=1.5), "--adam-beta2 must be at least 0 and below 1, got 1.5"),
+    (OptimizerConfig, dict(adam_beta1=1.0), "--adam-beta1 must be at least 0 and below 1, got 1.0"),
+    (OptimizerConfig, dict(adam_beta2=1.0), "--adam-beta2 must be at least 0 and below 1, got 1.0"),
+    (OptimizerConfig, dict(adam_beta1=-0.1), "--adam-beta1 must be at least 0 and below 1, got -0.1"),
+    (OptimizerConfig, dict(adam_eps=0.0), "--adam-eps must be above 0 and finite, got 0.0"),
+    (OptimizerConfig, dict(adam_eps=1e-50), "--adam-eps must be 0 or between 1.18e-38 and 3.4e+38 in size"),
+    (OptimizerConfig, dict(adam_eps=2.0), "--adam-eps must lie in [0.0, 1.0], got 2.0"),
+    (OptimizerConfig, dict(lr=1e300), "--lr must be 0 or between 1.18e-38 and 3.4e+38 in size, as float32 holds it, got 1e+300"),
+    (OptimizerConfig, dict(lr=1.0, weight_decay=1.0), "--lr 1.0 x --weight-decay 1.0 must be below 1"),
+    (OptimizerConfig, dict(lr=1.0, end_weight_decay=2.0), "--lr 1.0 x --end-weight-decay 2.0 must be below 1"),
+    (OptimizerConfig, dict(lr_warmup_init=0.1), "--lr-warmup-init 0.1 is above --lr 0.0003"),
+    (TrainingConfig, dict(seed=10**19), f"--seed must be at most {2**62} in size, got {10**19}"),
+    (TrainingConfig, dict(seed=-1), "--seed must be at least 0, got -1"),
+    (SaltConfig, TEACHER | dict(kd_teacher_temperature=1e-9), "--kd-teacher-temperature must lie in [0.001, 1000.0], got 1e-09"),
     (OptimizerConfig, dict(lr_warmup_fraction=0.1, lr_warmup_iters=5), "--lr-warmup-fraction 0.1 and --lr-warmup-iters 5"),
     (OptimizerConfig, dict(lr_decay_style="WSD"), "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
     (OptimizerConfig, dict(override_opt_param_scheduler=True, use_checkpoint_opt_param_scheduler=True), "contradict"),
@@ -82,6 +101,27 @@ def test_a_section_refuses_what_cannot_be(section, values, named):
     with pytest.raises(UserError) as refused:
         section(**values)
     assert named in str(refused.value)
+
+
+NUMBERS = [(section, leaf.name) for section in cli.sections().values() for leaf in fields(section) if "float" in str(leaf.type)]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "1e-300"])
+@pytest.mark.parametrize("section, name", NUMBERS, ids=[name for _, name in NUMBERS])
+def test_every_float_is_finite_and_fits_into_float32(section, name, value):
+    with pytest.raises(UserError, match=flag(name)):
+        section(**({name: float(value)} | (TEACHER if section is SaltConfig else {})))
+
+
+COUNTS = [(section, leaf.name) for section in cli.sections().values() for leaf in fields(section)
+          if str(leaf.type) in ("int", "int | None", "tuple[int, ...]")]
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63)])
+@pytest.mark.parametrize("section, name", COUNTS, ids=[name for _, name in COUNTS])
+def test_every_count_fits_into_int64(section, name, value):
+    with pytest.raises(UserError, match=flag(name)):
+        section(**{name: (value,) if name in ("save_at", "profile_ranks") else value})
 
 
 def test_the_defaults_stand():

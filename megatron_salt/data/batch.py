@@ -6,8 +6,6 @@ count alone: not on replicas, micro-batch size or restarts. Any rank may read an
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_salt.data.samples import Samples
-from megatron_salt.errors import UserError
-
-SkipRanges = tuple[tuple[int, int], ...]
+from megatron_salt.data.skipping import SkipRanges
 
 
 @dataclass(frozen=True)
@@ -100,21 +96,6 @@ class Batches:
             None if documents is None else torch.from_numpy(documents),
             sample_ids,
         )
-
-
-def parse_skip_samples(values: Sequence[str]) -> SkipRanges:
-    """`A:B` strings -> ((A, B), ...) in ascending order; UserError naming --skip-samples."""
-    ranges = []
-    for value in values:
-        start, colon, end = value.partition(":")
-        if not (colon and start.isascii() and start.isdigit() and end.isascii() and end.isdigit() and int(start) < int(end)):
-            raise UserError(f"--skip-samples takes A:B with whole numbers 0 <= A < B, such as 51200:56320, got {value}")
-        ranges.append((int(start), int(end)))
-    ranges.sort()
-    for one, other in itertools.pairwise(ranges):
-        if one[0] == other[0]:
-            raise UserError(f"--skip-samples {one[0]}:{one[1]} and {other[0]}:{other[1]} start at the same sample; give one")
-    return tuple(ranges)
 
 
 def stream_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:

@@ -17,10 +17,11 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, RunConfig, TrainingConfig
-from megatron_salt.data.batch import Batches, parse_skip_samples, passed_positions
+from megatron_salt.data.batch import Batches, passed_positions
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.data.choice import tokenizer_of_run
 from megatron_salt.data.selection import Selection, refuse_other_data
+from megatron_salt.data.skipping import parse_skip_samples
 from megatron_salt.data.staged import StagedSamples
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError

@@ -15,9 +15,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megatron_salt.config import OptimizerConfig, ParallelConfig
-from megatron_salt.errors import UserError
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.train.plan import schedule_lengths
 
 
 def wrap_in_ddp(
@@ -80,33 +80,15 @@ def build_scheduler(
     built: MegatronOptimizer, optimizer: OptimizerConfig, train_samples: int, global_batch_size: int
 ) -> OptimizerParamScheduler:
     """megatron-core's schedule of learning rate and weight decay. It counts samples; `train_samples` is the run's length."""
-
-    def in_samples(iters: int | None, samples: int | None) -> int | None:
-        return samples if samples is not None else None if iters is None else iters * global_batch_size
-
-    decay = in_samples(optimizer.lr_decay_iters, optimizer.lr_decay_samples) or train_samples
-    warmup = in_samples(optimizer.lr_warmup_iters, optimizer.lr_warmup_samples or None) or 0
-    if optimizer.lr_warmup_fraction is not None:
-        warmup = int(optimizer.lr_warmup_fraction * decay)
-    if warmup >= decay:
-        raise UserError(f"--lr-warmup-iters (or -samples, -fraction) comes to {warmup} samples, and the decay ends at {decay} "
-                        "(--lr-decay-iters, or the whole run); the warm-up must be shorter")
-    wsd_decay = in_samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples)
-    if optimizer.lr_decay_style == "WSD" and wsd_decay is not None and wsd_decay > decay:
-        raise UserError(f"--lr-wsd-decay-iters comes to {wsd_decay} samples, and the whole decay has {decay}")
-    constant = optimizer.weight_decay_incr_style == "constant"
+    lengths = schedule_lengths(optimizer, train_samples, global_batch_size)
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
-    if constant and (start is not None or end is not None):
-        raise UserError(
-            f"--start-weight-decay {start} and --end-weight-decay {end} need a --weight-decay-incr-style other than constant"
-        )
     return OptimizerParamScheduler(
         built,
         init_lr=optimizer.lr_warmup_init,
         max_lr=optimizer.lr,
         min_lr=optimizer.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
+        lr_warmup_steps=lengths.warmup,
+        lr_decay_steps=lengths.decay,
         lr_decay_style=optimizer.lr_decay_style,
         start_wd=optimizer.weight_decay if start is None else start,
         end_wd=optimizer.weight_decay if end is None else end,
@@ -114,6 +96,6 @@ def build_scheduler(
         wd_incr_style=optimizer.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=optimizer.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=optimizer.override_opt_param_scheduler,
-        wsd_decay_steps=wsd_decay,
+        wsd_decay_steps=lengths.wsd_decay,
         lr_wsd_decay_style=optimizer.lr_wsd_decay_style,
     )

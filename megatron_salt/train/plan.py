@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_salt.config import ParallelConfig, SaltConfig, TrainingConfig, flag
+from megatron_salt.config import OptimizerConfig, ParallelConfig, SaltConfig, TrainingConfig, flag
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.routing import check_sequence, teacher_layout
+
+MOST_SAMPLES = 2**62  # positions in an order are int64
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout,
         steps = training.train_iters
     else:
         raise UserError("give the run a length: --train-iters or --train-samples")
+    if steps * global_batch > MOST_SAMPLES:
+        raise UserError(f"{steps} steps of --global-batch-size {global_batch} are more samples than can be counted, {MOST_SAMPLES}")
     return RunPlan(steps, global_batch, micro, microbatches, stage2_micro, teacher_micro // micro)
 
 
@@ -97,6 +101,41 @@ def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -
                 f"--kd-stop crossover can end nothing: after the first evaluation, at --eval-interval {training.eval_interval}, and "
                 f"--kd-transition-steps {salt.kd_transition_steps} stage 1 is over by --kd-steps {salt.kd_steps} anyway"
             )
+
+
+@dataclass(frozen=True)
+class ScheduleLengths:
+    """Lengths of the learning rate's phases, in samples."""
+
+    warmup: int
+    decay: int
+    """Warm-up included."""
+    wsd_decay: int | None
+    """None but for WSD's own flags."""
+
+
+def schedule_lengths(optimizer: OptimizerConfig, train_samples: int, global_batch_size: int) -> ScheduleLengths:
+    """Raise UserError, naming flags and numbers, where the phases do not fit into a run of `train_samples`."""
+
+    def in_samples(iters: int | None, samples: int | None) -> int | None:
+        return samples if samples is not None else None if iters is None else iters * global_batch_size
+
+    decay = in_samples(optimizer.lr_decay_iters, optimizer.lr_decay_samples) or train_samples
+    warmup = in_samples(optimizer.lr_warmup_iters, optimizer.lr_warmup_samples or None) or 0
+    if optimizer.lr_warmup_fraction is not None:
+        warmup = int(optimizer.lr_warmup_fraction * decay)
+    if warmup >= decay:
+        raise UserError(f"--lr-warmup-iters (or -samples, -fraction) comes to {warmup} samples, and the decay ends at {decay} "
+                        "(--lr-decay-iters, or the whole run); the warm-up must be shorter")
+    wsd_decay = in_samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples)
+    if optimizer.lr_decay_style == "WSD" and wsd_decay is not None and wsd_decay > decay:
+        raise UserError(f"--lr-wsd-decay-iters comes to {wsd_decay} samples, and the whole decay has {decay}")
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    if optimizer.weight_decay_incr_style == "constant" and (start is not None or end is not None):
+        raise UserError(
+            f"--start-weight-decay {start} and --end-weight-decay {end} need a --weight-decay-incr-style other than constant"
+        )
+    return ScheduleLengths(warmup, decay, wsd_decay)
 
 
 def check_save_at(save_at: tuple[int, ...], total_steps: int) -> None:

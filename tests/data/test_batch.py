@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megatron_salt.config import DataConfig
-from megatron_salt.data.batch import Batches, parse_skip_samples, stream_positions
+from megatron_salt.data.batch import Batches, stream_positions
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.samples import Samples, open_training_data
+from megatron_salt.data.skipping import parse_skip_samples
 from megatron_salt.errors import UserError
 from tests.data.conftest import WriteDataset, bytes_read, write_sparse
 

@@ -15,7 +15,7 @@ from megatron_salt.config import ParallelConfig
 from megatron_salt.data.fixed_batch import fixed_tokens
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.pretrain import check
+from megatron_salt.train.checks import check
 from megatron_salt.train import build
 from megatron_salt.train.probe import probe
 from megatron_salt.train.step import unwrap
