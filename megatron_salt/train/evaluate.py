@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,14 @@ from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.step import forward_step, place
 
 
+class CutShort(Exception):
+    """There is a reason to leave before an evaluation's last batch; what it has summed up is of no use."""
+
+    def __init__(self, num_done: int, num_batches: int, reason: str) -> None:
+        super().__init__(f"evaluation cut short after {num_done} of {num_batches} batches: {reason}")
+        self.reason = reason
+
+
 @torch.no_grad()
 def evaluate(
     chunks: Sequence[nn.Module],
@@ -28,13 +36,19 @@ def evaluate(
     micro_batch_size: int,
     global_batch_size: int,
     teacher: Teacher | None = None,
+    reason_to_stop: Callable[[], str | None] = lambda: None,
 ) -> dict[str, float]:
     """Per-token means of the head's metrics over `num_batches` global batches, with a teacher also of its own. Collective over all
-    ranks; all receive. The student's figures are the same with a teacher as without."""
+    ranks; all receive. The student's figures are the same with a teacher as without.
+
+    reason_to_stop: asked before each batch, the same on every rank. Raises CutShort on every rank where there is one."""
     for chunk in chunks:
         chunk.eval()
+    reason = None
     sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=cpu.device())
     for number in range(num_batches):
+        if (reason := reason_to_stop()) is not None:
+            break
         microbatches = batches.fetch(number * global_batch_size)
         targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
         placed = [place(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
@@ -42,6 +56,8 @@ def evaluate(
             sums += metrics
     for chunk in chunks:
         chunk.train()
+    if reason is not None:
+        raise CutShort(number, num_batches, reason)
     return means(sums_over_replicas(sums, mesh))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.train.build import Run, in_stage2
-from megatron_salt.train.evaluate import evaluate, named_means
+from megatron_salt.train.evaluate import CutShort, evaluate, named_means
 from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord
 from megatron_salt.train.nonfinite import NonFiniteWatch
 from megatron_salt.train.operations import GarbageSchedule, Profiler
@@ -30,6 +30,10 @@ SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 """What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
 
 
+EVALUATION_DUE = "evaluation_due"
+"""In Progress.extra: the evaluation after its step is still to come. It may decide a crossover, so a resumed run begins with it."""
+
+
 def train(
     run: Run, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan, profiler: Profiler,
     heartbeat: Heartbeat, stragglers: StragglerReport,
@@ -41,6 +45,9 @@ def train(
     _announce(run, progress, log)
     garbage.start()
     reason = None
+    if run.valid is not None and training.eval_iters and progress.extra.get(EVALUATION_DUE, False):
+        with timer.phase("eval"):
+            progress, reason = _evaluate(run, run.valid, training.eval_iters, progress, log, exit_plan)
     while progress.step < total and reason is None:
         step = progress.step + 1
         if run.stage1 is not None and not run.stage1.goes_on(step, progress):
@@ -68,24 +75,45 @@ def train(
         heartbeat.beat(step)
         if (report := stragglers.after_step(step, record.phases["data"])) is not None:
             log.event(step, *report)
-        if run.valid is not None and training.eval_iters and (step % training.eval_interval == 0 or step == total):
-            with timer.phase("eval"):
-                progress = _evaluate(run, run.valid, training.eval_iters, progress, log)
         reason = exit_plan.reason_to_leave(step)
+        valid = run.valid if training.eval_iters and (step % training.eval_interval == 0 or step == total) else None
+        progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: valid is not None})
         with timer.phase("save"):
             run.checkpointer.poll()
-            due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
-            name = "save-at" if step in checkpoint.save_at else None
-            if checkpoint.save is not None and (due or name is not None or reason is not None or step == total):
-                log.flush()
-                recognise_by = probe(run.student, run.train.samples.vocabulary_size)
-                run.checkpointer.save(progress, recognise_by, name, final=step == total)
+        if reason is None and step < total and (stage1 is None or stage1.goes_on(step + 1, progress)):
+            # What is saved first is safe from whatever ends a long evaluation. Where the run leaves, or the teacher goes, the checkpoint
+            # holds the evaluation instead: nothing that resumes from it could repeat it as it was.
+            saved = _save_if_due(run, checkpoint, progress, timer, log)
+        else:
+            saved = False
+        if valid is not None:
+            with timer.phase("eval"):
+                progress, cut = _evaluate(run, valid, training.eval_iters, progress, log, exit_plan)
+            reason = reason or cut
+        if not saved:
+            _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
     profiler.stop(progress.step + 1)
     garbage.stop()
     run.checkpointer.finish()
     if reason is not None:
         log.event(progress.step, f"leaving: {reason}")
     return progress
+
+
+def _save_if_due(
+    run: Run, checkpoint: CheckpointConfig, progress: Progress, timer: PhaseTimer, log: RunLog, leaving: bool = False, final: bool = False
+) -> bool:
+    """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks."""
+    step = progress.step
+    due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
+    name = "save-at" if step in checkpoint.save_at else None
+    if checkpoint.save is None or not (due or name is not None or leaving or final):
+        return False
+    with timer.phase("save"):
+        log.flush()
+        recognise_by = probe(run.student, run.train.samples.vocabulary_size)
+        run.checkpointer.save(progress, recognise_by, name, final=final)
+    return True
 
 
 def _announce(run: Run, progress: Progress, log: RunLog) -> None:
@@ -148,15 +176,24 @@ def _record(
     )
 
 
-def _evaluate(run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog) -> Progress:
-    """Loss and accuracy on held-out data; in stage 1 also the teacher's, once, since it is frozen, and whether it has been passed."""
+def _evaluate(
+    run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog, exit_plan: ExitPlan
+) -> tuple[Progress, str | None]:
+    """Loss and accuracy on held-out data; in stage 1 also the teacher's, once, since it is frozen, and whether it has been passed.
+
+    The reason to leave, where one cut it short: it is told, decides nothing, and stays due."""
     started, student, stage1, salt = time.perf_counter(), run.student, run.stage1, progress.salt
     teacher = None if stage1 is None else stage1.teacher
     ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
-    figures = evaluate(
-        student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
-        teacher if ask_teacher else None,
-    )  # fmt: skip
+    try:
+        figures = evaluate(
+            student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
+            teacher if ask_teacher else None, exit_plan.reason_to_stop_now,
+        )  # fmt: skip
+    except CutShort as cut:
+        log.event(progress.step, str(cut))
+        return progress, cut.reason
+    progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: False})
     if ask_teacher:
         assert salt is not None
         salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
@@ -166,5 +203,5 @@ def _evaluate(run: Run, valid: Batches, num_batches: int, progress: Progress, lo
         beside |= {f"teacher_{name}": value for name, value in salt.teacher_held_out.items()}
     log.evaluation(progress.step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started, beside)
     if stage1 is None or teacher is None:
-        return progress
-    return pass_crossover(stage1, progress, figures["accuracy"], log)
+        return progress, None
+    return pass_crossover(stage1, progress, figures["accuracy"], log), None

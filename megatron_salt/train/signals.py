@@ -46,7 +46,7 @@ class SignalWatch:
 
 
 class ExitPlan:
-    """Asks after every step whether to save and leave."""
+    """Asks after every step, and before every batch of an evaluation, whether to save and leave."""
 
     def __init__(self, *, exit_interval: int | None, exit_duration_in_mins: float | None, watch: SignalWatch | None,
                  agree: Callable[[int], int], started: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,13 +64,19 @@ class ExitPlan:
     def reason_to_leave(self, step: int) -> str | None:
         """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless only
         --exit-interval (or nothing) is configured."""
+        if (reason := self.reason_to_stop_now()) is not None:
+            return reason
+        if self._exit_interval is not None and step % self._exit_interval == 0:
+            return f"step {step} is a multiple of --exit-interval {self._exit_interval}"
+        return None
+
+    def reason_to_stop_now(self) -> str | None:
+        """A signal or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective likewise."""
         code = self._agree(self._local_code()) if self._watch is not None or self._exit_duration_in_mins is not None else _NONE
         if code > _TIME:
             return f"{signal.Signals(code - _TIME).name} received"
         if code == _TIME:
             return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
-        if self._exit_interval is not None and step % self._exit_interval == 0:
-            return f"step {step} is a multiple of --exit-interval {self._exit_interval}"
         return None
 
     def _local_code(self) -> int:

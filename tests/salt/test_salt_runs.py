@@ -205,7 +205,7 @@ def telling_whom_it_evaluates() -> Iterator[None]:
     """Every evaluation prints whether the teacher takes part in it."""
 
     def evaluate(*arguments: Any) -> dict[str, float]:
-        print("evaluated", "the student alone" if arguments[-1] is None else "student and teacher")
+        print("evaluated", "the student alone" if arguments[7] is None else "student and teacher")
         return original(*arguments)
 
     original = loop.evaluate
@@ -234,15 +234,16 @@ def test_a_crossover_ends_stage_1_after_the_transition_and_is_a_fact(
     assert [weight for _, weight, *_ in taught(one)] == pytest.approx([0.667, 0.667 * 2 / 3, 0.667 / 3])
     (event,) = events(one, "crossover")
     assert (event["step"], event["crossover"], event["stage1_end"]) == (1, 1, 3)
-    fact = state_of(one, 1)["salt"]
-    assert (fact["crossover"], fact["stage1_end"]) == (1, 3) and all(state_of(one, step)["salt"] == fact for step in (2, 3, 4, 5))
+    before, fact = state_of(one, 1)["salt"], state_of(one, 2)["salt"]
+    assert (before["crossover"], state_of(one, 1)["extra"]["evaluation_due"]) == (None, True)  # saved before it was decided
+    assert (fact["crossover"], fact["stage1_end"]) == (1, 3) and all(state_of(one, step)["salt"] == fact for step in (3, 4, 5))
     figures = [(entry["teacher_loss"], entry["teacher_accuracy"]) for entry in entries(one, "eval")[:3]]
     assert figures == [(fact["teacher_held_out"]["loss"], fact["teacher_held_out"]["accuracy"])] * 3
     for step in (1, 2, 4):
         two = tmp_path / f"from {step}"
         ended = train(world_size, **flags, load=one / f"iter_{step:07d}", save=two, within=telling_whom_it_evaluates)
-        assert with_its_teacher(ended) == [step < 3, *[False] * (STEPS - step - 1)]  # the held-out data may have changed
-        assert numbers(two) == numbers(one)[step:] and taught(two) == taught(one)[step:] and not events(two, "crossover")
+        assert with_its_teacher(ended) == [step < 3, *[False] * (STEPS - step)]  # the held-out data may have changed
+        assert numbers(two) == numbers(one)[step:] and taught(two) == taught(one)[step:] and bool(events(two, "crossover")) == (step == 1)
         assert tensors(two, STEPS) == tensors(one, STEPS) and state_of(two, STEPS)["salt"] == fact
 
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_salt.data.batch import Batches, Microbatch
-from megatron_salt.train import loop
+from megatron_salt.train import evaluate, loop
 from megatron_salt.train.metrics import STEP_KEYS
 from tests.program import (
     DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, checkpoints, entries, losses, numbers, refused, run, state_of, tensors,
@@ -173,6 +174,41 @@ def test_all_ranks_leave_when_one_gets_a_signal_and_the_run_goes_on_later(tmp_pa
     train(2, **flags, save=tmp_path / "one")
     assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
     assert tensors(tmp_path / "two", 5) == tensors(tmp_path / "one", 5)
+
+
+@contextlib.contextmanager
+def signal_to_rank_1_in_the_evaluation() -> Iterator[None]:
+    """As if only one of the ranks had been told to leave, in the third batch of its first evaluation."""
+    batches = iter(range(1, 100))
+
+    def place(*arguments: Any) -> Any:
+        if next(batches) == 5 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    original = evaluate.place
+    with mock.patch.object(evaluate, "place", place):
+        yield
+
+
+def test_a_signal_cuts_an_evaluation_short_and_a_resumed_run_begins_with_it(tmp_path: Path, data: str) -> None:
+    flags = dict(data_path=data, train_iters=4, exit_signal_handler=True, valid_share=0.2, eval_interval=2, eval_iters=20)
+    two, one = tmp_path / "two", tmp_path / "one"
+    ended = train(2, **flags, save=two, save_interval=3, within=signal_to_rank_1_in_the_evaluation)
+    assert re.search(r"evaluation cut short after [1-5] of 20 batches: SIGTERM received", ended.out) and not entries(two, "eval")
+    assert "leaving: SIGTERM received" in ended.out and checkpoints(two) == [2] and state_of(two, 2)["extra"]["evaluation_due"]
+    train(2, **flags, save=two, load=two)
+    train(2, **flags, save=one)
+    evaluations = [[(entry["step"], entry["loss"]) for entry in entries(save, "eval")] for save in (two, one)]
+    assert evaluations[0] == evaluations[1] and [step for step, _ in evaluations[0]] == [2, 4]
+    assert numbers(two) == numbers(one) and tensors(two, 4) == tensors(one, 4)
+    assert not state_of(two, 4)["extra"]["evaluation_due"]
+
+
+def test_what_is_due_is_saved_before_the_evaluation(tmp_path: Path, data: str) -> None:
+    train(1, data_path=data, train_iters=4, valid_share=0.2, eval_interval=2, eval_iters=1, save=tmp_path, save_interval=1)
+    due = [state_of(tmp_path, step)["extra"]["evaluation_due"] for step in (1, 2, 3, 4)]
+    assert due == [False, True, False, False]  # the run's last evaluation comes before its last save
 
 
 # ---- gradients that are not finite --------------------------------------------------------------------------------------
