@@ -15,7 +15,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core"),
+    ("errors", "yaml_core", "small_files"),
     ("config",),
     ("cli",),
     ("parallel",),
@@ -27,6 +27,7 @@ LAYERS = (
 )
 PURE = (  # numpy, the standard library and each other
     "megatron_salt.errors",
+    "megatron_salt.small_files",
     "megatron_salt.config",
     "megatron_salt.checkpoint.integrity",
     "megatron_salt.checkpoint.owner",

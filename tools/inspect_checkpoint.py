@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_salt.cli import run_tool
 from megatron_salt.config import flag
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_small
 from megatron_salt.checkpoint import integrity, shelf
 from megatron_salt.checkpoint.progress import SaltProgress
 
@@ -40,29 +41,51 @@ class InspectConfig:
     """Print the configuration of the run that wrote it."""
 
     verify: bool = False
-    """Read every file and compare its checksum; exit code 1 when one differs."""
+    """Read every file and compare its checksum; where one differs, name it and end with status 2."""
 
 
 def main(config: InspectConfig) -> int:
-    """Print the report. Exit code 1 where files are damaged."""
-    from megatron_salt.checkpoint import pickles
-
+    """Print the report. Raises DamagedCheckpoint where files are not what was written: all of them are told under --verify."""
     found = shelf.candidates(Path(config.load))
     if not found:
         raise UserError(f"--load {config.load} holds no checkpoint")
     directory = found[0]
     sums = integrity.read_checksums(directory, required=(integrity.METADATA, shelf.STATE))
-    facts, metadata = json.loads((directory / shelf.STATE).read_bytes()), pickles.read_metadata(directory)
-    print("\n".join([*_about(directory, facts, sums), *_sizes(metadata)]))
-    if config.print_config:
-        print((directory / RUN_YAML).read_text(encoding="utf-8"), end="")
-    if config.tensors:
-        print("\n".join(_table(metadata)))
+    damage = integrity.damaged_files(directory, sums) if config.verify else []
+    if damage:
+        raise integrity.DamagedCheckpoint("; ".join(damage))
+    print("\n".join(_report(directory, sums, config)))
     if config.verify:
-        damage = integrity.damaged_files(directory, sums)
-        print("\n".join(damage) if damage else f"checksums    all {len(sums)} files are as written")
-        return int(bool(damage))
+        print(f"checksums    all {len(sums)} files are as written")
     return 0
+
+
+def _report(directory: Path, sums: dict[str, integrity.FileSum], config: InspectConfig) -> list[str]:
+    """What was asked for, without the checksums. Raises UserError, naming the file, before anything is printed."""
+    from megatron_salt.checkpoint import pickles, resume
+
+    facts, metadata = resume.read_facts(directory), pickles.read_metadata(directory)
+    try:
+        lines = _about(directory, facts, sums)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise integrity.DamagedCheckpoint(f"{directory / shelf.STATE}: cannot be read: {error!r}") from None
+    try:
+        lines += _sizes(metadata)
+        lines += _table(metadata) if config.tensors else []
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise integrity.DamagedCheckpoint(f"{directory / integrity.METADATA}: cannot be read: {error!r}") from None
+    if config.print_config:
+        lines += _run_yaml(directory / RUN_YAML)
+    return lines
+
+
+def _run_yaml(path: Path) -> list[str]:
+    try:
+        return read_small(path).decode("utf-8").splitlines()
+    except OSError as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
 
 def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> list[str]:

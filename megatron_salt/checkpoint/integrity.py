@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_json, refuse_outside_names
 
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"
@@ -76,13 +78,16 @@ def read_checksums(directory: Path, required: Iterable[str] = (METADATA,)) -> di
     """What `write_checksums` wrote. Raises DamagedCheckpoint where it is missing, altered or lacks a `required` name."""
     path = directory / CHECKSUMS
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         stated, actual = content["sha256_of_files"], _hash_of(content["files"])
         if stated != actual:
-            raise DamagedCheckpoint(f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {stated[:16]}...")
-        sums = {name: FileSum(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+            raise DamagedCheckpoint(f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {str(stated)[:16]}...")
+        sums = {name: _file_sum(entry) for name, entry in content["files"].items()}
+        refuse_outside_names(sums)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: is missing, so this is no whole checkpoint of megatron_salt") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -99,7 +104,11 @@ def damaged_files(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
     for name, expected in sums.items():
         path = directory / name
         try:
-            size = path.stat().st_size
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode):
+                problems.append(f"{path}: is not a regular file; expected {expected}")
+                continue
+            size = state.st_size
             found = sum_of_file(path) if size == expected.size else None
         except OSError as error:
             problems.append(f"{path}: {error.strerror}; expected {expected}")
@@ -109,6 +118,13 @@ def damaged_files(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
         elif found != expected:
             problems.append(f"{path}: has {found}; expected {expected}")
     return problems
+
+
+def _file_sum(entry: Mapping[str, Any]) -> FileSum:
+    size, digest = entry["size"], entry["sha256"]
+    if type(size) is not int or size < 0 or not isinstance(digest, str):
+        raise ValueError(f"a file of {size!r} bytes with sha256 {digest!r}")
+    return FileSum(size, digest)
 
 
 def _hash_of(files: Any) -> str:

@@ -27,6 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import OptimizerConfig, flag
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_json
 from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.checkpoint import integrity, pickles, sharded, shelf
@@ -164,7 +165,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """
     path = directory / shelf.STATE
     try:
-        facts = json.loads(path.read_bytes())
+        facts = read_json(path, nan=True)
         written = facts["format"]
     except OSError as error:
         raise integrity.DamagedCheckpoint(f"{path}: {error.strerror}, so this is no whole checkpoint of megatron_salt") from None

@@ -9,7 +9,6 @@ chose, and everything else with one of our suffixes is a leftover. Where a step 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,10 +18,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_json, read_small
 from megatron_salt.checkpoint.integrity import sync_directory, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "state.json"
+_TRACKER_BYTES = 64
 
 _PARTIAL, _REPLACED, _DELETING = ".partial", ".replaced", ".deleting"
 _NAME = re.compile(r"iter_(\d{7,})(\.partial|\.replaced|\.deleting)?")
@@ -63,10 +64,15 @@ def read_tracker(root: Path, flag_name: str = "--load") -> int | None:
     """The step that `latest` names; None where there is no tracker. Raises UserError where it names none; `flag_name` brought us here."""
     path = root / TRACKER
     try:
-        return int(path.read_text(encoding="ascii").strip())
+        word = read_small(path, _TRACKER_BYTES).decode("ascii").strip()
+        if not word.isdecimal():
+            raise ValueError(word)
+        return int(word)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, UnicodeDecodeError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
         raise UserError(f"{path} does not hold the number of a step; put there the step of a whole iter_* directory beside it, "
                         f"or give that directory to {flag_name}") from None
 
@@ -193,7 +199,7 @@ def saved_under(root: Path) -> list[Saved]:
     found = []
     for step, path in whole_checkpoints(root).items():
         try:
-            state = json.loads((path / STATE).read_bytes())
+            state = read_json(path / STATE, nan=True)
             found.append(Saved(step, float(state["saved_at"]), state["name"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not ours, or damaged: not ours to delete either

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_salt import small_files
 from megatron_salt.errors import UserError
 
 FORMAT = 1
@@ -149,7 +150,7 @@ def read_json(path: Path, version: int, remedy: str) -> dict[str, Any]:
     """The facts that `write_json` wrote. FileNotFoundError where there is no file; UserError, with what to do about it
     (`remedy`), where it cannot be understood."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = small_files.read_json(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

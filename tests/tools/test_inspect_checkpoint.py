@@ -60,12 +60,18 @@ def save_in_stage(run: Run, progress: Progress, probe: dict[str, Any]) -> None:
     checkpointer.save(progress, probe)
 
 
-def test_damage_is_reported_with_exit_code_1(saved: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damage_is_one_line_that_names_each_file(saved: Path) -> None:
     directory = shelf.directory_of(saved, 1)
     flip(directory / "__0_0.distcp", 50)
     assert main(InspectConfig(load=str(directory))) == 0
-    assert main(InspectConfig(load=str(directory), verify=True)) == 1
-    assert str(directory / "__0_0.distcp") in capsys.readouterr().out
+    state = (directory / shelf.STATE).read_bytes()
+    (directory / shelf.STATE).write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        main(InspectConfig(load=str(directory), verify=True))
+    (directory / shelf.STATE).write_bytes(state)
+    told = str(caught.value)
+    assert str(directory / "__0_0.distcp") in told and str(directory / shelf.STATE) in told
+    assert "\n" not in told and caught.value.status == 2
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

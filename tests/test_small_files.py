@@ -1,0 +1,129 @@
+"""Small files of any origin: what they hold, or one line that says what is wrong with them, and never a wait."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_salt.errors import UserError
+from megatron_salt.checkpoint import integrity, shelf
+from megatron_salt.checkpoint.integrity import FileSum
+from megatron_salt.checkpoint.resume import read_facts
+from megatron_salt.data.manifest import read_manifest
+from megatron_salt.small_files import parse_json, read_json, read_small, refuse_outside_names
+
+BROKEN = {
+    "empty": b"",
+    "blank": b" \n",
+    "cut": b'{"format": 1',
+    "deep lists": b"[" * 100_000 + b"]" * 100_000,
+    "deep mappings": b'{"a":' * 500 + b"1" + b"}" * 500,
+    "key twice": b'{"format": 1, "format": 1}',
+    "not UTF-8": b'{"format": "\xff"}',
+    "byte order mark": b'\xef\xbb\xbf{"format": 1}',
+    "1e999": b'{"format": 1e999}',
+    "10**400": b'{"format": 1' + b"0" * 400 + b"}",
+    "10**5000": b'{"format": 1' + b"0" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_json_of_ours_is_a_value_error_of_one_short_line(content: bytes) -> None:
+    with pytest.raises(ValueError, match="^[^\n]{1,200}$"):
+        parse_json(content)
+
+
+def test_a_number_that_is_not_finite_is_taken_only_where_it_may_be_a_measurement() -> None:
+    assert parse_json(b"[Infinity]", nan=True) == [float("inf")]
+    with pytest.raises(ValueError, match="NaN"):
+        parse_json(b"[NaN]")
+
+
+@pytest.mark.parametrize("tree", [None, 0, -(2**63), 2**64 - 1, 1e308, "", "[" * 99, [], {"a": [{"b": [1.5, None, True]}]}])
+def test_what_json_writes_is_read_as_it_was(tree: Any) -> None:
+    assert parse_json(json.dumps(tree).encode()) == tree
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+KINDS = [make_directory, make_fifo, make_device]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_only_a_regular_file_is_read_and_nothing_is_waited_for(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "file")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_json(tmp_path / "file")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_small(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(ValueError, match="5 bytes"):
+        read_small(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "a/../../b", "", "a\0b"])
+def test_a_name_outside_its_directory_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="does not lie below"):
+        refuse_outside_names(["weights/__0_0.distcp", name])
+
+
+# ---- the readers that stand on it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside"])
+def test_a_list_of_checksums_names_only_files_of_its_checkpoint(tmp_path: Path, name: str) -> None:
+    integrity.write_checksums(tmp_path, {name: FileSum(1, "0"), integrity.METADATA: FileSum(1, "0")})
+    with pytest.raises(integrity.DamagedCheckpoint, match="does not lie below"):
+        integrity.read_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "1", None, True])
+def test_a_list_of_checksums_has_sizes_that_files_can_have(tmp_path: Path, size: Any) -> None:
+    integrity.write_checksums(tmp_path, {integrity.METADATA: FileSum(size, "0")})
+    with pytest.raises(integrity.DamagedCheckpoint, match=integrity.CHECKSUMS):
+        integrity.read_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_listed_file_that_is_no_file_is_damage(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "weights")
+    assert "not a regular file" in integrity.damaged_files(tmp_path, {"weights": FileSum(0, "0")})[0]
+
+
+def read_checkpoint_sums(folder: Path) -> Any:
+    return integrity.read_checksums(folder)
+
+
+def read_dataset_manifest(folder: Path) -> Any:
+    return read_manifest(str(folder / "data"))
+
+
+READERS = [(read_checkpoint_sums, integrity.CHECKSUMS), (read_facts, shelf.STATE), (shelf.read_tracker, shelf.TRACKER),
+           (read_dataset_manifest, "data.manifest.json")]
+
+
+@pytest.mark.parametrize("read, name", READERS)
+def test_each_reader_names_its_broken_file_in_one_line(tmp_path: Path, read: Any, name: str) -> None:
+    for number, broken in enumerate([*BROKEN.values(), *KINDS, b"null", b"[]", b"-1", b"1.5", b'"text"', b'{"files": 3}']):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        broken(folder / name) if callable(broken) else (folder / name).write_bytes(broken)
+        with pytest.raises(UserError) as caught:
+            read(folder)
+        assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value) and caught.value.status == 2
