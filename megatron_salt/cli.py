@@ -25,6 +25,7 @@ import tyro
 from megatron_salt import yaml_core
 from megatron_salt.config import ModelConfig, RunConfig, flag
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_small
 
 T = TypeVar("T")
 
@@ -62,8 +63,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
     values: Mapping[str, Mapping[str, Any]] = {}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_small(Path(path)).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise UserError(f"--config {path} cannot be read: {error}") from error
         values = read_sections(text, path)
     defaults = CommandLine(**{name: _unchecked(section, values.get(name, {})) for name, section in sections().items()})

@@ -17,6 +17,8 @@ def load(text: str) -> Any:
     """The one document in `text`; None when empty. Raises ValueError that says where the text is not valid."""
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from megatron_salt.cli import exit_status, parse_command
+from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
 from megatron_salt.checkpoint import integrity, shelf
 from megatron_salt.checkpoint.integrity import FileSum
 from megatron_salt.checkpoint.resume import read_facts
 from megatron_salt.data.manifest import read_manifest
+from megatron_salt.data.tokenizer import DESCRIPTION, build_tokenizer, load_tokenizer
 from megatron_salt.small_files import parse_json, read_json, read_small, refuse_outside_names
+from megatron_salt.train.history import read_curve
 
 BROKEN = {
     "empty": b"",
@@ -127,3 +131,42 @@ def test_each_reader_names_its_broken_file_in_one_line(tmp_path: Path, read: Any
         with pytest.raises(UserError) as caught:
             read(folder)
         assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value) and caught.value.status == 2
+
+
+def made(folder: Path, broken: Any) -> Path:
+    folder.mkdir()
+    path = folder / "file"
+    broken(path) if callable(broken) else path.write_bytes(broken)
+    return path
+
+
+def read_vocabulary(path: Path) -> Any:
+    merges = path.with_name("merges.txt")
+    merges.write_text("a b")
+    return build_tokenizer(TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=str(path), merge_file=str(merges)))
+
+
+def read_tokenizer(path: Path) -> Any:
+    path.rename(path.with_name(DESCRIPTION))
+    return load_tokenizer(path.parent)
+
+
+def read_config(path: Path) -> Any:
+    return parse_command(["--config", str(path)])
+
+
+def read_log(path: Path) -> Any:
+    return read_curve("run", path)
+
+
+@pytest.mark.parametrize("read", [read_vocabulary, read_tokenizer, read_config, read_log])
+def test_each_program_ends_with_status_2_and_one_line_that_names_the_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture, read: Any
+) -> None:
+    for number, broken in enumerate([*BROKEN.values(), *KINDS]):
+        if read is read_config and broken in (b"", b" \n"):
+            continue  # no settings
+        path = made(tmp_path / str(number), broken)
+        assert exit_status(lambda path=path: read(path)) == 2, broken
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and str(path.parent) in lines[0]

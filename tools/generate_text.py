@@ -15,6 +15,7 @@ from megatron_salt.cli import from_yaml, run_tool
 from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_small
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 
@@ -76,8 +77,8 @@ def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
 
     path = directory / RUN_YAML
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_small(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"--load {directory}: {path.name} cannot be read: {error}") from error
     return from_yaml(text, str(path)), load_tokenizer(directory / TOKENIZER)
 

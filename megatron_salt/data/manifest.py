@@ -25,6 +25,7 @@ FORMAT = 1
 _HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
+_TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
 _JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
                "str | None": (str, type(None))}
 
@@ -122,6 +123,12 @@ def read_manifest(prefix: str) -> Manifest | None:
     added = {name: getattr(Manifest, name) for name in ("shard", "duplicates", "shuffle_seed")}  # older ones lack them
     raw = {**added, "tokenizer_backends": [], **raw}
     check_fields(Manifest, raw, path)
+    if raw["dtype"] not in _TOKEN_TYPES:
+        raise UserError(f"{path}: dtype is {raw['dtype']!r}; token ids are {' or '.join(_TOKEN_TYPES)}")
+    if not all(isinstance(name, str) for name in raw["tokenizer_backends"]):
+        raise UserError(f"{path}: tokenizer_backends should be names, they are {str(raw['tokenizer_backends'])[:80]}")
+    for source in raw["sources"]:
+        check_types(Source, source, path)
     try:
         raw["sources"] = tuple(Source(**source) for source in raw["sources"])
         raw["tokenizer_backends"] = tuple(raw["tokenizer_backends"])
@@ -168,10 +175,21 @@ def check_fields(kind: type, raw: Mapping[str, Any], path: Path) -> None:
     expected = {each.name for each in fields(kind)}
     if set(raw) != expected:
         raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
+    check_types(kind, raw, path)
+
+
+def check_types(kind: type, raw: Mapping[str, Any], path: Path) -> None:
+    """The same of those fields alone that `raw` has: the others have defaults. A count or a size is at least 0."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}: {kind.__name__} should be a mapping, it is {str(raw)[:80]!r}")
     for each in fields(kind):
+        if each.name not in raw:
+            continue
+        if type(raw[each.name]) is int and raw[each.name] < 0 and each.name != "shuffle_seed":
+            raise UserError(f"{path}: {each.name} is {raw[each.name]}, less than 0")
         types = (list,) if str(each.type).startswith("tuple") else _JSON_TYPES.get(str(each.type), (dict,))
         if type(raw[each.name]) not in types:
-            raise UserError(f"{path}: {each.name} should be {each.type}, it is {raw[each.name]!r}")
+            raise UserError(f"{path}: {each.name} should be {each.type}, it is {str(raw[each.name])[:80]!r}")
 
 
 def sampled_fingerprint(prefix: str) -> str:

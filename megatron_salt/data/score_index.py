@@ -182,6 +182,10 @@ def _open_shard(path: Path, first: int, end: int, manifest: IndexManifest, flag_
     try:
         index, bounds, files = raw["index"], (raw["first"], raw["end"]), raw["columns"]
         facts = {name: (files[name]["bytes"], files[name]["hash"]) for name in columns(manifest.top_k, manifest.seq_length)}
+        if not all(type(size) is int and isinstance(digest, str) for size, digest in facts.values()):
+            raise TypeError("sizes are whole numbers, hashes words")
+        if not all(type(bound) is int for bound in bounds):
+            raise TypeError("first and end are whole numbers")
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SHARD} cannot be read ({error!r}); delete the shard and score its samples again") from None
     if index != manifest.fingerprint or bounds != (first, end) or not 0 <= first < end <= manifest.num_samples:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.data.manifest import check_fields, content_hash, read_json, write_json
+from megatron_salt.data.manifest import check_fields, check_types, content_hash, read_json, write_json
 from megatron_salt.errors import UserError
 
 FORMAT = 1
@@ -149,7 +149,13 @@ def dataset_differences(there: Sequence[DatasetFacts], here: Sequence[DatasetFac
 
 def manifest_from_json(raw: dict, path: Path) -> IndexManifest:
     """The manifest that `asdict` and JSON made `raw` of, which lies in `path`. UserError if it is not one."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: the description of its scores is {str(raw)[:80]!r}, no mapping")
     check_fields(IndexManifest, raw, path)
+    for facts in raw["datasets"]:
+        check_types(DatasetFacts, facts, path)
+    if not all(type(k) is int and k >= 1 for k in raw["top_k"]) or not all(type(value) is bool for value in raw["masking"].values()):
+        raise UserError(f"{path}: its top_k or masking cannot be read: {str(raw['top_k'])[:80]}, {str(raw['masking'])[:80]}")
     try:
         datasets = tuple(DatasetFacts(**facts) for facts in raw["datasets"])
         return IndexManifest(**{**raw, "datasets": datasets, "top_k": tuple(raw["top_k"])})

@@ -79,7 +79,10 @@ class Selection:
         if sampled != manifest.sampled:
             raise UserError(f"{told}: {npy} is not the file that {description} describes: its blocks give {sampled}, "
                             f"the manifest says {manifest.sampled}")
-        ids = np.load(npy, mmap_mode="r")
+        try:
+            ids = np.load(npy, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{told}: {npy} cannot be read: {str(error).splitlines()[0]}") from None
         if ids.dtype != manifest.dtype or ids.shape != (manifest.num_selected,):
             raise UserError(f"{told}: {npy} holds {ids.dtype} {ids.shape}, {description} says {manifest.dtype} ({manifest.num_selected},)")
         return cls(npy, manifest, ids, flag_name)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import parse_json, read_json, read_small
 
 if TYPE_CHECKING:
     import tokenizers
@@ -101,11 +102,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `save` wrote into `directory`. UserError when files are missing or were changed since."""
     path = Path(directory) / DESCRIPTION
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
         kind, names, recorded = description["kind"], list(description["files"]), description["fingerprint"]
-        if set(names) != set(_file_names(kind).values()):
+        if not isinstance(kind, str) or set(names) != set(_file_names(kind).values()):
             raise ValueError(f"it lists the files {names}")
-        contents = {name: (Path(directory) / name).read_bytes() for name in names}
+        contents = {name: read_small(Path(directory) / name) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no usable tokenizer in {directory}: {path.name}: {error}") from None
     tokenizer = tokenizer_from_files(kind, contents, origin=str(directory))
@@ -140,9 +141,11 @@ def _read(flag: str, path: str | None, kind: str) -> bytes:
     if kind == "HuggingFaceTokenizer" and file.is_dir():  # what save_pretrained leaves
         file = file / "tokenizer.json"
     try:
-        content = file.read_bytes()
+        content = read_small(file)
     except OSError as error:
         raise UserError(f"{flag} {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{flag} {file} cannot be read: {error}") from None
     if not content:
         raise UserError(f"{flag} {file} is empty")
     return content
@@ -209,11 +212,11 @@ def _gpt2(files: Mapping[str, bytes], origin: str) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers
 
     try:
-        vocabulary = {str(token): int(i) for token, i in json.loads(files["vocab.json"].decode("utf-8")).items()}
+        vocabulary = {str(token): int(i) for token, i in parse_json(files["vocab.json"]).items()}
         lines = files["merges.txt"].decode("utf-8").removeprefix("\ufeff").split("\n")
         lines = [line.rstrip("\r") for line in lines[1 if lines[0].startswith("#version") else 0:]]
         pairs = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(f"{origin} are not GPT-2's vocabulary and merges: {error}") from None
     for left, right in pairs:
         if not {left, right, left + right} <= vocabulary.keys():

@@ -6,7 +6,6 @@ JSON is counted and left out.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import parse_json, read_small
 
 Axis = Literal["steps", "tokens", "seconds"]
+_LARGEST_LOG = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,16 @@ def read_curve(name: str, path: Path) -> Curve:
             name=name,
             steps=np.array([row["step"] for row in rows], np.int64),
             losses=np.array([_loss(row) for row in rows], np.float64),
-            tokens=np.cumsum([row["tokens"] for row in rows], dtype=np.int64),
+            tokens=np.cumsum(np.array([int(row["tokens"]) for row in rows], np.int64)),
             seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
             held_out={step: float(entry["loss"]) for step, entry in evaluations.items() if entry["loss"] is not None},
-            accuracy=last.get("accuracy"),
+            accuracy=None if last.get("accuracy") is None else float(last["accuracy"]),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
             switch=_switch(switches[-1]) if switches else None,
             peak_gib=max(float(row["memory_gib"]) for row in rows),
             unread_lines=unread,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"--run {name}={path} is not the log of a run: an entry lacks or garbles {error}") from error
 
 
@@ -108,12 +109,14 @@ def _switch(entry: dict[str, Any]) -> Switch:
 def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:
     entries, unread = [], 0
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_small(path, _LARGEST_LOG).splitlines()
     except OSError as error:
         raise UserError(f"--run {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--run {path} cannot be read: {error}") from None
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             unread += 1
             continue

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import parse_json
 
 Entry = Mapping[str, Any]
 
@@ -86,7 +87,7 @@ def drop_later_steps(path: Path, last_step: int) -> None:
 
 def _step_of(line: bytes) -> int | None:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     step = entry.get("step") if isinstance(entry, dict) and line.endswith(b"\n") else None

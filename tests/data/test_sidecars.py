@@ -1,0 +1,96 @@
+"""Every value of every description of data, replaced by others: what opens it succeeds, or says in one line what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_salt.errors import UserError
+from megatron_salt.data.manifest import Manifest, Source, manifest_path, read_manifest, write_manifest
+from megatron_salt.data.score_index import ScoreIndex
+from megatron_salt.data.scores import DatasetFacts, IndexManifest, columns
+from megatron_salt.data.selection import Selection, write_selection
+from megatron_salt.train.history import read_curve
+from tests.data.score_files import write_index
+
+OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
+SCORES = IndexManifest((DatasetFacts("web", "content:1", 12),), 8, 256, "t", "sha256:0", 10, "teacher", (2,), {"eod_mask_loss": False},
+                       "float32", micro_batch_size=1, block_samples=4)  # fmt: skip
+
+
+def mutations(tree: Any) -> Iterator[Any]:
+    """Copies of `tree`, each with one value replaced, or one key left out, or one key that nobody knows."""
+    for path in _paths(tree):
+        for other in OTHERS:
+            changed = copy.deepcopy(tree)
+            _at(changed, path[:-1])[path[-1]] = other
+            yield changed
+        if isinstance(_at(tree, path[:-1]), dict):
+            changed = copy.deepcopy(tree)
+            del _at(changed, path[:-1])[path[-1]]
+            yield changed
+            changed = copy.deepcopy(tree)
+            _at(changed, path[:-1])["unknown"] = 1
+            yield changed
+
+
+def _paths(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield (*before, key)
+        yield from _paths(value, (*before, key))
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def dataset(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    source = Source("a.jsonl", 10, 1, 1, 0, 0, 8, {"empty": 1})
+    manifest = Manifest(1, 8, "uint16", 16, 42, "a", "b", "sampled:c", "ByteLevelTokenizer", "t", 257, 256, True, "text", (source,))
+    write_manifest(manifest, manifest_path(str(folder / "data")))
+    return manifest_path(str(folder / "data")), lambda: read_manifest(str(folder / "data"))
+
+
+def score_index(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    kinds = columns(SCORES.top_k, SCORES.seq_length)
+    write_index(folder / "scores", SCORES, {name: np.ones(12, kind) for name, kind in kinds.items()})
+    return folder / "scores" / "index.json", lambda: ScoreIndex.open([str(folder / "scores")])
+
+
+def score_shard(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    _, consumer = score_index(folder)
+    return next((folder / "scores").glob("*/shard.json")), consumer
+
+
+def selection(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_selection(str(folder / "chosen"), [np.array([1, 3, 5], np.int64)], 3, SCORES, {"rule": "by hand"}, 0.0)
+    return folder / "chosen.json", lambda: Selection.open(str(folder / "chosen"))
+
+
+def log(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    entry = {"kind": "step", "step": 1, "loss": 2.5, "tokens": 8, "seconds": 0.5, "memory_gib": 1.0}
+    (folder / "train.jsonl").write_text(json.dumps(entry))
+    return folder / "train.jsonl", lambda: read_curve("run", folder / "train.jsonl")
+
+
+@pytest.mark.parametrize("make", [dataset, score_index, score_shard, selection, log])
+def test_no_value_of_a_description_ends_its_reader_with_a_traceback(tmp_path: Path, make: Any) -> None:
+    path, consumer = make(tmp_path)
+    consumer()
+    told: list[str] = []
+    for changed in mutations(json.loads(path.read_text())):
+        path.write_text(json.dumps(changed))
+        try:
+            consumer()
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) > 20
+    assert [line for line in told if str(path.parent) not in line or "\n" in line or len(line) > 900] == []
