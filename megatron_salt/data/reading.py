@@ -250,8 +250,6 @@ def _packed(batch, keys: Sequence[str]) -> bytes:  # type: ignore[no-untyped-def
         column = batch.column(key)
         if pyarrow.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if str(column.type).endswith("_view"):  # pyarrow casts no view of strings to binary in one step
-            column = column.cast(pyarrow.large_string() if str(column.type) == "string_view" else pyarrow.large_binary())
         null = np.asarray(column.is_null())
         column = column.cast(pyarrow.large_binary()).fill_null(b"")  # what lies under a null could be anything
         _, offset_buffer, data = column.buffers()
