@@ -664,7 +664,7 @@ class SaltConfig:
     """How the teacher's scales are chosen, see --fp8-recipe; delayed is refused for a teacher. Default: mxfp8 on GPUs of compute capability 10, else tensorwise."""
 
     teacher_fp8_max_kl: float = 0.01
-    """Refuse an FP8 teacher whose distributions are further than this from its own in bfloat16: mean KL divergence, nats a token, on a fixed batch. In emulated FP8 trained models of 3 and 12 layers had 0.0002 to 0.0005 by every recipe; with one linear zeroed or at twice its scale, half of those of 12 layers had more than 0.006 and all of those of 3 more than 0.03. Larger models may need more room; the figure is told either way."""
+    """Refuse an FP8 teacher whose distributions are further than this from its own in bfloat16: mean KL divergence, nats a token, at --kd-teacher-temperature or at 1, whichever is larger, on the run's first samples. In emulated FP8 trained models of 3 and 12 layers had 0.0002 to 0.0005 by every recipe; with one linear zeroed or at twice its scale, half of those of 12 layers had more than 0.006 and all of those of 3 more than 0.03. Larger models may need more room; the figure is told either way."""
 
     teacher_exchange_max_gib: float = 8.0
     """Refuse a run whose teacher hidden states would take more than this on a rank of the student's last stage in one step."""

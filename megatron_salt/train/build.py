@@ -27,18 +27,20 @@ from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import forward_flops_per_token
 from megatron_salt.model.gpt import build_model
+from megatron_salt.model.head_cost import measure_head
 from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.mesh import Mesh, make_student_mesh
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh, new_group_of
 from megatron_salt.checkpoint import integrity, shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
 from megatron_salt.checkpoint.owner import Ownership, acquire, myself
 from megatron_salt.checkpoint.writer import describe
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
+from megatron_salt.salt.fidelity import SAMPLES
 from megatron_salt.salt.prediction import predict
 from megatron_salt.salt.resumption import salt_from
 from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
@@ -242,18 +244,22 @@ def admit_teacher(
         )
     for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
+    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, padded_vocabulary=config.model.padded_vocabulary(vocabulary),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
+        head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
     )  # fmt: skip
+    dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     teacher = admit(
-        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision
-    )
+        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
+        run.train.first(SAMPLES),
+    )  # fmt: skip
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info("teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage", checkpoint.directory,
