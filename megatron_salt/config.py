@@ -571,6 +571,9 @@ class CheckpointConfig:
     take_over_save: bool = False
     """Take --save away from a run that seems to be writing there. That run ends at its next save."""
 
+    overwrite_save: bool = False
+    """Start into a --save that holds checkpoints which this run does not go on from. It replaces those whose steps it reaches and becomes the latest; the others stay, for --keep-last deletes a run's own alone."""
+
     dist_ckpt_optim_fully_reshardable: bool = False
     """Write routine checkpoints' optimizer state so that it loads under any layout, as the save at the run's last step always is. Slower: every data-parallel rank gathers its group's state in host memory, 12 bytes a parameter of its tp and pp share."""
 
@@ -597,8 +600,9 @@ class CheckpointConfig:
         _representable(self)
         if self.save_interval is not None and self.save is None:
             raise UserError(f"--save-interval {self.save_interval} needs --save")
-        if self.take_over_save and self.save is None:
-            raise UserError("--take-over-save needs --save")
+        for name in ("take_over_save", "overwrite_save"):
+            if getattr(self, name) and self.save is None:
+                raise UserError(f"{flag(name)} needs --save")
         if self.save_at and self.save is None:
             raise UserError(f"--save-at {' '.join(map(str, self.save_at))} needs --save")
         if any(step < 1 for step in self.save_at):

@@ -28,6 +28,7 @@ from megatron_salt.data.manifest import (
     write_manifest,
 )
 from megatron_salt.data.meter import Meter
+from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.scores import parse_shard
 from megatron_salt.data.stage import leftovers, output_paths, publish, remove, temporary
 from megatron_salt.data.tokenizer import load_tokenizer
@@ -62,16 +63,15 @@ def merge_datasets(config: MergeConfig) -> None:
     output = config.output_prefix
     if os.path.realpath(output) in map(os.path.realpath, prefixes):
         raise UserError(f"--output-prefix {output} is one of --input")
-    present = [str(path) for path in output_paths(output) if path.exists()]
-    if present and not config.overwrite:
-        raise UserError(f"--output-prefix {output}: {', '.join(present)} exists; --overwrite replaces it")
+    refuse_present("--output-prefix", output, output_paths(output), config.overwrite)
     manifests = [read_manifest(prefix) for prefix in prefixes]
     opened = [TokenFile.open(prefix, "--input") for prefix in prefixes]
     refuse_mixtures(opened, manifests)
     parts = [IndexedReader(file.prefix, file.dtype, file.num_documents) for file in opened]
     try:
         with ExitStack() as stack:
-            os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+            stack.enter_context(sole_writer("--output-prefix", output))
+            refuse_present("--output-prefix", output, output_paths(output), config.overwrite)
             stack.callback(remove, leftovers(output))
             remove(leftovers(output))
             writer = IndexedWriter(temporary(output), parts[0].dtype)

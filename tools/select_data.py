@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megatron_salt.config import flag
 from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.eligible import duplicates, find_eligible
 from megatron_salt.data.manifest import tokenizer_directory
+from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.select import Choice, Rule, RuleName, choose
 from megatron_salt.data.selection import Selection, selection_paths, write_selection
@@ -127,9 +129,7 @@ def select_data(config: SelectConfig) -> None:
     column = score_column(index, config.score)
     outputs = [Path(f"{selection_prefix(config)}{suffix}") for suffix in (".json", ".npy", ".txt", ".png")]
     outputs += [Path(config.export_documents)] if config.export_documents else []
-    present = [str(path) for path in outputs if path.exists()]
-    if present and not config.overwrite:
-        raise UserError(f"--output {config.output}: {', '.join(present)} exists; --overwrite replaces it")
+    refuse_present("--output", config.output, outputs, config.overwrite)
     text = window_text(config, index)
     if isinstance(text, str) and config.export_documents:
         raise UserError(f"--export-documents {config.export_documents}: {text}")
@@ -139,9 +139,11 @@ def select_data(config: SelectConfig) -> None:
     repeated = duplicates(index, int(config.max_memory_gib * (1 << 30))) if config.exclude_duplicates else None
     choice = choose(index, column, rule_of(config), find_eligible(index, config.valid_share, repeated))
     facts = {"score": column, **asdict(choice.rule), "exclude_duplicates": config.exclude_duplicates}
+    held = ExitStack()
     try:
-        for path in outputs:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for output in (selection_prefix(config), *([config.export_documents] if config.export_documents else [])):
+            held.enter_context(sole_writer("--output", output))
+        refuse_present("--output", config.output, outputs, config.overwrite)
         write_selection(selection_prefix(config), choice.ids(), choice.count, index.manifest, facts, config.valid_share)
         for path in outputs[2:]:
             path.unlink(missing_ok=True)  # they tell of the selection that was there
@@ -155,6 +157,8 @@ def select_data(config: SelectConfig) -> None:
             export(choice, text, Path(config.export_documents))
     except OSError as error:
         raise UserError(f"--output {config.output} cannot be written: {error.strerror} ({error.filename or 'while writing'})") from error
+    finally:
+        held.close()
     print(told, end="")
     print("\nwrote", *outputs[1:2], *outputs[:1], *outputs[2:])
 

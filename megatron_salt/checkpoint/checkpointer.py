@@ -36,7 +36,7 @@ from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.checkpoint import fp8_state, integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.checkpoint import fp8_state, integrity, lineage, resume, retention, rng, sharded, shelf, writer
 from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
@@ -79,6 +79,7 @@ class Checkpointer:
         self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
         self._save = None if config.save is None else Path(config.save)
         self._owner = owner
+        self._lineage = lineage.fresh()  # until `load`; rank 0's is written
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
@@ -142,6 +143,7 @@ class Checkpointer:
             "format": resume.FORMAT,
             "name": name,
             "saved_at": time.time(),
+            "lineage": self._lineage,
             "megatron_core": megatron_core_version(),
             "torch": torch.__version__,
             **asdict(progress),
@@ -196,7 +198,8 @@ class Checkpointer:
         metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
         integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
         shelf.publish(self._save, pending.step)
-        for line in shelf.make_room(self._save, self._config.keep_last, pending.step):
+        surplus = retention.surplus(retention.saved_under(self._save), self._config.keep_last, pending.step, self._lineage)
+        for line in shelf.make_room(self._save, surplus):
             log.warning("--save: %s", line)
 
     def _failed(self, step: int, problem: str) -> None:
@@ -233,19 +236,28 @@ class Checkpointer:
         """
         config = self._config
         if config.load is None:
+            self._begin(None)
             return None
         found = resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
             resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
+            self._begin(None)
             return None
         resume.refuse_other_run(found, self._run, config.finetune, config.new_data)
+        self._begin(None if config.finetune else found)
         self._load_tensors(found)
         if config.finetune:
             return Progress(0, 0, events=({"event": "finetune", "from": str(found.directory), "step": found.facts["step"]},))
         if self._scheduler is not None and found.facts["scheduler"] is not None:
             resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
         return resume.progress_from(found, self._run, config.new_data)
+
+    def _begin(self, found: resume.Found | None) -> None:
+        """Decide whose checkpoints this run's are; found: what it goes on from. Collective. Raises UserError where --save is another's."""
+        if self._save is not None:
+            place = None if found is None else (found.directory, found.facts)
+            self._lineage = from_rank_0(partial(retention.begin, self._config, place))
 
     def _load_tensors(self, found: resume.Found) -> None:
         facts = found.facts

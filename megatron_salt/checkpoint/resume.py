@@ -30,7 +30,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json
 from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.checkpoint import integrity, pickles, sharded, shelf
+from megatron_salt.checkpoint import integrity, pickles, retention, sharded, shelf
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Fo
 
     Raises UserError; DamagedCheckpoint where files are not what was written, unless `fallback` and there is one before.
     """
-    paths = from_rank_0(lambda: shelf.candidates(load, fallback, flag_name))
+    paths = from_rank_0(lambda: retention.of_one_run(shelf.candidates(load, fallback, flag_name)))
     for number, directory in enumerate(paths, start=1):
         try:
             return _open(directory)

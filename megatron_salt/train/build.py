@@ -35,9 +35,9 @@ from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, new_group_of
-from megatron_salt.checkpoint import integrity, shelf
+from megatron_salt.checkpoint import integrity, retention, shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
-from megatron_salt.checkpoint.owner import Ownership, acquire, myself
+from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
 from megatron_salt.checkpoint.writer import describe
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
 from megatron_salt.salt.fidelity import SAMPLES
@@ -159,12 +159,20 @@ def build(
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack) -> Ownership | None:
-    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, all raise UserError."""
+    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, or holds checkpoints that
+    this run does not come from, all raise UserError."""
     if checkpoint.save is None:
         return None
     save, mine = Path(checkpoint.save), []
+
+    def take() -> None:
+        if not checkpoint.take_over_save:
+            refuse_living(save)
+        retention.look(checkpoint)
+        mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save))
+
     try:
-        from_rank_0(lambda: mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save)))
+        from_rank_0(take)
     except OSError as error:
         raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}") from None
     for ownership in mine:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_salt.checkpoint import owner, resume, shelf
+from megatron_salt.checkpoint import owner, resume, retention, shelf
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.errors import UserError
@@ -60,6 +60,7 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     if config.checkpoint.save is not None:
         if not config.checkpoint.take_over_save and (line := owner.refuse_living(Path(config.checkpoint.save))) is not None:
             print(f"save: {line}")
+        retention.look(config.checkpoint)
         print(check_room(config.checkpoint, parameters * (dtype_of(config.training).itemsize + OPTIMIZER_BYTES) / GIB))
     print("dry run: nothing found that would stop this run")
 
