@@ -51,7 +51,7 @@ from megatron_salt.parallel.layout import student_layout  # noqa: E402
 from megatron_salt.parallel.mesh import new_group_of  # noqa: E402
 from megatron_salt.salt import routing  # noqa: E402
 from megatron_salt.salt.prediction import predict  # noqa: E402
-from megatron_salt.train.build import build, dtype_of, read_inputs  # noqa: E402
+from megatron_salt.train.build import build, dtype_of, identify, name_data, read_inputs  # noqa: E402
 from megatron_salt.train.metrics import PhaseTimer  # noqa: E402
 from megatron_salt.train.plan import plan_run  # noqa: E402
 from megatron_salt.train.step import train_step  # noqa: E402
@@ -205,7 +205,8 @@ def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
     inputs, timeout = read_inputs(config), timedelta(minutes=5)
     with distributed(timeout):
         layout = student_layout(config.parallel, dist.get_world_size())
-        run = build(config, plan_run(config.training, config.parallel, layout, config.salt), layout, inputs, timeout)
+        plan = plan_run(config.training, config.parallel, layout, config.salt)
+        run = build(config, plan, layout, inputs, identify(config, inputs, name_data(config, plan, inputs)), timeout)
         assert run.stage1 is not None
         teacher, student, microbatches = run.stage1.teacher, run.student, run.train.fetch(0)
 

@@ -229,29 +229,28 @@ class Checkpointer:
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self) -> Progress | None:
+    def load(self, found: resume.Found | None = None) -> Progress | None:
         """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Where training continues.
 
-        None: there is nothing to load, so the run starts at step 0. Raises UserError (also DamagedCheckpoint, UnsafePickle).
+        None: there is nothing to load, so the run starts at step 0. found: what `resume.open_checkpoint` found, where it was asked already.
+        Raises UserError (also DamagedCheckpoint, UnsafePickle).
         """
         config = self._config
         if config.load is None:
             self._begin(None)
             return None
-        found = resume.open_checkpoint(Path(config.load), config.load_fallback)
+        found = found or resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
             resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        resume.refuse_other_run(found, self._run, config.finetune, config.new_data)
+        progress = resume.take_over(found, self._run, config)
         self._begin(None if config.finetune else found)
         self._load_tensors(found)
-        if config.finetune:
-            return Progress(0, 0, events=({"event": "finetune", "from": str(found.directory), "step": found.facts["step"]},))
-        if self._scheduler is not None and found.facts["scheduler"] is not None:
+        if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
             resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
-        return resume.progress_from(found, self._run, config.new_data)
+        return progress
 
     def _begin(self, found: resume.Found | None) -> None:
         """Decide whose checkpoints this run's are; found: what it goes on from. Collective. Raises UserError where --save is another's."""

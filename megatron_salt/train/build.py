@@ -16,7 +16,7 @@ import torch.distributed as dist
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.cli import to_yaml
-from megatron_salt.config import CheckpointConfig, RunConfig, TrainingConfig
+from megatron_salt.config import CheckpointConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Batches, passed_positions
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.data.choice import tokenizer_of_run
@@ -42,14 +42,14 @@ from megatron_salt.checkpoint.writer import describe
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
 from megatron_salt.salt.fidelity import SAMPLES
 from megatron_salt.salt.prediction import predict
-from megatron_salt.salt.resumption import salt_from
+from megatron_salt.salt.resumption import Events, salt_from
 from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
-from megatron_salt.checkpoint.resume import RunIdentity, read_facts, schedule_follows_run
+from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
 from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
@@ -121,22 +121,22 @@ def _probe(samples: Samples) -> None:
 
 
 def build(
-    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta, precisions: Precisions = PLAIN,
-    held: contextlib.ExitStack | None = None,
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, timeout: timedelta,
+    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None,
 ) -> Run:  # fmt: skip
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
 
-    held: gives --save free when the run ends; None: nobody else writes there.
+    identity: what `identify` says. held: gives --save free when the run ends; None: nobody else writes there. found: that checkpoint,
+    where it is open already.
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
-    data = from_rank_0(lambda: name_data(config, plan, inputs))
     checkpointer = Checkpointer(
-        config.checkpoint, identify(config, inputs, data), inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
+        config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
         None if held is None else own_save(config.checkpoint, held),
     )  # fmt: skip
-    loaded = checkpointer.load()
+    loaded = checkpointer.load(found)
     progress = loaded or Progress(0, 0)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     check_save_at(config.checkpoint.save_at, plan.total_steps)
@@ -211,12 +211,9 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
 def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta, precision: Precision) -> Run:
     """The run in the stage that its flags and its checkpoint ask for: in stage 1 with its teacher, where it has one, admitted.
     precision: the teacher's. Collective over all ranks. Raises UserError."""
-    salt, progress = config.salt, run.progress
-    schedule = None if salt.kd_steps is None else Schedule.of(salt)
-    teacher = inputs.teacher
-    fingerprint = None if teacher is None else teacher.fingerprint
-    directory = salt.teacher_load if teacher is None else str(teacher.directory)
-    state, events = salt_from(progress if resumed else None, schedule, fingerprint, directory, salt.override_kd_schedule)
+    progress, teacher = run.progress, inputs.teacher
+    schedule = None if config.salt.kd_steps is None else Schedule.of(config.salt)
+    state, events = stage_of(config.salt, progress if resumed else None, teacher)
     run = replace(run, progress=replace(progress, salt=state, events=(*progress.events, *events)))
     if state is None:
         return run
@@ -234,6 +231,29 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
+def stage_of(salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpoint | None) -> tuple[SaltProgress | None, Events]:
+    """`salt_from` of these flags and this teacher. Pure."""
+    schedule = None if salt.kd_steps is None else Schedule.of(salt)
+    fingerprint = None if teacher is None else teacher.fingerprint
+    directory = salt.teacher_load if teacher is None else str(teacher.directory)
+    return salt_from(resumed, schedule, fingerprint, directory, salt.override_kd_schedule)
+
+
+def refuse_large_exchange(salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint) -> float:
+    """GiB of the teacher's hidden states that a rank of the last stage gets in a step. Raises UserError above --teacher-exchange-max-gib.
+    Pure."""
+    size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
+    exchange = exchange_gib(layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length, hidden, size)
+    if exchange > salt.teacher_exchange_max_gib:
+        raise UserError(
+            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
+            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
+            f"{hidden} x {size} bytes / tp {layout.tensor} / cp {layout.context}), more than "
+            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
+        )
+    return exchange
+
+
 def admit_teacher(
     run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta, precision: Precision
 ) -> Teacher:
@@ -241,15 +261,7 @@ def admit_teacher(
     salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    exchange = exchange_gib(mesh.layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length,
-                            checkpoint.model.hidden_size, dtype.itemsize)  # fmt: skip
-    if exchange > salt.teacher_exchange_max_gib:
-        raise UserError(
-            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
-            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
-            f"{checkpoint.model.hidden_size} x {dtype.itemsize} bytes / tp {mesh.layout.tensor} / cp {mesh.layout.context}), more than "
-            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
-        )
+    exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)

@@ -23,7 +23,7 @@ from megatron_salt.data.batch import Batches, Microbatch
 from megatron_salt.train import evaluate, loop
 from megatron_salt.train.metrics import STEP_KEYS
 from tests.program import (
-    DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, checkpoints, entries, losses, numbers, refused, run, state_of, tensors,
+    DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, checkpoints, entries, losses, numbers, run, state_of, tensors,
     the_error, train, write_tokens,
 )  # fmt: skip
 
@@ -260,12 +260,15 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, d
 def test_too_many_of_them_in_a_row_end_the_run_naming_step_rank_and_microbatch(tmp_path: Path, data: str) -> None:
     """Counted across a resume, too; the checkpoint before stands."""
     flags = dict(OVERLAP, data_path=data, train_iters=9, max_nonfinite_steps=3, save=tmp_path)
-    message = refused(2, **flags, save_interval=2, within=nan_from_step_3_on)
-    told = ("3 steps in a row", "--max-nonfinite-steps 3", "step 5", "rank 1, microbatch 1 (samples ", "Parameters are those of step 2")
+    ended = run(2, **flags, save_interval=2, within=nan_from_step_3_on)
+    message = the_error(ended[0].err)
+    assert [one.status for one in ended] == [4, 4]
+    told = ("3 steps in a row", "--max-nonfinite-steps 3", "step 5", "rank 1, microbatch 1 (samples ", "Parameters are those of step 2",
+            f"{tmp_path}/iter_0000002 stands", "--skip-samples 16:40")
     assert all(word in message for word in told), message
     assert "microbatch 0" not in message and checkpoints(tmp_path) == [2, 4]
     ended = run(2, **flags, load=tmp_path, within=nan_from_step_3_on)
-    assert [one.status for one in ended] == [2, 2] and "step 5: rank 1" in the_error(ended[0].err)
+    assert [one.status for one in ended] == [4, 4] and "step 5: rank 1" in the_error(ended[0].err)
     assert losses(tmp_path).keys() == {1, 2, 3, 4}  # the log ends with the last step that was carried out
     train(2, **flags, load=tmp_path)
     assert [entry["nonfinite"] for entry in entries(tmp_path)] == [False, False, True, True] + 5 * [False]
