@@ -30,7 +30,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json
 from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.checkpoint import integrity, pickles, sharded, shelf
+from megatron_salt.checkpoint import evaluated, integrity, pickles, sharded, shelf
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
     if written != FORMAT:
         raise UserError(f"{path} has format {written}; this release reads format {FORMAT}")
-    return {"probe": None, "salt": None} | facts
+    return evaluated.with_evaluation(directory, {"probe": None, "salt": None, "extra": {}} | facts)
 
 
 # ---- holding it against this run ---------------------------------------------------------------------------------------
