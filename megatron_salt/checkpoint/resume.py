@@ -32,7 +32,7 @@ from megatron_salt.small_files import read_json
 from megatron_salt.parallel.agreement import first_problem, from_rank_0, gathered
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.checkpoint import integrity, pickles, retention, sharded, shelf
+from megatron_salt.checkpoint import evaluated, integrity, pickles, retention, sharded, shelf
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +125,8 @@ def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Fo
 
 def glance_at_checkpoint(load: Path, fallback: bool) -> Found | None:
     """The same without a look at anything but state.json, and so without sizes. Not collective."""
-    return _first_whole(
-        retention.of_one_run(shelf.candidates(load, fallback)), fallback, "--load", lambda directory: Found(directory, read_facts(directory), {})
-    )
+    paths = retention.of_one_run(shelf.candidates(load, fallback))
+    return _first_whole(paths, fallback, "--load", lambda directory: Found(directory, read_facts(directory), {}))
 
 
 def _first_whole(paths: Sequence[Path], fallback: bool, flag_name: str, open_: Callable[[Path], Found]) -> Found | None:
@@ -184,7 +183,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
     if written != FORMAT:
         raise UserError(f"{path} has format {written}; this release reads format {FORMAT}")
-    return {"probe": None, "salt": None} | facts
+    return evaluated.with_evaluation(directory, {"probe": None, "salt": None, "extra": {}} | facts)
 
 
 # ---- holding it against this run ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
-from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress, SaltProgress
 from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
 from megatron_salt.train.stages import Stage1
@@ -103,7 +103,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         if samples is not None:
             _probe(samples)
     teacher = None
-    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint):
+    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint, evaluates=config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
     staged = None
@@ -217,7 +217,9 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     run = replace(run, progress=replace(progress, salt=state, events=(*progress.events, *events)))
     if state is None:
         return run
-    if state.stage_after(progress.step) == 2:
+    # Its flags may be gone with stage 1: then the evaluation that is due at its end goes without the teacher.
+    due = run.valid is not None and config.training.eval_iters > 0 and progress.evaluation_due
+    if state.resumes_in(progress.step, due and schedule is not None and (None if teacher is None else teacher.fingerprint) == state.teacher) == 2:
         run, progress = in_stage2(run, run.progress)
         return replace(run, progress=progress)
     assert schedule is not None
@@ -341,15 +343,17 @@ def count_parameters(student: Student) -> int:
     return int(total)
 
 
-def _resumes_in_stage2(checkpoint: CheckpointConfig) -> bool:
-    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`."""
+def _resumes_in_stage2(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
+    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`.
+    evaluates: an evaluation that is due will be made."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
     for directory in shelf.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
             facts = read_facts(directory)
             salt = SaltProgress.from_facts(facts["salt"])
-            return salt is not None and salt.stage_after(facts["step"]) == 2
+            due = evaluates and facts["extra"].get(EVALUATION_DUE, False)
+            return salt is not None and salt.resumes_in(facts["step"], due) == 2
     return False
 
 

@@ -71,9 +71,9 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         if config.checkpoint.save is not None and progress.step > run.progress.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)
     if rank == 0:  # after the last barrier: every rank has saved
-        done = progress.step >= run.plan.total_steps
-        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step,
-                      "after its last step" if done else f"before its last step, {run.plan.total_steps}")
+        done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
+        short = f"before its last step, {run.plan.total_steps}" if progress.step < run.plan.total_steps else "before its last evaluation"
+        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short)
 
 
 def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:

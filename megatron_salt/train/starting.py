@@ -82,7 +82,7 @@ def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIde
 def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
     """Who owns --save, and what it has room for; `gib` is what one checkpoint takes, about.
 
-    Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written, or holds not even one checkpoint."""
+    Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
     retention.look(checkpoint)
