@@ -522,6 +522,9 @@ class DataConfig:
     verify_data: bool = False
     """Hash every byte of the data at start instead of a fixed sample of blocks. Data without a manifest has another fingerprint with it: give it from the start of a run or not at all."""
 
+    allow_duplicate_inputs: bool = False
+    """Take datasets that are the same data twice: one under two names, a copy, or two made of one file. Each then counts as one of its own."""
+
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.5, "valid_share")
         _representable(self)

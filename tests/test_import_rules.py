@@ -45,6 +45,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.order",
     "megatron_salt.data.outputs",
     "megatron_salt.data.pools",
+    "megatron_salt.data.repeats",
     "megatron_salt.data.score_index",
     "megatron_salt.data.scores",
     "megatron_salt.data.select",

@@ -104,6 +104,9 @@ class PreprocessConfig:
     max_bad_lines: int = 0
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
+    allow_duplicate_inputs: bool = False
+    """Take files that are one file under two names, or copies; their documents then come twice."""
+
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
@@ -178,7 +181,7 @@ def preprocess(config: PreprocessConfig) -> None:
 
 def shard_files(config: PreprocessConfig) -> list[str]:
     """The files of this job, which for most is all of them."""
-    files = input_files(config.input)
+    files = input_files(config.input, config.allow_duplicate_inputs, config.text_documents == "file")
     shard = parse_shard(config.shard)
     if shard[1] == 1:
         return files

@@ -87,6 +87,9 @@ class ScoreConfig:
     verify_data: bool = False
     """Hash every byte of the data at start instead of a fixed sample of blocks."""
 
+    allow_duplicate_inputs: bool = False
+    """Take datasets that are the same data twice, as the training run's flag of this name."""
+
     loss_chunk_mib: int = 256
     """Memory for the logits of one chunk of tokens, float32."""
 
@@ -127,6 +130,7 @@ def score_data(config: ScoreConfig) -> None:
     data = DataConfig(
         data_path=config.data_path, eod_mask_loss=config.eod_mask_loss, reset_position_ids=config.reset_position_ids,
         reset_attention_mask=config.reset_attention_mask, verify_data=config.verify_data,
+        allow_duplicate_inputs=config.allow_duplicate_inputs,
     )  # fmt: skip
     tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
     refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocab_size, length)

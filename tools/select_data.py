@@ -92,6 +92,9 @@ class SelectConfig:
     overwrite: bool = False
     """Replace a selection that is already there."""
 
+    allow_duplicate_inputs: bool = False
+    """Take shards that are named twice, of which one counts, and scores of datasets that hold the same windows twice."""
+
     max_memory_gib: float = 1.5
     """Memory for the search of --exclude-duplicates; with less it reads the hashes more often."""
 
@@ -125,7 +128,9 @@ class SelectConfig:
 
 def select_data(config: SelectConfig) -> None:
     """The whole tool: check what can be known, choose, write, report. Raises UserError."""
-    index = ScoreIndex.open(config.scores)
+    index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
+    if not config.allow_duplicate_inputs:
+        refuse_equal_datasets(index)
     column = score_column(index, config.score)
     outputs = [Path(f"{selection_prefix(config)}{suffix}") for suffix in (".json", ".npy", ".txt", ".png")]
     outputs += [Path(config.export_documents)] if config.export_documents else []
@@ -161,6 +166,16 @@ def select_data(config: SelectConfig) -> None:
         held.close()
     print(told, end="")
     print("\nwrote", *outputs[1:2], *outputs[:1], *outputs[2:])
+
+
+def refuse_equal_datasets(index: ScoreIndex) -> None:
+    """Raise UserError where two datasets of the index are equal: each of their windows would be chosen twice."""
+    seen: dict[str, str] = {}
+    for dataset in index.manifest.datasets:
+        if dataset.fingerprint in seen:
+            raise UserError(f"--scores are of {seen[dataset.fingerprint]} and {dataset.prefix}, which hold the same tokens; score one of "
+                            "them alone, or allow it with --allow-duplicate-inputs")
+        seen[dataset.fingerprint] = dataset.prefix
 
 
 def selection_prefix(config: SelectConfig) -> str:

@@ -219,7 +219,8 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
         return run
     # Its flags may be gone with stage 1: then the evaluation that is due at its end goes without the teacher.
     due = run.valid is not None and config.training.eval_iters > 0 and progress.evaluation_due
-    if state.resumes_in(progress.step, due and schedule is not None and (None if teacher is None else teacher.fingerprint) == state.teacher) == 2:
+    taught = schedule is not None and (None if teacher is None else teacher.fingerprint) == state.teacher
+    if state.resumes_in(progress.step, due and taught) == 2:
         run, progress = in_stage2(run, run.progress)
         return replace(run, progress=progress)
     assert schedule is not None

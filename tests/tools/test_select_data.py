@@ -212,3 +212,13 @@ def test_damaged_and_nan_scores_are_refused(index: Path, capsys: pytest.CaptureF
     assert select(index.parent / "nan", "--num-samples", 3) == 2
     assert "2" in (err := capsys.readouterr().err) and "NaN" in err and "7" in err
     assert not (index.parent / "chosen.npy").exists()
+
+
+def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = manifest_of([1], datasets=tuple(DatasetFacts(name, "content:same", 9) for name in ("one", "two")))
+    write_index(tmp_path / "scores", manifest, random_rows(manifest))
+    assert select(tmp_path / "scores", "--fraction", 0.5) == 2
+    assert "--scores are of one and two, which hold the same tokens" in capsys.readouterr().err
+    assert select(tmp_path / "scores", "--fraction", 0.5, "--allow-duplicate-inputs") == 0
+    assert select(tmp_path / "scores", "--fraction", 0.5, "--overwrite", "--scores", tmp_path / "scores", tmp_path / "scores") == 2
+    assert "--scores names" in capsys.readouterr().err
