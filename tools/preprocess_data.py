@@ -222,7 +222,7 @@ def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[F
     return {"--input": [[file, form, os.path.getsize(file) if there else 0, sampled_hash(Path(file)) if there else ""]
                         for file, form, there in zip(files, forms, regular, strict=True)],
             "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint,
-            "--prepend-bos": config.prepend_bos, "--special-tokens-in-text": config.special_tokens_in_text,
+            "--prepend-bos": tokenizer.bos if config.prepend_bos else None, "--special-tokens-in-text": config.special_tokens_in_text,
             "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
 
 

@@ -110,7 +110,7 @@ class _Gigatoken:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.as_json is not None
-        self._json = texts_alone(tokenizer.as_json(), tokenizer.matches_special)
+        self._json = (texts_alone if tokenizer.matches_special else without_special)(tokenizer.as_json())
         self._since = self._limit = 0
         self._vocab_size = tokenizer.vocab_size
         self._make()
@@ -140,10 +140,16 @@ class _Gigatoken:
         self._limit = max(self._limit, resident_bytes() + CACHE_BYTES // 2)  # where the system does not take memory back
 
 
-def texts_alone(tokenizer_json: bytes, matches_special: bool) -> bytes:
-    """A tokenizer.json that adds nothing, neither pads nor cuts, and reads special tokens in the text as text unless `matches_special`."""
+def without_special(tokenizer_json: bytes) -> bytes:
+    """A tokenizer.json that reads special tokens in the text as text, adds nothing, and neither pads nor cuts."""
     content = json.loads(tokenizer_json)
-    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if matches_special or not token.get("special")]
+    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    return texts_alone(json.dumps(content).encode())
+
+
+def texts_alone(tokenizer_json: bytes) -> bytes:
+    """A tokenizer.json that adds nothing, and neither pads nor cuts."""
+    content = json.loads(tokenizer_json)
     content["post_processor"] = content["padding"] = content["truncation"] = None
     return json.dumps(content).encode()
 

@@ -21,8 +21,8 @@ from megatron_salt.small_files import read_small
 
 DOCUMENT = ("<eod>", "<EOD>")
 """Names that mean nothing but the end of a document."""
-TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")  # noqa: RUF001  (DeepSeek's)
-SENTENCE = ("</s>", "<eos>")
+TEXT = ("<|endoftext|>",)
+OTHERS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001  (DeepSeek's)
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def _only(candidates: set[int], special: Mapping[str, int], origin: str) -> int 
 
 def in_words(special: Mapping[str, int], ids: Iterable[int], at_most: int = 8) -> str:
     """Tokens with their ids, for a message."""
-    wanted = set(ids)
-    listed = sorted((i, token) for token, i in special.items() if i in wanted)
-    words = [f"{token!r} (id {i})" for i, token in listed[:at_most]]
+    names = {i: repr(token) for token, i in special.items()}
+    listed = sorted(set(ids))
+    words = [f"{names[i]} (id {i})" if i in names else f"id {i}" for i in listed[:at_most]]
     return " or ".join(words) + (f" or {len(listed) - at_most} more" if len(listed) > at_most else "")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_salt.data.ends import DOCUMENT, SENTENCE, TEXT, Declared, find_eod, of_template
+from megatron_salt.data.ends import DOCUMENT, OTHERS, TEXT, Declared, find_eod, of_template
 from megatron_salt.data.sentencepiece_model import user_defined_pieces, with_control_piece
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import parse_json
@@ -93,6 +93,8 @@ def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Library:
     size = processor.vocab_size()
     special = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}
     named = {piece: found for piece in (*DOCUMENT, *TEXT) if (found := id_of(piece)) is not None}
+    if named.keys() - special.keys():  # a piece of text ends no document
+        named = {piece: named[piece] for piece in named.keys() & {*special, *user_defined_pieces(content)}}
     declared = Declared(frozenset(i for i in [processor.eos_id()] if i >= 0), frozenset(i for i in [processor.bos_id()] if i >= 0))
     first = next((found for piece in _FIRST_SENTENCEPIECE if (found := id_of(piece)) is not None), None)
     return Library(
@@ -137,7 +139,7 @@ def _hugging_face(files: Mapping[str, bytes], origin: str) -> Library:
     return Library(
         max(model.get_vocab(with_added_tokens=True).values()) + 1, special, unknown,  # ids may have holes
         model.token_to_id, model.id_to_token,
-        lambda beside, origin: find_eod(special, (DOCUMENT, (*TEXT, *SENTENCE)), (declared | beside).eos, origin),
+        lambda beside, origin: find_eod(special, (DOCUMENT, (*TEXT, *OTHERS)), (declared | beside).eos, origin),
         first, declared, encoder, lambda ids: model.decode(ids))
 
 

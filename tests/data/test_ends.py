@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import models, processors
 
@@ -175,3 +177,21 @@ def test_a_runs_flag_cannot_ask_a_kept_tokenizer_for_another_end(tmp_path):
 def test_a_special_token_with_no_name_of_an_end_ends_nothing():
     assert find_eod({"<a>": 1}, (("<eod>",),), frozenset(), "") is None
     assert find_eod({"<a>": 1}, (("<eod>",),), frozenset([1]), "") == 1
+
+
+def test_a_piece_of_text_with_the_name_of_an_end_ends_no_document():
+    """SentencePiece learnt it; a user-defined or control piece of that name is one that somebody put there."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["<eod>"] * 50 + ["a b"]), model_writer=model, vocab_size=272,
+                                             model_type="bpe", byte_fallback=True, add_dummy_prefix=False, minloglevel=2,
+                                             split_by_unicode_script=False)
+    library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    learnt = library.piece_to_id("<eod>")
+    assert library.id_to_piece(learnt) == "<eod>" and not library.is_control(learnt)
+    tokenizer = tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": model.getvalue()}, "test")
+    assert tokenizer.eod == library.eos_id() and tokenizer.encode("<eod>") == [learnt]
+
+
+def test_candidates_that_are_not_special_are_named_by_their_ids():
+    with pytest.raises(UserError, match=r"documents may end in id 4 or '<a>' \(id 9\); --eod-token"):
+        find_eod({"<a>": 9}, (), frozenset([9, 4]), "x")

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_salt.config import DataConfig, TokenizerConfig
+from megatron_salt.data.choice import tokenizer_of_run
 from megatron_salt.data.manifest import manifest_path, read_manifest, tokenizer_directory
 from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.errors import UserError
 from tests.data.test_ends import saved, tokenizer_json
 from tests.tools.test_merge_datasets import merge
 from tests.tools.test_preprocess_data import BYTES, dataset, files_in, run, write_lines
+from tools import preprocess_data
 
 TEXTS = ["plain text", "", "a tag <eod> in <eod> the text", "one more <eod>", "plain again"]
 
@@ -118,3 +122,27 @@ def test_merged_counts_are_the_sums_and_older_parts_do_not_say(tmp_path, corpus,
     merged = read_manifest(str(tmp_path / "d"))
     assert (merged.special_tokens_in_text, merged.special_documents, merged.bos) == ("", 2, None)
     assert run(corpus, tmp_path / "b", "--resume", tokenizer=flags) == 0  # an older dataset is whole
+
+
+def test_a_run_with_another_end_than_its_data_is_refused_with_both(tmp_path, corpus):
+    saved(tmp_path / "t", tokenizer_json(["<eos>"], ["</s>"]))
+    model = str(tmp_path / "t")
+    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model, "--eod-token", "</s>"]
+    assert run(corpus, tmp_path / "d", "--append-eod", tokenizer=words) == 0
+    data = DataConfig(data_path=(f"{tmp_path / 'd'}_text_document",))
+    for same in (TokenizerConfig(), TokenizerConfig("HuggingFaceTokenizer", model, eod_token="</s>")):
+        assert tokenizer_of_run(same, data, None).eod == 32
+    with pytest.raises(UserError, match=r"\(end of a document 32\).*\(end of a document 31\).*--eod-token"):
+        tokenizer_of_run(TokenizerConfig("HuggingFaceTokenizer", model), data, None)
+
+
+@pytest.mark.parametrize("flag", [["--special-tokens-in-text", "refuse"], ["--prepend-bos"]])
+def test_a_killed_run_goes_on_with_the_same_settings_alone(tmp_path, corpus, flags, capsys, flag):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess_data, "describe", lambda *facts: (_ for _ in ()).throw(UserError("killed")))
+        assert run(corpus, tmp_path / "d", "--resume", tokenizer=flags) == 2
+    assert run(corpus, tmp_path / "d", "--resume", *flag, tokenizer=flags) == 2
+    assert f"of a run with other {flag[0]}: {flag[0]} was" in capsys.readouterr().err
+    assert run(corpus, tmp_path / "d", "--resume", tokenizer=flags) == 0
+    manifest = read_manifest(f"{tmp_path / 'd'}_text_document")
+    assert (manifest.special_documents, manifest.special_tokens) == (2, {"<eod>": 3})  # once, though it was begun twice
