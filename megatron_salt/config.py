@@ -548,6 +548,9 @@ class TokenizerConfig:
     merge_file: str | None = None
     """GPT-2 merges (vocab.bpe)."""
 
+    eod_token: str | None = None
+    """The token that ends documents, by its text. Default: the special token whose name or declaration says so; where several do, this is needed."""
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -93,6 +93,9 @@ def merge_datasets(config: MergeConfig) -> None:
                     idx_bytes=written.idx_bytes, bin_hash=written.bin_hash, idx_hash=written.idx_hash,
                     sampled=sampled_fingerprint(writer.prefix), sources=tuple(source for each in whole for source in each.sources),
                     duplicates=sum(each.duplicates for each in whole), shard=None,
+                    special_tokens_in_text=whole[0].special_tokens_in_text if all(each.special_tokens_in_text for each in whole) else "",
+                    special_documents=sum(each.special_documents for each in whole),
+                    special_tokens=dict(sum((Counter(each.special_tokens) for each in whole), Counter())),
                     tokenizer_backends=tuple(sorted({name for each in whole for name in each.tokenizer_backends})),
                 ), manifest_path(writer.prefix))
             publish(writer.prefix, output)
@@ -122,8 +125,9 @@ def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) ->
             raise UserError(f"--input {file.prefix} holds {file.dtype}, {files[0].prefix} holds {files[0].dtype}: not of one tokenizer")
         if manifest is None:
             continue
-        for name in ("tokenizer_fingerprint", "append_eod", "json_key", "shuffle_seed"):
-            if manifests[0] and getattr(manifest, name) != getattr(manifests[0], name):
+        for name in ("tokenizer_fingerprint", "append_eod", "json_key", "shuffle_seed", "bos", "special_tokens_in_text"):
+            unknown = name == "special_tokens_in_text" and "" in (getattr(manifest, name), getattr(manifests[0], name, ""))
+            if manifests[0] and not unknown and getattr(manifest, name) != getattr(manifests[0], name):
                 raise UserError(f"--input: {name} of {file.prefix} is {getattr(manifest, name)}, of {files[0].prefix} "
                                 f"{getattr(manifests[0], name)}")
         if (manifest.documents, manifest.tokens) != (file.num_documents, file.num_tokens):

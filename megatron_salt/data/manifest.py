@@ -86,6 +86,14 @@ class Manifest:
     """--shuffle-documents; None: documents lie in input order."""
     tokenizer_backends: tuple[str, ...] = ()
     """What encoded (--tokenizer-backend): more than one where a run was resumed with another or parts were merged; empty: not recorded."""
+    bos: int | None = None
+    """The id that every document begins with (--prepend-bos); None: none was put there."""
+    special_tokens_in_text: str = ""
+    """encode, split or refuse; empty: not recorded."""
+    special_documents: int = 0
+    """Documents read whose text has special tokens in it."""
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    """Token -> occurrences in texts."""
 
     @property
     def fingerprint(self) -> str:
@@ -120,13 +128,16 @@ def read_manifest(prefix: str) -> Manifest | None:
         raw = read_json(path, FORMAT, "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
-    added = {name: getattr(Manifest, name) for name in ("shard", "duplicates", "shuffle_seed")}  # older ones lack them
-    raw = {**added, "tokenizer_backends": [], **raw}
+    added = {name: getattr(Manifest, name)  # older ones lack them
+             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents")}
+    raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
     check_fields(Manifest, raw, path)
     if raw["dtype"] not in _TOKEN_TYPES:
         raise UserError(f"{path}: dtype is {raw['dtype']!r}; token ids are {' or '.join(_TOKEN_TYPES)}")
     if not all(isinstance(name, str) for name in raw["tokenizer_backends"]):
         raise UserError(f"{path}: tokenizer_backends should be names, they are {str(raw['tokenizer_backends'])[:80]}")
+    if not all(type(count) is int and count >= 0 for count in raw["special_tokens"].values()):
+        raise UserError(f"{path}: special_tokens should be counts, they are {str(raw['special_tokens'])[:80]}")
     for source in raw["sources"]:
         check_types(Source, source, path)
     try:
