@@ -25,6 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.checkpoint.state import check_state
 from megatron_salt.config import OptimizerConfig, flag
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json
@@ -167,12 +168,14 @@ def read_facts(directory: Path) -> dict[str, Any]:
     try:
         facts = read_json(path, nan=True)
         written = facts["format"]
+        if type(written) is int and written == FORMAT:
+            check_state(facts)
     except OSError as error:
         raise integrity.DamagedCheckpoint(f"{path}: {error.strerror}, so this is no whole checkpoint of megatron_salt") from None
     except (ValueError, KeyError, TypeError) as error:
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
-    if written != FORMAT:
-        raise UserError(f"{path} has format {written}; this release reads format {FORMAT}")
+    if type(written) is not int or written != FORMAT:
+        raise UserError(f"{path} has format {str(written)[:24]}; this release reads format {FORMAT}")
     return {"probe": None, "salt": None} | facts
 
 
@@ -271,6 +274,12 @@ def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:
     return tuple(follows)
 
 
+def _is_like(saved: Any, mine: Any) -> bool:
+    if isinstance(mine, int | float):
+        return type(saved) in (int, float)
+    return saved is None or isinstance(saved, str)
+
+
 def load_schedule(
     scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer | None, found: Found, follows: tuple[str, ...]
 ) -> None:
@@ -279,6 +288,10 @@ def load_schedule(
     --override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler, which the scheduler knows, decide which one holds.
     """
     saved, mine = dict(found.facts["scheduler"]), scheduler.state_dict()
+    odd = [name for name, value in mine.items() if not _is_like(saved.get(name), value)]
+    if odd:
+        path = found.directory / shelf.STATE
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: its scheduler lacks or garbles {', '.join(odd)}")
     if not scheduler.use_checkpoint_opt_param_scheduler:
         for name in follows:
             if saved[name] != mine[name]:
