@@ -87,13 +87,15 @@ def check_pickles(directory: Path, names: Iterable[str]) -> Metadata:
                 file.seek(place.offset)
                 _check_plain(io.BytesIO(file.read(place.length)), f"{directory / place.relative_path} ({index.fqn})")
     if COMMON in names:
-        _check_plain(io.BytesIO((directory / COMMON).read_bytes()), str(directory / COMMON))
+        held = _check_plain(io.BytesIO((directory / COMMON).read_bytes()), str(directory / COMMON))
+        if held != {}:
+            raise UnsafePickle(f"{directory / COMMON}: holds a {type(held).__name__}, and ours an empty dict")
     return metadata
 
 
-def _check_plain(stream: io.BytesIO, where: str) -> None:
+def _check_plain(stream: io.BytesIO, where: str) -> Any:
     try:
-        torch.load(stream, map_location="cpu", weights_only=True)
+        return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnsafePickle(f"{where}: {_in_one_line(error)}; it was not loaded") from None
     except Exception as error:

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 _CORE_CONFIG = "metadata.json"
+_CORE_CONFIG_HOLDS = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
 _REQUIRED = (integrity.METADATA, pickles.COMMON, _CORE_CONFIG, shelf.STATE)
 
 
@@ -67,13 +70,19 @@ def write_core_files(directory: Path) -> dict[str, integrity.FileSum]:
     """The two small files by which megatron-core, of any release, knows its own checkpoints. There is nothing in them."""
     buffer = io.BytesIO()
     torch.save({}, buffer)
-    config = {
-        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
-    }  # fmt: skip
     return {
         pickles.COMMON: integrity.write_whole(directory / pickles.COMMON, buffer.getvalue()),
-        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(config).encode()),
+        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(_CORE_CONFIG_HOLDS).encode()),
     }
+
+
+def _check_core_config(directory: Path) -> None:
+    path = directory / _CORE_CONFIG
+    try:
+        if read_json(path) != _CORE_CONFIG_HOLDS:
+            raise ValueError(f"it does not hold {json.dumps(_CORE_CONFIG_HOLDS)}")
+    except (OSError, ValueError) as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
 
 def common_form(form: sharded.Form) -> sharded.Form:
@@ -128,7 +137,7 @@ def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Fo
                 log.error("%s: %s\n--load-fallback: trying %s", flag_name, error, paths[number])
                 continue
             could = number < len(paths) and flag_name == "--load"
-            hint = f"\n--load-fallback would resume from {paths[number]} instead" if could else ""
+            hint = f"; --load-fallback would resume from {paths[number]} instead" if could else ""
             raise integrity.DamagedCheckpoint(f"{flag_name}: {error}{hint}") from None
     return None
 
@@ -140,10 +149,11 @@ def _open(directory: Path) -> Found:
     dist.all_gather_object(lines, integrity.damaged_files(directory, {name: sums[name] for name in share}))
     damage = [line for part in lines for line in part]
     if damage:
-        raise integrity.DamagedCheckpoint(f"{directory} is damaged:\n  " + "\n  ".join(damage))
+        raise integrity.DamagedCheckpoint(f"{directory} is damaged: " + "; ".join(damage))
 
     def read() -> Found:
         facts = read_facts(directory)
+        _check_core_config(directory)
         try:
             metadata = pickles.check_pickles(directory, sums)
         except pickles.Unreadable as error:
@@ -288,7 +298,7 @@ def load_schedule(
     --override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler, which the scheduler knows, decide which one holds.
     """
     saved, mine = dict(found.facts["scheduler"]), scheduler.state_dict()
-    odd = [name for name, value in mine.items() if not _is_like(saved.get(name), value)]
+    odd = [name for name, value in mine.items() if name not in saved or not _is_like(saved[name], value)]
     if odd:
         path = found.directory / shelf.STATE
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: its scheduler lacks or garbles {', '.join(odd)}")

@@ -1,4 +1,4 @@
-"""Every value of every description of data and of a checkpoint's state, replaced by others: what opens it succeeds, or says in one line what is wrong."""
+"""Every value of every description, of data and of a checkpoint, replaced: its reader succeeds, or says in one line what is wrong."""
 
 from __future__ import annotations
 
