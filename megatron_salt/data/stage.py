@@ -61,13 +61,16 @@ class Stage:
         self.backends = {backend}
         """What encoded, in this run and those that it resumes."""
         marks: list[Mark | None] = [None] * len(prefixes)
-        for record in journal.records:
-            if "marks" in record:
-                marks = [Mark(mark["documents"], mark["tokens"], tuple(mark["hashes"])) for mark in record["marks"]]
-                self.file, self.position, self.on_disk = record["file"], record["position"], record["on_disk"]
-                self.backends |= set(record["backends"])
-                for number, tally in record["tallies"].items():
-                    self.tallies[int(number)] = Tally(**tally)
+        try:
+            for record in journal.records:
+                if "marks" in record:
+                    marks = [Mark(mark["documents"], mark["tokens"], tuple(mark["hashes"])) for mark in record["marks"]]
+                    self.file, self.position, self.on_disk = record["file"], record["position"], record["on_disk"]
+                    self.backends |= set(record["backends"])
+                    for number, tally in record["tallies"].items():
+                        self.tallies[int(number)] = Tally(**tally)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(f"{journal.path} is not a journal of this release ({error!r}); --overwrite begins anew") from None
         self._touched: set[int] = set()
         self._noted = time.monotonic()
         self.writers = []

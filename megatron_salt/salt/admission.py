@@ -23,6 +23,7 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_salt.checkpoint import resume, rng, sharded, shelf
+from megatron_salt.checkpoint.state import model_of
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.fixed_batch import fixed_batch
@@ -83,9 +84,11 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     if probe is None or None in probe["losses"]:
         raise UserError(f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
                         "release saved it); save it again from a run that resumes it")
+    if not {"vocabulary", "seq_length"} <= architecture.keys():
+        raise UserError(f"--teacher-load {paths[0] / shelf.STATE}: its architecture lacks vocabulary or seq_length")
     return TeacherCheckpoint(
         directory=paths[0],
-        model=ModelConfig(**{field.name: architecture[field.name] for field in fields(ModelConfig) if field.name in architecture}),
+        model=model_of(architecture),
         vocabulary=architecture["vocabulary"],
         seq_length=architecture["seq_length"],
         tokenizer_fingerprint=facts["tokenizer"],

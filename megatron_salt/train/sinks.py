@@ -51,6 +51,8 @@ class Jsonl:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
+                if not path.is_file():  # a pipe or a device cannot be cut back, and none should be renamed
+                    raise UserError(f"--jsonl {path} is not a regular file; name another one")
                 if start_step == 0:
                     os.replace(path, path.with_name(path.name + ".old"))
                 else:
