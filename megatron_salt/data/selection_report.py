@@ -17,6 +17,7 @@ from megatron_salt.data.eligible import dataset_ranges
 from megatron_salt.data.order import permute
 from megatron_salt.data.select import Choice, cuts, order_keys
 from megatron_salt.data.selection import Selection
+from megatron_salt.data.ties import tie_ranks
 from megatron_salt.data.window_text import WindowText
 from megatron_salt.errors import UserError
 
@@ -50,14 +51,10 @@ def sample(choice: Choice, selection: Selection, size: int = SAMPLED) -> Sampled
     index = choice.index
     num = min(index.num_samples, size)
     ids = np.arange(num) if num == index.num_samples else np.sort(permute(np.arange(num), index.num_samples, 0))
-    ids = ids[_eligible(choice, ids)]
+    ids = ids[choice.eligible.have(ids)]
     place = np.minimum(np.searchsorted(selection.ids, ids.astype(selection.ids.dtype)), len(selection.ids) - 1)
     columns = [name for name, dtype in index.columns.items() if dtype.kind == "f"]
     return Sampled(num, ids, selection.ids[place] == ids, index.rows(ids, columns))
-
-
-def _eligible(choice: Choice, ids: np.ndarray) -> np.ndarray:
-    return (choice.eligible.packed[ids // 8] >> (ids % 8).astype(np.uint8) & 1).astype(bool)
 
 
 def report(choice: Choice, selection: Selection, sampled: Sampled, num_examples: int, text: WindowText | str) -> str:
@@ -116,17 +113,15 @@ def _histogram(choice: Choice, sampled: Sampled) -> list[str]:
         here = any(low <= cut < high or (cut == high == edges[-1]) for cut in at)
         lines.append(f"{low:10.4f} {'>' if here else '|'}{'#' * marks}{'.' * (width - marks)} {taken} of {count}")
     infinite = int((~np.isfinite(scores)).sum())
-    return [*lines, *([f"and {infinite} infinite ones"] if infinite else []), *_ties(choice, sampled)]
+    return [*lines, *([f"and {infinite} infinite ones"] if infinite else []), *_ties(choice)]
 
 
-def _ties(choice: Choice, sampled: Sampled) -> list[str]:
+def _ties(choice: Choice) -> list[str]:
     """What should be known where the score does not tell the chosen ones from others."""
-    equal = np.isin(sampled.scores[choice.column], np.array(_all_cuts(choice), np.float32))
-    chosen, others = int((equal & sampled.chosen).sum()), int((equal & ~sampled.chosen).sum())
-    if not others or chosen < TIES_TOLD * sampled.chosen.sum():
+    if choice.tie_share < TIES_TOLD:
         return []
-    taken = f"{chosen} of the {int(sampled.chosen.sum())} chosen ones"
-    lines = [f"{taken} have the very score of a cut, as {others} others have: among equals the lower ids were taken"]
+    taken = f"{choice.tied} of the {choice.count} chosen ones, {choice.tie_share:.2%},"
+    lines = [f"{taken} have the very score of a cut, as others have that were not chosen: --tie-seed {choice.rule.tie_seed} decided"]
     if choice.column.startswith("median_zeroed") and 0.0 in _all_cuts(choice):
         lines.append("a zeroed median is 0 where half of the tokens or more are outside the top k: with a teacher this young, a larger "
                      "--score-top-k, the dropped reading or a mean tells more samples apart")
@@ -142,7 +137,7 @@ def overlaps(choice: Choice, sampled: Sampled) -> dict[str, float]:
             for pool in choice.pools:
                 here = slice(*np.searchsorted(sampled.ids, [pool.first, pool.end]))
                 chosen, keys = sampled.chosen[here], order_keys(scores[here])
-                order = np.argsort(keys if rule.name == "bottom" else ~keys, kind="stable")
+                order = np.lexsort((tie_ranks(sampled.ids[here], rule.tie_seed), keys if rule.name == "bottom" else ~keys))
                 count = int(chosen.sum())
                 skip = min(int(rule.skip * len(order) + 0.5), len(order) - count)
                 both += int(chosen[order[skip : skip + count]].sum())

@@ -16,6 +16,7 @@ from megatron_salt.data.manifest import fingerprint, tokenizer_directory
 from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.scores import DatasetFacts, content_hashes
 from megatron_salt.data.selection import Selection
+from megatron_salt.data.ties import TIE_SEED, tie_ranks
 from megatron_salt.data.tokenizer import build_tokenizer
 from megatron_salt.data.windows import TokenFile, Windows
 from tests.data.score_files import files_in, manifest_of, random_rows, write_index
@@ -106,25 +107,28 @@ def test_the_report_says_what_was_chosen(index: Path) -> None:
 
 @pytest.mark.parametrize("rule, skip", [("top", 0), ("bottom", 0), ("band", 6)])
 def test_the_overlap_is_that_of_two_sorts(index: Path, rule: str, skip: int) -> None:
-    """Oracle: by either score sort the samples, ties by id, and take seven."""
+    """Oracle: by either score sort the samples, ties by rank, and take seven."""
     assert select(index, "--num-samples", 7, "--rule", rule, *(("--band-skip", 0.2) if skip else ())) == 0
     opened = ScoreIndex.open([str(index)])
     told = {name: share for share, name in re.findall(r"^ +([\d.]+%)  (\w+)$", report_of(index), re.MULTILINE)}
     assert len(told) == 12 and "median_zeroed_10" not in told
     for name, share in told.items():
         scores = opened.read(name, 0, 31)
-        taken = set(np.lexsort((np.arange(31), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist())
+        taken = set(np.lexsort((tie_ranks(np.arange(31), TIE_SEED), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist())
         assert share == f"{len(taken & set(chosen(index))) / 7:.1%}", name
 
 
 def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
-    """With a score of 0 in every window but three, five are chosen by nothing but their ids."""
+    """With a score of 0 in every window but three, five are chosen by nothing but the order of ties, which is the seed's."""
     opened = manifest_of([40])
     write_index(tmp_path / "flat", opened, random_rows(opened, median_zeroed_10=np.arange(40) // 37))
-    assert select(tmp_path / "flat", "--num-samples", 8) == 0
-    assert chosen(index) == [0, 1, 2, 3, 4, 37, 38, 39]
+    for words, seed in (((), TIE_SEED), (("--tie-seed", 5), 5)):
+        assert select(tmp_path / "flat", "--num-samples", 8, "--overwrite", *words) == 0
+        assert chosen(index) == [*sorted(np.argsort(tie_ranks(np.arange(37), seed))[:5].tolist()), 37, 38, 39]
+        manifest = Selection.open(str(index.parent / "chosen")).manifest
+        assert (manifest.tie_seed, manifest.tie_share) == (seed, 5 / 8)
     told = report_of(index)
-    assert "5 of the 8 chosen ones have the very score of a cut, as 32 others have" in told
+    assert "5 of the 8 chosen ones, 62.50%, have the very score of a cut, as others have that were not chosen: --tie-seed 5 decided" in told
     assert "a zeroed median is 0 where half of the tokens or more are outside the top k" in told
     assert "d0.idx is not there" in told
 
@@ -180,6 +184,7 @@ def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: py
         (("--rule", "threshold", "--min-score", 99), "99"),
         (("--rule", "band", "--fraction", 0.5), "--rule band needs --band-skip"),
         (("--fraction", 0.5, "--seed", 1), "--seed does not go with --rule top"),
+        (("--fraction", 0.5, "--rule", "random", "--tie-seed", 1), "--tie-seed does not go with --rule random"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_by_name(index: Path, words: tuple, told: str, capsys: pytest.CaptureFixture[str]) -> None:
