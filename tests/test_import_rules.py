@@ -53,6 +53,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.shard_writer",
     "megatron_salt.data.sharing",
     "megatron_salt.data.skipping",
+    "megatron_salt.data.ties",
     "megatron_salt.data.windows",
     "megatron_salt.model.flops",
     "megatron_salt.model.gates",

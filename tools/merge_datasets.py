@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path

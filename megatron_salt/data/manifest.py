@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
 _TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
 _JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
+               "float | None": (int, float, type(None)),
                "str | None": (str, type(None))}
 
 
@@ -165,19 +166,23 @@ def write_json(facts: Mapping[str, Any], path: Path, version: int) -> None:
 
 
 def read_json(path: Path, version: int, remedy: str) -> dict[str, Any]:
-    """The facts that `write_json` wrote. FileNotFoundError where there is no file; UserError, with what to do about it
-    (`remedy`), where it cannot be understood."""
+    """`read_json_of` one version."""
+    return read_json_of(path, (version,), remedy)[1]
+
+
+def read_json_of(path: Path, versions: Sequence[int], remedy: str) -> tuple[int, dict[str, Any]]:
+    """(version, facts) that `write_json` wrote, in one of these versions. FileNotFoundError where there is no file; UserError, with what
+    to do about it (`remedy`), where it cannot be understood."""
     try:
         raw = small_files.read_json(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable manifest ({error}); {remedy}") from None
-    if not isinstance(raw, dict) or raw.get("format") != version:
+    if not isinstance(raw, dict) or raw.get("format") not in versions:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path} has manifest format {found}, this version reads {version}")
-    del raw["format"]
-    return raw
+        raise UserError(f"{path} has manifest format {found}, this version reads {' and '.join(map(str, versions))}")
+    return int(raw.pop("format")), raw
 
 
 def check_fields(kind: type, raw: Mapping[str, Any], path: Path) -> None:
