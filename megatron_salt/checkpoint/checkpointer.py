@@ -37,13 +37,13 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
 from megatron_salt.checkpoint import fp8_state, integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.checkpoint.changes import RUN_YAML
 from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
 
 log = logging.getLogger(__name__)
 
-RUN_YAML = "run.yaml"
 TOKENIZER = "tokenizer"
 
 
@@ -240,7 +240,7 @@ class Checkpointer:
             resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             return None
-        progress = resume.take_over(found, self._run, config)
+        progress = from_rank_0(partial(resume.take_over, found, self._run, config))
         self._load_tensors(found)
         if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
             resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
