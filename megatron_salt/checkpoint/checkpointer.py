@@ -37,13 +37,13 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
 from megatron_salt.checkpoint import evaluated, fp8_state, integrity, lineage, resume, retention, rng, sharded, shelf, writer
+from megatron_salt.checkpoint.changes import RUN_YAML
 from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
 
 log = logging.getLogger(__name__)
 
-RUN_YAML = "run.yaml"
 TOKENIZER = "tokenizer"
 
 
@@ -266,7 +266,7 @@ class Checkpointer:
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        progress = resume.take_over(found, self._run, config)
+        progress = from_rank_0(partial(resume.take_over, found, self._run, config))
         self._begin(None if config.finetune else found)
         self._load_tensors(found)
         if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:

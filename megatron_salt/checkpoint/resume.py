@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_salt.checkpoint.changes import changes_since
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, flag
 from megatron_salt.checkpoint.state import check_state
@@ -287,11 +288,14 @@ def _layout_flags(tensor: int, pipeline: int, chunks: int) -> str:
 
 
 def take_over(found: Found, run: RunIdentity, config: CheckpointConfig) -> Progress:
-    """Where the run goes on, if the checkpoint is of this run as the flags ask: see `refuse_other_run`. Pure."""
+    """Where the run goes on, if the checkpoint is of this run as the flags ask: see `refuse_other_run`. Events say which other flags
+    changed. Not collective; reads run.yaml."""
     refuse_other_run(found, run, config.finetune, config.new_data)
     if config.finetune:
         return Progress(0, 0, events=({"event": "finetune", "from": str(found.directory), "step": found.facts["step"]},))
-    return progress_from(found, run, config.new_data)
+    progress = progress_from(found, run, config.new_data)
+    changed = [change.event(progress.step) for change in changes_since(found.directory, run.yaml)]
+    return replace(progress, events=(*progress.events, *changed))
 
 
 def progress_from(found: Found, run: RunIdentity, new_data: bool) -> Progress:

@@ -14,6 +14,7 @@ import megatron_salt.parallel.cpu  # noqa: F401
 
 from megatron_salt.config import RunConfig
 from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.resume import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
 from megatron_salt.errors import SaveError, UserError
@@ -65,6 +66,9 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
                 f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
                 {"parameters": parameters, "layout": layout.sizes},
             )
+            for event in run.progress.events:
+                if event["event"] == CHANGED and event["step"] == run.progress.step:
+                    run_log.event(run.progress.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
             progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_salt.checkpoint import owner, resume, retention
+from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import Found, RunIdentity
 from megatron_salt.config import CheckpointConfig, RunConfig
@@ -38,7 +39,7 @@ class Beginning:
     plan: RunPlan
     """Of the whole run, steps that are done included."""
     told: tuple[str, ...]
-    """What a user may want to know of --save, a line each."""
+    """What a user may want to know of changed flags and of --save, a line each."""
 
 
 def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Beginning:
@@ -51,11 +52,11 @@ def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inp
     salt, _ = stage_of(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
-    told: tuple[str, ...] = ()
+    told = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     if checkpoint.save is not None and progress.step < plan.total_steps:
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         size = num_parameters(config.model, padded, config.training.seq_length) * (dtype_of(config.training).itemsize + OPTIMIZER_BYTES)
-        told = check_save(checkpoint, size / GIB)
+        told += check_save(checkpoint, size / GIB)
     return Beginning(identity, progress, plan, told)
 
 
