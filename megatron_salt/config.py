@@ -311,6 +311,9 @@ class TrainingConfig:
     exit_signal_handler: bool = False
     """Save and leave when SIGTERM or SIGUSR1 arrives."""
 
+    exit_file: str | None = None
+    """Save and leave when this file appears, from whatever hand. It is not deleted, and a start that finds it is refused."""
+
     outcome_file: str | None = None
     """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on), "refused" (a mistake that another start would repeat), "unsaved" (the last checkpoint is not on disk) or "nonfinite", the step and the reason. None appears where the run died."""
 

@@ -51,6 +51,7 @@ from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress, SaltProgress
 from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
+from megatron_salt.train.signals import refuse_exit_file
 from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
@@ -95,6 +96,7 @@ class Run:
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer and data. Every rank, without torch.distributed; O(1) in the size of the data."""
+    refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
     train, valid = open_training_data(config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod)
     if config.training.eval_iters and valid is None:

@@ -56,7 +56,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
-            watch=watch, agree=largest, started=started,
+            watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
         )  # fmt: skip
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(

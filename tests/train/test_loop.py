@@ -10,6 +10,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,6 +175,33 @@ def test_all_ranks_leave_when_one_gets_a_signal_and_the_run_goes_on_later(tmp_pa
     train(2, **flags, save=tmp_path / "one")
     assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
     assert tensors(tmp_path / "two", 5) == tensors(tmp_path / "one", 5)
+
+
+@contextlib.contextmanager
+def a_file_appears_in_step_2(file: Path) -> Iterator[None]:
+    steps = iter(range(1, 100))
+
+    def train_step(*arguments: Any) -> Any:
+        if next(steps) == 2:
+            file.touch()
+        return original(*arguments)
+
+    original = loop.train_step
+    with mock.patch.object(loop, "train_step", train_step):
+        yield
+
+
+def test_all_ranks_leave_when_the_exit_file_appears_and_a_start_that_finds_it_is_refused(tmp_path: Path, data: str) -> None:
+    file, save = tmp_path / "leave", tmp_path / "save"
+    flags = dict(data_path=data, train_iters=4, exit_file=file, save=save, outcome_file=tmp_path / "outcome")
+    ended = train(2, **flags, within=partial(a_file_appears_in_step_2, file))
+    assert f"leaving: --exit-file {file} has appeared" in ended.out and checkpoints(save) == [2]
+    assert file.exists() and (tmp_path / "outcome").read_text().startswith("left 2 ")
+    for dry_run in (None, 1):
+        assert f"--exit-file {file} is there" in refused(**flags, load=save, dry_run=dry_run)
+    file.unlink()
+    train(2, **flags, load=save)
+    assert checkpoints(save) == [2, 4]
 
 
 @contextlib.contextmanager
