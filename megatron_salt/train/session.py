@@ -46,12 +46,12 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
-        run = build(config, plan, layout, inputs, timeout, precisions, held)
+        run = build(config, plan, layout, inputs, timeout, precisions, held, watch)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
-            watch=watch, agree=largest, started=started,
+            watch=watch, agree=largest, started=started, taken=None if config.checkpoint.save is None else run.checkpointer.is_taken,
         )  # fmt: skip
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(

@@ -17,7 +17,7 @@ from typing import Any
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
 
-_NONE, _TIME = 0, 1  # a signal is _TIME + its number
+_NONE, _TIME, _TAKEN = 0, 1, 1000  # a signal is _TIME + its number
 
 
 class SignalWatch:
@@ -49,8 +49,10 @@ class ExitPlan:
     """Asks after every step, and before every batch of an evaluation, whether to save and leave."""
 
     def __init__(self, *, exit_interval: int | None, exit_duration_in_mins: float | None, watch: SignalWatch | None,
-                 agree: Callable[[int], int], started: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began.
+                 agree: Callable[[int], int], started: float, clock: Callable[[], float] = time.monotonic,
+                 taken: Callable[[], bool] | None = None) -> None:
+        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. taken: whether this rank
+        knows that --save is another run's by now; None: nothing is saved.
 
         What is configured, and so whether `agree` is called, is the same on every rank.
         """
@@ -60,9 +62,10 @@ class ExitPlan:
         self._agree = agree
         self._started = started
         self._clock = clock
+        self._taken = taken
 
     def reason_to_leave(self, step: int) -> str | None:
-        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless only
+        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
         --exit-interval (or nothing) is configured."""
         if (reason := self.reason_to_stop_now()) is not None:
             return reason
@@ -72,7 +75,10 @@ class ExitPlan:
 
     def reason_to_stop_now(self) -> str | None:
         """A signal or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective likewise."""
-        code = self._agree(self._local_code()) if self._watch is not None or self._exit_duration_in_mins is not None else _NONE
+        asked = self._watch is not None or self._exit_duration_in_mins is not None or self._taken is not None
+        code = self._agree(self._local_code()) if asked else _NONE
+        if code == _TAKEN:
+            return "--save was taken over"
         if code > _TIME:
             return f"{signal.Signals(code - _TIME).name} received"
         if code == _TIME:
@@ -80,6 +86,8 @@ class ExitPlan:
         return None
 
     def _local_code(self) -> int:
+        if self._taken is not None and self._taken():
+            return _TAKEN  # whatever else there is: nothing can be saved
         if self._watch is not None and self._watch.received:
             return _TIME + self._watch.received
         minutes = self._exit_duration_in_mins
