@@ -578,7 +578,7 @@ class CheckpointConfig:
     """Write checkpoints from a background process while training goes on."""
 
     take_over_save: bool = False
-    """Take --save away from a run that seems to be writing there. That run ends at its next save."""
+    """Take --save away from a run that seems to be writing there. That run sees it within ten seconds and ends after its step."""
 
     overwrite_save: bool = False
     """Start into a --save that holds checkpoints which this run does not go on from. It replaces those whose steps it reaches and becomes the latest; the others stay, for --keep-last deletes a run's own alone."""

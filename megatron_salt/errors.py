@@ -12,19 +12,26 @@ class UserError(ValueError):
 
     status = 2
     """What the process exits with."""
-    outcome: Literal["refused", "unsaved", "nonfinite"] = "refused"
+    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "refused"
     """The word in --outcome-file: train/outcome.py."""
+
+
+class LeftEarly(UserError):
+    """Nobody's mistake: a signal came before there was anything to save. Another start goes on."""
+
+    status = 0
+    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "left"
 
 
 class SaveError(UserError):
     """The last checkpoint is not on disk, or not whole. Nobody's mistake: another start may fare better."""
 
     status = 3
-    outcome: Literal["refused", "unsaved", "nonfinite"] = "unsaved"
+    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "unsaved"
 
 
 class NonFiniteError(UserError):
     """Loss or parameters are not finite. Another start from the same checkpoint would most likely come to the same."""
 
     status = 4
-    outcome: Literal["refused", "unsaved", "nonfinite"] = "nonfinite"
+    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "nonfinite"

@@ -243,6 +243,10 @@ class Checkpointer:
         failed = f"saving step {step} to --save {self._save} ({free:.1f} GiB free) failed on {problem}"
         return f"{failed}; what there was of it is removed, {stands}"
 
+    def is_taken(self) -> bool:
+        """Whether this rank knows that --save is another run's by now; rank 0 learns it within ten seconds."""
+        return self._owner is not None and self._owner.is_lost()
+
     def _check_owner(self) -> None:
         """Rank 0, before it writes or deletes: raises UserError where --save is another run's by now."""
         if self._owner is not None:

@@ -120,6 +120,11 @@ def publish(root: Path, step: int) -> Path:
     return final
 
 
+def unfinished(root: Path) -> list[Path]:
+    """What `tidy` would delete for good."""
+    return [path for path in _entries(root) if _parse(path)[1] in (_PARTIAL, _DELETING)]
+
+
 def tidy(root: Path) -> list[str]:
     """Remove what crashed runs left half-done; put a replaced checkpoint back where its successor never came. What was done.
 

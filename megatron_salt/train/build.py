@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +52,7 @@ from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress, SaltProgress
 from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
-from megatron_salt.train.signals import refuse_exit_file
+from megatron_salt.train.signals import SignalWatch, refuse_exit_file
 from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
@@ -124,19 +125,19 @@ def _probe(samples: Samples) -> None:
 
 def build(
     config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, timeout: timedelta,
-    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None,
+    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None, watch: SignalWatch | None = None,
 ) -> Run:  # fmt: skip
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
 
     identity: what `identify` says. held: gives --save free when the run ends; None: nobody else writes there. found: that checkpoint,
-    where it is open already.
+    where it is open already. watch: a signal ends the wait for another run's --save.
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
     checkpointer = Checkpointer(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
-        None if held is None else own_save(config.checkpoint, held),
+        None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
     loaded = checkpointer.load(found)
     progress = loaded or Progress(0, 0)
@@ -160,7 +161,7 @@ def build(
     return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher)
 
 
-def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack) -> Ownership | None:
+def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:
     """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, or holds checkpoints that
     this run does not come from, all raise UserError."""
     if checkpoint.save is None:
@@ -171,12 +172,16 @@ def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack) -> Owners
         if not checkpoint.take_over_save:
             refuse_living(save)
         retention.look(checkpoint)
-        mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save))
+        leaving = (lambda: False) if watch is None else (lambda: watch.received != 0)
+        mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save, leaving=leaving))
 
     try:
         from_rank_0(take)
     except OSError as error:
-        raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        names = [path.name for path in shelf.unfinished(save)] if full else []
+        way = f"; what is left of unfinished saves may be deleted by hand: {', '.join(names)}" if names else ""
+        raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}{way}") from None
     for ownership in mine:
         held.callback(ownership.release)
     return mine[0] if mine else None

@@ -51,12 +51,13 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
         identity, found = begin(config, plan, layout, inputs)
-        run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found)
+        run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
+            taken=None if config.checkpoint.save is None else run.checkpointer.is_taken,
         )  # fmt: skip
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(

@@ -19,7 +19,7 @@ from megatron_salt.errors import UserError
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
 
-_NONE, _TIME, _FILE = 0, 1, 2  # a signal is _FILE + its number
+_NONE, _TIME, _FILE, _TAKEN = 0, 1, 2, 1000  # a signal is _FILE + its number
 
 
 class SignalWatch:
@@ -52,9 +52,9 @@ class ExitPlan:
 
     def __init__(self, *, exit_interval: int | None, exit_duration_in_mins: float | None, watch: SignalWatch | None,
                  agree: Callable[[int], int], started: float, clock: Callable[[], float] = time.monotonic,
-                 exit_file: str | None = None, looks: bool = True) -> None:
+                 exit_file: str | None = None, looks: bool = True, taken: Callable[[], bool] | None = None) -> None:
         """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. looks: whether this
-        rank looks for the file.
+        rank looks for the file. taken: whether this rank knows that --save is another run's by now; None: nothing is saved.
 
         What is configured, and so whether `agree` is called, is the same on every rank.
         """
@@ -65,9 +65,10 @@ class ExitPlan:
         self._started = started
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
+        self._taken = taken
 
     def reason_to_leave(self, step: int) -> str | None:
-        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless only
+        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
         --exit-interval (or nothing) is configured."""
         if (reason := self.reason_to_stop_now()) is not None:
             return reason
@@ -78,8 +79,10 @@ class ExitPlan:
     def reason_to_stop_now(self) -> str | None:
         """A signal, the file or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective
         likewise."""
-        configured = self._watch is not None or self._exit_duration_in_mins is not None or self._exit_file is not None
-        code = self._agree(self._local_code()) if configured else _NONE
+        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._taken)
+        code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
+        if code == _TAKEN:
+            return "--save was taken over"
         if code > _FILE:
             return f"{signal.Signals(code - _FILE).name} received"
         if code == _FILE:
@@ -89,6 +92,8 @@ class ExitPlan:
         return None
 
     def _local_code(self) -> int:
+        if self._taken is not None and self._taken():
+            return _TAKEN  # whatever else there is: nothing can be saved
         if self._watch is not None and self._watch.received:
             return _FILE + self._watch.received
         if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):

@@ -41,6 +41,21 @@ def never(code: int) -> int:
     raise AssertionError("no rank may enter a collective here")
 
 
+def test_a_run_whose_save_is_taken_leaves_whichever_rank_knows() -> None:
+    asked: list[int] = []
+
+    def agree(code: int) -> int:
+        asked.append(code)
+        return max(code, max(asked))
+
+    def of_rank(taken: bool) -> ExitPlan:
+        return ExitPlan(exit_interval=None, exit_duration_in_mins=0.0, watch=None, agree=agree, started=1000.0, clock=Clock(),
+                        taken=lambda: taken)
+
+    assert "--exit-duration-in-mins" in (of_rank(False).reason_to_leave(1) or "")
+    assert of_rank(True).reason_to_leave(2) == of_rank(False).reason_to_leave(2) == "--save was taken over"
+
+
 @pytest.mark.parametrize("number", LEAVE_SIGNALS)
 def test_any_number_of_signals_is_one_reason_to_leave(watch, number):
     leaving = plan(watch=watch)
