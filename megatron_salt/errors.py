@@ -12,19 +12,26 @@ class UserError(ValueError):
 
     status = 2
     """What the process exits with."""
-    outcome: Literal["refused", "unsaved", "nonfinite"] = "refused"
-    """The word in --outcome-file: train/outcome.py."""
+    outcome: Literal["refused", "unsaved", "nonfinite"] | None = "refused"
+    """The word in --outcome-file: train/outcome.py. None: no word, as for a run that died."""
 
 
 class SaveError(UserError):
     """The last checkpoint is not on disk, or not whole. Nobody's mistake: another start may fare better."""
 
     status = 3
-    outcome: Literal["refused", "unsaved", "nonfinite"] = "unsaved"
+    outcome: Literal["refused", "unsaved", "nonfinite"] | None = "unsaved"
 
 
 class NonFiniteError(UserError):
     """Loss or parameters are not finite. Another start from the same checkpoint would most likely come to the same."""
 
     status = 4
-    outcome: Literal["refused", "unsaved", "nonfinite"] = "nonfinite"
+    outcome: Literal["refused", "unsaved", "nonfinite"] | None = "nonfinite"
+
+
+class LostRankError(UserError):
+    """A rank did not join, or is gone. Nobody's mistake: another start may fare better, so it counts as a run that died."""
+
+    status = 1
+    outcome: Literal["refused", "unsaved", "nonfinite"] | None = None
