@@ -228,11 +228,14 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 
+    rendezvous_timeout_minutes: float = 10.0
+    """A run whose ranks have not all joined after this ends; the missing ranks are named every 30 seconds."""
+
     def __post_init__(self) -> None:
         _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size",
                   "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "decoder_first_pipeline_num_layers",
                   "decoder_last_pipeline_num_layers", "recompute_num_layers", "ddp_bucket_size")
-        _above_zero(self, "distributed_timeout_minutes")
+        _above_zero(self, "distributed_timeout_minutes", "rendezvous_timeout_minutes")
         _representable(self)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")

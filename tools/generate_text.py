@@ -17,6 +17,7 @@ from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_small
 from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 
 
@@ -130,4 +131,4 @@ def continue_prompt(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(GenerateConfig, generate_text))
+    raise SystemExit(run_tool(GenerateConfig, lambda config: with_one_voice(lambda: generate_text(config))))

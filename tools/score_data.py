@@ -27,6 +27,7 @@ from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_s
 from megatron_salt.data.shard_writer import ShardWriter
 from megatron_salt.errors import UserError
 from megatron_salt.train.signals import ExitPlan, SignalWatch, refuse_exit_file
+from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 
 if TYPE_CHECKING:
@@ -304,4 +305,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(ScoreConfig, score_data))
+    raise SystemExit(run_tool(ScoreConfig, lambda config: with_one_voice(lambda: score_data(config))))

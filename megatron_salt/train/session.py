@@ -44,7 +44,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     inputs = read_inputs(config)
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    with ExitStack() as held, distributed(timeout):
+    rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
