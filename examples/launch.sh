@@ -63,7 +63,7 @@ train() { # train FLAGS...: the trainer, until it is done
 }
 
 run_tool() { # run_tool COMMAND...: a tool that goes on where it was killed, until it is done
-    [ -n "${SLURM_JOB_ID:-}" ] || stop "start this with sbatch"
+    [ -n "${SLURM_JOB_ID:-}" ] || stop "start this with sbatch: sbatch $0" 2
     command=("$@")
     listens=0
     launch

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,10 +156,23 @@ def _user_error_behind(leaving: BaseException) -> UserError | None:
 
 
 def _plain(box: str) -> str:
-    """The first paragraph inside tyro's error box, as one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
-    paragraph = rows[:next((i for i, row in enumerate(rows) if row.startswith(("──", "╰"))), len(rows))]
-    return " ".join(paragraph).removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
+    """The first paragraph inside tyro's error box, as one line; what was given and what can be given, where tyro says that."""
+    rows = [row.strip("│| ") for row in box.splitlines()]
+    first = next((i for i, row in enumerate(rows[1:], 1) if not _RULER.match(row)), len(rows))
+    told = " ".join(rows[first : next((i for i, row in enumerate(rows[first:], first) if _RULER.match(row)), len(rows))])
+    if choice := _CHOICE.match(told):
+        given, name, known = choice.groups()
+        choices = sorted(set(re.findall(r"'([^']*)'", known)) - {"None"})
+        return f"{name} {given} is not one of {', '.join(choices)}{_suggest(given, choices)}"
+    if odd := _NO_TYPE.match(told):
+        name, wanted, given = odd.groups()
+        return f"{name} {given} is no {wanted.replace('{None}|', '')}"
+    return told.removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
+
+
+_RULER = re.compile(r"[─╰╭+-]{2}")
+_CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
+_NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

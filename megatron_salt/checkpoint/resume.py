@@ -25,7 +25,7 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_salt.checkpoint.changes import changes_since
+from megatron_salt.checkpoint.changes import RUN_YAML, changes_since
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, flag
 from megatron_salt.checkpoint.state import check_state
@@ -213,7 +213,8 @@ def refuse_other_run(found: Found, run: RunIdentity, finetune: bool, new_data: b
             log.warning("--finetune from another architecture: %s", difference)
         return
     if differences:
-        raise UserError(f"{found.directory} holds another architecture: {'; '.join(differences)}")
+        raise UserError(f"{found.directory} holds another architecture: {'; '.join(differences)}; {found.directory / RUN_YAML} "
+                        "has the flags that it was trained with")
     if found.facts["tokenizer"] != run.tokenizer_fingerprint:
         raise UserError(f"{found.directory} was trained with tokenizer {found.facts['tokenizer']}, this run has "
                         f"{run.tokenizer_fingerprint}; --finetune takes the weights alone")
@@ -225,7 +226,8 @@ def refuse_other_run(found: Found, run: RunIdentity, finetune: bool, new_data: b
 def refuse_empty(load: str, save: str | None) -> None:
     """Raise UserError for a --load that has no checkpoint and is not where the run itself will save its first. Pure."""
     if save is None or os.path.realpath(load) != os.path.realpath(save):
-        raise UserError(f"--load {load} holds no checkpoint; a run starts without one only where --save is the same")
+        raise UserError(f"--load {load} holds no checkpoint; a run starts without one only where --save is the same; "
+                        "leave --load out to start afresh")
 
 
 def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> None:

@@ -10,6 +10,7 @@ from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.ends import in_words
 from megatron_salt.data.manifest import read_manifest, tokenizer_directory
 from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_salt.data.windows import refuse_missing
 from megatron_salt.errors import UserError
 
 
@@ -18,7 +19,11 @@ def tokenizer_of_run(config: TokenizerConfig, data: DataConfig, checkpoint_token
 
     Raises UserError where there is none, or where a dataset's manifest names another one than the run has.
     """
-    prefixes = [*_prefixes(data.data_path, "--data-path"), *_prefixes(data.valid_data_path, "--valid-data-path")]
+    named = [(prefix, flag) for paths, flag in ((data.data_path, "--data-path"), (data.valid_data_path, "--valid-data-path"))
+             for prefix in _prefixes(paths, flag)]
+    for prefix, flag in named:  # data that is not there is why its tokenizer is not there
+        refuse_missing(prefix, flag)
+    prefixes = [prefix for prefix, _ in named]
     kept = [tokenizer_directory(prefix) for prefix in prefixes if tokenizer_directory(prefix).is_dir()]
     if config.tokenizer_type is not None:
         tokenizer = build_tokenizer(config)
@@ -30,7 +35,8 @@ def tokenizer_of_run(config: TokenizerConfig, data: DataConfig, checkpoint_token
         refuse_other_eod(config.eod_token, tokenizer, str(checkpoint_tokenizer))
     else:
         data_path = " ".join(prefixes) or "--data-path"
-        raise UserError(f"--tokenizer-type is not given, and none of {data_path} has a .tokenizer directory beside it")
+        raise UserError(f"--tokenizer-type is not given, and none of {data_path} has a .tokenizer directory beside it, as "
+                        "tools/preprocess_data.py leaves; give the --tokenizer-type and --tokenizer-model that made the data")
     for prefix in prefixes:
         made = read_manifest(prefix)
         if made is not None and made.tokenizer_fingerprint != tokenizer.fingerprint:

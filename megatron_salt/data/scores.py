@@ -169,7 +169,7 @@ def read_index(directory: Path, flag_name: str) -> IndexManifest:
     try:
         return manifest_from_json(read_json(path, FORMAT, "score the data again, or restore it"), path)
     except FileNotFoundError:
-        raise UserError(f"{flag_name} {directory} is no score index: it has no {INDEX}") from None
+        raise UserError(f"{flag_name} {directory} is no score index: it has no {INDEX}; tools/score_data.py makes one") from None
 
 
 def claim(directory: Path, manifest: IndexManifest) -> None:

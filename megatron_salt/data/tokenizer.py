@@ -198,16 +198,23 @@ def _file_names(kind: str) -> dict[str, str]:
     return names[kind]
 
 
+_FILES = {
+    "SentencePieceTokenizer": "a SentencePiece model, as tools/train_tokenizer.py makes one",
+    "HuggingFaceTokenizer": "a tokenizer.json, or the directory that holds it",
+    "GPT2BPETokenizer": "GPT-2's vocab.json, and its merges.txt",
+}
+
+
 def _read(flag: str, path: str | None, kind: str) -> bytes:
     if path is None:
-        raise UserError(f"--tokenizer-type {kind} needs {flag}")
+        raise UserError(f"--tokenizer-type {kind} needs {flag}: {_FILES.get(kind, kind)}")
     file = Path(path)
     if kind == "HuggingFaceTokenizer" and file.is_dir():  # what save_pretrained leaves
         file = file / "tokenizer.json"
     try:
         content = read_small(file)
     except OSError as error:
-        raise UserError(f"{flag} {file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{flag} {file} cannot be read: {error.strerror}; it takes {_FILES.get(kind, kind)}") from None
     except ValueError as error:
         raise UserError(f"{flag} {file} cannot be read: {error}") from None
     if not content:

@@ -51,10 +51,7 @@ class TokenFile:
     @classmethod
     def open(cls, prefix: str, flag: str = "--data-path") -> TokenFile:
         """Open PREFIX.bin and PREFIX.idx, O(1) in their size. UserError if they are not one sound dataset."""
-        for path in (f"{prefix}.idx", f"{prefix}.bin"):
-            if not os.path.isfile(path):
-                problem = "is not a regular file" if os.path.exists(path) else "does not exist"
-                raise UserError(f"{flag} {prefix}: {path} {problem}")
+        refuse_missing(prefix, flag)
         try:
             num_tokens, num_documents, dtype = _read_index(f"{prefix}.idx", f"{flag} {prefix}")
             descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
@@ -90,6 +87,26 @@ class TokenFile:
                 done += more
         except OSError as error:
             raise OSError(error.errno, error.strerror, f"{self.prefix}.bin") from error
+
+
+def refuse_missing(prefix: str, flag: str) -> None:
+    """UserError, with the way out, where PREFIX.bin and PREFIX.idx are not two files."""
+    for path in (f"{prefix}.idx", f"{prefix}.bin"):
+        if not os.path.isfile(path):
+            problem = "is not a regular file" if os.path.exists(path) else "does not exist"
+            raise UserError(f"{flag} {prefix}: {path} {problem}{_way_out(prefix)}")
+
+
+def _way_out(prefix: str) -> str:
+    folder = prefix if os.path.isdir(prefix) else os.path.dirname(prefix) or "."
+    try:
+        there = sorted(name.removesuffix(".idx") for name in os.listdir(folder) if name.endswith(".idx"))
+    except OSError:
+        there = []
+    if there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        return f"; {folder} holds the datasets {', '.join(there[:3])}{more}"
+    return "; tools/preprocess_data.py makes a dataset of text, examples/preprocess.sh on a cluster"
 
 
 def _read_index(path: str, context: str) -> tuple[int, int, np.dtype]:
@@ -145,7 +162,7 @@ class Windows:
         if self._num_windows == 0:
             raise UserError(
                 f"{file.flag} {file.prefix}: {file.num_tokens} tokens are fewer than one sample of --seq-length {seq_length}, "
-                f"which takes {seq_length + 1}"
+                f"which takes {seq_length + 1}; make the dataset of more text, or --seq-length shorter"
             )
 
     def __len__(self) -> int:

@@ -95,7 +95,7 @@ def student_layout(parallel: ParallelConfig, world_size: int) -> Layout:
         raise UserError(
             f"{world_size} ranks cannot hold whole replicas of --tensor-model-parallel-size {parallel.tensor_model_parallel_size} "
             f"x --pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x --context-parallel-size "
-            f"{parallel.context_parallel_size} = {ranks} ranks"
+            f"{parallel.context_parallel_size} = {ranks} ranks; start a multiple of {ranks}"
         )
     return Layout(
         tensor=parallel.tensor_model_parallel_size,
