@@ -6,6 +6,7 @@ import io
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -13,10 +14,13 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_salt.data.backends import choose_backend, encode_with, first_difference
+from megatron_salt.data.encode import Encoder
 from megatron_salt.data.ends import Ends
+from megatron_salt.data.reading import Chunk
 from megatron_salt.data.sentencepiece_model import user_defined_pieces, with_control_piece
 from megatron_salt.data.special_tokens import Finder, Found, told
 from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
+from megatron_salt.errors import UserError
 
 TEXT = ["the cat sat on the mat and the dog ran", "le chat dort; ça va? <b>12</b>", "def f(x):\n\treturn x  # ."] * 30
 PARTS = ["<eod>", "<eo", "d>", "<x>", "</s>", "<s>", " ", "  ", "\n", "the cat", "<", ">", "é", "日本", "a", "\u2581"]
@@ -196,3 +200,13 @@ def test_gigatoken_is_not_taken_for_a_model_that_matches_pieces_of_its_own():
     tokenizer = tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": sentencepiece_bytes()}, "test")
     backend, why = choose_backend("auto", tokenizer, TEXT)
     assert backend == "reference" and "'<x>'" in why
+
+
+def test_a_library_that_gives_a_special_id_all_the_same_is_refused_with_the_text():
+    tokenizer = tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": sentencepiece_bytes()}, "test")
+    forging = replace(tokenizer, encode_ids=lambda texts: [[5, tokenizer.eod] if "odd" in text else [5] for text in texts])
+    chunk = Chunk(0, "x.txt", "text", 0, 20, 20, b"plain\nodd one\nplain\n")
+    with pytest.raises(UserError, match=r"--special-tokens-in-text split: for 'odd one' .* gives '<eod>' \(id 3\)"):
+        Encoder(forging, "reference", ["text"], True, False).encode(chunk)
+    allowed = replace(forging, forbidden=frozenset())
+    assert Encoder(allowed, "reference", ["text"], False, False).encode(chunk).ids[0].tolist() == [5, 5, 3, 5]
