@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,9 +167,17 @@ def _fingerprint(kind: str, files: Mapping[str, bytes]) -> str:
 
 # --- the kinds --------------------------------------------------------------------------------------------------------
 
+def _refuse_tiktoken(content: bytes, origin: str) -> None:
+    """UserError for lines of a token in base64 and its rank, which Llama 3 calls tokenizer.model."""
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content[:4096]):
+        raise UserError(f"{origin} is a tiktoken vocabulary, as Llama 3's tokenizer.model is, which lacks the rules that split text; take "
+                        "the tokenizer.json beside it: --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json")
+
+
 def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Tokenizer:
     import sentencepiece
 
+    _refuse_tiktoken(files["tokenizer.model"], origin)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(files["tokenizer.model"])
@@ -193,6 +202,7 @@ def _json_of_sentencepiece(model: bytes) -> bytes:
 def _hugging_face(files: Mapping[str, bytes], origin: str) -> Tokenizer:
     import tokenizers
 
+    _refuse_tiktoken(files["tokenizer.json"], origin)
     try:
         model = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except ValueError as error:
