@@ -37,6 +37,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.checkpoint.shelf",
     "megatron_salt.data.arrange",
     "megatron_salt.data.blend",
+    "megatron_salt.data.code_points",
     "megatron_salt.data.documents",
     "megatron_salt.data.eligible",
     "megatron_salt.data.indexed",

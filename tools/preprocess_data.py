@@ -91,7 +91,10 @@ class PreprocessConfig:
     """reference: the tokenizer's own library; auto: gigatoken where it is installed and gives the same ids for a sample of the input."""
 
     max_memory: float | None = None
-    """GiB that all processes together may take; single documents of many MB come on top. Default: about 200 MB a process."""
+    """GiB that all processes together may take; documents of many MB come on top (--max-document-mib). Default: about 200 MB a process."""
+
+    max_document_mib: int = 256
+    """MiB that a document may have. It is in memory as a whole, several times over; a longer one is refused."""
 
     resume: bool = False
     """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
@@ -124,6 +127,8 @@ class PreprocessConfig:
                                    ("max-bad-lines", self.max_bad_lines, 0)):
             if value < least:
                 raise UserError(f"--{name} must be at least {least}, got {value}")
+        if not 1 <= self.max_document_mib < 2048:
+            raise UserError(f"--max-document-mib must be at least 1 and below 2048, got {self.max_document_mib}")
         if not self.json_keys or len(set(self.json_keys)) < len(self.json_keys):
             raise UserError(f"--json-keys needs one or more different keys, got {' '.join(self.json_keys) or 'none'}")
         if any(os.sep in key for key in self.json_keys):
@@ -171,7 +176,7 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                sample = sample_texts(files, forms, config.json_keys) if tokenizer.as_json is not None else []
+                sample = sample_texts(files, forms, config.json_keys, config.max_document_mib << 20) if tokenizer.as_json is not None else []
                 backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
                 print(f"tokenizer backend: {why}", flush=True)
                 print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
@@ -310,7 +315,8 @@ def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_b
     """The chunks that are not in the stage yet."""
     start = stage.position
     for number in range(stage.file, len(stage.files)):
-        yield from chunks(number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes)
+        yield from chunks(number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes,
+                          config.max_document_mib << 20)
         start = 0
 
 

@@ -25,7 +25,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.data.documents import BadLines, input_files
 from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.parse import Parser
-from megatron_salt.data.reading import chunks, form_of
+from megatron_salt.data.reading import chunks, form_of, uncompressed_name
 from megatron_salt.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -68,6 +68,9 @@ class TrainTokenizerConfig:
     allow_duplicate_inputs: bool = False
     """Take files that are one file under two names, or copies; their text then counts twice."""
 
+    max_document_mib: int = 256
+    """MiB that a document may have. It is in memory as a whole, several times over; a longer one is refused."""
+
     max_bad_lines: int = 0
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
@@ -76,6 +79,8 @@ class TrainTokenizerConfig:
                                    ("max-bad-lines", self.max_bad_lines, 0)):
             if value < least:
                 raise UserError(f"--{name} must be at least {least}, got {value}")
+        if not 1 <= self.max_document_mib < 2048:
+            raise UserError(f"--max-document-mib must be at least 1 and below 2048, got {self.max_document_mib}")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise UserError(f"--character-coverage must lie in [0.9, 1], got {self.character_coverage}")
         if not self.json_keys:
@@ -88,7 +93,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     output = Path(config.output)
     refuse_present("--output", output, [output], config.overwrite)
     bad_lines = BadLines(config.max_bad_lines)
-    texts = itertools.chain.from_iterable(read_texts(file, config.json_keys, bad_lines) for file in files)
+    texts = itertools.chain.from_iterable(read_texts(file, config.json_keys, bad_lines, config.max_document_mib << 20) for file in files)
     chosen = choose(itertools.chain.from_iterable(map(sentences, texts)), config.max_sentences)
     if not chosen:
         raise UserError(f"--input {' '.join(config.input)} holds no text")
@@ -115,13 +120,14 @@ def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -
     return size
 
 
-def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines) -> Iterator[str]:
-    """The strings under `keys` of JSON lines or of a table, or each line of a plain text with a line feed."""
+def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines, largest: int) -> Iterator[str]:
+    """The strings under `keys` of JSON lines or of a table, or each line of a plain text with a line feed. largest: bytes of a
+    document."""
     form = form_of(file, "line")
-    if form == "jsonl" and not file.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")):
+    if form == "jsonl" and not uncompressed_name(file).endswith((".jsonl", ".json")):
         form = "text"
     parse, first = Parser(keys[:1] if form == "text" else keys), 1
-    for chunk in chunks(0, file, form, keys, 0, CHUNK_BYTES):
+    for chunk in chunks(0, file, form, keys, 0, CHUNK_BYTES, largest):
         parsed = parse(form, chunk.read())
         bad_lines.add(file, [(first + line, reason) for line, _, reason in parsed.bad])
         first += parsed.lines

@@ -1,7 +1,8 @@
 """What encodes: the tokenizer's own library, or gigatoken (optional, many times faster) where it gives the same ids.
 
 A backend other than the reference is used only after it gave the reference's ids for a sample of the user's own text and for texts
-that are known to be hard. Backends answer arrays: the ids of all texts end to end, and the texts' lengths.
+that are known to be hard; and texts with code points whose class depends on a library's Unicode version (`code_points.py`) go to the
+reference in any case. Backends answer arrays: the ids of all texts end to end, and the texts' lengths.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_salt.data.code_points import unsettled_texts
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 
@@ -106,17 +108,21 @@ def reference(tokenizer: Tokenizer) -> Encode:
 
 
 class _Gigatoken:
-    """gigatoken made of the tokenizer's files, on the calling thread. Its memory stays bounded: it is made anew when it grew."""
+    """gigatoken made of the tokenizer's files, on the calling thread; the reference for texts that are not settled. Its memory stays
+    bounded: it is made anew when it grew."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.as_json is not None
         self._json = (texts_alone if tokenizer.matches_special else without_special)(tokenizer.as_json())
         self._since = self._limit = 0
         self._vocab_size = tokenizer.vocab_size
+        self._reference = tokenizer.encode
         self._make()
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        arrays = [self._encode(text) for text in texts]
+        unsettled = set(unsettled_texts(texts))
+        arrays = [self._encode(text) if number not in unsettled else np.array(self._reference(text), np.uint32)
+                  for number, text in enumerate(texts)]
         self._since += sum(map(len, texts))
         if self._since >= _LOOK_EVERY:
             self._since = 0

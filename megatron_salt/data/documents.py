@@ -67,7 +67,7 @@ def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_documen
     for path in found:
         if os.path.isdir(path):
             raise UserError(f"--input {path} is a directory; name files, such as '{os.path.join(path, '*.jsonl')}'")
-        if path.endswith(_UNREADABLE):
+        if path.lower().endswith(_UNREADABLE):
             raise UserError(f"--input {path}: {os.path.splitext(path)[1]} files cannot be read; give plain, .gz, .zst or "
                             ".parquet files, or pipe the text into --input -")
     if not found:
@@ -75,6 +75,15 @@ def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_documen
     if not allow_duplicates:
         refuse_repeated_files("--input", found, lambda path: not file_is_document)
     return found
+
+
+def refuse_encoding(path: str, beginning: bytes, by_lines: bool) -> None:
+    """UserError where a file that begins so is not UTF-8, or has the line ends of old Macs. by_lines: a document is a line."""
+    for name, mark in (("UTF-32", b"\xff\xfe\0\0"), ("UTF-32", b"\0\0\xfe\xff"), ("UTF-16", b"\xff\xfe"), ("UTF-16", b"\xfe\xff")):
+        if beginning.startswith(mark):
+            raise UserError(f"--input {path} is {name}; convert it with iconv -f {name} -t UTF-8")
+    if by_lines and b"\n" not in beginning and b"\r" in beginning.strip():
+        raise UserError(f"--input {path} ends its lines with carriage returns alone; convert it with tr '\\r' '\\n'")
 
 
 def decode_line(line: bytes) -> str:

@@ -35,6 +35,7 @@ from megatron_salt.errors import UserError
 
 SLOTS_PER_WORKER = 3  # read ahead of the consumer
 _SMALLEST_CHUNK = 1 << 16
+_MOST_TOKENS = (1 << 31) - 2  # of a document, whose end-of-document id comes on top
 _WORKING_BYTES = 96 << 20  # what a tokenizer, its caches and its results take in a worker
 _TEXT_AT_A_TIME = 1 << 18  # characters: what a tokenizer holds besides ids is many times its text
 
@@ -89,7 +90,7 @@ class Encoder:
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """UserError when the chunk's file cannot be read."""
         parsed = self._parse(chunk.form, chunk.read())
-        columns = [self._encode_column(texts) for texts in parsed.texts]
+        columns = [self._encode_column(chunk, texts) for texts in parsed.texts]
         return EncodedChunk(
             replace(chunk, data=None), parsed.lines, parsed.documents, parsed.bad,
             [sum(len(text.encode()) for text in texts) for texts in parsed.texts], [ids for ids, _, _ in columns],
@@ -97,7 +98,7 @@ class Encoder:
             [len(texts) - len(lengths) for texts, (_, lengths, _) in zip(parsed.texts, columns, strict=True)],
             self._hash(parsed, [full for _, _, full in columns]), [self._find(texts) for texts in parsed.texts])
 
-    def _encode_column(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode_column(self, chunk: Chunk, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of all texts, lengths of those that have any, and which these are."""
         parts, sizes = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
         for some in _portions(texts):
@@ -108,6 +109,9 @@ class Encoder:
             sizes.append(lengths)
         ids, every = np.concatenate(parts), np.concatenate(sizes)
         full = every > 0
+        if every.max(initial=0) > _MOST_TOKENS:
+            raise UserError(f"--input {chunk.path}: a document from {chunk.start} on has {every.max()} tokens, more than the "
+                            f"{_MOST_TOKENS} that Megatron's index can count; cut it")
         lengths = every[full].astype(np.int32)
         if self._bos is not None:
             ids = np.insert(ids, np.cumsum(lengths, dtype=np.int64) - lengths, self._bos)

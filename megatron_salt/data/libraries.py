@@ -8,6 +8,7 @@ as a special token that is not looked for, and a model that would still spell on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,17 @@ def open_library(kind: str, files: Mapping[str, bytes], origin: str) -> Library:
     return openers[kind](files, origin)
 
 
+def _refuse_tiktoken(content: bytes, origin: str) -> None:
+    """UserError for lines of a token in base64 and its rank, which Llama 3 calls tokenizer.model."""
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content[:4096]):
+        raise UserError(f"{origin} is a tiktoken vocabulary, as Llama 3's tokenizer.model is, which lacks the rules that split text; take "
+                        "the tokenizer.json beside it: --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json")
+
+
 def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Library:
     import sentencepiece
 
+    _refuse_tiktoken(files["tokenizer.model"], origin)
     content = files["tokenizer.model"]
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -116,6 +125,7 @@ def _json_of_sentencepiece(model: bytes) -> bytes:
 
 def _hugging_face(files: Mapping[str, bytes], origin: str) -> Library:
     content = files["tokenizer.json"]
+    _refuse_tiktoken(files["tokenizer.json"], origin)
     try:
         model = _model_of(content, False)
     except ValueError as error:

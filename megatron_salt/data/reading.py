@@ -1,7 +1,7 @@
 """Input files to chunks: a bounded piece of a file that holds whole documents, raw.
 
-A file's name says how it is read: .gz and .zst are decompressed; below that .parquet is a table, .txt plain text, and
-everything else JSON lines. Plain files are not read here: a chunk is a range that whoever parses it reads itself. Others are
+A file's name, in lower or upper case, says how it is read: .gz and .zst are decompressed; below that .parquet is a table, .txt plain
+text, and everything else JSON lines. Plain files are not read here: a chunk is a range that whoever parses it reads itself. Others are
 read in order, in pieces, never whole. A position (bytes of the decompressed text, or rows) is all it takes to go on reading in
 the middle. Whatever is wrong with a file is a UserError.
 """
@@ -19,12 +19,14 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from megatron_salt.data.documents import STDIN
+from megatron_salt.data.documents import STDIN, refuse_encoding
 from megatron_salt.errors import UserError
 
 Form = Literal["jsonl", "text", "file", "columns"]
 """JSON lines; text with a document a line; text that is one document; packed strings, of parquet."""
 
+LARGEST_DOCUMENT = 1 << 28
+"""Bytes of one document, which is in memory as a whole, several times over."""
 _PIECE = 1 << 18  # bytes that are decompressed at a time
 _COMPRESSED_PIECE = 1 << 14  # of .zst, whose decompressor returns all that comes of what it is given
 
@@ -57,28 +59,41 @@ class Chunk:
                 raise UserError(f"--input {self.path} cannot be read after byte {self.start}: {error.strerror}") from None
             if len(data) < self.end - self.start:
                 raise UserError(f"--input {self.path} became shorter while it was read")
-        return data.removeprefix(b"\xef\xbb\xbf") if self.start == 0 and self.form != "columns" else data  # byte order mark
+        if self.start > 0 or self.form == "columns":
+            return data
+        refuse_encoding(self.path, data, by_lines=self.form != "file")
+        return data.removeprefix(b"\xef\xbb\xbf")  # byte order mark
 
 
 def form_of(path: str, text_documents: Literal["line", "file"]) -> Form:
     """How a file is read, by its name."""
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    if path.endswith(".parquet"):
+    name = uncompressed_name(path)
+    if path.lower().endswith(".parquet"):
         return "columns"
     return ("text" if text_documents == "line" else "file") if name.endswith(".txt") else "jsonl"
 
 
-def chunks(number: int, path: str, form: Form, keys: Sequence[str], start: int, chunk_bytes: int) -> Iterator[Chunk]:
+def uncompressed_name(path: str) -> str:
+    """The name in lower case, without the suffix of a compression."""
+    return path.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def _is_compressed(path: str) -> bool:
+    return path.lower().endswith((".gz", ".zst"))
+
+
+def chunks(number: int, path: str, form: Form, keys: Sequence[str], start: int, chunk_bytes: int,
+           largest: int = LARGEST_DOCUMENT) -> Iterator[Chunk]:
     """The documents of a file from position `start` on, about `chunk_bytes` at a time (a longer document is a chunk).
-    number: the file's. keys: columns of a table. UserError when it cannot be read."""
+    number: the file's. keys: columns of a table. largest: bytes that a document may have. UserError when it cannot be read."""
     at = start
     try:
         if form == "columns":
-            pieces = _table(number, path, keys, start, chunk_bytes)
-        elif path != STDIN and not path.endswith((".gz", ".zst")) and stat.S_ISREG(os.stat(path).st_mode):
-            pieces = _ranges(number, path, form, start, chunk_bytes)
+            pieces = _table(number, path, keys, start, chunk_bytes, largest)
+        elif path != STDIN and not _is_compressed(path) and stat.S_ISREG(os.stat(path).st_mode):
+            pieces = _ranges(number, path, form, start, chunk_bytes, largest)
         else:
-            pieces = _stream(number, path, form, start, chunk_bytes)
+            pieces = _stream(number, path, form, start, chunk_bytes, largest)
         for chunk in pieces:
             at = chunk.end
             yield chunk
@@ -90,7 +105,7 @@ def chunks(number: int, path: str, form: Form, keys: Sequence[str], start: int, 
 
 
 def sample_chunks(files: Sequence[str], forms: Sequence[Form], keys: Sequence[str], num_files: int, places: int,
-                  chunk_bytes: int) -> Iterator[Chunk]:
+                  chunk_bytes: int, largest: int = LARGEST_DOCUMENT) -> Iterator[Chunk]:
     """Some chunks of up to `num_files` files: of plain ones from up to `places` places, of others the first. Pipes give none."""
     step = max(len(files) / num_files, 1)
     for number in sorted({int(i * step) for i in range(min(num_files, len(files)))}):
@@ -98,38 +113,51 @@ def sample_chunks(files: Sequence[str], forms: Sequence[Form], keys: Sequence[st
         if not os.path.isfile(path):
             continue
         starts = {0}
-        if form in ("jsonl", "text") and not path.endswith((".gz", ".zst")):
+        if form in ("jsonl", "text") and not _is_compressed(path):
             with open(path, "rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                starts |= {_line_end(stream.fileno(), size * i // places, size) for i in range(1, places)} - {size}
+                starts |= {_line_end(path, stream.fileno(), size * i // places, size, largest) for i in range(1, places)} - {size}
         for start in sorted(starts):
-            for chunk in chunks(number, path, form, keys, start, chunk_bytes):
+            for chunk in chunks(number, path, form, keys, start, chunk_bytes, largest):
                 yield chunk
                 break
 
 
-def _ranges(number: int, path: str, form: Form, start: int, chunk_bytes: int) -> Iterator[Chunk]:
+def _refuse_larger(path: str, place: str, size: int, largest: int) -> None:
+    """UserError where a document of at least `size` bytes is too large."""
+    if size > largest:
+        raise UserError(f"--input {path}: a document at {place} has more than {largest} bytes; it would lie in memory whole: cut it (is "
+                        "a document on each line?), or allow more with --max-document-mib")
+
+
+def _ranges(number: int, path: str, form: Form, start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
     """Ranges of a plain file."""
     with open(path, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         while start < size:
-            end = size if form == "file" else _line_end(stream.fileno(), start + chunk_bytes - 1, size)
+            end = size if form == "file" else _line_end(path, stream.fileno(), start + chunk_bytes - 1, size, largest)
+            if form == "file":
+                _refuse_larger(path, "byte 0", size, largest)
             yield Chunk(number, path, form, start, end, end, None)
             start = end
 
 
-def _line_end(descriptor: int, position: int, size: int) -> int:
+def _line_end(path: str, descriptor: int, position: int, size: int, largest: int) -> int:
     """The end of the line that the byte at `position` belongs to."""
+    begin = position
     while position < size:
+        _refuse_larger(path, f"byte {begin}", position - begin, largest)
         block = os.pread(descriptor, 1 << 16, position)
         found = block.find(b"\n")
         if found >= 0 or not block:
-            return position + found + 1 if block else size
+            end = position + found + 1 if block else size
+            _refuse_larger(path, f"byte {begin}", end - begin, largest)
+            return end
         position += len(block)
     return size
 
 
-def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int) -> Iterator[Chunk]:
+def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
     """What a compressed file or a pipe holds, cut after line feeds."""
     parts: list[bytes] = []
     held, skip, on_disk = 0, start, 0
@@ -144,6 +172,7 @@ def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int) ->
             yield Chunk(number, path, form, start, start + held - len(rest), on_disk, b"".join(parts))
             start += held - len(rest)
             parts, held = [rest], len(rest)
+        _refuse_larger(path, f"byte {start} of its text", held - (chunk_bytes if form != "file" else 0), largest)
     if skip:
         raise EOFError("an earlier run read further")
     if held:
@@ -156,9 +185,9 @@ def _pieces(path: str, size: int) -> Iterator[tuple[bytes, int]]:
         yield from _read(sys.stdin.buffer, size, None)
         return
     with open(path, "rb") as raw:
-        if path.endswith(".zst"):
+        if path.lower().endswith(".zst"):
             yield from _zstandard(raw)
-        elif path.endswith(".gz"):
+        elif path.lower().endswith(".gz"):
             with gzip.open(raw) as stream:
                 yield from _read(stream, size, raw)  # type: ignore[arg-type]
         else:
@@ -196,7 +225,7 @@ def _zstandard(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-def _table(number: int, path: str, keys: Sequence[str], start: int, chunk_bytes: int) -> Iterator[Chunk]:
+def _table(number: int, path: str, keys: Sequence[str], start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
     """Rows of a parquet file, some at a time, each column packed as `pack` does it."""
     try:
         import pyarrow
@@ -220,7 +249,11 @@ def _table(number: int, path: str, keys: Sequence[str], start: int, chunk_bytes:
                     if skipped < batch.num_rows:
                         part = batch.slice(skipped)
                         done = os.path.getsize(path) * at // max(table.metadata.num_rows, 1)
-                        yield Chunk(number, path, "columns", at - part.num_rows, at, done, _packed(part, keys))
+                        data = _packed(part, keys)
+                        if len(data) > largest:
+                            sizes = [len(value or b"") for column in unpack(data, len(keys)) for value in column]
+                            _refuse_larger(path, f"a row from {at - part.num_rows} on", max(sizes), largest)
+                        yield Chunk(number, path, "columns", at - part.num_rows, at, done, data)
     except pyarrow.ArrowException as error:
         raise UserError(f"--input {path} is damaged or truncated: {str(error).splitlines()[0]}") from None
 

@@ -77,8 +77,8 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     if not paths:
         missing = "" if Path(load).is_dir() else " (there is no such directory)"
         missing = " (its first save is not finished)" if any(Path(load).glob("iter_*")) else missing
-        raise UserError(f"--teacher-load {load} holds no checkpoint{missing}; a teacher is what a run of this trainer leaves in its --save, "
-                        "one iter_* directory or several; examples/teacher_1p5b.sh trains one")
+        raise UserError(f"--teacher-load {load} holds no checkpoint{missing}; a teacher is what a run of this trainer leaves in its "
+                        "--save, one iter_* directory or several; examples/teacher_1p5b.sh trains one")
     try:
         facts, fingerprint = resume.read_facts(paths[0]), resume.checkpoint_fingerprint(paths[0])
     except UserError as error:
