@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import numpy as np
 import stage1_overhead
 import torch
 from results import result
@@ -72,7 +73,7 @@ def measure(folder: Path, pairs: int) -> list[tuple[float, float]]:
         scorer = make_scorer(teacher, Layout(), samples, teacher.dtype, MICRO_BATCH, (1, 10, 50, 100), 256, timeout)
         found = []
         for pair in range(pairs + 1):
-            scoring, bare = (lambda: scorer.score(0, WINDOWS)), (lambda: bare_forward(scorer))
+            scoring, bare = (lambda: scorer.score(np.arange(WINDOWS))), (lambda: bare_forward(scorer))
             seconds = [cpu_seconds(action) for action in ((scoring, bare) if pair % 2 else (bare, scoring))]
             found.append((seconds[0], seconds[1]) if pair % 2 else (seconds[1], seconds[0]))
         return found[1:]
@@ -103,7 +104,7 @@ def bare_forward(scorer: Scorer) -> None:
 
         return hidden, logits
 
-    placed = [scorer._place(start) for start in range(0, WINDOWS, MICRO_BATCH)]
+    placed = [scorer._place(np.arange(start, start + MICRO_BATCH)) for start in range(0, WINDOWS, MICRO_BATCH)]
     run_pipeline([scorer._body], step, placed, scorer._mesh, scorer.seq_length, MICRO_BATCH, forward_only=True)
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole chain as Slurm jobs that wait for each other: text to tokens, a teacher, its scores, a selection, and the student by SALT_DS
 # (SELECT=0: by SALT). Says what it submitted; DRY_RUN=1 only says what it would submit. A job whose predecessor fails is cancelled.
-# No score has beaten a random selection in our runs yet: SELECT_FLAGS='--rule random' makes one.
+# No score has beaten a random selection in our runs yet: SELECT_FLAGS='--rule random' makes one. Scoring all costs 17.9% of the student's
+# FLOPs, SCORE_FLAGS='--sample 0.35' 6.2%.
 #
 #     INPUT='corpus/*.jsonl.zst' bash examples/pipeline.sh --account=us --partition=h100
 #

@@ -85,7 +85,7 @@ def test_too_little_room_is_told_in_numbers(tmp_path: Path, monkeypatch: pytest.
 
 
 TOOLS: list[tuple[Any, str, str, str]] = [
-    (preprocess_data, "--input nowhere*.jsonl --output-prefix out --tokenizer-type ByteLevelTokenizer", "--input nowhere*.jsonl", "no such f"),
+    (preprocess_data, "--input nowhere*.jsonl --output-prefix o --tokenizer-type ByteLevelTokenizer", "--input nowhere*.jsonl", "no such"),
     (preprocess_data, "--input HOME/file --output-prefix out", "--tokenizer-type is missing", "SentencePieceTokenizer"),
     (score_data, "--teacher-load nowhere --data-path HOME/words --output out", "--teacher-load nowhere holds no checkpoint", "no such dir"),
     (select_data, "--scores nowhere --output out --fraction 0.5", "nowhere", "score_data.py"),

@@ -176,7 +176,8 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                sample = sample_texts(files, forms, config.json_keys, config.max_document_mib << 20) if tokenizer.as_json is not None else []
+                longest = config.max_document_mib << 20
+                sample = sample_texts(files, forms, config.json_keys, longest) if tokenizer.as_json is not None else []
                 backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
                 print(f"tokenizer backend: {why}", flush=True)
                 print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)

@@ -1,4 +1,4 @@
-"""Which samples of a score index may be chosen: not held out, some token of them counts, and not a repetition of an earlier one.
+"""Which samples of a score index may be chosen: scored, not held out, some token of them counts, and not a repetition of an earlier one.
 
 The answer is a bitmap, N/8 bytes in memory (125 MB at 10^9 samples), made in one pass over the `tokens` column and, for
 repetitions, a few over `content`. Pure.
@@ -31,6 +31,8 @@ class Eligible:
     """No token counts."""
     duplicates: int
     """A sample with a lower id has the same tokens."""
+    unscored: int = 0
+    """Not in the part of the samples that was scored."""
 
     def of(self, first: int, end: int) -> np.ndarray:
         """bool [end - first]"""
@@ -49,12 +51,16 @@ def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | 
     """repeated: the bitmap of `duplicates`; None: none is looked for. UserError where --valid-share leaves a dataset nothing."""
     held_out = held_out_ranges(index.manifest, valid_share)
     packed = np.empty(-(-index.num_samples // 8), np.uint8)
-    empty = num_repeated = 0
+    empty = num_repeated = unscored = 0
     for first, tokens in index.chunks("tokens", size=CHUNK):  # CHUNK is a multiple of 8
         end = first + len(tokens)
         may = np.ones(len(tokens), bool)
         for start, stop in held_out:
             may[max(start - first, 0) : max(stop - first, 0)] = False
+        if index.manifest.sample is not None:
+            scored = index.manifest.scored(first, end)
+            unscored += int(np.count_nonzero(may & ~scored))
+            may &= scored
         counts = tokens > 0
         empty += int(np.count_nonzero(may & ~counts))
         may &= counts
@@ -63,7 +69,7 @@ def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | 
             num_repeated += int(np.count_nonzero(may & again))
             may &= ~again
         packed[first // 8 : -(-end // 8)] = np.packbits(may, bitorder="little")
-    return Eligible(packed, sum(stop - start for start, stop in held_out), empty, num_repeated)
+    return Eligible(packed, sum(stop - start for start, stop in held_out), empty, num_repeated, unscored)
 
 
 def bits(packed: np.ndarray, first: int, end: int) -> np.ndarray:

@@ -13,15 +13,16 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.data.manifest import content_hash, read_json, write_json
+from megatron_salt.data.manifest import content_hash, read_json
 from megatron_salt.data.repeats import WAY_OUT, refuse_repeated_directories
 from megatron_salt.data.scores import (
-    FORMAT, INDEX, SHARD, IndexManifest, column_path, columns, npy_header, read_index, shard_paths, write_shard_manifest,
+    FORMAT, INDEX, SHARD, IndexManifest, column_path, columns, npy_header, read_index, shard_paths, write_index_manifest,
+    write_shard_manifest,
 )  # fmt: skip
 from megatron_salt.errors import UserError
 
@@ -150,7 +151,7 @@ def merge(index: ScoreIndex, output: Path) -> None:
     try:
         hashes = {name: _merge_column(index, name, column_path(shard, name)) for name in index.columns}
         write_shard_manifest(shard, index.manifest, 0, index.num_samples, hashes)
-        write_json(asdict(index.manifest), temporary / INDEX, FORMAT)
+        write_index_manifest(index.manifest, temporary / INDEX)
         if output.exists():
             os.rename(output, old)
         os.rename(temporary, output)

@@ -4,6 +4,7 @@ A sample is a window of the datasets in --data-path order; its id, 0..N-1 over a
 `index.json` says what the scores are of, and each shard is a directory `samples-<first>-<end>` with one plain numpy file
 a column, of full size from the start and filled block by block. `blocks.journal` holds a digest of each finished block, so
 that a resumed job trusts what is whole and repeats what is torn; `shard.json`, with every column's size and hash, comes last.
+An index may have scores of a keyed random part of the samples alone: its columns are as long, with 0 for the others.
 How it is read and merged: `score_index.py`.
 """
 
@@ -23,10 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.data.manifest import check_fields, check_types, content_hash, read_json, write_json
+from megatron_salt.data.manifest import check_fields, check_types, content_hash, read_json_of, write_json
+from megatron_salt.data.order import key_of, keyed_ranks
 from megatron_salt.errors import UserError
 
 FORMAT = 1
+SAMPLED_FORMAT = 2  # of the index.json of an index of a part of the samples
 INDEX, SHARD, JOURNAL = "index.json", "shard.json", "blocks.journal"
 _DIGEST_BYTES = 16
 _SHARD_NAME = re.compile(r"samples-(\d{15})-(\d{15})")
@@ -101,6 +104,10 @@ class IndexManifest:
     """Windows of one forward pass, which rounding may depend on."""
     block_samples: int
     """Windows that are written, and after a kill repeated, together."""
+    sample: float | None = None
+    """The chance of each window to be scored. None: all are."""
+    sample_seed: int | None = None
+    """Says which; None with `sample`."""
 
     def __post_init__(self) -> None:
         assert self.block_samples >= 1 and self.datasets and all(dataset.samples >= 1 for dataset in self.datasets), self
@@ -108,6 +115,12 @@ class IndexManifest:
     @property
     def num_samples(self) -> int:
         return sum(dataset.samples for dataset in self.datasets)
+
+    def scored(self, first: int, end: int) -> np.ndarray:
+        """Which of samples [first, end) have scores: bool [end - first]."""
+        if self.sample is None:
+            return np.ones(end - first, bool)
+        return keyed_ranks(np.arange(first, end), key_of(f"score/{self.sample_seed}")) < np.uint64(self.sample * (1 << 64))
 
     @property
     def num_blocks(self) -> int:
@@ -130,7 +143,8 @@ class IndexManifest:
 
     def _facts(self) -> dict[str, object]:
         """All but datasets and paths, under names for people."""
-        plain = [field.name for field in fields(self) if field.name not in ("datasets", "teacher_directory", "masking")]
+        plain = [field.name for field in fields(self) if field.name not in ("datasets", "teacher_directory", "masking")
+                 and getattr(self, field.name) is not None]
         return {name.replace("_", " "): getattr(self, name) for name in plain} | self.masking
 
 
@@ -147,11 +161,26 @@ def dataset_differences(there: Sequence[DatasetFacts], here: Sequence[DatasetFac
     return found
 
 
+def manifest_to_json(manifest: IndexManifest) -> dict[str, object]:
+    """The inverse of `manifest_from_json`: without a word on samples where all are scored."""
+    return {name: value for name, value in asdict(manifest).items() if value is not None}
+
+
+def write_index_manifest(manifest: IndexManifest, path: Path) -> None:
+    """Write `index.json`, in a format of its own where a part of the samples is scored."""
+    write_json(manifest_to_json(manifest), path, FORMAT if manifest.sample is None else SAMPLED_FORMAT)
+
+
 def manifest_from_json(raw: dict, path: Path) -> IndexManifest:
     """The manifest that `asdict` and JSON made `raw` of, which lies in `path`. UserError if it is not one."""
     if not isinstance(raw, dict):
         raise UserError(f"{path}: the description of its scores is {str(raw)[:80]!r}, no mapping")
+    if not {"sample", "sample_seed"} & set(raw):
+        raw = {**raw, "sample": None, "sample_seed": None}
     check_fields(IndexManifest, raw, path)
+    if (raw["sample"] is None) != (raw["sample_seed"] is None) or not (raw["sample"] is None or 0 < raw["sample"] < 1):
+        raise UserError(f"{path}: sample is {raw['sample']} and sample_seed {raw['sample_seed']}; a sample is above 0 and below 1, and "
+                        "has a seed")
     for facts in raw["datasets"]:
         check_types(DatasetFacts, facts, path)
     if not all(type(k) is int and k >= 1 for k in raw["top_k"]) or not all(type(value) is bool for value in raw["masking"].values()):
@@ -167,9 +196,13 @@ def read_index(directory: Path, flag_name: str) -> IndexManifest:
     """The manifest of an index. UserError, naming the flag, where the directory holds none."""
     path = directory / INDEX
     try:
-        return manifest_from_json(read_json(path, FORMAT, "score the data again, or restore it"), path)
+        version, raw = read_json_of(path, (FORMAT, SAMPLED_FORMAT), "score the data again, or restore it")
     except FileNotFoundError:
         raise UserError(f"{flag_name} {directory} is no score index: it has no {INDEX}; tools/score_data.py makes one") from None
+    manifest = manifest_from_json(raw, path)
+    if (version == SAMPLED_FORMAT) != (manifest.sample is not None):
+        raise UserError(f"{path} has manifest format {version}, which does not go with sample {manifest.sample}")
+    return manifest
 
 
 def claim(directory: Path, manifest: IndexManifest) -> None:
@@ -181,7 +214,7 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_json(asdict(manifest), temporary, FORMAT)
+            write_index_manifest(manifest, temporary)
             try:
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, path)  # unlike a rename, it replaces nothing: the first job's stays

@@ -138,7 +138,7 @@ def choose(index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, size:
     there = [eligible.count(first, end) for first, end in ranges]
     if not sum(there):
         raise UserError(f"none of {index.num_samples} samples can be chosen: {eligible.held_out} are held out, {eligible.empty} have no "
-                        f"token that counts, {eligible.duplicates} are duplicates")
+                        f"token that counts, {eligible.duplicates} are duplicates" + not_scored(eligible))
     if rule.name == "threshold":
         return _within_threshold(index, column, rule, eligible, size)
     pools = []
@@ -148,6 +148,11 @@ def choose(index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, size:
             after, upto = _boundaries(index, column, rule, eligible, (first, end), (skip, skip + count), size)
         pools.append(PoolChoice(first, end, num_eligible, count, after, upto))
     return Choice(index, column, rule, eligible, tuple(pools))
+
+
+def not_scored(eligible: Eligible) -> str:
+    """What to add to the reasons why samples may not be chosen."""
+    return f", {eligible.unscored} were not scored" if eligible.unscored else ""
 
 
 def order_keys(scores: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_salt.data.manifest import check_fields, content_hash, read_json_of, sampled_hash, write_json
-from megatron_salt.data.scores import DatasetFacts, IndexManifest, dataset_differences, manifest_from_json, npy_header
+from megatron_salt.data.scores import DatasetFacts, IndexManifest, dataset_differences, manifest_from_json, manifest_to_json, npy_header
 from megatron_salt.errors import UserError
 
 FORMAT = 2
@@ -159,7 +159,7 @@ def write_selection(
         scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(npy), scores, rule, valid_share,
         tie_seed, tie_share,
     )  # fmt: skip
-    write_json(asdict(manifest), description, FORMAT)
+    write_json({**asdict(manifest), "scores": manifest_to_json(scores)}, description, FORMAT)
     return manifest
 
 

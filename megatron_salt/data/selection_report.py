@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_salt.data.eligible import dataset_ranges
 from megatron_salt.data.order import permute
-from megatron_salt.data.select import Choice, cuts, order_keys
+from megatron_salt.data.select import Choice, cuts, not_scored, order_keys
 from megatron_salt.data.selection import Selection
 from megatron_salt.data.ties import tie_ranks
 from megatron_salt.data.window_text import WindowText
@@ -108,6 +108,7 @@ def _summary(choice: Choice, selection: Selection) -> list[str]:
     shown = ", ".join(f"{name} {value}" for name, value in rule.items() if value is not None and value is not False)
     doubles = f"{eligible.duplicates} duplicates" if rule["exclude_duplicates"] else "duplicates were not looked for"
     share, tokens = f"{choice.count / there:.2%} of the {there} eligible ones", choice.count * scores.seq_length
+    doubles += not_scored(eligible)
     held_out = f"{eligible.held_out} held out (--valid-share {selection.manifest.valid_share})"
     return [
         f"{selection.path}: {choice.count} of {choice.index.num_samples} samples, {share}; {tokens} tokens",

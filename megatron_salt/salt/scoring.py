@@ -1,8 +1,8 @@
 """The teacher reads the data: samples to rows of the score index.
 
 The teacher's forward pass of stage 1, whose hidden states go nowhere but into the reduction of `model/scores.py` on its own last stage.
-Microbatch m is samples [m B, (m+1) B), whatever the shard, the block or the number of replicas, so that no matrix changes its shape;
-replicas take turns. The last one of the data is filled up by repeating its last sample.
+Microbatch m of a block is the m-th B of its samples that are scored, whatever the shard or the number of replicas, so that no matrix
+changes its shape; replicas take turns. The last one is filled up by repeating its last sample: of each block where a part is scored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.samples import Samples
-from megatron_salt.data.scores import columns, content_hashes
+from megatron_salt.data.scores import IndexManifest, columns, content_hashes, samples_of
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
@@ -40,7 +40,7 @@ PIECE = 2
 """Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
 
 
-class LeftEarly(Exception):
+class Interrupted(Exception):
     """There is a reason to leave in the middle of a block."""
 
 
@@ -93,20 +93,19 @@ class Scorer:
         return layout.groups("tp", "cp", "dp")[layout.pipeline - 1][0]
 
     @torch.no_grad()
-    def score(self, first: int, end: int, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
-        """The rows of samples [first, end), `first` a multiple of the micro-batch size. Collective over all ranks; the writer receives.
+    def score(self, ids: np.ndarray, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
+        """The rows of these samples, int64 [n], n > 0. Collective over all ranks; the writer receives.
 
-        reason_to_stop: asked before each piece, the same on every rank. Raises LeftEarly on every rank where there is one."""
-        assert first % self._micro == 0 and first < end, (first, end, self._micro)
+        reason_to_stop: asked before each piece, the same on every rank. Raises Interrupted on every rank where there is one."""
         replicas, replica = self._mesh.layout.data, self._mesh.at.dp
-        starts = range(first, end, self._micro)
+        starts = range(0, len(ids), self._micro)
         rounds, mine = -(-len(starts) // replicas), starts[replica::replicas]
         found: list[Tensor] = []
         stages = self._mesh.layout.pipeline
         for turn in range(0, rounds, size := PIECE if stages == 1 else 8 * stages):
             if (reason := reason_to_stop()) is not None:
-                raise LeftEarly(reason)
-            if placed := [self._place(start) for start in mine[turn : turn + size]]:
+                raise Interrupted(reason)
+            if placed := [self._place(ids[start : start + self._micro]) for start in mine[turn : turn + size]]:
                 found += run_pipeline([self._body], self._step, placed, self._mesh, self.seq_length, self._micro, forward_only=True)
         if not self._mesh.is_last_stage:
             return None
@@ -117,15 +116,14 @@ class Scorer:
         dist.all_gather_into_tensor(every, own, group=self._mesh.groups.dp)
         if not self.is_writer:
             return None
-        by_turn = every.view(replicas, rounds, *own.shape[1:]).permute(2, 1, 0, 3).flatten(1)[:, : end - first].cpu().numpy()
-        contents = content_hashes(self._samples.tokens(np.arange(first, end)))
+        by_turn = every.view(replicas, rounds, *own.shape[1:]).permute(2, 1, 0, 3).flatten(1)[:, : len(ids)].cpu().numpy()
+        contents = content_hashes(self._samples.tokens(ids))
         names = [name for name in self._dtypes if name != "content"]
         rows = {name: values.astype(self._dtypes[name]) for name, values in zip(names, by_turn, strict=True)}
         return rows | {"content": contents}
 
-    def _place(self, start: int) -> _Placed:
-        last = sum(len(windows) for windows in self._samples.windows) - 1
-        tokens = self._samples.tokens(np.minimum(np.arange(start, start + self._micro), last))
+    def _place(self, ids: np.ndarray) -> _Placed:
+        tokens = self._samples.tokens(np.pad(ids, (0, self._micro - len(ids)), mode="edge"))
         inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:].T)
         mask, position_ids, documents = self._samples.masking.of(inputs)
 
@@ -151,6 +149,19 @@ class Scorer:
             return none, none.int(), window_scores(TokenScores(*by_window), batch.mask_bs, self._top_k)
 
         return hidden, scores
+
+
+def score_block(scorer: Scorer, facts: IndexManifest, block: int, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
+    """A block's rows, 0 in those that are not scored. Collective over all ranks; the writer receives. Raises Interrupted."""
+    first, end = samples_of(facts, range(block, block + 1))
+    scored = facts.scored(first, end)
+    found = scorer.score(first + np.flatnonzero(scored), reason_to_stop) if scored.any() else {}
+    if found is None or not scorer.is_writer:
+        return None
+    rows = {name: np.zeros(end - first, dtype) for name, dtype in columns(facts.top_k, facts.seq_length).items()}
+    for name, values in found.items():
+        rows[name][scored] = values
+    return rows
 
 
 def teacher_flags(layout: Layout) -> SaltConfig:

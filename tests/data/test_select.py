@@ -231,6 +231,34 @@ def test_held_out_windows_are_the_last_of_each_dataset(tmp_path: Path, share: fl
     assert (may.held_out, may.count(0, 132), may.count(30, 32)) == (expected.count(False), expected.count(True), sum(expected[30:32]))
 
 
+def test_what_was_not_scored_is_not_chosen_and_counted_once(tmp_path: Path) -> None:
+    """Held out comes first, then not scored, then without tokens."""
+    manifest = manifest_of((300, 700), sample=0.3, sample_seed=5)
+    scored = manifest.scored(0, 1000)
+    tokens = np.where(scored, np.arange(1000) % 7, 0).astype(np.uint16)
+    index = write_columns(tmp_path, manifest, 2, **{SCORE: np.where(scored, np.arange(1000), 0).astype(np.float32), "tokens": tokens})
+    may = find_eligible(index, 0.1, None)
+    in_split = np.ones(1000, bool)
+    for first, end in held_out_ranges(manifest, 0.1):
+        in_split[first:end] = False
+    assert may.of(0, 1000).tolist() == (in_split & scored & (tokens > 0)).tolist()
+    assert (may.held_out, may.unscored, may.empty) == (100, (in_split & ~scored).sum(), (in_split & scored & (tokens == 0)).sum())
+    for rule in RULES:
+        if rule.name != "threshold" or rule.maximum is None:
+            assert set(the_ids(choose(index, SCORE, rule, may))) <= set(np.flatnonzero(scored).tolist())
+
+
+def test_the_scored_part_is_its_seeds_and_the_same_however_it_is_asked() -> None:
+    manifest = manifest_of((40_000,), sample=0.25, sample_seed=1)
+    scored = manifest.scored(0, 40_000)
+    assert np.concatenate([manifest.scored(0, 7), manifest.scored(7, 123), manifest.scored(123, 40_000)]).tolist() == scored.tolist()
+    assert np.abs(np.bincount(np.flatnonzero(scored) // 4000, minlength=10) - 1000).max() < 5 * 750**0.5
+    other = replace(manifest, sample_seed=2).scored(0, 40_000)
+    assert abs(int((scored & other).sum()) - 2500) < 5 * 2344**0.5
+    assert (scored <= replace(manifest, sample=0.5).scored(0, 40_000)).all()
+    assert manifest_of((10,)).scored(2, 9).tolist() == [True] * 7
+
+
 def test_a_dataset_of_one_window_cannot_be_held_out_from(tmp_path: Path) -> None:
     index = write_columns(tmp_path, manifest_of((30, 1)), tokens=np.ones(31, np.uint16))
     with pytest.raises(UserError, match="--valid-share 0.1: d1 has 1 window of --seq-length 16"):

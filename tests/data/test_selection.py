@@ -57,6 +57,15 @@ def test_the_format_before_ties_were_recorded_is_read_and_draws_the_same(tmp_pat
         Selection.open(str(tmp_path / "a"))
 
 
+def test_a_selection_from_a_part_of_the_samples_says_so(tmp_path: Path) -> None:
+    selection = write(tmp_path / "a", sample=0.5, sample_seed=3)
+    assert selection.manifest.scores == dataclasses.replace(SCORES, sample=0.5, sample_seed=3)
+    refuse_other_data(selection, SCORES.datasets, 16, "t")  # the ids number all samples
+    assert {"sample", "sample_seed"} <= set(json.loads((tmp_path / "a.json").read_text())["scores"])
+    write(tmp_path / "b")
+    assert not {"sample", "sample_seed"} & set(json.loads((tmp_path / "b.json").read_text())["scores"])
+
+
 @pytest.mark.parametrize("num_samples, dtype", [((1 << 32), "uint32"), ((1 << 32) + 1, "int64")])
 def test_ids_are_as_narrow_as_the_data_allows(tmp_path: Path, num_samples: int, dtype: str) -> None:
     ids = np.array([0, 5, 1 << 31, num_samples - 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -72,6 +73,12 @@ def score_index(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "scores" / "index.json", lambda: ScoreIndex.open([str(folder / "scores")])
 
 
+def part_of_scores(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    part = dataclasses.replace(SCORES, sample=0.5, sample_seed=1)
+    write_index(folder / "part", part, {name: np.ones(12, kind) for name, kind in columns(part.top_k, part.seq_length).items()})
+    return folder / "part" / "index.json", lambda: ScoreIndex.open([str(folder / "part")])
+
+
 def score_shard(folder: Path) -> tuple[Path, Callable[[], Any]]:
     _, consumer = score_index(folder)
     return next((folder / "scores").glob("*/shard.json")), consumer
@@ -116,7 +123,7 @@ def go_on_from(directory: Path) -> None:
     assert "\n" not in "".join(_about(directory, facts, {})), "what inspect_checkpoint prints"
 
 
-@pytest.mark.parametrize("make", [dataset, score_index, score_shard, selection, log, checkpoint])
+@pytest.mark.parametrize("make", [dataset, score_index, part_of_scores, score_shard, selection, log, checkpoint])
 def test_no_value_of_a_description_ends_its_reader_with_a_traceback(tmp_path: Path, make: Any) -> None:
     path, consumer = make(tmp_path)
     consumer()

@@ -35,8 +35,10 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt import scoring
+from tests.data.score_files import files_in
 from tests.program import EOD, SEQ_LENGTH, VOCABULARY, the_error, train, write_tokens
 from tests.ranks import run_ranks
+from tools.merge_scores import MergeConfig, merge_scores
 from tools.score_data import ScoreConfig, score_data
 
 TOP_K = (1, 10, 100)
@@ -312,6 +314,53 @@ def test_an_early_checkpoint_gives_other_scores(tmp_path: Path, flags: dict[str,
     assert ScoreIndex.open([str(tmp_path / "early")]).manifest.teacher_step == 2
 
 
+# ---- a part of the windows ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory, flags: dict[str, Any]) -> Path:
+    """An index of some of the windows, by one rank in one go."""
+    output = tmp_path_factory.mktemp("part") / "index"
+    told = score(**flags, output=output, sample=0.4)
+    count = int(ScoreIndex.open([str(output)]).manifest.scored(0, NUM_SAMPLES).sum())
+    assert f"31 of {NUM_SAMPLES} samples, {count} of them by --sample 0.4 in 8 blocks" in told
+    assert f"the index: about 40.00% of {NUM_SAMPLES} windows, {0.4 * NUM_SAMPLES * SEQ_LENGTH:.3g} tokens, " in told
+    return output
+
+
+def test_a_part_has_the_rows_of_the_whole_and_zeros(index: Path, part: Path) -> None:
+    whole, found = table(index), table(part)
+    scored = ScoreIndex.open([str(part)]).manifest.scored(0, NUM_SAMPLES)
+    assert 4 < scored.sum() < 22
+    for name in whole:  # another microbatch rounds otherwise
+        assert found[name][scored] == pytest.approx(whole[name][scored], rel=1e-5, abs=1e-5), name
+        assert not found[name][~scored].any()
+    assert found["content"][scored].tolist() == whole["content"][scored].tolist()
+
+
+@pytest.mark.parametrize("n, world_size", [(3, 2), (11, 1)])
+def test_shards_of_a_part_are_the_part(tmp_path: Path, flags: dict[str, Any], part: Path, n: int, world_size: int) -> None:
+    """More shards than blocks too; a block may have no window of the part."""
+    for i in reversed(range(n)):
+        score(world_size, **flags, output=tmp_path / "index", sample=0.4, shard=f"{i}/{n}")
+    assert same(table(tmp_path / "index"), table(part))
+    merge_scores(MergeConfig((str(tmp_path / "index"),), str(tmp_path / "merged")))
+    assert files_in(tmp_path / "merged") == files_in(part)
+
+
+def test_a_part_is_resumed_as_it_was_begun(tmp_path: Path, flags: dict[str, Any], part: Path) -> None:
+    for one in run_ranks(2, out_of_space, argv(**flags, output=tmp_path / "index", sample=0.4)):
+        assert one.status == 2, one
+    for changes, told in (
+        (dict(sample=0.5), "sample is 0.4 there and 0.5 here"),
+        (dict(), "sample is 0.4 there and None here"),
+        (dict(sample=0.4, sample_seed=7), "sample seed is 1234 there and 7 here"),
+    ):
+        assert told in refused(**flags, output=tmp_path / "index", **changes)
+    assert "2 of them finished before" in score(**flags, output=tmp_path / "index", sample=0.4)
+    assert same(table(tmp_path / "index"), table(part))
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +377,10 @@ def test_an_early_checkpoint_gives_other_scores(tmp_path: Path, flags: dict[str,
         (dict(shard="2/2"), ["--shard takes i/n", "got 2/2"]),
         (dict(block_samples=3), ["--block-samples 3 is not a multiple of --micro-batch-size 2"]),
         (dict(score_top_k=(10, 10)), ["--score-top-k takes different numbers of at least 1, got 10 10"]),
+        (dict(sample=1.0), ["--sample must be above 0 and below 1, got 1.0"]),
+        (dict(sample=1e-6), ["--sample 1e-06 takes none of 31 windows"]),
+        (dict(sample_seed=3), ["--sample-seed 3 needs --sample"]),
+        (dict(sample=0.5), ["sample is None there and 0.5 here"]),
         (dict(score_top_k=(300,)), ["--score-top-k 300 is more than the 257 ids"]),
         (dict(seq_length=32), ["--seq-length 16, shorter than this run's --seq-length 32"]),
         (dict(tensor_model_parallel_size=3), ["1 ranks cannot hold whole replicas", "--tensor-model-parallel-size 3"]),

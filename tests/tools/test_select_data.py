@@ -82,6 +82,30 @@ def test_the_file_is_the_rules_choice(index: Path, words: tuple, ids: range | li
     assert (index.parent / "chosen.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("rule", ["top", "bottom", "random"])
+def test_of_a_part_that_was_scored_the_choice_is_inside_it(tmp_path: Path, rule: str) -> None:
+    """Oracle: sort the scored samples. Of two equal windows one is dropped only where both are scored."""
+    manifest = manifest_of([60, 40], sample=0.4, sample_seed=9)
+    scored = np.flatnonzero(manifest.scored(0, 100))
+    scores = np.zeros(100)
+    scores[scored] = np.random.default_rng(0).random(len(scored))
+    rows = random_rows(manifest, median_dropped_10=scores)
+    rows["content"][scored[3]] = rows["content"][scored[30]] = 5
+    lost = np.setdiff1d(np.arange(100), scored)
+    rows["content"][scored[4]] = 6
+    for name in rows:
+        rows[name][lost] = 0
+    write_index(tmp_path / "scores", manifest, rows, num_shards=3)
+    assert select(tmp_path / "scores", "--fraction", 0.5, "--rule", rule, "--exclude-duplicates", "--valid-share", 0.05) == 0
+    held_out = np.array([57, 58, 59, 98, 99])
+    eligible = np.setdiff1d(scored, [*held_out, scored[30]])
+    count = int(len(eligible) / 2 + 0.5)
+    ranked = sorted(eligible, key=lambda sample_id: scores[sample_id], reverse=rule == "top")
+    assert len(chosen(tmp_path / "x")) == count and set(chosen(tmp_path / "x")) <= set(eligible)
+    assert rule == "random" or chosen(tmp_path / "x") == sorted(ranked[:count])
+    assert f"1 duplicates, {len(np.setdiff1d(lost, held_out))} were not scored;" in report_of(tmp_path / "x")
+
+
 def test_a_random_choice_is_its_seeds(index: Path) -> None:
     found = []
     for words in ((), ("--seed", 1234), ("--seed", 2)):
