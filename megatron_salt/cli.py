@@ -84,12 +84,12 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), a UserError's own after printing `error: ...`, 130 for Ctrl-C."""
+    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where that is not 0; 130 for Ctrl-C."""
     try:
         return action() or 0
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}" if error.status else error, file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
         return 130

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_salt.cli import run_tool
+from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.score_index import ScoreIndex, merge
 from megatron_salt.data.scores import INDEX
 from megatron_salt.errors import UserError
@@ -30,20 +31,23 @@ class MergeConfig:
     overwrite: bool = False
     """Replace an index that is already there."""
 
+    allow_duplicate_inputs: bool = False
+    """Take directories and shards that are named twice, or copies: of equal shards one counts."""
+
 
 def merge_scores(config: MergeConfig) -> None:
     """The whole tool. Raises UserError."""
     output = Path(config.output)
     if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
         raise UserError(f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content")
-    if output.exists() and not config.overwrite:
-        raise UserError(f"--output {output} exists; --overwrite replaces it")
+    refuse_present("--output", output, [output], config.overwrite)
     if output.exists() and not (output / INDEX).exists():
         raise UserError(f"--output {output} is no score index, it has no {INDEX}; --overwrite does not delete anything else")
-    index = ScoreIndex.open(config.scores)
+    index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        merge(index, output)
+        with sole_writer("--output", output):
+            refuse_present("--output", output, [output], config.overwrite)
+            merge(index, output)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})") from error
     print(f"wrote {output}: {index.num_samples} samples of {len(index.shards)} shards")

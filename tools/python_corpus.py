@@ -21,6 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from megatron_salt.cli import run_tool
+from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.errors import UserError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
@@ -33,10 +34,13 @@ class CorpusConfig:
     """Write the text of this Python installation to train.jsonl and held_out.jsonl."""
 
     output_dir: str
-    """Where the two files go; older ones are replaced."""
+    """Where the two files go."""
 
     held_out_share: float = 0.04
     """Share of the modules that is held out."""
+
+    overwrite: bool = False
+    """Replace files that are already there."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_share < 1:
@@ -45,6 +49,8 @@ class CorpusConfig:
 
 def write_corpus(config: CorpusConfig) -> None:
     """The whole tool. UserError where this Python has no sources or the directory cannot be written."""
+    paths = {split: Path(config.output_dir) / f"{split}.jsonl" for split in ("train", "held_out")}
+    refuse_present("--output-dir", config.output_dir, paths.values(), config.overwrite)
     library = Path(sysconfig.get_path("stdlib"))
     files: dict[str, list[tuple[str, str]]] = {"train": [], "held_out": []}
     for name, text in modules(library):
@@ -53,16 +59,25 @@ def write_corpus(config: CorpusConfig) -> None:
     if found < SMALLEST or not files["held_out"]:
         raise UserError(f"{library} holds {found} characters of source, too few to train on: this Python came without its library's source")
     files["train"] += [(f"help/{name}", text) for name, text in sorted(topics.items())]
-    for split, documents in files.items():
-        path = Path(config.output_dir) / f"{split}.jsonl"
-        write_lines(path, documents)
-        print(f"wrote {path}: {len(documents)} documents, {sum(len(text) for _, text in documents) / 1e6:.1f} million characters")
+    try:
+        with sole_writer("--output-dir", config.output_dir):
+            refuse_present("--output-dir", config.output_dir, paths.values(), config.overwrite)
+            for split, documents in files.items():
+                write_lines(paths[split], documents)
+                characters = sum(len(text) for _, text in documents)
+                print(f"wrote {paths[split]}: {len(documents)} documents, {characters / 1e6:.1f} million characters")
+    except OSError as error:
+        raise UserError(f"--output-dir {config.output_dir} cannot be written: {error.strerror}") from error
 
 
 def modules(library: Path) -> Iterator[tuple[str, str]]:
     """(path below the library, text) of each module, in the order of the paths; what cannot be decoded is left out."""
+    seen: set[Path] = set()
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
+        if path.resolve() in seen:
+            continue  # a link
+        seen.add(path.resolve())
         if LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             try:
                 with tokenize.open(path) as source:  # heeds the encoding that the module declares
@@ -81,14 +96,11 @@ def is_held_out(name: str, share: float) -> bool:
 def write_lines(path: Path, documents: list[tuple[str, str]]) -> None:
     """One JSON object with `name` and `text` a line; the file appears whole or not at all."""
     tmp = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tmp.open("w", encoding="utf-8") as out:
-            for name, text in documents:
-                out.write(json.dumps({"name": name, "text": text}) + "\n")
-        os.replace(tmp, path)
-    except OSError as error:
-        raise UserError(f"--output-dir {path.parent} cannot be written: {error.strerror}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tmp.open("w", encoding="utf-8") as out:
+        for name, text in documents:
+            out.write(json.dumps({"name": name, "text": text}) + "\n")
+    os.replace(tmp, path)
 
 
 if __name__ == "__main__":

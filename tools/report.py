@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_salt.cli import run_tool
+from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.windows import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.train.history import Axis, Curve, read_curve
@@ -38,6 +39,9 @@ class ReportConfig:
 
     output: str | None = None
     """PNG to write; default: none."""
+
+    overwrite: bool = False
+    """Replace a picture that is already there."""
 
     x: Axis = "steps"
     """What the loss is drawn against: steps, tokens read, or seconds of training."""
@@ -64,6 +68,8 @@ class ReportConfig:
 
 def report(config: ReportConfig) -> int:
     """The whole tool; its exit status. Raises UserError."""
+    if config.output is not None:
+        refuse_present("--output", config.output, [Path(config.output)], config.overwrite)
     runs = named_runs(config.run)
     pairs = named_pairs(config.below, [name for name, _ in runs])
     curves = [read_curve(name, path) for name, path in runs]
@@ -72,7 +78,7 @@ def report(config: ReportConfig) -> int:
     print()
     print(table(curves, unigram))
     if config.output is not None:
-        draw(curves, config.x, unigram, Path(config.output))
+        write_picture(config.output, config.overwrite, lambda output: draw(curves, config.x, unigram, output))
         print(f"\nwrote {config.output}")
     good = True
     if config.below_unigram is not None:
@@ -82,6 +88,16 @@ def report(config: ReportConfig) -> int:
     for name, other in pairs:
         good &= require_below(of[name], of[other])
     return 0 if good else 1
+
+
+def write_picture(output: str, overwrite: bool, draw_to: Callable[[Path], None]) -> None:
+    """Have the picture drawn by the only process that does. Raises UserError."""
+    try:
+        with sole_writer("--output", output):
+            refuse_present("--output", output, [Path(output)], overwrite)
+            draw_to(Path(output))
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
 
 
 def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
@@ -262,13 +278,12 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
     axes.legend()
     tmp = output.with_name(output.name + ".tmp")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(tmp, format="png", dpi=120)
         os.replace(tmp, output)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             tmp.unlink()
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+        raise
     finally:
         pyplot.close(figure)
 

@@ -23,6 +23,7 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.data.documents import BadLines, input_files
+from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.parse import Parser
 from megatron_salt.data.reading import chunks, form_of
 from megatron_salt.errors import UserError
@@ -64,6 +65,9 @@ class TrainTokenizerConfig:
     overwrite: bool = False
     """Replace a model that is already there."""
 
+    allow_duplicate_inputs: bool = False
+    """Take files that are one file under two names, or copies; their text then counts twice."""
+
     max_bad_lines: int = 0
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
@@ -80,28 +84,35 @@ class TrainTokenizerConfig:
 
 def train_tokenizer(config: TrainTokenizerConfig) -> None:
     """The whole tool. UserError for the user's mistakes; the model appears whole or not at all."""
-    files = input_files(config.input)
+    files = input_files(config.input, config.allow_duplicate_inputs)
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise UserError(f"--output {output} exists; --overwrite replaces it")
+    refuse_present("--output", output, [output], config.overwrite)
     bad_lines = BadLines(config.max_bad_lines)
     texts = itertools.chain.from_iterable(read_texts(file, config.json_keys, bad_lines) for file in files)
     chosen = choose(itertools.chain.from_iterable(map(sentences, texts)), config.max_sentences)
     if not chosen:
         raise UserError(f"--input {' '.join(config.input)} holds no text")
     print(f"training on {len(chosen)} lines of {len(files)} files", flush=True)
-    tmp = output.with_name(output.name + ".tmp")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as stream:  # before training, which may take hours: an unwritable place is found now
-            size = stream.write(train(chosen, config))
-        os.replace(tmp, output)
+        with sole_writer("--output", output):
+            refuse_present("--output", output, [output], config.overwrite)
+            size = write_model(config, chosen, output)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+    print(f"wrote {output}: {config.model_type}, {config.vocab_size} pieces, {size} bytes")
+
+
+def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -> int:
+    """Train, and write the model whole or not at all; its bytes. Raises OSError, before training, where it cannot be written."""
+    tmp = output.with_name(output.name + ".tmp")
+    try:
+        with open(tmp, "wb") as stream:
+            size = stream.write(train(chosen, config))
+        os.replace(tmp, output)
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
-    print(f"wrote {output}: {config.model_type}, {config.vocab_size} pieces, {size} bytes")
+    return size
 
 
 def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines) -> Iterator[str]:

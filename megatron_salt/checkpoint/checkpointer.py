@@ -36,7 +36,7 @@ from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.checkpoint import fp8_state, integrity, resume, rng, sharded, shelf, writer
+from megatron_salt.checkpoint import evaluated, fp8_state, integrity, lineage, resume, retention, rng, sharded, shelf, writer
 from megatron_salt.checkpoint.changes import RUN_YAML
 from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.progress import Progress
@@ -79,9 +79,12 @@ class Checkpointer:
         self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
         self._save = None if config.save is None else Path(config.save)
         self._owner = owner
+        self._lineage = lineage.fresh()  # until `load`; rank 0's is written
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
+        self._newest: tuple[int, Path] | None = None  # this run's newest whole checkpoint under --save
+        self._evaluated: Progress | None = None  # what the evaluation after the pending save's step came to
         if self._save is not None:
             prepare_directory(self._save)
 
@@ -122,6 +125,21 @@ class Checkpointer:
         else:
             self._publish()
 
+    def add_evaluation(self, progress: Progress) -> None:
+        """Let the checkpoint of this step know what the evaluation after it decided, so that no resumed run repeats it. A save under
+        way takes it along. A disk that cannot take it is told: the evaluation is then repeated."""
+        if self._pending is not None and self._pending.step == progress.step:
+            self._evaluated = progress
+        elif self._newest is not None and self._newest[0] == progress.step:
+            problem = writer.on_rank_0(partial(self._write_evaluation, self._newest[1], progress))
+            if problem is not None:
+                log.warning("step %d: its evaluation cannot be noted in --save (%s); a resumed run repeats it", progress.step, problem)
+
+    def _write_evaluation(self, directory: Path, progress: Progress) -> None:
+        """Rank 0: beside the files that the checksums list."""
+        self._check_owner()
+        evaluated.write(directory, progress)
+
     def poll(self) -> None:
         """Complete an --async-save that every rank has finished writing; returns at once otherwise. Call it every step."""
         if self._pending is not None:
@@ -142,6 +160,7 @@ class Checkpointer:
             "format": resume.FORMAT,
             "name": name,
             "saved_at": time.time(),
+            "lineage": self._lineage,
             "megatron_core": megatron_core_version(),
             "torch": torch.__version__,
             **asdict(progress),
@@ -178,6 +197,7 @@ class Checkpointer:
     def _publish(self) -> None:
         """Complete the pending save after every rank has written."""
         pending, self._pending = self._pending, None
+        known, self._evaluated = self._evaluated, None
         assert pending is not None and self._save is not None
         shards, problem = writer.finish(pending.write)
         problem = problem or writer.on_rank_0(partial(self._seal, pending, shards))
@@ -185,8 +205,11 @@ class Checkpointer:
             self._failed(pending.step, problem)
             return
         self._complete = (pending.step, pending.reshardable)
+        self._newest = (pending.step, shelf.directory_of(self._save, pending.step))
         log.info("step %d: saved %s, %.2f s after the call", pending.step, shelf.directory_of(self._save, pending.step),
                  time.monotonic() - pending.started)
+        if known is not None:
+            self.add_evaluation(known)
 
     def _seal(self, pending: _Pending, shards: dict[str, integrity.FileSum]) -> None:
         """Rank 0: checksums, the final name, the tracker; then make room."""
@@ -196,7 +219,8 @@ class Checkpointer:
         metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
         integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
         shelf.publish(self._save, pending.step)
-        for line in shelf.make_room(self._save, self._config.keep_last, pending.step):
+        surplus = retention.surplus(retention.saved_under(self._save), self._config.keep_last, pending.step, self._lineage)
+        for line in shelf.make_room(self._save, surplus):
             log.warning("--save: %s", line)
 
     def _failed(self, step: int, problem: str) -> None:
@@ -219,6 +243,10 @@ class Checkpointer:
         failed = f"saving step {step} to --save {self._save} ({free:.1f} GiB free) failed on {problem}"
         return f"{failed}; what there was of it is removed, {stands}"
 
+    def is_taken(self) -> bool:
+        """Whether this rank knows that --save is another run's by now; rank 0 learns it within ten seconds."""
+        return self._owner is not None and self._owner.is_lost()
+
     def _check_owner(self) -> None:
         """Rank 0, before it writes or deletes: raises UserError where --save is another run's by now."""
         if self._owner is not None:
@@ -234,17 +262,28 @@ class Checkpointer:
         """
         config = self._config
         if config.load is None:
+            self._begin(None)
             return None
         found = found or resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
             resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
+            self._begin(None)
             return None
         progress = from_rank_0(partial(resume.take_over, found, self._run, config))
+        self._begin(None if config.finetune else found)
         self._load_tensors(found)
         if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
             resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
+        if self._save is not None and os.path.realpath(found.directory.parent) == os.path.realpath(self._save):
+            self._newest = (found.facts["step"], found.directory)
         return progress
+
+    def _begin(self, found: resume.Found | None) -> None:
+        """Decide whose checkpoints this run's are; found: what it goes on from. Collective. Raises UserError where --save is another's."""
+        if self._save is not None:
+            place = None if found is None else (found.directory, found.facts)
+            self._lineage = from_rank_0(partial(retention.begin, self._config, place))
 
     def _load_tensors(self, found: resume.Found) -> None:
         facts = found.facts

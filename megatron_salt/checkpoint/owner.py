@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.small_files import parse_json, read_small
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ LOCK = "owner.json"
 BEAT = 10.0  # seconds between beats
 WATCH = 60.0  # seconds without a beat after which an owner is gone
 SETTLE = 0.5  # seconds in which two newcomers that took over at once see who was last
+_LARGEST = 1 << 16
 _DIGITS = 12  # of the count, so that every beat has the same length
 
 
@@ -86,16 +88,22 @@ def decide(found: Owner | None, mine: Owner, find_start: Callable[[int], str | N
 
 
 def read(directory: Path) -> tuple[Owner | None, bytes]:
-    """The owner that the directory's lock names, None where it names none, and the lock's content. Raises FileNotFoundError."""
-    content = (directory / LOCK).read_bytes()
+    """The owner that the directory's lock names, None where it names none, and the lock's content.
+
+    Raises FileNotFoundError where there is none, UserError where it is something that no owner wrote.
+    """
     try:
-        facts = json.loads(content)
+        content = read_small(directory / LOCK, _LARGEST)
+    except ValueError as error:
+        raise UserError(f"--save {directory}: {LOCK} is no run's: {error}; remove it") from None
+    try:
+        facts = parse_json(content)
         restarts, attempt = facts["start"]
         owner = Owner(
             host=str(facts["host"]), machine=str(facts["machine"]), pid=int(facts["pid"]), started=str(facts["started"]),
             job=str(facts["job"]), start=(int(restarts), int(attempt)), token=str(facts["token"]),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None, content
     return owner, content
 
@@ -113,13 +121,20 @@ def refuse_living(directory: Path) -> str | None:
 
 
 class Ownership:
-    """A directory that is this process's own until `release`. `check` before every write: another may have taken it over."""
+    """A directory that is this process's own until `release`. `check` before every write: another may have taken it over.
+
+    `is_lost` says so from the next beat on, without a look at the disk.
+    """
 
     def __init__(self, directory: Path, owner: Owner, descriptor: int, beat: float) -> None:
         self._directory, self._owner, self._descriptor, self._interval = directory, owner, descriptor, beat
-        self._ended = threading.Event()
+        self._ended, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="owner of --save", daemon=True)
         self._thread.start()
+
+    def is_lost(self) -> bool:
+        """Whether a beat found the directory another's."""
+        return self._lost.is_set()
 
     def check(self) -> None:
         """Raises UserError where the directory is another's by now."""
@@ -143,7 +158,7 @@ class Ownership:
     def _is_mine(self) -> bool:
         try:
             found, _ = read(self._directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             return False
         return found is not None and found.token == self._owner.token
 
@@ -153,6 +168,10 @@ class Ownership:
             count += 1
             with contextlib.suppress(OSError):  # replaced on another node, or a file system in trouble: `check` tells
                 _write(self._descriptor, self._owner, count)
+            with contextlib.suppress(OSError):
+                if not self._is_mine():
+                    self._lost.set()
+                    return
 
 
 @contextlib.contextmanager
@@ -166,8 +185,13 @@ def owned(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, b
         ownership.release()
 
 
-def acquire(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT) -> Ownership:
-    """As `owned`, for who releases it himself. watch: seconds that an owner may stand still; a multiple of `beat`."""
+def acquire(
+    directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT, leaving: Callable[[], bool] = lambda: False
+) -> Ownership:
+    """As `owned`, for who releases it himself. watch: seconds that an owner may stand still; a multiple of `beat`.
+
+    leaving: whether to give up while it watches; then LeftEarly is raised.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
     while True:
@@ -190,7 +214,7 @@ def acquire(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH,
         name = str(found or f"an owner whose {LOCK} cannot be read")
         if verdict == "watch":
             log.warning("--save %s seems to be owned by %s; watching it for %g s", directory, name, watch)
-            if not _stands_still(directory, content, watch):
+            if not _stands_still(directory, content, watch, leaving):
                 if not path.exists():
                     continue
                 verdict = "refuse"
@@ -225,13 +249,15 @@ def _write(descriptor: int, owner: Owner, count: int) -> None:
     os.fsync(descriptor)
 
 
-def _stands_still(directory: Path, content: bytes, watch: float) -> bool:
+def _stands_still(directory: Path, content: bytes, watch: float, leaving: Callable[[], bool]) -> bool:
     """Whether the lock's content is the same for `watch` seconds."""
     end = time.monotonic() + watch
     while time.monotonic() < end:
+        if leaving():
+            raise LeftEarly(f"left before the first step: told to leave while watching the owner of --save {directory}")
         time.sleep(min(1.0, watch / 20))
         try:
-            if (directory / LOCK).read_bytes() != content:
+            if read(directory)[1] != content:
                 return False
         except FileNotFoundError:
             return False

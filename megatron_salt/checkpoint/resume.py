@@ -28,17 +28,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.checkpoint.changes import changes_since
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, flag
+from megatron_salt.checkpoint.state import check_state
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json
 from megatron_salt.parallel.agreement import first_problem, from_rank_0, gathered
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.checkpoint import integrity, pickles, sharded, shelf
+from megatron_salt.checkpoint import evaluated, integrity, pickles, retention, sharded, shelf
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 _CORE_CONFIG = "metadata.json"
+_CORE_CONFIG_HOLDS = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
 _REQUIRED = (integrity.METADATA, pickles.COMMON, _CORE_CONFIG, shelf.STATE)
 
 
@@ -69,13 +73,19 @@ def write_core_files(directory: Path) -> dict[str, integrity.FileSum]:
     """The two small files by which megatron-core, of any release, knows its own checkpoints. There is nothing in them."""
     buffer = io.BytesIO()
     torch.save({}, buffer)
-    config = {
-        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
-    }  # fmt: skip
     return {
         pickles.COMMON: integrity.write_whole(directory / pickles.COMMON, buffer.getvalue()),
-        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(config).encode()),
+        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(_CORE_CONFIG_HOLDS).encode()),
     }
+
+
+def _check_core_config(directory: Path) -> None:
+    path = directory / _CORE_CONFIG
+    try:
+        if read_json(path) != _CORE_CONFIG_HOLDS:
+            raise ValueError(f"it does not hold {json.dumps(_CORE_CONFIG_HOLDS)}")
+    except (OSError, ValueError) as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
 
 def common_form(form: sharded.Form) -> sharded.Form:
@@ -121,12 +131,13 @@ def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Fo
 
     Raises UserError; DamagedCheckpoint where files are not what was written, unless `fallback` and there is one before.
     """
-    return _first_whole(from_rank_0(lambda: shelf.candidates(load, fallback, flag_name)), fallback, flag_name, _open)
+    return _first_whole(from_rank_0(lambda: retention.of_one_run(shelf.candidates(load, fallback, flag_name))), fallback, flag_name, _open)
 
 
 def glance_at_checkpoint(load: Path, fallback: bool) -> Found | None:
     """The same without a look at anything but state.json, and so without sizes. Not collective."""
-    return _first_whole(shelf.candidates(load, fallback), fallback, "--load", lambda directory: Found(directory, read_facts(directory), {}))
+    paths = retention.of_one_run(shelf.candidates(load, fallback))
+    return _first_whole(paths, fallback, "--load", lambda directory: Found(directory, read_facts(directory), {}))
 
 
 def _first_whole(paths: Sequence[Path], fallback: bool, flag_name: str, open_: Callable[[Path], Found]) -> Found | None:
@@ -138,7 +149,7 @@ def _first_whole(paths: Sequence[Path], fallback: bool, flag_name: str, open_: C
                 log.error("%s: %s\n--load-fallback: trying %s", flag_name, error, paths[number])
                 continue
             could = number < len(paths) and flag_name == "--load"
-            hint = f"\n--load-fallback would resume from {paths[number]} instead" if could else ""
+            hint = f"; --load-fallback would resume from {paths[number]} instead" if could else ""
             raise integrity.DamagedCheckpoint(f"{flag_name}: {error}{hint}") from None
     return None
 
@@ -149,10 +160,11 @@ def _open(directory: Path) -> Found:
     share = sorted(sums)[rank::world_size]
     damage = [line for part in gathered(integrity.damaged_files(directory, {name: sums[name] for name in share})) for line in part]
     if damage:
-        raise integrity.DamagedCheckpoint(f"{directory} is damaged:\n  " + "\n  ".join(damage))
+        raise integrity.DamagedCheckpoint(f"{directory} is damaged: " + "; ".join(damage))
 
     def read() -> Found:
         facts = read_facts(directory)
+        _check_core_config(directory)
         try:
             metadata = pickles.check_pickles(directory, sums)
         except pickles.Unreadable as error:
@@ -177,13 +189,15 @@ def read_facts(directory: Path) -> dict[str, Any]:
     try:
         facts = read_json(path, nan=True)
         written = facts["format"]
+        if type(written) is int and written == FORMAT:
+            check_state(facts)
     except OSError as error:
         raise integrity.DamagedCheckpoint(f"{path}: {error.strerror}, so this is no whole checkpoint of megatron_salt") from None
     except (ValueError, KeyError, TypeError) as error:
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
-    if written != FORMAT:
-        raise UserError(f"{path} has format {written}; this release reads format {FORMAT}")
-    return {"probe": None, "salt": None} | facts
+    if type(written) is not int or written != FORMAT:
+        raise UserError(f"{path} has format {str(written)[:24]}; this release reads format {FORMAT}")
+    return evaluated.with_evaluation(directory, {"probe": None, "salt": None, "extra": {}} | facts)
 
 
 # ---- holding it against this run ---------------------------------------------------------------------------------------
@@ -305,12 +319,22 @@ def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:
     return tuple(follows)
 
 
+def _is_like(saved: Any, mine: Any) -> bool:
+    if isinstance(mine, int | float):
+        return type(saved) in (int, float)
+    return saved is None or isinstance(saved, str)
+
+
 def schedule_to_load(scheduler: OptimizerParamScheduler, found: Found, follows: tuple[str, ...]) -> dict[str, Any]:
     """The state that moves this schedule to where the checkpoint's is. Raises UserError where the two are different schedules. Pure.
 
     --override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler, which the scheduler knows, decide which one holds.
     """
     saved, mine = dict(found.facts["scheduler"]), scheduler.state_dict()
+    odd = [name for name, value in mine.items() if name not in saved or not _is_like(saved[name], value)]
+    if odd:
+        path = found.directory / shelf.STATE
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: its scheduler lacks or garbles {', '.join(odd)}")
     if not scheduler.use_checkpoint_opt_param_scheduler:
         for name in follows:
             if saved[name] != mine[name]:

@@ -12,13 +12,12 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from megatron_salt.errors import UserError
-from megatron_salt.small_files import read_json, read_small
+from megatron_salt.small_files import read_small
 from megatron_salt.checkpoint.integrity import sync_directory, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -29,17 +28,6 @@ _PARTIAL, _REPLACED, _DELETING = ".partial", ".replaced", ".deleting"
 _NAME = re.compile(r"iter_(\d{7,})(\.partial|\.replaced|\.deleting)?")
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What retention needs to know of one whole checkpoint."""
-
-    step: int
-    saved_at: float
-    """Seconds since the epoch at which it was saved: after a rewind, a lower step can be the newer one."""
-    name: str | None
-    """Named checkpoints are kept; routine ones (None) make room for newer ones."""
-
-
 def directory_of(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies once it is whole."""
     return root / f"iter_{step:07d}"
@@ -48,6 +36,11 @@ def directory_of(root: Path, step: int) -> Path:
 def partial_of(root: Path, step: int) -> Path:
     """Where it lies while it is being written."""
     return root / f"iter_{step:07d}{_PARTIAL}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return _parse(path)[0]
 
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
@@ -127,6 +120,11 @@ def publish(root: Path, step: int) -> Path:
     return final
 
 
+def unfinished(root: Path) -> list[Path]:
+    """What `tidy` would delete for good."""
+    return [path for path in _entries(root) if _parse(path)[1] in (_PARTIAL, _DELETING)]
+
+
 def tidy(root: Path) -> list[str]:
     """Remove what crashed runs left half-done; put a replaced checkpoint back where its successor never came. What was done.
 
@@ -146,19 +144,18 @@ def tidy(root: Path) -> list[str]:
     return done
 
 
-def make_room(root: Path, keep_last: int | None, latest: int) -> list[str]:
-    """Delete the checkpoints that --keep-last leaves over, and what earlier deletions could not remove. What could not be deleted now.
+def make_room(root: Path, surplus: Iterable[int]) -> list[str]:
+    """Delete the checkpoints of these steps (retention.py), and what earlier deletions could not remove. What could not be deleted now.
 
-    `latest` is the step just saved. A checkpoint that is a symbolic link is unlinked; what it points to stays.
+    A checkpoint that is a symbolic link is unlinked; what it points to stays.
     """
     doomed = []
     for path in _entries(root):
         step, suffix = _parse(path)
         if suffix == _DELETING or (suffix == _REPLACED and directory_of(root, step).exists()):
             doomed.append(path)
-    if keep_last is not None:
-        whole = whole_checkpoints(root)
-        doomed += [whole[step] for step in surplus(saved_under(root), keep_last, latest)]
+    whole = whole_checkpoints(root)
+    doomed += [whole[step] for step in surplus]
     return [_stays(path, problem) for path in doomed if (problem := _try(partial(delete, path))) is not None]
 
 
@@ -192,24 +189,6 @@ def _try(action: Callable[[], None]) -> OSError | None:
 
 def _stays(path: Path, problem: OSError) -> str:
     return f"{path} cannot be deleted ({problem}); the next save tries again"
-
-
-def saved_under(root: Path) -> list[Saved]:
-    """Every whole checkpoint whose state can be read, oldest save first."""
-    found = []
-    for step, path in whole_checkpoints(root).items():
-        try:
-            state = read_json(path / STATE, nan=True)
-            found.append(Saved(step, float(state["saved_at"]), state["name"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not ours, or damaged: not ours to delete either
-    return sorted(found, key=lambda saved: (saved.saved_at, saved.step))
-
-
-def surplus(saved: list[Saved], keep_last: int, latest: int) -> list[int]:
-    """The steps to delete so that `keep_last` routine checkpoints stay, `latest` among them. `saved` is oldest first. Pure."""
-    routine = [one.step for one in saved if one.name is None]
-    return [step for step in routine[: max(0, len(routine) - keep_last)] if step != latest]
 
 
 def _before(root: Path, step: int) -> list[Path]:

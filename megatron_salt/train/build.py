@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from dataclasses import asdict, dataclass, replace
@@ -27,18 +28,20 @@ from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import forward_flops_per_token
 from megatron_salt.model.gpt import build_model
+from megatron_salt.model.head_cost import measure_head
 from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.mesh import Mesh, make_student_mesh
-from megatron_salt.checkpoint import integrity, shelf
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh, new_group_of
+from megatron_salt.checkpoint import integrity, retention, shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
-from megatron_salt.checkpoint.owner import Ownership, acquire, myself
+from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
 from megatron_salt.checkpoint.writer import describe
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
+from megatron_salt.salt.fidelity import SAMPLES
 from megatron_salt.salt.prediction import predict
 from megatron_salt.salt.resumption import Events, salt_from
 from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
@@ -46,9 +49,10 @@ from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
-from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress, SaltProgress
 from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
+from megatron_salt.train.signals import SignalWatch, refuse_exit_file
 from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
@@ -93,6 +97,7 @@ class Run:
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer and data. Every rank, without torch.distributed; O(1) in the size of the data."""
+    refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
     train, valid = open_training_data(config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod)
     if config.training.eval_iters and valid is None:
@@ -101,7 +106,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         if samples is not None:
             _probe(samples)
     teacher = None
-    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint):
+    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint, evaluates=config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
     staged = None
@@ -120,19 +125,19 @@ def _probe(samples: Samples) -> None:
 
 def build(
     config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, timeout: timedelta,
-    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None,
+    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None, watch: SignalWatch | None = None,
 ) -> Run:  # fmt: skip
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
 
     identity: what `identify` says. held: gives --save free when the run ends; None: nobody else writes there. found: that checkpoint,
-    where it is open already.
+    where it is open already. watch: a signal ends the wait for another run's --save.
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
     checkpointer = Checkpointer(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
-        None if held is None else own_save(config.checkpoint, held),
+        None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
     loaded = checkpointer.load(found)
     progress = loaded or Progress(0, 0)
@@ -156,15 +161,27 @@ def build(
     return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher)
 
 
-def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack) -> Ownership | None:
-    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, all raise UserError."""
+def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:
+    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, or holds checkpoints that
+    this run does not come from, all raise UserError."""
     if checkpoint.save is None:
         return None
     save, mine = Path(checkpoint.save), []
+
+    def take() -> None:
+        if not checkpoint.take_over_save:
+            refuse_living(save)
+        retention.look(checkpoint)
+        leaving = (lambda: False) if watch is None else (lambda: watch.received != 0)
+        mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save, leaving=leaving))
+
     try:
-        from_rank_0(lambda: mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save)))
+        from_rank_0(take)
     except OSError as error:
-        raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        names = [path.name for path in shelf.unfinished(save)] if full else []
+        way = f"; what is left of unfinished saves may be deleted by hand: {', '.join(names)}" if names else ""
+        raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}{way}") from None
     for ownership in mine:
         held.callback(ownership.release)
     return mine[0] if mine else None
@@ -207,7 +224,10 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     run = replace(run, progress=replace(progress, salt=state, events=(*progress.events, *events)))
     if state is None:
         return run
-    if state.stage_after(progress.step) == 2:
+    # Its flags may be gone with stage 1: then the evaluation that is due at its end goes without the teacher.
+    due = run.valid is not None and config.training.eval_iters > 0 and progress.evaluation_due
+    taught = schedule is not None and (None if teacher is None else teacher.fingerprint) == state.teacher
+    if state.resumes_in(progress.step, due and taught) == 2:
         run, progress = in_stage2(run, run.progress)
         return replace(run, progress=progress)
     assert schedule is not None
@@ -254,18 +274,22 @@ def admit_teacher(
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
+    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, padded_vocabulary=config.model.padded_vocabulary(vocabulary),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
+        head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
     )  # fmt: skip
+    dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     teacher = admit(
-        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision
-    )
+        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
+        run.train.first(SAMPLES),
+    )  # fmt: skip
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info("teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage", checkpoint.directory,
@@ -327,15 +351,17 @@ def count_parameters(student: Student) -> int:
     return int(total)
 
 
-def _resumes_in_stage2(checkpoint: CheckpointConfig) -> bool:
-    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`."""
+def _resumes_in_stage2(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
+    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`.
+    evaluates: an evaluation that is due will be made."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
     for directory in shelf.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
             facts = read_facts(directory)
             salt = SaltProgress.from_facts(facts["salt"])
-            return salt is not None and salt.stage_after(facts["step"]) == 2
+            due = evaluates and facts["extra"].get(EVALUATION_DUE, False)
+            return salt is not None and salt.resumes_in(facts["step"], due) == 2
     return False
 
 

@@ -19,7 +19,7 @@ from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord
 from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, refuse_nonfinite, refuse_nonfinite_losses
 from megatron_salt.train.operations import GarbageSchedule, Profiler
 from megatron_salt.train.probe import probe
-from megatron_salt.checkpoint.progress import Progress
+from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress
 from megatron_salt.train.signals import ExitPlan
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.train.stages import Stage1, free_teacher, pass_crossover
@@ -28,10 +28,6 @@ from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 """What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
-
-
-EVALUATION_DUE = "evaluation_due"
-"""In Progress.extra: the evaluation after its step is still to come. It may decide a crossover, so a resumed run begins with it."""
 
 
 def train(
@@ -45,9 +41,11 @@ def train(
     _announce(run, progress, log)
     garbage.start()
     reason = None
-    if run.valid is not None and training.eval_iters and progress.extra.get(EVALUATION_DUE, False):
+    if run.valid is not None and training.eval_iters and progress.evaluation_due:
         with timer.phase("eval"):
             progress, reason = _evaluate(run, run.valid, training.eval_iters, progress, log, exit_plan)
+        if reason is None:
+            run.checkpointer.add_evaluation(progress)
     while progress.step < total and reason is None:
         step = progress.step + 1
         if run.stage1 is not None and not run.stage1.goes_on(step, progress):
@@ -82,18 +80,16 @@ def train(
         progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: valid is not None})
         with timer.phase("save"):
             run.checkpointer.poll()
-        if reason is None and step < total and (stage1 is None or stage1.goes_on(step + 1, progress)):
-            # What is saved first is safe from whatever ends a long evaluation. Where the run leaves, or the teacher goes, the checkpoint
-            # holds the evaluation instead: nothing that resumes from it could repeat it as it was.
-            saved = _save_if_due(run, checkpoint, progress, timer, log)
-        else:
-            saved = False
+        # What is saved first is safe from whatever ends a long evaluation, with which a resumed run then begins.
+        saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
         if valid is not None:
             with timer.phase("eval"):
                 progress, cut = _evaluate(run, valid, training.eval_iters, progress, log, exit_plan)
             reason = reason or cut
-        if not saved:
-            _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
+            if cut is None:
+                run.checkpointer.add_evaluation(progress)
+            elif not saved:
+                _save_if_due(run, checkpoint, progress, timer, log, leaving=True)
     profiler.stop(progress.step + 1)
     garbage.stop()
     run.checkpointer.finish()

@@ -44,19 +44,21 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     inputs = read_inputs(config)
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    with ExitStack() as held, distributed(timeout):
+    rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
         identity, found = begin(config, plan, layout, inputs)
-        run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found)
+        run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
-            watch=watch, agree=largest, started=started,
+            watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
+            taken=None if config.checkpoint.save is None else run.checkpointer.is_taken,
         )  # fmt: skip
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(
@@ -75,9 +77,9 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         if config.checkpoint.save is not None and progress.step > run.progress.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)
     if rank == 0:  # after the last barrier: every rank has saved
-        done = progress.step >= run.plan.total_steps
-        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step,
-                      "after its last step" if done else f"before its last step, {run.plan.total_steps}")
+        done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
+        short = f"before its last step, {run.plan.total_steps}" if progress.step < run.plan.total_steps else "before its last evaluation"
+        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short)
 
 
 def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_salt.checkpoint import owner, resume
+from megatron_salt.checkpoint import owner, resume, retention
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import Found, RunIdentity
@@ -87,9 +87,10 @@ def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIde
 def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
     """Who owns --save, and what it has room for; `gib` is what one checkpoint takes, about.
 
-    Raises UserError where another run surely writes there, where it cannot be written, or holds not even one checkpoint."""
+    Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
+    retention.look(checkpoint)
     return (*([] if line is None else [f"save: {line}"]), check_room(checkpoint, gib))
 
 

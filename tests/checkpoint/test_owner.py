@@ -12,7 +12,7 @@ import pytest
 
 from megatron_salt.checkpoint import owner
 from megatron_salt.checkpoint.owner import LOCK, Owner, acquire, decide, myself, owned, read
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
 
 ME = Owner("here", "boot 1", 100, "5000", "", (0, 0), "mine")
 THERE = replace(ME, host="there", machine="boot 2", token="theirs")
@@ -130,3 +130,27 @@ def test_a_lock_that_cannot_be_read_is_watched_and_taken(tmp_path: Path, content
     (tmp_path / LOCK).write_text(content)
     with owned(tmp_path, myself({}), take_over=False, watch=0.1) as ownership:
         ownership.check()
+
+
+def test_the_loser_of_a_takeover_knows_it_at_its_next_beat(tmp_path: Path) -> None:
+    loser = acquire(tmp_path, myself({}), take_over=False, beat=0.02)
+    time.sleep(0.1)
+    assert not loser.is_lost()
+    winner = acquire(tmp_path, myself({}), take_over=True, beat=0.02)
+    deadline = time.monotonic() + 10
+    while not loser.is_lost() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loser.is_lost() and not winner.is_lost()
+    loser.release()
+    winner.release()
+
+
+def test_a_signal_ends_the_watch_at_once_and_the_owner_keeps_the_directory(tmp_path: Path) -> None:
+    lock(tmp_path, THERE)
+    before = (tmp_path / LOCK).read_bytes()
+    started, told = time.monotonic(), threading.Event()
+    threading.Timer(0.1, told.set).start()
+    with pytest.raises(LeftEarly, match="left before the first step.*--save") as left:
+        acquire(tmp_path, myself({}), take_over=False, leaving=told.is_set)
+    assert time.monotonic() - started < 10 and (left.value.status, left.value.outcome) == (0, "left")
+    assert (tmp_path / LOCK).read_bytes() == before

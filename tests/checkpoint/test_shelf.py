@@ -11,14 +11,14 @@ import pytest
 
 from megatron_salt.errors import UserError
 from megatron_salt.checkpoint import shelf
-from megatron_salt.checkpoint.shelf import STATE, TRACKER, Saved
+from megatron_salt.checkpoint.shelf import STATE, TRACKER
 
 
-def put(root: Path, step: int, content: str = "new", saved_at: float = 0.0, name: str | None = None) -> Path:
+def put(root: Path, step: int, content: str = "new") -> Path:
     """A whole partial, as a save leaves it just before it is published."""
     directory = shelf.partial_of(root, step)
     directory.mkdir(parents=True)
-    (directory / STATE).write_text(json.dumps({"saved_at": saved_at, "name": name, "content": content}))
+    (directory / STATE).write_text(json.dumps({"content": content}))
     (directory / "shard").write_text("bytes")
     return directory
 
@@ -117,32 +117,9 @@ def test_a_tracker_that_names_nothing_is_refused_unless_falling_back(tmp_path: P
         assert shelf.candidates(tmp_path, fallback=True)[0].name == "iter_0000020"
 
 
-@pytest.mark.parametrize("keep, gone", [(1, [10, 40]), (2, [10]), (3, []), (9, [])])
-def test_old_routine_checkpoints_make_room_and_named_ones_stay(tmp_path: Path, keep: int, gone: list[int]) -> None:
-    for time, (step, name) in enumerate([(10, None), (40, None), (50, "stage 1"), (30, None)]):
-        put(tmp_path, step, saved_at=time, name=name)
-        shelf.publish(tmp_path, step)
-    assert shelf.surplus(shelf.saved_under(tmp_path), keep, latest=30) == gone
-
-
-def test_the_latest_checkpoint_is_never_deleted() -> None:
-    """A clock that was set back makes the newest save look like the oldest."""
-    saved = [Saved(30, 0.0, None), Saved(10, 1.0, None), Saved(20, 2.0, None)]
-    assert 30 not in shelf.surplus(saved, 1, latest=30)
-
-
-def test_a_checkpoint_that_cannot_be_read_is_not_deleted(tmp_path: Path) -> None:
-    put(tmp_path, 10)
-    shelf.publish(tmp_path, 10)
-    (tmp_path / "iter_0000010" / STATE).write_text("{")
-    shutil.copytree(tmp_path / "iter_0000010", tmp_path / "iter_0000011")
-    (tmp_path / "iter_0000011" / STATE).unlink()
-    assert shelf.saved_under(tmp_path) == []
-
-
 def saves(root: Path, *steps: int) -> None:
     for step in steps:
-        put(root, step, saved_at=step)
+        put(root, step)
         shelf.publish(root, step)
 
 
@@ -151,7 +128,7 @@ def test_a_checkpoint_that_is_a_link_is_unlinked_and_its_target_stays(tmp_path: 
     saves(root, 10, 20, 30)
     (root / "iter_0000010").rename(elsewhere)
     (root / "iter_0000010").symlink_to(elsewhere)
-    assert shelf.make_room(root, 1, latest=30) == []
+    assert shelf.make_room(root, [10, 20]) == []
     assert {path.name for path in root.iterdir()} == {TRACKER, "iter_0000030"}
     assert contents(elsewhere) == "new"
 
@@ -184,11 +161,11 @@ def test_a_deletion_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypat
             raise OSError(16, "Device or resource busy", str(path))
 
         patch.setattr(shutil, "rmtree", busy)
-        (line,) = shelf.make_room(tmp_path, 1, latest=20)
+        (line,) = shelf.make_room(tmp_path, [10])
         assert "iter_0000010" in line and "busy" in line
         (line,) = shelf.tidy(tmp_path)
         assert "cannot be deleted" in line
-        (line,) = shelf.make_room(tmp_path, 1, latest=20)
+        (line,) = shelf.make_room(tmp_path, [])
         assert "iter_0000010.deleting" in line
-    assert shelf.make_room(tmp_path, 1, latest=20) == []
+    assert shelf.make_room(tmp_path, []) == []
     assert {path.name for path in tmp_path.iterdir()} == {TRACKER, "iter_0000020"}

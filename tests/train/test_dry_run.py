@@ -12,7 +12,7 @@ from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
 from megatron_salt.train.starting import check_room
-from tests.program import refused, run, train, write_tokens
+from tests.program import checkpoints, refused, run, train, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,21 @@ def test_it_refuses_what_a_start_would(data: str, trained: Path, flags: dict[str
 def test_a_start_refuses_the_same(data: str, trained: Path) -> None:
     flags = dict(data_path=data, train_iters=4, num_layers=3, load=trained)
     assert refused(**flags) == refused(**flags, dry_run=1)
+
+
+def test_a_fresh_run_into_a_used_save_is_refused_here_as_at_a_start(tmp_path: Path, data: str) -> None:
+    save = tmp_path / "run"
+    train(data_path=data, train_iters=4, save=save, save_interval=2)
+    kept = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    flags = dict(data_path=data, train_iters=3, save=save, save_interval=1, hidden_size=64)
+    for wrong in ({}, dict(load=save, hidden_size=32, finetune=True)):
+        message = refused(**flags | wrong)
+        assert f"--save {save} holds checkpoints of another run (2: iter_0000002 to iter_0000004)" in message
+        assert message == refused(**flags | wrong, dry_run=1)
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == kept
+    train(**flags, keep_last=1, overwrite_save=True)
+    assert checkpoints(save) == [3, 4]  # 2 became this run's own and made room; 4 is the other's
+    assert "starting after step 3" in rehearse(**flags | dict(train_iters=5), load=save)
 
 
 def test_room(tmp_path: Path) -> None:
