@@ -69,6 +69,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(teacher_load="ROOT/plain", kd_steps=4, teacher_exchange_max_gib=1e-9), "more than --teacher-exchange-max-gib 1e-09"),
     # --save
     (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
+    (dict(save="ROOT/plain"), "--save ROOT/plain holds checkpoints of another run"),
     (dict(save="ROOT/other.bin"), "--save ROOT/other.bin cannot be written"),
 ]
 
