@@ -516,6 +516,9 @@ class DataConfig:
     valid_share: float = 0.0
     """Share of each dataset's last windows that is held out from training when there is no --valid-data-path."""
 
+    allow_valid_in_train: bool = False
+    """Take a --valid-data-path that holds the data of a --data-path, in the same file, as a copy, or made of the same text."""
+
     eod_mask_loss: bool = False
     """No loss where the input token is the end-of-document id."""
 

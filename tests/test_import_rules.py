@@ -40,6 +40,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.code_points",
     "megatron_salt.data.documents",
     "megatron_salt.data.eligible",
+    "megatron_salt.data.held_out",
     "megatron_salt.data.indexed",
     "megatron_salt.data.journal",
     "megatron_salt.data.manifest",

@@ -28,15 +28,12 @@ UNTOLD_SECTIONS = {"model", "tokenizer", "checkpoint", "logging"}
 SCHEDULE_SECTION, NO_SCHEDULE = "optimizer", {"adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
 """Under --use-checkpoint-opt-param-scheduler the flags of this section are not used, but for these."""
 
+UNTOLD_BEGINNINGS, UNTOLD_ENDINGS = ("allow_", "profile", "manual_gc"), ("_file", "_interval", "_minutes", "_in_mins")
+"""Of names, in every section: what only lets a run start, watches it, or ends it."""
+
 UNTOLD = {
-    "training": {
-        "outcome_file", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "eval_interval", "manual_gc", "manual_gc_interval",
-        "profile", "profile_step_start", "profile_step_end", "profile_ranks", "loss_chunk_tokens", "loss_chunk_mib",
-    },
-    "parallel": {
-        "distributed_timeout_minutes", "recompute_granularity", "recompute_method", "recompute_num_layers", "overlap_grad_reduce",
-        "overlap_param_gather",
-    },
+    "training": {"exit_signal_handler", "loss_chunk_tokens", "loss_chunk_mib"},
+    "parallel": {"recompute_granularity", "recompute_method", "recompute_num_layers", "overlap_grad_reduce", "overlap_param_gather"},
     "optimizer": {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"},
     "data": {"data_path", "verify_data"},  # other data is refused, or an event of its own
     "salt": {  # another teacher or schedule likewise
@@ -88,7 +85,9 @@ def told_leaves() -> Iterator[tuple[str, str, Any]]:
     """(section, name, default) of every flag that is worth a line."""
     for section, members in sections().items():
         for leaf in fields(members):
-            if section not in UNTOLD_SECTIONS and leaf.name not in UNTOLD.get(section, ()):
+            if section in UNTOLD_SECTIONS or leaf.name in UNTOLD.get(section, ()):
+                continue
+            if not leaf.name.startswith(UNTOLD_BEGINNINGS) and not leaf.name.endswith(UNTOLD_ENDINGS):
                 yield section, leaf.name, list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
 
 

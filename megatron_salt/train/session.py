@@ -109,18 +109,39 @@ def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> t
 
 
 def refuse_unsaved(save: Path, step: int) -> None:
-    """Raise SaveError unless the checkpoint of `step`, the last one of this start, is whole under --save. Collective over all ranks."""
+    """Raise SaveError unless the checkpoint of `step`, the last one of this start, is whole under --save. Collective over all ranks.
+
+    A tracker that was damaged meanwhile is told, and written anew: the checkpoint is there."""
 
     def look() -> str | None:
         whole = shelf.whole_checkpoints(save)
-        if step in whole and shelf.read_tracker(save, "--save") == step:
-            return None
+        if step in whole:
+            try:
+                if _mended_tracker(save, step) == step:
+                    return None
+            except OSError as error:
+                return (f"{save / shelf.TRACKER} cannot be written: {error.strerror}; step {step} is saved: --load {whole[step]} goes on "
+                        "from it")
         stands = f"{whole[max(whole)]} stands" if whole else "there is no earlier checkpoint"
         return f"the run ended at step {step}, which is not saved in --save {save}; {stands}; --load {save} goes on from it"
 
     problem = from_rank_0(look)
     if problem is not None:
         raise SaveError(problem)
+
+
+def _mended_tracker(save: Path, step: int) -> int:
+    """The step that the tracker names; one that names none is told, and written anew. Raises OSError where it cannot be."""
+    try:
+        latest = shelf.read_tracker(save, "--save")
+        damage = f"{save / shelf.TRACKER} is gone"
+    except UserError as error:
+        latest, damage = None, str(error)
+    if latest is not None:
+        return latest
+    shelf.write_tracker(save, step)
+    log.warning("%s; it is written anew and names step %d", damage, step)
+    return step
 
 
 def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:

@@ -19,6 +19,7 @@ from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import Found, RunIdentity
 from megatron_salt.config import CheckpointConfig, RunConfig
+from megatron_salt.data.held_out import refuse_training_data
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.layout import Layout
@@ -45,6 +46,9 @@ class Beginning:
 def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Beginning:
     """Where the run begins, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
+    if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
+        train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
+        refuse_training_data(train, valid)
     identity = identify(config, inputs, name_data(config, plan, inputs))
     progress = _progress(config, layout, plan, identity, found)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)

@@ -47,6 +47,7 @@ def test_every_name_that_is_not_told_is_a_flag_and_schedules_are_told_elsewhere(
     assert known.keys() >= UNTOLD_SECTIONS and all(names <= known[section] for section, names in UNTOLD.items())
     assert {leaf.name for leaf in fields(Schedule)} <= UNTOLD["salt"]
     told = {name for _, name, _ in told_leaves()}
+    assert not told & {"outcome_file", "exit_interval", "allow_valid_in_train", "distributed_timeout_minutes", "profile_ranks", "data_path"}
     assert {"lr", "weight_decay", "adam_beta2", "clip_grad", "eod_mask_loss", "global_batch_size", "bf16", "fp8_format"} <= told
 
 

@@ -120,7 +120,7 @@ def test_after_a_crossover_what_the_selection_had_left_is_unseen(
 ) -> None:
     """The first evaluation, after step 1, ends stage 1: the eight chosen samples whose turn did not come are drawn later."""
     flags = selected(data, chosen, teacher_load=teacher, kd_weight=0.5, kd_stop="crossover", kd_stop_margin=-1.0, eval_interval=1,
-                     eval_iters=1, valid_data_path=data[:1], stage2_data="unseen")  # fmt: skip
+                     eval_iters=1, valid_data_path=data[:1], allow_valid_in_train=True, stage2_data="unseen")  # fmt: skip
     steps = fetched(train(**flags, save=tmp_path / "run", within=telling_samples).out)
     assert set(steps[0]) < set(CHOSEN)
     later = [number for consumed in (8, 16, 24) for number in steps[consumed]]

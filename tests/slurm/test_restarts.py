@@ -117,7 +117,7 @@ def test_the_curve_is_that_of_an_undisturbed_run(site, data, teacher, undisturbe
     options, flags = (), ()
     if disturb is time_limit:  # evaluations, which change no number, keep the run from being over before its minute is
         options = ("--time=1", "--signal=B:USR1@1")
-        flags = ("--valid-data-path", data, "--eval-interval", "1", "--eval-iters", "30")
+        flags = ("--valid-data-path", data, "--allow-valid-in-train", "--eval-interval", "1", "--eval-iters", "30")
     job = start(site, data, teacher, run, layout, *flags, options=options)
     disturb(site, job, run)
     log = job.complete(400)

@@ -78,7 +78,8 @@ def test_tensorboard_holds_the_same_curve(five_steps: Path) -> None:
 def test_what_only_looks_on_changes_no_bit(tmp_path: Path, data: str, five_steps: Path) -> None:
     """Evaluation, saving, garbage collection and profiling."""
     watched = dict(save_interval=2, manual_gc=True, manual_gc_interval=2, profile=True, profile_step_start=2, profile_step_end=4)
-    train(data_path=data, train_iters=5, save=tmp_path, eval_iters=1, eval_interval=2, valid_data_path=data, **watched, **DROPOUT)
+    seen = dict(valid_data_path=data, allow_valid_in_train=True)
+    train(data_path=data, train_iters=5, save=tmp_path, eval_iters=1, eval_interval=2, **seen, **watched, **DROPOUT)
     assert numbers(tmp_path) == numbers(five_steps)
     assert tensors(tmp_path, 5) == tensors(five_steps, 5)
     assert [(entry["step"], entry["name"]) for entry in entries(tmp_path, "eval")] == [(step, "valid") for step in (2, 4, 5)]
@@ -91,7 +92,8 @@ def test_what_only_looks_on_changes_no_bit(tmp_path: Path, data: str, five_steps
 def test_the_held_out_loss_is_the_loss_on_that_data_without_dropout(tmp_path: Path, world_size: int, flags: dict[str, Any]) -> None:
     """At learning rate 0 on as many windows as a batch has, a training step sees the same data with the same weights."""
     data = write_tokens(tmp_path / "few", windows=GLOBAL_BATCH)
-    flags = dict(flags, data_path=data, valid_data_path=data, train_iters=2, lr=0, lr_warmup_iters=0, eval_iters=2, eval_interval=1)
+    flags = dict(flags, data_path=data, valid_data_path=data, train_iters=2, lr=0, lr_warmup_iters=0, eval_iters=2, eval_interval=1,
+                 allow_valid_in_train=True)  # fmt: skip
     train(world_size, **flags, save=tmp_path / "plain")
     train(world_size, **flags, **DROPOUT, save=tmp_path / "dropout")
     expected = losses(tmp_path / "plain")[1]

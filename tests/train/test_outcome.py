@@ -89,3 +89,23 @@ def test_the_last_step_is_saved_only_where_its_checkpoint_stands_and_the_tracker
         session.refuse_unsaved(tmp_path, 6)
     shelf.write_tracker(tmp_path, 6)
     session.refuse_unsaved(tmp_path, 6)
+
+
+def test_a_tracker_that_was_damaged_meanwhile_is_told_and_mended_or_the_run_is_unsaved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session, "from_rank_0", lambda look: look())
+    tracker = tmp_path / shelf.TRACKER
+    tracker.write_text("rubbish")
+    with pytest.raises(SaveError, match="step 6, which is not saved"):
+        session.refuse_unsaved(tmp_path, 6)
+    (tmp_path / "iter_0000006").mkdir()
+    for damage in (lambda: tracker.write_bytes(b"\0\0"), tracker.unlink):
+        damage()
+        caplog.clear()
+        session.refuse_unsaved(tmp_path, 6)
+        assert tracker.read_text() == "6\n" and "written anew and names step 6" in caplog.text
+    tracker.unlink()
+    tracker.mkdir()  # which no write replaces
+    with pytest.raises(SaveError, match="cannot be written: .*; step 6 is saved: --load .*iter_0000006"):
+        session.refuse_unsaved(tmp_path, 6)

@@ -32,6 +32,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     shutil.rmtree(root / "lost" / "iter_0000003")
     write_tokens(root / "other", seed=7)
     write_tokens(root / "few", windows=3)
+    for suffix in (".bin", ".idx"):
+        (root / f"link{suffix}").symlink_to(root / f"few{suffix}")
     return root
 
 
@@ -41,6 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(eval_iters=1), "--eval-iters 1 needs held-out data"),
     (dict(data_path="ROOT/few", valid_share=0.5, seq_length=48), "ROOT/few"),
     (dict(tokenizer_type=None), "--tokenizer-type"),
+    (dict(data_path="ROOT/few", valid_data_path="ROOT/link"), "--valid-data-path ROOT/link is the same file as --data-path ROOT/few"),
     # the checkpoint
     (dict(load="ROOT/nowhere"), "--load ROOT/nowhere holds no checkpoint; a run starts without one only where --save is the same"),
     (dict(load="ROOT/lost"), "whole checkpoints: iter_0000002. Give one of them to --load"),
@@ -66,6 +69,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(teacher_load="ROOT/plain", kd_steps=4, teacher_exchange_max_gib=1e-9), "more than --teacher-exchange-max-gib 1e-09"),
     # --save
     (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
+    (dict(save="ROOT/plain"), "--save ROOT/plain holds checkpoints of another run"),
     (dict(save="ROOT/other.bin"), "--save ROOT/other.bin cannot be written"),
 ]
 
