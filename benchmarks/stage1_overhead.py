@@ -6,7 +6,8 @@
 Student and teacher are built by the program's own `build`, from a teacher's checkpoint that the program wrote: on one rank, and on two
 pipeline stages, where each rank has a replica of the teacher. The same run then takes steps of both stages in turns, on the same
 microbatches. The ratio is the median over neighbouring steps, so that load on the machine hits both alike; the rival is what start-up
-predicts by FLOPs alone (salt/prediction.py). Beside the wall clock stand CPU seconds of the busiest rank, which the prediction is about.
+predicts (salt/prediction.py), beside what it would predict by FLOPs alone. Beside the wall clock stand CPU seconds of the busiest rank,
+which the prediction is about.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ from megatron_salt.config import (  # noqa: E402
     CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, RunConfig, SaltConfig, TokenizerConfig, TrainingConfig,
 )  # fmt: skip
 from megatron_salt.data.indexed import IndexedWriter  # noqa: E402
+from megatron_salt.model.flops import HeadCost  # noqa: E402
+from megatron_salt.model.head_cost import measure_head  # noqa: E402
+from megatron_salt.model.loss import chunk_tokens_for_budget  # noqa: E402
 from megatron_salt.parallel.launch import distributed  # noqa: E402
 from megatron_salt.parallel.layout import student_layout  # noqa: E402
+from megatron_salt.parallel.mesh import new_group_of  # noqa: E402
 from megatron_salt.salt import routing  # noqa: E402
 from megatron_salt.salt.prediction import predict  # noqa: E402
-from megatron_salt.train.build import build, dtype_of, read_inputs  # noqa: E402
+from megatron_salt.train.build import build, dtype_of, identify, name_data, read_inputs  # noqa: E402
 from megatron_salt.train.metrics import PhaseTimer  # noqa: E402
 from megatron_salt.train.plan import plan_run  # noqa: E402
 from megatron_salt.train.step import train_step  # noqa: E402
@@ -73,6 +78,8 @@ class Told:
     """The same of the rank that was busiest, in CPU seconds"""
     sent_bytes: int
     """What all ranks handed to the exchange in one step"""
+    head: list[float]
+    """The head's work beside its products in FLOPs a logit, without and with a teacher"""
 
 
 def main() -> None:
@@ -96,16 +103,17 @@ def main() -> None:
 
 def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
     """A table, and the figures."""
-    ratios, cpu_ratios, predicted = {}, {}, {stages: prediction(run) for stages, run in runs.items()}
+    ratios, cpu_ratios, predicted = {}, {}, {stages: prediction(run, HeadCost(*told[stages].head)) for stages, run in runs.items()}
+    by_flops = {stages: prediction(run, HeadCost(0, 0)) for stages, run in runs.items()}
     print(f"{MICROBATCHES} microbatches of {SEQ_LENGTH} tokens a step; vocabulary {VOCABULARY}; one thread a rank")
-    print(f"{'':6}{'stage 2, s':>12}{'stage 1 / 2':>13}{'quartiles':>16}{'CPU':>9}{'predicted':>12}{'pairs':>8}{'busy':>7}")
+    print(f"{'':6}{'stage 2, s':>12}{'stage 1 / 2':>13}{'quartiles':>16}{'CPU':>9}{'predicted':>12}{'by FLOPs':>11}{'pairs':>8}{'busy':>7}")
     for stages, of in told.items():
         low, ratios[stages], high = statistics.quantiles([first / second for first, second in of.wall], n=4)
         cpu_ratios[stages] = statistics.median(first / second for first, second in of.cpu)
         busy = np.sum(of.cpu) / np.sum(of.wall)
         seconds = statistics.median(second for _, second in of.wall)
         print(f"{f'pp {stages}':6}{seconds:>12.2f}{ratios[stages]:>12.3f}x"
-              f"{f'{low:.3f}-{high:.3f}':>16}{cpu_ratios[stages]:>8.3f}x{predicted[stages]:>11.3f}x"
+              f"{f'{low:.3f}-{high:.3f}':>16}{cpu_ratios[stages]:>8.3f}x{predicted[stages]:>11.3f}x{by_flops[stages]:>10.3f}x"
               f"{len(of.wall):>8}{busy:>7.0%}")  # fmt: skip
     print("CPU: in CPU seconds of the busiest rank. busy: share of a core that this rank got, waiting for the other left out.")
     for stages, run in runs.items():
@@ -118,11 +126,11 @@ def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
     result("exchanged_over_logits", told[2].sent_bytes / exchange_bytes(runs[2], 2, VOCABULARY), EXCHANGE_GOAL, lower_is_better=True)
 
 
-def prediction(run: RunConfig) -> float:
+def prediction(run: RunConfig, head: HeadCost) -> float:
     """What start-up predicts: a step of stage 1 over one of stage 2."""
     return predict(
         run.model, run.parallel, TEACHER, teacher_tensor=1, teacher_pipeline=1, padded_vocabulary=VOCABULARY,
-        num_microbatches=MICROBATCHES, merge=1, seq_length=SEQ_LENGTH,
+        num_microbatches=MICROBATCHES, merge=1, seq_length=SEQ_LENGTH, head=head,
     ).ratio  # fmt: skip
 
 
@@ -197,7 +205,8 @@ def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
     inputs, timeout = read_inputs(config), timedelta(minutes=5)
     with distributed(timeout):
         layout = student_layout(config.parallel, dist.get_world_size())
-        run = build(config, plan_run(config.training, config.parallel, layout, config.salt), layout, inputs, timeout)
+        plan = plan_run(config.training, config.parallel, layout, config.salt)
+        run = build(config, plan, layout, inputs, identify(config, inputs, name_data(config, plan, inputs)), timeout)
         assert run.stage1 is not None
         teacher, student, microbatches = run.stage1.teacher, run.student, run.train.fetch(0)
 
@@ -210,13 +219,23 @@ def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
         for step in (stage1, stage2):  # warm-up
             step()
         if profile:
-            told = Told([], [], 0)
+            told = Told([], [], 0, [])
             compare_profiles(stage1, stage2)
         else:
             wall, cpu = take_turns(stage1, stage2, pairs)
-            told = Told(wall, cpu, sum_over_ranks(exchanged_bytes(stage1, dtype_of(config.training).itemsize)))
+            sent = sum_over_ranks(exchanged_bytes(stage1, dtype_of(config.training).itemsize))
+            told = Told(wall, cpu, sent, measured_head(config))
         if dist.get_rank() == 0:
             (folder / "told.json").write_text(json.dumps(asdict(told)))
+
+
+def measured_head(config: RunConfig) -> list[float]:
+    """As start-up measures it. Collective over all ranks."""
+    dtype, training = dtype_of(config.training), config.training
+    alone = new_group_of([[rank] for rank in range(dist.get_world_size())], timedelta(minutes=5))
+    chunk = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, VOCABULARY, dtype)
+    cost = measure_head(dtype, VOCABULARY, config.model.hidden_size, chunk, alone)
+    return [cost.plain, cost.distilled]
 
 
 def take_turns(stage1: Step, stage2: Step, pairs: int) -> tuple[list[list[float]], list[list[float]]]:

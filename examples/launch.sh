@@ -87,9 +87,10 @@ launch() { # command, on all tasks, until it is done
             refused) stop "refused, and not started again: $reason" 2 ;;
             nonfinite) stop "not finite, and not started again: $reason" 4 ;;
             unsaved)
+                if [ "$listens" = 0 ] && [ -n "$leaving" ]; then say "the tool left before it was done; it goes on when it is started again"; break; fi
                 unsaved=$((unsaved + 1))
-                [ "$unsaved" = 1 ] || stop "the last checkpoint could not be saved, twice: $reason" 3
-                say "the last checkpoint could not be saved, started once more: $reason"
+                [ "$unsaved" = 1 ] || stop "the last of the work could not be saved, twice: $reason" 3
+                say "the last of the work could not be saved, started once more: $reason"
                 [ -z "$leaving" ] || stop "left without a checkpoint: $reason" 3 ;;
             left) leaving=${leaving:-itself} ;;
             *) say "the processes died without a word; node logs: $NODE_LOGS"; [ -n "$leaving" ] || nodes_are_up || leaving=node ;;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain as Slurm jobs that wait for each other: text to tokens, a teacher, its scores, a selection, and the student by SALT_DS
 # (SELECT=0: by SALT). Says what it submitted; DRY_RUN=1 only says what it would submit. A job whose predecessor fails is cancelled.
+# No score has beaten a random selection in our runs yet: SELECT_FLAGS='--rule random' makes one.
 #
 #     INPUT='corpus/*.jsonl.zst' bash examples/pipeline.sh --account=us --partition=h100
 #
@@ -50,6 +51,6 @@ if [ "${SELECT:-1}" = 0 ]; then
 fi
 words SCORE_FLAGS
 submit score "$teacher" SCORE_OPTIONS --array="0-$((SHARDS - 1))" examples/score.sh "${list[@]}"
-select="$PYTHON tools/select_data.py --overwrite --scores $SCORES --output $SELECTION --fraction 0.5 --valid-share 0.0005 ${SELECT_FLAGS:-}"
+select="$PYTHON tools/select_data.py --overwrite --scores $SCORES --output $SELECTION --score median_dropped_10 --fraction 0.5 --valid-share 0.0005 ${SELECT_FLAGS:-}"
 submit_tool select "$job" "$select"
 submit salt_ds "$job" STUDENT_OPTIONS --export="ALL,RUN_DIR=${STUDENT:-runs/salt_ds_2p8b}" examples/salt_ds_2p8b.sh "${student_flags[@]}"

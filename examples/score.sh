@@ -15,7 +15,9 @@
 # Scores for salt_ds_2p8b.sh: an early checkpoint of the teacher reads every window of the training data, a part an element: SHARDS parts,
 # of which --array names the ones to do. A killed element goes on where it was; `sbatch --array=3 examples/score.sh` does one again. Then
 #
-#     python tools/select_data.py --scores runs/scores --output runs/selection --fraction 0.5 --valid-share 0.0005
+#     python tools/select_data.py --scores runs/scores --output runs/selection --score median_dropped_10 --fraction 0.5 --valid-share 0.0005
+#
+# No score has beaten a random selection in our runs yet: make one with --rule random too, and compare.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 OUTPUT=${SCORES:-runs/scores} SHARDS=${SHARDS:-16}
 RUN_DIR=${RUN_DIR:-$OUTPUT.job}

@@ -228,11 +228,14 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 
+    rendezvous_timeout_minutes: float = 10.0
+    """A run whose ranks have not all joined after this ends; the missing ranks are named every 30 seconds."""
+
     def __post_init__(self) -> None:
         _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size",
                   "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "decoder_first_pipeline_num_layers",
                   "decoder_last_pipeline_num_layers", "recompute_num_layers", "ddp_bucket_size")
-        _above_zero(self, "distributed_timeout_minutes")
+        _above_zero(self, "distributed_timeout_minutes", "rendezvous_timeout_minutes")
         _representable(self)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")
@@ -310,6 +313,9 @@ class TrainingConfig:
 
     exit_signal_handler: bool = False
     """Save and leave when SIGTERM or SIGUSR1 arrives."""
+
+    exit_file: str | None = None
+    """Save and leave when this file appears, from whatever hand. It is not deleted, and a start that finds it is refused."""
 
     outcome_file: str | None = None
     """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on), "refused" (a mistake that another start would repeat), "unsaved" (the last checkpoint is not on disk) or "nonfinite", the step and the reason. None appears where the run died."""
@@ -522,6 +528,9 @@ class DataConfig:
     verify_data: bool = False
     """Hash every byte of the data at start instead of a fixed sample of blocks. Data without a manifest has another fingerprint with it: give it from the start of a run or not at all."""
 
+    allow_duplicate_inputs: bool = False
+    """Take datasets that are the same data twice: one under two names, a copy, or two made of one file. Each then counts as one of its own."""
+
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.5, "valid_share")
         _representable(self)
@@ -544,6 +553,9 @@ class TokenizerConfig:
 
     merge_file: str | None = None
     """GPT-2 merges (vocab.bpe)."""
+
+    eod_token: str | None = None
+    """The token that ends documents, by its text. Default: the special token whose name or declaration says so; where several do, this is needed."""
 
 
 @dataclass(frozen=True)
@@ -668,7 +680,7 @@ class SaltConfig:
     """How the teacher's scales are chosen, see --fp8-recipe; delayed is refused for a teacher. Default: mxfp8 on GPUs of compute capability 10, else tensorwise."""
 
     teacher_fp8_max_kl: float = 0.01
-    """Refuse an FP8 teacher whose distributions are further than this from its own in bfloat16: mean KL divergence, nats a token, on a fixed batch. In emulated FP8 trained models of 3 and 12 layers had 0.0002 to 0.0005 by every recipe; with one linear zeroed or at twice its scale, half of those of 12 layers had more than 0.006 and all of those of 3 more than 0.03. Larger models may need more room; the figure is told either way."""
+    """Refuse an FP8 teacher whose distributions are further than this from its own in bfloat16: mean KL divergence, nats a token, at --kd-teacher-temperature or at 1, whichever is larger, on the run's first samples. In emulated FP8 trained models of 3 and 12 layers had 0.0002 to 0.0005 by every recipe; with one linear zeroed or at twice its scale, half of those of 12 layers had more than 0.006 and all of those of 3 more than 0.03. Larger models may need more room; the figure is told either way."""
 
     teacher_exchange_max_gib: float = 8.0
     """Refuse a run whose teacher hidden states would take more than this on a rank of the student's last stage in one step."""

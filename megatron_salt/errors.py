@@ -6,32 +6,41 @@ traceback and exit with the class's status. Everything else that is raised is a 
 
 from typing import Literal
 
+Outcome = Literal["refused", "unsaved", "nonfinite", "left"] | None
+"""The word in --outcome-file, see train/outcome.py; None: no word, as for a run that died."""
+
 
 class UserError(ValueError):
     """A mistake in flags, files or environment, described for the person who made it. Another start would only repeat it."""
 
     status = 2
     """What the process exits with."""
-    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "refused"
-    """The word in --outcome-file: train/outcome.py."""
+    outcome: Outcome = "refused"
 
 
 class LeftEarly(UserError):
     """Nobody's mistake: a signal came before there was anything to save. Another start goes on."""
 
     status = 0
-    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "left"
+    outcome: Outcome = "left"
 
 
 class SaveError(UserError):
     """The last checkpoint is not on disk, or not whole. Nobody's mistake: another start may fare better."""
 
     status = 3
-    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "unsaved"
+    outcome: Outcome = "unsaved"
 
 
 class NonFiniteError(UserError):
     """Loss or parameters are not finite. Another start from the same checkpoint would most likely come to the same."""
 
     status = 4
-    outcome: Literal["refused", "unsaved", "nonfinite", "left"] = "nonfinite"
+    outcome: Outcome = "nonfinite"
+
+
+class LostRankError(UserError):
+    """A rank did not join, or is gone. Nobody's mistake: another start may fare better, so it counts as a run that died."""
+
+    status = 1
+    outcome: Outcome = None

@@ -9,23 +9,21 @@ anything is written. `--help` and mistakes in flags need neither torch nor other
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
+from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
 from megatron_salt.train.checks import check
 from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.signals import SignalWatch
-
-PATIENCE = 10.0  # seconds that other ranks leave to the one that reports a mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +44,8 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
         else:
             rehearse(config, dry_run_ranks)
     except UserError as error:
-        write_outcome(config.training.outcome_file, error.outcome, None, str(error))
+        if error.outcome is not None:
+            write_outcome(config.training.outcome_file, error.outcome, None, str(error))
         raise
 
 
@@ -72,20 +71,6 @@ def rehearse(config: RunConfig, world_size: int) -> None:
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)
-
-
-def with_one_voice(action: Callable[[], None]) -> None:
-    """Let one rank of a node report a mistake that all of them find.
-
-    Most mistakes are found by every rank. The launcher ends the others as soon as the first has spoken and left; who has not been
-    ended by then has found something of its own, and speaks too.
-    """
-    try:
-        action()
-    except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(PATIENCE)
-        raise
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 `pytest` runs all but the cases marked `full`; `--full` (`make test-full`) runs those too; `--short` (`make test-short`)
 runs the last case of every test, without those marked `full` or `long`. `--slurm` runs those marked `slurm` alone.
+`--faults` does so with those marked `faults`.
 Tests marked `gpu` are skipped where there is none.
 """
 
@@ -20,12 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     which = parser.getgroup("megatron_salt")
     which.addoption("--full", action="store_true", help="every case of every grid")
     which.addoption("--slurm", action="store_true", help="the tests on a Slurm cluster, which they start (make test-slurm), and no others")
+    which.addoption("--faults", action="store_true", help="kills, damage and mutations in great numbers (make test-faults), and no others")
     which.addoption("--short", action="store_true", help="the last case of every test, without long ones")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = items if config.getoption("--full") else [item for item in items if not item.get_closest_marker("full")]
-    wanted = [item for item in wanted if bool(item.get_closest_marker("slurm")) == config.getoption("--slurm")]
+    for alone in ("slurm", "faults"):
+        wanted = [item for item in wanted if bool(item.get_closest_marker(alone)) == config.getoption(f"--{alone}")]
     if config.getoption("--short"):
         last = {item.nodeid.partition("[")[0]: item for item in wanted if not item.get_closest_marker("long")}
         wanted = list(last.values())

@@ -112,8 +112,7 @@ def the_error(err: str) -> str:
 def _main(words: list[str], within: Callable[[], contextlib.AbstractContextManager[Any]]) -> Ended:
     in_the_pool = mock.patch("megatron_salt.train.session.distributed", return_value=contextlib.nullcontext())
     out, err = io.StringIO(), io.StringIO()
-    impatient = mock.patch.object(pretrain, "PATIENCE", 0.0)
-    with in_the_pool, impatient, within(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with in_the_pool, within(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = pretrain.main(words)
     return Ended(status, out.getvalue(), err.getvalue())
 
@@ -138,7 +137,7 @@ def _alone(words: list[str], rank: int, world_size: int, rendezvous: str, output
     import torch.distributed as dist
 
     @contextlib.contextmanager
-    def distributed(timeout: timedelta) -> Iterator[None]:
+    def distributed(timeout: timedelta, rendezvous_timeout: timedelta) -> Iterator[None]:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timeout)
         yield
         dist.barrier()

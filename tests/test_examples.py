@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +121,28 @@ def test_scripts_are_clean(script: Path) -> None:
     command = ["bash", "-n"] if checker is None else [checker, "--external-sources", "--source-path", str(ROOT)]
     ended = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def task(tmp_path: Path, command: str, listens: int = 0) -> tuple[int, str, str]:
+    """One task of a step: its status, the word for launch.sh, the node's log."""
+    outcome, node = tmp_path / "outcome", tmp_path / "nodes"
+    node.mkdir(exist_ok=True)
+    outcome.unlink(missing_ok=True)
+    variables = dict(LISTENS=str(listens), OUTCOME=str(outcome), NODE_LOGS=str(node), SLURMD_NODENAME="n1", SLURM_PROCID="0",
+                     SLURM_LOCALID="0", SLURM_NTASKS="1")  # fmt: skip
+    ended = subprocess.run(["bash", "examples/task.sh", "bash", "-c", command], cwd=ROOT, env=os.environ | variables, timeout=60,
+                           start_new_session=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    return ended.returncode, outcome.read_text().partition(" ")[0] if outcome.exists() else "", (node / "n1.log").read_text()
+
+
+@pytest.mark.parametrize("status, word", [(0, "done"), (2, "refused"), (3, "unsaved"), (4, "nonfinite"), (1, ""), (137, "")])
+def test_a_tools_status_is_its_word_for_the_launcher(tmp_path: Path, status: int, word: str) -> None:
+    assert task(tmp_path, f"exit {status}")[:2] == (status, word)
+    assert task(tmp_path, f"exit {status}", listens=1)[:2] == (status, "")  # the trainer says it by itself
+
+
+def test_a_signal_to_all_of_a_task_leaves_the_word_to_the_tool(tmp_path: Path) -> None:
+    """Slurm signals every process of a step: what the tool says while it leaves is logged, and one that does not listen just ends."""
+    leaves = "trap 'echo leaving; exit 3' USR1; kill -USR1 0; sleep 1"
+    assert task(tmp_path, leaves) == (3, "unsaved", "leaving\n")
+    assert task(tmp_path, "kill -USR1 0; sleep 5")[:2] == (128 + signal.SIGUSR1, "")

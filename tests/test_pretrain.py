@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from megatron_salt import pretrain
-from megatron_salt.errors import UserError
 from tests.program import SMALL, argv, checkpoints, entries, numbers, run, start, tensors, the_error, train, wait_until, write_tokens
 
 
@@ -94,21 +93,6 @@ def test_two_ranks_under_torchrun_report_a_mistake_once(tmp_path: Path, data: st
     assert err.count("error: ") == 1 and "holds another architecture: --num-layers is 2 there and 3 here" in err
     assert "exitcode  : 2" in err and "megatron_salt/" not in err, err
     assert out == ""
-
-
-def test_a_mistake_that_one_rank_alone_finds_is_reported_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(pretrain.time, "sleep", waited.append)
-
-    def action() -> None:
-        raise UserError("--data-path is not on this node")
-
-    for local_rank, expected in (("0", []), ("1", [pretrain.PATIENCE])):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        waited.clear()
-        with pytest.raises(UserError):
-            pretrain.with_one_voice(action)
-        assert waited == expected
 
 
 @pytest.mark.long

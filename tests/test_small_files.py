@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import pytest
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
-from megatron_salt.checkpoint import integrity, shelf
+from megatron_salt.checkpoint import integrity, owner, pickles, shelf
 from megatron_salt.checkpoint.integrity import FileSum
 from megatron_salt.checkpoint.resume import read_facts
+from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.tokenizer import DESCRIPTION, build_tokenizer, load_tokenizer
+from megatron_salt.data.windows import TokenFile
 from megatron_salt.small_files import parse_json, read_json, read_small, refuse_outside_names
 from megatron_salt.train.history import read_curve
+from megatron_salt.train.sinks import Jsonl
 
 BROKEN = {
     "empty": b"",
@@ -118,8 +123,12 @@ def read_dataset_manifest(folder: Path) -> Any:
     return read_manifest(str(folder / "data"))
 
 
+def read_table_of_contents(folder: Path) -> Any:
+    return pickles.read_metadata(folder)
+
+
 READERS = [(read_checkpoint_sums, integrity.CHECKSUMS), (read_facts, shelf.STATE), (shelf.read_tracker, shelf.TRACKER),
-           (read_dataset_manifest, "data.manifest.json")]
+           (read_dataset_manifest, "data.manifest.json"), (read_table_of_contents, integrity.METADATA)]
 
 
 @pytest.mark.parametrize("read, name", READERS)
@@ -131,6 +140,29 @@ def test_each_reader_names_its_broken_file_in_one_line(tmp_path: Path, read: Any
         with pytest.raises(UserError) as caught:
             read(folder)
         assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value) and caught.value.status == 2
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("name, opens", [
+    (owner.LOCK, lambda path: owner.read(path.parent)),
+    ("x.tmp.journal", Journal),
+    ("train.jsonl", lambda path: Jsonl(path, 3)),
+    ("words.idx", lambda path: TokenFile.open(str(path.with_suffix("")))),
+])  # fmt: skip
+def test_what_a_run_would_go_on_with_is_a_regular_file(tmp_path: Path, make: Any, name: str, opens: Any) -> None:
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"^[^\n]*{re.escape(name)}[^\n]* not a regular file[^\n]*$"):
+        opens(tmp_path / name)
+
+
+@pytest.mark.parametrize("body", [*BROKEN.values(), b"null", b"[]"], ids=[*BROKEN, "null", "list"])
+def test_a_record_of_a_journal_that_is_no_mapping_is_a_torn_end(tmp_path: Path, body: bytes) -> None:
+    def line(body: bytes) -> bytes:
+        return hashlib.blake2b(body, digest_size=8).hexdigest().encode() + b" " + body + b"\n"
+
+    (tmp_path / "journal").write_bytes(line(b'{"a": 1}') + line(body))
+    assert Journal(tmp_path / "journal").records == [{"a": 1}]
+    assert (tmp_path / "journal").read_bytes() == line(b'{"a": 1}')
 
 
 def made(folder: Path, broken: Any) -> Path:

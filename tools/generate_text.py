@@ -17,6 +17,7 @@ from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_small
 from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 
 
@@ -29,6 +30,9 @@ class GenerateConfig:
 
     prompt: str = ""
     """Text to continue; empty: the beginning of a document."""
+
+    prepend_bos: bool = False
+    """Begin with the tokenizer's beginning-of-sequence id: for models of data that has it (preprocess_data.py --prepend-bos)."""
 
     max_new_tokens: int = 100
     """Tokens to add at most; fewer where the model ends the document."""
@@ -55,7 +59,7 @@ def generate_text(config: GenerateConfig) -> None:
     run, tokenizer = read_companions(directory)
     parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())
     check_shapes(run.model, parallel, run.training.seq_length)
-    prompt = prompt_ids(config.prompt, tokenizer)
+    prompt = prompt_ids(config.prompt, tokenizer, config.prepend_bos)
     added = continue_prompt(config, directory, run, parallel, tokenizer, prompt)
     if added is not None:
         print(tokenizer.decode(prompt + added))
@@ -83,13 +87,17 @@ def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
     return from_yaml(text, str(path)), load_tokenizer(directory / TOKENIZER)
 
 
-def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """At least one id. A document begins where another ended, so an empty prompt is the end-of-document id."""
+def prompt_ids(prompt: str, tokenizer: Tokenizer, prepend_bos: bool = False) -> list[int]:
+    """At least one id. A document begins where another ended, so an empty prompt is the end-of-document id, or with BOS that one."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # how Python passes on bytes of a command line that are not UTF-8
         raise UserError("--prompt is not valid UTF-8") from error
+    if prepend_bos and tokenizer.bos is None:
+        raise UserError(f"--prepend-bos: the checkpoint's {tokenizer.kind} declares no beginning-of-sequence token, or several")
     ids = tokenizer.encode(prompt)
+    if prepend_bos and tokenizer.bos is not None:
+        ids.insert(0, tokenizer.bos)
     if ids:
         return ids
     if tokenizer.eod is None:
@@ -123,4 +131,4 @@ def continue_prompt(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(GenerateConfig, generate_text))
+    raise SystemExit(run_tool(GenerateConfig, lambda config: with_one_voice(lambda: generate_text(config))))

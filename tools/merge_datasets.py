@@ -29,6 +29,7 @@ from megatron_salt.data.manifest import (
 )
 from megatron_salt.data.meter import Meter
 from megatron_salt.data.outputs import refuse_present, sole_writer
+from megatron_salt.data.repeats import WAY_OUT, refuse_repeated_datasets
 from megatron_salt.data.scores import parse_shard
 from megatron_salt.data.stage import leftovers, output_paths, publish, remove, temporary
 from megatron_salt.data.tokenizer import load_tokenizer
@@ -49,6 +50,9 @@ class MergeConfig:
     overwrite: bool = False
     """Replace a dataset that is already there."""
 
+    allow_duplicate_inputs: bool = False
+    """Take datasets that are the same data twice; their documents then come twice."""
+
     log_interval: int = 10_000_000
     """Documents between progress lines; on a terminal there is a bar instead."""
 
@@ -67,6 +71,10 @@ def merge_datasets(config: MergeConfig) -> None:
     manifests = [read_manifest(prefix) for prefix in prefixes]
     opened = [TokenFile.open(prefix, "--input") for prefix in prefixes]
     refuse_mixtures(opened, manifests)
+    if not config.allow_duplicate_inputs:
+        refuse_repeated_datasets("--input", prefixes)
+        refuse_repeated_shards(prefixes, manifests)
+    refuse_gaps(manifests)
     parts = [IndexedReader(file.prefix, file.dtype, file.num_documents) for file in opened]
     try:
         with ExitStack() as stack:
@@ -86,6 +94,9 @@ def merge_datasets(config: MergeConfig) -> None:
                     idx_bytes=written.idx_bytes, bin_hash=written.bin_hash, idx_hash=written.idx_hash,
                     sampled=sampled_fingerprint(writer.prefix), sources=tuple(source for each in whole for source in each.sources),
                     duplicates=sum(each.duplicates for each in whole), shard=None,
+                    special_tokens_in_text=whole[0].special_tokens_in_text if all(each.special_tokens_in_text for each in whole) else "",
+                    special_documents=sum(each.special_documents for each in whole),
+                    special_tokens=dict(sum((Counter(each.special_tokens) for each in whole), Counter())),
                     tokenizer_backends=tuple(sorted({name for each in whole for name in each.tokenizer_backends})),
                 ), manifest_path(writer.prefix))
             publish(writer.prefix, output)
@@ -97,7 +108,7 @@ def merge_datasets(config: MergeConfig) -> None:
 
 
 def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
-    """The datasets that --input names. UserError for one that is missing or named twice."""
+    """The datasets that --input names. UserError for one that is missing."""
     found: list[str] = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern + ".idx") else sorted(
@@ -105,26 +116,28 @@ def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
         if not matches:
             raise UserError(f"--input {pattern}: no such dataset; it takes the common prefix of a .bin and an .idx file")
         found += matches
-    repeated = next((prefix for prefix, count in Counter(found).items() if count > 1), None)
-    if repeated is not None:
-        raise UserError(f"--input names {repeated} {found.count(repeated)} times")
     return found
 
 
 def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) -> None:
-    """UserError unless the parts are of one kind, and shards all there and in order."""
+    """UserError unless the parts are of one kind."""
     for file, manifest in zip(files, manifests, strict=True):
         if file.dtype != files[0].dtype:
             raise UserError(f"--input {file.prefix} holds {file.dtype}, {files[0].prefix} holds {files[0].dtype}: not of one tokenizer")
         if manifest is None:
             continue
-        for name in ("tokenizer_fingerprint", "append_eod", "json_key", "shuffle_seed"):
-            if manifests[0] and getattr(manifest, name) != getattr(manifests[0], name):
+        for name in ("tokenizer_fingerprint", "append_eod", "json_key", "shuffle_seed", "bos", "special_tokens_in_text"):
+            unknown = name == "special_tokens_in_text" and "" in (getattr(manifest, name), getattr(manifests[0], name, ""))
+            if manifests[0] and not unknown and getattr(manifest, name) != getattr(manifests[0], name):
                 raise UserError(f"--input: {name} of {file.prefix} is {getattr(manifest, name)}, of {files[0].prefix} "
                                 f"{getattr(manifests[0], name)}")
         if (manifest.documents, manifest.tokens) != (file.num_documents, file.num_tokens):
             raise UserError(f"--input {file.prefix} has {file.num_documents} documents and {file.num_tokens} tokens, its manifest says "
                             f"{manifest.documents} and {manifest.tokens}")
+
+
+def refuse_gaps(manifests: list[Manifest | None]) -> None:
+    """UserError unless shards are all there and in order."""
     shards = [parse_shard(manifest.shard) for manifest in manifests if manifest and manifest.shard]
     for n in {n for _, n in shards}:
         found = [i for i, other in shards if other == n]
@@ -134,6 +147,16 @@ def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) ->
         if found != sorted(found):
             raise UserError(f"--input names shards out of order, {', '.join(f'{i}/{n}' for i in found[:10])}: documents would not lie "
                             "in input order")
+
+
+def refuse_repeated_shards(prefixes: list[str], manifests: list[Manifest | None]) -> None:
+    """UserError where two parts are one shard, of different input."""
+    seen: dict[str, str] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest is not None and manifest.shard is not None:
+            if manifest.shard in seen:
+                raise UserError(f"--input names shard {manifest.shard} twice, as {seen[manifest.shard]} and as {prefix}; {WAY_OUT}")
+            seen[manifest.shard] = prefix
 
 
 def copy(config: MergeConfig, prefixes: list[str], manifests: list[Manifest | None], parts: list[IndexedReader],

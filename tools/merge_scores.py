@@ -31,6 +31,9 @@ class MergeConfig:
     overwrite: bool = False
     """Replace an index that is already there."""
 
+    allow_duplicate_inputs: bool = False
+    """Take directories and shards that are named twice, or copies: of equal shards one counts."""
+
 
 def merge_scores(config: MergeConfig) -> None:
     """The whole tool. Raises UserError."""
@@ -40,7 +43,7 @@ def merge_scores(config: MergeConfig) -> None:
     refuse_present("--output", output, [output], config.overwrite)
     if output.exists() and not (output / INDEX).exists():
         raise UserError(f"--output {output} is no score index, it has no {INDEX}; --overwrite does not delete anything else")
-    index = ScoreIndex.open(config.scores)
+    index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
     try:
         with sole_writer("--output", output):
             refuse_present("--output", output, [output], config.overwrite)

@@ -15,6 +15,7 @@ On many machines give each job --shard 0/16, 1/16, ... and then put the parts to
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.data.arrange import finish_arranged
 from megatron_salt.data.backends import choose_backend
+from megatron_salt.data.choice import refuse_without_ends, told_ends
 from megatron_salt.data.documents import STDIN, BadLines, input_files
 from megatron_salt.data.encode import Encoder, chunk_size, encode_chunks
 from megatron_salt.data.indexed import Written, token_dtype
@@ -44,6 +46,7 @@ from megatron_salt.data.parse import sample_texts
 from megatron_salt.data.reading import Chunk, Form, chunks, form_of
 from megatron_salt.data.scores import parse_shard
 from megatron_salt.data.sharing import files_of_shard
+from megatron_salt.data.special_tokens import Finder, Policy, refuse_special, told_at_end, told_of_sample
 from megatron_salt.data.stage import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
 from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.errors import UserError
@@ -74,6 +77,13 @@ class PreprocessConfig:
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document id."""
 
+    prepend_bos: bool = False
+    """Begin every document with the tokenizer's beginning-of-sequence id. Off for every --tokenizer-type unless given."""
+
+    special_tokens_in_text: Policy = "split"
+    """Special tokens, the end of a document too, that stand in a text. split: text like any other, which gives no special id;
+    encode: what the tokenizer's own library makes of them; refuse: an error."""
+
     workers: int = 1
     """Processes that tokenise."""
 
@@ -103,6 +113,9 @@ class PreprocessConfig:
 
     max_bad_lines: int = 0
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
+
+    allow_duplicate_inputs: bool = False
+    """Take files that are one file under two names, or copies; their documents then come twice."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
@@ -138,9 +151,8 @@ def preprocess(config: PreprocessConfig) -> None:
     """The whole tool: check everything that can be known, encode, write, publish. UserError for the user's mistakes."""
     files = shard_files(config)
     forms = [file_form(config, file) for file in files]
-    tokenizer = build_tokenizer(config.tokenizer)
-    if config.append_eod and tokenizer.eod is None:
-        raise UserError(f"--append-eod: the {tokenizer.kind} has no end-of-document token")
+    tokenizer = build_tokenizer(config.tokenizer, config.special_tokens_in_text == "encode")
+    refuse_without_ends(tokenizer, config.append_eod, config.prepend_bos)
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
     facts = what_it_depends_on(config, files, forms, tokenizer)
     if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files):
@@ -159,11 +171,13 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                needs_sample = config.tokenizer_backend != "reference" and tokenizer.as_json is not None
-                sample = sample_texts(files, forms, config.json_keys) if needs_sample else []
+                sample = sample_texts(files, forms, config.json_keys) if tokenizer.as_json is not None else []
                 backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
                 print(f"tokenizer backend: {why}", flush=True)
-                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact")
+                print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
+                if sample:
+                    print(told_of_sample(Finder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text), flush=True)
+                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact", config.prepend_bos)
                 written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
                 journal.append({"finished": written})
             for prefix in prefixes:
@@ -178,7 +192,7 @@ def preprocess(config: PreprocessConfig) -> None:
 
 def shard_files(config: PreprocessConfig) -> list[str]:
     """The files of this job, which for most is all of them."""
-    files = input_files(config.input)
+    files = input_files(config.input, config.allow_duplicate_inputs, config.text_documents == "file")
     shard = parse_shard(config.shard)
     if shard[1] == 1:
         return files
@@ -211,6 +225,7 @@ def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[F
     return {"--input": [[file, form, os.path.getsize(file) if there else 0, sampled_hash(Path(file)) if there else ""]
                         for file, form, there in zip(files, forms, regular, strict=True)],
             "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint,
+            "--prepend-bos": tokenizer.bos if config.prepend_bos else None, "--special-tokens-in-text": config.special_tokens_in_text,
             "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
 
 
@@ -221,6 +236,8 @@ def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenize
     manifests = [read_manifest(prefix) for prefix in prefixes]
     return all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
                and (manifest.append_eod, manifest.shuffle_seed) == (config.append_eod, config.shuffle_documents)
+               and manifest.bos == (tokenizer.bos if config.prepend_bos else None)
+               and manifest.special_tokens_in_text in ("", config.special_tokens_in_text)  # older manifests do not say
                and [(source.file, source.size_bytes) for source in manifest.sources] == [(file, size_of(file)) for file in files]
                for manifest in manifests)
 
@@ -261,7 +278,8 @@ def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tok
             text_bytes = sum(tally.text_bytes[i] for tally in stage.tallies)
             lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
                          f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
-                         + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else ""))
+                         + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else "")
+                         + told_at_end(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text))
     return lines
 
 
@@ -275,6 +293,10 @@ def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], e
     with closing(encode_chunks(remaining(config, stage, forms, chunk_bytes), encoder, config.workers, stage.writers[0].dtype)) as encoded:
         for each in encoded:
             chunk = each.chunk
+            if config.special_tokens_in_text == "refuse":
+                for i, key in enumerate(config.json_keys):
+                    tally = stage.tallies[chunk.file]
+                    refuse_special(each.special[i], tally.written[i] + tally.empty[i], chunk.path, key)
             first = stage.tallies[chunk.file].lines + 1
             stage.add(each)
             bad_lines.add(chunk.path, [(first + line, reason) for line, _, reason in each.bad])
@@ -306,7 +328,9 @@ def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int
         written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
         written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
         tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None,
-        duplicates, config.shuffle_documents, tuple(sorted(stage.backends)))
+        duplicates, config.shuffle_documents, tuple(sorted(stage.backends)), tokenizer.bos if config.prepend_bos else None,
+        config.special_tokens_in_text, sum(tally.special_documents[i] for tally in stage.tallies),
+        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())))
     write_manifest(manifest, manifest_path(prefix))
     return manifest
 

@@ -72,8 +72,12 @@ def write_corpus(config: CorpusConfig) -> None:
 
 def modules(library: Path) -> Iterator[tuple[str, str]]:
     """(path below the library, text) of each module, in the order of the paths; what cannot be decoded is left out."""
+    seen: set[Path] = set()
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
+        if path.resolve() in seen:
+            continue  # a link
+        seen.add(path.resolve())
         if LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             try:
                 with tokenize.open(path) as source:  # heeds the encoding that the module declares

@@ -2,7 +2,8 @@
 
 The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
 started. Jobs of an array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
-started again, and one that is finished has nothing to do. What is in the directory: `megatron_salt/data/scores.py`.
+started again, and one that is finished has nothing to do. SIGTERM, SIGUSR1 and --exit-file end it within two microbatches, with status 3:
+the same command goes on. What is in the directory: `megatron_salt/data/scores.py`.
 
     torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
         --output /shared/scores --shard 0/16
@@ -25,6 +26,8 @@ from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
 from megatron_salt.data.shard_writer import ShardWriter
 from megatron_salt.errors import UserError
+from megatron_salt.train.signals import ExitPlan, SignalWatch, refuse_exit_file
+from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LEFT = 3  # exit status of a job that left before its shard was finished
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,14 @@ class ScoreConfig:
     verify_data: bool = False
     """Hash every byte of the data at start instead of a fixed sample of blocks."""
 
+    allow_duplicate_inputs: bool = False
+    """Take datasets that are the same data twice, as the training run's flag of this name."""
+
     loss_chunk_mib: int = 256
     """Memory for the logits of one chunk of tokens, float32."""
+
+    exit_file: str | None = None
+    """Leave when this file appears. It is not deleted, and a start that finds it is refused. SIGTERM and SIGUSR1 do the same."""
 
     log_interval: int = 1
     """Blocks between lines of progress."""
@@ -111,8 +122,17 @@ class ScoreConfig:
         parse_shard(self.shard)
 
 
-def score_data(config: ScoreConfig) -> None:
-    """The whole tool. Raises UserError."""
+def score_data(config: ScoreConfig) -> int:
+    """The whole tool; the exit status, LEFT where the shard is not finished. Raises UserError."""
+    refuse_exit_file(config.exit_file)
+    watch = SignalWatch()
+    try:
+        return _score_data(config, watch)
+    finally:
+        watch.restore()
+
+
+def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
     import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
     from megatron_salt.checkpoint.checkpointer import TOKENIZER
@@ -127,6 +147,7 @@ def score_data(config: ScoreConfig) -> None:
     data = DataConfig(
         data_path=config.data_path, eod_mask_loss=config.eod_mask_loss, reset_position_ids=config.reset_position_ids,
         reset_attention_mask=config.reset_attention_mask, verify_data=config.verify_data,
+        allow_duplicate_inputs=config.allow_duplicate_inputs,
     )  # fmt: skip
     tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
     refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocab_size, length)
@@ -142,7 +163,7 @@ def score_data(config: ScoreConfig) -> None:
             config.block_samples,
         )  # fmt: skip
 
-    score_shard(config, layout, teacher, samples, manifest)
+    return score_shard(config, layout, teacher, samples, manifest, watch)
 
 
 def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
@@ -155,12 +176,14 @@ def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
 
 
 def score_shard(
-    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest]
-) -> None:
-    """Join the world, and score what this shard lacks. manifest: what the scores are of; rank 0 calls. Collective. Raises UserError."""
+    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest],
+    watch: SignalWatch,
+) -> int:  # fmt: skip
+    """Join the world, and score what this shard lacks; the exit status. manifest: what the scores are of; rank 0 calls. Collective.
+    Raises UserError."""
     import torch.distributed as dist
 
-    from megatron_salt.parallel.agreement import from_rank_0
+    from megatron_salt.parallel.agreement import from_rank_0, largest
     from megatron_salt.parallel.launch import distributed
     from megatron_salt.salt.scoring import make_scorer
 
@@ -176,14 +199,18 @@ def score_shard(
         if nothing is not None:
             if rank == 0:
                 print(f"shard {config.shard}: {nothing}")
-            return
+            return 0
         if facts.block_samples % (facts.micro_batch_size * layout.data):
             log.warning("--block-samples %d is not a multiple of --micro-batch-size %d x %d data-parallel replicas: some idle at the end "
                         "of each block", facts.block_samples, facts.micro_batch_size, layout.data)
         scorer = make_scorer(
             teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout
         )
-        fill_shard(config, scorer, facts, blocks)
+        exit_plan = ExitPlan(
+            exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=largest, started=0.0, exit_file=config.exit_file,
+            looks=rank == 0,
+        )  # fmt: skip
+        return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
 
 
 def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
@@ -192,9 +219,13 @@ def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
     return manifest
 
 
-def fill_shard(config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range) -> None:
-    """Score and write block after block. Collective over all ranks. Raises UserError where the writer cannot write."""
+def fill_shard(
+    config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range, reason_to_stop: Callable[[], str | None]
+) -> bool:
+    """Score and write block after block; whether the shard is finished, or there was a reason to leave. Collective over all ranks.
+    Raises UserError where the writer cannot write."""
     from megatron_salt.parallel.agreement import from_rank
+    from megatron_salt.salt.scoring import LeftEarly
 
     opened: list[ShardWriter] = []  # one, on the rank that writes
 
@@ -217,13 +248,19 @@ def fill_shard(config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks
     todo = on_writer(open_shard)
     progress = Progress(config, facts, blocks, len(todo)) if opened else None
     for block in todo:
-        rows = scorer.score(*samples_of(facts, range(block, block + 1)))
+        try:
+            rows = scorer.score(*samples_of(facts, range(block, block + 1)), reason_to_stop)
+        except LeftEarly as left:
+            if progress is not None:
+                progress.leave(opened[0].todo, str(left))
+            return False
         on_writer(partial(write, block, rows))
         if progress is not None and rows is not None:
             progress.tell(rows)
     on_writer(lambda: opened[0].finish())
     if progress is not None:
         progress.end()
+    return True
 
 
 class Progress:
@@ -233,7 +270,8 @@ class Progress:
         self._shard, self._interval, self._length = config.shard, config.log_interval, facts.seq_length
         self._todo, self._done, self._samples, self._not_finite = todo, 0, 0, 0
         self._started = time.monotonic()
-        first, end = samples_of(facts, blocks)
+        self._facts = facts
+        self._first, self._end = first, end = samples_of(facts, blocks)
         self._say(f"{end - first} of {facts.num_samples} samples in {len(blocks)} blocks, {len(blocks) - todo} of them finished before")
 
     def tell(self, rows: Rows) -> None:
@@ -249,6 +287,13 @@ class Progress:
             self._say(f"block {self._done}/{self._todo} | {self._samples} samples | "
                       f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left")
 
+    def leave(self, todo: list[int], reason: str) -> None:
+        """The shard stays unfinished. todo: its blocks that are not written."""
+        total = self._end - self._first
+        sizes = (samples_of(self._facts, range(block, block + 1)) for block in todo)
+        done = total - sum(end - first for first, end in sizes)
+        self._say(f"left after {done} of {total} windows: {reason}; the same command goes on")
+
     def end(self) -> None:
         """All blocks are written, and the shard is finished."""
         if self._not_finite:
@@ -260,4 +305,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(ScoreConfig, score_data))
+    raise SystemExit(run_tool(ScoreConfig, lambda config: with_one_voice(lambda: score_data(config))))

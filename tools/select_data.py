@@ -1,8 +1,9 @@
 """Choose stage 1's samples by a teacher's scores (SALT_DS): an index of `score_data.py` in, a file for --stage1-selection out.
 
 PREFIX.npy lists the chosen samples, PREFIX.json says what they are, PREFIX.txt and PREFIX.png show what was chosen, with examples of
-the text. The choice is exact, ties go to the lower sample id, and memory stays bounded at any number of samples. Held-out
-windows are never chosen: give the training run's --valid-share.
+the text. The choice is exact, a keyed order decides between equal scores, and memory stays bounded at any number of samples.
+Held-out windows are never chosen: give the training run's --valid-share. In our runs no score has beaten a random choice yet: train
+on one of those too (--rule random).
 
     python tools/select_data.py --scores scores --output selections/top_half --fraction 0.5 --per-dataset --exclude-duplicates
 """
@@ -25,14 +26,16 @@ from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.select import Choice, Rule, RuleName, choose
 from megatron_salt.data.selection import Selection, selection_paths, write_selection
-from megatron_salt.data.selection_report import draw, report, sample, write_text
+from megatron_salt.data.selection_report import draw, refuse_ties, report, sample, write_text
+from megatron_salt.data.ties import TIE_SEED
 from megatron_salt.data.window_text import WindowText, find_tokenizer, open_windows
 from megatron_salt.errors import UserError
 
-DEFAULT_SCORE = "median_zeroed_10"
+DEFAULT_SCORE = "median_dropped_10"
 EXPORTED = 256  # windows that are decoded together
 _SHARED = ("fraction", "num_samples", "per_dataset")
-FLAGS_OF = {"top": _SHARED, "bottom": _SHARED, "band": (*_SHARED, "band_skip"), "random": (*_SHARED, "seed"),
+_RANKED = (*_SHARED, "tie_seed", "allow_ties")
+FLAGS_OF = {"top": _RANKED, "bottom": _RANKED, "band": (*_RANKED, "band_skip"), "random": (*_SHARED, "seed"),
             "threshold": ("min_score", "max_score")}
 
 
@@ -47,7 +50,8 @@ class SelectConfig:
     """PREFIX of what is written: PREFIX.npy, .json, .txt and .png."""
 
     score: str | None = None
-    """Column to choose by. Default: median_zeroed_10, the paper's score."""
+    """Column to choose by. Default: median_dropped_10, the reading of the paper's score that tells the samples of a young teacher apart;
+    its formula is median_zeroed_10. None has beaten a random choice in our runs."""
 
     fraction: float | None = None
     """Share of the eligible samples to choose, above 0 and up to 1. Either this or --num-samples, except with --rule threshold."""
@@ -80,6 +84,12 @@ class SelectConfig:
     seed: int | None = None
     """With --rule random: another seed chooses other samples. Default: 1234."""
 
+    tie_seed: int | None = None
+    """Orders samples of one score, of which a rule takes some: with another seed it takes others. Default: 1234."""
+
+    allow_ties: bool = False
+    """Choose although more than 5% of the chosen have the very score of a cut, as others have: --tie-seed decides among them."""
+
     data_path: tuple[str, ...] = ()
     """Where the data is now, in the index's order, for examples and --export-documents. Default: where it was scored."""
 
@@ -91,6 +101,9 @@ class SelectConfig:
 
     overwrite: bool = False
     """Replace a selection that is already there."""
+
+    allow_duplicate_inputs: bool = False
+    """Take shards that are named twice, of which one counts, and scores of datasets that hold the same windows twice."""
 
     max_memory_gib: float = 1.5
     """Memory for the search of --exclude-duplicates; with less it reads the hashes more often."""
@@ -125,7 +138,9 @@ class SelectConfig:
 
 def select_data(config: SelectConfig) -> None:
     """The whole tool: check what can be known, choose, write, report. Raises UserError."""
-    index = ScoreIndex.open(config.scores)
+    index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
+    if not config.allow_duplicate_inputs:
+        refuse_equal_datasets(index)
     column = score_column(index, config.score)
     outputs = [Path(f"{selection_prefix(config)}{suffix}") for suffix in (".json", ".npy", ".txt", ".png")]
     outputs += [Path(config.export_documents)] if config.export_documents else []
@@ -138,13 +153,18 @@ def select_data(config: SelectConfig) -> None:
 
     repeated = duplicates(index, int(config.max_memory_gib * (1 << 30))) if config.exclude_duplicates else None
     choice = choose(index, column, rule_of(config), find_eligible(index, config.valid_share, repeated))
+    if not config.allow_ties:
+        refuse_ties(choice)
     facts = {"score": column, **asdict(choice.rule), "exclude_duplicates": config.exclude_duplicates}
+    del facts["tie_seed"]  # it has a place of its own, and is none of rules that rank nothing
+    tie_seed = choice.rule.tie_seed if "tie_seed" in FLAGS_OF[choice.rule.name] else None
     held = ExitStack()
     try:
         for output in (selection_prefix(config), *([config.export_documents] if config.export_documents else [])):
             held.enter_context(sole_writer("--output", output))
         refuse_present("--output", config.output, outputs, config.overwrite)
-        write_selection(selection_prefix(config), choice.ids(), choice.count, index.manifest, facts, config.valid_share)
+        write_selection(selection_prefix(config), choice.ids(), choice.count, index.manifest, facts, config.valid_share, tie_seed,
+                        choice.tie_share)
         for path in outputs[2:]:
             path.unlink(missing_ok=True)  # they tell of the selection that was there
         selection = Selection.open(config.output, "--output")
@@ -161,6 +181,16 @@ def select_data(config: SelectConfig) -> None:
         held.close()
     print(told, end="")
     print("\nwrote", *outputs[1:2], *outputs[:1], *outputs[2:])
+
+
+def refuse_equal_datasets(index: ScoreIndex) -> None:
+    """Raise UserError where two datasets of the index are equal: each of their windows would be chosen twice."""
+    seen: dict[str, str] = {}
+    for dataset in index.manifest.datasets:
+        if dataset.fingerprint in seen:
+            raise UserError(f"--scores are of {seen[dataset.fingerprint]} and {dataset.prefix}, which hold the same tokens; score one of "
+                            "them alone, or allow it with --allow-duplicate-inputs")
+        seen[dataset.fingerprint] = dataset.prefix
 
 
 def selection_prefix(config: SelectConfig) -> str:
@@ -183,7 +213,7 @@ def rule_of(config: SelectConfig) -> Rule:
     """The rule that the flags ask for."""
     seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
     return Rule(config.rule, config.fraction, config.num_samples, config.per_dataset, config.band_skip or 0.0, config.min_score,
-                config.max_score, seed)
+                config.max_score, seed, TIE_SEED if config.tie_seed is None else config.tie_seed)
 
 
 def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:

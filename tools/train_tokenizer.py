@@ -65,6 +65,9 @@ class TrainTokenizerConfig:
     overwrite: bool = False
     """Replace a model that is already there."""
 
+    allow_duplicate_inputs: bool = False
+    """Take files that are one file under two names, or copies; their text then counts twice."""
+
     max_bad_lines: int = 0
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
@@ -81,7 +84,7 @@ class TrainTokenizerConfig:
 
 def train_tokenizer(config: TrainTokenizerConfig) -> None:
     """The whole tool. UserError for the user's mistakes; the model appears whole or not at all."""
-    files = input_files(config.input)
+    files = input_files(config.input, config.allow_duplicate_inputs)
     output = Path(config.output)
     refuse_present("--output", output, [output], config.overwrite)
     bad_lines = BadLines(config.max_bad_lines)

@@ -36,14 +36,14 @@ from megatron_salt.parallel.agreement import first_problem, from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.checkpoint import fp8_state, integrity, lineage, resume, retention, rng, sharded, shelf, writer
+from megatron_salt.checkpoint import evaluated, fp8_state, integrity, lineage, resume, retention, rng, sharded, shelf, writer
+from megatron_salt.checkpoint.changes import RUN_YAML
 from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.progress import Progress
 from megatron_salt.checkpoint.resume import RunIdentity
 
 log = logging.getLogger(__name__)
 
-RUN_YAML = "run.yaml"
 TOKENIZER = "tokenizer"
 
 
@@ -83,6 +83,8 @@ class Checkpointer:
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
+        self._newest: tuple[int, Path] | None = None  # this run's newest whole checkpoint under --save
+        self._evaluated: Progress | None = None  # what the evaluation after the pending save's step came to
         if self._save is not None:
             prepare_directory(self._save)
 
@@ -122,6 +124,21 @@ class Checkpointer:
             log.info("step %d: copied for saving in %.2f s", progress.step, time.monotonic() - started)
         else:
             self._publish()
+
+    def add_evaluation(self, progress: Progress) -> None:
+        """Let the checkpoint of this step know what the evaluation after it decided, so that no resumed run repeats it. A save under
+        way takes it along. A disk that cannot take it is told: the evaluation is then repeated."""
+        if self._pending is not None and self._pending.step == progress.step:
+            self._evaluated = progress
+        elif self._newest is not None and self._newest[0] == progress.step:
+            problem = writer.on_rank_0(partial(self._write_evaluation, self._newest[1], progress))
+            if problem is not None:
+                log.warning("step %d: its evaluation cannot be noted in --save (%s); a resumed run repeats it", progress.step, problem)
+
+    def _write_evaluation(self, directory: Path, progress: Progress) -> None:
+        """Rank 0: beside the files that the checksums list."""
+        self._check_owner()
+        evaluated.write(directory, progress)
 
     def poll(self) -> None:
         """Complete an --async-save that every rank has finished writing; returns at once otherwise. Call it every step."""
@@ -180,6 +197,7 @@ class Checkpointer:
     def _publish(self) -> None:
         """Complete the pending save after every rank has written."""
         pending, self._pending = self._pending, None
+        known, self._evaluated = self._evaluated, None
         assert pending is not None and self._save is not None
         shards, problem = writer.finish(pending.write)
         problem = problem or writer.on_rank_0(partial(self._seal, pending, shards))
@@ -187,8 +205,11 @@ class Checkpointer:
             self._failed(pending.step, problem)
             return
         self._complete = (pending.step, pending.reshardable)
+        self._newest = (pending.step, shelf.directory_of(self._save, pending.step))
         log.info("step %d: saved %s, %.2f s after the call", pending.step, shelf.directory_of(self._save, pending.step),
                  time.monotonic() - pending.started)
+        if known is not None:
+            self.add_evaluation(known)
 
     def _seal(self, pending: _Pending, shards: dict[str, integrity.FileSum]) -> None:
         """Rank 0: checksums, the final name, the tracker; then make room."""
@@ -235,29 +256,30 @@ class Checkpointer:
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self) -> Progress | None:
+    def load(self, found: resume.Found | None = None) -> Progress | None:
         """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Where training continues.
 
-        None: there is nothing to load, so the run starts at step 0. Raises UserError (also DamagedCheckpoint, UnsafePickle).
+        None: there is nothing to load, so the run starts at step 0. found: what `resume.open_checkpoint` found, where it was asked already.
+        Raises UserError (also DamagedCheckpoint, UnsafePickle).
         """
         config = self._config
         if config.load is None:
             self._begin(None)
             return None
-        found = resume.open_checkpoint(Path(config.load), config.load_fallback)
+        found = found or resume.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
             resume.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        resume.refuse_other_run(found, self._run, config.finetune, config.new_data)
+        progress = from_rank_0(partial(resume.take_over, found, self._run, config))
         self._begin(None if config.finetune else found)
         self._load_tensors(found)
-        if config.finetune:
-            return Progress(0, 0, events=({"event": "finetune", "from": str(found.directory), "step": found.facts["step"]},))
-        if self._scheduler is not None and found.facts["scheduler"] is not None:
+        if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
             resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
-        return resume.progress_from(found, self._run, config.new_data)
+        if self._save is not None and os.path.realpath(found.directory.parent) == os.path.realpath(self._save):
+            self._newest = (found.facts["step"], found.directory)
+        return progress
 
     def _begin(self, found: resume.Found | None) -> None:
         """Decide whose checkpoints this run's are; found: what it goes on from. Collective. Raises UserError where --save is another's."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.small_files import parse_json, read_small
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ LOCK = "owner.json"
 BEAT = 10.0  # seconds between beats
 WATCH = 60.0  # seconds without a beat after which an owner is gone
 SETTLE = 0.5  # seconds in which two newcomers that took over at once see who was last
+_LARGEST = 1 << 16
 _DIGITS = 12  # of the count, so that every beat has the same length
 
 
@@ -86,16 +88,22 @@ def decide(found: Owner | None, mine: Owner, find_start: Callable[[int], str | N
 
 
 def read(directory: Path) -> tuple[Owner | None, bytes]:
-    """The owner that the directory's lock names, None where it names none, and the lock's content. Raises FileNotFoundError."""
-    content = (directory / LOCK).read_bytes()
+    """The owner that the directory's lock names, None where it names none, and the lock's content.
+
+    Raises FileNotFoundError where there is none, UserError where it is something that no owner wrote.
+    """
     try:
-        facts = json.loads(content)
+        content = read_small(directory / LOCK, _LARGEST)
+    except ValueError as error:
+        raise UserError(f"--save {directory}: {LOCK} is no run's: {error}; remove it") from None
+    try:
+        facts = parse_json(content)
         restarts, attempt = facts["start"]
         owner = Owner(
             host=str(facts["host"]), machine=str(facts["machine"]), pid=int(facts["pid"]), started=str(facts["started"]),
             job=str(facts["job"]), start=(int(restarts), int(attempt)), token=str(facts["token"]),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None, content
     return owner, content
 
@@ -150,7 +158,7 @@ class Ownership:
     def _is_mine(self) -> bool:
         try:
             found, _ = read(self._directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             return False
         return found is not None and found.token == self._owner.token
 
@@ -249,7 +257,7 @@ def _stands_still(directory: Path, content: bytes, watch: float, leaving: Callab
             raise LeftEarly(f"left before the first step: told to leave while watching the owner of --save {directory}")
         time.sleep(min(1.0, watch / 20))
         try:
-            if (directory / LOCK).read_bytes() != content:
+            if read(directory)[1] != content:
                 return False
         except FileNotFoundError:
             return False

@@ -18,10 +18,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_small
 from megatron_salt.checkpoint.integrity import METADATA
 
 COMMON = "common.pt"
 """Where megatron-core 0.16 looks for what is no tensor."""
+
+_LARGEST_METADATA = 8 << 30
+"""Bytes: hundreds of them a shard of a tensor, so above those of any model."""
 
 _METADATA_CLASSES = {
     "torch": {"Size"},
@@ -58,12 +62,11 @@ def read_metadata(directory: Path) -> Metadata:
     """torch_dist's table of contents, read without the power to run code. Raises UnsafePickle or Unreadable."""
     path = directory / METADATA
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        metadata = _MetadataUnpickler(io.BytesIO(read_small(path, _LARGEST_METADATA))).load()
     except UnsafePickle as error:
         raise UnsafePickle(f"{path}: {error}; it was not loaded") from None
     except Exception as error:  # a damaged pickle fails in any way it likes
-        raise Unreadable(f"{path}: torch {torch.__version__} cannot read it: {type(error).__name__}: {error}") from None
+        raise Unreadable(f"{path}: torch {torch.__version__} cannot read it: {_in_one_line(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UnsafePickle(f"{path}: holds a {type(metadata).__name__}, not torch_dist metadata")
     return metadata
@@ -84,14 +87,20 @@ def check_pickles(directory: Path, names: Iterable[str]) -> Metadata:
                 file.seek(place.offset)
                 _check_plain(io.BytesIO(file.read(place.length)), f"{directory / place.relative_path} ({index.fqn})")
     if COMMON in names:
-        _check_plain(io.BytesIO((directory / COMMON).read_bytes()), str(directory / COMMON))
+        held = _check_plain(io.BytesIO((directory / COMMON).read_bytes()), str(directory / COMMON))
+        if held != {}:
+            raise UnsafePickle(f"{directory / COMMON}: holds a {type(held).__name__}, and ours an empty dict")
     return metadata
 
 
-def _check_plain(stream: io.BytesIO, where: str) -> None:
+def _check_plain(stream: io.BytesIO, where: str) -> Any:
     try:
-        torch.load(stream, map_location="cpu", weights_only=True)
+        return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UnsafePickle(f"{where}: {str(error).splitlines()[0]}; it was not loaded") from None
+        raise UnsafePickle(f"{where}: {_in_one_line(error)}; it was not loaded") from None
     except Exception as error:
-        raise Unreadable(f"{where}: torch {torch.__version__} cannot read it: {type(error).__name__}: {error}") from None
+        raise Unreadable(f"{where}: torch {torch.__version__} cannot read it: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 
+EVALUATION_DUE = "evaluation_due"
+"""In Progress.extra: the evaluation after its step is still to come. It may decide a crossover, so a resumed run begins with it."""
+
+
 @dataclass(frozen=True)
 class SaltProgress:
     """Where a run with a stage 1 is. Kept to the end of the run, also when the teacher is long gone."""
@@ -33,6 +37,10 @@ class SaltProgress:
         """1 or 2: the stage of the step that follows `step` steps."""
         return 1 if step < self.stage1_end else 2
 
+    def resumes_in(self, step: int, evaluation_due: bool) -> int:
+        """The stage in which a run resumed after `step` steps begins: an evaluation that is due at the end of stage 1 is part of it."""
+        return 1 if evaluation_due and step == self.stage1_end else self.stage_after(step)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -48,3 +56,8 @@ class Progress:
     extra: dict[str, Any] = field(default_factory=dict)
     salt: SaltProgress | None = None
     """None: a run without a stage 1."""
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the evaluation after the step is still to come."""
+        return bool(self.extra.get(EVALUATION_DUE, False))

@@ -12,7 +12,8 @@ import io
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,24 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_salt.checkpoint.changes import changes_since
 from megatron_salt.checkpoint.progress import Progress, SaltProgress
-from megatron_salt.config import OptimizerConfig, flag
+from megatron_salt.config import CheckpointConfig, OptimizerConfig, flag
+from megatron_salt.checkpoint.state import check_state
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json
-from megatron_salt.parallel.agreement import first_problem, from_rank_0
+from megatron_salt.parallel.agreement import first_problem, from_rank_0, gathered
+from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.checkpoint import integrity, pickles, retention, sharded, shelf
+from megatron_salt.checkpoint import evaluated, integrity, pickles, retention, sharded, shelf
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 _CORE_CONFIG = "metadata.json"
+_CORE_CONFIG_HOLDS = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
 _REQUIRED = (integrity.METADATA, pickles.COMMON, _CORE_CONFIG, shelf.STATE)
 
 
@@ -66,13 +73,19 @@ def write_core_files(directory: Path) -> dict[str, integrity.FileSum]:
     """The two small files by which megatron-core, of any release, knows its own checkpoints. There is nothing in them."""
     buffer = io.BytesIO()
     torch.save({}, buffer)
-    config = {
-        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
-    }  # fmt: skip
     return {
         pickles.COMMON: integrity.write_whole(directory / pickles.COMMON, buffer.getvalue()),
-        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(config).encode()),
+        _CORE_CONFIG: integrity.write_whole(directory / _CORE_CONFIG, json.dumps(_CORE_CONFIG_HOLDS).encode()),
     }
+
+
+def _check_core_config(directory: Path) -> None:
+    path = directory / _CORE_CONFIG
+    try:
+        if read_json(path) != _CORE_CONFIG_HOLDS:
+            raise ValueError(f"it does not hold {json.dumps(_CORE_CONFIG_HOLDS)}")
+    except (OSError, ValueError) as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
 
 def common_form(form: sharded.Form) -> sharded.Form:
@@ -118,31 +131,40 @@ def open_checkpoint(load: Path, fallback: bool, flag_name: str = "--load") -> Fo
 
     Raises UserError; DamagedCheckpoint where files are not what was written, unless `fallback` and there is one before.
     """
-    paths = from_rank_0(lambda: retention.of_one_run(shelf.candidates(load, fallback, flag_name)))
+    return _first_whole(from_rank_0(lambda: retention.of_one_run(shelf.candidates(load, fallback, flag_name))), fallback, flag_name, _open)
+
+
+def glance_at_checkpoint(load: Path, fallback: bool) -> Found | None:
+    """The same without a look at anything but state.json, and so without sizes. Not collective."""
+    paths = retention.of_one_run(shelf.candidates(load, fallback))
+    return _first_whole(paths, fallback, "--load", lambda directory: Found(directory, read_facts(directory), {}))
+
+
+def _first_whole(paths: Sequence[Path], fallback: bool, flag_name: str, open_: Callable[[Path], Found]) -> Found | None:
     for number, directory in enumerate(paths, start=1):
         try:
-            return _open(directory)
+            return open_(directory)
         except integrity.DamagedCheckpoint as error:
             if fallback and number < len(paths):
                 log.error("%s: %s\n--load-fallback: trying %s", flag_name, error, paths[number])
                 continue
             could = number < len(paths) and flag_name == "--load"
-            hint = f"\n--load-fallback would resume from {paths[number]} instead" if could else ""
+            hint = f"; --load-fallback would resume from {paths[number]} instead" if could else ""
             raise integrity.DamagedCheckpoint(f"{flag_name}: {error}{hint}") from None
     return None
 
 
 def _open(directory: Path) -> Found:
     sums = from_rank_0(lambda: integrity.read_checksums(directory, _REQUIRED))
-    share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
-    lines: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(lines, integrity.damaged_files(directory, {name: sums[name] for name in share}))
-    damage = [line for part in lines for line in part]
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = sorted(sums)[rank::world_size]
+    damage = [line for part in gathered(integrity.damaged_files(directory, {name: sums[name] for name in share})) for line in part]
     if damage:
-        raise integrity.DamagedCheckpoint(f"{directory} is damaged:\n  " + "\n  ".join(damage))
+        raise integrity.DamagedCheckpoint(f"{directory} is damaged: " + "; ".join(damage))
 
     def read() -> Found:
         facts = read_facts(directory)
+        _check_core_config(directory)
         try:
             metadata = pickles.check_pickles(directory, sums)
         except pickles.Unreadable as error:
@@ -167,13 +189,15 @@ def read_facts(directory: Path) -> dict[str, Any]:
     try:
         facts = read_json(path, nan=True)
         written = facts["format"]
+        if type(written) is int and written == FORMAT:
+            check_state(facts)
     except OSError as error:
         raise integrity.DamagedCheckpoint(f"{path}: {error.strerror}, so this is no whole checkpoint of megatron_salt") from None
     except (ValueError, KeyError, TypeError) as error:
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
-    if written != FORMAT:
-        raise UserError(f"{path} has format {written}; this release reads format {FORMAT}")
-    return {"probe": None, "salt": None} | facts
+    if type(written) is not int or written != FORMAT:
+        raise UserError(f"{path} has format {str(written)[:24]}; this release reads format {FORMAT}")
+    return evaluated.with_evaluation(directory, {"probe": None, "salt": None, "extra": {}} | facts)
 
 
 # ---- holding it against this run ---------------------------------------------------------------------------------------
@@ -214,32 +238,45 @@ def refuse_mismatches(directory: Path, mismatches: list[sharded.Mismatch]) -> No
 
 def loadable_form(found: Found, optimizer: MegatronOptimizer, plan: str, mesh: Mesh, num_chunks: int) -> sharded.Form:
     """The form of the checkpoint's optimizer state. Raises UserError where this run cannot load it. Collective."""
-    saved, layout = found.facts["optimizer"], found.facts["layout"]
-    if saved is None:
-        raise UserError(f"{found.directory} has no optimizer state; --no-load-optim or --finetune goes without it")
-    form, mine = saved["form"], sharded.form_for(optimizer, reshardable=False)
-    if (form == "plain") != (mine == "plain"):
-        with_, without = ("this run", "the checkpoint") if form == "plain" else ("the checkpoint", "this run")
-        raise UserError(f"{found.directory}: {with_} has --use-distributed-optimizer and {without} has not; "
-                        "use the same, or resume with --no-load-optim")
+    mine = sharded.form_for(optimizer, reshardable=False)
+    form = refuse_other_form(found, mine != "plain", mesh.layout, num_chunks)
     if form != "dp_reshardable":
         return form
-    there = (layout["tensor"], layout["pipeline"], found.facts["chunks"])
-    here = (mesh.layout.tensor, mesh.layout.pipeline, num_chunks)
-    problem = None
-    if there != here:
-        problem = f"was written at {_layout_flags(*there)}, this run has {_layout_flags(*here)}"
-    elif first_problem(None if saved["bucket_plans"].get(_place(mesh)) == plan else "another plan") is not None:
+    saved, problem = found.facts["optimizer"], None
+    if first_problem(None if saved["bucket_plans"].get(_place(mesh)) == plan else "another plan") is not None:
         problem = ("was written with another split into stages or gradient buckets (--decoder-first-pipeline-num-layers and "
                    "its like, --ddp-bucket-size, --overlap-grad-reduce)")
     elif first_problem(None if mine == form else "an empty bucket") is not None:
         problem = f"cannot be cut for {mesh.groups.dp_cp.size()} data- and context-parallel ranks: some would get nothing"
     if problem is not None:
-        raise UserError(
-            f"the optimizer state in {found.directory} is in form dp_reshardable and {problem}. Resume it once as it was and "
-            "save with --dist-ckpt-optim-fully-reshardable (the save at a run's last step always is), or resume with --no-load-optim"
-        )
+        raise _not_reshardable(found, problem)
     return form
+
+
+def refuse_other_form(found: Found, is_distributed: bool, layout: Layout, num_chunks: int) -> sharded.Form:
+    """The form of the checkpoint's optimizer state. Raises UserError where flags alone say that it cannot be loaded. Pure.
+
+    is_distributed: whether this run has --use-distributed-optimizer. num_chunks: model chunks of a rank."""
+    saved, then = found.facts["optimizer"], found.facts["layout"]
+    if saved is None:
+        raise UserError(f"{found.directory} has no optimizer state; --no-load-optim or --finetune goes without it")
+    form = saved["form"]
+    if (form == "plain") == is_distributed:
+        with_, without = ("this run", "the checkpoint") if form == "plain" else ("the checkpoint", "this run")
+        raise UserError(f"{found.directory}: {with_} has --use-distributed-optimizer and {without} has not; "
+                        "use the same, or resume with --no-load-optim")
+    there = (then["tensor"], then["pipeline"], found.facts["chunks"])
+    here = (layout.tensor, layout.pipeline, num_chunks)
+    if form == "dp_reshardable" and there != here:
+        raise _not_reshardable(found, f"was written at {_layout_flags(*there)}, this run has {_layout_flags(*here)}")
+    return form
+
+
+def _not_reshardable(found: Found, problem: str) -> UserError:
+    return UserError(
+        f"the optimizer state in {found.directory} is in form dp_reshardable and {problem}. Resume it once as it was and "
+        "save with --dist-ckpt-optim-fully-reshardable (the save at a run's last step always is), or resume with --no-load-optim"
+    )
 
 
 def _layout_flags(tensor: int, pipeline: int, chunks: int) -> str:
@@ -248,6 +285,17 @@ def _layout_flags(tensor: int, pipeline: int, chunks: int) -> str:
 
 
 # ---- taking over -------------------------------------------------------------------------------------------------------
+
+
+def take_over(found: Found, run: RunIdentity, config: CheckpointConfig) -> Progress:
+    """Where the run goes on, if the checkpoint is of this run as the flags ask: see `refuse_other_run`. Events say which other flags
+    changed. Not collective; reads run.yaml."""
+    refuse_other_run(found, run, config.finetune, config.new_data)
+    if config.finetune:
+        return Progress(0, 0, events=({"event": "finetune", "from": str(found.directory), "step": found.facts["step"]},))
+    progress = progress_from(found, run, config.new_data)
+    changed = [change.event(progress.step) for change in changes_since(found.directory, run.yaml)]
+    return replace(progress, events=(*progress.events, *changed))
 
 
 def progress_from(found: Found, run: RunIdentity, new_data: bool) -> Progress:
@@ -271,14 +319,22 @@ def schedule_follows_run(optimizer: OptimizerConfig) -> tuple[str, ...]:
     return tuple(follows)
 
 
-def load_schedule(
-    scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer | None, found: Found, follows: tuple[str, ...]
-) -> None:
-    """Move the schedule to where the checkpoint's is. Raises UserError where the two are different schedules.
+def _is_like(saved: Any, mine: Any) -> bool:
+    if isinstance(mine, int | float):
+        return type(saved) in (int, float)
+    return saved is None or isinstance(saved, str)
+
+
+def schedule_to_load(scheduler: OptimizerParamScheduler, found: Found, follows: tuple[str, ...]) -> dict[str, Any]:
+    """The state that moves this schedule to where the checkpoint's is. Raises UserError where the two are different schedules. Pure.
 
     --override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler, which the scheduler knows, decide which one holds.
     """
     saved, mine = dict(found.facts["scheduler"]), scheduler.state_dict()
+    odd = [name for name, value in mine.items() if name not in saved or not _is_like(saved[name], value)]
+    if odd:
+        path = found.directory / shelf.STATE
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: its scheduler lacks or garbles {', '.join(odd)}")
     if not scheduler.use_checkpoint_opt_param_scheduler:
         for name in follows:
             if saved[name] != mine[name]:
@@ -290,7 +346,14 @@ def load_schedule(
         if differences:
             raise UserError(f"{found.directory} has another schedule: {'; '.join(differences)}. --override-opt-param-scheduler "
                             "takes the flags, --use-checkpoint-opt-param-scheduler the checkpoint's")
-    scheduler.load_state_dict(saved)
+    return saved
+
+
+def load_schedule(
+    scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer | None, found: Found, follows: tuple[str, ...]
+) -> None:
+    """Move the schedule to where the checkpoint's is: see `schedule_to_load`."""
+    scheduler.load_state_dict(schedule_to_load(scheduler, found, follows))
     if optimizer is not None:  # the groups carry a copy of the peak and the floor
         for group in optimizer.param_groups:
             group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr

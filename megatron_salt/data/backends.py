@@ -72,7 +72,8 @@ def _fault(tokenizer: Tokenizer, sample: Sequence[str]) -> str | None:
         return "gigatoken, which may be many times faster, is not installed: pip install gigatoken"
     try:
         encode = encode_with(tokenizer, "gigatoken")
-        return first_difference(tokenizer, encode, itertools.chain(HARD, sample))
+        special = [text for name in itertools.islice(tokenizer.special, 256) for text in (name, f"a{name}b {name} c", f"<{name}>")]
+        return first_difference(tokenizer, encode, itertools.chain(HARD, special, sample))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
@@ -109,7 +110,7 @@ class _Gigatoken:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.as_json is not None
-        self._json = without_special(tokenizer.as_json())
+        self._json = (texts_alone if tokenizer.matches_special else without_special)(tokenizer.as_json())
         self._since = self._limit = 0
         self._vocab_size = tokenizer.vocab_size
         self._make()
@@ -143,6 +144,12 @@ def without_special(tokenizer_json: bytes) -> bytes:
     """A tokenizer.json that reads special tokens in the text as text, adds nothing, and neither pads nor cuts."""
     content = json.loads(tokenizer_json)
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    return texts_alone(json.dumps(content).encode())
+
+
+def texts_alone(tokenizer_json: bytes) -> bytes:
+    """A tokenizer.json that adds nothing, and neither pads nor cuts."""
+    content = json.loads(tokenizer_json)
     content["post_processor"] = content["padding"] = content["truncation"] = None
     return json.dumps(content).encode()
 

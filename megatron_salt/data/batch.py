@@ -85,6 +85,11 @@ class Batches:
             self._microbatch(sample_ids[start : start + size], tokens[start : start + size]) for start in range(0, self._share, size)
         ]
 
+    def first(self, count: int) -> list[Microbatch]:
+        """The first samples of the order, each a microbatch of its own: the same on every replica, whatever has been consumed."""
+        sample_ids, tokens = self.samples.read(np.arange(count))
+        return [self._microbatch(sample_ids[one : one + 1], tokens[one : one + 1]) for one in range(count)]
+
     def _microbatch(self, sample_ids: np.ndarray, tokens: np.ndarray) -> Microbatch:
         inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
         loss_mask, position_ids, documents = self.samples.masking.of(inputs)

@@ -153,15 +153,7 @@ def parse_data_path(values: Sequence[str], flag: str) -> tuple[list[str], list[f
                 f"{flag}: weight {min(weights)} is less than 1/{BLOCK} of the sum of all weights, {math.fsum(weights)}"
             )
         prefixes = list(values[1::2])
-    prefixes = [_without_suffix(prefix) for prefix in prefixes]
-    seen: dict[str, str] = {}
-    for prefix in prefixes:
-        other = seen.setdefault(os.path.realpath(prefix), prefix)
-        if other is not prefix:
-            raise UserError(
-                f"{flag} names one dataset twice, as {other} and as {prefix}; to see it more often, give it a larger weight"
-            )
-    return prefixes, weights or None
+    return [_without_suffix(prefix) for prefix in prefixes], weights or None
 
 
 def _as_number(value: str) -> float | None:

@@ -1,7 +1,7 @@
 """Which files --input names, and the texts on a line of JSON.
 
 Files come in the order in which they were named, a pattern's matches sorted. Whatever is wrong with a line is said in words
-(BadLine), whatever is wrong with a file is a UserError. `reading.py` reads them. Standard library alone.
+(BadLine), whatever is wrong with a file is a UserError. `reading.py` reads them. Pure.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 
+from megatron_salt.data.repeats import refuse_repeated_files
 from megatron_salt.errors import UserError
 
 STDIN = "-"
@@ -49,8 +49,11 @@ class BadLines:
                             f"nothing was published. First: {(self._first or ['in an earlier run'])[0]}")
 
 
-def input_files(patterns: Sequence[str]) -> list[str]:
-    """The files that --input names. UserError for one that is missing, named twice, or of a form that cannot be read."""
+def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_document: bool = False) -> list[str]:
+    """The files that --input names. UserError for one that is missing, named twice, or of a form that cannot be read.
+
+    file_is_document: a plain text file is one document, of which two may be equal.
+    """
     found: list[str] = []
     if STDIN in patterns and len(patterns) > 1:
         raise UserError(f"--input {' '.join(patterns)}: {STDIN}, standard input, comes alone")
@@ -67,11 +70,10 @@ def input_files(patterns: Sequence[str]) -> list[str]:
         if path.endswith(_UNREADABLE):
             raise UserError(f"--input {path}: {os.path.splitext(path)[1]} files cannot be read; give plain, .gz, .zst or "
                             ".parquet files, or pipe the text into --input -")
-    repeated = next((path for path, count in Counter(found).items() if count > 1), None)
-    if repeated is not None:
-        raise UserError(f"--input names {repeated} {found.count(repeated)} times")
     if not found:
         raise UserError("--input names no file")
+    if not allow_duplicates:
+        refuse_repeated_files("--input", found, lambda path: not file_is_document)
     return found
 
 

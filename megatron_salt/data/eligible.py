@@ -36,6 +36,10 @@ class Eligible:
         """bool [end - first]"""
         return bits(self.packed, first, end)
 
+    def have(self, ids: np.ndarray) -> np.ndarray:
+        """Which of these: int64 [n], in any order -> bool [n]."""
+        return (self.packed[ids // 8] >> (ids % 8).astype(np.uint8) & 1).astype(bool)
+
     def count(self, first: int, end: int) -> int:
         """How many of samples [first, end)."""
         return sum(int(np.count_nonzero(self.of(start, min(start + CHUNK, end)))) for start in range(first, end, CHUNK))

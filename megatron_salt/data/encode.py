@@ -1,6 +1,6 @@
 """Chunks of text to ids, in this process or in several.
 
-What a chunk becomes is a pure function of its bytes, the tokenizer, the keys and append_eod, and chunks come back in the order
+What a chunk becomes is a pure function of its bytes, the tokenizer, the keys, append_eod and prepend_bos, and chunks come back in the order
 in which they went in: the result does not depend on the number of workers. Workers parse and encode. Text and ids never pass
 through a pickle: a chunk of a plain file is read by its worker, other text and all ids lie in slots, files in memory that
 both sides hold open; a few slots per worker bound what is in memory.
@@ -25,9 +25,11 @@ from multiprocessing.reduction import DupFd
 import numpy as np
 
 from megatron_salt.data.backends import Backend, encode_with, resident_bytes
+from megatron_salt.data.ends import Ends
 from megatron_salt.data.indexed import token_dtype
 from megatron_salt.data.parse import Parsed, Parser
 from megatron_salt.data.reading import Chunk
+from megatron_salt.data.special_tokens import Finder, Found
 from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
 from megatron_salt.errors import UserError
 
@@ -59,21 +61,30 @@ class EncodedChunk:
     """Per key: documents without a token."""
     digests: list[np.ndarray]
     """Per key, if asked for: uint64 [documents, 2], a hash of each text."""
+    special: list[Found]
+    """Per key: what the texts hold of special tokens."""
 
 
 class Encoder:
     """Chunk -> EncodedChunk: a pure function of the tokenizer and these settings."""
 
-    def __init__(self, tokenizer: Tokenizer, backend: Backend, keys: Sequence[str], append_eod: bool, digests: bool) -> None:
-        self.settings = (tokenizer.kind, tokenizer.files, backend, tuple(keys), append_eod, digests)
+    def __init__(self, tokenizer: Tokenizer, backend: Backend, keys: Sequence[str], append_eod: bool, digests: bool,
+                 prepend_bos: bool = False) -> None:
+        self.settings = (tokenizer.kind, tokenizer.files, tokenizer.ends, tokenizer.matches_special, backend, tuple(keys), append_eod,
+                         prepend_bos, digests)
         """What another process makes the same encoder of."""
         self._parse = Parser(keys)
         self.backend = backend
         self._encode = encode_with(tokenizer, backend)
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eod = tokenizer.eod if append_eod else None
+        self._bos = tokenizer.bos if prepend_bos else None
         self._digests = digests
-        assert not append_eod or self._eod is not None
+        self._find = Finder(tokenizer.special)
+        self._tokenizer = tokenizer
+        self._is_forbidden = np.zeros(tokenizer.vocab_size, np.bool_)
+        self._is_forbidden[list(tokenizer.forbidden)] = True
+        assert (self._eod is not None or not append_eod) and (self._bos is not None or not prepend_bos)
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """UserError when the chunk's file cannot be read."""
@@ -84,22 +95,34 @@ class Encoder:
             [sum(len(text.encode()) for text in texts) for texts in parsed.texts], [ids for ids, _, _ in columns],
             [lengths for _, lengths, _ in columns],
             [len(texts) - len(lengths) for texts, (_, lengths, _) in zip(parsed.texts, columns, strict=True)],
-            self._hash(parsed, [full for _, _, full in columns]))
+            self._hash(parsed, [full for _, _, full in columns]), [self._find(texts) for texts in parsed.texts])
 
     def _encode_column(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of all texts, lengths of those that have any, and which these are."""
         parts, sizes = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
         for some in _portions(texts):
             ids, lengths = self._encode(some)
+            if self._is_forbidden[ids].any():
+                self._refuse_forged(some, ids, lengths)
             parts.append(ids.astype(self._dtype))
             sizes.append(lengths)
         ids, every = np.concatenate(parts), np.concatenate(sizes)
         full = every > 0
         lengths = every[full].astype(np.int32)
+        if self._bos is not None:
+            ids = np.insert(ids, np.cumsum(lengths, dtype=np.int64) - lengths, self._bos)
+            lengths += np.int32(1)
         if self._eod is not None:
             ids = np.insert(ids, np.cumsum(lengths, dtype=np.int64), self._eod)
             lengths += np.int32(1)
         return ids, lengths, full
+
+    def _refuse_forged(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
+        at = int(np.argmax(self._is_forbidden[ids]))
+        text = texts[int(np.searchsorted(np.cumsum(lengths), at, side="right"))]
+        names = [name for name, i in self._tokenizer.special.items() if i == ids[at]]
+        raise UserError(f"--special-tokens-in-text split: for {text[:80]!r} the {self._tokenizer.kind} gives {' '.join(map(repr, names))} "
+                        f"(id {ids[at]}) without being asked; only encode takes this text")
 
     def _hash(self, parsed: Parsed, full: list[np.ndarray]) -> list[np.ndarray]:
         if not self._digests:
@@ -181,14 +204,15 @@ _encoder: Encoder  # of a worker process, set once by _start_worker: a tokenizer
 _slots: Slots
 
 
-def _start_worker(slots: Slots, kind: str, files: Mapping[str, bytes], backend: Backend, keys: Sequence[str], append_eod: bool,
-                  digests: bool) -> None:
+def _start_worker(slots: Slots, kind: str, files: Mapping[str, bytes], ends: Ends, matches_special: bool, backend: Backend,
+                  keys: Sequence[str], append_eod: bool, prepend_bos: bool, digests: bool) -> None:
     global _encoder, _slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _slots = slots
-    _encoder = Encoder(tokenizer_from_files(kind, files, origin="the tokenizer"), backend, keys, append_eod, digests)
+    tokenizer = tokenizer_from_files(kind, files, "the tokenizer", ends, matches_special)
+    _encoder = Encoder(tokenizer, backend, keys, append_eod, digests, prepend_bos)
 
 
 def _die_with_parent() -> None:

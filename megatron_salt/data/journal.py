@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.errors import UserError
+from megatron_salt.small_files import parse_json
 
 
 class Journal:
     """The journal at `path`, made where there is none."""
 
     def __init__(self, path: Path) -> None:
-        """UserError while another process holds it."""
+        """UserError while another process holds it, and where something else lies there."""
         self.path = path
+        if path.exists() and not path.is_file():  # a pipe has no end, and a device may have none
+            raise UserError(f"{path} is not a regular file; remove it, or give another --output-prefix")
         self._stream = open(path, "a+b")  # noqa: SIM115 (closed by close)
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,7 +42,13 @@ class Journal:
             digest, _, body = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or digest != _digest(body):
                 break
-            self.records.append(json.loads(body))
+            try:
+                record = parse_json(body)
+            except ValueError:
+                break
+            if not isinstance(record, dict):
+                break
+            self.records.append(record)
             whole += len(line)
         self._stream.truncate(whole)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
 _TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
 _JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
+               "float | None": (int, float, type(None)),
                "str | None": (str, type(None))}
 
 
@@ -86,6 +87,14 @@ class Manifest:
     """--shuffle-documents; None: documents lie in input order."""
     tokenizer_backends: tuple[str, ...] = ()
     """What encoded (--tokenizer-backend): more than one where a run was resumed with another or parts were merged; empty: not recorded."""
+    bos: int | None = None
+    """The id that every document begins with (--prepend-bos); None: none was put there."""
+    special_tokens_in_text: str = ""
+    """encode, split or refuse; empty: not recorded."""
+    special_documents: int = 0
+    """Documents read whose text has special tokens in it."""
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    """Token -> occurrences in texts."""
 
     @property
     def fingerprint(self) -> str:
@@ -120,13 +129,16 @@ def read_manifest(prefix: str) -> Manifest | None:
         raw = read_json(path, FORMAT, "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
-    added = {name: getattr(Manifest, name) for name in ("shard", "duplicates", "shuffle_seed")}  # older ones lack them
-    raw = {**added, "tokenizer_backends": [], **raw}
+    added = {name: getattr(Manifest, name)  # older ones lack them
+             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents")}
+    raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
     check_fields(Manifest, raw, path)
     if raw["dtype"] not in _TOKEN_TYPES:
         raise UserError(f"{path}: dtype is {raw['dtype']!r}; token ids are {' or '.join(_TOKEN_TYPES)}")
     if not all(isinstance(name, str) for name in raw["tokenizer_backends"]):
         raise UserError(f"{path}: tokenizer_backends should be names, they are {str(raw['tokenizer_backends'])[:80]}")
+    if not all(type(count) is int and count >= 0 for count in raw["special_tokens"].values()):
+        raise UserError(f"{path}: special_tokens should be counts, they are {str(raw['special_tokens'])[:80]}")
     for source in raw["sources"]:
         check_types(Source, source, path)
     try:
@@ -154,19 +166,23 @@ def write_json(facts: Mapping[str, Any], path: Path, version: int) -> None:
 
 
 def read_json(path: Path, version: int, remedy: str) -> dict[str, Any]:
-    """The facts that `write_json` wrote. FileNotFoundError where there is no file; UserError, with what to do about it
-    (`remedy`), where it cannot be understood."""
+    """`read_json_of` one version."""
+    return read_json_of(path, (version,), remedy)[1]
+
+
+def read_json_of(path: Path, versions: Sequence[int], remedy: str) -> tuple[int, dict[str, Any]]:
+    """(version, facts) that `write_json` wrote, in one of these versions. FileNotFoundError where there is no file; UserError, with what
+    to do about it (`remedy`), where it cannot be understood."""
     try:
         raw = small_files.read_json(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable manifest ({error}); {remedy}") from None
-    if not isinstance(raw, dict) or raw.get("format") != version:
+    if not isinstance(raw, dict) or raw.get("format") not in versions:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path} has manifest format {found}, this version reads {version}")
-    del raw["format"]
-    return raw
+        raise UserError(f"{path} has manifest format {found}, this version reads {' and '.join(map(str, versions))}")
+    return int(raw.pop("format")), raw
 
 
 def check_fields(kind: type, raw: Mapping[str, Any], path: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.order import Progress
 from megatron_salt.data.pools import Members, Runs
+from megatron_salt.data.repeats import refuse_repeated_datasets
 from megatron_salt.data.scores import DatasetFacts
 from megatron_salt.data.windows import TokenFile, Windows, num_held_out
 from megatron_salt.errors import UserError
@@ -189,18 +190,23 @@ def open_training_data(
     ) -> Samples:
         return Samples(split, windows, first, sizes, weights, seed, masking, tokenizer_vocab_size, data.verify_data)
 
-    windows, weights = _open_windows(data.data_path, "--data-path", seq_length)
+    windows, weights = _open_windows(data.data_path, "--data-path", seq_length, data.allow_duplicate_inputs)
     held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]
     kept = [len(w) - count for w, count in zip(windows, held_out, strict=True)]
     train = samples("train", windows, [0] * len(windows), kept, weights, seed)
     if data.valid_data_path:
-        valid_windows, valid_weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length)
+        valid_windows, valid_weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs)
         return train, samples(
             "valid", valid_windows, [0] * len(valid_windows), [len(w) for w in valid_windows], valid_weights, seed=0
         )
     return train, samples("valid", windows, kept, held_out, weights, seed=0) if data.valid_share else None
 
 
-def _open_windows(data_path: Sequence[str], flag_name: str, seq_length: int) -> tuple[list[Windows], list[float] | None]:
+def _open_windows(
+    data_path: Sequence[str], flag_name: str, seq_length: int, allow_duplicates: bool
+) -> tuple[list[Windows], list[float] | None]:
     prefixes, weights = parse_data_path(data_path, flag_name)
-    return [Windows(TokenFile.open(prefix, flag_name), seq_length) for prefix in prefixes], weights
+    windows = [Windows(TokenFile.open(prefix, flag_name), seq_length) for prefix in prefixes]
+    if not allow_duplicates:
+        refuse_repeated_datasets(flag_name, prefixes)
+    return windows, weights

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.data.manifest import content_hash, read_json, write_json
+from megatron_salt.data.repeats import WAY_OUT, refuse_repeated_directories
 from megatron_salt.data.scores import (
     FORMAT, INDEX, SHARD, IndexManifest, column_path, columns, npy_header, read_index, shard_paths, write_shard_manifest,
 )  # fmt: skip
@@ -49,10 +50,13 @@ class ScoreIndex:
     """The flag that named it, for error messages."""
 
     @classmethod
-    def open(cls, directories: Sequence[str], flag_name: str = "--scores") -> ScoreIndex:
-        """Open the shards in these directories. UserError where they are not, together, one whole index."""
+    def open(cls, directories: Sequence[str], flag_name: str = "--scores", allow_duplicates: bool = False) -> ScoreIndex:
+        """Open the shards in these directories. UserError where they are not, together, one whole index. allow_duplicates: of equal
+        shards one is taken."""
         if not directories:
             raise UserError(f"{flag_name} is missing: it takes the directory of a score index, or several with its shards")
+        if not allow_duplicates:
+            refuse_repeated_directories(flag_name, directories)
         manifest = read_index(Path(directories[0]), flag_name)
         for other in directories[1:]:
             differences = read_index(Path(other), flag_name).differences(manifest)
@@ -61,6 +65,7 @@ class ScoreIndex:
                                 f"{'; '.join(differences)}")
         found = [shard for directory in directories for shard in shard_paths(Path(directory))]
         shards = tuple(sorted((_open_shard(path, first, end, manifest, flag_name) for first, end, path in found), key=lambda s: s.first))
+        shards = _each_once(shards, flag_name, allow_duplicates)
         _refuse_gaps(shards, manifest, flag_name)
         return cls(manifest, shards, flag_name)
 
@@ -199,6 +204,18 @@ def _open_shard(path: Path, first: int, end: int, manifest: IndexManifest, flag_
             raise UserError(f"{flag_name}: {file} is {how}: it has {found} bytes, {path / SHARD} says {size}; "
                             f"delete {path} and score its samples again")
     return Shard(path, first, end, {name: digest for name, (_, digest) in facts.items()})
+
+
+def _each_once(shards: Sequence[Shard], flag_name: str, allow_duplicates: bool) -> tuple[Shard, ...]:
+    """The shards, ascending, without those that have the samples and the bytes of the one before; UserError unless they are allowed."""
+    kept: list[Shard] = []
+    for shard in shards:
+        if not kept or (shard.first, shard.end, shard.hashes) != (kept[-1].first, kept[-1].end, kept[-1].hashes):
+            kept.append(shard)
+        elif not allow_duplicates:
+            raise UserError(f"{flag_name} names {kept[-1].path} and {shard.path}, which hold the same scores of samples {shard.first} to "
+                            f"{shard.end - 1}; {WAY_OUT}")
+    return tuple(kept)
 
 
 def _refuse_gaps(shards: Sequence[Shard], manifest: IndexManifest, flag_name: str) -> None:

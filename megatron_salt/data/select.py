@@ -1,13 +1,12 @@
-"""Which samples a rule chooses from their scores: exact, ties to the lower id, in bounded memory, whatever the chunks.
+"""Which samples a rule chooses from their scores: exact, ties by a keyed order of the ids, in bounded memory, whatever the chunks.
 
 Nothing is sorted. Scores become uint32 keys of the same order; two passes of 16 bits each count keys and find the one at the last
-rank that is taken, and how many samples with that very key are; a last pass emits ids in ascending order. Three passes
-over one column of 4 bytes a sample, and a few MB besides the bitmap of `Eligible`.
+rank that is taken, and how many samples with that very key are. Where that is a part of them, `ties.py` finds which. A last pass emits
+ids in ascending order. Four passes over one column of 4 bytes a sample, and a few MB besides the bitmap of `Eligible`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,13 +14,14 @@ from typing import Literal
 import numpy as np
 
 from megatron_salt.data.eligible import Eligible, dataset_ranges
-from megatron_salt.data.order import permute
+from megatron_salt.data.order import key_of, permute
 from megatron_salt.data.score_index import CHUNK, ScoreIndex
+from megatron_salt.data.ties import TIE_SEED, Ties, tie_limits, tie_ranks
 from megatron_salt.errors import UserError
 
 RuleName = Literal["top", "bottom", "band", "threshold", "random"]
 _DIGIT = 1 << 16
-_ALL = 1 << 62  # more ties than there are
+_ALL = 1 << 62  # as many ties as there may be
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,21 @@ class Rule:
     maximum: float | None = None
     seed: int | None = None
     """Chooses a random choice."""
+    tie_seed: int = TIE_SEED
+    """Orders samples of one score; with threshold and random there is nothing to order."""
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """The best so many samples of a pool: those with a greater key, and the first `ties` of those with this one."""
+    """The best so many samples of a pool: those with a greater key, and those with this one whose tie rank is below the limit."""
 
     key: int
     ties: int
+    """How many of those with this key."""
+    group: int
+    """How many eligible samples have it."""
+    limit: int | None
+    """Of `tie_ranks`; None: all of them belong."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,16 @@ class PoolChoice:
     upto: Boundary | None
     """Those and the chosen ones; None with the random rule."""
 
+    @property
+    def tied(self) -> int:
+        """How many of the chosen nothing but the order of ties tells from samples that are not chosen."""
+        if self.after is None or self.upto is None:
+            return 0
+        after, upto = self.after, self.upto
+        if after.key == upto.key:
+            return upto.ties - after.ties if upto.ties - after.ties < upto.group else 0
+        return (upto.ties if upto.ties < upto.group else 0) + (after.group - after.ties if after.ties else 0)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -81,6 +98,16 @@ class Choice:
     def count(self) -> int:
         return sum(pool.count for pool in self.pools)
 
+    @property
+    def tied(self) -> int:
+        """How many of the chosen ties decided: samples of the score at a cut, where others of it are not chosen."""
+        return sum(pool.tied for pool in self.pools)
+
+    @property
+    def tie_share(self) -> float:
+        """The same, as a share of the chosen."""
+        return self.tied / max(self.count, 1)
+
     def ids(self, size: int = CHUNK) -> Iterator[np.ndarray]:
         """The chosen ids, ascending, of `size` samples at a time: int64 [n]."""
         for pool in self.pools:
@@ -88,17 +115,14 @@ class Choice:
 
     def _ranked(self, pool: PoolChoice, size: int) -> Iterator[np.ndarray]:
         assert pool.after is not None and pool.upto is not None
-        after_ties, upto_ties = pool.after.ties, pool.upto.ties
         for first, keys, may in _keys(self.index, self.column, self.rule, self.eligible, pool.first, pool.end, size):
-            left_out, after_ties = _best(keys, may, pool.after.key, after_ties)
-            best, upto_ties = _best(keys, may, pool.upto.key, upto_ties)
+            left_out, best = (_best(first, keys, may, boundary, self.rule.tie_seed) for boundary in (pool.after, pool.upto))
             yield first + np.flatnonzero(best & ~left_out)
 
     def _random(self, pool: PoolChoice, size: int) -> Iterator[np.ndarray]:
         """The eligible samples, numbered as they come, whose number a keyed permutation takes below the count."""
         assert self.rule.seed is not None
-        digest = hashlib.blake2b(f"{self.rule.seed}/{pool.first}".encode(), digest_size=8).digest()
-        key, passed = int.from_bytes(digest, "little"), 0
+        key, passed = key_of(f"{self.rule.seed}/{pool.first}"), 0
         for first in range(pool.first, pool.end, size):
             ids = first + np.flatnonzero(self.eligible.of(first, min(first + size, pool.end)))
             yield ids[permute(np.arange(passed, passed + len(ids)), pool.eligible, key) < pool.count] if len(ids) else ids
@@ -160,14 +184,15 @@ def _keys(
         yield start, ~keys if rule.name == "bottom" else keys, eligible.of(start, start + len(scores))
 
 
-def _best(keys: np.ndarray, may: np.ndarray, key: int, ties: int) -> tuple[np.ndarray, int]:
-    """Which of these are eligible and have a greater key, or are among the next `ties` with this one; and what is left of `ties`."""
-    best = (keys > np.uint32(key)) & may
-    if ties:
-        level = np.flatnonzero((keys == np.uint32(key)) & may)[:ties]
-        best[level] = True
-        ties -= len(level)
-    return best, ties
+def _best(first: int, keys: np.ndarray, may: np.ndarray, boundary: Boundary, tie_seed: int) -> np.ndarray:
+    """Which of the samples from `first` on are among the best up to a boundary: keys uint32 [n], eligible bool [n] -> bool [n]."""
+    if boundary.limit is None:
+        return (keys >= np.uint32(boundary.key)) & may
+    best = (keys > np.uint32(boundary.key)) & may
+    if boundary.limit:
+        level = np.flatnonzero((keys == np.uint32(boundary.key)) & may)
+        best[level] = tie_ranks(first + level, tie_seed) < np.uint64(boundary.limit)
+    return best
 
 
 def _refuse_nan(index: ScoreIndex, column: str, eligible: Eligible, size: int) -> None:
@@ -216,7 +241,12 @@ def _boundaries(
     for _, keys, may in _keys(index, column, rule, eligible, *pool, size):
         for digit, counts in low.items():
             counts += np.bincount(keys[(keys >> 16 == digit) & may] & 0xFFFF, minlength=_DIGIT)
-    after, upto = (Boundary((digit << 16) + low_digit, ties) for digit, rest in digits for low_digit, ties in [_digit_at(low[digit], rest)])
+    found = [(digit, *_digit_at(low[digit], rest)) for digit, rest in digits]
+    cut = [((digit << 16) + low_digit, ties, int(low[digit][low_digit])) for digit, low_digit, ties in found]
+    turned = 0xFFFFFFFF if rule.name == "bottom" else 0
+    parts = [Ties(score_of_key(key ^ turned), ties, group) for key, ties, group in cut if 0 < ties < group]
+    limits = iter(tie_limits(index, column, eligible, pool, parts, rule.tie_seed, size) if parts else [])
+    after, upto = (Boundary(key, ties, group, (next(limits) if ties < group else None) if ties else 0) for key, ties, group in cut)
     return after, upto
 
 
@@ -233,7 +263,7 @@ def _within_threshold(index: ScoreIndex, column: str, rule: Rule, eligible: Elig
     highest = 0xFFFFFFFF if rule.maximum is None else int(order_keys(np.array([rule.maximum], np.float32))[0])
     lowest = int(order_keys(np.array([rule.minimum], np.float32))[0])
     there = eligible.count(0, index.num_samples)
-    pool = PoolChoice(0, index.num_samples, there, 0, Boundary(highest, 0), Boundary(lowest, _ALL))
+    pool = PoolChoice(0, index.num_samples, there, 0, Boundary(highest, 0, _ALL, 0), Boundary(lowest, _ALL, _ALL, None))
     count = sum(len(ids) for ids in Choice(index, column, rule, eligible, (pool,)).ids(size))
     if not count:
         upto = "" if rule.maximum is None else f" and at most --max-score {rule.maximum}"

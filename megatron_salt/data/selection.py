@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_salt.data.manifest import check_fields, content_hash, read_json, sampled_hash, write_json
+from megatron_salt.data.manifest import check_fields, content_hash, read_json_of, sampled_hash, write_json
 from megatron_salt.data.scores import DatasetFacts, IndexManifest, dataset_differences, manifest_from_json, npy_header
 from megatron_salt.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_TIES = 1  # a format that is read too: ties went to the lower id, and nobody counted them
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class SelectionManifest:
     """How the ids were chosen, with every number."""
     valid_share: float
     """The --valid-share whose held-out windows were left out."""
+    tie_seed: int | None
+    """Orders samples of one score; None where they are not ordered, and in files of format 1, where the lower id came first."""
+    tie_share: float | None
+    """Share of the chosen that ties decided; None in files of format 1."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ class Selection:
         npy, description = selection_paths(path)
         told = f"{flag_name} {path}"
         try:
-            raw = read_json(description, FORMAT, "select again, or restore it")
+            version, raw = read_json_of(description, (_WITHOUT_TIES, FORMAT), "select again, or restore it")
+            if version == _WITHOUT_TIES:
+                raw = {**raw, "tie_seed": None, "tie_share": None}
             check_fields(SelectionManifest, raw, description)
             manifest = SelectionManifest(**{**raw, "scores": manifest_from_json(raw["scores"], description)})
             size = npy.stat().st_size
@@ -122,8 +129,9 @@ def refuse_other_data(selection: Selection, datasets: Sequence[DatasetFacts], se
 
 
 def write_selection(
-    prefix: str, chunks: Iterable[np.ndarray], num_selected: int, scores: IndexManifest, rule: dict[str, Any], valid_share: float
-) -> SelectionManifest:
+    prefix: str, chunks: Iterable[np.ndarray], num_selected: int, scores: IndexManifest, rule: dict[str, Any], valid_share: float,
+    tie_seed: int | None = None, tie_share: float = 0.0,
+) -> SelectionManifest:  # fmt: skip
     """Write PREFIX.npy and then PREFIX.json, each whole or not at all; a PREFIX.json that is there goes first.
 
     chunks: the `num_selected` ids, ascending, int64 [n] each.
@@ -148,8 +156,9 @@ def write_selection(
             temporary.unlink()
         raise
     manifest = SelectionManifest(
-        scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(npy), scores, rule, valid_share
-    )
+        scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(npy), scores, rule, valid_share,
+        tie_seed, tie_share,
+    )  # fmt: skip
     write_json(asdict(manifest), description, FORMAT)
     return manifest
 

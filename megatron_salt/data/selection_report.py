@@ -17,6 +17,7 @@ from megatron_salt.data.eligible import dataset_ranges
 from megatron_salt.data.order import permute
 from megatron_salt.data.select import Choice, cuts, order_keys
 from megatron_salt.data.selection import Selection
+from megatron_salt.data.ties import tie_ranks
 from megatron_salt.data.window_text import WindowText
 from megatron_salt.errors import UserError
 
@@ -24,6 +25,7 @@ SAMPLED = 1 << 20
 BARS, WIDTH = 20, 60
 EXCERPT = 400  # characters of an example
 TIES_TOLD = 0.01  # share of the chosen samples from which on ties at a cut are told
+MAX_TIE_SHARE = 0.05  # above it a choice is refused unless --allow-ties
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,50 @@ class Sampled:
 
 def sample(choice: Choice, selection: Selection, size: int = SAMPLED) -> Sampled:
     """Look at up to `size` samples, the same ones for the same number of samples."""
+    num, ids, scores = _look(choice, size)
+    place = np.minimum(np.searchsorted(selection.ids, ids.astype(selection.ids.dtype)), len(selection.ids) - 1)
+    return Sampled(num, ids, selection.ids[place] == ids, scores)
+
+
+def _look(choice: Choice, size: int) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+    """(size of the random sample, the eligible ids of it, their scores), as in `Sampled`."""
     index = choice.index
     num = min(index.num_samples, size)
     ids = np.arange(num) if num == index.num_samples else np.sort(permute(np.arange(num), index.num_samples, 0))
-    ids = ids[_eligible(choice, ids)]
-    place = np.minimum(np.searchsorted(selection.ids, ids.astype(selection.ids.dtype)), len(selection.ids) - 1)
-    columns = [name for name, dtype in index.columns.items() if dtype.kind == "f"]
-    return Sampled(num, ids, selection.ids[place] == ids, index.rows(ids, columns))
+    ids = ids[choice.eligible.have(ids)]
+    return num, ids, index.rows(ids, [name for name, dtype in index.columns.items() if dtype.kind == "f"])
 
 
-def _eligible(choice: Choice, ids: np.ndarray) -> np.ndarray:
-    return (choice.eligible.packed[ids // 8] >> (ids % 8).astype(np.uint8) & 1).astype(bool)
+def refuse_ties(choice: Choice, size: int = SAMPLED) -> None:
+    """Raise UserError where ties decide more than `MAX_TIE_SHARE` of a choice, and name the scores that do tell its samples apart."""
+    if choice.tie_share <= MAX_TIE_SHARE:
+        return
+    shares = tie_shares(choice, size)
+    good = [f"{name} ({share:.1%})" for name, share in shares.items() if share <= MAX_TIE_SHARE]
+    others = f"with as many by another --score ties decide less: {', '.join(good)}" if good else "no other score of the index does better"
+    raise UserError(
+        f"--score {choice.column} does not tell the samples apart: {choice.tied} of the {choice.count} that would be chosen, "
+        f"{choice.tie_share:.1%}, have the very score of a cut, as others have; above {MAX_TIE_SHARE:.0%} that is refused; "
+        f"{others}; or --allow-ties, which lets --tie-seed {choice.rule.tie_seed} choose among them"
+    )
+
+
+def tie_shares(choice: Choice, size: int = SAMPLED) -> dict[str, float]:
+    """{another score without NaN: share of the chosen that ties would decide, were the same rule to go by it}, of up to `size` samples."""
+    _, ids, columns = _look(choice, size)
+    found = {}
+    for name, scores in columns.items():
+        if name != choice.column and not np.isnan(scores).any():
+            tied = count = 0
+            for pool in choice.pools:
+                keys = np.sort(order_keys(scores[slice(*np.searchsorted(ids, [pool.first, pool.end]))]))
+                keys = keys if choice.rule.name == "bottom" else keys[::-1]
+                taken = round(pool.count * len(keys) / max(pool.eligible, 1))
+                skip = min(int(choice.rule.skip * len(keys) + 0.5), len(keys) - taken)
+                edges = np.concatenate([keys[:skip][-1:], keys[skip + taken :][:1]])
+                tied, count = tied + int(np.isin(keys[skip : skip + taken], edges).sum()), count + taken
+            found[name] = tied / max(count, 1)
+    return found
 
 
 def report(choice: Choice, selection: Selection, sampled: Sampled, num_examples: int, text: WindowText | str) -> str:
@@ -116,17 +151,15 @@ def _histogram(choice: Choice, sampled: Sampled) -> list[str]:
         here = any(low <= cut < high or (cut == high == edges[-1]) for cut in at)
         lines.append(f"{low:10.4f} {'>' if here else '|'}{'#' * marks}{'.' * (width - marks)} {taken} of {count}")
     infinite = int((~np.isfinite(scores)).sum())
-    return [*lines, *([f"and {infinite} infinite ones"] if infinite else []), *_ties(choice, sampled)]
+    return [*lines, *([f"and {infinite} infinite ones"] if infinite else []), *_ties(choice)]
 
 
-def _ties(choice: Choice, sampled: Sampled) -> list[str]:
+def _ties(choice: Choice) -> list[str]:
     """What should be known where the score does not tell the chosen ones from others."""
-    equal = np.isin(sampled.scores[choice.column], np.array(_all_cuts(choice), np.float32))
-    chosen, others = int((equal & sampled.chosen).sum()), int((equal & ~sampled.chosen).sum())
-    if not others or chosen < TIES_TOLD * sampled.chosen.sum():
+    if choice.tie_share < TIES_TOLD:
         return []
-    taken = f"{chosen} of the {int(sampled.chosen.sum())} chosen ones"
-    lines = [f"{taken} have the very score of a cut, as {others} others have: among equals the lower ids were taken"]
+    taken = f"{choice.tied} of the {choice.count} chosen ones, {choice.tie_share:.2%},"
+    lines = [f"{taken} have the very score of a cut, as others have that were not chosen: --tie-seed {choice.rule.tie_seed} decided"]
     if choice.column.startswith("median_zeroed") and 0.0 in _all_cuts(choice):
         lines.append("a zeroed median is 0 where half of the tokens or more are outside the top k: with a teacher this young, a larger "
                      "--score-top-k, the dropped reading or a mean tells more samples apart")
@@ -142,7 +175,7 @@ def overlaps(choice: Choice, sampled: Sampled) -> dict[str, float]:
             for pool in choice.pools:
                 here = slice(*np.searchsorted(sampled.ids, [pool.first, pool.end]))
                 chosen, keys = sampled.chosen[here], order_keys(scores[here])
-                order = np.argsort(keys if rule.name == "bottom" else ~keys, kind="stable")
+                order = np.lexsort((tie_ranks(sampled.ids[here], rule.tie_seed), keys if rule.name == "bottom" else ~keys))
                 count = int(chosen.sum())
                 skip = min(int(rule.skip * len(order) + 0.5), len(order) - count)
                 both += int(chosen[order[skip : skip + count]].sum())

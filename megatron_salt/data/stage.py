@@ -41,6 +41,10 @@ class Tally:
     written: list[int]
     empty: list[int]
     text_bytes: list[int]
+    special_documents: list[int]
+    """Documents with special tokens in their text."""
+    special_tokens: list[dict[str, int]]
+    """Token -> occurrences in texts."""
 
 
 class Stage:
@@ -51,19 +55,22 @@ class Stage:
         """Go on where the journal says that an earlier run was, or begin. UserError when that run's files were changed."""
         self.journal, self.prefixes, self.files = journal, prefixes, files
         none = [0] * len(prefixes)
-        self.tallies = [Tally(0, 0, {}, list(none), list(none), list(none)) for _ in files]
+        self.tallies = [Tally(0, 0, {}, list(none), list(none), list(none), list(none), [{} for _ in none]) for _ in files]
         self.file, self.position, self.on_disk = 0, 0, 0
         """Where the input goes on: file number, position in it, bytes of it on disk before that."""
         self.backends = {backend}
         """What encoded, in this run and those that it resumes."""
         marks: list[Mark | None] = [None] * len(prefixes)
-        for record in journal.records:
-            if "marks" in record:
-                marks = [Mark(mark["documents"], mark["tokens"], tuple(mark["hashes"])) for mark in record["marks"]]
-                self.file, self.position, self.on_disk = record["file"], record["position"], record["on_disk"]
-                self.backends |= set(record["backends"])
-                for number, tally in record["tallies"].items():
-                    self.tallies[int(number)] = Tally(**tally)
+        try:
+            for record in journal.records:
+                if "marks" in record:
+                    marks = [Mark(mark["documents"], mark["tokens"], tuple(mark["hashes"])) for mark in record["marks"]]
+                    self.file, self.position, self.on_disk = record["file"], record["position"], record["on_disk"]
+                    self.backends |= set(record["backends"])
+                    for number, tally in record["tallies"].items():
+                        self.tallies[int(number)] = Tally(**tally)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(f"{journal.path} is not a journal of this release ({error!r}); --overwrite begins anew") from None
         self._touched: set[int] = set()
         self._noted = time.monotonic()
         self.writers = []
@@ -90,6 +97,8 @@ class Stage:
             tally.written[i] += len(encoded.lengths[i])
             tally.empty[i] += encoded.empty[i]
             tally.text_bytes[i] += encoded.text_bytes[i]
+            tally.special_documents[i] += encoded.special[i].documents
+            tally.special_tokens[i] = dict(Counter(tally.special_tokens[i]) + Counter(encoded.special[i].tokens))
         self.file, self.position, self.on_disk = chunk.file, chunk.end, chunk.on_disk
         self._touched.add(chunk.file)
         if time.monotonic() - self._noted >= JOURNAL_SECONDS:

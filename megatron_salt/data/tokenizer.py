@@ -1,8 +1,8 @@
 """Text to ids and back: SentencePiece, Hugging Face tokenizer.json, GPT-2's vocabulary and merges, or plain bytes.
 
 `encode` adds nothing (no BOS, no EOS) and reads text as text: a document that contains the characters `</s>` or
-`<|endoftext|>` gets the ids of those characters, never the special id, so text cannot forge a document's end. (The
-exception is a SentencePiece *user-defined* piece, which SentencePiece itself always matches.) Text is normalised only as
+`<|endoftext|>` gets the ids of those characters, never the special id, so text cannot forge a document's end. (A Tokenizer that
+`matches_special` reads it as its library does instead.) Text is normalised only as
 the tokenizer's own file says: SentencePiece's rule, prefix space and white space handling, a tokenizer.json's normalizer;
 GPT-2 and bytes keep every byte. A Tokenizer holds the bytes it was made of, so it can be saved beside what it made.
 """
@@ -15,27 +15,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.ends import Beside, Declared, Ends, in_words, read_beside
+from megatron_salt.data.libraries import Library, open_library
 from megatron_salt.errors import UserError
-from megatron_salt.small_files import parse_json, read_json, read_small
-
-if TYPE_CHECKING:
-    import tokenizers
+from megatron_salt.small_files import read_json, read_small
 
 DESCRIPTION = "tokenizer_description.json"
 """The file by which `load_tokenizer` knows a saved tokenizer."""
-
-SENTENCEPIECE_EOD = ("<eod>", "<|endoftext|>", "<EOD>")
-"""Pieces that end a document in a SentencePiece model, best first; without any of them the model's eos does, and without
-an eos nothing."""
-
-HUGGING_FACE_EOD = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-"""Tokens that end a document in a tokenizer.json, best first; without any of them nothing does."""
-
-GPT2_EOD = "<|endoftext|>"
-BYTE_LEVEL_EOD = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +36,28 @@ class Tokenizer:
     """Largest id + 1."""
     eod: int | None
     """End-of-document id; None: this tokenizer has none."""
+    bos: int | None
+    """The id that --prepend-bos puts before a document; None: the tokenizer declares none."""
+    special: Mapping[str, int]
+    """Texts that stand for special tokens, the end of a document among them, and their ids."""
+    forbidden: frozenset[int]
+    """Ids that no text gives: special ones; none where it matches them."""
+    matches_special: bool
+    """Whether special tokens in a text become their ids, as the tokenizer's own library has it."""
     fingerprint: str
-    """Hash of the kind and of the contents of its files: the same wherever and under whatever name they lie."""
+    """Hash of the kind and of the contents of its files, wherever and under whatever name they lie, and of the end of a document
+    where it is not the one that the first versions took from these files."""
     files: Mapping[str, bytes] = field(repr=False)
     """What it was made of, under the names that `save` uses."""
     encode_ids: Callable[[list[str]], list[list[int]]] = field(repr=False)
     decode_ids: Callable[[list[int]], str] = field(repr=False)
+    id_of: Callable[[str], int | None] = field(repr=False)
     as_json: Callable[[], bytes] | None = field(default=None, repr=False)
     """The same as a tokenizer.json, for other libraries; None: there is none."""
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.eod, self.bos)
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, nothing added."""
@@ -77,12 +79,13 @@ class Tokenizer:
         for name, content in self.files.items():
             _write(directory / name, content)
         description = {"kind": self.kind, "files": list(self.files), "vocab_size": self.vocab_size, "eod": self.eod,
-                       "fingerprint": self.fingerprint}
+                       "bos": self.bos, "fingerprint": self.fingerprint}
         _write(directory / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
 
-def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that the flags ask for. UserError when files are missing, damaged, or belong to another kind."""
+def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> Tokenizer:
+    """The tokenizer that the flags ask for. UserError when files are missing, damaged, or belong to another kind, and when they
+    leave open which token ends documents."""
     kind = config.tokenizer_type
     if kind is None:
         raise UserError("--tokenizer-type is missing: SentencePieceTokenizer, HuggingFaceTokenizer, GPT2BPETokenizer "
@@ -95,7 +98,20 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             raise UserError(f"{flag} {path} does not belong to --tokenizer-type {kind}, "
                             f"which takes {' and '.join(names) or 'no file'}")
     contents = {name: _read(flag, given[flag], kind) for flag, name in names.items()}
-    return tokenizer_from_files(kind, contents, origin=", ".join(f"{flag} {given[flag]}" for flag in names))
+    origin = ", ".join(f"{flag} {given[flag]}" for flag in names) or f"--tokenizer-type {kind}"
+    library = open_library(kind, contents, origin)
+    beside = Beside()
+    if kind == "HuggingFaceTokenizer" and (folder := _folder_of(Path(str(config.tokenizer_model)))) is not None:
+        beside = read_beside(folder, "--tokenizer-model")
+    ends = _ends(library, config.eod_token, beside, origin)
+    return _tokenizer(kind, contents, library, ends, matches_special)
+
+
+def _folder_of(model: Path) -> Path | None:
+    """The folder whose configuration files belong to --tokenizer-model; None: a file by itself."""
+    if model.is_dir():
+        return model
+    return model.parent if model.name == "tokenizer.json" else None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -107,20 +123,68 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if not isinstance(kind, str) or set(names) != set(_file_names(kind).values()):
             raise ValueError(f"it lists the files {names}")
         contents = {name: read_small(Path(directory) / name) for name in names}
+        ends = Ends(description["eod"], description.get("bos"))  # older ones do not know of bos
+        if any(type(i) is not int and i is not None for i in (ends.eod, ends.bos)):
+            raise ValueError(f"its ids are {ends}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no usable tokenizer in {directory}: {path.name}: {error}") from None
-    tokenizer = tokenizer_from_files(kind, contents, origin=str(directory))
+    tokenizer = tokenizer_from_files(kind, contents, origin=str(directory), ends=ends)
     if tokenizer.fingerprint != recorded:
         raise UserError(f"the tokenizer in {directory} was changed: its files give the fingerprint "
                         f"{tokenizer.fingerprint}, {path.name} says {recorded}")
     return tokenizer
 
 
-def tokenizer_from_files(kind: str, files: Mapping[str, bytes], origin: str) -> Tokenizer:
-    """A tokenizer of `kind` from its files' contents; `origin` names them in errors (UserError when they are damaged)."""
-    makers = {"SentencePieceTokenizer": _sentencepiece, "HuggingFaceTokenizer": _hugging_face,
-              "GPT2BPETokenizer": _gpt2, "ByteLevelTokenizer": _byte_level}
-    return makers[kind](files, origin)
+def tokenizer_from_files(kind: str, files: Mapping[str, bytes], origin: str, ends: Ends | None = None,
+                         matches_special: bool = False) -> Tokenizer:
+    """A tokenizer of `kind` from its files' contents; `origin` names them in errors (UserError when they are damaged).
+    ends: known from before; None: what the files say, no end of a document where they leave it open."""
+    library = open_library(kind, files, origin)
+    for i in () if ends is None else (ends.eod, ends.bos):
+        if i is not None and not 0 <= i < library.vocab_size:
+            raise UserError(f"{origin}: id {i} lies outside of its vocabulary of {library.vocab_size}")
+    if ends is None:
+        ends = Ends(library.eod_alone(), _single(library.declared.bos))
+    return _tokenizer(kind, files, library, ends, matches_special)
+
+
+def _ends(library: Library, eod_token: str | None, beside: Beside, origin: str) -> Ends:
+    """The ends that the flags and files say. UserError where they leave it open or name what is not there."""
+    found = Declared(_ids(library, beside.eos), _ids(library, beside.bos))
+    bos = library.declared.bos or found.bos
+    if eod_token is None:
+        eod = library.eod(found, origin)
+    else:
+        eod = library.id_of(eod_token)
+        if eod is None:
+            raise UserError(f"--eod-token {eod_token!r}: {origin} has no such token; special are "
+                            f"{in_words(library.special, library.special.values(), 4) or 'none'}")
+        if eod in library.unknown:
+            raise UserError(f"--eod-token {eod_token!r} of {origin} is what ordinary text gives; name a token that text does without")
+    return Ends(eod, _single(bos))
+
+
+def _single(ids: frozenset[int]) -> int | None:
+    return next(iter(ids)) if len(ids) == 1 else None
+
+
+def _ids(library: Library, tokens: tuple[str | int, ...]) -> frozenset[int]:
+    ids = [library.id_of(token) if isinstance(token, str) else token for token in tokens]
+    return frozenset(i for i in ids if i is not None and 0 <= i < library.vocab_size)
+
+
+def _tokenizer(kind: str, files: Mapping[str, bytes], library: Library, ends: Ends, matches_special: bool) -> Tokenizer:
+    special, name = dict(library.special), None if ends.eod is None else library.text_of(ends.eod)
+    if ends.eod is not None and name is not None:
+        special[name] = ends.eod
+    encode_ids, as_json = library.encoder(ends.eod, matches_special)
+    if name is not None and name not in library.special and not matches_special and not encode_ids([name])[0]:
+        raise UserError(f"--eod-token {name!r}: without this token the {kind} cannot spell text any more; name another")
+    forbidden = frozenset({*special.values(), *(i for i in [ends.eod] if i is not None)} - set(library.unknown))
+    usual = library.first_eod if library.first_eod is not None else library.eod_alone()
+    return Tokenizer(kind, library.vocab_size, ends.eod, ends.bos, special, frozenset() if matches_special else forbidden, matches_special,
+                     _fingerprint(kind, files, None if ends.eod in (usual, None) else ends.eod), files, encode_ids, library.decode_ids,
+                     library.id_of, as_json)
 
 
 def _file_names(kind: str) -> dict[str, str]:
@@ -157,87 +221,10 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(tmp, path)
 
 
-def _fingerprint(kind: str, files: Mapping[str, bytes]) -> str:
+def _fingerprint(kind: str, files: Mapping[str, bytes], eod: int | None) -> str:
     digest = hashlib.blake2b(kind.encode(), digest_size=32)
     for name in sorted(files):
         digest.update(f"\n{name} {len(files[name])}\n".encode() + files[name])
+    if eod is not None:
+        digest.update(f"\neod {eod}\n".encode())
     return digest.hexdigest()
-
-
-# --- the kinds --------------------------------------------------------------------------------------------------------
-
-def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Tokenizer:
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(files["tokenizer.model"])
-    except RuntimeError as error:
-        raise UserError(f"{origin} is not a SentencePiece model: {error}") from None
-    found = (processor.piece_to_id(piece) for piece in SENTENCEPIECE_EOD)  # the id of <unk> for a piece it lacks
-    eod = next((i for i in found if processor.id_to_piece(i) in SENTENCEPIECE_EOD), processor.eos_id())
-    # One thread: whoever wants more runs several processes, and a pool of threads per call would cost more than it gives.
-    return Tokenizer("SentencePieceTokenizer", processor.vocab_size(), eod if eod >= 0 else None,
-                     _fingerprint("SentencePieceTokenizer", files), files,
-                     encode_ids=lambda texts: processor.encode(texts, out_type=int, num_threads=1),
-                     decode_ids=lambda ids: processor.decode(ids), as_json=lambda: _json_of_sentencepiece(files["tokenizer.model"]))
-
-
-def _json_of_sentencepiece(model: bytes) -> bytes:
-    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-    content = sentencepiece_to_tokenizer_json(model)
-    return content.encode() if isinstance(content, str) else content
-
-
-def _hugging_face(files: Mapping[str, bytes], origin: str) -> Tokenizer:
-    import tokenizers
-
-    try:
-        model = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-    except ValueError as error:
-        raise UserError(f"{origin} is not a tokenizer.json: {error}") from None
-    model.encode_special_tokens = True  # special tokens that stand in the text are text
-    model.no_padding()  # a tokenizer.json may carry both, and either would change documents
-    model.no_truncation()
-    eod = next((i for i in map(model.token_to_id, HUGGING_FACE_EOD) if i is not None), None)
-    size = max(model.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
-    return Tokenizer("HuggingFaceTokenizer", size, eod, _fingerprint("HuggingFaceTokenizer", files), files,
-                     encode_ids=_rust_encode(model), decode_ids=lambda ids: model.decode(ids),
-                     as_json=lambda: files["tokenizer.json"])
-
-
-def _gpt2(files: Mapping[str, bytes], origin: str) -> Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    try:
-        vocabulary = {str(token): int(i) for token, i in parse_json(files["vocab.json"]).items()}
-        lines = files["merges.txt"].decode("utf-8").removeprefix("\ufeff").split("\n")
-        lines = [line.rstrip("\r") for line in lines[1 if lines[0].startswith("#version") else 0:]]
-        pairs = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
-    except (ValueError, AttributeError, TypeError, OverflowError) as error:
-        raise UserError(f"{origin} are not GPT-2's vocabulary and merges: {error}") from None
-    for left, right in pairs:
-        if not {left, right, left + right} <= vocabulary.keys():
-            raise UserError(f"{origin} do not belong together: the vocabulary lacks a part of the merge {left!r} {right!r}")
-    missing = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if symbol not in vocabulary]
-    if missing:  # bytes without an id would vanish from the text without a word
-        raise UserError(f"{origin} are not byte-level: {len(missing)} of 256 bytes have no id, such as {missing[0]!r}")
-    model = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    return Tokenizer("GPT2BPETokenizer", max(vocabulary.values()) + 1, vocabulary.get(GPT2_EOD),
-                     _fingerprint("GPT2BPETokenizer", files), files,
-                     encode_ids=_rust_encode(model), decode_ids=lambda ids: model.decode(ids),
-                     as_json=lambda: model.to_str().encode())
-
-
-def _rust_encode(model: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    return lambda texts: [encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _byte_level(files: Mapping[str, bytes], origin: str) -> Tokenizer:
-    return Tokenizer("ByteLevelTokenizer", BYTE_LEVEL_EOD + 1, BYTE_LEVEL_EOD, _fingerprint("ByteLevelTokenizer", files), files,
-                     encode_ids=lambda texts: [list(text.encode()) for text in texts],
-                     decode_ids=lambda ids: bytes(ids).decode("utf-8", errors="replace"))

@@ -53,7 +53,8 @@ class TokenFile:
         """Open PREFIX.bin and PREFIX.idx, O(1) in their size. UserError if they are not one sound dataset."""
         for path in (f"{prefix}.idx", f"{prefix}.bin"):
             if not os.path.isfile(path):
-                raise UserError(f"{flag} {prefix}: {path} does not exist")
+                problem = "is not a regular file" if os.path.exists(path) else "does not exist"
+                raise UserError(f"{flag} {prefix}: {path} {problem}")
         try:
             num_tokens, num_documents, dtype = _read_index(f"{prefix}.idx", f"{flag} {prefix}")
             descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)

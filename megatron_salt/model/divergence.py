@@ -16,10 +16,10 @@ from megatron_salt.model.vocabulary import Label, VocabularyShard, compare, slic
 
 @torch.no_grad()
 def divergence(
-    reference: Tensor, other: Tensor, weight: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """(kl, agreement), float64 scalars: summed over the tokens that count, KL(softmax of the reference || of the other) in nats, and
-    how many tokens have the same likeliest id. Collective over the tensor-parallel group; all its ranks get both.
+    reference: Tensor, other: Tensor, weight: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int, temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(kl, agreement), float64 scalars: summed over the tokens that count, KL(softmax of the reference's logits / temperature || of the
+    other's) in nats, and how many tokens have the same likeliest id. Collective over the tensor-parallel group; all its ranks get both.
 
     reference, other: [s, b, h], with sequence parallelism (`shard` says) [s/tp, b, h]; weight: [V/tp, h]; all of one dtype,
     float32 or bfloat16. mask: float32 [s*b], s-major; what is 0 does not count. NaN among what counts gives NaN.
@@ -34,7 +34,8 @@ def divergence(
     for chunk in slices(mask.numel(), chunk_tokens):
         counts = mask[chunk] > 0
         label = Label.of(torch.zeros_like(mask[chunk], dtype=torch.int64), shard)  # any one: no label is asked about
-        reference_nv, other_nv = logits.of(reference_nh[chunk], room=0), logits.of(other_nh[chunk], room=1)
+        reference_nv, other_nv = logits.of(reference_nh[chunk], room=0), logits.of(other_nh[chunk], room=1).div_(temperature)
+        reference_nv.div_(temperature)
         _, comparison = compare(other_nv, reference_nv, 1.0, label, shard.group, logits.blocks)
         kl += torch.where(counts, comparison.kl, 0).sum(dtype=torch.float64)
         agreement += torch.where(counts, comparison.agreement, 0).sum(dtype=torch.float64)

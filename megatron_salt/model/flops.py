@@ -5,7 +5,20 @@ All figures are FLOPs of one token's forward pass where nothing else is said; ba
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_salt.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """Elementwise work of the head, forward and backward, in FLOPs a logit."""
+
+    plain: float
+    """Against the data alone."""
+
+    distilled: float
+    """Against the data and a teacher, whose logits are work too."""
 
 
 def core_attention_flops(model: ModelConfig, seq_length: int) -> float:

@@ -1,4 +1,7 @@
-"""Small agreements between ranks: one answer everywhere, and one error everywhere."""
+"""Small agreements between ranks: one answer everywhere, and one error everywhere.
+
+A process that has joined no world agrees with itself: a --dry-run asks what a start asks.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ def from_rank_0(action: Callable[[], T]) -> T:
 
 def from_rank(rank: int, action: Callable[[], T]) -> T:
     """Another rank's, in the same way. `rank` is the same on all."""
+    if not dist.is_initialized():
+        return action()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == rank:
         try:
@@ -32,6 +37,15 @@ def from_rank(rank: int, action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's value, by rank. Collective over all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    everyone = [value] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def first_problem(problem: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """torch.distributed up and down, the device of this rank and what is known of it, and its random seeds. NCCL with a GPU, gloo without.
 
 Works under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and, with none of these
-set, as a single process.
+set, as a single process. Who did not join, and who failed, is told by rendezvous.py and failure.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -21,8 +21,12 @@ import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_salt.errors import UserError
+from megatron_salt.parallel.failure import watching
 from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release
 from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.parallel.rendezvous import launch_from_environment, meet
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 def find_hardware() -> Hardware:
@@ -58,19 +62,29 @@ def describe(hardware: Hardware) -> str:
 
 
 @contextmanager
-def distributed(timeout: timedelta) -> Iterator[None]:
+def distributed(timeout: timedelta, rendezvous_timeout: timedelta = RENDEZVOUS_TIMEOUT) -> Iterator[None]:
     """Bind this rank's device, join the world, and leave it at the end. Collective over all ranks.
 
-    A collective that waits longer than `timeout` fails. After an exception the group is left without a word to the others, who may
-    be waiting in a collective: the launcher ends them.
+    A collective that waits longer than `timeout` fails, and so does the start where a rank has not come after `rendezvous_timeout`
+    (LostRankError). While the block runs, another rank's failure ends this process; a failure of its own is told by `with_one_voice`.
     """
     backend = "nccl" if bind_device() else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.barrier()
+    launch = launch_from_environment()
+    if launch is None and "RANK" in os.environ:
+        raise UserError("RANK is set, but not all of WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start with torchrun, or set them too")
+    with ExitStack() as held:
+        if launch is None:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            contact = meet(launch, rendezvous_timeout)
+            held.callback(contact.close)
+            held.enter_context(watching(launch))
+            contact.store.set_timeout(timeout)
+            dist.init_process_group(
+                backend, timeout=timeout, store=dist.PrefixStore("world", contact.store), rank=launch.rank, world_size=launch.world_size
+            )
+        yield
+        dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

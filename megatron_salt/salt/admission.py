@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +23,9 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_salt.checkpoint import resume, rng, sharded, shelf
+from megatron_salt.checkpoint.state import model_of
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
+from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.fixed_batch import fixed_batch
 from megatron_salt.errors import UserError
 from megatron_salt.model.attention import positions_of
@@ -82,9 +84,11 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     if probe is None or None in probe["losses"]:
         raise UserError(f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
                         "release saved it); save it again from a run that resumes it")
+    if not {"vocabulary", "seq_length"} <= architecture.keys():
+        raise UserError(f"--teacher-load {paths[0] / shelf.STATE}: its architecture lacks vocabulary or seq_length")
     return TeacherCheckpoint(
         directory=paths[0],
-        model=ModelConfig(**{field.name: architecture[field.name] for field in fields(ModelConfig) if field.name in architecture}),
+        model=model_of(architecture),
         vocabulary=architecture["vocabulary"],
         seq_length=architecture["seq_length"],
         tokenizer_fingerprint=facts["tokenizer"],
@@ -125,10 +129,12 @@ def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
 def admit(
     checkpoint: TeacherCheckpoint, salt: SaltConfig, layout: Layout, student: Mesh, shard: VocabularyShard, seq_length: int,
     chunk_tokens: int, dtype: torch.dtype, microbatches_per_forward: int, timeout: timedelta, precision: Precision = TORCH,
+    text: Sequence[Microbatch] = (),
 ) -> Teacher:  # fmt: skip
     """Build, load and verify the teacher. Collective over all ranks. Raises UserError. Draws no random number of the student's.
 
-    layout: `routing.teacher_layout`. shard: how the student's output weight is cut. chunk_tokens: the student head's.
+    layout: `routing.teacher_layout`. shard: how the student's output weight is cut. chunk_tokens: the student head's. text: what a teacher
+    in FP8 is tried on, the same samples on every rank.
     """
     found = resume.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load")
     assert found is not None, checkpoint.directory
@@ -145,7 +151,7 @@ def admit(
         verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype)
     if body.precision.fp8_format is not None:
         teacher.fidelity = refuse_unfaithful(
-            teacher, salt.teacher_fp8_max_kl, checkpoint.vocabulary, student, shard, seq_length, chunk_tokens
+            teacher, salt.teacher_fp8_max_kl, text, student, shard, chunk_tokens
         )
         keep_fp8_alone(body)
     return teacher

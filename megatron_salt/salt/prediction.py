@@ -1,4 +1,4 @@
-"""How much longer a step of stage 1 takes than one of stage 2: by FLOPs alone, before anything is built. Pure.
+"""How much longer a step of stage 1 takes than one of stage 2: by FLOPs, and the head's other work in their measure. Pure.
 
 The teacher's body is shared by all ranks of a block; its head is computed by the student's last stage, which therefore decides how
 long the pipeline takes when it has as many layers as the others. Left out are communication and the filling and draining of both
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.flops import core_attention_flops, head_flops, layer_flops
+from megatron_salt.model.flops import HeadCost, core_attention_flops, head_flops, layer_flops
 from megatron_salt.model.shapes import layers_per_stage
 
 
@@ -55,8 +55,9 @@ class Prediction:
     def lines(self) -> list[str]:
         """For the log."""
         now, body = self.times, self.times.body / self.times.stage2
-        told = [(f"by FLOPs a step of stage 1 takes {self.ratio:.3f} x one of stage 2: the teacher's body, on all ranks, adds {body:.3f}, "
-                 f"its head, on the last stage, {self.ratio - 1 - body:.3f}")]  # fmt: skip
+        told = [(f"a step of stage 1 takes at least {self.ratio:.3f} x one of stage 2, by FLOPs and the head's other work: "
+                 f"the teacher's body, on all ranks, adds {body:.3f}, "
+                 f"its head and the mixed loss, on the last stage, {self.ratio - 1 - body:.3f}")]  # fmt: skip
         if self.hint is not None:
             then = self.hint.times
             told.append(
@@ -68,12 +69,13 @@ class Prediction:
 
 def predict(
     student: ModelConfig, parallel: ParallelConfig, teacher: ModelConfig, *, teacher_tensor: int, teacher_pipeline: int,
-    padded_vocabulary: int, num_microbatches: int, merge: int, seq_length: int,
+    padded_vocabulary: int, num_microbatches: int, merge: int, seq_length: int, head: HeadCost,
 ) -> Prediction:  # fmt: skip
     """Compare the stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
 
     padded_vocabulary: the student's, which the teacher's output weight is cut to as well. num_microbatches: of one replica in stage 1
     (another size in stage 2 makes for the same work). merge: microbatches of one teacher forward.
+    head: the output head's work beside its products, see model/head_cost.py.
     """
     replicas = parallel.replica_ranks // (teacher_tensor * teacher_pipeline)
     busiest = _largest_share(num_microbatches, merge, replicas)
@@ -82,9 +84,9 @@ def predict(
 
     def times(parallel: ParallelConfig) -> StepTimes:
         stages = [_stage_flops(student, parallel, layers, seq_length) for layers in layers_per_stage(student, parallel)]
-        stages[-1] += 3 * head_flops(student, padded_vocabulary)
+        stages[-1] += 3 * head_flops(student, padded_vocabulary) + head.plain * padded_vocabulary
         stage2 = share * max(stages)
-        stages[-1] += head_flops(teacher, padded_vocabulary)
+        stages[-1] += head_flops(teacher, padded_vocabulary) + (head.distilled - head.plain) * padded_vocabulary
         return StepTimes(stage1=body + share * max(stages), stage2=stage2, body=body)
 
     present, last = times(parallel), layers_per_stage(student, parallel)[-1]

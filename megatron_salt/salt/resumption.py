@@ -43,7 +43,7 @@ def salt_from(
         raise UserError(f"--load: the run was trained without a {lacks} up to step {step}, and {asks} asks for one; "
                         "--finetune takes the weights alone")
     if saved is None or saved.stage_after(step) == 2:
-        if saved is not None and schedule is not None:
+        if saved is not None and schedule is not None and saved.resumes_in(step, resumed.evaluation_due) == 2:
             log.info("step %d is in stage 2, since step %d: --teacher-load and the kd flags are not used", step, saved.stage1_end + 1)
         return saved, ()
     # 2) stage 1 goes on with the same teacher

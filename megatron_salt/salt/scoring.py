@@ -7,6 +7,7 @@ replicas take turns. The last one of the data is filled up by repeating its last
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,6 +34,14 @@ from megatron_salt.salt.routing import teacher_layout
 
 Rows = dict[str, np.ndarray]
 """The columns of consecutive samples, by name."""
+
+
+PIECE = 2
+"""Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
+
+
+class LeftEarly(Exception):
+    """There is a reason to leave in the middle of a block."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +93,21 @@ class Scorer:
         return layout.groups("tp", "cp", "dp")[layout.pipeline - 1][0]
 
     @torch.no_grad()
-    def score(self, first: int, end: int) -> Rows | None:
-        """The rows of samples [first, end), `first` a multiple of the micro-batch size. Collective over all ranks; the writer receives."""
+    def score(self, first: int, end: int, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
+        """The rows of samples [first, end), `first` a multiple of the micro-batch size. Collective over all ranks; the writer receives.
+
+        reason_to_stop: asked before each piece, the same on every rank. Raises LeftEarly on every rank where there is one."""
         assert first % self._micro == 0 and first < end, (first, end, self._micro)
         replicas, replica = self._mesh.layout.data, self._mesh.at.dp
         starts = range(first, end, self._micro)
-        rounds = -(-len(starts) // replicas)
-        mine = [self._place(start) for start in starts[replica::replicas]]
+        rounds, mine = -(-len(starts) // replicas), starts[replica::replicas]
         found: list[Tensor] = []
-        if mine:
-            found = run_pipeline([self._body], self._step, mine, self._mesh, self.seq_length, self._micro, forward_only=True)
+        stages = self._mesh.layout.pipeline
+        for turn in range(0, rounds, size := PIECE if stages == 1 else 8 * stages):
+            if (reason := reason_to_stop()) is not None:
+                raise LeftEarly(reason)
+            if placed := [self._place(start) for start in mine[turn : turn + size]]:
+                found += run_pipeline([self._body], self._step, placed, self._mesh, self.seq_length, self._micro, forward_only=True)
         if not self._mesh.is_last_stage:
             return None
         own = torch.zeros(rounds, len(self._dtypes) - 1, self._micro, dtype=torch.float64, device=cpu.device())

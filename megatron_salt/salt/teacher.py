@@ -83,7 +83,7 @@ class Teacher:
         self.mesh: Mesh | None = mesh
         self.block_group: dist.ProcessGroup | None = block_group
         self.fidelity: Fidelity | None = None  # of a teacher in FP8, once it is known
-        self._student, self._merge, self._temperature = student, microbatches_per_forward, temperature
+        self._student, self._merge, self.temperature = student, microbatches_per_forward, temperature
         self._place = dist.get_rank(block_group)
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class Teacher:
         """The teacher's part of each of this student replica's microbatches, all of one shape. Collective over all ranks, both phases;
         only ranks of the student's last stage receive, the others get None for each."""
         return [
-            None if hidden is None else SoftTarget(hidden, self._weight, self._temperature, kd_weight)
+            None if hidden is None else SoftTarget(hidden, self._weight, self.temperature, kd_weight)
             for hidden in self.hidden_states(microbatches, self._merge)
         ]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
 
 from megatron_salt.cli import to_yaml
-from megatron_salt.config import CheckpointConfig, RunConfig, TrainingConfig
+from megatron_salt.config import CheckpointConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Batches, passed_positions
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.data.choice import tokenizer_of_run
@@ -28,29 +28,31 @@ from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import forward_flops_per_token
 from megatron_salt.model.gpt import build_model
+from megatron_salt.model.head_cost import measure_head
 from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.vocabulary import VocabularyShard
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.mesh import Mesh, make_student_mesh
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh, new_group_of
 from megatron_salt.checkpoint import integrity, retention, shelf
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
 from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
 from megatron_salt.checkpoint.writer import describe
 from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
+from megatron_salt.salt.fidelity import SAMPLES
 from megatron_salt.salt.prediction import predict
-from megatron_salt.salt.resumption import salt_from
+from megatron_salt.salt.resumption import Events, salt_from
 from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
-from megatron_salt.checkpoint.progress import Progress, SaltProgress
-from megatron_salt.checkpoint.resume import RunIdentity, read_facts, schedule_follows_run
+from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress, SaltProgress
+from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
-from megatron_salt.train.signals import SignalWatch
+from megatron_salt.train.signals import SignalWatch, refuse_exit_file
 from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
@@ -95,6 +97,7 @@ class Run:
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer and data. Every rank, without torch.distributed; O(1) in the size of the data."""
+    refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
     train, valid = open_training_data(config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod)
     if config.training.eval_iters and valid is None:
@@ -103,7 +106,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         if samples is not None:
             _probe(samples)
     teacher = None
-    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint):
+    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint, evaluates=config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
     staged = None
@@ -121,22 +124,22 @@ def _probe(samples: Samples) -> None:
 
 
 def build(
-    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, timeout: timedelta, precisions: Precisions = PLAIN,
-    held: contextlib.ExitStack | None = None, watch: SignalWatch | None = None,
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, timeout: timedelta,
+    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None, watch: SignalWatch | None = None,
 ) -> Run:  # fmt: skip
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
 
-    held: gives --save free when the run ends; None: nobody else writes there. watch: a signal ends the wait for another run's --save.
+    identity: what `identify` says. held: gives --save free when the run ends; None: nobody else writes there. found: that checkpoint,
+    where it is open already. watch: a signal ends the wait for another run's --save.
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
-    data = from_rank_0(lambda: name_data(config, plan, inputs))
     checkpointer = Checkpointer(
-        config.checkpoint, identify(config, inputs, data), inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
+        config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
         None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
-    loaded = checkpointer.load()
+    loaded = checkpointer.load(found)
     progress = loaded or Progress(0, 0)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     check_save_at(config.checkpoint.save_at, plan.total_steps)
@@ -215,16 +218,16 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
 def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta, precision: Precision) -> Run:
     """The run in the stage that its flags and its checkpoint ask for: in stage 1 with its teacher, where it has one, admitted.
     precision: the teacher's. Collective over all ranks. Raises UserError."""
-    salt, progress = config.salt, run.progress
-    schedule = None if salt.kd_steps is None else Schedule.of(salt)
-    teacher = inputs.teacher
-    fingerprint = None if teacher is None else teacher.fingerprint
-    directory = salt.teacher_load if teacher is None else str(teacher.directory)
-    state, events = salt_from(progress if resumed else None, schedule, fingerprint, directory, salt.override_kd_schedule)
+    progress, teacher = run.progress, inputs.teacher
+    schedule = None if config.salt.kd_steps is None else Schedule.of(config.salt)
+    state, events = stage_of(config.salt, progress if resumed else None, teacher)
     run = replace(run, progress=replace(progress, salt=state, events=(*progress.events, *events)))
     if state is None:
         return run
-    if state.stage_after(progress.step) == 2:
+    # Its flags may be gone with stage 1: then the evaluation that is due at its end goes without the teacher.
+    due = run.valid is not None and config.training.eval_iters > 0 and progress.evaluation_due
+    taught = schedule is not None and (None if teacher is None else teacher.fingerprint) == state.teacher
+    if state.resumes_in(progress.step, due and taught) == 2:
         run, progress = in_stage2(run, run.progress)
         return replace(run, progress=progress)
     assert schedule is not None
@@ -238,6 +241,29 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
+def stage_of(salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpoint | None) -> tuple[SaltProgress | None, Events]:
+    """`salt_from` of these flags and this teacher. Pure."""
+    schedule = None if salt.kd_steps is None else Schedule.of(salt)
+    fingerprint = None if teacher is None else teacher.fingerprint
+    directory = salt.teacher_load if teacher is None else str(teacher.directory)
+    return salt_from(resumed, schedule, fingerprint, directory, salt.override_kd_schedule)
+
+
+def refuse_large_exchange(salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint) -> float:
+    """GiB of the teacher's hidden states that a rank of the last stage gets in a step. Raises UserError above --teacher-exchange-max-gib.
+    Pure."""
+    size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
+    exchange = exchange_gib(layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length, hidden, size)
+    if exchange > salt.teacher_exchange_max_gib:
+        raise UserError(
+            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
+            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
+            f"{hidden} x {size} bytes / tp {layout.tensor} / cp {layout.context}), more than "
+            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
+        )
+    return exchange
+
+
 def admit_teacher(
     run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta, precision: Precision
 ) -> Teacher:
@@ -245,29 +271,25 @@ def admit_teacher(
     salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    exchange = exchange_gib(mesh.layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length,
-                            checkpoint.model.hidden_size, dtype.itemsize)  # fmt: skip
-    if exchange > salt.teacher_exchange_max_gib:
-        raise UserError(
-            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
-            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
-            f"{checkpoint.model.hidden_size} x {dtype.itemsize} bytes / tp {mesh.layout.tensor} / cp {mesh.layout.context}), more than "
-            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
-        )
+    exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
+    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, padded_vocabulary=config.model.padded_vocabulary(vocabulary),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
+        head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
     )  # fmt: skip
+    dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     teacher = admit(
-        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision
-    )
+        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
+        run.train.first(SAMPLES),
+    )  # fmt: skip
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info("teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage", checkpoint.directory,
@@ -329,15 +351,17 @@ def count_parameters(student: Student) -> int:
     return int(total)
 
 
-def _resumes_in_stage2(checkpoint: CheckpointConfig) -> bool:
-    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`."""
+def _resumes_in_stage2(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
+    """Whether the checkpoint that --load most likely means needs no teacher. What is loaded in the end decides: see `in_its_stage`.
+    evaluates: an evaluation that is due will be made."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
     for directory in shelf.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
             facts = read_facts(directory)
             salt = SaltProgress.from_facts(facts["salt"])
-            return salt is not None and salt.stage_after(facts["step"]) == 2
+            due = evaluates and facts["extra"].get(EVALUATION_DUE, False)
+            return salt is not None and salt.resumes_in(facts["step"], due) == 2
     return False
 
 

@@ -16,10 +16,10 @@ from megatron_salt.data.batch import Batches
 from megatron_salt.train.build import Run, in_stage2
 from megatron_salt.train.evaluate import CutShort, evaluate, named_means
 from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord
-from megatron_salt.train.nonfinite import NonFiniteWatch
+from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, refuse_nonfinite, refuse_nonfinite_losses
 from megatron_salt.train.operations import GarbageSchedule, Profiler
 from megatron_salt.train.probe import probe
-from megatron_salt.checkpoint.progress import Progress
+from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress
 from megatron_salt.train.signals import ExitPlan
 from megatron_salt.parallel.agreement import from_rank_0
 from megatron_salt.train.stages import Stage1, free_teacher, pass_crossover
@@ -28,10 +28,6 @@ from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 """What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
-
-
-EVALUATION_DUE = "evaluation_due"
-"""In Progress.extra: the evaluation after its step is still to come. It may decide a crossover, so a resumed run begins with it."""
 
 
 def train(
@@ -45,9 +41,11 @@ def train(
     _announce(run, progress, log)
     garbage.start()
     reason = None
-    if run.valid is not None and training.eval_iters and progress.extra.get(EVALUATION_DUE, False):
+    if run.valid is not None and training.eval_iters and progress.evaluation_due:
         with timer.phase("eval"):
             progress, reason = _evaluate(run, run.valid, training.eval_iters, progress, log, exit_plan)
+        if reason is None:
+            run.checkpointer.add_evaluation(progress)
     while progress.step < total and reason is None:
         step = progress.step + 1
         if run.stage1 is not None and not run.stage1.goes_on(step, progress):
@@ -60,7 +58,9 @@ def train(
             microbatches = run.train.fetch(position)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
         outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
-        nonfinite.note(step, outcome, microbatches, run.student.mesh)
+        nonfinite.note(step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, position + run.plan.global_batch_size))
+        if step == total:
+            nonfinite.note_last(outcome)
         progress = replace(
             progress,
             step=step,
@@ -80,21 +80,24 @@ def train(
         progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: valid is not None})
         with timer.phase("save"):
             run.checkpointer.poll()
-        if reason is None and step < total and (stage1 is None or stage1.goes_on(step + 1, progress)):
-            # What is saved first is safe from whatever ends a long evaluation. Where the run leaves, or the teacher goes, the checkpoint
-            # holds the evaluation instead: nothing that resumes from it could repeat it as it was.
-            saved = _save_if_due(run, checkpoint, progress, timer, log)
-        else:
-            saved = False
+        # What is saved first is safe from whatever ends a long evaluation, with which a resumed run then begins.
+        saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
         if valid is not None:
             with timer.phase("eval"):
                 progress, cut = _evaluate(run, valid, training.eval_iters, progress, log, exit_plan)
             reason = reason or cut
-        if not saved:
-            _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
+            if cut is None:
+                run.checkpointer.add_evaluation(progress)
+            elif not saved:
+                _save_if_due(run, checkpoint, progress, timer, log, leaving=True)
     profiler.stop(progress.step + 1)
     garbage.stop()
     run.checkpointer.finish()
+    if progress.step >= total:
+        stands = _way_out(run, checkpoint, progress.data.get("position", 0))
+        if progress.step == run.progress.step:  # nothing was trained, so nothing was looked at
+            refuse_nonfinite(run.student, progress.step, stands)
+        nonfinite.refuse_end(progress.step, stands)
     if reason is not None:
         log.event(progress.step, f"leaving: {reason}")
     return progress
@@ -103,17 +106,28 @@ def train(
 def _save_if_due(
     run: Run, checkpoint: CheckpointConfig, progress: Progress, timer: PhaseTimer, log: RunLog, leaving: bool = False, final: bool = False
 ) -> bool:
-    """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks."""
+    """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks.
+
+    Raises NonFiniteError where the model is not fit to be saved; where the run leaves or ends also without --save."""
     step = progress.step
     due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
     name = "save-at" if step in checkpoint.save_at else None
-    if checkpoint.save is None or not (due or name is not None or leaving or final):
+    if not (due or name is not None or leaving or final):
         return False
+    stands = _way_out(run, checkpoint, progress.data.get("position", 0))
     with timer.phase("save"):
+        refuse_nonfinite(run.student, step, stands)
+        if checkpoint.save is None:
+            return False
         log.flush()
         recognise_by = probe(run.student, run.train.samples.vocabulary_size)
+        refuse_nonfinite_losses(recognise_by, step, stands)
         run.checkpointer.save(progress, recognise_by, name, final=final)
     return True
+
+
+def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
+    return find_way_out(run.checkpointer, checkpoint, position, run.plan.global_batch_size)
 
 
 def _announce(run: Run, progress: Progress, log: RunLog) -> None:

@@ -12,9 +12,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_salt.config import LoggingConfig
-from megatron_salt.train.sinks import Jsonl, Sink, TensorBoard, Wandb, make_directory, require_package
+from megatron_salt.train.patience import Patient
+from megatron_salt.train.sinks import Jsonl, TensorBoard, Wandb, make_directory, require_package
 
 GIB = 2**30
 STEP_KEYS = ("kind", "time", "step", "consumed_samples", "loss", "lr", "grad_norm", "nonfinite", "tokens", "seconds",
@@ -144,7 +144,6 @@ class RunLog:
         self._unread: list[StepRecord] = []
         self._since_line: list[dict[str, Any]] = []
         self._num_nonfinite = 0
-        self._complained: set[str] = set()
         self._sinks = _open_sinks(logging, save, start_step, config) if active else []
 
     def __enter__(self) -> Self:
@@ -159,7 +158,7 @@ class RunLog:
                 raise
         finally:
             for sink in self._sinks:
-                self._guarded(sink, sink.close)
+                sink.close()
 
     def step(self, record: StepRecord) -> None:
         """Take note of a step; print a line at multiples of --log-interval and at the last step."""
@@ -201,7 +200,7 @@ class RunLog:
             return
         self._drain()
         for sink in self._sinks:
-            self._guarded(sink, sink.flush)
+            sink.flush()
 
     def _write(self, **entry: Any) -> None:
         self._drain()  # entries stay in the order of their steps
@@ -231,16 +230,7 @@ class RunLog:
 
     def _send(self, entry: Mapping[str, Any]) -> None:
         for sink in self._sinks:
-            self._guarded(sink, partial(sink.write, entry))
-
-    def _guarded(self, sink: Sink, action: Callable[[], None]) -> None:
-        """A full disk under the log does not end the run: say so once, and keep trying."""
-        try:
-            action()
-        except OSError as error:
-            if sink.name not in self._complained:
-                print(f"warning: {sink.name} cannot be written ({error}); the run goes on", file=sys.stderr, flush=True)
-                self._complained.add(sink.name)
+            sink.write(entry)
 
     def _line(self) -> str:
         """The steps since the last line in one line: means over them, the last one's lr and samples."""
@@ -276,18 +266,18 @@ class RunLog:
         return pace * (self._total_steps - last["step"])
 
 
-def _open_sinks(logging: LoggingConfig, save: str | None, start_step: int, config: Mapping[str, Any]) -> list[Sink]:
-    sinks: list[Sink] = []
-    jsonl = jsonl_path(logging, save)
-    directory = tensorboard_directory(logging, save)
+def _open_sinks(logging: LoggingConfig, save: str | None, start_step: int, config: Mapping[str, Any]) -> list[Patient]:
+    jsonl, directory, project = jsonl_path(logging, save), tensorboard_directory(logging, save), logging.wandb_project
     if directory is not None:
-        make_directory(directory, TensorBoard.name)  # before a file is begun elsewhere
+        with suppress(OSError):  # the sink will say so
+            make_directory(directory, TensorBoard.name)  # a path that is wrong is refused before a file is begun elsewhere
+    sinks: list[Patient] = []
     if jsonl is not None:
-        sinks.append(Jsonl(jsonl, start_step))
+        sinks.append(Patient(Jsonl.name, lambda step: Jsonl(jsonl, step), start_step, anew=False))
     if directory is not None:
-        sinks.append(TensorBoard(directory, start_step))
-    if logging.wandb_project is not None:
-        sinks.append(Wandb(logging.wandb_project, logging.wandb_exp_name, config))
+        sinks.append(Patient(TensorBoard.name, lambda step: TensorBoard(directory, step), start_step, anew=True))
+    if project is not None:
+        sinks.append(Patient(Wandb.name, lambda _: Wandb(project, logging.wandb_exp_name, config), start_step, anew=False))
     return sinks
 
 

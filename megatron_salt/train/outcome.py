@@ -7,7 +7,7 @@
 | `left`      | 0 | it saved, or had nothing to save yet, and wants to go on (a signal, a time limit) |
 | `refused`   | 2 | a mistake of the user's, which another start would only repeat |
 | `unsaved`   | 3 | the last checkpoint is not on disk; another start may fare better |
-| `nonfinite` | 4 | reserved: loss or parameters are not finite; nothing writes it yet |
+| `nonfinite` | 4 | gradients (--max-nonfinite-steps), the last loss, parameters or the optimizer's state are not finite |
 | `machine`   | 5 | reserved: a host that a run cannot use; nothing writes it yet |
 
 No file: the run died. A launcher decides by this line and not by exit codes, which torch, Slurm and signals make up too. It names a new

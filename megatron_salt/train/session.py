@@ -14,13 +14,16 @@ import megatron_salt.parallel.cpu  # noqa: F401
 
 from megatron_salt.config import RunConfig
 from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint.changes import CHANGED, tell
+from megatron_salt.checkpoint.integrity import DamagedCheckpoint
+from megatron_salt.checkpoint.resume import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
 from megatron_salt.errors import SaveError, UserError
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.agreement import first_problem, from_rank_0, largest
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build import Run, build, count_parameters, read_inputs
+from megatron_salt.train.build import Inputs, Run, build, count_parameters, read_inputs
 from megatron_salt.train.loop import train
 from megatron_salt.train.metrics import RunLog, tensorboard_directory
 from megatron_salt.train.operations import Profiler
@@ -28,6 +31,7 @@ from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.precisions import choose_precisions
 from megatron_salt.train.signals import ExitPlan, SignalWatch
+from megatron_salt.train.starting import find_beginning
 from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
 log = logging.getLogger(__name__)
@@ -40,18 +44,21 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     inputs = read_inputs(config)
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    with ExitStack() as held, distributed(timeout):
+    rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
-        run = build(config, plan, layout, inputs, timeout, precisions, held, watch)
+        identity, found = begin(config, plan, layout, inputs)
+        run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
-            watch=watch, agree=largest, started=started, taken=None if config.checkpoint.save is None else run.checkpointer.is_taken,
+            watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
+            taken=None if config.checkpoint.save is None else run.checkpointer.is_taken,
         )  # fmt: skip
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(
@@ -61,15 +68,44 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
                 f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
                 {"parameters": parameters, "layout": layout.sizes},
             )
+            for event in run.progress.events:
+                if event["event"] == CHANGED and event["step"] == run.progress.step:
+                    run_log.event(run.progress.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
             progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)
         if config.checkpoint.save is not None and progress.step > run.progress.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)
     if rank == 0:  # after the last barrier: every rank has saved
-        done = progress.step >= run.plan.total_steps
-        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step,
-                      "after its last step" if done else f"before its last step, {run.plan.total_steps}")
+        done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
+        short = f"before its last step, {run.plan.total_steps}" if progress.step < run.plan.total_steps else "before its last evaluation"
+        write_outcome(config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short)
+
+
+def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:
+    """The run's identity, and --load's checkpoint where it is not in --save; what can be refused before --save is made, is. Collective.
+
+    A checkpoint in --save is opened when that is this run's own; here one look at it must do."""
+    checkpoint, load = config.checkpoint, None if config.checkpoint.load is None else Path(config.checkpoint.load)
+
+    def find(found: Found | None) -> RunIdentity:
+        logging.disable(logging.ERROR)  # what this would tell, the load of the checkpoint tells
+        try:
+            if load is not None and found is None:
+                found = glance_at_checkpoint(load, checkpoint.load_fallback)
+            return find_beginning(config, layout, plan, inputs, found).identity
+        finally:
+            logging.disable(logging.NOTSET)
+
+    found = None
+    if load is not None and (checkpoint.save is None or Path(checkpoint.save).resolve() not in (load.resolve(), load.resolve().parent)):
+        found = open_checkpoint(load, checkpoint.load_fallback)
+    try:
+        return from_rank_0(lambda: find(found)), found
+    except DamagedCheckpoint:
+        assert load is not None
+        open_checkpoint(load, checkpoint.load_fallback)  # says all that is damaged
+        raise
 
 
 def refuse_unsaved(save: Path, step: int) -> None:

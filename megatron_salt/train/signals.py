@@ -1,4 +1,4 @@
-"""When a run saves and leaves before its end: a signal, a time limit, a step.
+"""When a run saves and leaves before its end: a signal, a time limit, a file, a step.
 
 Signals and clocks differ between ranks, so the decision is made in common: each rank turns what it knows into a small
 integer, the largest over all ranks counts, and every rank answers the same. The reduction is passed in; this module
@@ -14,10 +14,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from megatron_salt.errors import UserError
+
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
 
-_NONE, _TIME, _TAKEN = 0, 1, 1000  # a signal is _TIME + its number
+_NONE, _TIME, _FILE, _TAKEN = 0, 1, 2, 1000  # a signal is _FILE + its number
 
 
 class SignalWatch:
@@ -50,9 +52,9 @@ class ExitPlan:
 
     def __init__(self, *, exit_interval: int | None, exit_duration_in_mins: float | None, watch: SignalWatch | None,
                  agree: Callable[[int], int], started: float, clock: Callable[[], float] = time.monotonic,
-                 taken: Callable[[], bool] | None = None) -> None:
-        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. taken: whether this rank
-        knows that --save is another run's by now; None: nothing is saved.
+                 exit_file: str | None = None, looks: bool = True, taken: Callable[[], bool] | None = None) -> None:
+        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. looks: whether this
+        rank looks for the file. taken: whether this rank knows that --save is another run's by now; None: nothing is saved.
 
         What is configured, and so whether `agree` is called, is the same on every rank.
         """
@@ -62,6 +64,7 @@ class ExitPlan:
         self._agree = agree
         self._started = started
         self._clock = clock
+        self._exit_file, self._looks = exit_file, looks
         self._taken = taken
 
     def reason_to_leave(self, step: int) -> str | None:
@@ -74,13 +77,16 @@ class ExitPlan:
         return None
 
     def reason_to_stop_now(self) -> str | None:
-        """A signal or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective likewise."""
-        asked = self._watch is not None or self._exit_duration_in_mins is not None or self._taken is not None
-        code = self._agree(self._local_code()) if asked else _NONE
+        """A signal, the file or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective
+        likewise."""
+        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._taken)
+        code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
         if code == _TAKEN:
             return "--save was taken over"
-        if code > _TIME:
-            return f"{signal.Signals(code - _TIME).name} received"
+        if code > _FILE:
+            return f"{signal.Signals(code - _FILE).name} received"
+        if code == _FILE:
+            return f"--exit-file {self._exit_file} has appeared"
         if code == _TIME:
             return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
         return None
@@ -89,6 +95,14 @@ class ExitPlan:
         if self._taken is not None and self._taken():
             return _TAKEN  # whatever else there is: nothing can be saved
         if self._watch is not None and self._watch.received:
-            return _TIME + self._watch.received
+            return _FILE + self._watch.received
+        if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):
+            return _FILE
         minutes = self._exit_duration_in_mins
         return _TIME if minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
+
+
+def refuse_exit_file(path: str | None) -> None:
+    """Raise UserError where --exit-file is there already: the run would leave at once, and a launcher start it again and again."""
+    if path is not None and os.path.lexists(path):
+        raise UserError(f"--exit-file {path} is there, so this would leave at once; delete it to go on")

@@ -2,12 +2,13 @@
 
 A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. After a crash the run
 resumes at an earlier step; every sink then drops what it holds of later steps, so that a curve has one value a step.
-Opened on one rank alone. A missing package or an unusable file is a UserError; a failing write is an OSError and
-loses nothing: the JSONL keeps what it could not write and tries again.
+Opened on one rank alone. A missing package or a path that can never be written is a UserError; a disk that is full or read-only, or a
+server that does not answer, may raise anything, and patience.py tries again. An entry was taken if its write returned.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -22,6 +23,9 @@ from megatron_salt.errors import UserError
 from megatron_salt.small_files import parse_json
 
 Entry = Mapping[str, Any]
+
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
+"""Errors that may be over later; others mean that the path is wrong."""
 
 
 class Sink(Protocol):
@@ -47,17 +51,20 @@ class Jsonl:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
+                if not path.is_file():  # a pipe or a device cannot be cut back, and none should be renamed
+                    raise UserError(f"--jsonl {path} is not a regular file; name another one")
                 if start_step == 0:
                     os.replace(path, path.with_name(path.name + ".old"))
                 else:
                     drop_later_steps(path, start_step)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
         except OSError as error:
-            raise UserError(f"--jsonl {path} cannot be written: {error}") from error
+            raise unusable(f"--jsonl {path}", error) from error
 
     def write(self, entry: Entry) -> None:
-        self._unwritten += json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
-        self.flush()
+        self.flush()  # the rest of a line that a disk took in part
+        line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
+        self._unwritten = line[self._file.write(line):]
 
     def flush(self) -> None:
         self._unwritten = self._unwritten[self._file.write(self._unwritten):]
@@ -127,7 +134,7 @@ class TensorBoard:
         try:
             self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
         except OSError as error:
-            raise UserError(f"{self.name} {directory} cannot be written: {error}") from error
+            raise unusable(f"{self.name} {directory}", error) from error
 
     def write(self, entry: Entry) -> None:
         for curve, value in scalars(entry).items():
@@ -169,11 +176,16 @@ def wandb_id(run_name: str) -> str:
 
 
 def make_directory(directory: Path, flag_name: str) -> None:
-    """Make a directory where there is none. Raises UserError."""
+    """Make a directory where there is none. Raises UserError, or an OSError that may be over later."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag_name} {directory} cannot be written: {error}") from error
+        raise unusable(f"{flag_name} {directory}", error) from error
+
+
+def unusable(what: str, error: OSError) -> Exception:
+    """The error itself where it may be over later, else the UserError that stands for it."""
+    return error if error.errno in PASSING else UserError(f"{what} cannot be written: {error}")
 
 
 def require_package(package: str, flag_name: str) -> None:

@@ -135,8 +135,6 @@ def test_data_path_is_prefixes_or_weight_prefix_pairs(
     (["nan", "web", "1", "code"], "weights must be finite and above 0, got nan"),
     (["inf", "web", "1", "code"], "weights must be finite and above 0, got inf"),
     (["1e-12", "web", "1", "code"], "weight 1e-12 is less than 1/1073741824 of the sum"),
-    (["web", "code", "./web"], "names one dataset twice, as web and as ./web"),
-    (["web.bin", "web.idx"], "names one dataset twice"),
 ])  # fmt: skip
 def test_a_data_path_that_makes_no_sense_is_refused(values: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^--data-path.*{message}"):

@@ -1,4 +1,4 @@
-"""The choice equals a full sort by (score, id), whatever the ties, the values and the chunks, and its memory does not grow."""
+"""The choice equals a full sort by (score, tie rank), whatever the ties, the values and the chunks, and its memory does not grow."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_salt.data.eligible import Eligible, bits, dataset_ranges, duplicat
 from megatron_salt.data.score_index import ScoreIndex, Shard
 from megatron_salt.data.scores import IndexManifest, npy_header
 from megatron_salt.data.select import Choice, Rule, choose, cuts, order_keys, score_of_key
+from megatron_salt.data.ties import TIE_SEED, Ties, tie_limits, tie_ranks
 from megatron_salt.errors import UserError
 from tests.data.score_files import manifest_of
 
@@ -25,7 +26,8 @@ SPECIAL = np.array([0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, np.inf, -np.inf, 3e38, 
 RULES = [
     Rule("top", fraction=0.3), Rule("top", num_samples=1), Rule("top", fraction=1.0), Rule("top", fraction=1e-9),
     Rule("bottom", fraction=0.3), Rule("bottom", num_samples=50), Rule("band", fraction=0.25, skip=0.1),
-    Rule("band", num_samples=20, skip=0.5), Rule("random", fraction=0.4, seed=5), Rule("random", num_samples=3, seed=0),
+    Rule("band", num_samples=20, skip=0.5), Rule("band", fraction=0.05, skip=0.4, tie_seed=7),
+    Rule("random", fraction=0.4, seed=5), Rule("random", num_samples=3, seed=0),
     Rule("threshold", minimum=1.0), Rule("threshold", minimum=-1.5, maximum=1.5), Rule("threshold", minimum=0.0, maximum=0.0),
 ]  # fmt: skip
 
@@ -68,7 +70,7 @@ def largest_remainder(total: int, there: list[int]) -> list[int]:
 
 
 def by_sorting(rule: Rule, scores: np.ndarray, may: np.ndarray) -> list[int]:
-    """The oracle: sort each pool by score and id, and cut."""
+    """The oracle: sort each pool by score and tie rank, and cut."""
     if rule.name == "threshold":
         return np.flatnonzero(may & (scores >= rule.minimum) & (scores <= (np.inf if rule.maximum is None else rule.maximum))).tolist()
     pools = [np.arange(first, end) for first, end in dataset_ranges(manifest_of(SIZES))] if rule.per_dataset else [np.arange(len(scores))]
@@ -78,7 +80,7 @@ def by_sorting(rule: Rule, scores: np.ndarray, may: np.ndarray) -> list[int]:
     counts = largest_remainder(total, [len(ids) for ids in pools])
     chosen: list[int] = []
     for ids, count in zip(pools, counts, strict=True):
-        order = np.lexsort((ids, scores[ids] if rule.name == "bottom" else -scores[ids]))
+        order = np.lexsort((tie_ranks(ids, rule.tie_seed), scores[ids] if rule.name == "bottom" else -scores[ids]))
         skip = min(int(rule.skip * len(ids) + 0.5), len(ids) - count)
         chosen += ids[order[skip : skip + count]].tolist()
     return sorted(chosen)
@@ -161,6 +163,57 @@ def test_a_choice_has_its_cuts(tmp_path: Path) -> None:
     assert at(Rule("threshold", minimum=-1.0, maximum=2.0)) == [(-1.0, 2.0)]
     assert at(Rule("random", fraction=0.3, seed=1)) == [()]
     assert len(at(Rule("top", fraction=0.3, per_dataset=True))) == 5
+
+
+# --- ties -------------------------------------------------------------------------------------------------------------
+
+def decided_by_ties(scores: np.ndarray, may: np.ndarray, chosen: list[int], pools: list[tuple[int, int]]) -> int:
+    """The oracle: chosen samples whose score an eligible sample of their pool has too that is not chosen."""
+    taken = np.isin(np.arange(len(scores)), chosen)
+    return sum(int(np.isin(scores[first:end][taken[first:end]], scores[first:end][may[first:end] & ~taken[first:end]]).sum())
+               for first, end in pools)
+
+
+@pytest.mark.parametrize("per_dataset", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+def test_what_ties_decided_is_what_a_look_at_each_sample_says(tmp_path: Path, rule: Rule, per_dataset: bool) -> None:
+    rule = replace(rule, per_dataset=per_dataset and rule.name != "threshold")
+    counts = []
+    for seed in range(5):
+        index, scores, tokens = random_index(tmp_path, seed)
+        choice = choose(index, SCORE, rule, find_eligible(index, 0.0, None))
+        ranges = dataset_ranges(index.manifest) if rule.per_dataset else [(0, len(scores))]
+        ranked = rule.name not in ("random", "threshold")
+        counts.append(decided_by_ties(scores, tokens > 0, the_ids(choice), ranges) if ranked else 0)
+        assert (choice.tied, choice.tie_share) == (counts[-1], counts[-1] / choice.count)
+    assert any(counts) or rule.fraction == 1.0 or rule.name in ("random", "threshold")
+
+
+def test_no_part_of_the_file_is_preferred_where_all_scores_are_equal(tmp_path: Path) -> None:
+    num = 40_000
+    columns = {SCORE: np.zeros(num, np.float32), "tokens": np.ones(num, np.uint16)}
+    index = write_columns(tmp_path, manifest_of((num,)), **columns)
+    may = find_eligible(index, 0.0, None)
+    found = [np.array(the_ids(choose(index, SCORE, Rule("top", fraction=0.5, tie_seed=seed), may))) for seed in (0, 0, 1)]
+    for ids in found:
+        tenths = np.bincount(ids * 10 // num, minlength=10)
+        assert np.abs(tenths - 2000).max() < 5 * 1000**0.5
+        assert abs(int((ids % 2).sum()) - 10_000) < 5 * 100
+    assert np.array_equal(found[0], found[1])
+    assert abs(len(np.intersect1d(found[0], found[2])) - 10_000) < 5 * 100
+
+
+@pytest.mark.parametrize("deviations", [8.0, 0.1, 1e-6])
+def test_a_limit_counts_exactly_as_many_wherever_it_is_first_looked_for(tmp_path: Path, deviations: float) -> None:
+    num = 5000
+    scores = np.random.default_rng(0).integers(0, 3, num).astype(np.float32)
+    index = write_columns(tmp_path, manifest_of((num,)), 2, **{SCORE: scores})
+    packed = np.packbits(np.random.default_rng(1).random(num) < 0.7, bitorder="little")
+    may = Eligible(packed, 0, 0, 0)
+    ids = 100 + np.flatnonzero((scores == 1)[100:] & bits(packed, 100, num))
+    groups = [Ties(1.0, taken, len(ids)) for taken in (1, 2, len(ids) // 3, len(ids) - 1)]
+    limits = tie_limits(index, SCORE, may, (100, num), groups, 3, 64, deviations)
+    assert [int((tie_ranks(ids, 3) < np.uint64(limit)).sum()) for limit in limits] == [group.taken for group in groups]
 
 
 # --- who may be chosen ------------------------------------------------------------------------------------------------
@@ -267,7 +320,7 @@ def test_ten_million_samples_with_many_ties(tmp_path: Path) -> None:
     num = 10**7
     scores = (np.random.default_rng(0).integers(0, 1000, num) / 7).astype(np.float32)
     index = write_columns(tmp_path, manifest_of((num,)), 2, **{SCORE: scores})
-    expected = np.sort(np.argsort(-scores, kind="stable")[: num // 3])
+    expected = np.sort(np.lexsort((tie_ranks(np.arange(num), TIE_SEED), -scores))[: num // 3])
     choice = choose(index, SCORE, Rule("top", num_samples=num // 3), everything(num))
     assert np.array_equal(np.concatenate(list(choice.ids())), expected)
 

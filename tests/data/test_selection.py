@@ -43,6 +43,20 @@ def test_a_selection_reads_back_as_written(tmp_path: Path, pieces: int) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npy"]
 
 
+def test_the_format_before_ties_were_recorded_is_read_and_draws_the_same(tmp_path: Path) -> None:
+    now = write(tmp_path / "a")
+    path = tmp_path / "a.json"
+    raw = json.loads(path.read_text())
+    assert (raw["format"], raw.pop("tie_seed"), raw.pop("tie_share")) == (2, None, 0.0)
+    path.write_text(json.dumps({**raw, "format": 1}))
+    before = Selection.open(str(tmp_path / "a"))
+    assert before.fingerprint == now.fingerprint and np.array_equal(before.ids, now.ids)
+    assert before.manifest == dataclasses.replace(now.manifest, tie_share=None)
+    path.write_text(json.dumps(raw))  # format 2 must say
+    with pytest.raises(UserError, match="tie_seed"):
+        Selection.open(str(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("num_samples, dtype", [((1 << 32), "uint32"), ((1 << 32) + 1, "int64")])
 def test_ids_are_as_narrow_as_the_data_allows(tmp_path: Path, num_samples: int, dtype: str) -> None:
     ids = np.array([0, 5, 1 << 31, num_samples - 1])

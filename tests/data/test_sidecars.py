@@ -1,23 +1,30 @@
-"""Every value of every description of data, replaced by others: what opens it succeeds, or says in one line what is wrong."""
+"""Every value of every description, of data and of a checkpoint, replaced: its reader succeeds, or says in one line what is wrong."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_salt.config import ModelConfig
 from megatron_salt.errors import UserError
+from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.checkpoint.resume import Found, RunIdentity, progress_from, read_facts
+from megatron_salt.checkpoint.state import model_of
 from megatron_salt.data.manifest import Manifest, Source, manifest_path, read_manifest, write_manifest
 from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.scores import DatasetFacts, IndexManifest, columns
 from megatron_salt.data.selection import Selection, write_selection
+from megatron_salt.salt.schedule import Schedule
 from megatron_salt.train.history import read_curve
 from tests.data.score_files import write_index
+from tools.inspect_checkpoint import _about
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
 SCORES = IndexManifest((DatasetFacts("web", "content:1", 12),), 8, 256, "t", "sha256:0", 10, "teacher", (2,), {"eod_mask_loss": False},
@@ -81,7 +88,35 @@ def log(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "train.jsonl", lambda: read_curve("run", folder / "train.jsonl")
 
 
-@pytest.mark.parametrize("make", [dataset, score_index, score_shard, selection, log])
+def checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    schedule = Schedule(5, 0.5, 1.0, "step", 0, "never", 0.0)
+    salt = SaltProgress(5, schedule.facts(), "sha256:0", "/teacher", 3, {"loss": 2.5, "accuracy": 0.5})
+    extra = {"nonfinite_in_a_row": 0, "evaluation_due": True}
+    progress = Progress(4, 32, {"position": 32}, ({"event": "new_data", "step": 0},), extra, salt)
+    facts = {
+        "format": 1, "name": None, "saved_at": 1.5, "megatron_core": "0.16.1", "torch": "2.13", **asdict(progress),
+        "architecture": asdict(ModelConfig()) | {"vocabulary": 257, "seq_length": 16}, "tokenizer": "t", "data_fingerprint": "content:1",
+        "probe": {"lengths": [8, 16], "losses": [5.5, None], "dtype": "float32"},
+        "layout": {"tensor": 1, "context": 1, "data": 1, "pipeline": 1}, "chunks": 1, "rng": [["cpu", 16]],
+        "scheduler": {"num_steps": 4, "max_lr": 0.1, "lr_decay_style": "cosine"},
+        "optimizer": {"form": "plain", "step": 4, "bucket_plans": {"pp0.tp0": "0"}},
+    }  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(facts))
+    return folder / "state.json", lambda: go_on_from(folder)
+
+
+def go_on_from(directory: Path) -> None:
+    """Use every fact of state.json that a run uses, with the arithmetic that it does on them."""
+    facts = read_facts(directory)
+    run = RunIdentity("", facts["architecture"], facts["tokenizer"], facts["data_fingerprint"], 1)
+    progress = progress_from(Found(directory, facts, {}), run, new_data=False)
+    assert progress.step >= 0 and progress.data.get("position", 0) >= 0 and progress.extra.get("nonfinite_in_a_row", 0) >= 0
+    assert progress.salt is None or progress.salt.stage_after(progress.step) in (1, 2)
+    assert model_of(facts["architecture"]).head_width >= 1
+    assert "\n" not in "".join(_about(directory, facts, {})), "what inspect_checkpoint prints"
+
+
+@pytest.mark.parametrize("make", [dataset, score_index, score_shard, selection, log, checkpoint])
 def test_no_value_of_a_description_ends_its_reader_with_a_traceback(tmp_path: Path, make: Any) -> None:
     path, consumer = make(tmp_path)
     consumer()

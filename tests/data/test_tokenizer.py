@@ -129,9 +129,9 @@ def test_sentencepiece_end_of_document_is_a_named_piece_or_eos_or_none(tmp_path,
     assert (None if eod is None else processor.id_to_piece(eod)) == piece
 
 
-@pytest.mark.parametrize("special, expected", [([], None), (["</s>"], "</s>"), (["</s>", "<|endoftext|>"], "<|endoftext|>"),
-                                               (["<s>"], None), (["<|end_of_text|>", "<eos>"], "<|end_of_text|>")])
-def test_hugging_face_end_of_document_is_the_best_known_name_or_none(tmp_path, special, expected):
+@pytest.mark.parametrize("special, expected", [([], None), (["</s>"], "</s>"), (["</s>", "<eod>", "<|endoftext|>"], "<eod>"),
+                                               (["<s>"], None), (["<pad>", "<|end_of_text|>"], "<|end_of_text|>")])
+def test_hugging_face_end_of_document_is_the_one_special_token_with_a_known_name_or_none(tmp_path, special, expected):
     model = byte_level_bpe(special)
     model.save(str(tmp_path / "t.json"))
     eod = build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path / "t.json"))).eod

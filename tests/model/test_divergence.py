@@ -26,6 +26,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     chunk: int = 7
     num_valid: int = 50
+    temperature: float = 1.0
     noise: float = 0.1
     """Of the other pass, beside hidden states of size 1."""
 
@@ -55,7 +56,7 @@ def oracle(inputs: Inputs, case: Case) -> tuple[float, float]:
     """(sum of KL, tokens of one mind)."""
     valid = inputs.mask > 0
     weight = inputs.weight[: case.num_valid].double()
-    p, q = (hidden.flatten(0, 1)[valid].double() @ weight.t() for hidden in (inputs.reference, inputs.other))
+    p, q = (hidden.flatten(0, 1)[valid].double() @ weight.t() / case.temperature for hidden in (inputs.reference, inputs.other))
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum()), float((p.argmax(-1) == q.argmax(-1)).sum())
 
@@ -66,7 +67,7 @@ def on_a_rank(case: Case) -> tuple[float, float]:
     shard = VocabularyShard(group, ROWS // case.tp, case.num_valid, case.sequence_parallel)
     own = inputs.weight[shard.first : shard.first + shard.rows]
     hidden = [whole.chunk(case.tp)[group.rank()] if case.sequence_parallel else whole for whole in (inputs.reference, inputs.other)]
-    kl, agreement = divergence(*hidden, own, inputs.mask, shard, case.chunk)
+    kl, agreement = divergence(*hidden, own, inputs.mask, shard, case.chunk, case.temperature)
     assert kl.dtype == agreement.dtype == torch.float64 and not kl.requires_grad
     return float(kl), float(agreement)
 
@@ -78,6 +79,7 @@ def on_a_rank(case: Case) -> tuple[float, float]:
     pytest.param(Case(chunk=1000, dtype=torch.bfloat16), id="bf16, one chunk"),
     pytest.param(Case(tp=2, sequence_parallel=True, num_valid=57), id="tp2 slices"),
     pytest.param(Case(tp=2, dtype=torch.bfloat16, chunk=1), id="tp2 bf16"),
+    pytest.param(Case(tp=2, sequence_parallel=True, temperature=0.25), id="tp2 slices, sharper"),
     pytest.param(Case(tp=4, sequence_parallel=True, num_valid=33), id="tp4 slices, ranks of padding alone"),
 ])  # fmt: skip
 def test_it_equals_full_logits_in_float64(case: Case) -> None:

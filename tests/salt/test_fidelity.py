@@ -19,7 +19,7 @@ from megatron_salt.data.fixed_batch import fixed_batch
 from megatron_salt.errors import UserError
 from megatron_salt.model.fp8 import in_bfloat16
 from megatron_salt.model.loss import METRICS
-from megatron_salt.salt.fidelity import SAMPLES, Fidelity, refuse_unfaithful
+from megatron_salt.salt.fidelity import Fidelity, refuse_unfaithful
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.metrics import PhaseTimer
 from megatron_salt.train.step import Student, train_step
@@ -32,6 +32,8 @@ DEFAULT = SaltConfig().teacher_fp8_max_kl
 TP2PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 BF16 = Case(dtype=torch.bfloat16)
 EVERYWHERE = (0, 1, 2, 3)
+TOKENS = 7 * SEQ_LENGTH // 2
+"""Of the text that count."""
 LINEARS = 4
 """Of a layer."""
 TIGHT = 2e-3
@@ -78,9 +80,14 @@ def in_fp8(lesson: Lesson, student: Student, recipe: Recipe) -> tuple[Teacher, E
     return teacher, emulation
 
 
+def text() -> list[Microbatch]:
+    """What the gate measures on. This teacher knows what follows each token, whatever the text."""
+    return fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH, SEQ_LENGTH // 2, SEQ_LENGTH, SEQ_LENGTH])
+
+
 def gate(lesson: Lesson, student: Student, teacher: Teacher, max_kl: float = DEFAULT) -> Fidelity:
     """What an admission asks of an FP8 teacher."""
-    return refuse_unfaithful(teacher, max_kl, VOCABULARY, student.mesh, shard_of(student, lesson.case), SEQ_LENGTH, CHUNK_TOKENS)
+    return refuse_unfaithful(teacher, max_kl, text(), student.mesh, shard_of(student, lesson.case), CHUNK_TOKENS)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ def test_fp8_of_a_trained_teacher_passes_at_the_default(
     lesson = Lesson(replace(BF16, parallel=parallel), str(school / which), teacher)
     told = run_ranks(parallel.replica_ranks, examined, lesson, parallel.replica_ranks, Recipe(kind))
     assert isinstance(told[0], Fidelity) and len(set(told)) == 1, told
-    assert 1e-6 < told[0].kl < TIGHT / 2 < DEFAULT and told[0].agreement > 0.95 and told[0].tokens == SAMPLES * SEQ_LENGTH
+    assert 1e-6 < told[0].kl < TIGHT / 2 < DEFAULT and told[0].agreement > 0.95 and told[0].tokens == TOKENS
 
 
 def test_the_figure_is_the_models_and_not_the_layouts(school: Path) -> None:
@@ -163,27 +170,35 @@ def test_the_figure_is_the_models_and_not_the_layouts(school: Path) -> None:
     assert four.kl == pytest.approx(one.kl, rel=0.2)
 
 
-def by_full_logits(lesson: Lesson) -> tuple[float, float]:
-    """(the gate's figure, the same from full logits in float64), on one rank."""
+def by_full_logits(lesson: Lesson, sureness: float) -> tuple[float, list[float]]:
+    """(the gate's figure, the same from full logits in float64 at the temperature and at 1), on one rank."""
     student = build_student(lesson.case, 1)
     teacher, _ = in_fp8(lesson, student, Recipe())
     assert teacher.body is not None and teacher.weight is not None
-    batch = fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH] * SAMPLES)
+    teacher.weight *= sureness
     weight = teacher.weight[:VOCABULARY].double()
     with torch.no_grad():
-        exact = torch.zeros((), dtype=torch.float64)
-        for sample in batch:
-            q = (teacher.body(sample.tokens, sample.position_ids, None).double() @ weight.t()).log_softmax(-1)
+        exact = torch.zeros(2, dtype=torch.float64)
+        for sample in text():
+            in_fp8_nv = teacher.body(sample.tokens, sample.position_ids, None).double() @ weight.t()
             with in_bfloat16(teacher.body):
-                p = (teacher.body(sample.tokens, sample.position_ids, None).double() @ weight.t()).log_softmax(-1)
-            exact += (p.exp() * (p - q)).sum(-1).mean() / SAMPLES
-    return gate(lesson, student, teacher).kl, float(exact)
+                in_bf16_nv = teacher.body(sample.tokens, sample.position_ids, None).double() @ weight.t()
+            counts = sample.loss_mask.view(1, -1, 1).transpose(0, 1)
+            for number, temperature in enumerate((lesson.temperature, 1.0)):
+                p, q = ((logits / temperature).log_softmax(-1) for logits in (in_bf16_nv, in_fp8_nv))
+                exact[number] += ((p.exp() * (p - q)).sum(-1, keepdim=True) * counts).sum() / TOKENS
+    return gate(lesson, student, teacher).kl, exact.tolist()
 
 
 @pytest.mark.parametrize("which", ["untied", "tied"])
-def test_the_figure_is_that_of_full_logits_in_float64(school: Path, which: str) -> None:
-    [(figure, exact)] = run_ranks(1, by_full_logits, Lesson(BF16, str(school / which)))
-    assert figure == pytest.approx(exact, rel=1e-5, abs=1e-6)
+@pytest.mark.parametrize("sureness, larger", [(1.0, 1), (0.05, 0)], ids=["sure", "hesitating"])
+def test_the_figure_is_the_larger_of_that_of_full_logits_in_float64_at_the_temperature_and_at_1(
+    school: Path, which: str, sureness: float, larger: int
+) -> None:
+    """A low temperature hides what FP8 does to a teacher that is sure, and shows it in one that hesitates."""
+    [(figure, exact)] = run_ranks(1, by_full_logits, Lesson(BF16, str(school / which)), sureness)
+    assert exact[larger] > 2 * exact[1 - larger]
+    assert figure == pytest.approx(exact[larger], rel=1e-5, abs=1e-6)
 
 
 # ---- who does not ----------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.flops import core_attention_flops, flops_per_token, head_flops, layer_flops
+from megatron_salt.model.flops import HeadCost, core_attention_flops, flops_per_token, head_flops, layer_flops
 from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt import routing
@@ -23,12 +23,13 @@ VOCABULARY, LENGTH = 1024, 128
 
 S, T = layer_flops(STUDENT, LENGTH), layer_flops(TEACHER, LENGTH)
 S_HEAD, T_HEAD = head_flops(STUDENT, VOCABULARY), head_flops(TEACHER, VOCABULARY)
+PRODUCTS_ALONE = HeadCost(0.0, 0.0)
 
 
 def prediction(parallel: ParallelConfig = ParallelConfig(), *, student: ModelConfig = STUDENT, teacher: ModelConfig = TEACHER,
-               tensor: int = 1, pipeline: int = 1, microbatches: int = 8, merge: int = 1) -> Prediction:
+               tensor: int = 1, pipeline: int = 1, microbatches: int = 8, merge: int = 1, head: HeadCost = PRODUCTS_ALONE) -> Prediction:
     return predict(student, parallel, teacher, teacher_tensor=tensor, teacher_pipeline=pipeline, padded_vocabulary=VOCABULARY,
-                   num_microbatches=microbatches, merge=merge, seq_length=LENGTH)
+                   num_microbatches=microbatches, merge=merge, seq_length=LENGTH, head=head)
 
 
 def pipeline_of(stages: int, tensor: int = 1, context: int = 1, **others: Any) -> ParallelConfig:
@@ -59,6 +60,14 @@ def test_body_shared_and_head_on_the_last_stage():
     assert found.times.stage2 == pytest.approx(8 * last)
     assert found.times.body == pytest.approx(4 * 4 * T)
     assert found.times.stage1 == pytest.approx(4 * 4 * T + 8 * (last + T_HEAD))
+
+
+def test_the_heads_other_work_is_the_last_stages_and_a_teacher_adds_to_it():
+    """pp 2 and tp 2: 256 ids a rank for each of 8 microbatches."""
+    found, plain = (prediction(pipeline_of(2, tensor=2), head=head).times for head in (HeadCost(30.0, 110.0), PRODUCTS_ALONE))
+    assert found.stage2 - plain.stage2 == pytest.approx(8 * 30 * VOCABULARY / 2)
+    assert found.stage1 - plain.stage1 == pytest.approx(8 * 110 * VOCABULARY / 2)
+    assert found.body == plain.body
 
 
 def test_a_short_last_stage_hides_the_teachers_head():

@@ -239,10 +239,14 @@ def test_a_crossover_ends_stage_1_after_the_transition_and_is_a_fact(
     assert (fact["crossover"], fact["stage1_end"]) == (1, 3) and all(state_of(one, step)["salt"] == fact for step in (3, 4, 5))
     figures = [(entry["teacher_loss"], entry["teacher_accuracy"]) for entry in entries(one, "eval")[:3]]
     assert figures == [(fact["teacher_held_out"]["loss"], fact["teacher_held_out"]["accuracy"])] * 3
-    for step in (1, 2, 4):
+    train(world_size, **flags, load=one / "iter_0000002", save=tmp_path / "told", within=telling_whom_it_evaluates)
+    assert held_out(tmp_path / "told") == held_out(one)[2:]  # the checkpoint knows that its evaluation was made
+    for step in range(1, STEPS):
         two = tmp_path / f"from {step}"
+        (one / f"iter_{step:07d}" / "evaluated.json").unlink()  # as of a run that was killed between save and evaluation
         ended = train(world_size, **flags, load=one / f"iter_{step:07d}", save=two, within=telling_whom_it_evaluates)
-        assert with_its_teacher(ended) == [step < 3, *[False] * (STEPS - step)]  # the held-out data may have changed
+        assert with_its_teacher(ended) == [step <= 3, *[False] * (STEPS - step)]  # the held-out data may have changed
+        assert held_out(two) == held_out(one)[step - 1 :]
         assert numbers(two) == numbers(one)[step:] and taught(two) == taught(one)[step:] and bool(events(two, "crossover")) == (step == 1)
         assert tensors(two, STEPS) == tensors(one, STEPS) and state_of(two, STEPS)["salt"] == fact
 

@@ -139,6 +139,14 @@ def test_an_empty_prompt_is_the_beginning_of_a_document() -> None:
     assert prompt_ids("", BYTES) == [BYTES.eod]
     with pytest.raises(UserError, match="--prompt is empty, and the checkpoint's ByteLevelTokenizer has no end-of-document id"):
         prompt_ids("", replace(BYTES, eod=None))
+    assert prompt_ids("", replace(BYTES, bos=7), prepend_bos=True) == [7]
+
+
+def test_a_prompt_begins_with_bos_where_that_is_asked_for() -> None:
+    assert prompt_ids("ab", replace(BYTES, bos=7), prepend_bos=True) == [7, 97, 98]
+    assert prompt_ids("ab", replace(BYTES, bos=7)) == [97, 98]
+    with pytest.raises(UserError, match="--prepend-bos: the checkpoint's ByteLevelTokenizer declares no"):
+        prompt_ids("ab", BYTES, prepend_bos=True)
 
 
 def test_a_prompt_that_is_not_text_is_refused() -> None:

@@ -335,7 +335,7 @@ def test_only_the_first_few_bad_lines_are_shown(tmp_path, out, capsys):
     (lambda home: write(home / "x.parquet", b"x" * 100), "x.parquet is damaged or truncated"),
     (lambda home: as_table(home / "x.parquet", {"txt": ["a"]}), "no column 'text'.*it has txt"),
     (lambda home: as_table(home / "x.parquet", {"text": [1]}), "does not hold strings but int64"),
-    (lambda home: [write(home / "x.jsonl", b'{"text": "a"}'), home / "x.*"], "names .*x.jsonl 2 times")])
+    (lambda home: [write(home / "x.jsonl", b'{"text": "a"}'), home / "x.*"], "names .*x.jsonl twice")])
 def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, capsys, make, word):
     home = tmp_path / "in"
     home.mkdir()

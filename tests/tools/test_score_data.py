@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
@@ -31,6 +34,7 @@ from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
+from megatron_salt.salt import scoring
 from tests.program import EOD, SEQ_LENGTH, VOCABULARY, the_error, train, write_tokens
 from tests.ranks import run_ranks
 from tools.score_data import ScoreConfig, score_data
@@ -230,6 +234,43 @@ def test_a_killed_job_goes_on_and_the_index_is_the_same(tmp_path: Path, flags: d
         done = stop
     told = score(3 - world_size, **flags, output=tmp_path / "index")
     assert 5 <= finished_before(told) < 8, told
+    assert same(table(tmp_path / "index"), table(index))
+
+
+def interrupted(words: list[str], how: str) -> Ended:
+    """In every rank: the last one gets a signal, or makes the file, when it comes to its fifth microbatch."""
+    from megatron_salt.salt.scoring import Scorer
+
+    whole, placed = Scorer._place, iter(range(1, 100))
+
+    def place(scorer: Scorer, start: int) -> Any:
+        if next(placed) == 5 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR1) if how == "signal" else Path(how).touch()
+        return whole(scorer, start)
+
+    with mock.patch.object(Scorer, "_place", place), mock.patch.object(scoring, "PIECE", 1):
+        return main(words)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_a_job_that_is_told_to_leave_says_how_far_it_is_and_the_same_command_goes_on(
+    tmp_path: Path, flags: dict[str, Any], index: Path, how: str, world_size: int
+) -> None:
+    """A block is 2 microbatches, and each round of them one look at whether to leave: one rank leaves in its third block, two, of which
+    each has one microbatch of a block, after their fifth. It does not end as one that is finished."""
+    file = tmp_path / "leave"
+    flags = flags | dict(output=tmp_path / "index", exit_file=file)
+    ended = run_ranks(world_size, interrupted, argv(**flags), "signal" if how == "signal" else str(file))
+    assert [one.status for one in ended] == [3] * world_size, ended
+    reason = "SIGUSR1 received" if how == "signal" else f"--exit-file {file} has appeared"
+    told = "".join(one.out for one in ended)
+    found = re.search(rf"left after (\d+) of {NUM_SAMPLES} windows: {reason}; the same command goes on\n", told)
+    assert found and int(found[1]) == {1: 8, 2: 20}[world_size] and "finished\n" not in told, told
+    if how == "file":
+        assert f"--exit-file {file} is there" in refused(world_size, **flags)
+        file.unlink()
+    assert finished_before(score(world_size, **flags)) == int(found[1]) // 4
     assert same(table(tmp_path / "index"), table(index))
 
 

@@ -16,6 +16,7 @@ from megatron_salt.data.manifest import fingerprint, tokenizer_directory
 from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.scores import DatasetFacts, content_hashes
 from megatron_salt.data.selection import Selection
+from megatron_salt.data.ties import TIE_SEED, tie_ranks
 from megatron_salt.data.tokenizer import build_tokenizer
 from megatron_salt.data.windows import TokenFile, Windows
 from tests.data.score_files import files_in, manifest_of, random_rows, write_index
@@ -28,7 +29,7 @@ TEXTS = ("the cat sat on the mat and then sat on it again, all day long. " * 9, 
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    """Scores of two byte-level datasets of 20 and 11 windows: 0.0, 0.1, ... by id for the paper's score, other columns at random."""
+    """Scores of two byte-level datasets of 20 and 11 windows: 0.0, 0.1, ... by id for the default score, other columns at random."""
     windows = []
     for name, text in (("cats", TEXTS[0][:320]), ("code", TEXTS[1][:176])):
         writer = IndexedWriter(str(tmp_path / name), np.dtype(np.uint16))
@@ -41,7 +42,7 @@ def index(tmp_path: Path) -> Path:
     manifest = manifest_of([1], datasets=datasets, tokenizer=BYTES.fingerprint, teacher_directory=str(tmp_path / "gone"))
     tokens = np.concatenate([one.read_many(np.arange(len(one))) for one in windows])
     tokens[25] = tokens[3]
-    rows = random_rows(manifest, median_zeroed_10=np.arange(len(tokens)) / 10, content=content_hashes(tokens))
+    rows = random_rows(manifest, median_dropped_10=np.arange(len(tokens)) / 10, content=content_hashes(tokens))
     write_index(tmp_path / "scores", manifest, rows, num_shards=2)
     assert [dataset.samples for dataset in datasets] == [20, 11]
     return tmp_path / "scores"
@@ -92,7 +93,7 @@ def test_a_random_choice_is_its_seeds(index: Path) -> None:
 def test_the_report_says_what_was_chosen(index: Path) -> None:
     assert select(index, "--fraction", 0.5, "--valid-share", 0.1, "--exclude-duplicates", "--examples", 2) == 0
     told = report_of(index)
-    assert "chosen by score median_zeroed_10, name top, fraction 0.5" in told and "step 7, w" in told
+    assert "chosen by score median_dropped_10, name top, fraction 0.5" in told and "step 7, w" in told
     assert "not eligible: 3 held out (--valid-share 0.1), 0 without a token that counts, 1 duplicates" in told
     lines = [line.split() for line in told.splitlines() if line.endswith(("cats", "code"))]
     assert [(line[0], line[1], line[2], line[4]) for line in lines[:2]] == [("20", "18", "5", "1.3"), ("11", "9", "9", "1.3")]
@@ -106,27 +107,67 @@ def test_the_report_says_what_was_chosen(index: Path) -> None:
 
 @pytest.mark.parametrize("rule, skip", [("top", 0), ("bottom", 0), ("band", 6)])
 def test_the_overlap_is_that_of_two_sorts(index: Path, rule: str, skip: int) -> None:
-    """Oracle: by either score sort the samples, ties by id, and take seven."""
+    """Oracle: by either score sort the samples, ties by rank, and take seven."""
     assert select(index, "--num-samples", 7, "--rule", rule, *(("--band-skip", 0.2) if skip else ())) == 0
     opened = ScoreIndex.open([str(index)])
     told = {name: share for share, name in re.findall(r"^ +([\d.]+%)  (\w+)$", report_of(index), re.MULTILINE)}
-    assert len(told) == 12 and "median_zeroed_10" not in told
+    assert len(told) == 12 and "median_dropped_10" not in told
     for name, share in told.items():
         scores = opened.read(name, 0, 31)
-        taken = set(np.lexsort((np.arange(31), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist())
+        taken = set(np.lexsort((tie_ranks(np.arange(31), TIE_SEED), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist())
         assert share == f"{len(taken & set(chosen(index))) / 7:.1%}", name
 
 
 def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
-    """With a score of 0 in every window but three, five are chosen by nothing but their ids."""
+    """With a score of 0 in every window but three, five are chosen by nothing but the order of ties, which is the seed's."""
     opened = manifest_of([40])
     write_index(tmp_path / "flat", opened, random_rows(opened, median_zeroed_10=np.arange(40) // 37))
-    assert select(tmp_path / "flat", "--num-samples", 8) == 0
-    assert chosen(index) == [0, 1, 2, 3, 4, 37, 38, 39]
+    for words, seed in (((), TIE_SEED), (("--tie-seed", 5), 5)):
+        flags = ("--score", "median_zeroed_10", "--num-samples", 8, "--overwrite", "--allow-ties")
+        assert select(tmp_path / "flat", *flags, *words) == 0
+        assert chosen(index) == [*sorted(np.argsort(tie_ranks(np.arange(37), seed))[:5].tolist()), 37, 38, 39]
+        manifest = Selection.open(str(index.parent / "chosen")).manifest
+        assert (manifest.tie_seed, manifest.tie_share) == (seed, 5 / 8)
     told = report_of(index)
-    assert "5 of the 8 chosen ones have the very score of a cut, as 32 others have" in told
+    assert "5 of the 8 chosen ones, 62.50%, have the very score of a cut, as others have that were not chosen: --tie-seed 5 decided" in told
     assert "a zeroed median is 0 where half of the tokens or more are outside the top k" in told
     assert "d0.idx is not there" in told
+
+
+@pytest.mark.parametrize("per_dataset", [False, True])
+@pytest.mark.parametrize("rule, skip", [("top", 0.0), ("bottom", 0.0), ("band", 0.2)])
+def test_a_score_that_does_not_tell_samples_apart_is_refused_and_those_that_do_are_named(
+    tmp_path: Path, rule: str, skip: float, per_dataset: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the share that the tool itself records when it is told to choose by each of the other scores."""
+    opened = manifest_of([60, 40])
+    rows = random_rows(opened, median_dropped_10=np.zeros(100), mean=np.random.default_rng(1).random(100), entropy=np.arange(100) // 7)
+    write_index(tmp_path / "flat", opened, rows)
+    flags = ["--fraction", 0.5, "--rule", rule, *(["--band-skip", skip] if skip else []), *(["--per-dataset"] if per_dataset else [])]
+    before = files_in(tmp_path)
+    assert select(tmp_path / "flat", *flags) == 2
+    told = capsys.readouterr().err
+    assert "--score median_dropped_10 does not tell the samples apart: 50 of the 50 that would be chosen, 100.0%," in told
+    assert told.count("\n") == 1 and "or --allow-ties" in told and files_in(tmp_path) == before
+    named = dict(re.findall(r"(\w+) \(([\d.]+%)\)", told))
+    shares = {}
+    for name, dtype in ScoreIndex.open([str(tmp_path / "flat")]).columns.items():
+        if dtype.kind == "f":
+            assert select(tmp_path / "flat", *flags, "--allow-ties", "--overwrite", "--score", name, "--examples", 0) == 0
+            shares[name] = Selection.open(str(tmp_path / "chosen")).manifest.tie_share or 0.0
+    assert named == {name: f"{share:.1%}" for name, share in shares.items() if share <= 0.05} and named["mean"] == "0.0%"
+    assert len(named) < len(shares) and "entropy" in shares
+    capsys.readouterr()
+
+
+def test_up_to_a_twentieth_may_be_decided_by_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = manifest_of([100])
+    for tied, status in ((1, 0), (2, 0), (3, 2)):
+        scores = np.arange(100.0)
+        scores[57 : 60 + tied] = 58  # 40 are chosen, and of these `tied` by their order
+        write_index(tmp_path / f"{tied}" / "scores", opened, random_rows(opened, median_dropped_10=scores))
+        assert select(tmp_path / f"{tied}" / "scores", "--num-samples", 40) == status
+    assert "3 of the 40 that would be chosen, 7.5%" in capsys.readouterr().err
 
 
 def test_chosen_documents_are_exported_as_text(index: Path) -> None:
@@ -135,7 +176,7 @@ def test_chosen_documents_are_exported_as_text(index: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["id"] for row in rows] == [28, 29, 30] and [row["window"] for row in rows] == [8, 9, 10]
     assert [row["text"] for row in rows] == [TEXTS[1][16 * window : 16 * window + 16] for window in (8, 9, 10)]
-    assert all(row["dataset"].endswith("code") for row in rows) and rows[0]["median_zeroed_10"] == pytest.approx(2.8)
+    assert all(row["dataset"].endswith("code") for row in rows) and rows[0]["median_dropped_10"] == pytest.approx(2.8)
 
 
 def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +221,7 @@ def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: py
         (("--rule", "threshold", "--min-score", 99), "99"),
         (("--rule", "band", "--fraction", 0.5), "--rule band needs --band-skip"),
         (("--fraction", 0.5, "--seed", 1), "--seed does not go with --rule top"),
+        (("--fraction", 0.5, "--rule", "random", "--tie-seed", 1), "--tie-seed does not go with --rule random"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_by_name(index: Path, words: tuple, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +242,7 @@ def test_what_is_there_is_replaced_only_when_asked(index: Path, capsys: pytest.C
 
 
 def test_damaged_and_nan_scores_are_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    column = next(index.glob("samples-*/median_zeroed_10.npy"))
+    column = next(index.glob("samples-*/median_dropped_10.npy"))
     content = column.read_bytes()
     column.write_bytes(content[:-4] + b"\x00\x00\xc0\x7f")
     assert select(index, "--num-samples", 3) == 2
@@ -208,7 +250,17 @@ def test_damaged_and_nan_scores_are_refused(index: Path, capsys: pytest.CaptureF
     manifest = manifest_of([40])
     scores = np.arange(40.0)
     scores[[7, 9]] = np.nan
-    write_index(index.parent / "nan", manifest, random_rows(manifest, median_zeroed_10=scores))
+    write_index(index.parent / "nan", manifest, random_rows(manifest, median_dropped_10=scores))
     assert select(index.parent / "nan", "--num-samples", 3) == 2
     assert "2" in (err := capsys.readouterr().err) and "NaN" in err and "7" in err
     assert not (index.parent / "chosen.npy").exists()
+
+
+def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = manifest_of([1], datasets=tuple(DatasetFacts(name, "content:same", 9) for name in ("one", "two")))
+    write_index(tmp_path / "scores", manifest, random_rows(manifest))
+    assert select(tmp_path / "scores", "--fraction", 0.5) == 2
+    assert "--scores are of one and two, which hold the same tokens" in capsys.readouterr().err
+    assert select(tmp_path / "scores", "--fraction", 0.5, "--allow-duplicate-inputs") == 0
+    assert select(tmp_path / "scores", "--fraction", 0.5, "--overwrite", "--scores", tmp_path / "scores", tmp_path / "scores") == 2
+    assert "--scores names" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.dry_run import check_room
+from megatron_salt.train.starting import check_room
 from tests.program import checkpoints, refused, run, train, write_tokens
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,6 +178,33 @@ def test_all_ranks_leave_when_one_gets_a_signal_and_the_run_goes_on_later(tmp_pa
 
 
 @contextlib.contextmanager
+def a_file_appears_in_step_2(file: Path) -> Iterator[None]:
+    steps = iter(range(1, 100))
+
+    def train_step(*arguments: Any) -> Any:
+        if next(steps) == 2:
+            file.touch()
+        return original(*arguments)
+
+    original = loop.train_step
+    with mock.patch.object(loop, "train_step", train_step):
+        yield
+
+
+def test_all_ranks_leave_when_the_exit_file_appears_and_a_start_that_finds_it_is_refused(tmp_path: Path, data: str) -> None:
+    file, save = tmp_path / "leave", tmp_path / "save"
+    flags = dict(data_path=data, train_iters=4, exit_file=file, save=save, outcome_file=tmp_path / "outcome")
+    ended = train(2, **flags, within=partial(a_file_appears_in_step_2, file))
+    assert f"leaving: --exit-file {file} has appeared" in ended.out and checkpoints(save) == [2]
+    assert file.exists() and (tmp_path / "outcome").read_text().startswith("left 2 ")
+    for dry_run in (None, 1):
+        assert f"--exit-file {file} is there" in refused(**flags, load=save, dry_run=dry_run)
+    file.unlink()
+    train(2, **flags, load=save)
+    assert checkpoints(save) == [2, 4]
+
+
+@contextlib.contextmanager
 def signal_to_rank_1_in_the_evaluation() -> Iterator[None]:
     """As if only one of the ranks had been told to leave, in the third batch of its first evaluation."""
     batches = iter(range(1, 100))
@@ -202,13 +230,49 @@ def test_a_signal_cuts_an_evaluation_short_and_a_resumed_run_begins_with_it(tmp_
     evaluations = [[(entry["step"], entry["loss"]) for entry in entries(save, "eval")] for save in (two, one)]
     assert evaluations[0] == evaluations[1] and [step for step, _ in evaluations[0]] == [2, 4]
     assert numbers(two) == numbers(one) and tensors(two, 4) == tensors(one, 4)
-    assert not state_of(two, 4)["extra"]["evaluation_due"]
+    assert decided(two, 2).exists() and decided(two, 4).exists()  # made after the saves
 
 
-def test_what_is_due_is_saved_before_the_evaluation(tmp_path: Path, data: str) -> None:
-    train(1, data_path=data, train_iters=4, valid_share=0.2, eval_interval=2, eval_iters=1, save=tmp_path, save_interval=1)
-    due = [state_of(tmp_path, step)["extra"]["evaluation_due"] for step in (1, 2, 3, 4)]
-    assert due == [False, True, False, False]  # the run's last evaluation comes before its last save
+def decided(save: Path, step: int) -> Path:
+    """What a checkpoint is told of the evaluation after it."""
+    return save / f"iter_{step:07d}" / "evaluated.json"
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_every_save_comes_before_the_evaluation_and_is_told_of_it_afterwards(tmp_path: Path, data: str, async_save: bool) -> None:
+    """Also the last one. A finished run that was killed before its last evaluation makes it when it is started again, once."""
+    flags = dict(data_path=data, train_iters=4, valid_share=0.2, eval_interval=2, eval_iters=1, async_save=async_save)
+    flags |= dict(save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
+    save = tmp_path / "run"
+    train(1, **flags, save_interval=1)
+    assert [state_of(save, step)["extra"]["evaluation_due"] for step in (1, 2, 3, 4)] == [False, True, False, True]
+    assert [decided(save, step).exists() for step in (1, 2, 3, 4)] == [False, True, False, True]
+    (once,) = [entry["loss"] for entry in entries(save, "eval") if entry["step"] == 4]
+    for killed in (True, False):  # before its last evaluation was made, and after
+        if killed:
+            decided(save, 4).unlink()
+        train(1, **flags)
+        assert (tmp_path / "outcome").read_text().startswith("done 4 ")
+        assert [entry["loss"] for entry in entries(save, "eval") if entry["step"] == 4] == [once, once]
+
+
+def test_a_run_whose_last_evaluation_was_cut_short_is_not_done(tmp_path: Path, data: str) -> None:
+    flags = dict(data_path=data, train_iters=2, exit_signal_handler=True, valid_share=0.2, eval_interval=2, eval_iters=20)
+    flags |= dict(save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
+    train(2, **flags, within=signal_to_rank_1_in_the_evaluation)
+    assert (tmp_path / "outcome").read_text().startswith("left 2 ") and checkpoints(tmp_path / "run") == [2]
+    train(2, **flags)
+    assert (tmp_path / "outcome").read_text().startswith("done 2 ")
+    assert [entry["step"] for entry in entries(tmp_path / "run", "eval")] == [2]
+
+
+def test_a_garbled_word_about_an_evaluation_is_refused_by_name(tmp_path: Path, data: str) -> None:
+    flags = dict(data_path=data, train_iters=2, valid_share=0.2, eval_interval=2, eval_iters=1, save=tmp_path, load=tmp_path)
+    train(1, **flags)
+    whole = decided(tmp_path, 2).read_bytes()
+    for content in (b"", b"{}", b"[1]", whole.replace(b'"step": 2', b'"step": 1')):
+        decided(tmp_path, 2).write_bytes(content)
+        assert f"{decided(tmp_path, 2)}: cannot be read" in refused(1, **flags)
 
 
 # ---- gradients that are not finite --------------------------------------------------------------------------------------
@@ -260,12 +324,15 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, d
 def test_too_many_of_them_in_a_row_end_the_run_naming_step_rank_and_microbatch(tmp_path: Path, data: str) -> None:
     """Counted across a resume, too; the checkpoint before stands."""
     flags = dict(OVERLAP, data_path=data, train_iters=9, max_nonfinite_steps=3, save=tmp_path)
-    message = refused(2, **flags, save_interval=2, within=nan_from_step_3_on)
-    told = ("3 steps in a row", "--max-nonfinite-steps 3", "step 5", "rank 1, microbatch 1 (samples ", "Parameters are those of step 2")
+    ended = run(2, **flags, save_interval=2, within=nan_from_step_3_on)
+    message = the_error(ended[0].err)
+    assert [one.status for one in ended] == [4, 4]
+    told = ("3 steps in a row", "--max-nonfinite-steps 3", "step 5", "rank 1, microbatch 1 (samples ", "Parameters are those of step 2",
+            f"{tmp_path}/iter_0000002 stands", "--skip-samples 16:40")
     assert all(word in message for word in told), message
     assert "microbatch 0" not in message and checkpoints(tmp_path) == [2, 4]
     ended = run(2, **flags, load=tmp_path, within=nan_from_step_3_on)
-    assert [one.status for one in ended] == [2, 2] and "step 5: rank 1" in the_error(ended[0].err)
+    assert [one.status for one in ended] == [4, 4] and "step 5: rank 1" in the_error(ended[0].err)
     assert losses(tmp_path).keys() == {1, 2, 3, 4}  # the log ends with the last step that was carried out
     train(2, **flags, load=tmp_path)
     assert [entry["nonfinite"] for entry in entries(tmp_path)] == [False, False, True, True] + 5 * [False]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_salt.train.signals import LEAVE_SIGNALS, ExitPlan, SignalWatch
+from megatron_salt.errors import UserError
+from megatron_salt.train.signals import LEAVE_SIGNALS, ExitPlan, SignalWatch, refuse_exit_file
 
 
 @pytest.fixture
@@ -88,6 +89,20 @@ def test_the_time_limit_counts_from_the_start_of_the_program():
     assert leaving.reason_to_leave(1) is None
     clock.now = 1120.0
     assert leaving.reason_to_leave(2) == "--exit-duration-in-mins 2.0 is over"
+
+
+def test_the_file_counts_for_the_rank_that_looks_and_a_signal_for_more(watch, tmp_path):
+    file = tmp_path / "leave"
+    looking, other = (ExitPlan(exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=lambda code: code, started=0.0,
+                               exit_file=str(file), looks=looks) for looks in (True, False))
+    assert looking.reason_to_stop_now() is None
+    file.symlink_to("nowhere")  # whatever it is
+    assert looking.reason_to_leave(1) == looking.reason_to_stop_now() == f"--exit-file {file} has appeared"
+    assert other.reason_to_leave(1) is None  # it would hear of it: agree is the maximum over ranks
+    with pytest.raises(UserError, match=f"--exit-file {file} is there"):
+        refuse_exit_file(str(file))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert looking.reason_to_leave(1) == other.reason_to_leave(1) == "SIGTERM received" and file.is_symlink()
 
 
 def test_the_interval_needs_no_collective():

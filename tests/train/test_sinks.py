@@ -100,7 +100,7 @@ def test_a_full_disk_does_not_end_the_run_and_loses_nothing_once_there_is_room(t
 
     disk = FillingFile()
     with open_log(tmp_path, total_steps=4) as log:
-        log._sinks[0]._file = disk  # type: ignore[attr-defined]
+        log._sinks[0]._sink._file = disk  # type: ignore[union-attr]
         for step in (1, 2, 3):
             log.step(record(step))
         disk.room = 10**6

@@ -1,0 +1,187 @@
+"""Ranks that fail, or do not come, end the others within seconds, with one voice: real processes that meet at a store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+
+from megatron_salt import pretrain
+from megatron_salt.cli import exit_status
+from megatron_salt.errors import UserError
+from megatron_salt.parallel import rendezvous
+from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.launch import distributed
+from tests.program import argv, write_tokens
+from tests.ranks import run_ranks
+
+SOON = 12.0
+"""Seconds from a failure to the end of the last rank: a look, the patience, and a crowded machine."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def when(self, word: str) -> float:
+        """The clock when the rank said a word."""
+        return next(float(line.split()[1]) for line in self.out.splitlines() if line.startswith(f"{word} "))
+
+
+def work(fails: bool, where: str, how: str, join: float) -> None:
+    """The program of a rank, which may fail at a place in a way."""
+
+    def fail_at(place: str) -> None:
+        if fails and place == where:
+            say("failing")
+            if how == "mistake":
+                raise UserError("--data-path words is not on this node")
+            if how == "bug":
+                raise KeyError("a bug")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fail_at("before")
+    with distributed(timedelta(minutes=5), timedelta(seconds=join)):
+        fail_at("build")
+        if where == "build":
+            time.sleep(60)
+        dist.all_reduce(torch.ones(1))
+        fail_at("training")
+        dist.all_reduce(torch.ones(1))
+    say("left")
+
+
+def say(word: str) -> None:
+    print(f"{word} {time.time()}", flush=True)
+
+
+def alone(
+    rank: int, environment: dict[str, str], output: Path, tell_every: float, action: Callable[..., int | None], *arguments: Any
+) -> None:
+    """A rank in a process of its own."""
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    rendezvous.TELL_EVERY = rendezvous._SLACK = tell_every
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}-{rank}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.exit(exit_status(lambda: with_one_voice(lambda: action(*arguments))))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def run(
+    tmp_path: Path, world_size: int, fails: int, where: str, how: str, come: list[int] | None = None, join: float = 60.0,
+    tell_every: float = 30.0,
+) -> list[Ended]:  # fmt: skip
+    """`work` on the ranks that come."""
+    ranks = list(range(world_size)) if come is None else come
+    return launch(tmp_path, world_size, tell_every, {rank: (work, rank == fails, where, how, join) for rank in ranks})
+
+
+def launch(tmp_path: Path, world_size: int, tell_every: float, calls: dict[int, tuple[Any, ...]]) -> list[Ended]:
+    """A function and its arguments on each rank, as srun would start it: no agent, one node."""
+    run_ranks(1, os.getpid)  # the pool's fork server has made the imports
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=alone, args=(rank, environment, tmp_path / "rank", tell_every, *call)) for rank, call in calls.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    hang = [process.pid for process in processes if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hang
+    texts = [[Path(f"{tmp_path}/rank-{rank}.{name}").read_text() for name in ("out", "err")] for rank in calls]
+    return [Ended(process.exitcode or 0, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def lines(ended: list[Ended]) -> list[str]:
+    """What all ranks said on stderr, without the lines of torch's C++."""
+    return [line for one in ended for line in one.err.splitlines()]
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+@pytest.mark.parametrize("where", ["before", "build", "training"])
+def test_a_mistake_on_one_rank_ends_all_with_its_status_and_is_told_once(tmp_path: Path, where: str, fails: int) -> None:
+    began = time.time()
+    ended = run(tmp_path, 2, fails, where, "mistake")
+    assert [one.status for one in ended] == [2, 2], ended
+    assert lines(ended) == ["error: --data-path words is not on this node"]
+    assert time.time() - max(began, ended[fails].when("failing")) < SOON
+
+
+def test_a_bug_on_one_rank_ends_all_and_its_traceback_stands_once(tmp_path: Path) -> None:
+    ended = run(tmp_path, 3, 1, "training", "bug")
+    assert [one.status for one in ended] == [1, 1, 1], ended
+    assert "KeyError: 'a bug'" in ended[1].err and ended[0].err == ended[2].err == ""
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_killed_rank_is_named_by_one_of_the_others(tmp_path: Path, fails: int) -> None:
+    began = time.time()
+    ended = run(tmp_path, 3, fails, "training", "kill")
+    assert ended[fails].status == -signal.SIGKILL and {one.status for one in ended} == {1, -signal.SIGKILL}, ended
+    [line] = lines(ended)
+    assert line.startswith(f"error: rank {fails} at {socket.gethostname()} does not answer any more (killed? out of memory?)"), line
+    assert time.time() - max(began, ended[fails].when("failing")) < SOON
+
+
+def test_the_death_of_the_rank_that_hosts_the_store_ends_the_others(tmp_path: Path) -> None:
+    ended = run(tmp_path, 3, 0, "build", "kill")
+    assert [one.status for one in ended] == [-signal.SIGKILL, 1, 1], ended
+    [line] = lines(ended)
+    assert line.startswith("error: rank 0 at 127.0.0.1:") and "does not answer any more" in line
+
+
+def test_who_does_not_join_is_named_and_the_wait_ends(tmp_path: Path) -> None:
+    ended = run(tmp_path, 4, 3, "before", "kill", come=[0, 2, 3], join=5, tell_every=1)
+    assert [one.status for one in ended] == [1, 1, -signal.SIGKILL], ended
+    told = lines(ended)
+    assert told[0] == "waiting for ranks 1, 3 of 4 for 1 s" and told[-1].startswith("error: ranks 1, 3 of 4 did not join within"), told
+    assert sum(line.startswith("error: ") for line in told) == 1
+
+
+def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) -> None:
+    [ended] = run(tmp_path, 2, 0, "before", "mistake", come=[1], join=2, tell_every=1)
+    assert ended.status == 1 and "error: rank 0 did not join within --rendezvous-timeout-minutes" in ended.err, ended
+
+
+def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:
+    ended = run(tmp_path, 3, 9, "nowhere", "mistake")
+    assert [(one.status, one.err) for one in ended] == [(0, "")] * 3, ended
+    assert all(one.when("left") for one in ended)
+
+
+def test_a_run_whose_data_one_rank_does_not_see_is_refused_on_all_and_told_once(tmp_path: Path) -> None:
+    data, outcome = write_tokens(tmp_path / "words"), tmp_path / "outcome"
+    words = [argv(data_path=path, train_iters=2, outcome_file=outcome) for path in (data, tmp_path / "nowhere")]
+    ended = launch(tmp_path, 2, 30.0, {rank: (pretrain.main, words[rank]) for rank in range(2)})
+    assert [one.status for one in ended] == [2, 2], ended
+    [line] = lines(ended)
+    assert line.startswith("error: ") and f"{tmp_path}/nowhere" in line
+    assert outcome.read_text().startswith("refused - ")

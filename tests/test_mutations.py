@@ -1,0 +1,243 @@
+"""Every small file of a good run, mutated as hypothesis likes: whoever reads it says in one line what is wrong, or comes to the same.
+
+The programs run by main(argv) in one process, a rank of the pool, so that one that hangs is found too. Damage leaves the checksums as they
+were; a stranger makes them true (`sealed`), and then a changed value may be as good as the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from megatron_salt import pretrain
+from megatron_salt.cli import parse, run_tool, to_yaml
+from megatron_salt.checkpoint import integrity, shelf
+from tests.mutations import Mutation, kept, mutations
+from tests.program import Ended, argv
+from tests.ranks import run_ranks
+
+SECONDS = 10.0  # of computing, for a program that reads a small file; it never waits for long
+TOOLS = {
+    "inspect_checkpoint": ("InspectConfig", "main"),
+    "generate_text": ("GenerateConfig", "generate_text"),
+    "merge_datasets": ("MergeConfig", "merge_datasets"),
+    "merge_scores": ("MergeConfig", "merge_scores"),
+    "preprocess_data": ("PreprocessConfig", "preprocess"),
+    "report": ("ReportConfig", "report"),
+    "score_data": ("ScoreConfig", "score_data"),
+    "select_data": ("SelectConfig", "select_data"),
+}
+
+
+def program(name: str, words: list[str]) -> Ended:
+    """In the rank: a whole program."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        for module in ("megatron_salt.train.session", "megatron_salt.parallel.launch"):
+            stack.enter_context(mock.patch(f"{module}.distributed", return_value=contextlib.nullcontext()))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if name == "pretrain":
+            status = pretrain.main(words)
+        else:
+            module, (config, main) = importlib.import_module(f"tools.{name}"), TOOLS[name]
+            status = run_tool(getattr(module, config), getattr(module, main), words)
+    return Ended(status, out.getvalue(), err.getvalue())
+
+
+def timed(name: str, words: list[str]) -> tuple[Ended, float]:
+    """In the rank: a whole program, and the seconds that it computed."""
+    started = time.process_time()
+    return program(name, words), time.process_time() - started
+
+
+@dataclass(frozen=True)
+class Good:
+    """A run, and what it was made of, all in one folder."""
+
+    home: Path
+
+    @property
+    def data(self) -> str:
+        return str(self.home / "words_text_document")
+
+    @property
+    def checkpoint(self) -> Path:
+        return shelf.directory_of(self.home / "run", 2)
+
+    def path(self, *parts: str) -> str:
+        return str(self.home.joinpath(*parts))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
+    made = Good(tmp_path_factory.mktemp("good"))
+    lines = [json.dumps({"text": f"line {number} says {word} and {word * 3}"}) for number in range(8) for word in ("one", "two", "three")]
+    made.home.joinpath("words.jsonl").write_text("\n".join(lines))
+    for name, words in (
+        ("preprocess_data", ["--input", made.path("words.jsonl"), "--output-prefix", made.path("words"), "--append-eod",
+                             "--tokenizer-type", "ByteLevelTokenizer"]),
+        ("pretrain", argv(data_path=made.data, untie_embeddings_and_output_weights=True, train_iters=2, save=made.path("run"), save_at=1)),
+        ("score_data", ["--teacher-load", made.path("run"), "--data-path", made.data, "--output", made.path("scores"),
+                        "--score-top-k", "10", "--tokenizer-type", "ByteLevelTokenizer"]),
+        ("select_data", ["--scores", made.path("scores"), "--output", made.path("chosen"), "--rule", "random", "--fraction", "0.5"]),
+    ):  # fmt: skip
+        (ended,) = run_ranks(1, program, name, words)
+        assert ended.status == 0, ended
+    made.home.joinpath("run.yaml").write_text(to_yaml(parse(run_words(made))))
+    return made
+
+
+# ---- who reads what: the words of a command line, and what it comes to ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A program that reads; `words` gets the good run and a folder for what it writes."""
+
+    program: str
+    words: Callable[[Good, Path], list[str]]
+    result: Callable[[Path], bytes] = lambda output: b""
+    """What must be the same where damage is not noticed."""
+
+
+def losses(output: Path) -> bytes:
+    entries = [json.loads(line) for line in (output / "log").read_text().splitlines()]
+    return repr([(entry["step"], entry["loss"]) for entry in entries if entry["kind"] == "step"]).encode()
+
+
+def written(*names: str) -> Callable[[Path], bytes]:
+    return lambda output: b"".join(next(output.glob(name)).read_bytes() for name in names)
+
+
+def run_words(good: Good, **flags: Any) -> list[str]:
+    return argv(**(dict(data_path=good.data, untie_embeddings_and_output_weights=True, train_iters=3) | flags))
+
+
+TEACHING = dict(kd_steps=2, kd_weight=0.5)
+INSPECT = Consumer("inspect_checkpoint", lambda good, output: ["--load", good.path("run"), "--verify", "--tensors", "--print-config"])
+GLANCE = Consumer("inspect_checkpoint", lambda good, output: ["--load", good.path("run"), "--tensors", "--print-config"])
+RESUME = Consumer("pretrain", lambda good, output: run_words(good, load=good.path("run"), jsonl=output / "log"), losses)
+REHEARSE = Consumer("pretrain", lambda good, output: [*run_words(good, load=good.path("run")), "--dry-run", "1"])
+GENERATE = Consumer("generate_text", lambda good, output: ["--load", good.path("run"), "--max-new-tokens", "2", "--prompt", "a"])
+TEACH = Consumer("pretrain", lambda good, output: run_words(good, teacher_load=good.path("run"), jsonl=output / "log", **TEACHING), losses)
+MAY_TEACH = Consumer("pretrain", lambda good, output: [*run_words(good, teacher_load=good.path("run"), **TEACHING), "--dry-run", "1"])
+PLAIN = Consumer("pretrain", lambda good, output: [*run_words(good), "--dry-run", "1"])
+MERGE = Consumer("merge_datasets", lambda good, output: ["--input", good.data, "--output-prefix", str(output / "merged")],
+                 written("merged.bin", "merged.idx"))  # fmt: skip
+SELECT = Consumer("select_data", lambda good, output: ["--scores", good.path("scores"), "--output", str(output / "new"), "--rule", "random",
+                                                       "--fraction", "0.5"], written("new.npy"))  # fmt: skip
+MERGE_SCORES = Consumer("merge_scores", lambda good, output: ["--scores", good.path("scores"), "--output", str(output / "scores")],
+                        written("scores/samples-*/*.npy"))  # fmt: skip
+WITH_SELECTION = Consumer("pretrain", lambda good, output: [
+    *run_words(good, stage1_selection=good.path("chosen"), kd_steps=2, kd_weight=0), "--dry-run", "1"])  # fmt: skip
+REPORT = Consumer("report", lambda good, output: ["--run", "a=" + good.path("run", "train.jsonl")])
+CONFIGURED = Consumer("pretrain", lambda good, output: ["--config", good.path("run.yaml"), "--dry-run", "1"])
+
+OF_A_CHECKPOINT = (INSPECT, RESUME, TEACH)
+SIDECARS: dict[str, tuple[Consumer, ...]] = {
+    "run/latest_checkpointed_iteration.txt": (INSPECT, RESUME, REHEARSE, GENERATE, MAY_TEACH),
+    "run/iter_0000002/state.json": (*OF_A_CHECKPOINT, GLANCE, REHEARSE, MAY_TEACH, GENERATE),
+    "run/iter_0000002/checksums.json": (*OF_A_CHECKPOINT, GLANCE, MAY_TEACH, GENERATE),
+    "run/iter_0000002/.metadata": (*OF_A_CHECKPOINT, GLANCE, GENERATE),
+    "run/iter_0000002/common.pt": OF_A_CHECKPOINT,
+    "run/iter_0000002/metadata.json": OF_A_CHECKPOINT,
+    "run/iter_0000002/run.yaml": (*OF_A_CHECKPOINT, GLANCE, GENERATE),
+    "run/iter_0000002/tokenizer/tokenizer_description.json": (*OF_A_CHECKPOINT, GENERATE),
+    "run/train.jsonl": (REPORT,),
+    "words_text_document.manifest.json": (PLAIN, MERGE, SELECT),
+    "words_text_document.idx": (PLAIN, MERGE),
+    "words_text_document.tokenizer/tokenizer_description.json": (MERGE,),
+    "scores/index.json": (SELECT, MERGE_SCORES),
+    "scores/samples-*/shard.json": (SELECT, MERGE_SCORES),
+    "chosen.json": (WITH_SELECTION,),
+    "run.yaml": (CONFIGURED,),
+}
+STRUCTURED = (".json", ".jsonl")
+SEALED = ("state.json", "run.yaml", "metadata.json", "tokenizer_description.json")
+"""Files of a checkpoint that a stranger may change and seal. The pickles have tests of their own."""
+
+
+def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutation, sealed: bool) -> str:
+    """Let the consumer read the mutated file, and hold what it comes to against the law; "refused" or "read"."""
+    (path,) = good.home.glob(sidecar)
+    folder = good.checkpoint
+    output = good.home / "output"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept(path))
+        mutation.apply(path)
+        if sealed and path.is_file() and not path.is_symlink():
+            stack.enter_context(kept(folder / integrity.CHECKSUMS))
+            sums = integrity.read_checksums(folder)
+            integrity.write_checksums(folder, sums | {str(path.relative_to(folder)): integrity.sum_of_file(path)})
+        output.mkdir()
+        stack.callback(shutil.rmtree, output)
+        ((ended, seconds),) = run_ranks(1, timed, consumer.program, consumer.words(good, output), timeout=4 * SECONDS)
+        assert seconds < SECONDS
+        assert "Traceback" not in ended.out + ended.err, ended.err
+        if ended.status == 0:
+            assert sealed or sidecar == "run.yaml" or consumer.result(output) == good_result(good, consumer)
+            return "read"
+    assert ended.status == 2, ended
+    lines = [line for line in ended.err.splitlines() if line]
+    assert sum(line.startswith("error: ") for line in lines) == 1 and lines[-1].startswith("error: "), ended.err
+    names = [path.name, str(path.parent), *(["--"] if consumer is CONFIGURED else [])]  # what flags can say too is told of flags
+    assert any(name in lines[-1] for name in names), f"{lines[-1]} does not name {path}"
+    return "refused"
+
+
+def good_result(good: Good, consumer: Consumer) -> bytes:
+    """What the consumer comes to on the good run; once a consumer."""
+    name = hashlib.sha256(repr(consumer.words(good, Path("x"))).encode()).hexdigest()
+    cached = good.home / f"result-{name}"
+    if not cached.exists():
+        output = good.home / f"output-{name}"
+        output.mkdir()
+        (ended,) = run_ranks(1, program, consumer.program, consumer.words(good, output))
+        assert ended.status == 0, ended
+        cached.write_bytes(consumer.result(output))
+    return cached.read_bytes()
+
+
+def law(good: Good, sidecar: str, examples: int) -> None:
+    """The law, for so many mutations of a file. The same ones every time."""
+    told: list[str] = []
+
+    @seed(zlib.crc32(sidecar.encode()))
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(SIDECARS[sidecar]), mutations(sidecar.endswith(STRUCTURED)), st.booleans())
+    def holds(consumer: Consumer, mutation: Mutation, stranger: bool) -> None:
+        sealed = stranger and sidecar.startswith("run/iter") and sidecar.endswith(SEALED)
+        told.append(read_mutated(good, sidecar, consumer, mutation, sealed))
+
+    holds()
+    print(f"{sidecar}: {len(told)} mutations, {told.count('refused')} refused, {told.count('read')} read")
+    assert "refused" in told
+
+
+@pytest.mark.parametrize("sidecar", SIDECARS)
+def test_a_mutated_file_is_refused_in_one_line_or_makes_no_difference(good: Good, sidecar: str) -> None:
+    law(good, sidecar, 13)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("sidecar", SIDECARS)
+def test_many_mutations_are_refused_in_one_line_or_make_no_difference(good: Good, sidecar: str) -> None:
+    law(good, sidecar, int(os.environ.get("SALT_MUTATIONS", "60")))
