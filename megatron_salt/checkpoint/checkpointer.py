@@ -219,7 +219,9 @@ class Checkpointer:
         metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
         integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
         shelf.publish(self._save, pending.step)
-        surplus = retention.surplus(retention.saved_under(self._save), self._config.keep_last, pending.step, self._lineage)
+        surplus: list[int] = []
+        if self._config.keep_last is not None:
+            surplus = retention.surplus(retention.saved_under(self._save), self._config.keep_last, pending.step, self._lineage)
         for line in shelf.make_room(self._save, surplus):
             log.warning("--save: %s", line)
 

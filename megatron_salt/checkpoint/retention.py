@@ -33,10 +33,10 @@ def saved_under(root: Path) -> list[Saved]:
     return [_saved(path, step) for step, path in shelf.whole_checkpoints(root).items()]
 
 
-def surplus(saved: Sequence[Saved], keep_last: int | None, latest: int, mine: Lineage) -> list[int]:
+def surplus(saved: Sequence[Saved], keep_last: int, latest: int, mine: Lineage) -> list[int]:
     """The steps to delete so that `keep_last` routine checkpoints of this run stay. latest: the step just saved. Pure."""
     own = sorted(one.step for one in saved if one.name is None and lineage.is_ancestor(one.lineage, one.step, mine, latest))
-    return [] if keep_last is None else [step for step in own[:-keep_last] if step != latest]
+    return [step for step in own[:-keep_last] if step != latest]
 
 
 def look(checkpoint: CheckpointConfig) -> None:

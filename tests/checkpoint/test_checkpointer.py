@@ -14,7 +14,7 @@ from megatron_salt.config import ParallelConfig
 from megatron_salt.checkpoint import integrity, shelf, writer
 from tests.ranks import RankError, run_ranks
 from tests.small import GLOBAL_BATCH
-from tests.checkpoint.runs import DROPOUT, SHARDED, TINY, Left, Run, job
+from tests.checkpoint.runs import DROPOUT, SHARDED, TINY, Left, Run, job, rewrite
 
 PLAIN = ParallelConfig()
 OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -169,3 +169,13 @@ def test_buckets_that_some_rank_has_no_part_of_are_saved_in_the_other_form(tmp_p
     assert facts(tmp_path / "2", 1)["optimizer"]["form"] == "dp_reshardable"
     with pytest.raises(RankError, match="cannot be cut for 2 data- and context-parallel ranks.*--dist-ckpt-optim-fully-reshardable"):
         run_ranks(4, job, replace(run, save=None, load=str(tmp_path / "2")), 4, 1)
+
+
+def test_checkpoints_of_a_release_without_lineages_are_the_resumed_runs_own(tmp_path: Path) -> None:
+    """They load, and make room for what the run saves on top of them; another run's in the same place does not."""
+    run_ranks(1, job, Run(save=str(tmp_path)), 1, 4, (1, 2, 3, 4))
+    for step in (1, 2, 4):
+        rewrite(shelf.directory_of(tmp_path, step), lineage=...)
+    run_ranks(1, job, Run(save=str(tmp_path), load=str(tmp_path), flags={"keep_last": 1}), 1, 6, (5, 6))
+    assert list(shelf.whole_checkpoints(tmp_path)) == [3, 6]
+    assert facts(tmp_path, 6)["lineage"][0] == ["", 0]

@@ -85,10 +85,10 @@ SAVED = [Saved(10, None, A), Saved(15, None, OTHER), Saved(20, None, A), Saved(2
 
 
 @pytest.mark.parametrize("keep, latest, mine, gone", [
-    (1, 40, B, [10, 30]), (2, 40, B, [10]), (3, 40, B, []), (9, 40, B, []), (None, 40, B, []),
+    (1, 40, B, [10, 30]), (2, 40, B, [10]), (3, 40, B, []), (9, 40, B, []),
     (1, 50, A, [10, 20]), (1, 15, OTHER, []), (1, 30, B, [10]),
 ])
-def test_keep_last_goes_by_step_inside_the_lineage(keep: int | None, latest: int, mine: Lineage, gone: list[int]) -> None:
+def test_keep_last_goes_by_step_inside_the_lineage(keep: int, latest: int, mine: Lineage, gone: list[int]) -> None:
     for _ in range(5):
         assert retention.surplus(random.sample(SAVED, len(SAVED)), keep, latest, mine) == gone
 
