@@ -4,6 +4,7 @@ Raised with a message that names the flag, the file and the numbers; the entry p
 traceback and exit with the class's status. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 
@@ -28,3 +29,20 @@ class NonFiniteError(UserError):
 
     status = 4
     outcome: Literal["refused", "unsaved", "nonfinite"] = "nonfinite"
+
+
+class LeftEarly(Exception):
+    """There is a reason to leave in the middle of a phase that saves nothing. Nobody's mistake; raised on every rank at the same place."""
+
+    def __init__(self, reason: str, step: int | None = None) -> None:
+        """step: the last one done, where that is known."""
+        super().__init__(reason)
+        self.reason, self.step = reason, step
+
+
+Look = Callable[[str], None]
+"""Raises LeftEarly, on every rank, where there is a reason to leave; its argument says what is under way. Collective over all ranks."""
+
+
+def stay(doing: str) -> None:
+    """The Look of a program that nobody tells to leave."""

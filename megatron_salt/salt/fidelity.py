@@ -14,7 +14,7 @@ from torch import Tensor
 import megatron_salt.parallel.cpu as cpu  # before megatron
 
 from megatron_salt.data.fixed_batch import fixed_batch
-from megatron_salt.errors import UserError
+from megatron_salt.errors import Look, UserError, stay
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.divergence import divergence
 from megatron_salt.model.fp8 import in_bfloat16
@@ -28,15 +28,16 @@ SAMPLES = 4
 
 
 def refuse_unfaithful(
-    teacher: Teacher, max_kl: float, vocabulary: int, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int
-) -> Fidelity:
+    teacher: Teacher, max_kl: float, vocabulary: int, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
+    look: Look = stay,
+) -> Fidelity:  # fmt: skip
     """How near the teacher in FP8 is to itself in bfloat16. Raises UserError, on every rank, where a replica's mean divergence is
     above max_kl (nats a token) or not a number. Collective over all ranks; all get the same. Changes nothing.
 
     vocabulary: ids of the tokenizer. shard: how the student's output weight, and so the teacher's, is cut. The teacher's body still
-    has its bfloat16 weights.
+    has its bfloat16 weights. look: called before each forward.
     """
-    sums = _divergences(teacher, vocabulary, student, shard, seq_length, chunk_tokens)
+    sums = _divergences(teacher, vocabulary, student, shard, seq_length, chunk_tokens, look)
     tokens, kl, agreement = sums.unbind(-1)
     kl, agreement = kl / tokens, agreement / tokens
     worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # so phrased, nan is wrong
@@ -52,14 +53,18 @@ def refuse_unfaithful(
 
 @torch.no_grad()
 def _divergences(
-    teacher: Teacher, vocabulary: int, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int
+    teacher: Teacher, vocabulary: int, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int, look: Look
 ) -> Tensor:
     """float64 [replicas of the block, 3]: tokens, and the sums over them of the divergence and the agreement, of each of the block's
     teachers; tokens are counted once a tp rank of the student, like the sums. Collective over all ranks; all of a block receive."""
     batch = fixed_batch(vocabulary, seq_length, [seq_length] * SAMPLES)
 
     def passes() -> list[list[Tensor | None]]:
-        return [teacher.hidden_states([sample] * teacher.replicas, merge=1) for sample in batch]
+        hidden = []
+        for sample in batch:
+            look("checking the teacher in FP8")
+            hidden.append(teacher.hidden_states([sample] * teacher.replicas, merge=1))
+        return hidden
 
     assert teacher.body is not None, "the teacher has been freed"
     with in_bfloat16(teacher.body):

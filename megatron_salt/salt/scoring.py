@@ -21,6 +21,7 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.scores import columns, content_hashes
+from megatron_salt.errors import LeftEarly, Look, stay
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
@@ -38,10 +39,6 @@ Rows = dict[str, np.ndarray]
 
 PIECE = 2
 """Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
-
-
-class LeftEarly(Exception):
-    """There is a reason to leave in the middle of a block."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def teacher_flags(layout: Layout) -> SaltConfig:
 
 def make_scorer(
     teacher: TeacherCheckpoint, layout: Layout, samples: Samples, dtype: str, micro_batch_size: int, top_k: tuple[int, ...],
-    chunk_mib: int, timeout: timedelta,
+    chunk_mib: int, timeout: timedelta, look: Look = stay,
 ) -> Scorer:  # fmt: skip
     """The teacher over all ranks, admitted as to a training run. Collective over all ranks. Raises UserError.
 
@@ -175,7 +172,7 @@ def make_scorer(
     chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
     admitted = admit(
         teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,
-        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout,
+        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout, look=look,
     )  # fmt: skip
     assert admitted.body is not None and admitted.mesh is not None
     return Scorer(admitted.body, admitted.weight, admitted.mesh, shard, samples, micro_batch_size, top_k, chunk_tokens)

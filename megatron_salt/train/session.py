@@ -14,7 +14,7 @@ import megatron_salt.parallel.cpu  # noqa: F401
 
 from megatron_salt.config import RunConfig
 from megatron_salt.checkpoint import shelf
-from megatron_salt.errors import SaveError, UserError
+from megatron_salt.errors import LeftEarly, SaveError, UserError
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.agreement import first_problem, from_rank_0, largest
 from megatron_salt.parallel.hardware import refuse_connections
@@ -46,13 +46,18 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
-        run = build(config, plan, layout, inputs, timeout, precisions, held)
-        parameters = count_parameters(run.student)
-        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
         )  # fmt: skip
+        try:
+            exit_plan.look("reading the data")
+            run = build(config, plan, layout, inputs, timeout, precisions, held, exit_plan.look)
+        except LeftEarly as left:
+            leave_before_a_step(config.training.outcome_file, left)
+            return
+        parameters = count_parameters(run.student)
+        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(
                 run.progress.step,
@@ -70,6 +75,14 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
         short = f"before its last step, {run.plan.total_steps}" if progress.step < run.plan.total_steps else "before its last evaluation"
         write_outcome(config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short)
+
+
+def leave_before_a_step(outcome_file: str | None, left: LeftEarly) -> None:
+    """Say that there is nothing to save, and why. Every rank calls."""
+    where = "before the first step of this start" if left.step is None else f"before step {left.step + 1}"
+    log.info("left %s: %s", where, left)
+    if dist.get_rank() == 0:
+        write_outcome(outcome_file, "left", left.step, f"{where}: {left}")
 
 
 def refuse_unsaved(save: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
 
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
@@ -80,21 +80,32 @@ class ExitPlan:
         likewise."""
         configured = self._watch is not None or self._exit_duration_in_mins is not None or self._exit_file is not None
         code = self._agree(self._local_code()) if configured else _NONE
+        return None if code == _NONE else self._words(code)
+
+    def look(self, doing: str) -> None:
+        """Before the first step: raise LeftEarly, on every rank, where a signal or the file is a reason to leave. Collective likewise.
+
+        The time limit is none: at least one step is made, or a chain of jobs that are too short would never get anywhere."""
+        if self._watch is None and self._exit_file is None:
+            return
+        code = self._agree(self._local_code(timed=False))
+        if code != _NONE:
+            raise LeftEarly(f"{self._words(code)} while {doing}")
+
+    def _words(self, code: int) -> str:
         if code > _FILE:
             return f"{signal.Signals(code - _FILE).name} received"
         if code == _FILE:
             return f"--exit-file {self._exit_file} has appeared"
-        if code == _TIME:
-            return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
-        return None
+        return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
 
-    def _local_code(self) -> int:
+    def _local_code(self, timed: bool = True) -> int:
         if self._watch is not None and self._watch.received:
             return _FILE + self._watch.received
         if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):
             return _FILE
         minutes = self._exit_duration_in_mins
-        return _TIME if minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
+        return _TIME if timed and minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
 
 
 def refuse_exit_file(path: str | None) -> None:
