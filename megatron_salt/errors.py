@@ -4,6 +4,7 @@ Raised with a message that names the flag, the file and the numbers; the entry p
 traceback and exit with the class's status. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 Outcome = Literal["refused", "unsaved", "nonfinite", "left"] | None
@@ -19,10 +20,16 @@ class UserError(ValueError):
 
 
 class LeftEarly(UserError):
-    """Nobody's mistake: a signal came before there was anything to save. Another start goes on."""
+    """There is a reason to leave in the middle of a phase that saves nothing. Nobody's mistake, and another start goes on; raised on
+    every rank at the same place."""
 
     status = 0
     outcome: Outcome = "left"
+
+    def __init__(self, reason: str, step: int | None = None) -> None:
+        """step: the last one done, where that is known."""
+        super().__init__(reason)
+        self.reason, self.step = reason, step
 
 
 class SaveError(UserError):
@@ -44,3 +51,11 @@ class LostRankError(UserError):
 
     status = 1
     outcome: Outcome = None
+
+
+Look = Callable[[str], None]
+"""Raises LeftEarly, on every rank, where there is a reason to leave; its argument says what is under way. Collective over all ranks."""
+
+
+def stay(doing: str) -> None:
+    """The Look of a program that nobody tells to leave."""

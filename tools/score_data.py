@@ -29,7 +29,7 @@ from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.score_index import CHUNK
 from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
 from megatron_salt.data.shard_writer import ShardWriter
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.train.signals import ExitPlan, SignalWatch, refuse_exit_file
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
@@ -224,13 +224,19 @@ def score_shard(
         if facts.block_samples % (facts.micro_batch_size * layout.data):
             log.warning("--block-samples %d is not a multiple of --micro-batch-size %d x %d data-parallel replicas: some idle at the end "
                         "of each block", facts.block_samples, facts.micro_batch_size, layout.data)
-        scorer = make_scorer(
-            teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout
-        )
         exit_plan = ExitPlan(
             exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=largest, started=0.0, exit_file=config.exit_file,
             looks=rank == 0,
         )  # fmt: skip
+        try:
+            scorer = make_scorer(
+                teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout,
+                exit_plan.look,
+            )  # fmt: skip
+        except LeftEarly as left:
+            if rank == 0:
+                print(f"shard {config.shard}: left before the first window of this start: {left}; the same command goes on", flush=True)
+            return LEFT
         return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
 
 
@@ -262,7 +268,7 @@ def fill_shard(
     """Score and write block after block; whether the shard is finished, or there was a reason to leave. Collective over all ranks.
     Raises UserError where the writer cannot write."""
     from megatron_salt.parallel.agreement import from_rank
-    from megatron_salt.salt.scoring import Interrupted, score_block
+    from megatron_salt.salt.scoring import score_block
 
     opened: list[ShardWriter] = []  # one, on the rank that writes
 
@@ -287,7 +293,7 @@ def fill_shard(
     for block in todo:
         try:
             rows = score_block(scorer, facts, block, reason_to_stop)
-        except Interrupted as left:
+        except LeftEarly as left:
             if progress is not None:
                 progress.leave(opened[0].todo, str(left))
             return False

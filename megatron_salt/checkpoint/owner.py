@@ -254,7 +254,7 @@ def _stands_still(directory: Path, content: bytes, watch: float, leaving: Callab
     end = time.monotonic() + watch
     while time.monotonic() < end:
         if leaving():
-            raise LeftEarly(f"left before the first step: told to leave while watching the owner of --save {directory}")
+            raise LeftEarly(f"told to leave while watching the owner of --save {directory}")
         time.sleep(min(1.0, watch / 20))
         try:
             if read(directory)[1] != content:

@@ -27,7 +27,7 @@ from megatron_salt.checkpoint.state import model_of
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.fixed_batch import fixed_batch
-from megatron_salt.errors import UserError
+from megatron_salt.errors import Look, UserError, stay
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8 import in_bfloat16, keep_fp8_alone, raw_tensors
 from megatron_salt.model.gpt import GPT, transformer_config
@@ -132,15 +132,16 @@ def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
 def admit(
     checkpoint: TeacherCheckpoint, salt: SaltConfig, layout: Layout, student: Mesh, shard: VocabularyShard, seq_length: int,
     chunk_tokens: int, dtype: torch.dtype, microbatches_per_forward: int, timeout: timedelta, precision: Precision = TORCH,
-    text: Sequence[Microbatch] = (),
+    text: Sequence[Microbatch] = (), look: Look = stay,
 ) -> Teacher:  # fmt: skip
     """Build, load and verify the teacher. Collective over all ranks. Raises UserError. Draws no random number of the student's.
 
     layout: `routing.teacher_layout`. shard: how the student's output weight is cut. chunk_tokens: the student head's. text: what a teacher
-    in FP8 is tried on, the same samples on every rank.
+    in FP8 is tried on, the same samples on every rank. look: called between the phases and between the microbatches of each check.
     """
     found = resume.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load")
     assert found is not None, checkpoint.directory
+    look("reading the teacher's checkpoint")
     mesh = make_teacher_mesh(layout, timeout)
     block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout)
     dist.all_reduce(torch.zeros(1, device=cpu.device()), group=block_group)  # see Mesh.warm_up
@@ -148,15 +149,17 @@ def admit(
     state = sharded.model_state([body], mesh.groups)
     resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
     sharded.load_model([body], sharded.load(state, found.directory, mesh.groups))
+    look("loading the teacher")
     weight = load_output_weight(checkpoint, student, shard, dtype)
     teacher = Teacher(body, weight, mesh, student, block_group, microbatches_per_forward, salt.kd_teacher_temperature)
     with in_bfloat16(body):
-        verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype)
+        verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype, look)
     if body.precision.fp8_format is not None:
         teacher.fidelity = refuse_unfaithful(
-            teacher, salt.teacher_fp8_max_kl, text, student, shard, chunk_tokens
+            teacher, salt.teacher_fp8_max_kl, text, student, shard, chunk_tokens, look
         )
         keep_fp8_alone(body)
+    look("checking the teacher")
     return teacher
 
 
@@ -194,11 +197,11 @@ def load_output_weight(checkpoint: TeacherCheckpoint, student: Mesh, shard: Voca
 
 def verify(
     teacher: Teacher, checkpoint: TeacherCheckpoint, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, look: Look = stay,
 ) -> None:  # fmt: skip
     """Raise UserError unless the teacher, run as in a training step, has the losses that its checkpoint recorded. Collective."""
     lengths = [length for length in checkpoint.lengths if length <= seq_length]
-    losses = losses_of(teacher, checkpoint.vocabulary, lengths, student, shard, seq_length, chunk_tokens)
+    losses = losses_of(teacher, checkpoint.vocabulary, lengths, student, shard, seq_length, chunk_tokens, look)
     dtypes = {checkpoint.dtype, str(dtype).removeprefix("torch.")}
     tolerance = max(TOLERANCE[name] for name in dtypes)
     wrong = [
@@ -217,14 +220,16 @@ def verify(
 
 @torch.no_grad()
 def losses_of(
-    teacher: Teacher, vocabulary: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int
-) -> list[list[float]]:
+    teacher: Teacher, vocabulary: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
+    look: Look = stay,
+) -> list[list[float]]:  # fmt: skip
     """[lengths][replicas of the block]: the mean cross entropy over the first `lengths` tokens of each fixed microbatch, as each of the
     block's teachers has it: phases A and B, then the teacher's own head. Collective over all ranks; all of a block receive."""
     sums = torch.zeros(len(lengths), teacher.replicas, len(METRICS), dtype=torch.float64, device=cpu.device())
     gathering = VocabularyShard(shard.group, shard.rows, shard.num_valid, sequence_parallel=True)  # its hidden states come in slices
     here = positions_of(seq_length, student.layout.context, student.at.cp, torch.device("cpu"))
     for number, microbatch in enumerate(fixed_batch(vocabulary, seq_length, lengths)):
+        look("checking the teacher")
         labels, mask = microbatch.labels[0, here].to(cpu.device()), microbatch.loss_mask[0, here].to(cpu.device())
         for replica, hidden in enumerate(teacher.hidden_states([microbatch] * teacher.replicas, merge=1)):
             if hidden is not None and teacher.weight is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import megatron_salt.parallel.cpu as cpu  # before megatron
 
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.errors import UserError
+from megatron_salt.errors import Look, UserError, stay
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.divergence import divergence
 from megatron_salt.model.fp8 import in_bfloat16
@@ -32,15 +32,16 @@ SAMPLES = 4
 
 
 def refuse_unfaithful(
-    teacher: Teacher, max_kl: float, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int
-) -> Fidelity:
+    teacher: Teacher, max_kl: float, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int,
+    look: Look = stay,
+) -> Fidelity:  # fmt: skip
     """How near the teacher in FP8 is to itself in bfloat16. Raises UserError, on every rank, where a replica's mean divergence is
     above max_kl (nats a token) or not a number. Collective over all ranks; all get the same. Changes nothing.
 
     text: the same samples on every rank, one a microbatch; tokens of loss mask 0 do not count. shard: how the student's output weight,
-    and so the teacher's, is cut. The teacher's body still has its bfloat16 weights.
+    and so the teacher's, is cut. The teacher's body still has its bfloat16 weights. look: called before each forward.
     """
-    sums = _divergences(teacher, text, student, shard, chunk_tokens)
+    sums = _divergences(teacher, text, student, shard, chunk_tokens, look)
     tokens, kl, kl_at_1, agreement = sums.unbind(-1)
     kl, agreement = torch.maximum(kl, kl_at_1) / tokens, agreement / tokens  # nan stays nan
     worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # so phrased, nan is wrong
@@ -58,14 +59,18 @@ def refuse_unfaithful(
 
 @torch.no_grad()
 def _divergences(
-    teacher: Teacher, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int
+    teacher: Teacher, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int, look: Look
 ) -> Tensor:
     """float64 [replicas of the block, 4]: tokens, and sums over them for each of the block's teachers: of the divergence at the run's
     temperature, of that at 1, of the agreement. Tokens are counted once a tp rank of the student, like the sums. Collective over all
     ranks; all of a block receive."""
 
     def passes() -> list[list[Tensor | None]]:
-        return [teacher.hidden_states([sample] * teacher.replicas, merge=1) for sample in text]
+        hidden = []
+        for sample in text:
+            look("checking the teacher in FP8")
+            hidden.append(teacher.hidden_states([sample] * teacher.replicas, merge=1))
+        return hidden
 
     assert teacher.body is not None, "the teacher has been freed"
     with in_bfloat16(teacher.body):

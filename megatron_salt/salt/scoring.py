@@ -21,6 +21,7 @@ import megatron_salt.parallel.cpu as cpu  # before megatron
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.scores import IndexManifest, columns, content_hashes, samples_of
+from megatron_salt.errors import LeftEarly, Look, stay
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.scores import TokenScorer, TokenScores, window_scores
@@ -38,10 +39,6 @@ Rows = dict[str, np.ndarray]
 
 PIECE = 2
 """Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
-
-
-class Interrupted(Exception):
-    """There is a reason to leave in the middle of a block."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Scorer:
     def score(self, ids: np.ndarray, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
         """The rows of these samples, int64 [n], n > 0. Collective over all ranks; the writer receives.
 
-        reason_to_stop: asked before each piece, the same on every rank. Raises Interrupted on every rank where there is one."""
+        reason_to_stop: asked before each piece, the same on every rank. Raises LeftEarly on every rank where there is one."""
         replicas, replica = self._mesh.layout.data, self._mesh.at.dp
         starts = range(0, len(ids), self._micro)
         rounds, mine = -(-len(starts) // replicas), starts[replica::replicas]
@@ -104,7 +101,7 @@ class Scorer:
         stages = self._mesh.layout.pipeline
         for turn in range(0, rounds, size := PIECE if stages == 1 else 8 * stages):
             if (reason := reason_to_stop()) is not None:
-                raise Interrupted(reason)
+                raise LeftEarly(reason)
             if placed := [self._place(ids[start : start + self._micro]) for start in mine[turn : turn + size]]:
                 found += run_pipeline([self._body], self._step, placed, self._mesh, self.seq_length, self._micro, forward_only=True)
         if not self._mesh.is_last_stage:
@@ -152,7 +149,7 @@ class Scorer:
 
 
 def score_block(scorer: Scorer, facts: IndexManifest, block: int, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
-    """A block's rows, 0 in those that are not scored. Collective over all ranks; the writer receives. Raises Interrupted."""
+    """A block's rows, 0 in those that are not scored. Collective over all ranks; the writer receives. Raises LeftEarly."""
     first, end = samples_of(facts, range(block, block + 1))
     scored = facts.scored(first, end)
     found = scorer.score(first + np.flatnonzero(scored), reason_to_stop) if scored.any() else {}
@@ -173,7 +170,7 @@ def teacher_flags(layout: Layout) -> SaltConfig:
 
 def make_scorer(
     teacher: TeacherCheckpoint, layout: Layout, samples: Samples, dtype: str, micro_batch_size: int, top_k: tuple[int, ...],
-    chunk_mib: int, timeout: timedelta,
+    chunk_mib: int, timeout: timedelta, look: Look = stay,
 ) -> Scorer:  # fmt: skip
     """The teacher over all ranks, admitted as to a training run. Collective over all ranks. Raises UserError.
 
@@ -186,7 +183,7 @@ def make_scorer(
     chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
     admitted = admit(
         teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,
-        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout,
+        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout, look=look,
     )  # fmt: skip
     assert admitted.body is not None and admitted.mesh is not None
     return Scorer(admitted.body, admitted.weight, admitted.mesh, shard, samples, micro_batch_size, top_k, chunk_tokens)

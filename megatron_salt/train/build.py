@@ -25,7 +25,7 @@ from megatron_salt.data.selection import Selection, refuse_other_data
 from megatron_salt.data.skipping import parse_skip_samples
 from megatron_salt.data.staged import StagedSamples
 from megatron_salt.data.tokenizer import Tokenizer
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, Look, UserError, stay
 from megatron_salt.model.flops import forward_flops_per_token
 from megatron_salt.model.gpt import build_model
 from megatron_salt.model.head_cost import measure_head
@@ -126,21 +126,33 @@ def _probe(samples: Samples) -> None:
 def build(
     config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, timeout: timedelta,
     precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None, watch: SignalWatch | None = None,
+    look: Look = stay,
 ) -> Run:  # fmt: skip
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
 
     identity: what `identify` says. held: gives --save free when the run ends; None: nobody else writes there. found: that checkpoint,
-    where it is open already. watch: a signal ends the wait for another run's --save.
+    where it is open already. watch: a signal ends the wait for another run's --save. look: called between the phases and inside the
+    longest; raises LeftEarly.
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
     student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
+    look("building the model")
     checkpointer = Checkpointer(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
         None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
     loaded = checkpointer.load(found)
     progress = loaded or Progress(0, 0)
+    step = progress.step
+
+    def look_before_step(doing: str) -> None:
+        try:
+            look(doing)
+        except LeftEarly as left:
+            raise LeftEarly(left.reason, step) from None
+
+    look_before_step("loading the checkpoint" if loaded else "making --save")
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     check_save_at(config.checkpoint.save_at, plan.total_steps)
 
@@ -158,7 +170,7 @@ def build(
         staged=inputs.staged,
     )
     resumed = loaded is not None and progress.step > 0
-    return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher)
+    return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher, look=look_before_step)
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:
@@ -215,7 +227,9 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
     return f"{name}, {staged.fingerprint}"
 
 
-def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta, precision: Precision) -> Run:
+def in_its_stage(
+    run: Run, config: RunConfig, inputs: Inputs, resumed: bool, timeout: timedelta, precision: Precision, look: Look = stay
+) -> Run:
     """The run in the stage that its flags and its checkpoint ask for: in stage 1 with its teacher, where it has one, admitted.
     precision: the teacher's. Collective over all ranks. Raises UserError."""
     progress, teacher = run.progress, inputs.teacher
@@ -237,7 +251,7 @@ def in_its_stage(run: Run, config: RunConfig, inputs: Inputs, resumed: bool, tim
     run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
     padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
     flops = forward_flops_per_token(teacher.model, config.training.seq_length, padded)
-    admitted = admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout, precision)
+    admitted = admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout, precision, look)
     return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
@@ -265,8 +279,9 @@ def refuse_large_exchange(salt: SaltConfig, training: TrainingConfig, plan: RunP
 
 
 def admit_teacher(
-    run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta, precision: Precision
-) -> Teacher:
+    run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta, precision: Precision,
+    look: Look,
+) -> Teacher:  # fmt: skip
     """The teacher over the student's ranks, after telling what it will cost. Collective over all ranks. Raises UserError."""
     salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
@@ -288,7 +303,7 @@ def admit_teacher(
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
     teacher = admit(
         checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
-        run.train.first(SAMPLES),
+        run.train.first(SAMPLES), look,
     )  # fmt: skip
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))

@@ -4,7 +4,7 @@
 
 | word        | status | meaning |
 | `done`      | 0 | the last step is done and, with --save, its checkpoint is on disk |
-| `left`      | 0 | it saved, or had nothing to save yet, and wants to go on (a signal, a time limit) |
+| `left`      | 0 | it saved, or had nothing to save yet, and wants to go on (a signal, a file, a time limit) |
 | `refused`   | 2 | a mistake of the user's, which another start would only repeat |
 | `unsaved`   | 3 | the last checkpoint is not on disk; another start may fare better |
 | `nonfinite` | 4 | gradients (--max-nonfinite-steps), the last loss, parameters or the optimizer's state are not finite |

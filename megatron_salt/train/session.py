@@ -17,7 +17,7 @@ from megatron_salt.checkpoint import shelf
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.resume import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
-from megatron_salt.errors import SaveError, UserError
+from megatron_salt.errors import LeftEarly, SaveError, UserError
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.agreement import first_problem, from_rank_0, largest
 from megatron_salt.parallel.hardware import refuse_connections
@@ -51,15 +51,20 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
-        identity, found = begin(config, plan, layout, inputs)
-        run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch)
-        parameters = count_parameters(run.student)
-        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
-            taken=None if config.checkpoint.save is None else run.checkpointer.is_taken,
         )  # fmt: skip
+        try:
+            exit_plan.look("reading the data")
+            identity, found = begin(config, plan, layout, inputs)
+            run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch, exit_plan.look)
+        except LeftEarly as left:
+            leave_before_a_step(config.training.outcome_file, left)
+            return
+        exit_plan.taken = None if config.checkpoint.save is None else run.checkpointer.is_taken
+        parameters = count_parameters(run.student)
+        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
             run_log.event(
                 run.progress.step,
@@ -106,6 +111,14 @@ def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> t
         assert load is not None
         open_checkpoint(load, checkpoint.load_fallback)  # says all that is damaged
         raise
+
+
+def leave_before_a_step(outcome_file: str | None, left: LeftEarly) -> None:
+    """Say that there is nothing to save, and why. Every rank calls."""
+    where = "before the first step of this start" if left.step is None else f"before step {left.step + 1}"
+    log.info("left %s: %s", where, left)
+    if dist.get_rank() == 0:
+        write_outcome(outcome_file, "left", left.step, f"{where}: {left}")
 
 
 def refuse_unsaved(save: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
 
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
@@ -65,7 +65,7 @@ class ExitPlan:
         self._started = started
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
-        self._taken = taken
+        self.taken = taken
 
     def reason_to_leave(self, step: int) -> str | None:
         """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
@@ -79,27 +79,38 @@ class ExitPlan:
     def reason_to_stop_now(self) -> str | None:
         """A signal, the file or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective
         likewise."""
-        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._taken)
+        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self.taken)
         code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
+        return None if code == _NONE else self._words(code)
+
+    def look(self, doing: str) -> None:
+        """Before the first step: raise LeftEarly, on every rank, where a signal or the file is a reason to leave. Collective likewise.
+
+        The time limit is none: at least one step is made, or a chain of jobs that are too short would never get anywhere."""
+        if self._watch is None and self._exit_file is None:
+            return
+        code = self._agree(self._local_code(timed=False))
+        if code != _NONE:
+            raise LeftEarly(f"{self._words(code)} while {doing}")
+
+    def _words(self, code: int) -> str:
         if code == _TAKEN:
             return "--save was taken over"
         if code > _FILE:
             return f"{signal.Signals(code - _FILE).name} received"
         if code == _FILE:
             return f"--exit-file {self._exit_file} has appeared"
-        if code == _TIME:
-            return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
-        return None
+        return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
 
-    def _local_code(self) -> int:
-        if self._taken is not None and self._taken():
+    def _local_code(self, timed: bool = True) -> int:
+        if self.taken is not None and self.taken():
             return _TAKEN  # whatever else there is: nothing can be saved
         if self._watch is not None and self._watch.received:
             return _FILE + self._watch.received
         if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):
             return _FILE
         minutes = self._exit_duration_in_mins
-        return _TIME if minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
+        return _TIME if timed and minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
 
 
 def refuse_exit_file(path: str | None) -> None:

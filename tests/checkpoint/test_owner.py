@@ -150,7 +150,7 @@ def test_a_signal_ends_the_watch_at_once_and_the_owner_keeps_the_directory(tmp_p
     before = (tmp_path / LOCK).read_bytes()
     started, told = time.monotonic(), threading.Event()
     threading.Timer(0.1, told.set).start()
-    with pytest.raises(LeftEarly, match="left before the first step.*--save") as left:
+    with pytest.raises(LeftEarly, match="told to leave while watching the owner of --save") as left:
         acquire(tmp_path, myself({}), take_over=False, leaving=told.is_set)
     assert time.monotonic() - started < 10 and (left.value.status, left.value.outcome) == (0, "left")
     assert (tmp_path / LOCK).read_bytes() == before

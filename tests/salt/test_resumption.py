@@ -145,3 +145,18 @@ def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
             salt_from(resumed(99, found), *flags, False)
     with pytest.raises(UserError, match="trained without a stage 1 up to step 7, and --kd-steps 100 asks for one"):
         salt_from(resumed(7, None), schedule, None, None, False)
+
+
+@pytest.mark.parametrize("due", [False, True])
+@pytest.mark.parametrize("step, stage, end_of_stage_1", [(49, 1, False), (50, 2, True), (51, 2, False)])
+def test_an_evaluation_that_is_due_at_the_end_of_stage_1_still_belongs_to_it(
+    step: int, stage: int, end_of_stage_1: bool, due: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the teacher where flags name it, and it is not said then that they are not used; they may be gone with the stage."""
+    assert CROSSED.resumes_in(step, due) == (1 if due and end_of_stage_1 else stage)
+    found = replace(resumed(step, CROSSED), extra={"evaluation_due": due})
+    with caplog.at_level(logging.INFO):
+        assert taken(found) == (CROSSED, ())
+    assert bool(caplog.messages) == (stage == 2 and not (due and end_of_stage_1))
+    if stage == 2:
+        assert salt_from(found, None, None, None, False) == (CROSSED, ())

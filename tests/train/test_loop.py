@@ -21,7 +21,9 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_salt.data.batch import Batches, Microbatch
-from megatron_salt.train import evaluate, loop
+from megatron_salt.checkpoint import sharded
+from megatron_salt.salt import admission
+from megatron_salt.train import build, evaluate, loop
 from megatron_salt.train.metrics import STEP_KEYS
 from tests.program import (
     DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, checkpoints, entries, losses, numbers, refused, run, state_of, tensors,
@@ -177,6 +179,62 @@ def test_all_ranks_leave_when_one_gets_a_signal_and_the_run_goes_on_later(tmp_pa
     train(2, **flags, save=tmp_path / "one")
     assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
     assert tensors(tmp_path / "two", 5) == tensors(tmp_path / "one", 5)
+
+
+@contextlib.contextmanager
+def signal_to_rank_1_while(module: Any, name: str) -> Iterator[None]:
+    """As if only one of the ranks had been told to leave, before the first step."""
+
+    def action(*arguments: Any) -> Any:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    original = getattr(module, name)
+    with mock.patch.object(module, name, action):
+        yield
+
+
+@contextlib.contextmanager
+def signal_while_the_model_is_built() -> Iterator[None]:
+    with signal_to_rank_1_while(build, "build_student"):
+        yield
+
+
+@contextlib.contextmanager
+def signal_while_tensors_are_loaded() -> Iterator[None]:
+    with signal_to_rank_1_while(sharded, "load"):
+        yield
+
+
+@contextlib.contextmanager
+def signal_while_the_teacher_is_checked() -> Iterator[None]:
+    with signal_to_rank_1_while(admission, "fused_linear_cross_entropy"):
+        yield
+
+
+def test_all_ranks_leave_before_the_first_step_when_one_gets_a_signal_by_then(tmp_path: Path, data: str) -> None:
+    """Nothing is saved, logged or lost; it is told where it was, and the next start goes on."""
+    flags = dict(data_path=data, exit_signal_handler=True, outcome_file=tmp_path / "outcome")
+    flags |= dict(save=tmp_path / "run", load=tmp_path / "run")
+    train(2, **flags, train_iters=2)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    going_on = dict(flags, train_iters=4)
+    teaching = dict(flags, train_iters=4, teacher_load=tmp_path / "run", kd_steps=4, save=tmp_path / "new", load=None)
+    for within, more, where in (
+        (signal_while_the_model_is_built, going_on, "the first step of this start: SIGTERM received while building the model"),
+        (signal_while_tensors_are_loaded, going_on, "step 3: SIGTERM received while loading the checkpoint"),
+        (signal_while_tensors_are_loaded, teaching, "step 1: SIGTERM received while loading the teacher"),
+        (signal_while_the_teacher_is_checked, teaching, "step 1: SIGTERM received while checking the teacher"),
+    ):
+        (tmp_path / "outcome").unlink()
+        ended = run(2, **more, within=within)
+        assert [one.status for one in ended] == [0, 0]
+        assert f"before {where}" in (tmp_path / "outcome").read_text()
+        assert (tmp_path / "outcome").read_text().startswith("left ")
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before and not checkpoints(tmp_path / "new")
+    train(2, **going_on)
+    assert checkpoints(tmp_path / "run") == [2, 4] and len(entries(tmp_path / "run")) == 4
 
 
 @contextlib.contextmanager
