@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m megatron_salt.pretrain --config examples/quickstart.yaml --train-iters 300
 
 parse -> check -> read inputs -> join the world -> build -> train -> leave. A user's mistake ends with one line and exit code 2, before
-anything is written. `--help` and mistakes in flags need neither torch nor other ranks.
+anything is written, on every rank: parallel/failure.py. `--help`, and mistakes in flags of a single process, need no torch.
 """
 
 from __future__ import annotations

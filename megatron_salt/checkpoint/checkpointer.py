@@ -117,7 +117,7 @@ class Checkpointer:
             write = writer.plan(state, directory, self._mesh.groups)
             self._pending = _Pending(progress.step, write, sums, reshardable, started)
             if self._config.async_save:
-                self._queue.schedule_async_request(write.request._replace(finalize_fns=[self._publish]))
+                writer.write_later(write, self._queue, self._publish)
             else:
                 writer.write_now(write)
         if self._config.async_save:

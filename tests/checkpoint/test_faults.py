@@ -18,9 +18,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
+import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
 from megatron_salt.config import ParallelConfig
-from megatron_salt.errors import UserError
-from megatron_salt.checkpoint import integrity, pickles, shelf
+from megatron_salt.errors import SaveError, UserError
+from megatron_salt.checkpoint import integrity, pickles, shelf, writer
 from tests.ranks import RankError, run_ranks
 from tests.checkpoint.runs import DROPOUT, SHARDED, Run, at, flip, job, start
 from tests.checkpoint.test_checkpointer import PLAIN, facts, pp, same, tp
@@ -201,6 +204,43 @@ def test_with_on_save_error_continue_the_run_goes_on(tmp_path: Path, flags: dict
     run = Run(save=str(tmp_path), flags={**flags, "on_save_error": "continue"})
     assert run_ranks(2, save_on_a_full_disk, run, "shards", timeout=60) == ["", ""]
     assert sorted(shelf.whole_checkpoints(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("victim", ["the process of the shards", "the process around it", "the process after it has written"])
+@pytest.mark.parametrize("flags", [{}, {"async_save": True}])
+def test_a_writing_process_that_is_killed_is_a_save_that_failed(tmp_path: Path, flags: dict, victim: str) -> None:
+    zero, one = run_ranks(2, save_while_writers_are_killed, Run(save=str(tmp_path), flags=flags), victim, timeout=60)
+    assert zero == one and "saving step 2" in zero
+    assert "failed on rank 1: the process that writes the checkpoint died (signal 9; out of memory?)" in zero
+    assert sorted(shelf.whole_checkpoints(tmp_path)) == [1, 3], "saving goes on when nobody is killed"
+
+
+def save_while_writers_are_killed(run: Run, victim: str) -> str:
+    """In every rank: save, lose a process of rank 1's second save, save again. The error."""
+    import torch.distributed as dist
+
+    _, checkpointer, _ = start(run, dist.get_world_size())
+    checkpointer.save(at(1))
+    checkpointer.finish()
+    places: dict[str, tuple[object, str]] = {
+        "the process of the shards": (FileSystemWriterAsync, "write_preloaded_data"),
+        "the process around it": (FileSystemWriterAsync, "write_preloaded_data_multiproc"),
+        "the process after it has written": (writer, "sum_of_file"),
+    }
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() == 1:
+            place, name = places[victim]
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(place, name, staticmethod(_die))
+        with pytest.raises(SaveError) as caught:
+            checkpointer.save(at(2))
+            checkpointer.finish()
+    checkpointer.save(at(3))
+    checkpointer.finish()
+    return str(caught.value)
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_save_directory_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
