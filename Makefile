@@ -46,7 +46,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-slurm test-te run-test-te test-gpu run-test-gpu lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-slurm test-te run-test-te test-gpu run-test-gpu lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -75,6 +75,9 @@ test-isa: setup-dev  ## Tests of numbers in short form, as on CPUs without AVX51
 	$(ISA_AVX512) $(PYTEST) --short $(ISA_TESTS) $(OPTIONS)
 	$(ISA_AVX2) $(PYTEST) --short $(ISA_TESTS) $(OPTIONS)
 	$(ISA_DEFAULT) $(PYTEST) --short $(ISA_TESTS) $(OPTIONS)
+
+test-faults: setup-dev  ## Kill storms, damage of every kind to every file, hundreds of mutated descriptions; up to 10 minutes
+	$(PYTEST) --faults tests/checkpoint/test_storms.py tests/test_mutations.py $(OPTIONS)
 
 test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
 	bash tests/slurm/install.sh
