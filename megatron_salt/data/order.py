@@ -20,7 +20,7 @@ MAX_SIZE = 1 << 62
 _NUM_ROUNDS = 8
 _CHUNK = 1 << 14  # elements that stay in cache over all rounds
 _MULTIPLY_1, _MULTIPLY_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's
-_SHIFT_27, _SHIFT_29, _SHIFT_30, _SHIFT_31, _SHIFT_32 = (np.uint64(bits) for bits in (27, 29, 30, 31, 32))
+_SHIFT_29, _SHIFT_32 = np.uint64(29), np.uint64(32)
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -36,17 +36,16 @@ def unpermute(image: np.ndarray, size: int, key: int) -> np.ndarray:
 def keyed_ranks(ids: np.ndarray, key: int) -> np.ndarray:
     """A permutation of 0..2^64-1, chosen by `key` (0 <= key < 2^64): int64 [n] -> uint64 [n], no two alike.
 
-    splitmix64's finalizer, of which each step can be undone, after an xor with the key: several times as fast as `permute`.
+    An xor with the key, and splitmix64's multiplications: each step can be undone. High bits are mixed best, and they decide an order.
+    Ten times as fast as `permute`.
     """
     ranks = np.asarray(ids, np.int64).astype(np.uint64)
     for start in range(0, ranks.size, _CHUNK):
         piece = ranks[start : start + _CHUNK]
         piece ^= np.uint64(key)
-        piece ^= piece >> _SHIFT_30
         piece *= _MULTIPLY_1
-        piece ^= piece >> _SHIFT_27
+        piece ^= piece >> _SHIFT_32
         piece *= _MULTIPLY_2
-        piece ^= piece >> _SHIFT_31
     return ranks
 
 

@@ -50,8 +50,10 @@ def tie_limits(
     inside: list[list[np.ndarray]] = [[] for _ in groups]
     for first, scores in index.chunks(column, *pool, size):
         for number, (group, (low, high)) in enumerate(zip(groups, brackets, strict=True)):
-            ids = first + np.flatnonzero(scores == np.float32(group.score))
-            ranks = tie_ranks(ids[eligible.have(ids)], seed)
+            equal = scores == np.float32(group.score)
+            if not equal.any():
+                continue
+            ranks = tie_ranks(first + np.flatnonzero(equal & eligible.of(first, first + len(scores))), seed)
             below[number] += int(np.count_nonzero(ranks < np.uint64(low)))
             inside[number].append(ranks[(ranks >= np.uint64(low)) & (ranks <= np.uint64(high))])
     limits = []
