@@ -2,6 +2,9 @@
 
 On one machine a run repeats bit for bit. Against the files, which another CPU and another torch may have written, losses agree
 within TOLERANCE: kernels of other instruction sets add in another order, and training amplifies that from step to step.
+Under SSE4.1, AVX2, AVX512 and AVX512-BF16 the furthest loss was 1e-6 off in float32 and 2.6e-4 in bfloat16; a learning rate that is
+1% wrong moves one by at least 6.5e-3 and 7.9e-3, a warm-up that is a step longer by 0.07. The bounds lie between: 100 and 10 times
+what was seen, and under a half of the smaller mistake.
 Rewrite them with `python -m tests.train.test_golden` after a change that was meant.
 """
 
@@ -17,7 +20,7 @@ from tests.program import DROPOUT, losses, train, write_tokens
 
 GOLDEN = Path(__file__).with_name("golden")
 STEPS = 12
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "gpt2": 1e-4, "dropout": 1e-4}  # nats
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2.6e-3, "gpt2": 1e-4, "dropout": 1e-4}  # nats
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": dict(bf16=True),
