@@ -72,7 +72,8 @@ def test_the_loss_follows_the_one_without_fp8(
     without = plain(dtype)
     [fp8] = run_ranks(1, curve, replace(CASE, dtype=dtype), 1, weights, recipe)
     assert without.losses[0] - without.losses[-1] > 2
-    assert 1e-4 < furthest(without, fp8) < 0.015
+    # Sound recipes were at most 0.0042 nats off, on AVX2 as on AVX512-BF16; one linear layer at half its scale is 0.020 off, all are 0.074.
+    assert 1e-4 < furthest(without, fp8) < 0.009
     assert fp8.grad_norms == pytest.approx(without.grad_norms, rel=0.1)
 
 
