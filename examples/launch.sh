@@ -135,6 +135,7 @@ start() { # one step of the job: every task runs the command
     export SALT_LAUNCH=$SLURM_JOB_ID.$RESTARTS.$attempt # a later start takes --save over at once from one that died
     mkdir -p "$NODE_LOGS"
     rm -f "$beat"
+    printf '%4095s\n' '' >"$outcome" # room for the word, on a disk that the run fills
     local own=()
     [ "$listens" = 0 ] || own=(--outcome-file "$outcome" --heartbeat-file "$beat" "${go_on[@]}")
     say "start $((RESTARTS + 1)).$attempt: $SLURM_NTASKS tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT, node logs in $NODE_LOGS"

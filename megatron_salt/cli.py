@@ -170,7 +170,7 @@ def _plain(box: str) -> str:
     return told.removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
 
 
-_RULER = re.compile(r"[─╰╭+-]{2}")
+_RULER = re.compile(r"[─╰╭+-]{5}")
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
 _NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")
 

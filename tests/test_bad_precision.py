@@ -52,7 +52,7 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """What the program says on a machine; Joined where it says nothing against it."""
 
     def of(hardware: Hardware, **flags: Any) -> str:
-        def join(_: object) -> None:
+        def join(*_: object) -> None:
             raise Joined
 
         monkeypatch.setattr(session, "find_hardware", lambda: hardware)

@@ -58,17 +58,17 @@ def measure_head(dtype: torch.dtype, rows: int, hidden_size: int, chunk_tokens: 
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some calls, after one that warms up."""
+    """Seconds of the fastest of some calls, after one that warms up; on a CPU those that this process had it for."""
     found = []
     for _ in range(1 + _REPEATS):
-        _wait()
-        start = time.perf_counter()
+        start = _now()
         work()
-        _wait()
-        found.append(time.perf_counter() - start)
+        found.append(_now() - start)
     return min(found[1:])
 
 
-def _wait() -> None:
-    if cpu.device().type == "cuda":
-        torch.cuda.synchronize()
+def _now() -> float:
+    if cpu.device().type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -17,6 +17,7 @@ file at each start, so that no other job's word can be taken for this one's. Sta
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from pathlib import Path
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -> None:
     """Leave the line; it appears whole or not at all, and of several processes' lines one stays. step: reached; None before the first.
 
-    Nothing is written where `path` is None. A disk that cannot take it is told and ends nothing: the run then counts as one that died.
+    Nothing is written where `path` is None. Where the disk has no room for a new file, a file that is there already (a launcher can put
+    blanks there) takes the line. A disk that cannot take it is told and ends nothing: the run then counts as one that died.
     """
     if path is None:
         return
@@ -41,6 +43,20 @@ def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -
         tmp.write_text(line, encoding="utf-8")
         os.replace(tmp, path)
     except OSError as error:
-        log.warning("--outcome-file %s cannot be written (%s): how the run ended is not in it", path, error)
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and _written_in_place(Path(path), line.encode()):
+            return
+        log.warning("--outcome-file %s cannot be written (%s): how the run ended is not in it", path, error)
+
+
+def _written_in_place(path: Path, line: bytes) -> bool:
+    """Put the line where blanks are, in one write; whether that went well."""
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            room = os.fstat(file.fileno()).st_size
+            if file.read().strip() or room < len(line):
+                return False
+            return os.pwrite(file.fileno(), line.rstrip(b"\n").ljust(room - 1) + b"\n", 0) == room
+    except OSError:
+        return False

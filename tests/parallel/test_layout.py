@@ -77,7 +77,7 @@ def test_ranks_that_do_not_make_whole_replicas_are_refused(world_size):
         student_layout(parallel, world_size)
     assert str(refused.value) == (
         f"{world_size} ranks cannot hold whole replicas of --tensor-model-parallel-size 2 "
-        "x --pipeline-model-parallel-size 3 x --context-parallel-size 2 = 12 ranks"
+        "x --pipeline-model-parallel-size 3 x --context-parallel-size 2 = 12 ranks; start a multiple of 12"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,28 @@ def test_a_side_file_that_cannot_be_written_or_removed_is_told_and_ends_nothing(
     for step in range(3):
         heartbeat.beat(step)
     assert [message.split()[0] for message in caplog.messages] == ["--outcome-file", "--heartbeat-file"]
+
+
+@pytest.mark.parametrize("number, room, there, word", [
+    (errno.ENOSPC, 4096, "", "unsaved"), (errno.EDQUOT, 4096, "", "unsaved"), (errno.ENOSPC, 8, "", None), (errno.ENOSPC, None, "", None),
+    (errno.EROFS, 4096, "", None), (errno.ENOSPC, 4096, "left 3 job 1.0 earlier", "left"),
+])  # fmt: skip
+def test_on_a_full_disk_the_line_goes_where_a_launcher_left_blanks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, room: int | None, there: str, word: str | None
+) -> None:
+    path = tmp_path / "outcome"
+    if room is not None:
+        path.write_text(there.ljust(room - 1) + "\n")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    write_outcome(str(path), "unsaved", 9, "no room")
+    found = path.read_text().split() if path.exists() else []
+    assert (found[0] if found else None) == word
+    assert word != "unsaved" or " ".join(found) == "unsaved 9 job -.0 no room"
+    assert not room or path.stat().st_size == room
 
 
 @pytest.mark.parametrize("error", [UserError("no"), SaveError("no"), NonFiniteError("no")])

@@ -1,0 +1,58 @@
+"""The words in which a run ends, as the launcher acts on them, and where its next start goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.program import checkpoints, numbers
+from tests.slurm.cluster import wait_for
+from tests.slurm.jobs import BYTES, ON_ONE_NODE, TINY, Site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+
+RUN = (*TINY, *BYTES, "--global-batch-size", "4")
+
+
+def test_what_is_not_finite_is_not_started_again(site: Site, data: str) -> None:
+    job = site.submit("baseline_2p8b.sh", *RUN, "--train-iters", "20", "--lr", "1e30", "--clip-grad", "0", options=ON_ONE_NODE,
+                      RUN_DIR=site.work / "not-finite", DATA=data)  # fmt: skip
+    assert job.end(120) == "FAILED"
+    assert "error: not finite, and not started again: " in job.log and job.log.count("tasks, rank 0 at") == 1, job.log
+    assert "ExitCode=4:0" in site.cluster.ask("scontrol", "show", "job", "--oneliner", job.number)
+
+
+def test_a_disk_that_fills_is_told_and_tried_once_more(site: Site, data: str) -> None:
+    """The second start finds no room and says so, in numbers."""
+    run = site.work / "small-disk"
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(run)], check=True)
+    try:
+        job = site.submit("baseline_2p8b.sh", *RUN, "--train-iters", "2000", "--on-save-error", "continue", options=ON_ONE_NODE,
+                          RUN_DIR=run, DATA=data, PAUSE=1)  # fmt: skip
+        job.wait_for(r"step \d+/2000")
+        subprocess.run(["dd", "if=/dev/zero", f"of={run / 'filler'}", "bs=4k"], check=False, capture_output=True)
+        assert job.end(240) == "FAILED"
+        assert "the last of the work could not be saved, started once more" in job.log, job.log
+        assert "GiB free, and one checkpoint takes about" in job.log or "could not be saved, twice" in job.log, job.log
+        assert "Traceback" not in job.log and "done: step" not in job.log
+    finally:
+        subprocess.run(["umount", "--lazy", str(run)], check=True)
+
+
+def test_a_job_that_began_elsewhere_goes_on_from_what_it_has_saved_itself(site: Site, data: str) -> None:
+    """`--load` names the first start's checkpoint; later starts would lose what came after it."""
+    first, branch = site.work / "trunk", site.work / "branch"
+    flags = (*RUN, "--save-interval", "30")
+    site.submit("baseline_2p8b.sh", *flags, "--train-iters", "150", options=ON_ONE_NODE, RUN_DIR=first, DATA=data).complete()
+    job = site.submit("baseline_2p8b.sh", *flags, "--train-iters", "150", "--load", str(first / "iter_0000030"), options=ON_ONE_NODE,
+                      RUN_DIR=branch, DATA=data, PAUSE=1)  # fmt: skip
+    wait_for(lambda: 60 in checkpoints(branch) if branch.is_dir() else False, 120, job.log)
+    os.kill(site.tiny_processes(str(branch))[-1], signal.SIGKILL)
+    assert job.complete().count("tasks, rank 0 at") == 2
+    assert numbers(branch) == numbers(first)[30:]
+    assert Path(first / "iter_0000030").is_dir()
