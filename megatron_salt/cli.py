@@ -25,7 +25,7 @@ import tyro
 
 from megatron_salt import yaml_core
 from megatron_salt.config import ModelConfig, RunConfig, flag
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.small_files import read_small
 
 T = TypeVar("T")
@@ -85,12 +85,12 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where that is not 0; 130 for Ctrl-C."""
+    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where it is one; 130 for Ctrl-C."""
     try:
         return action() or 0
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}" if error.status else error, file=sys.stderr, flush=True)
+        print(error if isinstance(error, LeftEarly) else f"error: {error}", file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
         return 130

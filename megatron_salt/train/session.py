@@ -6,6 +6,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.precisions import choose_precisions
-from megatron_salt.train.signals import ExitPlan, SignalWatch
+from megatron_salt.train.signals import ExitPlan, SignalWatch, reason_alone
 from megatron_salt.train.starting import find_beginning
 from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
@@ -45,7 +46,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
-    with ExitStack() as held, distributed(timeout, rendezvous_timeout):
+    leaving = partial(reason_alone, watch, config.training.exit_file)
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout, leaving):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
