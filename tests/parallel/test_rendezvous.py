@@ -173,6 +173,21 @@ def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) 
     assert ended.status == 1 and "error: rank 0 did not join within --rendezvous-timeout-minutes" in ended.err, ended
 
 
+@pytest.mark.parametrize("there, told", [
+    (dict(train_iters=3), "--train-iters is 2 on rank 0 and 3 on rank 1"),
+    (dict(save="save"), "whether --save is given is False on rank 0"),
+])
+def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(tmp_path: Path, there: dict[str, Any], told: str) -> None:
+    if "save" in there:
+        there = dict(save=tmp_path / "save")
+    data = write_tokens(tmp_path / "words")
+    words = [argv(**(dict(data_path=data, train_iters=2) | flags)) for flags in ({}, there)]
+    ended = launch(tmp_path, 2, 30.0, {rank: (pretrain.main, words[rank]) for rank in range(2)})
+    assert [one.status for one in ended] == [2, 2] and not (tmp_path / "save").exists(), ended
+    [line] = [line for line in lines(ended) if line.startswith("error: ")]
+    assert told in line, line
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_ends_the_wait_for_the_other_ranks(tmp_path: Path, rank: int) -> None:
     words = argv(data_path=write_tokens(tmp_path / "words"), train_iters=2, outcome_file=tmp_path / "outcome", exit_signal_handler=True)
