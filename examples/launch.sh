@@ -69,6 +69,25 @@ run_tool() { # run_tool COMMAND...: a tool that goes on where it was killed, unt
     launch
 }
 
+later_flags() { # later_flags FLAGS...: those of a later start, which goes on from what the first ones saved, into `later`
+    later=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --load) shift ;;
+            --load=* | --finetune | --new-data | --no-load-optim | --no-load-rng) ;; # what begins a run from another's checkpoint
+            *) later+=("$1") ;;
+        esac
+        shift
+    done
+    later+=(--load "$RUN_DIR")
+}
+
+goes_on() { # whether starts of this job have saved: then --load of another run's checkpoint has done its part
+    local file=$logs/began$ELEMENT.$SLURM_JOB_ID
+    if [ "$RESTARTS/$attempt" = 0/1 ]; then progress >"$file"; fi
+    [ -f "$file" ] && [ "$(cat "$file")" != "$(progress)" ]
+}
+
 launch() { # command, on all tasks, until it is done
     go_on=()
     logs=$RUN_DIR/logs leaving='' left_at='' attempt=0 unsaved=0
@@ -80,6 +99,7 @@ launch() { # command, on all tasks, until it is done
     while [ -z "$leaving" ]; do
         attempt=$((attempt + 1))
         guard
+        if [ "$listens" = 1 ] && goes_on; then later_flags "${command[@]}"; command=("${later[@]}"); fi
         start
         follow
         read -r word at reason 2>/dev/null <"$outcome" || word=died

@@ -25,7 +25,7 @@ import tyro
 
 from megatron_salt import yaml_core
 from megatron_salt.config import ModelConfig, RunConfig, flag
-from megatron_salt.errors import UserError
+from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.small_files import read_small
 
 T = TypeVar("T")
@@ -85,12 +85,12 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where that is not 0; 130 for Ctrl-C."""
+    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where it is one; 130 for Ctrl-C."""
     try:
         return action() or 0
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}" if error.status else error, file=sys.stderr, flush=True)
+        print(error if isinstance(error, LeftEarly) else f"error: {error}", file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
         return 130
@@ -160,6 +160,8 @@ def _plain(box: str) -> str:
     rows = [row.strip("│| ") for row in box.splitlines()]
     first = next((i for i, row in enumerate(rows[1:], 1) if not _RULER.match(row)), len(rows))
     told = " ".join(rows[first : next((i for i, row in enumerate(rows[first:], first) if _RULER.match(row)), len(rows))])
+    if told.startswith("Missing from") and (absent := _ABSENT.findall(box)):
+        return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} required; --help says what to give"
     if choice := _CHOICE.match(told):
         given, name, known = choice.groups()
         choices = sorted(set(re.findall(r"'([^']*)'", known)) - {"None"})
@@ -170,7 +172,8 @@ def _plain(box: str) -> str:
     return told.removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
 
 
-_RULER = re.compile(r"[─╰╭+-]{5}")
+_RULER = re.compile(r"[─╰╭]|[+-]-{3}")  # a flag begins with two
+_ABSENT = re.compile(r"^[│| ] {5}(--(?!help\b)[\w-]+)", re.MULTILINE)  # what is told of a flag is indented further
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
 _NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")
 

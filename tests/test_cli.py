@@ -210,7 +210,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(capsys, argv, line):
 
 def test_a_missing_flag_is_named(capsys):
     assert cli.run_tool(ToolConfig, mistaken, []) == 2
-    assert "--input" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: --input is required; --help says what to give\n"
 
 
 def test_leaf_names_and_their_negations_are_unique():

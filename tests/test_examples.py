@@ -123,6 +123,22 @@ def test_scripts_are_clean(script: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_a_later_start_of_a_job_goes_on_from_what_the_first_one_saved(tmp_path: Path) -> None:
+    """A run that begins from another's checkpoint begins there once."""
+    script = """
+        source examples/launch.sh; logs=$RUN_DIR listens=1 later=()
+        flags=(--load other --finetune --lr 1 --load=more --no-load-optim)
+        say_later() { if goes_on; then later_flags python "${flags[@]}"; echo "${later[*]}"; else echo first; fi; }
+        RESTARTS=0 attempt=1; say_later
+        RESTARTS=1 attempt=1; say_later  # nothing was saved
+        echo 4 >"$RUN_DIR/latest_checkpointed_iteration.txt"; say_later
+        SLURM_JOB_ID=8; RESTARTS=0; say_later  # submitted again: as the command says
+    """
+    environment = os.environ | dict(RUN_DIR=str(tmp_path), SLURM_JOB_ID="7", PYTHON="python")
+    ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines() == ["first", "first", f"python --lr 1 --load {tmp_path}", "first"], ended
+
+
 def task(tmp_path: Path, command: str, listens: int = 0) -> tuple[int, str, str]:
     """One task of a step: its status, the word for launch.sh, the node's log."""
     outcome, node = tmp_path / "outcome", tmp_path / "nodes"

@@ -30,7 +30,7 @@ from megatron_salt.data.score_index import CHUNK
 from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
 from megatron_salt.data.shard_writer import ShardWriter
 from megatron_salt.errors import LeftEarly, UserError
-from megatron_salt.train.signals import ExitPlan, SignalWatch, refuse_exit_file
+from megatron_salt.train.signals import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 
@@ -145,6 +145,9 @@ def score_data(config: ScoreConfig) -> int:
     watch = SignalWatch()
     try:
         return _score_data(config, watch)
+    except LeftEarly as left:
+        left.status = LEFT
+        raise
     finally:
         watch.restore()
 
@@ -207,7 +210,7 @@ def score_shard(
     from megatron_salt.salt.scoring import make_scorer
 
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    with distributed(timeout):
+    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
         facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))

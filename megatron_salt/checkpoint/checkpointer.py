@@ -277,7 +277,8 @@ class Checkpointer:
         self._load_tensors(found)
         if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
             resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
-        if self._save is not None and os.path.realpath(found.directory.parent) == os.path.realpath(self._save):
+        beside = self._save is not None and os.path.realpath(found.directory.parent) == os.path.realpath(self._save)
+        if beside and not found.directory.is_symlink():  # what a link points to may be another run's
             self._newest = (found.facts["step"], found.directory)
         return progress
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from megatron_salt.cli import exit_status
-from megatron_salt.errors import LostRankError, UserError
+from megatron_salt.errors import LeftEarly, LostRankError, UserError
 from megatron_salt.parallel.rendezvous import Contact, Launch, gone, launch_from_environment, listens, named
 
 LOOK_EVERY = 2.0  # seconds between looks at the store
@@ -42,7 +42,7 @@ class Failure:
     message: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} at {self.host} failed: {self.message}"
+        return f"rank {self.rank} at {self.host} {'failed: ' if self.status else ''}{self.message}"
 
 
 class PeerFailed(RuntimeError):
@@ -129,16 +129,18 @@ class _Watch(threading.Thread):
 
 def _tell(launch: Launch, error: Exception) -> int:
     """Say what happened, unless another rank has; the status to exit with."""
-    lost = isinstance(error, LostRankError) or _is_lost(error)
+    lost, left = isinstance(error, LostRankError) or _is_lost(error), isinstance(error, LeftEarly)
     status = LostRankError.status if lost else error.status if isinstance(error, UserError) else 1
     mine = Failure(launch.rank, socket.gethostname(), status, _line(error))
     begun = time.monotonic()
-    contact = _reach(launch, 0.5 if lost else PATIENCE if launch.local_rank == 0 else 2 * PATIENCE)
+    contact = _reach(launch, 0.5 if lost or left else PATIENCE if launch.local_rank == 0 else 2 * PATIENCE)
     if contact is None and lost:
         _speak_for_many(launch, error if isinstance(error, LostRankError) else LostRankError(gone(launch)))
         return status
     if contact is None:
         _speak(error)
+        if left:  # whoever comes later is told to leave as this one was, or waits as long as it may
+            return status
         contact = _reach(launch, TELL_FOR - (time.monotonic() - begun))
         with contextlib.suppress(RuntimeError):
             if contact is not None:
@@ -154,7 +156,7 @@ def _tell(launch: Launch, error: Exception) -> int:
         error = LostRankError(_silent(contact, error))
     _speak(error)
     if launch.hosts:
-        _linger(contact, 2 * LOOK_EVERY if lost else LINGER)
+        _linger(contact, 2 * LOOK_EVERY if lost or left else LINGER)
     return status
 
 

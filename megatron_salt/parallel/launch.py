@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -24,7 +24,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.failure import watching
 from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.parallel.rendezvous import launch_from_environment, meet
+from megatron_salt.parallel.rendezvous import launch_from_environment, meet, no_reason
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
@@ -62,11 +62,14 @@ def describe(hardware: Hardware) -> str:
 
 
 @contextmanager
-def distributed(timeout: timedelta, rendezvous_timeout: timedelta = RENDEZVOUS_TIMEOUT) -> Iterator[None]:
+def distributed(
+    timeout: timedelta, rendezvous_timeout: timedelta = RENDEZVOUS_TIMEOUT, leaving: Callable[[], str | None] = no_reason
+) -> Iterator[None]:
     """Bind this rank's device, join the world, and leave it at the end. Collective over all ranks.
 
     A collective that waits longer than `timeout` fails, and so does the start where a rank has not come after `rendezvous_timeout`
-    (LostRankError). While the block runs, another rank's failure ends this process; a failure of its own is told by `with_one_voice`.
+    (LostRankError); `leaving`, a reason to give that wait up, ends it too (LeftEarly). While the block runs, another rank's failure
+    ends this process; a failure of its own is told by `with_one_voice`.
     """
     backend = "nccl" if bind_device() else "gloo"
     launch = launch_from_environment()
@@ -76,7 +79,7 @@ def distributed(timeout: timedelta, rendezvous_timeout: timedelta = RENDEZVOUS_T
         if launch is None:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            contact = meet(launch, rendezvous_timeout)
+            contact = meet(launch, rendezvous_timeout, leaving)
             held.callback(contact.close)
             held.enter_context(watching(launch))
             contact.store.set_timeout(timeout)

@@ -10,11 +10,12 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megatron_salt.errors import LostRankError, UserError
+from megatron_salt.errors import LeftEarly, LostRankError, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -100,12 +101,18 @@ def listens(launch: Launch) -> bool:
     return True
 
 
-def meet(launch: Launch, timeout: timedelta) -> Contact:
-    """Wait until every rank has come. Raises LostRankError after `timeout`, failure.PeerFailed where another rank failed."""
+def no_reason() -> None:
+    """The reason to leave of a program that nobody tells to."""
+
+
+def meet(launch: Launch, timeout: timedelta, leaving: Callable[[], str | None] = no_reason) -> Contact:
+    """Wait until every rank has come. Raises LostRankError after `timeout`, failure.PeerFailed where another rank failed or left.
+
+    leaving: the reason to give up waiting, None to go on; then LeftEarly is raised, and the other ranks end as well."""
     from megatron_salt.parallel.failure import refuse_failed
 
     deadline = time.monotonic() + timeout.total_seconds()
-    contact = _reach_host(launch, timeout, deadline)
+    contact = _reach_host(launch, timeout, deadline, leaving)
     contact.store.set(f"host/{launch.rank}", socket.gethostname())
     # Twice: whoever died while it waited is missed the second time.
     for call in ("joined", "ready"):
@@ -115,9 +122,12 @@ def meet(launch: Launch, timeout: timedelta) -> Contact:
         pause = 0.005
         while not contact.is_cut() and contact.store.add(call, 0) < launch.world_size:
             refuse_failed(contact)
-            now = time.monotonic()
-            if now >= deadline + (0.0 if first else _SLACK):
+            now, reason = time.monotonic(), leaving()
+            late = now >= deadline + (0.0 if first else _SLACK)
+            if late or reason is not None:
                 missing = named([rank for rank in range(launch.world_size) if not contact.store.check([f"{call}/{rank}"])])
+                if reason is not None:
+                    raise _left(reason, f"{missing} of {launch.world_size}")
                 raise LostRankError(f"{missing} of {launch.world_size} did not join within {_given(timeout)}; look for its log, its node, "
                                     f"and whether it reaches {launch.address}:{launch.port}")
             if first and now - told >= TELL_EVERY:
@@ -143,13 +153,19 @@ def named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
-def _reach_host(launch: Launch, timeout: timedelta, deadline: float) -> Contact:
+def _left(reason: str, missing: str) -> LeftEarly:
+    return LeftEarly(f"left before it began: {reason} while waiting for {missing}")
+
+
+def _reach_host(launch: Launch, timeout: timedelta, deadline: float, leaving: Callable[[], str | None]) -> Contact:
     begun = told = time.monotonic()
     while not listens(launch):
         now = time.monotonic()
         if now >= deadline:
             raise LostRankError(f"rank 0 did not join within {_given(timeout)}: nobody listens at MASTER_ADDR {launch.address}, "
                                 f"MASTER_PORT {launch.port}")
+        if (reason := leaving()) is not None:
+            raise _left(reason, f"rank 0 of {launch.world_size}")
         if launch.local_rank == 0 and now - told >= TELL_EVERY:
             told = now
             _say(f"waiting for rank 0 of {launch.world_size} at {launch.address}:{launch.port} for {now - begun:.0f} s")

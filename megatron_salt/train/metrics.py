@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_salt.config import LoggingConfig
 from megatron_salt.train.patience import Patient
-from megatron_salt.train.sinks import Jsonl, TensorBoard, Wandb, make_directory, require_package
+from megatron_salt.train.sinks import Jsonl, TensorBoard, Wandb, look_at_jsonl, make_directory, refuse_in_the_way, require_package
 
 GIB = 2**30
 STEP_KEYS = ("kind", "time", "step", "consumed_samples", "loss", "lr", "grad_norm", "nonfinite", "tokens", "seconds",
@@ -264,6 +264,18 @@ class RunLog:
         done = last["step"] - first_step
         pace = (self._clock() - first_time) / done if done > 0 else last["seconds"]
         return pace * (self._total_steps - last["step"])
+
+
+def look_at_logs(logging: LoggingConfig, save: str | None) -> None:
+    """Raise UserError for what opening the sinks would refuse. Nothing is written."""
+    jsonl, directory = jsonl_path(logging, save), tensorboard_directory(logging, save)
+    if logging.wandb_project is not None:
+        require_package("wandb", "--wandb-project")
+    if directory is not None:
+        refuse_in_the_way(directory, f"{TensorBoard.name} {directory}")
+    if jsonl is not None:
+        with suppress(OSError):  # a disk in trouble may be well again later: the sink tells
+            look_at_jsonl(jsonl)
 
 
 def _open_sinks(logging: LoggingConfig, save: str | None, start_step: int, config: Mapping[str, Any]) -> list[Patient]:

@@ -6,20 +6,21 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 import megatron_salt.parallel.cpu  # noqa: F401
 
-from megatron_salt.config import RunConfig
+from megatron_salt.config import RunConfig, flag
 from megatron_salt.checkpoint import shelf
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.resume import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
 from megatron_salt.errors import LeftEarly, SaveError, UserError
 from megatron_salt.model.flops import flops_per_token
-from megatron_salt.parallel.agreement import first_problem, from_rank_0, largest
+from megatron_salt.parallel.agreement import first_problem, from_rank_0, gathered, largest
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
@@ -30,7 +31,7 @@ from megatron_salt.train.operations import Profiler
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.outcome import write_outcome
 from megatron_salt.train.precisions import choose_precisions
-from megatron_salt.train.signals import ExitPlan, SignalWatch
+from megatron_salt.train.signals import ExitPlan, SignalWatch, reason_alone
 from megatron_salt.train.starting import find_beginning
 from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
@@ -45,9 +46,11 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
-    with ExitStack() as held, distributed(timeout, rendezvous_timeout):
+    leaving = partial(reason_alone, watch, config.training.exit_file)
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout, leaving):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
+        refuse_other_flags(config)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
@@ -85,6 +88,22 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
         short = f"before its last step, {run.plan.total_steps}" if progress.step < run.plan.total_steps else "before its last evaluation"
         write_outcome(config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short)
+
+
+def refuse_other_flags(config: RunConfig) -> None:
+    """Raise UserError where ranks were started with different flags, before they wait for each other in vain. Collective.
+
+    Paths may differ from node to node; whether --save, --load and --exit-file are given may not."""
+    paths = {"save": config.checkpoint.save, "load": config.checkpoint.load, "exit_file": config.training.exit_file}
+    mine: dict[str, object] = {f"given {name}": path is not None for name, path in paths.items()}
+    for section in (config.model, config.parallel, config.training, config.quantization, config.optimizer, config.checkpoint):
+        mine |= {name: value for name, value in vars(section).items() if name not in ("save", "load") and not name.endswith("_file")}
+    everyone = gathered(mine)
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                what = f"whether {flag(name.split()[-1])} is given" if name.startswith("given") else flag(name)
+                raise UserError(f"{what} is {value} on rank 0 and {theirs[name]} on rank {rank}: start every rank with the same flags")
 
 
 def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:

@@ -97,9 +97,9 @@ class ExitPlan:
         if code == _TAKEN:
             return "--save was taken over"
         if code > _FILE:
-            return f"{signal.Signals(code - _FILE).name} received"
+            return _received(code - _FILE)
         if code == _FILE:
-            return f"--exit-file {self._exit_file} has appeared"
+            return _appeared(self._exit_file)
         return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
 
     def _local_code(self, timed: bool = True) -> int:
@@ -111,6 +111,21 @@ class ExitPlan:
             return _FILE
         minutes = self._exit_duration_in_mins
         return _TIME if timed and minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
+
+
+def reason_alone(watch: SignalWatch | None, exit_file: str | None) -> str | None:
+    """A signal or the file, as far as this rank sees them: for the time in which it cannot ask the others."""
+    if watch is not None and watch.received:
+        return _received(watch.received)
+    return _appeared(exit_file) if exit_file is not None and os.path.lexists(exit_file) else None
+
+
+def _received(number: int) -> str:
+    return f"{signal.Signals(number).name} received"
+
+
+def _appeared(exit_file: str | None) -> str:
+    return f"--exit-file {exit_file} has appeared"
 
 
 def refuse_exit_file(path: str | None) -> None:

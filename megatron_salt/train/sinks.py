@@ -28,6 +28,9 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, err
 """Errors that may be over later; others mean that the path is wrong."""
 
 
+_LONGEST_LINE = 1 << 24  # bytes; an entry of all ranks has some hundred thousand
+
+
 class Sink(Protocol):
     """Takes entries in the order of their steps."""
 
@@ -46,13 +49,12 @@ class Jsonl:
     name = "--jsonl"
 
     def __init__(self, path: Path, start_step: int) -> None:
-        """Continue `path` after `start_step`; a run from step 0 keeps an older file as PATH.old."""
+        """Continue `path` after `start_step`; a run from step 0 keeps an older log as PATH.old."""
         self._unwritten = b""
         try:
+            look_at_jsonl(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                if not path.is_file():  # a pipe or a device cannot be cut back, and none should be renamed
-                    raise UserError(f"--jsonl {path} is not a regular file; name another one")
                 if start_step == 0:
                     os.replace(path, path.with_name(path.name + ".old"))
                 else:
@@ -74,17 +76,27 @@ class Jsonl:
             self._file.write(self._unwritten)
 
 
-def drop_later_steps(path: Path, last_step: int) -> None:
-    """Rewrite a JSONL file without entries of steps after `last_step` and without lines that a crash tore; whole or not at all.
+def look_at_jsonl(path: Path) -> None:
+    """Raise UserError where there is something at `path` that no run wrote, or in the way to it; OSError where that cannot be read.
+    Nothing is written."""
+    refuse_in_the_way(path.parent, f"--jsonl {path}")
+    if not path.exists():
+        return
+    if not path.is_file():  # a pipe or a device cannot be cut back, and none should be renamed
+        raise UserError(f"--jsonl {path} is not a regular file; name another one")
+    with open(path, "rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    torn = line.startswith(b'{"') and not line.endswith(b"\n")
+    if line and _step_of(line) is None and not torn:
+        raise UserError(f"--jsonl {path} exists and is not a run's log (its first line has no step); name another file")
 
-    Raises UserError for a file whose first line is not an entry: it is not ours to rewrite.
-    """
+
+def drop_later_steps(path: Path, last_step: int) -> None:
+    """Rewrite a run's JSONL file without entries of steps after `last_step` and without lines that a crash tore; whole or not at all."""
     tmp = path.with_name(path.name + ".tmp")
     with open(path, "rb") as old, open(tmp, "wb") as new:
-        for number, line in enumerate(old):
+        for line in old:
             step = _step_of(line)
-            if number == 0 and step is None and line.endswith(b"\n"):
-                raise UserError(f"--jsonl {path} exists and is not a run's log (its first line has no step); name another file")
             if step is not None and step <= last_step:
                 new.write(line)
         new.flush()
@@ -181,6 +193,13 @@ def make_directory(directory: Path, flag_name: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unusable(f"{flag_name} {directory}", error) from error
+
+
+def refuse_in_the_way(directory: Path, what: str) -> None:
+    """Raise UserError where `directory` cannot be made, because a file lies in its place or in that of a parent. Nothing is written."""
+    there = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{what} cannot be written: {there} is not a directory")
 
 
 def unusable(what: str, error: OSError) -> Exception:

@@ -24,6 +24,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import Inputs, dtype_of, identify, name_data, refuse_large_exchange, stage_of
+from megatron_salt.train.metrics import look_at_logs
 from megatron_salt.train.optim import build_scheduler
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 
@@ -53,6 +54,8 @@ def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inp
     progress = _progress(config, layout, plan, identity, found)
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     check_save_at(checkpoint.save_at, plan.total_steps)
+    if found is not None and progress.step >= plan.total_steps:
+        refuse_done_elsewhere(checkpoint, found, plan.total_steps)
     salt, _ = stage_of(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
@@ -61,6 +64,7 @@ def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inp
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
         size = num_parameters(config.model, padded, config.training.seq_length) * (dtype_of(config.training).itemsize + OPTIMIZER_BYTES)
         told += check_save(checkpoint, size / GIB)
+    look_at_logs(config.logging, checkpoint.save)
     return Beginning(identity, progress, plan, told)
 
 
@@ -82,6 +86,13 @@ def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIde
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
         resume.schedule_to_load(schedule, found, identity.schedule_follows_run)
     return progress
+
+
+def refuse_done_elsewhere(checkpoint: CheckpointConfig, found: Found, total: int) -> None:
+    """Raise UserError where --load has the run's last step and --save is elsewhere: such a run would be done with nothing in --save."""
+    if checkpoint.save is not None and os.path.realpath(found.directory.parent) != os.path.realpath(checkpoint.save):
+        raise UserError(f"nothing to train: {found.directory} is after step {found.facts['step']} and the run has {total}, so --save "
+                        f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out")
 
 
 def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:

@@ -255,3 +255,14 @@ def test_a_load_without_a_checkpoint_starts_afresh_only_where_it_is_the_save(tmp
     assert f"--load {tmp_path / 'there'} holds no checkpoint" in refused(**flags, save=tmp_path / "here")
     train(**flags, save=tmp_path / "there")
     assert checkpoints(tmp_path / "there") == [2]
+
+
+def test_the_evaluation_after_a_linked_checkpoint_is_not_noted_in_what_the_link_points_to(tmp_path: Path, data: str) -> None:
+    evaluated = dict(data_path=data, valid_share=0.2, eval_iters=1, eval_interval=2)
+    train(**evaluated, train_iters=2, save=tmp_path / "theirs")
+    theirs, mine = tmp_path / "theirs" / "iter_0000002", tmp_path / "mine"
+    (theirs / "evaluated.json").unlink()  # as after a kill before the evaluation
+    mine.mkdir()
+    (mine / theirs.name).symlink_to(theirs)
+    train(**evaluated, train_iters=3, save=mine, load=mine)
+    assert len(entries(mine, "eval")) == 2 and not (theirs / "evaluated.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -122,7 +124,7 @@ def launch(tmp_path: Path, world_size: int, tell_every: float, calls: dict[int, 
 
 def lines(ended: list[Ended]) -> list[str]:
     """What all ranks said on stderr, without the lines of torch's C++."""
-    return [line for one in ended for line in one.err.splitlines()]
+    return [line for one in ended for line in one.err.splitlines() if not re.match(r"\[[EWIF]\d{4} ", line)]
 
 
 @pytest.mark.parametrize("fails", [0, 1])
@@ -169,6 +171,41 @@ def test_who_does_not_join_is_named_and_the_wait_ends(tmp_path: Path) -> None:
 def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) -> None:
     [ended] = run(tmp_path, 2, 0, "before", "mistake", come=[1], join=2, tell_every=1)
     assert ended.status == 1 and "error: rank 0 did not join within --rendezvous-timeout-minutes" in ended.err, ended
+
+
+@pytest.mark.parametrize("there, told", [
+    (dict(train_iters=3), "--train-iters is 2 on rank 0 and 3 on rank 1"),
+    (dict(save="save"), "whether --save is given is False on rank 0"),
+])
+def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(tmp_path: Path, there: dict[str, Any], told: str) -> None:
+    if "save" in there:
+        there = dict(save=tmp_path / "save")
+    data = write_tokens(tmp_path / "words")
+    words = [argv(**(dict(data_path=data, train_iters=2) | flags)) for flags in ({}, there)]
+    ended = launch(tmp_path, 2, 30.0, {rank: (pretrain.main, words[rank]) for rank in range(2)})
+    assert [one.status for one in ended] == [2, 2] and not (tmp_path / "save").exists(), ended
+    [line] = [line for line in lines(ended) if line.startswith("error: ")]
+    assert told in line, line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_ends_the_wait_for_the_other_ranks(tmp_path: Path, rank: int) -> None:
+    words = argv(data_path=write_tokens(tmp_path / "words"), train_iters=2, outcome_file=tmp_path / "outcome", exit_signal_handler=True)
+    began = time.time()
+    [ended] = launch(tmp_path, 2, 30.0, {rank: (told_to_leave, words)})
+    assert (ended.status, lines([ended])) == (0, [f"left before it began: SIGTERM received while waiting for rank {1 - rank} of 2"])
+    assert (tmp_path / "outcome").read_text().startswith("left - ") and time.time() - began < 30
+
+
+def told_to_leave(words: list[str]) -> int:
+    """The program, which gets SIGTERM as soon as it waits for the others."""
+
+    def meet(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rendezvous.meet(*arguments)
+
+    with mock.patch("megatron_salt.parallel.launch.meet", meet):
+        return pretrain.main(words)
 
 
 def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:

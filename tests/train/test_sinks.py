@@ -65,11 +65,13 @@ def test_a_run_from_step_0_keeps_the_older_log_beside_its_own(tmp_path):
     assert len(entries(tmp_path)) == 1 and len((tmp_path / "log.jsonl.old").read_text().splitlines()) == 2
 
 
-def test_a_file_that_is_no_log_is_not_touched(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"text": "somebody\'s corpus"}\n')
+@pytest.mark.parametrize("start_step", [0, 2])
+@pytest.mark.parametrize("content", ['{"text": "somebody\'s corpus"}\n', "one line without an end"])
+def test_a_file_that_is_no_log_is_not_touched(tmp_path, content, start_step):
+    (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"--jsonl .*log.jsonl exists and is not a run's log"):
-        train(tmp_path, (3,), start_step=2)
-    assert (tmp_path / "log.jsonl").read_text() == '{"text": "somebody\'s corpus"}\n'
+        train(tmp_path, (start_step + 1,), start_step=start_step)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"] and (tmp_path / "log.jsonl").read_text() == content
 
 
 @pytest.mark.parametrize("name", ["jsonl", "tensorboard_dir"])

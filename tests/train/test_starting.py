@@ -71,6 +71,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
     (dict(save="ROOT/plain"), "--save ROOT/plain holds checkpoints of another run"),
     (dict(save="ROOT/other.bin"), "--save ROOT/other.bin cannot be written"),
+    (dict(load="ROOT/plain", train_iters=3), "nothing to train: ROOT/plain/iter_0000003 is after step 3 and the run has 3"),
+    # logs
+    (dict(jsonl="ROOT/other.bin"), "--jsonl ROOT/other.bin exists and is not a run's log"),
+    (dict(jsonl="ROOT/plain"), "--jsonl ROOT/plain is not a regular file"),
+    (dict(jsonl="ROOT/other.bin/log"), "--jsonl ROOT/other.bin/log cannot be written: ROOT/other.bin is not a directory"),
+    (dict(tensorboard_dir="ROOT/other.bin"), "--tensorboard-dir ROOT/other.bin cannot be written"),
 ]
 
 
