@@ -54,6 +54,10 @@ class Source:
     """Size in UTF-8 of the texts that were encoded; 0: not recorded."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How many lines were rejected for which reason."""
+    form: str = ""
+    """How it was read: jsonl, text, file or columns; empty: not recorded."""
+    sampled: str = ""
+    """The `sampled:` hash of the file; empty: of a pipe, or not recorded."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Manifest:
     """Documents read whose text has special tokens in it."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """Token -> occurrences in texts."""
+    dedup: str = ""
+    """none or exact; empty: not recorded."""
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +136,7 @@ def read_manifest(prefix: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     added = {name: getattr(Manifest, name)  # older ones lack them
-             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents")}
+             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents", "dedup")}
     raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
     check_fields(Manifest, raw, path)
     if raw["dtype"] not in _TOKEN_TYPES:

@@ -141,7 +141,8 @@ def begin(journal: Journal, facts: Mapping[str, Any], resume: bool, overwrite: b
         differing = [name for name in facts if there.get(name) != facts[name]]
         if differing:
             raise UserError(f"--resume: {journal.path} is of a run with other {', '.join(differing)}: "
-                            + "; ".join(f"{name} was {_short(there.get(name))}, is {_short(facts[name])}" for name in differing))
+                            + "; ".join(f"{name} was {_short(there.get(name))}, is {_short(facts[name])}" for name in differing)
+                            + "; give it those again, or begin anew with --overwrite instead of --resume")
         return
     journal.clear()
     journal.append(facts)

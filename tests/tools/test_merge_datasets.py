@@ -138,3 +138,19 @@ def test_a_directory_under_the_name_of_an_output_is_not_deleted(tmp_path, corpus
     assert merge(parts, tmp_path / "whole", "--overwrite") == 2
     assert "whole.manifest.json" in capsys.readouterr().err
     assert files_in(tmp_path) == before
+
+
+def test_a_part_without_a_manifest_hides_no_mixture_of_the_others(tmp_path, corpus, capsys):
+    for name, flags in (("plain", ()), ("ended", ("--append-eod",)), ("bare", ())):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+        assert run([str(tmp_path / f"{name}.jsonl")], tmp_path / name, *flags) == 0
+    (tmp_path / "bare_text_document.manifest.json").unlink()
+    assert merge([tmp_path / f"{name}_text_document" for name in ("bare", "plain", "ended")], tmp_path / "out") == 2
+    assert "append_eod of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "out/"])
+def test_a_prefix_without_a_name_is_refused(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert run_tool(MergeConfig, merge_datasets, ["--input", "a", "--output-prefix", name]) == 2
+    assert "names no dataset" in capsys.readouterr().err and not list(tmp_path.iterdir())
