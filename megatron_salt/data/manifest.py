@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_salt import small_files
+from megatron_salt.data.outputs import whole
 from megatron_salt.errors import UserError
 
 FORMAT = 1
@@ -157,13 +158,11 @@ def read_manifest(prefix: str) -> Manifest | None:
 
 def write_json(facts: Mapping[str, Any], path: Path, version: int) -> None:
     """Write facts, and the version of their format, as JSON; the file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as stream:
+    with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
         json.dump({"format": version, **facts}, stream, indent=2)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(tmp, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # whoever deletes a file that this one makes superfluous must know that its name is there for good
