@@ -79,7 +79,7 @@ def test_checks_see_the_merged_run_and_not_its_halves(yaml_file):
     (["--seq-length"], "'--seq-length'"),
     (["--save", "--bf16"], "'--save'"),
     (["--bf16", "true"], "Unrecognized options: true"),
-    (["--normalization", "BatchNorm"], "('LayerNorm', 'RMSNorm')"),
+    (["--normalization", "BatchNorm"], "LayerNorm, RMSNorm"),
     (["--hidden-dropout", "3"], "--hidden-dropout must be at least 0 and below 1, got 3.0"),
     (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
