@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import io
 import re
 import sys
@@ -81,7 +82,20 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
     """Parse flags into `config_class` (a frozen dataclass whose field docstrings are help texts), call `main` with it and
     return the exit status: main's (None means 0), or that of `exit_status`. argv: default sys.argv[1:]."""
     words = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda: main(parse_flags(config_class, words)))
+
+    def action() -> int | None:
+        try:
+            return main(parse_flags(config_class, words))
+        except OSError as error:
+            if error.errno not in _OF_THE_DISK or error.filename is None:
+                raise
+            raise UserError(f"{error.filename} cannot be read or written: {error.strerror}") from error
+
+    return exit_status(action)
+
+
+_OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
+"""What a tool may meet in any file, and is nobody's mistake in the code."""
 
 
 def exit_status(action: Callable[[], int | None]) -> int:

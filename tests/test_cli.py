@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -234,3 +236,12 @@ def test_reading_a_run_needs_no_torch_and_little_time():
             "print(time.process_time(), *sorted({'torch', 'megatron', 'numpy'} & set(sys.modules)))")
     spent, *heavy = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert heavy == [] and float(spent) < 2  # seconds of CPU, interpreter included
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_tool_that_may_not_read_a_file_names_it_in_one_line(capsys, number):
+    def main(config: RunConfig) -> None:
+        raise OSError(number, os.strerror(number), "there/x.npy")
+
+    assert cli.run_tool(RunConfig, main, []) == 2
+    assert capsys.readouterr().err == f"error: there/x.npy cannot be read or written: {os.strerror(number)}\n"

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from megatron_salt.cli import from_yaml, run_tool
 from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_small
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
+
+COLDEST = 0.001  # below it logits that are divided may overflow
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class GenerateConfig:
                                    ("top-k", self.top_k, 1)):
             if value is not None and not least <= value < float("inf"):
                 raise UserError(f"--{name} must be at least {least} and finite, got {value}")
+        if 0 < self.temperature < COLDEST:
+            raise UserError(f"--temperature must be 0 or at least {COLDEST}, got {self.temperature}; 0 takes the likeliest token")
+        if not is_seed(self.seed):
+            raise UserError(f"--seed must be {SEEDS}, got {self.seed}")
 
 
 def generate_text(config: GenerateConfig) -> None:

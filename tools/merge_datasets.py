@@ -63,8 +63,10 @@ class MergeConfig:
 
 def merge_datasets(config: MergeConfig) -> None:
     """The whole tool. Raises UserError."""
-    prefixes = find_prefixes(config.input)
     output = config.output_prefix
+    if os.path.basename(output) in ("", ".", ".."):
+        raise UserError(f"--output-prefix {output!r} names no dataset; give the common prefix of the files, such as data/web_text_document")
+    prefixes = find_prefixes(config.input)
     if os.path.realpath(output) in map(os.path.realpath, prefixes):
         raise UserError(f"--output-prefix {output} is one of --input")
     refuse_present("--output-prefix", output, output_paths(output), config.overwrite)
@@ -94,6 +96,7 @@ def merge_datasets(config: MergeConfig) -> None:
                     idx_bytes=written.idx_bytes, bin_hash=written.bin_hash, idx_hash=written.idx_hash,
                     sampled=sampled_fingerprint(writer.prefix), sources=tuple(source for each in whole for source in each.sources),
                     duplicates=sum(each.duplicates for each in whole), shard=None,
+                    dedup=whole[0].dedup if len({each.dedup for each in whole}) == 1 else "",
                     special_tokens_in_text=whole[0].special_tokens_in_text if all(each.special_tokens_in_text for each in whole) else "",
                     special_documents=sum(each.special_documents for each in whole),
                     special_tokens=dict(sum((Counter(each.special_tokens) for each in whole), Counter())),
@@ -120,17 +123,17 @@ def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
 
 
 def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) -> None:
-    """UserError unless the parts are of one kind."""
+    """UserError unless the parts are of one kind, as far as those with a manifest say."""
+    described = [(file, manifest) for file, manifest in zip(files, manifests, strict=True) if manifest is not None]
     for file, manifest in zip(files, manifests, strict=True):
         if file.dtype != files[0].dtype:
             raise UserError(f"--input {file.prefix} holds {file.dtype}, {files[0].prefix} holds {files[0].dtype}: not of one tokenizer")
         if manifest is None:
             continue
         for name in ("tokenizer_fingerprint", "append_eod", "json_key", "shuffle_seed", "bos", "special_tokens_in_text"):
-            unknown = name == "special_tokens_in_text" and "" in (getattr(manifest, name), getattr(manifests[0], name, ""))
-            if manifests[0] and not unknown and getattr(manifest, name) != getattr(manifests[0], name):
-                raise UserError(f"--input: {name} of {file.prefix} is {getattr(manifest, name)}, of {files[0].prefix} "
-                                f"{getattr(manifests[0], name)}")
+            known = [(other, value) for other, first in described if (value := getattr(first, name)) != ""]  # "": an older one
+            if known and getattr(manifest, name) not in ("", known[0][1]):
+                raise UserError(f"--input: {name} of {file.prefix} is {getattr(manifest, name)}, of {known[0][0].prefix} {known[0][1]}")
         if (manifest.documents, manifest.tokens) != (file.num_documents, file.num_tokens):
             raise UserError(f"--input {file.prefix} has {file.num_documents} documents and {file.num_tokens} tokens, its manifest says "
                             f"{manifest.documents} and {manifest.tokens}")

@@ -40,6 +40,9 @@ def merge_scores(config: MergeConfig) -> None:
     output = Path(config.output)
     if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
         raise UserError(f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content")
+    inside = next((directory for directory in config.scores if output.resolve() in Path(directory).resolve().parents), None)
+    if inside is not None:
+        raise UserError(f"--output {output} holds --scores {inside}, which would be deleted with it; take another directory")
     refuse_present("--output", output, [output], config.overwrite)
     if output.exists() and not (output / INDEX).exists():
         raise UserError(f"--output {output} is no score index, it has no {INDEX}; --overwrite does not delete anything else")

@@ -34,6 +34,7 @@ from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import (
     Manifest,
     Source,
+    fingerprint,
     manifest_path,
     read_manifest,
     sampled_fingerprint,
@@ -160,7 +161,7 @@ def preprocess(config: PreprocessConfig) -> None:
     refuse_without_ends(tokenizer, config.append_eod, config.prepend_bos)
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
     facts = what_it_depends_on(config, files, forms, tokenizer)
-    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files):
+    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files, facts):
         print(f"{', '.join(prefixes)}: already whole")
         return
     chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
@@ -235,17 +236,27 @@ def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[F
             "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
 
 
-def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, files: list[str]) -> bool:
-    """Whether an earlier run of this job left nothing to do."""
+def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, files: list[str], facts: dict) -> bool:
+    """Whether an earlier run of this job left nothing to do. UserError where its files are not what it wrote."""
     if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
         return False
     manifests = [read_manifest(prefix) for prefix in prefixes]
-    return all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
+    same = all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
                and (manifest.append_eod, manifest.shuffle_seed) == (config.append_eod, config.shuffle_documents)
                and manifest.bos == (tokenizer.bos if config.prepend_bos else None)
                and manifest.special_tokens_in_text in ("", config.special_tokens_in_text)  # older manifests do not say
                and [(source.file, source.size_bytes) for source in manifest.sources] == [(file, size_of(file)) for file in files]
+               and manifest.dedup in ("", config.dedup)
+               and all(source.form in ("", form) and source.sampled in ("", sampled)
+                       for source, (_, form, _, sampled) in zip(manifest.sources, facts["--input"], strict=True))
                for manifest in manifests)
+    if same:
+        try:
+            for prefix in prefixes:
+                fingerprint(prefix)
+        except UserError as error:
+            raise UserError(f"{error}; --overwrite instead of --resume makes it anew") from None
+    return same
 
 
 def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
@@ -280,7 +291,7 @@ def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tok
             else:
                 written = source.write_index()
             duplicates = source.documents - written.documents
-            manifest = describe(config, i, written, duplicates, tokenizer, stage)
+            manifest = describe(config, i, written, duplicates, tokenizer, stage, journal.records[0]["--input"])
             text_bytes = sum(tally.text_bytes[i] for tally in stage.tallies)
             lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
                          f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
@@ -326,18 +337,20 @@ def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
     return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
 
 
-def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage) -> Manifest:
-    """Write the manifest of key number `i`."""
+def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage,
+             inputs: list) -> Manifest:
+    """Write the manifest of key number `i`. inputs: what the run depends on of them."""
     prefix = finished_prefix(config, stage.prefixes[i])
     sources = tuple(Source(file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()),
-                           tally.text_bytes[i], tally.rejected) for file, tally in zip(stage.files, stage.tallies, strict=True))
+                           tally.text_bytes[i], tally.rejected, form, sampled)
+                    for file, tally, (_, form, _, sampled) in zip(stage.files, stage.tallies, inputs, strict=True))
     manifest = Manifest(
         written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
         written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
         tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None,
         duplicates, config.shuffle_documents, tuple(sorted(stage.backends)), tokenizer.bos if config.prepend_bos else None,
         config.special_tokens_in_text, sum(tally.special_documents[i] for tally in stage.tallies),
-        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())))
+        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())), config.dedup)
     write_manifest(manifest, manifest_path(prefix))
     return manifest
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import sysconfig
 import tokenize
@@ -21,7 +20,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.outputs import refuse_present, sole_writer
+from megatron_salt.data.outputs import refuse_present, sole_writer, whole
 from megatron_salt.errors import UserError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
@@ -95,12 +94,10 @@ def is_held_out(name: str, share: float) -> bool:
 
 def write_lines(path: Path, documents: list[tuple[str, str]]) -> None:
     """One JSON object with `name` and `text` a line; the file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tmp.open("w", encoding="utf-8") as out:
+    with whole(path) as tmp, tmp.open("w", encoding="utf-8") as out:
         for name, text in documents:
             out.write(json.dumps({"name": name, "text": text}) + "\n")
-    os.replace(tmp, path)
 
 
 if __name__ == "__main__":

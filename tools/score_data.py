@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
+from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.data.score_index import CHUNK
 from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
 from megatron_salt.data.shard_writer import ShardWriter
@@ -134,8 +135,8 @@ class ScoreConfig:
             raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
         if self.sample is not None and not 0 < self.sample < 1:
             raise UserError(f"--sample must be above 0 and below 1, got {self.sample}; without it every window is scored")
-        if self.sample_seed is not None and (self.sample is None or self.sample_seed < 0):
-            raise UserError(f"--sample-seed {self.sample_seed} needs --sample, and is at least 0")
+        if self.sample_seed is not None and (self.sample is None or not is_seed(self.sample_seed)):
+            raise UserError(f"--sample-seed {self.sample_seed} needs --sample, and is {SEEDS}")
         parse_shard(self.shard)
 
 

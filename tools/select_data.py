@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from megatron_salt.config import flag
 from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.eligible import duplicates, find_eligible
 from megatron_salt.data.manifest import tokenizer_directory
-from megatron_salt.data.outputs import refuse_present, sole_writer
+from megatron_salt.data.outputs import refuse_present, sole_writer, whole
+from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.data.score_index import ScoreIndex
 from megatron_salt.data.select import Choice, Rule, RuleName, choose
 from megatron_salt.data.selection import Selection, selection_paths, write_selection
@@ -119,18 +121,22 @@ class SelectConfig:
             if getattr(self, name) is None:
                 raise UserError(f"--rule {self.rule} needs {flag(name)}")
         self._check_numbers()
+        if os.path.basename(self.output.removesuffix(".npy").removesuffix(".json")) in ("", ".", ".."):
+            raise UserError(f"--output {self.output!r} names no selection; give a PREFIX, such as selections/top_half")
 
     def _check_numbers(self) -> None:
         for name, value, good, told in (
             ("fraction", self.fraction, lambda x: 0 < x <= 1, "above 0 and at most 1"),
             ("num_samples", self.num_samples, lambda x: x >= 1, "at least 1"),
             ("band_skip", self.band_skip, lambda x: 0 < x < 1, "above 0 and below 1"),
-            ("min_score", self.min_score, lambda x: not math.isnan(x), "a number"),
-            ("max_score", self.max_score, lambda x: x >= (x if self.min_score is None else self.min_score),
-             f"at least --min-score {self.min_score}"),
+            ("min_score", self.min_score, math.isfinite, "a finite number"),
+            ("max_score", self.max_score, lambda x: math.isfinite(x) and x >= (x if self.min_score is None else self.min_score),
+             f"finite and at least --min-score {self.min_score}"),
+            ("seed", self.seed, lambda x: is_seed(int(x)), SEEDS),
+            ("tie_seed", self.tie_seed, lambda x: is_seed(int(x)), SEEDS),
             ("valid_share", self.valid_share, lambda x: 0 <= x <= 0.5, "in [0, 0.5]"),
             ("examples", self.examples, lambda x: x >= 0, "at least 0"),
-            ("max_memory_gib", self.max_memory_gib, lambda x: 0 < x < math.inf, "above 0 and finite"),
+            ("max_memory_gib", self.max_memory_gib, lambda x: 0 < x <= 1 << 20, "above 0 and at most 2^20"),
         ):
             if value is not None and not good(value):
                 raise UserError(f"{flag(name)} must be {told}, got {value}")
@@ -143,7 +149,9 @@ def select_data(config: SelectConfig) -> None:
         refuse_equal_datasets(index)
     column = score_column(index, config.score)
     outputs = [Path(f"{selection_prefix(config)}{suffix}") for suffix in (".json", ".npy", ".txt", ".png")]
-    outputs += [Path(config.export_documents)] if config.export_documents else []
+    if config.export_documents:
+        refuse_shared_names(Path(config.export_documents), [*outputs, Path(selection_prefix(config))], config.scores)
+        outputs.append(Path(config.export_documents))
     refuse_present("--output", config.output, outputs, config.overwrite)
     text = window_text(config, index)
     if isinstance(text, str) and config.export_documents:
@@ -193,6 +201,14 @@ def refuse_equal_datasets(index: ScoreIndex) -> None:
         seen[dataset.fingerprint] = dataset.prefix
 
 
+def refuse_shared_names(exported: Path, outputs: Sequence[Path], scores: Sequence[str]) -> None:
+    """Raise UserError where --export-documents would replace another output, or a file of --scores."""
+    if exported.resolve() in [path.resolve() for path in outputs]:
+        raise UserError(f"--export-documents {exported} is a name that --output writes itself; take another")
+    if any(Path(directory).resolve() in exported.resolve().parents for directory in scores):
+        raise UserError(f"--export-documents {exported} lies among --scores; take another directory")
+
+
 def selection_prefix(config: SelectConfig) -> str:
     """--output without the suffix of a file of it."""
     return str(selection_paths(config.output)[0]).removesuffix(".npy")
@@ -238,8 +254,7 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
 
 def export(choice: Choice, text: WindowText, path: Path) -> None:
     """Write the text of every chosen window; the file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as stream:
+    with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
         for chosen in choice.ids():
             for start in range(0, len(chosen), EXPORTED):
                 ids = chosen[start : start + EXPORTED]
@@ -249,7 +264,6 @@ def export(choice: Choice, text: WindowText, path: Path) -> None:
                     row = {"id": sample_id, "dataset": text.windows[dataset].file.prefix, "window": window, choice.column: score,
                            "text": content}
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(tmp, path)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Files come in the order in which they were named, a pattern's matches sorted. Wh
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -65,6 +66,10 @@ def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_documen
             raise UserError(f"--input {pattern}: no such file")
         found.extend(path for path in matches if len(matches) == 1 or not os.path.isdir(path))
     for path in found:
+        if not os.path.exists(path):
+            raise UserError(f"--input {path} is a link to {os.path.realpath(path)}, which does not exist")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"--input {path} cannot be read: {os.strerror(errno.EACCES)}")
         if os.path.isdir(path):
             raise UserError(f"--input {path} is a directory; name files, such as '{os.path.join(path, '*.jsonl')}'")
         if path.lower().endswith(_UNREADABLE):

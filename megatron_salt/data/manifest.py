@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_salt import small_files
+from megatron_salt.data.outputs import whole
 from megatron_salt.errors import UserError
 
 FORMAT = 1
@@ -54,6 +55,10 @@ class Source:
     """Size in UTF-8 of the texts that were encoded; 0: not recorded."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How many lines were rejected for which reason."""
+    form: str = ""
+    """How it was read: jsonl, text, file or columns; empty: not recorded."""
+    sampled: str = ""
+    """The `sampled:` hash of the file; empty: of a pipe, or not recorded."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Manifest:
     """Documents read whose text has special tokens in it."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """Token -> occurrences in texts."""
+    dedup: str = ""
+    """none or exact; empty: not recorded."""
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +137,7 @@ def read_manifest(prefix: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     added = {name: getattr(Manifest, name)  # older ones lack them
-             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents")}
+             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents", "dedup")}
     raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
     check_fields(Manifest, raw, path)
     if raw["dtype"] not in _TOKEN_TYPES:
@@ -151,13 +158,11 @@ def read_manifest(prefix: str) -> Manifest | None:
 
 def write_json(facts: Mapping[str, Any], path: Path, version: int) -> None:
     """Write facts, and the version of their format, as JSON; the file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as stream:
+    with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
         json.dump({"format": version, **facts}, stream, indent=2)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(tmp, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # whoever deletes a file that this one makes superfluous must know that its name is there for good

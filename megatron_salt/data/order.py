@@ -17,10 +17,16 @@ from functools import lru_cache
 import numpy as np
 
 MAX_SIZE = 1 << 62
+SEEDS = "from 0 to 2^63 - 1"
 _NUM_ROUNDS = 8
 _CHUNK = 1 << 14  # elements that stay in cache over all rounds
 _MULTIPLY_1, _MULTIPLY_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's
 _SHIFT_29, _SHIFT_32 = np.uint64(29), np.uint64(32)
+
+
+def is_seed(number: int) -> bool:
+    """Whether a seed is one of SEEDS, which every file that records it can hold."""
+    return 0 <= number < 1 << 63
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:

@@ -24,6 +24,19 @@ def refuse_present(flag_name: str, output: str | Path, paths: Iterable[Path], ov
 
 
 @contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name for what becomes `path` when it is written. Whatever goes wrong, `path` stays as it was and nothing is left."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        raise
+
+
+@contextlib.contextmanager
 def sole_writer(flag_name: str, output: str | Path) -> Iterator[None]:
     """Hold `output`, whose directory is made. UserError, naming the process, while another one holds it; OSError where it cannot be."""
     path = Path(f"{output}.lock")

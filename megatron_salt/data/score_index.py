@@ -139,29 +139,37 @@ def merge(index: ScoreIndex, output: Path) -> None:
     remains, at `output`.old.
     """
     temporary, old = output.with_name(output.name + ".tmp"), output.with_name(output.name + ".old")
-    if temporary.exists():
-        shutil.rmtree(temporary)  # of a merge that was killed
-    if old.exists():
+    if os.path.lexists(temporary):
+        _delete(temporary)  # of a merge that was killed
+    if os.path.lexists(old):
         if not output.exists():
             raise UserError(f"--output {output}: a merge was killed before it could replace it; the index that was there is {old}: move it "
                             "back, or away")
-        shutil.rmtree(old)
+        _delete(old)
     shard = temporary / f"samples-{0:015d}-{index.num_samples:015d}"
     shard.mkdir(parents=True)
     try:
         hashes = {name: _merge_column(index, name, column_path(shard, name)) for name in index.columns}
         write_shard_manifest(shard, index.manifest, 0, index.num_samples, hashes)
         write_index_manifest(index.manifest, temporary / INDEX)
-        if output.exists():
+        if os.path.lexists(output):
             os.rename(output, old)
         os.rename(temporary, output)
-        if old.exists():
-            shutil.rmtree(old)
+        if os.path.lexists(old):
+            _delete(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not output.exists():
+        if os.path.lexists(old) and not os.path.lexists(output):
             os.rename(old, output)
         raise
+
+
+def _delete(path: Path) -> None:
+    """Delete a directory; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _merge_column(index: ScoreIndex, name: str, path: Path) -> str:

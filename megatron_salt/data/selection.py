@@ -132,13 +132,14 @@ def write_selection(
     prefix: str, chunks: Iterable[np.ndarray], num_selected: int, scores: IndexManifest, rule: dict[str, Any], valid_share: float,
     tie_seed: int | None = None, tie_share: float = 0.0,
 ) -> SelectionManifest:  # fmt: skip
-    """Write PREFIX.npy and then PREFIX.json, each whole or not at all; a PREFIX.json that is there goes first.
+    """Write PREFIX.npy and PREFIX.json, each whole or not at all; what is there stays until both are on disk.
 
     chunks: the `num_selected` ids, ascending, int64 [n] each.
     """
     npy, description = selection_paths(prefix)
     dtype = np.dtype("<u4" if scores.num_samples <= 1 << 32 else "<i8")
-    temporary, digest, count = npy.with_name(npy.name + ".tmp"), content_hash(), 0
+    temporary, described = (path.with_name(path.name + ".tmp") for path in (npy, description))
+    digest, count = content_hash(), 0
     npy.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as stream:
@@ -149,17 +150,19 @@ def write_selection(
             stream.flush()
             os.fsync(stream.fileno())
         assert count == len(npy_header(dtype, num_selected)) + num_selected * dtype.itemsize, (count, num_selected)
+        manifest = SelectionManifest(
+            scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(temporary), scores, rule, valid_share,
+            tie_seed, tie_share,
+        )  # fmt: skip
+        write_json({**asdict(manifest), "scores": manifest_to_json(scores)}, described, FORMAT)
         description.unlink(missing_ok=True)
         os.replace(temporary, npy)
+        os.replace(described, description)
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for left in (temporary, described):
+            with contextlib.suppress(OSError):
+                left.unlink()
         raise
-    manifest = SelectionManifest(
-        scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(npy), scores, rule, valid_share,
-        tie_seed, tie_share,
-    )  # fmt: skip
-    write_json({**asdict(manifest), "scores": manifest_to_json(scores)}, description, FORMAT)
     return manifest
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_salt.data.eligible import dataset_ranges
 from megatron_salt.data.order import permute
+from megatron_salt.data.outputs import whole
 from megatron_salt.data.select import Choice, cuts, not_scored, order_keys
 from megatron_salt.data.selection import Selection
 from megatron_salt.data.ties import tie_ranks
@@ -232,9 +233,8 @@ def _examples(choice: Choice, sampled: Sampled, num: int, text: WindowText | str
 
 def write_text(content: str, path: Path) -> None:
     """The file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(content, encoding="utf-8")
-    os.replace(tmp, path)
+    with whole(path) as tmp:
+        tmp.write_text(content, encoding="utf-8")
 
 
 def draw(choice: Choice, sampled: Sampled, path: Path) -> None:

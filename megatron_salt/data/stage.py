@@ -8,6 +8,7 @@ name; the note before it makes a kill in the middle of that harmless too.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -140,7 +141,8 @@ def begin(journal: Journal, facts: Mapping[str, Any], resume: bool, overwrite: b
         differing = [name for name in facts if there.get(name) != facts[name]]
         if differing:
             raise UserError(f"--resume: {journal.path} is of a run with other {', '.join(differing)}: "
-                            + "; ".join(f"{name} was {_short(there.get(name))}, is {_short(facts[name])}" for name in differing))
+                            + "; ".join(f"{name} was {_short(there.get(name))}, is {_short(facts[name])}" for name in differing)
+                            + "; give it those again, or begin anew with --overwrite instead of --resume")
         return
     journal.clear()
     journal.append(facts)
@@ -162,14 +164,18 @@ def publish(source_prefix: str, prefix: str) -> None:
     between leaves no index, or an index without a manifest, but never a mixture that looks whole. Once more does no harm."""
     pairs = list(zip(output_paths(source_prefix), output_paths(prefix), strict=True))
     pairs = [(source, target) for source, target in pairs if source.exists()]  # the others were moved by a run that was killed
+    for _, target in pairs:
+        if target.is_dir() and not target.is_symlink() and target.suffix != ".tokenizer":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     remove(target for _, target in reversed(pairs))
     for source, target in pairs:
         os.replace(source, target)
 
 
 def remove(paths: Iterable[Path]) -> None:
+    """Delete files and directories; of a link the link alone."""
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

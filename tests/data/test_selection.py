@@ -132,7 +132,7 @@ def test_the_description_goes_first_and_comes_last(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "unlink", lambda path, **rest: (calls.append(f"delete {os.path.basename(path)}"), unlink(path, **rest)))
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(f"rename {os.path.basename(old)}"), replace(old, new)))
     write_selection(str(tmp_path / "a"), [IDS], len(IDS), SCORES, RULE, 0.0)
-    assert calls == ["delete a.json", "rename a.npy.tmp", "rename a.json.tmp"]
+    assert calls == ["rename a.json.tmp.tmp", "delete a.json", "rename a.npy.tmp", "rename a.json.tmp"]
 
 
 def test_paths_of_a_prefix() -> None:

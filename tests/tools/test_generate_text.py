@@ -161,6 +161,13 @@ def test_flags_that_make_no_sense_are_refused(flags: dict, complaint: str) -> No
         GenerateConfig(load="x", **flags)
 
 
+@pytest.mark.parametrize("flags, complaint", [({"seed": 10**30}, "--seed must be from 0"), ({"seed": -1}, "--seed must be from 0"),
+                                              ({"temperature": 1e-300}, "--temperature must be 0 or at least")])
+def test_what_the_draw_could_not_use_is_refused(flags: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        GenerateConfig(load="x", **flags)
+
+
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=f"--load {path} holds no checkpoint"):

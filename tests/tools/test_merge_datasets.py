@@ -115,3 +115,42 @@ def test_parts_of_other_settings_are_refused(tmp_path, corpus, capsys):
 def test_more_shards_than_files_are_refused(corpus, tmp_path, capsys):
     assert run(corpus, tmp_path / "d", "--shard", "0/8") == 2
     assert "--input names 7 files, which cannot be divided into 8 parts" in capsys.readouterr().err
+
+
+def test_a_link_in_the_place_of_an_output_is_replaced_and_what_it_names_stays(tmp_path, corpus):
+    parts = shards(corpus, tmp_path / "out", 2)
+    assert merge(parts, tmp_path / "whole") == 0
+    (tmp_path / "whole.tokenizer").rename(tmp_path / "kept")
+    (tmp_path / "whole.tokenizer").symlink_to(tmp_path / "kept")
+    before = files_in(tmp_path / "kept")
+    assert merge(parts, tmp_path / "whole", "--overwrite") == 0
+    assert files_in(tmp_path / "kept") == before == files_in(tmp_path / "whole.tokenizer")
+    assert not (tmp_path / "whole.tokenizer").is_symlink() and (tmp_path / "whole.idx").exists()
+
+
+def test_a_directory_under_the_name_of_an_output_is_not_deleted(tmp_path, corpus, capsys):
+    parts = shards(corpus, tmp_path / "out", 2)
+    assert merge(parts, tmp_path / "whole") == 0
+    (tmp_path / "whole.manifest.json").unlink()
+    (tmp_path / "whole.manifest.json").mkdir()
+    (tmp_path / "whole.manifest.json" / "thesis.tex").write_text("years")
+    before = files_in(tmp_path)
+    assert merge(parts, tmp_path / "whole", "--overwrite") == 2
+    assert "whole.manifest.json" in capsys.readouterr().err
+    assert files_in(tmp_path) == before
+
+
+def test_a_part_without_a_manifest_hides_no_mixture_of_the_others(tmp_path, corpus, capsys):
+    for name, flags in (("plain", ()), ("ended", ("--append-eod",)), ("bare", ())):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+        assert run([str(tmp_path / f"{name}.jsonl")], tmp_path / name, *flags) == 0
+    (tmp_path / "bare_text_document.manifest.json").unlink()
+    assert merge([tmp_path / f"{name}_text_document" for name in ("bare", "plain", "ended")], tmp_path / "out") == 2
+    assert "append_eod of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "out/"])
+def test_a_prefix_without_a_name_is_refused(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert run_tool(MergeConfig, merge_datasets, ["--input", "a", "--output-prefix", name]) == 2
+    assert "names no dataset" in capsys.readouterr().err and not list(tmp_path.iterdir())

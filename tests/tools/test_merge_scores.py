@@ -78,3 +78,21 @@ def test_what_is_replaced_is_there_until_the_new_index_is(tmp_path: Path, capsys
     assert merge("--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite") == 0
     assert files_in(tmp_path / "old") == files_in(tmp_path / "expected")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "new", "old"]
+
+
+def test_a_link_in_the_place_of_the_output_is_replaced_and_what_it_names_stays(tmp_path: Path) -> None:
+    write_index(tmp_path / "a", MANIFEST, ROWS, num_shards=3)
+    write_index(tmp_path / "there", MANIFEST, ROWS)
+    before = files_in(tmp_path / "there")
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    assert merge("--scores", tmp_path / "a", "--output", tmp_path / "out", "--overwrite") == 0
+    assert not (tmp_path / "out").is_symlink() and sorted(path.name for path in tmp_path.iterdir()) == ["a", "out", "there"]
+    assert files_in(tmp_path / "there") == before == files_in(tmp_path / "out")
+
+
+def test_a_directory_that_holds_the_scores_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_index(tmp_path / "out", MANIFEST, ROWS)
+    write_index(tmp_path / "out" / "inside", MANIFEST, ROWS, num_shards=3)
+    before = files_in(tmp_path)
+    assert "which would be deleted" in refused(capsys, "--scores", tmp_path / "out" / "inside", "--output", tmp_path / "out", "--overwrite")
+    assert files_in(tmp_path) == before

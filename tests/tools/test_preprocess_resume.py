@@ -243,3 +243,27 @@ def test_kill_9_at_random_moments(tmp_path, workers):
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def _finished(home: Path, *flags: str) -> int:
+    words = ["--input", str(home / "x.txt"), "--output-prefix", str(home / "x"), "--tokenizer-type", "ByteLevelTokenizer", *flags]
+    return run_tool(PreprocessConfig, preprocess, words)
+
+
+@pytest.mark.parametrize("flags", [("--dedup", "exact"), ("--text-documents", "file"), ()])
+def test_what_other_flags_or_another_text_made_is_not_whole(tmp_path, capsys, flags):
+    (tmp_path / "x.txt").write_text("one\ntwo\none\n")
+    assert _finished(tmp_path) == 0 and _finished(tmp_path, "--resume") == 0
+    assert "already whole" in capsys.readouterr().out
+    if not flags:
+        (tmp_path / "x.txt").write_text("one\nsix\none\n")  # as long
+    assert _finished(tmp_path, "--resume", *flags) == 2
+    assert "exists; --overwrite replaces it" in capsys.readouterr().err
+
+
+def test_a_finished_dataset_that_was_damaged_is_not_whole(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("one\ntwo\none\n")
+    assert _finished(tmp_path) == 0
+    (tmp_path / "x_text_document.bin").write_bytes(b"short")
+    assert _finished(tmp_path, "--resume") == 2
+    assert "has 5 bytes" in (err := capsys.readouterr().err) and "--overwrite" in err

@@ -380,6 +380,7 @@ def test_a_part_is_resumed_as_it_was_begun(tmp_path: Path, flags: dict[str, Any]
         (dict(sample=1.0), ["--sample must be above 0 and below 1, got 1.0"]),
         (dict(sample=1e-6), ["--sample 1e-06 takes none of 31 windows"]),
         (dict(sample_seed=3), ["--sample-seed 3 needs --sample"]),
+        (dict(sample=0.5, sample_seed=10**30), ["--sample-seed 1000000", "from 0 to 2^63 - 1"]),
         (dict(sample=0.5), ["sample is None there and 0.5 here"]),
         (dict(score_top_k=(300,)), ["--score-top-k 300 is more than the 257 ids"]),
         (dict(seq_length=32), ["--seq-length 16, shorter than this run's --seq-length 32"]),

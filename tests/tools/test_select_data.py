@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -288,3 +290,46 @@ def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(tm
     assert select(tmp_path / "scores", "--fraction", 0.5, "--allow-duplicate-inputs") == 0
     assert select(tmp_path / "scores", "--fraction", 0.5, "--overwrite", "--scores", tmp_path / "scores", tmp_path / "scores") == 2
     assert "--scores names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    (("--fraction", "0.5", "--tie-seed", "-1"), "--tie-seed must be from 0 to 2^63 - 1"),
+    (("--fraction", "0.5", "--tie-seed", 10**30), "--tie-seed must be from 0 to 2^63 - 1"),
+    (("--fraction", "0.5", "--rule", "random", "--seed", 10**30), "--seed must be from 0 to 2^63 - 1"),
+    (("--rule", "threshold", "--min-score", "-inf"), "--min-score must be a finite number"),
+    (("--rule", "threshold", "--min-score", "0", "--max-score", "inf"), "--max-score must be finite"),
+    (("--fraction", "0.5", "--exclude-duplicates", "--max-memory-gib", "1e300"), "--max-memory-gib must be above 0"),
+    (("--fraction", "0.5", "--output", ""), "names no selection"),
+    (("--fraction", "0.5", "--output", "nowhere/.npy"), "names no selection"),
+])  # fmt: skip
+def test_what_no_selection_could_record_is_refused_before_anything_is_written(index, capsys, words, told):
+    before = files_in(index.parent)
+    assert select(index, *words) == 2
+    assert told in capsys.readouterr().err
+    assert files_in(index.parent) == before
+
+
+@pytest.mark.parametrize("name", ["chosen.json", "chosen.npy", "chosen.txt", "chosen", "scores/texts.jsonl"])
+def test_exported_documents_replace_no_other_file_of_the_selection(index, capsys, name):
+    before = files_in(index.parent)
+    assert select(index, "--fraction", "0.5", "--overwrite", "--export-documents", index.parent / name) == 2
+    assert "--export-documents" in capsys.readouterr().err
+    assert files_in(index.parent) == before
+
+
+def test_a_full_disk_keeps_the_selection_that_is_there_and_leaves_no_remains(index, capsys, monkeypatch):
+    assert select(index, "--fraction", "0.5") == 0
+    before, dumps = files_in(index.parent), json.dumps
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_salt.data.manifest.json.dump", full)
+        assert select(index, "--fraction", "0.25", "--overwrite") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert files_in(index.parent) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.select_data.json.dumps", lambda row, **kinds: full() if "window" in row else dumps(row, **kinds))
+        assert select(index, "--fraction", "0.25", "--overwrite", "--export-documents", index.parent / "texts.jsonl") == 2
+    assert not list(index.parent.glob("*.tmp"))
