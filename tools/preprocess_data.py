@@ -160,7 +160,9 @@ def preprocess(config: PreprocessConfig) -> None:
     refuse_without_ends(tokenizer, config.append_eod, config.prepend_bos)
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
     facts = what_it_depends_on(config, files, forms, tokenizer)
-    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files):
+    if config.resume and not journal_path(config.shard_prefix).exists() and all(
+            path.exists() for prefix in prefixes for path in output_paths(prefix)):
+        refuse_made_otherwise(config, prefixes, tokenizer, files)
         print(f"{', '.join(prefixes)}: already whole")
         return
     chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
@@ -227,25 +229,31 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
 
 def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
     """All that decides which bytes are written: a run resumes only where it is the same."""
-    regular = [os.path.isfile(file) for file in files]
-    return {"--input": [[file, form, os.path.getsize(file) if there else 0, sampled_hash(Path(file)) if there else ""]
-                        for file, form, there in zip(files, forms, regular, strict=True)],
+    return {"--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
             "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint,
             "--prepend-bos": tokenizer.bos if config.prepend_bos else None, "--special-tokens-in-text": config.special_tokens_in_text,
             "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
 
 
-def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, files: list[str]) -> bool:
-    """Whether an earlier run of this job left nothing to do."""
-    if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
-        return False
-    manifests = [read_manifest(prefix) for prefix in prefixes]
-    return all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
-               and (manifest.append_eod, manifest.shuffle_seed) == (config.append_eod, config.shuffle_documents)
-               and manifest.bos == (tokenizer.bos if config.prepend_bos else None)
-               and manifest.special_tokens_in_text in ("", config.special_tokens_in_text)  # older manifests do not say
-               and [(source.file, source.size_bytes) for source in manifest.sources] == [(file, size_of(file)) for file in files]
-               for manifest in manifests)
+def refuse_made_otherwise(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, files: list[str]) -> None:
+    """UserError where a dataset that is whole is not the one that these flags make. Older manifests do not say all of it."""
+    for prefix in prefixes:
+        there = read_manifest(prefix)
+        if there is None:
+            raise UserError(f"--resume: {prefix}.bin has no manifest that tells what made it; --overwrite replaces it")
+        sources = {source.file: (source.size_bytes, source.sampled) for source in there.sources}
+        changed = [source.file for source in there.sources] != files or any(
+            sources[file][0] != size_of(file) or sources[file][1] not in ("", hash_of(file)) for file in files)
+        differing = [name for name, differs in (
+            ("--input", changed), ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
+            ("--append-eod", there.append_eod != config.append_eod),
+            ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
+            ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
+            ("--dedup", there.dedup not in ("", config.dedup)),
+            ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents)) if differs]
+        if differing:
+            raise UserError(f"--resume: {prefix}.bin is whole, and was made with other {', '.join(differing)}; "
+                            "--overwrite replaces it, another --output-prefix leaves it alone")
 
 
 def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
@@ -330,14 +338,14 @@ def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int
     """Write the manifest of key number `i`."""
     prefix = finished_prefix(config, stage.prefixes[i])
     sources = tuple(Source(file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()),
-                           tally.text_bytes[i], tally.rejected) for file, tally in zip(stage.files, stage.tallies, strict=True))
+                           tally.text_bytes[i], tally.rejected, hash_of(file)) for file, tally in zip(stage.files, stage.tallies, strict=True))
     manifest = Manifest(
         written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
         written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
         tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None,
         duplicates, config.shuffle_documents, tuple(sorted(stage.backends)), tokenizer.bos if config.prepend_bos else None,
         config.special_tokens_in_text, sum(tally.special_documents[i] for tally in stage.tallies),
-        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())))
+        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())), config.dedup)
     write_manifest(manifest, manifest_path(prefix))
     return manifest
 
@@ -345,6 +353,11 @@ def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int
 def size_of(file: str) -> int:
     """Bytes on disk; 0 of a pipe."""
     return os.path.getsize(file) if os.path.isfile(file) else 0
+
+
+def hash_of(file: str) -> str:
+    """Of its size and a fixed sample of its blocks; empty of a pipe."""
+    return sampled_hash(Path(file)) if os.path.isfile(file) else ""
 
 
 def clean(prefixes: list[str], journal: Journal) -> None:

@@ -54,6 +54,8 @@ class Source:
     """Size in UTF-8 of the texts that were encoded; 0: not recorded."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How many lines were rejected for which reason."""
+    sampled: str = ""
+    """`sampled_hash` of the file; empty: not recorded, or not a regular file."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Manifest:
     """Documents read whose text has special tokens in it."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """Token -> occurrences in texts."""
+    dedup: str = ""
+    """--dedup: none or exact; empty: not recorded."""
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +134,7 @@ def read_manifest(prefix: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     added = {name: getattr(Manifest, name)  # older ones lack them
-             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents")}
+             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents", "dedup")}
     raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
     check_fields(Manifest, raw, path)
     if raw["dtype"] not in _TOKEN_TYPES:

@@ -110,15 +110,15 @@ def test_merged_counts_are_the_sums_and_older_parts_do_not_say(tmp_path, corpus,
     for name in "ab":
         assert run(corpus, tmp_path / name, tokenizer=flags) == 0
     parts = [tmp_path / f"{name}_text_document" for name in "ab"]
-    assert merge(parts, tmp_path / "c") == 0
+    assert merge(parts, tmp_path / "c", "--allow-duplicate-inputs") == 0
     merged = read_manifest(str(tmp_path / "c"))
     assert (merged.special_tokens_in_text, merged.special_documents, merged.special_tokens) == ("split", 4, {"<eod>": 6})
     path = manifest_path(str(parts[1]))
     older = json.loads(path.read_text())
-    for name in ("bos", "special_tokens_in_text", "special_documents", "special_tokens"):
+    for name in ("bos", "special_tokens_in_text", "special_documents", "special_tokens", "dedup"):
         del older[name]
     path.write_text(json.dumps(older))
-    assert merge(parts, tmp_path / "d") == 0
+    assert merge(parts, tmp_path / "d", "--allow-duplicate-inputs") == 0
     merged = read_manifest(str(tmp_path / "d"))
     assert (merged.special_tokens_in_text, merged.special_documents, merged.bos) == ("", 2, None)
     assert run(corpus, tmp_path / "b", "--resume", tokenizer=flags) == 0  # an older dataset is whole
