@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
+import select
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,15 +87,33 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where that is not 0; 130 for Ctrl-C."""
+    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where that is not 0; 130 for Ctrl-C;
+    141, as of a process that SIGPIPE ended, where nobody reads stdout any more (`--help | head`)."""
     try:
-        return action() or 0
+        try:
+            return action() or 0
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}" if error.status else error, file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 141
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout; what is still to be written there then goes nowhere, and Python's own end is silent."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -164,14 +184,21 @@ def _plain(box: str) -> str:
         given, name, known = choice.groups()
         choices = sorted(set(re.findall(r"'([^']*)'", known)) - {"None"})
         return f"{name} {given} is not one of {', '.join(choices)}{_suggest(given, choices)}"
+    if told.startswith("Missing from "):
+        missing = _MISSING.findall(box.partition("For full helptext")[0])
+        return f"{' and '.join(missing)} must be given; --help lists all flags"
+    if bare := _NO_VALUE.match(told):
+        return f"{bare.group(1)} needs a value; --help tells which"
     if odd := _NO_TYPE.match(told):
         name, wanted, given = odd.groups()
         return f"{name} {given} is no {wanted.replace('{None}|', '')}"
     return told.removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
 
 
-_RULER = re.compile(r"[─╰╭+-]{2}")
+_RULER = re.compile(r"[─╰╭+-]{3}")
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
+_MISSING = re.compile(r"^\W {5}(--[\w-]+)(?= )", re.MULTILINE)  # what stands deeper is its help
+_NO_VALUE = re.compile(r"Missing value for argument '(--\S+)'\.")
 _NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")
 
 
