@@ -100,7 +100,7 @@ class PreprocessConfig:
     """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
 
     shard: str = "0/1"
-    """i/n: the i-th of n parts of the files, i from 0 to n-1, divided by size; goes to PREFIX-0000i-of-0000n_KEY_document."""
+    """i/n: the i-th of n parts of the files, i from 0 to n-1, divided by size; no file is cut, so there must be n or more; goes to PREFIX-0000i-of-0000n_KEY_document."""
 
     dedup: Literal["none", "exact"] = "none"
     """exact: of documents with equal texts only the first is kept."""
@@ -207,7 +207,8 @@ def shard_files(config: PreprocessConfig) -> list[str]:
     if STDIN in files:
         raise UserError(f"--shard {config.shard} divides files; --input {STDIN} is none")
     if len(files) < shard[1]:
-        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts")
+        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts, "
+                        f"for no file is cut: take n up to {len(files)}, or split the files")
     mine = files_of_shard([os.path.getsize(file) for file in files], shard)
     return [files[number] for number in mine]
 
