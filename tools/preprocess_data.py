@@ -100,7 +100,7 @@ class PreprocessConfig:
     """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
 
     shard: str = "0/1"
-    """i/n: the i-th of n parts of the files, i from 0 to n-1, divided by size; no file is cut, so there must be n or more; goes to PREFIX-0000i-of-0000n_KEY_document."""
+    """i/n: the i-th, from 0, of n parts of the n or more files, about equal in size; goes to PREFIX-0000i-of-0000n_KEY_document."""
 
     dedup: Literal["none", "exact"] = "none"
     """exact: of documents with equal texts only the first is kept."""
@@ -338,8 +338,9 @@ def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
 def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage) -> Manifest:
     """Write the manifest of key number `i`."""
     prefix = finished_prefix(config, stage.prefixes[i])
-    sources = tuple(Source(file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()),
-                           tally.text_bytes[i], tally.rejected, hash_of(file)) for file, tally in zip(stage.files, stage.tallies, strict=True))
+    sources = tuple(Source(
+        file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()), tally.text_bytes[i],
+        tally.rejected, hash_of(file)) for file, tally in zip(stage.files, stage.tallies, strict=True))
     manifest = Manifest(
         written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
         written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
