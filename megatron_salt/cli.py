@@ -12,7 +12,9 @@ import contextlib
 import difflib
 import errno
 import io
+import os
 import re
+import select
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,15 +101,33 @@ _OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE,
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where it is one; 130 for Ctrl-C."""
+    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where it is one; 130 for Ctrl-C;
+    141, as of a process that SIGPIPE ended, where nobody reads stdout any more (`--help | head`)."""
     try:
-        return action() or 0
+        try:
+            return action() or 0
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         sys.stdout.flush()
         print(error if isinstance(error, LeftEarly) else f"error: {error}", file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 141
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout; what is still to be written there then goes nowhere, and Python's own end is silent."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -180,6 +200,8 @@ def _plain(box: str) -> str:
         given, name, known = choice.groups()
         choices = sorted(set(re.findall(r"'([^']*)'", known)) - {"None"})
         return f"{name} {given} is not one of {', '.join(choices)}{_suggest(given, choices)}"
+    if bare := _NO_VALUE.match(told):
+        return f"{bare.group(1)} needs a value; --help tells which"
     if odd := _NO_TYPE.match(told):
         name, wanted, given = odd.groups()
         return f"{name} {given} is no {wanted.replace('{None}|', '')}"
@@ -189,6 +211,7 @@ def _plain(box: str) -> str:
 _RULER = re.compile(r"[─╰╭]|[+-]-{3}")  # a flag begins with two
 _ABSENT = re.compile(r"^[│| ] {5}(--(?!help\b)[\w-]+)", re.MULTILINE)  # what is told of a flag is indented further
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
+_NO_VALUE = re.compile(r"Missing value for argument '(--\S+)'\.")
 _NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")
 
 

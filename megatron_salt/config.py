@@ -318,7 +318,7 @@ class TrainingConfig:
     """Save and leave when this file appears, from whatever hand. It is not deleted, and a start that finds it is refused."""
 
     outcome_file: str | None = None
-    """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on), "refused" (a mistake that another start would repeat), "unsaved" (the last checkpoint is not on disk) or "nonfinite", the step and the reason. None appears where the run died."""
+    """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on), "refused" (a mistake that another start would repeat), "unsaved" (the last checkpoint is not on disk) or "nonfinite", the step, the Slurm job (- without one) and its restart, and the reason. None appears where the run died."""
 
     max_nonfinite_steps: int = 10
     """So many steps in a row with a non-finite gradient norm end the run. Each such step leaves parameters and optimizer untouched."""
@@ -546,7 +546,7 @@ class TokenizerConfig:
     """What turned text into ids."""
 
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteLevelTokenizer"] | None = None
-    """Kind of tokenizer. None: the one named in the dataset's manifest or in the checkpoint."""
+    """Kind of tokenizer. None: the one named in the dataset's manifest or in the checkpoint; to turn text into ids it has to be given."""
 
     tokenizer_model: str | None = None
     """SentencePiece model file, or Hugging Face tokenizer.json."""
@@ -662,7 +662,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class SaltConfig:
-    """The teacher, and how long and how strongly it teaches (SALT, arXiv 2410.18779). Nothing of it without --teacher-load."""
+    """The teacher, and how long and how strongly it teaches (SALT, arXiv 2410.18779). Nothing of it without --teacher-load or --stage1-selection."""
 
     teacher_load: str | None = None
     """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory. Its architecture, tokenizer and padding come from there. Default: no teacher, plain pretraining."""

@@ -76,8 +76,8 @@ def test_checks_see_the_merged_run_and_not_its_halves(yaml_file):
     (["--tensor_model_parallel_sise=2"], "(did you mean --tensor-model-parallel-size?)"),
     (["--no-num-layers"], "unknown flag --no-num-layers"),
     (["--seq-length", "many"], "--seq-length: invalid literal"),
-    (["--seq-length"], "'--seq-length'"),
-    (["--save", "--bf16"], "'--save'"),
+    (["--seq-length"], "--seq-length needs a value"),
+    (["--save", "--bf16"], "--save needs a value"),
     (["--bf16", "true"], "Unrecognized options: true"),
     (["--normalization", "BatchNorm"], "--normalization BatchNorm is not one of LayerNorm, RMSNorm"),
     (["--hidden-dropout", "3"], "--hidden-dropout must be at least 0 and below 1, got 3.0"),
@@ -245,3 +245,13 @@ def test_a_tool_that_may_not_read_a_file_names_it_in_one_line(capsys, number):
 
     assert cli.run_tool(RunConfig, main, []) == 2
     assert capsys.readouterr().err == f"error: there/x.npy cannot be read or written: {os.strerror(number)}\n"
+
+
+@pytest.mark.parametrize("words", ["print('x' * 100000)", "print('x')", "print('x'); raise SystemExit(0)"])
+def test_a_reader_that_goes_away_is_no_fault(words):
+    code = f"from megatron_salt.cli import exit_status\ndef act():\n    {words}\nraise SystemExit(exit_status(act))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as stdout:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (141, "")

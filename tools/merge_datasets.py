@@ -146,7 +146,8 @@ def refuse_gaps(manifests: list[Manifest | None]) -> None:
         found = [i for i, other in shards if other == n]
         missing = sorted(set(range(n)) - set(found))
         if missing:
-            raise UserError(f"--input lacks shards {', '.join(f'{i}/{n}' for i in missing[:10])} ({len(missing)} of {n})")
+            raise UserError(f"--input lacks shards {', '.join(f'{i}/{n}' for i in missing[:10])} ({len(missing)} of {n}); "
+                            "preprocess_data.py --shard makes each")
         if found != sorted(found):
             raise UserError(f"--input names shards out of order, {', '.join(f'{i}/{n}' for i in found[:10])}: documents would not lie "
                             "in input order")

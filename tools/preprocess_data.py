@@ -101,7 +101,7 @@ class PreprocessConfig:
     """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
 
     shard: str = "0/1"
-    """i/n: the i-th of n parts of the files, i from 0 to n-1, divided by size; goes to PREFIX-0000i-of-0000n_KEY_document."""
+    """i/n: the i-th, from 0, of n parts of the n or more files, about equal in size; goes to PREFIX-0000i-of-0000n_KEY_document."""
 
     dedup: Literal["none", "exact"] = "none"
     """exact: of documents with equal texts only the first is kept."""
@@ -206,7 +206,8 @@ def shard_files(config: PreprocessConfig) -> list[str]:
     if STDIN in files:
         raise UserError(f"--shard {config.shard} divides files; --input {STDIN} is none")
     if len(files) < shard[1]:
-        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts")
+        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts, "
+                        f"for no file is cut: take n up to {len(files)}, or split the files")
     mine = files_of_shard([os.path.getsize(file) for file in files], shard)
     return [files[number] for number in mine]
 
@@ -228,9 +229,7 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
 
 def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
     """All that decides which bytes are written: a run resumes only where it is the same."""
-    regular = [os.path.isfile(file) for file in files]
-    return {"--input": [[file, form, os.path.getsize(file) if there else 0, sampled_hash(Path(file)) if there else ""]
-                        for file, form, there in zip(files, forms, regular, strict=True)],
+    return {"--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
             "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint,
             "--prepend-bos": tokenizer.bos if config.prepend_bos else None, "--special-tokens-in-text": config.special_tokens_in_text,
             "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
@@ -358,6 +357,11 @@ def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int
 def size_of(file: str) -> int:
     """Bytes on disk; 0 of a pipe."""
     return os.path.getsize(file) if os.path.isfile(file) else 0
+
+
+def hash_of(file: str) -> str:
+    """Of its size and a fixed sample of its blocks; empty of a pipe."""
+    return sampled_hash(Path(file)) if os.path.isfile(file) else ""
 
 
 def clean(prefixes: list[str], journal: Journal) -> None:

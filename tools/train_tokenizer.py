@@ -32,6 +32,7 @@ CHUNK_BYTES = 1 << 20
 SENTENCE_CHARACTERS = 4096
 THREADS = 4  # a constant: unigram's sums, and so its file, depend on it
 _LINES = re.compile(r"[^\n]+\n*|\n+")
+_REPORTED_AT = re.compile(r"^[A-Z_]+: \S+\(\d+\) \[.*?\] (?=[A-Z])")  # where in SentencePiece's source
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
             split_digits=True, max_sentence_length=4 * SENTENCE_CHARACTERS, unk_id=0, eos_id=1, eos_piece="<eod>", bos_id=-1,
             pad_id=-1, num_threads=THREADS, minloglevel=2)
     except RuntimeError as error:
-        raise UserError(f"--vocab-size {config.vocab_size} does not fit this text: {error}") from None
+        raise UserError(f"--vocab-size {config.vocab_size} does not fit this text: {_REPORTED_AT.sub('', str(error))}") from None
     return model.getvalue()
 
 

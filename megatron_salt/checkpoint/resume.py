@@ -327,6 +327,16 @@ def _is_like(saved: Any, mine: Any) -> bool:
     return saved is None or isinstance(saved, str)
 
 
+_FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr", "lr_warmup_steps": "--lr-warmup-iters, in samples", "lr_decay_style": "--lr-decay-style",
+          "lr_decay_steps": "--lr-decay-iters, in samples", "start_wd": "--start-weight-decay", "end_wd": "--end-weight-decay",
+          "wd_incr_style": "--weight-decay-incr-style", "wd_incr_steps": "--train-iters, in samples"}
+"""What megatron-core's scheduler calls a flag."""
+
+
+def _flag_of(name: str) -> str:
+    return f" ({_FLAGS[name]})" if name in _FLAGS else ""
+
+
 def schedule_to_load(scheduler: OptimizerParamScheduler, found: Found, follows: tuple[str, ...]) -> dict[str, Any]:
     """The state that moves this schedule to where the checkpoint's is. Raises UserError where the two are different schedules. Pure.
 
@@ -340,10 +350,10 @@ def schedule_to_load(scheduler: OptimizerParamScheduler, found: Found, follows: 
     if not scheduler.use_checkpoint_opt_param_scheduler:
         for name in follows:
             if saved[name] != mine[name]:
-                log.warning("the run's length changed, and so does %s, from %s to %s", name, saved[name], mine[name])
+                log.warning("the run's length changed, and so does %s, from %s to %s samples", name, saved[name], mine[name])
                 saved[name] = mine[name]
     if not (scheduler.use_checkpoint_opt_param_scheduler or scheduler.override_opt_param_scheduler):
-        differences = [f"{name} is {saved[name]} there and {mine[name]} here"
+        differences = [f"{name} is {saved[name]} there and {mine[name]} here{_flag_of(name)}"
                        for name in mine if name != "num_steps" and saved[name] != mine[name]]
         if differences:
             raise UserError(f"{found.directory} has another schedule: {'; '.join(differences)}. --override-opt-param-scheduler "

@@ -58,13 +58,14 @@ def refuse_without_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: boo
         raise UserError(f"--append-eod: the {tokenizer.kind} has no end-of-document token; --eod-token names one"
                         + (f", perhaps {special}" if special else ""))
     if prepend_bos and tokenizer.bos is None:
-        raise UserError(f"--prepend-bos: the {tokenizer.kind} declares no beginning-of-sequence token, or several")
+        raise UserError(f"--prepend-bos: the {tokenizer.kind} declares no beginning-of-sequence token, or several; "
+                        "leave the flag out")
 
 
 def told_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> str:
     """A line for the start of a run: what stands between documents."""
     names = {i: repr(name) for name, i in tokenizer.special.items()}
-    end = "nothing ends documents"
+    end = "nothing ends documents" + ("" if append_eod else ", --append-eod does")
     if append_eod and tokenizer.eod is not None:
         end = f"documents end in {names.get(tokenizer.eod, 'an id of no text')} (id {tokenizer.eod})"
     if tokenizer.bos is None:

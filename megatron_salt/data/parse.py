@@ -122,9 +122,10 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def sample_texts(files: Sequence[str], forms: Sequence[Form], keys: Sequence[str], largest: int) -> list[str]:
-    """Texts from all over the input, about _SAMPLE_CHARACTERS of them, long ones cut; of pipes none. largest: bytes of a document."""
+    """Different texts from all over the input, about _SAMPLE_CHARACTERS, long ones cut; of pipes none. largest: bytes of a document."""
     parse, texts = Parser(keys), []
     for chunk in sample_chunks(files, forms, keys, 16, 16 if len(files) == 1 else 2, _SAMPLE_CHUNK, largest):
         for column in parse(chunk.form, chunk.read()).texts:
             texts += [text[:_SAMPLE_CHUNK] for text in column]
+    texts = list(dict.fromkeys(texts))  # the chunks of a small file overlap
     return texts[:: max(sum(map(len, texts)) // _SAMPLE_CHARACTERS, 1)]

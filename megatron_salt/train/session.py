@@ -87,6 +87,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
     if rank == 0:  # after the last barrier: every rank has saved
         done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
         short = f"before its last step, {run.plan.total_steps}" if progress.step < run.plan.total_steps else "before its last evaluation"
+        short += f": {exit_plan.reason}" if exit_plan.reason is not None else ""
         write_outcome(config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short)
 
 

@@ -66,6 +66,8 @@ class ExitPlan:
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
         self.taken = taken
+        self.reason: str | None = None
+        """What was last found as a reason to leave; None: nothing yet."""
 
     def reason_to_leave(self, step: int) -> str | None:
         """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
@@ -73,7 +75,8 @@ class ExitPlan:
         if (reason := self.reason_to_stop_now()) is not None:
             return reason
         if self._exit_interval is not None and step % self._exit_interval == 0:
-            return f"step {step} is a multiple of --exit-interval {self._exit_interval}"
+            self.reason = f"step {step} is a multiple of --exit-interval {self._exit_interval}"
+            return self.reason
         return None
 
     def reason_to_stop_now(self) -> str | None:
@@ -81,7 +84,10 @@ class ExitPlan:
         likewise."""
         asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self.taken)
         code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
-        return None if code == _NONE else self._words(code)
+        if code == _NONE:
+            return None
+        self.reason = self._words(code)
+        return self.reason
 
     def look(self, doing: str) -> None:
         """Before the first step: raise LeftEarly, on every rank, where a signal or the file is a reason to leave. Collective likewise.

@@ -27,6 +27,7 @@ from megatron_salt.train.build import Inputs, dtype_of, identify, name_data, ref
 from megatron_salt.train.metrics import look_at_logs
 from megatron_salt.train.optim import build_scheduler
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
+from megatron_salt.train.sinks import require_package
 
 OPTIMIZER_BYTES = 12  # of a parameter: float32 main parameter and both moments
 GIB = 2**30
@@ -47,6 +48,8 @@ class Beginning:
 def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Beginning:
     """Where the run begins, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
+    if config.logging.wandb_project is not None:
+        require_package("wandb", "--wandb-project")
     if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
         train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
         refuse_training_data(train, valid)

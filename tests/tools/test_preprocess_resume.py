@@ -160,7 +160,30 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
     capsys.readouterr()
     assert run(inputs, tmp_path / "out", "--resume") == 0 and "already whole" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert run(inputs[:1], tmp_path / "out", "--resume") == 2 and "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda inputs, out: run(inputs[:1], out, "--resume"), "other --input"),
+    (lambda inputs, out: run(inputs, out, "--resume", "--no-append-eod"), "other --append-eod"),
+    (lambda inputs, out: run(inputs, out, "--resume", "--dedup", "exact"), "other --dedup"),
+    (lambda inputs, out: run(inputs, out, "--resume", "--shuffle-documents", "1"), "other --shuffle-documents"),
+    (lambda inputs, out: edited(inputs) and run(inputs, out, "--resume"), "other --input")])
+def test_a_whole_dataset_that_was_made_otherwise_is_not_called_whole(tmp_path, capsys, change, word):
+    inputs = corpus(tmp_path)
+    assert run(inputs, tmp_path / "out") == 0
+    before = files_in(tmp_path / "out")
+    capsys.readouterr()
+    assert change(inputs, tmp_path / "out") == 2
+    told = capsys.readouterr()
+    assert word in told.err and "--overwrite replaces it" in told.err and "already whole" not in told.out
+    assert files_in(tmp_path / "out") == before
+
+
+def edited(inputs) -> bool:
+    """Change a letter in the first file; its size stays."""
+    path = Path(str(inputs[0]))
+    path.write_bytes(path.read_bytes().replace(b"e", b"i", 1) if path.suffix not in (".gz", ".zst") else path.read_bytes()[::-1])
+    return True
 
 
 @pytest.mark.parametrize("change, word", [

@@ -115,7 +115,7 @@ def test_merged_counts_are_the_sums_and_older_parts_do_not_say(tmp_path, corpus,
     assert (merged.special_tokens_in_text, merged.special_documents, merged.special_tokens) == ("split", 4, {"<eod>": 6})
     path = manifest_path(str(parts[1]))
     older = json.loads(path.read_text())
-    for name in ("bos", "special_tokens_in_text", "special_documents", "special_tokens"):
+    for name in ("bos", "special_tokens_in_text", "special_documents", "special_tokens", "dedup"):
         del older[name]
     path.write_text(json.dumps(older))
     assert merge(parts, tmp_path / "d", "--allow-duplicate-inputs") == 0

@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_says_whether_it_is_done_or_wants_to_go_on(tmp_path: Path, data: str) -> None:
     flags = dict(data_path=data, train_iters=3, save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
     train(2, **flags, exit_interval=2)
-    assert (tmp_path / "outcome").read_text() == "left 2 job -.0 before its last step, 3\n"
+    assert (tmp_path / "outcome").read_text() == "left 2 job -.0 before its last step, 3: step 2 is a multiple of --exit-interval 2\n"
     train(2, **flags)
     assert (tmp_path / "outcome").read_text() == "done 3 job -.0 after its last step\n"
     train(2, **flags)  # nothing is left to do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     return root
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REFUSED: list[Any] = [  # flags, what the line says
     # data
     (dict(data_path="ROOT/nowhere"), "--data-path ROOT/nowhere: ROOT/nowhere.idx does not exist"),
     (dict(eval_iters=1), "--eval-iters 1 needs held-out data"),
     (dict(data_path="ROOT/few", valid_share=0.5, seq_length=48), "ROOT/few"),
     (dict(tokenizer_type=None), "--tokenizer-type"),
     (dict(data_path="ROOT/few", valid_data_path="ROOT/link"), "--valid-data-path ROOT/link is the same file as --data-path ROOT/few"),
+    # the log
+    pytest.param(dict(wandb_project="salt"), "--wandb-project needs the package wandb",
+                 marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")),
     # the checkpoint
     (dict(load="ROOT/nowhere"), "--load ROOT/nowhere holds no checkpoint; a run starts without one only where --save is the same"),
     (dict(load="ROOT/lost"), "whole checkpoints: iter_0000002. Give one of them to --load"),
@@ -80,7 +84,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("flags, reason", REFUSED, ids=[reason[:50] for _, reason in REFUSED])
+@pytest.mark.parametrize("flags, reason", REFUSED, ids=lambda value: value[:50] if isinstance(value, str) else "")
 def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
     tmp_path: Path, data: str, runs: Path, flags: dict[str, Any], reason: str
 ) -> None:
