@@ -189,6 +189,10 @@ def preprocess(config: PreprocessConfig) -> None:
                 journal.append({"finished": written})
             for prefix in prefixes:
                 publish(finished_prefix(config, prefix), prefix)
+            gone = [str(path) for prefix in prefixes for path in output_paths(prefix) if not path.exists()]
+            if gone:
+                raise UserError(f"{journal.path} says that all was written, but {', '.join(gone)} is not there; put it back, or begin anew "
+                                "with --overwrite instead of --resume")
             clean(prefixes, journal)
     except OSError as error:
         raise UserError(f"--output-prefix {config.output_prefix} cannot be written: {error.strerror} "

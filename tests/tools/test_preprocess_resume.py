@@ -290,3 +290,16 @@ def test_a_finished_dataset_that_was_damaged_is_not_whole(tmp_path, capsys):
     (tmp_path / "x_text_document.bin").write_bytes(b"short")
     assert _finished(tmp_path, "--resume") == 2
     assert "has 5 bytes" in (err := capsys.readouterr().err) and "--overwrite" in err
+
+
+def test_a_dataset_that_went_away_before_its_journal_did_is_not_called_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "x.txt").write_text("one\ntwo\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess_data, "clean", lambda *_: None)  # killed before the journal was deleted
+        assert _finished(tmp_path, "--resume") == 0
+    (tmp_path / "x_text_document.bin").rename(tmp_path / "moved")
+    capsys.readouterr()
+    for _ in range(2):
+        assert _finished(tmp_path, "--resume") == 2
+        assert "x_text_document.bin is not there" in capsys.readouterr().err
+    assert _finished(tmp_path, "--overwrite") == 0
