@@ -29,7 +29,7 @@ submit() { # submit NAME AFTER OPTIONS_VARIABLE WHAT...: one job, whose number g
     printf '%-10s job %-12s after %-12s %s\n' "$name" "$job" "${after:--}" "${command[*]}"
 }
 
-compgen -G "${INPUT:-corpus/*.jsonl.zst}" >/dev/null || { echo "error: INPUT ${INPUT:-corpus/*.jsonl.zst} matches no file" >&2; exit 2; }
+compgen -G "${INPUT:-corpus/*.jsonl.zst}" >/dev/null || { echo "error: INPUT ${INPUT:-corpus/*.jsonl.zst} matches no file; set INPUT='corpus/*.jsonl' or where your text is" >&2; exit 2; }
 [ -f "$TOKENIZER" ] || { echo "error: TOKENIZER $TOKENIZER is not there; tools/train_tokenizer.py makes one" >&2; exit 2; }
 
 submit_tool() { # submit_tool NAME AFTER COMMAND
