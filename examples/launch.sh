@@ -89,7 +89,6 @@ goes_on() { # whether starts of this job have saved: then --load of another run'
 }
 
 launch() { # command, on all tasks, until it is done
-    go_on=()
     logs=$RUN_DIR/logs leaving='' left_at='' attempt=0 unsaved=0
     mkdir -p "$logs" || stop "RUN_DIR $RUN_DIR cannot be written" 2
     trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
@@ -127,16 +126,14 @@ preflight() { # what one process can see, before there are others
 }
 
 guard() { # stop a job whose starts do not get further
-    local file=$logs/launches$ELEMENT job='' before='' count=0 began='' now
+    local file=$logs/launches$ELEMENT job='' before='' count=0 now
     now=$(progress)
-    read -r job before count began 2>/dev/null <"$file"
+    read -r job before count 2>/dev/null <"$file"
     if [ "${job:-$SLURM_JOB_ID}" != "$SLURM_JOB_ID" ] && [ -n "$(squeue --noheader --states=RUNNING --jobs "$job" 2>/dev/null)" ]; then
         stop "job $job is running in RUN_DIR $RUN_DIR; give another, or wait for its end" 2
     fi
     if [ "$RESTARTS/$attempt" = 0/1 ] || [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$now" ]; then count=0; else count=$((count + 1)); fi
-    if [ "$RESTARTS/$attempt" = 0/1 ] || [ "$job" != "$SLURM_JOB_ID" ] || [ -z "$began" ]; then began=$now; fi
-    echo "$SLURM_JOB_ID $now $count $began" >"$file"
-    [ "$listens" = 0 ] || [ "$now" = "$began" ] || go_on=(--load "$RUN_DIR" --no-finetune) # from what the job itself has saved
+    echo "$SLURM_JOB_ID $now $count" >"$file"
     [ "$count" -le "$MAX_RESTARTS" ] || stop "stopped: $MAX_RESTARTS restarts in a row ended without progress ($now); MAX_RESTARTS allows more"
     [ "$attempt" = 1 ] || sleep $((PAUSE * count))
 }
@@ -157,7 +154,7 @@ start() { # one step of the job: every task runs the command
     rm -f "$beat"
     printf '%4095s\n' '' >"$outcome" # room for the word, on a disk that the run fills
     local own=()
-    [ "$listens" = 0 ] || own=(--outcome-file "$outcome" --heartbeat-file "$beat" "${go_on[@]}")
+    [ "$listens" = 0 ] || own=(--outcome-file "$outcome" --heartbeat-file "$beat")
     say "start $((RESTARTS + 1)).$attempt: $SLURM_NTASKS tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT, node logs in $NODE_LOGS"
     srun --kill-on-bad-exit=1 "${container[@]}" bash examples/task.sh "${wrap[@]}" "${command[@]}" "${own[@]}" &
     step=$!

@@ -161,7 +161,7 @@ def preprocess(config: PreprocessConfig) -> None:
     refuse_without_ends(tokenizer, config.append_eod, config.prepend_bos)
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
     facts = what_it_depends_on(config, files, forms, tokenizer)
-    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, files, facts):
+    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, facts):
         print(f"{', '.join(prefixes)}: already whole")
         return
     chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
@@ -239,27 +239,41 @@ def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[F
             "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
 
 
-def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, files: list[str], facts: dict) -> bool:
-    """Whether an earlier run of this job left nothing to do. UserError where its files are not what it wrote."""
+def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, facts: dict) -> bool:
+    """Whether an earlier run of this job left nothing to do. UserError where what it left is not this, unless that may be replaced, or
+    is not what it wrote."""
     if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
         return False
-    manifests = [read_manifest(prefix) for prefix in prefixes]
-    same = all(manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint
-               and (manifest.append_eod, manifest.shuffle_seed) == (config.append_eod, config.shuffle_documents)
-               and manifest.bos == (tokenizer.bos if config.prepend_bos else None)
-               and manifest.special_tokens_in_text in ("", config.special_tokens_in_text)  # older manifests do not say
-               and [(source.file, source.size_bytes) for source in manifest.sources] == [(file, size_of(file)) for file in files]
-               and manifest.dedup in ("", config.dedup)
-               and all(source.form in ("", form) and source.sampled in ("", sampled)
-                       for source, (_, form, _, sampled) in zip(manifest.sources, facts["--input"], strict=True))
-               for manifest in manifests)
-    if same:
-        try:
-            for prefix in prefixes:
-                fingerprint(prefix)
-        except UserError as error:
-            raise UserError(f"{error}; --overwrite instead of --resume makes it anew") from None
-    return same
+    for prefix in prefixes:
+        other = made_otherwise(config, prefix, tokenizer, facts)
+        if other and not config.overwrite:
+            raise UserError(f"--resume: {prefix}.bin is whole, and was made with other {', '.join(other)}; "
+                            "--overwrite replaces it, another --output-prefix leaves it alone")
+        if other:
+            return False
+    try:
+        for prefix in prefixes:
+            fingerprint(prefix)
+    except UserError as error:
+        raise UserError(f"{error}; --overwrite instead of --resume makes it anew") from None
+    return True
+
+
+def made_otherwise(config: PreprocessConfig, prefix: str, tokenizer: Tokenizer, facts: dict) -> list[str]:
+    """What a dataset was made with and this job would not. Older manifests do not say all of it."""
+    there = read_manifest(prefix)
+    if there is None:
+        return ["flags, which no manifest tells"]
+    inputs = {file: (form, size, sampled) for file, form, size, sampled in facts["--input"]}
+    known = {source.file: (source.form or inputs.get(source.file, ("",))[0], source.size_bytes,
+                           source.sampled or inputs.get(source.file, ("", 0, ""))[2]) for source in there.sources}  # fmt: skip
+    return [name for name, differs in (
+        ("--input", list(known.items()) != list(inputs.items())), ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
+        ("--append-eod", there.append_eod != config.append_eod),
+        ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
+        ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
+        ("--dedup", there.dedup not in ("", config.dedup)),
+        ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents)) if differs]
 
 
 def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:

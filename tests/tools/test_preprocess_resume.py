@@ -281,7 +281,7 @@ def test_what_other_flags_or_another_text_made_is_not_whole(tmp_path, capsys, fl
     if not flags:
         (tmp_path / "x.txt").write_text("one\nsix\none\n")  # as long
     assert _finished(tmp_path, "--resume", *flags) == 2
-    assert "exists; --overwrite replaces it" in capsys.readouterr().err
+    assert "is whole, and was made with other --" in capsys.readouterr().err
 
 
 def test_a_finished_dataset_that_was_damaged_is_not_whole(tmp_path, capsys):
