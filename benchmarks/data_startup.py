@@ -27,7 +27,8 @@ from results import result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: see there)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: see there)
+
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split

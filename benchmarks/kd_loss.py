@@ -41,16 +41,18 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu as cpu  # noqa: E402  (before megatron: see there)
-from megatron.core import tensor_parallel  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
-from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy  # noqa: E402
-from megatron_salt.model.vocabulary import VocabularyShard  # noqa: E402
-from megatron_salt.parallel.launch import distributed, seed_everything  # noqa: E402
-from megatron_salt.parallel.layout import Layout  # noqa: E402
-from megatron_salt.parallel.mesh import make_student_mesh  # noqa: E402
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.launch import distributed, seed_everything
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.mesh import make_student_mesh
 
 HIDDEN, TEACHER_HIDDEN, CHUNK = 512, 384, 256
 KD_WEIGHT = 0.667
@@ -100,7 +102,7 @@ def main() -> None:
     asked.add_argument("--pairs", type=int, help="default: 5, with --full 9")
     asked.add_argument("--child", help=argparse.SUPPRESS)
     flags = asked.parse_args()
-    assert cpu.device().type == "cpu", "this benchmark is about the CPU"
+    assert current_device().type == "cpu", "this benchmark is about the CPU"
     if flags.child:
         child(json.loads(flags.child))
         return
@@ -157,7 +159,9 @@ def in_child(setting: Setting, names: list[str], pairs: int) -> dict:
     """What `child` prints, from a process of its own."""
     order = json.dumps({"setting": asdict(setting), "names": names, "pairs": pairs})
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
-    done = subprocess.run([sys.executable, __file__, "--child", order], env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", order], env=environment, stdout=subprocess.PIPE, check=True, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -223,7 +227,9 @@ def make_step(name: str, problem: Problem) -> Step:
     return mcore
 
 
-def full_logits(hidden_nh: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, teacher_nh: Tensor, teacher: SoftTarget) -> Tensor:
+def full_logits(
+    hidden_nh: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, teacher_nh: Tensor, teacher: SoftTarget
+) -> Tensor:
     """The formula: cross entropy against (1-w) onehot(label) + w softmax(teacher logits / T)."""
     logits = F.linear(hidden_nh, weight).float()
     with torch.no_grad():
@@ -234,19 +240,31 @@ def full_logits(hidden_nh: Tensor, weight: Tensor, labels: Tensor, mask: Tensor,
 
 def in_chunks(problem: Problem, num_chunks: int) -> Tensor:
     """torchtune's way: each chunk's logits are made and upcast apart from the others'; autograd keeps what backward needs."""
-    parts = [part.chunk(num_chunks) for part in (problem.hidden[:, 0], problem.labels, problem.mask, problem.teacher.hidden[:, 0])]
-    losses = [full_logits(hidden, problem.weight, labels, mask, teacher_nh, problem.teacher)
-              for hidden, labels, mask, teacher_nh in zip(*parts, strict=True)]
+    parts = [
+        part.chunk(num_chunks) for part in (problem.hidden[:, 0], problem.labels, problem.mask, problem.teacher.hidden[:, 0])
+    ]
+    losses = [
+        full_logits(hidden, problem.weight, labels, mask, teacher_nh, problem.teacher)
+        for hidden, labels, mask, teacher_nh in zip(*parts, strict=True)
+    ]
     return torch.stack(losses).sum()
 
 
 def mcore_layer(weight: Tensor) -> ColumnParallelLinear:
     """megatron-core's output layer, given its weight with each call."""
     bf16 = weight.dtype == torch.bfloat16
-    config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, use_cpu_initialization=True,
-                               params_dtype=weight.dtype, pipeline_dtype=weight.dtype, bf16=bf16)
-    return ColumnParallelLinear(HIDDEN, weight.size(0), config=config, init_method=torch.nn.init.zeros_, bias=False,
-                                skip_weight_param_allocation=True)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        params_dtype=weight.dtype,
+        pipeline_dtype=weight.dtype,
+        bf16=bf16,
+    )
+    return ColumnParallelLinear(
+        HIDDEN, weight.size(0), config=config, init_method=torch.nn.init.zeros_, bias=False, skip_weight_param_allocation=True
+    )
 
 
 def clear(problem: Problem) -> None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from megatron_salt.data.indexed import IndexedWriter
+from megatron_salt.preprocess.indexed_writer import IndexedWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -96,7 +96,9 @@ def ways() -> dict[str, list[str]]:
     for recipe in RECIPES:
         student = f"--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe {recipe}"
         teacher = f"--teacher-fp8-format hybrid --teacher-fp8-recipe {'tensorwise' if recipe == 'delayed' else recipe}"
-        found[f"FP8 {recipe}"] = f"{student} {teacher} --teacher-fp8-max-kl 1e9"  # it has learnt nothing: the figure is told, not judged
+        found[f"FP8 {recipe}"] = (
+            f"{student} {teacher} --teacher-fp8-max-kl 1e9"  # it has learnt nothing: the figure is told, not judged
+        )
     return {name: words.split() for name, words in found.items()}
 
 

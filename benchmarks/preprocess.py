@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import result
 
-from megatron_salt.data.backends import without_special
-from megatron_salt.data.tokenizer import Tokenizer, tokenizer_from_files
+from megatron_salt.preprocess.tokenizer_backends import without_special
+from megatron_salt.tokenizer.tokenizer import Tokenizer, tokenizer_from_files
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -45,8 +45,12 @@ NAMES = {"SentencePieceTokenizer": "tokenizer.model", "HuggingFaceTokenizer": "t
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--input", help="JSON lines with `text`")
-    asked.add_argument("--tokenizer-model", nargs="+", help="SentencePiece .model, tokenizer.json; default: trained on the input")
-    asked.add_argument("--megabytes", type=float, default=20, help="of text for the reference backends; gigatoken gets 10 times as much")
+    asked.add_argument(
+        "--tokenizer-model", nargs="+", help="SentencePiece .model, tokenizer.json; default: trained on the input"
+    )
+    asked.add_argument(
+        "--megabytes", type=float, default=20, help="of text for the reference backends; gigatoken gets 10 times as much"
+    )
     asked.add_argument("--workers", type=int, default=2)
     asked.add_argument("--rounds", type=int, default=2)
     asked.add_argument("--megatron", help="a checkout of Megatron-LM")
@@ -65,11 +69,14 @@ def main() -> None:
             speed(kind, model, "gigatoken", large, tiny, flags.workers, flags.rounds)
             grown(kind, model, small, large, flags.workers)
             if flags.megatron and kind == "HuggingFaceTokenizer":
-                against_megatron(flags.megatron_python, Path(flags.megatron).resolve(), model, small, large, flags.workers, flags.rounds)
+                against_megatron(
+                    flags.megatron_python, Path(flags.megatron).resolve(), model, small, large, flags.workers, flags.rounds
+                )
 
 
-def speed(kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: tuple[Path, int], workers: int,
-          rounds: int) -> None:
+def speed(
+    kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: tuple[Path, int], workers: int, rounds: int
+) -> None:
     """One backend of one tokenizer, raw and in the tool."""
     raw, whole, start = Cost(1e9, 1e9), Cost(1e9, 1e9), Cost(1e9, 1e9)
     for _ in range(rounds):
@@ -78,15 +85,18 @@ def speed(kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: 
         whole = whole.least(tool(kind, model, backend, source, workers)[0])
     inside = Cost(whole.wall - start.wall, whole.cpu - start.cpu)
     label, size, more = f"{kind.removesuffix('Tokenizer').lower()}_{backend}", source[1] / 1e6, (source[1] - tiny[1]) / 1e6
-    print(f"{kind} by {backend}: raw {size / raw.wall:.2f} MB/s, {size / raw.cpu:.2f} MB a CPU second; the tool "
-          f"{more / inside.wall:.2f} and {more / inside.cpu:.2f}; its first {tiny[1] / 1e6:.0f} MB, with its start, {start.wall:.1f} s")
+    print(
+        f"{kind} by {backend}: raw {size / raw.wall:.2f} MB/s, {size / raw.cpu:.2f} MB a CPU second; the tool "
+        f"{more / inside.wall:.2f} and {more / inside.cpu:.2f}; its first {tiny[1] / 1e6:.0f} MB, with its start, {start.wall:.1f} s"
+    )
     if backend == "reference":  # beside gigatoken, reading and writing take as long as encoding
         result(f"tool_over_raw_{label}", more / size * raw.wall / inside.wall, 0.9)
         result(f"tool_over_raw_cpu_{label}", more / size * raw.cpu / inside.cpu, 0.9)
 
 
-def against_megatron(python: str, checkout: Path, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int,
-                     rounds: int) -> None:
+def against_megatron(
+    python: str, checkout: Path, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int, rounds: int
+) -> None:
     """Whole runs of ours with gigatoken, and of Megatron-LM's two tools."""
     ours, theirs, fast = Cost(1e9, 1e9), Cost(1e9, 1e9), Cost(1e9, 1e9)
     for _ in range(rounds):
@@ -94,8 +104,10 @@ def against_megatron(python: str, checkout: Path, model: Path, small: tuple[Path
         fast = fast.least(megatron_tool(python, checkout, "preprocess_data_fast.py", model, large, ["--use-gigatoken"]))
         theirs = theirs.least(megatron_tool(python, checkout, "preprocess_data.py", model, small, ["--workers", str(workers)]))
     rates = [source[1] / 1e6 / cost.wall for source, cost in ((large, ours), (large, fast), (small, theirs))]
-    print(f"from start to end: ours with gigatoken {rates[0]:.2f} MB/s ({ours.wall:.1f} s), Megatron-LM's preprocess_data_fast.py "
-          f"{rates[1]:.2f} ({fast.wall:.1f} s), its preprocess_data.py {rates[2]:.2f} ({theirs.wall:.1f} s)")
+    print(
+        f"from start to end: ours with gigatoken {rates[0]:.2f} MB/s ({ours.wall:.1f} s), Megatron-LM's preprocess_data_fast.py "
+        f"{rates[1]:.2f} ({fast.wall:.1f} s), its preprocess_data.py {rates[2]:.2f} ({theirs.wall:.1f} s)"
+    )
     result("whole_run_over_megatrons_gigatoken", rates[0] / rates[1], 1)
     result("whole_run_over_megatron", rates[0] / rates[2], 20)
 
@@ -103,8 +115,10 @@ def against_megatron(python: str, checkout: Path, model: Path, small: tuple[Path
 def grown(kind: str, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int) -> None:
     """Memory that ten times the input takes more."""
     few, many = (tool(kind, model, "gigatoken", source, workers)[1] for source in (small, large))
-    print(f"{kind} by gigatoken: {few / 1e6:.0f} MB resident for {small[1] / 1e6:.0f} MB of text, "
-          f"{many / 1e6:.0f} MB for {large[1] / 1e6:.0f} MB")
+    print(
+        f"{kind} by gigatoken: {few / 1e6:.0f} MB resident for {small[1] / 1e6:.0f} MB of text, "
+        f"{many / 1e6:.0f} MB for {large[1] / 1e6:.0f} MB"
+    )
     result(f"grown_mb_{kind.removesuffix('Tokenizer').lower()}_gigatoken", (many - few) / 1e6, 50, lower_is_better=True)
 
 
@@ -125,9 +139,25 @@ class Cost:
 def tool(kind: str, model: Path, backend: str, source: tuple[Path, int], workers: int) -> tuple[Cost, int]:
     """A run of the tool from its start to its end; bytes of memory at the highest."""
     with tempfile.TemporaryDirectory(dir=source[0].parent) as out:
-        command = [sys.executable, "tools/preprocess_data.py", "--input", str(source[0]), "--output-prefix", f"{out}/d", "--append-eod",
-                   "--tokenizer-type", kind, "--tokenizer-model", str(model.resolve()), "--tokenizer-backend", backend,
-                   "--workers", str(workers), "--log-interval", "1000000000"]
+        command = [
+            sys.executable,
+            "tools/preprocess_data.py",
+            "--input",
+            str(source[0]),
+            "--output-prefix",
+            f"{out}/d",
+            "--append-eod",
+            "--tokenizer-type",
+            kind,
+            "--tokenizer-model",
+            str(model.resolve()),
+            "--tokenizer-backend",
+            backend,
+            "--workers",
+            str(workers),
+            "--log-interval",
+            "1000000000",
+        ]
         started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         memory = Memory(process.pid)
@@ -141,11 +171,28 @@ def megatron_tool(python: str, checkout: Path, script: str, model: Path, source:
     with tempfile.TemporaryDirectory(dir=source[0].parent) as out:
         (Path(out) / "tokenizer.json").write_bytes(model.read_bytes())  # transformers takes a directory
         (Path(out) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-        command = [python, f"tools/{script}", "--input", str(source[0]), "--output-prefix", f"{out}/d",
-                   "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", out, *more]
+        command = [
+            python,
+            f"tools/{script}",
+            "--input",
+            str(source[0]),
+            "--output-prefix",
+            f"{out}/d",
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            out,
+            *more,
+        ]
         started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command,
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"},
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         return since(started, before)
 
 
@@ -192,8 +239,10 @@ def raw_cost(kind: str, model: Path, backend: str, source: tuple[Path, int], wor
     """`workers` processes that encode alone."""
     context = multiprocessing.get_context("spawn")
     ready, go, seconds = context.Barrier(workers + 1), context.Barrier(workers + 1), context.SimpleQueue()
-    processes = [context.Process(target=encode_share, args=(kind, str(model), backend, str(source[0]), i, workers, ready, go, seconds))
-                 for i in range(workers)]
+    processes = [
+        context.Process(target=encode_share, args=(kind, str(model), backend, str(source[0]), i, workers, ready, go, seconds))
+        for i in range(workers)
+    ]
     for process in processes:
         process.start()
     ready.wait()
@@ -239,8 +288,13 @@ def gigatoken_of(tokenizer: Tokenizer):
 
 def read_texts(path: str | None, folder: Path) -> list[str]:
     if path is None:
-        subprocess.run([sys.executable, "tools/python_corpus.py", "--output-dir", str(folder)], cwd=ROOT, env=ENVIRONMENT, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "tools/python_corpus.py", "--output-dir", str(folder)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         path = str(folder / "train.jsonl")
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line)["text"] for line in stream]
@@ -264,14 +318,19 @@ def train(texts: list[str], folder: Path) -> list[Path]:
 
     some = [line for text in texts[:: max(len(texts) // 500, 1)] for line in text.splitlines()]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(some), model_writer=model, vocab_size=8000, model_type="bpe",
-                                             byte_fallback=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(some), model_writer=model, vocab_size=8000, model_type="bpe", byte_fallback=True, minloglevel=2
+    )
     (folder / "t.model").write_bytes(model.getvalue())
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(some, tokenizers.trainers.BpeTrainer(vocab_size=32000, special_tokens=["<|endoftext|>"], show_progress=False,
-                                                                 initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        some,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=32000, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=alphabet
+        ),
+    )
     bpe.save(str(folder / "t.json"))
     return [folder / "t.model", folder / "t.json"]
 

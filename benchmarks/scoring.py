@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-from megatron_salt.config import DataConfig  # noqa: E402
-from megatron_salt.data.samples import open_training_data  # noqa: E402
-from megatron_salt.model.gpt import GPT  # noqa: E402
-from megatron_salt.model.vocabulary import slices  # noqa: E402
-from megatron_salt.parallel.launch import distributed  # noqa: E402
-from megatron_salt.parallel.pipeline import LossFunction, run_pipeline  # noqa: E402
-from megatron_salt.salt.admission import read_teacher  # noqa: E402
-from megatron_salt.parallel.layout import Layout  # noqa: E402
-from megatron_salt.salt.scoring import Scorer, _Placed, make_scorer  # noqa: E402
+from megatron_salt.config import DataConfig
+from megatron_salt.data.samples import open_training_data
+from megatron_salt.model.gpt import GPT
+from megatron_salt.model.vocab_parallel import slices
+from megatron_salt.parallel.launch import distributed
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.load_teacher import read_teacher
+from megatron_salt.salt.scorer import Scorer, _Placed, make_scorer
 
 GOAL = 0.90
 WINDOWS, MICRO_BATCH = 16, 4

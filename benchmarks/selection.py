@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from results import result
 
-from megatron_salt.data.eligible import duplicates, find_eligible
-from megatron_salt.data.score_index import ScoreIndex
-from megatron_salt.data.scores import DatasetFacts, IndexManifest, claim, columns, npy_header, write_shard_manifest
-from megatron_salt.data.select import Rule, choose
-from megatron_salt.data.selection import Selection, write_selection
+from megatron_salt.data.manifest import DatasetFacts
+from megatron_salt.selection.eligibility import duplicates, find_eligible
+from megatron_salt.selection.rules import Rule, choose
+from megatron_salt.selection.score_format import IndexManifest, claim, columns, npy_header, write_shard_manifest
+from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.selection.selection_file import Selection, write_selection
 
 SCORE, CHUNK, FRACTION = "median_zeroed_10", 1 << 22, 0.1
 GOAL_GIB = 2.0
@@ -106,7 +107,9 @@ def chunk_of(name: str, first: int, count: int, random: np.random.Generator) -> 
 
 
 def in_child(name: str, folder: Path) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--child", name, str(folder)], stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", name, str(folder)], stdout=subprocess.PIPE, check=True, text=True
+    )
     return json.loads(done.stdout)
 
 

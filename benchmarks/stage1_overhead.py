@@ -6,7 +6,7 @@
 Student and teacher are built by the program's own `build`, from a teacher's checkpoint that the program wrote: on one rank, and on two
 pipeline stages, where each rank has a replica of the teacher. The same run then takes steps of both stages in turns, on the same
 microbatches. The ratio is the median over neighbouring steps, so that load on the machine hits both alike; the rival is what start-up
-predicts (salt/prediction.py), beside what it would predict by FLOPs alone. Beside the wall clock stand CPU seconds of the busiest rank,
+predicts (salt/cost.py), beside what it would predict by FLOPs alone. Beside the wall clock stand CPU seconds of the busiest rank,
 which the prediction is about.
 """
 
@@ -37,24 +37,33 @@ from results import result
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu  # noqa: E402, F401  (before megatron: see there)
-from megatron_salt.cli import parse, to_yaml  # noqa: E402
-from megatron_salt.config import (  # noqa: E402
-    CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, RunConfig, SaltConfig, TokenizerConfig, TrainingConfig,
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: see there)
+
+from megatron_salt.cli import parse, to_yaml
+from megatron_salt.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SaltConfig,
+    TokenizerConfig,
+    TrainingConfig,
 )  # fmt: skip
-from megatron_salt.data.indexed import IndexedWriter  # noqa: E402
-from megatron_salt.model.flops import HeadCost  # noqa: E402
-from megatron_salt.model.head_cost import measure_head  # noqa: E402
-from megatron_salt.model.loss import chunk_tokens_for_budget  # noqa: E402
-from megatron_salt.parallel.launch import distributed  # noqa: E402
-from megatron_salt.parallel.layout import student_layout  # noqa: E402
-from megatron_salt.parallel.mesh import new_group_of  # noqa: E402
-from megatron_salt.salt import routing  # noqa: E402
-from megatron_salt.salt.prediction import predict  # noqa: E402
-from megatron_salt.train.build import build, dtype_of, identify, name_data, read_inputs  # noqa: E402
-from megatron_salt.train.metrics import PhaseTimer  # noqa: E402
-from megatron_salt.train.plan import plan_run  # noqa: E402
-from megatron_salt.train.step import train_step  # noqa: E402
+from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.model.flops import HeadCost
+from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.parallel.launch import distributed
+from megatron_salt.parallel.layout import student_layout
+from megatron_salt.parallel.mesh import new_group_of
+from megatron_salt.preprocess.indexed_writer import IndexedWriter
+from megatron_salt.salt import routing
+from megatron_salt.salt.cost import predict
+from megatron_salt.salt.head_cost import measure_head
+from megatron_salt.train.build import build, dtype_of, identify, name_data, read_inputs
+from megatron_salt.train.plan import plan_run
+from megatron_salt.train.step import train_step
 
 VOCABULARY, SEQ_LENGTH, MICROBATCHES = 8192, 256, 4
 TEACHER = ModelConfig(
@@ -103,10 +112,16 @@ def main() -> None:
 
 def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
     """A table, and the figures."""
-    ratios, cpu_ratios, predicted = {}, {}, {stages: prediction(run, HeadCost(*told[stages].head)) for stages, run in runs.items()}
+    ratios, cpu_ratios, predicted = (
+        {},
+        {},
+        {stages: prediction(run, HeadCost(*told[stages].head)) for stages, run in runs.items()},
+    )
     by_flops = {stages: prediction(run, HeadCost(0, 0)) for stages, run in runs.items()}
     print(f"{MICROBATCHES} microbatches of {SEQ_LENGTH} tokens a step; vocabulary {VOCABULARY}; one thread a rank")
-    print(f"{'':6}{'stage 2, s':>12}{'stage 1 / 2':>13}{'quartiles':>16}{'CPU':>9}{'predicted':>12}{'by FLOPs':>11}{'pairs':>8}{'busy':>7}")
+    print(
+        f"{'':6}{'stage 2, s':>12}{'stage 1 / 2':>13}{'quartiles':>16}{'CPU':>9}{'predicted':>12}{'by FLOPs':>11}{'pairs':>8}{'busy':>7}"
+    )
     for stages, of in told.items():
         low, ratios[stages], high = statistics.quantiles([first / second for first, second in of.wall], n=4)
         cpu_ratios[stages] = statistics.median(first / second for first, second in of.cpu)
@@ -118,12 +133,19 @@ def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
     print("CPU: in CPU seconds of the busiest rank. busy: share of a core that this rank got, waiting for the other left out.")
     for stages, run in runs.items():
         planned, logits = exchange_bytes(run, stages, TEACHER.hidden_size), exchange_bytes(run, stages, VOCABULARY)
-        print(f"pp {stages}: a step exchanges {told[stages].sent_bytes} bytes, planned {planned}; as logits they would be {logits}")
+        print(
+            f"pp {stages}: a step exchanges {told[stages].sent_bytes} bytes, planned {planned}; as logits they would be {logits}"
+        )
         assert told[stages].sent_bytes == planned, "a step exchanged something else than its plan says"
     for stages, ratio in ratios.items():
         result(f"stage1_over_prediction_pp{stages}", ratio / predicted[stages], GOAL, lower_is_better=True)
         result(f"stage1_over_prediction_pp{stages}_cpu", cpu_ratios[stages] / predicted[stages], GOAL, lower_is_better=True)
-    result("exchanged_over_logits", told[2].sent_bytes / exchange_bytes(runs[2], 2, VOCABULARY), EXCHANGE_GOAL, lower_is_better=True)
+    result(
+        "exchanged_over_logits",
+        told[2].sent_bytes / exchange_bytes(runs[2], 2, VOCABULARY),
+        EXCHANGE_GOAL,
+        lower_is_better=True,
+    )
 
 
 def prediction(run: RunConfig, head: HeadCost) -> float:
@@ -142,6 +164,7 @@ def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
 
 
 # --- what the ranks run -----------------------------------------------------------------------------------------------
+
 
 def student_run(folder: Path, stages: int, bf16: bool) -> RunConfig:
     """The run whose steps are timed."""
@@ -197,6 +220,7 @@ def launch(num_ranks: int, *words: str) -> None:
 
 
 # --- on each rank -----------------------------------------------------------------------------------------------------
+
 
 def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
     """Build the run, take its steps, and let rank 0 write what came out. Collective over all ranks."""

@@ -31,16 +31,18 @@ from results import result
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu as cpu  # noqa: E402  (before megatron: see there)
-from megatron_salt.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig  # noqa: E402
-from megatron_salt.data.batch import Microbatch  # noqa: E402
-from megatron_salt.parallel.launch import distributed, seed_everything  # noqa: E402
-from megatron_salt.parallel.layout import Layout  # noqa: E402
-from megatron_salt.parallel.mesh import Mesh, make_student_mesh  # noqa: E402
-from megatron_salt.train.build import build_student, count_parameters  # noqa: E402
-from megatron_salt.train.metrics import PhaseTimer  # noqa: E402
-from megatron_salt.train.plan import plan_run  # noqa: E402
-from megatron_salt.train.step import Student, train_step, unwrap  # noqa: E402
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.launch import distributed, seed_everything
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh
+from megatron_salt.train.build import build_student, count_parameters
+from megatron_salt.train.plan import plan_run
+from megatron_salt.train.step import Student, train_step, unwrap
 
 VOCABULARY, SEQ_LENGTH, MICRO_BATCH, MICROBATCHES = 8192, 256, 4, 2
 TOKENS = SEQ_LENGTH * MICRO_BATCH * MICROBATCHES
@@ -88,7 +90,7 @@ def main() -> None:
     asked.add_argument("--profile", action="store_true", help="profile three steps of each instead of timing them")
     flags = asked.parse_args()
     torch.set_num_threads(1)
-    assert cpu.device().type == "cpu", "this benchmark is about the CPU"
+    assert current_device().type == "cpu", "this benchmark is about the CPU"
     with distributed(timedelta(minutes=5)):
         mesh = make_student_mesh(Layout())
         print(f"{TOKENS} tokens a step: {MICROBATCHES} x {MICRO_BATCH} x {SEQ_LENGTH}; vocabulary {VOCABULARY}; 1 thread")

@@ -132,6 +132,7 @@ def _stdout_is_closed() -> bool:
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
+
 def parse_flags(config_class: type[T], argv: Sequence[str], defaults: T | None = None) -> T:
     """`config_class` (nested dataclasses become flat flags) from flags alone, or over `defaults`. Raises UserError."""
     _refuse_unknown_flags(config_class, argv)
@@ -157,8 +158,11 @@ def leaves(config_class: type) -> list[tuple[str, Any]]:
 
 def known_flags(config_class: type) -> list[str]:
     """Every flag that `config_class` answers to; booleans also as --no-NAME."""
-    return ["--help"] + [word for name, hint in leaves(config_class)
-                         for word in ([flag(name), flag("no_" + name)] if hint is bool else [flag(name)])]
+    return ["--help"] + [
+        word
+        for name, hint in leaves(config_class)
+        for word in ([flag(name), flag("no_" + name)] if hint is bool else [flag(name)])
+    ]
 
 
 def _refuse_unknown_flags(config_class: type, argv: Iterable[str]) -> None:
@@ -221,6 +225,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
+
 
 def to_yaml(config: RunConfig) -> str:
     """The whole tree as YAML; `from_yaml` reads it back to an equal RunConfig."""
@@ -303,8 +308,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value in choices:
             return value
-        raise UserError(f"{where}: expected one of {', '.join(choices)}, got {_described(value)}"
-                        f"{_suggest(str(value), choices)}")
+        raise UserError(
+            f"{where}: expected one of {', '.join(choices)}, got {_described(value)}{_suggest(str(value), choices)}"
+        )
     if origin is tuple:
         if not isinstance(value, list):
             raise UserError(f"{where}: expected a list such as [a, b], got {_described(value)}")
@@ -314,8 +320,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if type(value) is hint:
         return value
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
-    raise UserError(f"{where}: expected {expected}, got {_described(value)}" +
-                    ("; put it in quotes" if hint is str and isinstance(value, (int, float)) else ""))
+    raise UserError(
+        f"{where}: expected {expected}, got {_described(value)}"
+        + ("; put it in quotes" if hint is str and isinstance(value, (int, float)) else "")
+    )
 
 
 def _as_word(item: Any, kind: type) -> Any:

@@ -60,8 +60,10 @@ def _representable(section: Any) -> None:
         value = getattr(section, leaf.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and number != 0 and not _FLOAT32[0] <= abs(number) <= _FLOAT32[1]:
-                raise UserError(f"{flag(leaf.name)} must be 0 or between {_FLOAT32[0]:.3g} and {_FLOAT32[1]:.3g} in size, as float32 "
-                                f"holds it, got {number}")
+                raise UserError(
+                    f"{flag(leaf.name)} must be 0 or between {_FLOAT32[0]:.3g} and {_FLOAT32[1]:.3g} in size, as float32 "
+                    f"holds it, got {number}"
+                )
             if isinstance(number, int) and abs(number) > _LARGEST_COUNT:
                 raise UserError(f"{flag(leaf.name)} must be at most {_LARGEST_COUNT} in size, got {number}")
 
@@ -135,8 +137,18 @@ class ModelConfig:
     Must be a multiple of the tensor-parallel size. Padded ids take no part in the loss."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                  "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by")
+        _at_least(
+            self,
+            1,
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "make_vocab_size_divisible_by",
+        )
         _above_zero(self, "rotary_base", "norm_epsilon", "init_method_std")
         _within(self, 0.0, 1.0, "rotary_percent", "norm_epsilon", "init_method_std")
         _from_zero_to_below_one(self, "hidden_dropout", "attention_dropout")
@@ -144,11 +156,14 @@ class ModelConfig:
         if self.swiglu and self.squared_relu:
             raise UserError("--swiglu and --squared-relu name two different activations; give one")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
-            raise UserError(f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
-                            f"{self.num_attention_heads}; change one, or give --kv-channels")
+            raise UserError(
+                f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
+                f"{self.num_attention_heads}; change one, or give --kv-channels"
+            )
         if self.num_attention_heads % self.query_groups:
-            raise UserError(f"--num-attention-heads {self.num_attention_heads} is not divisible by "
-                            f"--num-query-groups {self.query_groups}")
+            raise UserError(
+                f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups {self.query_groups}"
+            )
 
     @property
     def query_groups(self) -> int:
@@ -232,23 +247,36 @@ class ParallelConfig:
     """A run whose ranks have not all joined after this ends; the missing ranks are named every 30 seconds."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size",
-                  "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "decoder_first_pipeline_num_layers",
-                  "decoder_last_pipeline_num_layers", "recompute_num_layers", "ddp_bucket_size")
+        _at_least(
+            self,
+            1,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_virtual_stages_per_pipeline_rank",
+            "context_parallel_size",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "recompute_num_layers",
+            "ddp_bucket_size",
+        )
         _above_zero(self, "distributed_timeout_minutes", "rendezvous_timeout_minutes")
         _representable(self)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")
         if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
-            raise UserError(f"--num-virtual-stages-per-pipeline-rank {self.num_virtual_stages_per_pipeline_rank} needs "
-                            "--pipeline-model-parallel-size above 1, got 1")
+            raise UserError(
+                f"--num-virtual-stages-per-pipeline-rank {self.num_virtual_stages_per_pipeline_rank} needs "
+                "--pipeline-model-parallel-size above 1, got 1"
+            )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
         if self.recompute_granularity == "full" and (self.recompute_method is None or self.recompute_num_layers is None):
             raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
-            raise UserError("--recompute-method and --recompute-num-layers belong to --recompute-granularity full, "
-                            f"got --recompute-granularity {self.recompute_granularity}")
+            raise UserError(
+                "--recompute-method and --recompute-num-layers belong to --recompute-granularity full, "
+                f"got --recompute-granularity {self.recompute_granularity}"
+            )
 
     @property
     def replica_ranks(self) -> int:
@@ -342,14 +370,30 @@ class TrainingConfig:
     """Ranks that profile."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
-                  "loss_chunk_tokens", "loss_chunk_mib", "eval_interval", "exit_interval", "max_nonfinite_steps")
+        _at_least(
+            self,
+            1,
+            "seq_length",
+            "micro_batch_size",
+            "global_batch_size",
+            "train_iters",
+            "train_samples",
+            "loss_chunk_tokens",
+            "loss_chunk_mib",
+            "eval_interval",
+            "exit_interval",
+            "max_nonfinite_steps",
+        )
         _at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start", "exit_duration_in_mins", "seed")
         _representable(self)
         if self.train_iters is not None and self.train_samples is not None:
-            raise UserError(f"--train-iters {self.train_iters} and --train-samples {self.train_samples} are two lengths of one run; give one")
+            raise UserError(
+                f"--train-iters {self.train_iters} and --train-samples {self.train_samples} are two lengths of one run; give one"
+            )
         if self.profile and self.profile_step_end <= self.profile_step_start:
-            raise UserError(f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}")
+            raise UserError(
+                f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}"
+            )
         if any(rank < 0 for rank in self.profile_ranks):
             raise UserError(f"--profile-ranks must be at least 0, got {' '.join(map(str, self.profile_ranks))}")
 
@@ -396,17 +440,25 @@ class QuantizationConfig:
         _at_least(self, 0, "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
         _representable(self)
         if self.fp8_format is not None and self.fp4_format is not None:
-            raise UserError(f"--fp8-format {self.fp8_format} and --fp4-format {self.fp4_format} are two precisions of the same products; give one")
+            raise UserError(
+                f"--fp8-format {self.fp8_format} and --fp4-format {self.fp4_format} are two precisions of the same products; give one"
+            )
         for name in ("fp8_recipe", "fp8_param_gather"):
             if getattr(self, name) and self.fp8_format is None:
                 raise UserError(f"{flag(name)} needs --fp8-format")
         if self.first_last_layers_bf16 and self.fp8_format is None and self.fp4_format is None:
             raise UserError("--first-last-layers-bf16 needs --fp8-format or --fp4-format")
         if self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
-            raise UserError("--first-last-layers-bf16 cannot be combined with --fp8-recipe delayed, whose maxima are reduced over ranks once for all layers")
-        if self.fp8_recipe != "delayed" and (self.fp8_amax_history_len != 1 or self.fp8_amax_compute_algo != "most_recent" or self.fp8_margin):
-            raise UserError("--fp8-amax-history-len, --fp8-amax-compute-algo and --fp8-margin belong to --fp8-recipe delayed, "
-                            f"got --fp8-recipe {self.fp8_recipe}")
+            raise UserError(
+                "--first-last-layers-bf16 cannot be combined with --fp8-recipe delayed, whose maxima are reduced over ranks once for all layers"
+            )
+        if self.fp8_recipe != "delayed" and (
+            self.fp8_amax_history_len != 1 or self.fp8_amax_compute_algo != "most_recent" or self.fp8_margin
+        ):
+            raise UserError(
+                "--fp8-amax-history-len, --fp8-amax-compute-algo and --fp8-margin belong to --fp8-recipe delayed, "
+                f"got --fp8-recipe {self.fp8_recipe}"
+            )
 
 
 @dataclass(frozen=True)
@@ -480,8 +532,19 @@ class OptimizerConfig:
     """On resume take the schedule from the checkpoint whatever the flags say."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay",
-                  "start_weight_decay", "end_weight_decay", "clip_grad")
+        _at_least(
+            self,
+            0,
+            "lr",
+            "min_lr",
+            "lr_warmup_iters",
+            "lr_warmup_samples",
+            "lr_warmup_init",
+            "weight_decay",
+            "start_weight_decay",
+            "end_weight_decay",
+            "clip_grad",
+        )
         _above_zero(self, "adam_eps")
         _at_least(self, 1, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
         _from_zero_to_below_one(self, "adam_beta1", "adam_beta2")
@@ -493,14 +556,20 @@ class OptimizerConfig:
             raise UserError(f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}")
         for name in ("weight_decay", "start_weight_decay", "end_weight_decay"):
             if self.lr * (getattr(self, name) or 0.0) >= 1.0:
-                raise UserError(f"--lr {self.lr} x {flag(name)} {getattr(self, name)} must be below 1, the share that a step takes from a weight")
+                raise UserError(
+                    f"--lr {self.lr} x {flag(name)} {getattr(self, name)} must be below 1, the share that a step takes from a weight"
+                )
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
-            raise UserError(f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} / "
-                            f"--lr-warmup-samples {self.lr_warmup_samples} are two lengths of one warm-up; give one")
+            raise UserError(
+                f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} / "
+                f"--lr-warmup-samples {self.lr_warmup_samples} are two lengths of one warm-up; give one"
+            )
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
             raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
-            raise UserError("--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler contradict each other; give one")
+            raise UserError(
+                "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler contradict each other; give one"
+            )
 
 
 @dataclass(frozen=True)
@@ -538,14 +607,18 @@ class DataConfig:
         _within(self, 0.0, 0.5, "valid_share")
         _representable(self)
         if self.valid_share and self.valid_data_path:
-            raise UserError(f"--valid-share {self.valid_share} and --valid-data-path {' '.join(self.valid_data_path)} both name held-out data; give one")
+            raise UserError(
+                f"--valid-share {self.valid_share} and --valid-data-path {' '.join(self.valid_data_path)} both name held-out data; give one"
+            )
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """What turned text into ids."""
 
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteLevelTokenizer"] | None = None
+    tokenizer_type: (
+        Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteLevelTokenizer"] | None
+    ) = None
     """Kind of tokenizer. None: the one named in the dataset's manifest or in the checkpoint; to turn text into ids it has to be given."""
 
     tokenizer_model: str | None = None
@@ -722,8 +795,15 @@ class SaltConfig:
     """On resume inside stage 1 take the kd flags as they are now, where the checkpoint has others; the change is recorded in the checkpoint."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_micro_batch_size",
-                  "kd_steps", "stage2_micro_batch_size")
+        _at_least(
+            self,
+            1,
+            "teacher_tensor_model_parallel_size",
+            "teacher_pipeline_model_parallel_size",
+            "teacher_micro_batch_size",
+            "kd_steps",
+            "stage2_micro_batch_size",
+        )
         _at_least(self, 0, "kd_transition_steps")
         _within(self, 0.0, 1.0, "kd_weight")
         _within(self, -1.0, 1.0, "kd_stop_margin")
@@ -731,29 +811,43 @@ class SaltConfig:
         _within(self, 0.001, 1000.0, "kd_teacher_temperature")
         _representable(self)
         if self.teacher_fp8_recipe == "delayed":
-            raise UserError("--teacher-fp8-recipe delayed cannot be used: Transformer Engine updates delayed scales only where gradients are "
-                            "computed, so a teacher, which has none, would keep those that it started with; use tensorwise, blockwise or mxfp8")
+            raise UserError(
+                "--teacher-fp8-recipe delayed cannot be used: Transformer Engine updates delayed scales only where gradients are "
+                "computed, so a teacher, which has none, would keep those that it started with; use tensorwise, blockwise or mxfp8"
+            )
         if self.teacher_fp8_recipe is not None and self.teacher_fp8_format is None:
             raise UserError(f"--teacher-fp8-recipe {self.teacher_fp8_recipe} needs --teacher-fp8-format")
         if self.teacher_fp8_format is not None and self.teacher_load is None:
             raise UserError(f"--teacher-fp8-format {self.teacher_fp8_format} needs --teacher-load")
-        if self.teacher_load is None and self.kd_steps is not None and not (self.stage1_selection is not None and self.kd_weight == 0.0):
-            raise UserError(f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)")
+        if (
+            self.teacher_load is None
+            and self.kd_steps is not None
+            and not (self.stage1_selection is not None and self.kd_weight == 0.0)
+        ):
+            raise UserError(
+                f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)"
+            )
         if self.teacher_load is not None and self.kd_steps is None:
             raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
         if self.stage1_selection is not None and self.kd_steps is None:
             raise UserError(f"--stage1-selection {self.stage1_selection} needs --kd-steps, the length of stage 1")
         if self.kd_steps is None and self.stage2_micro_batch_size is not None:
-            raise UserError(f"--stage2-micro-batch-size {self.stage2_micro_batch_size} needs a stage 1: give --teacher-load and --kd-steps")
+            raise UserError(
+                f"--stage2-micro-batch-size {self.stage2_micro_batch_size} needs a stage 1: give --teacher-load and --kd-steps"
+            )
         if self.stage1_selection is None and self.stage2_data != "all":
             raise UserError(f"--stage2-data {self.stage2_data} needs --stage1-selection")
         if self.teacher_load is None and self.kd_stop == "crossover":
             raise UserError("--kd-stop crossover asks when the student passes its teacher: it needs --teacher-load")
         if self.kd_steps is not None and self.kd_transition_steps > self.kd_steps:
-            raise UserError(f"--kd-transition-steps {self.kd_transition_steps} is longer than stage 1, --kd-steps {self.kd_steps}")
+            raise UserError(
+                f"--kd-transition-steps {self.kd_transition_steps} is longer than stage 1, --kd-steps {self.kd_steps}"
+            )
         if (self.kd_transition == "step") != (self.kd_transition_steps == 0):
-            raise UserError(f"--kd-transition {self.kd_transition} does not go with --kd-transition-steps {self.kd_transition_steps}: "
-                            "step takes none, linear and ratio take at least 1")
+            raise UserError(
+                f"--kd-transition {self.kd_transition} does not go with --kd-transition-steps {self.kd_transition_steps}: "
+                "step takes none, linear and ratio take at least 1"
+            )
         if self.kd_transition == "ratio" and self.kd_weight == 1.0:
             raise UserError("--kd-transition ratio needs --kd-weight below 1: at 1.0 the ratio w / (1 - w) is infinite")
 

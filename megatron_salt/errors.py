@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 Outcome = Literal["refused", "unsaved", "nonfinite", "left"] | None
-"""The word in --outcome-file, see train/outcome.py; None: no word, as for a run that died."""
+"""The word in --outcome-file, see train/launcher.py; None: no word, as for a run that died."""
 
 
 class UserError(ValueError):

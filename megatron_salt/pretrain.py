@@ -22,15 +22,17 @@ from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
 from megatron_salt.train.checks import check
-from megatron_salt.train.outcome import write_outcome
-from megatron_salt.train.signals import SignalWatch
+from megatron_salt.train.exit import SignalWatch
+from megatron_salt.train.launcher import write_outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what `argv` asks for; the exit status. SIGUSR2 shows on stderr where every thread is, of a run that hangs, say."""
     started = time.monotonic()
     faulthandler.register(signal.SIGUSR2, file=2)
-    return exit_status(lambda: with_one_voice(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started)))
+    return exit_status(
+        lambda: with_one_voice(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started))
+    )
 
 
 def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> None:
@@ -57,7 +59,7 @@ def carry_out(config: RunConfig, started: float) -> None:
         # Every rank would be told several times that there is no apex, which nobody needs.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
         order_launches(layout.tensor, layout.context)
-        from megatron_salt.train.session import run_session  # torch and megatron-core, whose imports take seconds
+        from megatron_salt.train.run import run_session  # torch and megatron-core, whose imports take seconds
 
         run_session(config, layout, plan, watch, started)
     finally:

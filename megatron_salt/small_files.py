@@ -54,8 +54,15 @@ def parse_json(content: bytes, nan: bool = False) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("it begins with a byte order mark")
     try:
-        return _not_too_deep(json.loads(text, object_pairs_hook=_each_key_once, parse_constant=float if nan else _no_constant,
-                                        parse_float=_float, parse_int=_int))
+        return _not_too_deep(
+            json.loads(
+                text,
+                object_pairs_hook=_each_key_once,
+                parse_constant=float if nan else _no_constant,
+                parse_float=_float,
+                parse_int=_int,
+            )
+        )
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEPTH} levels") from None
 
@@ -75,7 +82,12 @@ def _not_too_deep(tree: Any) -> Any:
         depth += 1
         if depth > _DEPTH:
             raise ValueError(f"it is nested deeper than {_DEPTH} levels")
-        level = [item for each in level if isinstance(each, dict | list) for item in (each.values() if isinstance(each, dict) else each)]
+        level = [
+            item
+            for each in level
+            if isinstance(each, dict | list)
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
     return tree
 
 

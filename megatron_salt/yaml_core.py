@@ -53,8 +53,12 @@ _CORE_SCHEMA = (
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
     ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789")),
-    ("float", re.compile(r"""(?x) (?: [-+]? (?: \.[0-9]+ | [0-9]+(?:\.[0-9]*)? ) (?:[eE][-+]?[0-9]+)?
-                              | [-+]? \.(?:inf|Inf|INF) | \.(?:nan|NaN|NAN) )$"""), list("-+.0123456789")),
+    (
+        "float",
+        re.compile(r"""(?x) (?: [-+]? (?: \.[0-9]+ | [0-9]+(?:\.[0-9]*)? ) (?:[eE][-+]?[0-9]+)?
+                              | [-+]? \.(?:inf|Inf|INF) | \.(?:nan|NaN|NAN) )$"""),
+        list("-+.0123456789"),
+    ),
 )
 
 _Loader.yaml_implicit_resolvers = {}  # none of version 1.1's

@@ -14,14 +14,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the machine's cores belong 
 
 import pytest
 
-from tests import ranks
+from tests.support import ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     which = parser.getgroup("megatron_salt")
     which.addoption("--full", action="store_true", help="every case of every grid")
-    which.addoption("--slurm", action="store_true", help="the tests on a Slurm cluster, which they start (make test-slurm), and no others")
-    which.addoption("--faults", action="store_true", help="kills, damage and mutations in great numbers (make test-faults), and no others")
+    which.addoption(
+        "--slurm", action="store_true", help="the tests on a Slurm cluster, which they start (make test-slurm), and no others"
+    )
+    which.addoption(
+        "--faults", action="store_true", help="kills, damage and mutations in great numbers (make test-faults), and no others"
+    )
     which.addoption("--short", action="store_true", help="the last case of every test, without long ones")
 
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from megatron_salt import pretrain
 from megatron_salt.train import loop
-from tests.checkpoint.runs import flip, rewrite
-from tests.program import SMALL, argv, checkpoints, losses, refused, run, the_error, train, write_tokens
+from tests.support.checkpoint_runs import flip, rewrite
+from tests.support.program import SMALL, argv, checkpoints, losses, refused, run, the_error, train, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,11 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         (3, dict(tensor_model_parallel_size=3), ["--num-attention-heads 4", "--tensor-model-parallel-size = 3"]),
         (4, dict(tensor_model_parallel_size=4), ["--num-query-groups 2", "--tensor-model-parallel-size = 4"]),
         (2, dict(TP2, ffn_hidden_size=63), ["--ffn-hidden-size 63", "--tensor-model-parallel-size = 2"]),
-        (2, dict(TP2, make_vocab_size_divisible_by=33), ["--make-vocab-size-divisible-by 33", "--tensor-model-parallel-size = 2"]),
+        (
+            2,
+            dict(TP2, make_vocab_size_divisible_by=33),
+            ["--make-vocab-size-divisible-by 33", "--tensor-model-parallel-size = 2"],
+        ),
         (1, dict(hidden_size=30), ["--hidden-size 30", "--num-attention-heads 4"]),
         (1, dict(num_query_groups=3), ["--num-attention-heads 4", "--num-query-groups 3"]),
         (2, dict(PP2, num_layers=3), ["--num-layers 3", "--pipeline-model-parallel-size", "= 2"]),
@@ -64,7 +68,11 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         (1, dict(max_position_embeddings=8), ["--seq-length 16", "--max-position-embeddings 8"]),
         (1, dict(global_batch_size=9), ["--global-batch-size 9", "--micro-batch-size 2 x 1"]),
         (2, dict(global_batch_size=6), ["--global-batch-size 6", "--micro-batch-size 2 x 2"]),
-        (2, dict(VP2, num_layers=4, global_batch_size=6), ["3 microbatches", "--global-batch-size 6", "--pipeline-model-parallel-size 2"]),
+        (
+            2,
+            dict(VP2, num_layers=4, global_batch_size=6),
+            ["3 microbatches", "--global-batch-size 6", "--pipeline-model-parallel-size 2"],
+        ),
         (1, dict(train_iters=None, train_samples=50), ["--train-samples 50", "--global-batch-size 8"]),
         (1, dict(train_iters=None), ["--train-iters", "--train-samples"]),
         (1, dict(train_samples=80), ["--train-iters 4", "--train-samples 80"]),
@@ -78,7 +86,11 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         (1, dict(finetune=True), ["--finetune needs --load"]),
         (1, dict(eval_iters=2), ["--eval-iters 2", "--valid-data-path", "--valid-share"]),
         (1, dict(tokenizer_type=None), ["--tokenizer-type is not given", "words"]),
-        (1, dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/nowhere/sp.model"), ["--tokenizer-model /nowhere/sp.model"]),
+        (
+            1,
+            dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/nowhere/sp.model"),
+            ["--tokenizer-model /nowhere/sp.model"],
+        ),
         (1, dict(data_path=[]), ["--data-path"]),
         (1, dict(save_at=[2, 5]), ["--save-at 5", "last step, 4"]),
         (1, dict(kd_steps=3), ["--kd-steps 3", "--teacher-load"]),
@@ -96,14 +108,34 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         (2, dict(KD, stage2_micro_batch_size=8), ["--global-batch-size 8", "--stage2-micro-batch-size 8 x 2"]),
         (2, dict(VP2, **KD, num_layers=4, stage2_micro_batch_size=8), ["1 microbatches", "--stage2-micro-batch-size 8"]),
         (1, dict(KD, kd_stop="crossover"), ["--kd-stop crossover", "--eval-iters"]),
-        (1, dict(KD, kd_stop="crossover", eval_iters=1, valid_share=0.1, eval_interval=3), ["--kd-stop crossover", "--eval-interval 3"]),
-        (1, dict(transformer_impl="transformer_engine", bf16=True), ["--transformer-impl transformer_engine", "is not installed"]),
-        (1, dict(fp8_format="hybrid", bf16=True), ["--fp8-format hybrid needs --transformer-impl transformer_engine", "no NVIDIA GPU"]),
-        (1, dict(fp4_format="e2m1", bf16=True), ["--fp4-format e2m1 needs --transformer-impl transformer_engine", "no NVIDIA GPU"]),
+        (
+            1,
+            dict(KD, kd_stop="crossover", eval_iters=1, valid_share=0.1, eval_interval=3),
+            ["--kd-stop crossover", "--eval-interval 3"],
+        ),
+        (
+            1,
+            dict(transformer_impl="transformer_engine", bf16=True),
+            ["--transformer-impl transformer_engine", "is not installed"],
+        ),
+        (
+            1,
+            dict(fp8_format="hybrid", bf16=True),
+            ["--fp8-format hybrid needs --transformer-impl transformer_engine", "no NVIDIA GPU"],
+        ),
+        (
+            1,
+            dict(fp4_format="e2m1", bf16=True),
+            ["--fp4-format e2m1 needs --transformer-impl transformer_engine", "no NVIDIA GPU"],
+        ),
         (1, dict(fp8_format="hybrid", fp4_format="e2m1"), ["--fp8-format hybrid", "--fp4-format e2m1"]),
         (1, dict(fp8_recipe="mxfp8"), ["--fp8-recipe needs --fp8-format"]),
         (1, dict(fp8_param_gather=True), ["--fp8-param-gather needs --fp8-format"]),
-        (1, dict(fp8_format="e4m3", fp8_recipe="delayed", first_last_layers_bf16=True), ["--first-last-layers-bf16", "delayed"]),
+        (
+            1,
+            dict(fp8_format="e4m3", fp8_recipe="delayed", first_last_layers_bf16=True),
+            ["--first-last-layers-bf16", "delayed"],
+        ),
         (1, dict(fp8_format="e4m3", fp8_recipe="mxfp8", fp8_margin=1), ["--fp8-margin", "--fp8-recipe delayed", "mxfp8"]),
         (1, dict(first_last_layers_bf16=True), ["--first-last-layers-bf16 needs --fp8-format or --fp4-format"]),
         (1, dict(KD, teacher_fp8_format="e4m3", teacher_fp8_recipe="delayed"), ["--teacher-fp8-recipe delayed", "gradients"]),
@@ -167,7 +199,10 @@ def not_an_index(prefix: Path) -> list[str]:
 
 def empty(prefix: Path) -> list[str]:
     prefix.with_suffix(".bin").write_bytes(b"")
-    damage(prefix.with_suffix(".idx"), lambda content: content[:18] + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + bytes(8))
+    damage(
+        prefix.with_suffix(".idx"),
+        lambda content: content[:18] + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + bytes(8),
+    )
     return ["the dataset is empty", f"{prefix}.idx lists 0 sequences"]
 
 
@@ -379,7 +414,8 @@ def no_room_for_a_log() -> contextlib.AbstractContextManager[None]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "world_size, flags", [(1, {}), (1, dict(async_save=True)), (2, dict(use_distributed_optimizer=True, async_save=True)), (2, {})]
+    "world_size, flags",
+    [(1, {}), (1, dict(async_save=True)), (2, dict(use_distributed_optimizer=True, async_save=True)), (2, {})],
 )
 def test_a_disk_that_fills_up_ends_the_run_or_not_and_the_last_good_checkpoint_stands(
     tmp_path: Path, data: str, world_size: int, flags: dict[str, Any]
@@ -408,7 +444,9 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, data:
     flags = dict(data_path=data, train_iters=4, jsonl=tmp_path / "log.jsonl", tensorboard_dir=tmp_path)
     (ended,) = run(1, **flags, within=no_room_for_a_log)
     assert ended.status == 0 and "step 4/4" in ended.out
-    assert [ended.err.count(f"warning: {flag} cannot be written") for flag in ("--jsonl", "--tensorboard-dir")] == [1, 1], ended.err
+    assert [ended.err.count(f"warning: {flag} cannot be written") for flag in ("--jsonl", "--tensorboard-dir")] == [1, 1], (
+        ended.err
+    )
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_bytes().splitlines()]
     assert steps[-1] == 2
 

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_salt import pretrain
 from megatron_salt.parallel.hardware import Hardware
-from megatron_salt.train import session
-from tests.program import argv, write_tokens
-from tests.ranks import run_ranks
+from megatron_salt.train import run as run_module
+from tests.support.program import argv, write_tokens
+from tests.support.ranks import run_ranks
 
 HOPPER = Hardware((9, 0), (13, 0), (2, 20, 2))
 BLACKWELL, AMPERE = replace(HOPPER, capability=(10, 0)), replace(HOPPER, capability=(8, 0))
@@ -43,7 +43,7 @@ def train(words: list[str]) -> int:
     import contextlib
     from unittest import mock
 
-    with mock.patch.object(session, "distributed", return_value=contextlib.nullcontext()):
+    with mock.patch.object(run_module, "distributed", return_value=contextlib.nullcontext()):
         return pretrain.main(words)
 
 
@@ -55,8 +55,8 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         def join(*_: object) -> None:
             raise Joined
 
-        monkeypatch.setattr(session, "find_hardware", lambda: hardware)
-        monkeypatch.setattr(session, "distributed", join)
+        monkeypatch.setattr(run_module, "find_hardware", lambda: hardware)
+        monkeypatch.setattr(run_module, "distributed", join)
         assert pretrain.main(argv(data_path=data, save=tmp_path / "save", train_iters=4, **flags)) == 2
         assert not (tmp_path / "save").exists()
         return capsys.readouterr().err
@@ -69,7 +69,11 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     [
         (AMPERE, FP8, ["--fp8-recipe tensorwise needs a GPU of compute capability 8.9", "it has 8.0"]),
         (HOPPER, FP8 | dict(fp8_recipe="mxfp8"), ["--fp8-recipe mxfp8 needs a GPU of compute capability 10.0", "it has 9.0"]),
-        (replace(HOPPER, transformer_engine=(2, 2)), FP8 | dict(fp8_recipe="blockwise"), ["needs Transformer Engine 2.3 or later"]),
+        (
+            replace(HOPPER, transformer_engine=(2, 2)),
+            FP8 | dict(fp8_recipe="blockwise"),
+            ["needs Transformer Engine 2.3 or later"],
+        ),
         (HOPPER, FP8 | dict(fp8_recipe="blockwise"), ["multiples of 128", "--hidden-size 32 = 32", "tokens of a microbatch"]),
         (BLACKWELL, FP8 | dict(ffn_hidden_size=80), ["--fp8-recipe mxfp8", "multiples of 32", "--ffn-hidden-size 80 = 80"]),
         (HOPPER, FP8 | dict(seq_length=15), ["multiples of 16", "--seq-length 15 x 2 samples = 30"]),
@@ -90,7 +94,9 @@ def test_it_is_refused_before_ranks_join(message, hardware, flags, words):
 def test_so_is_a_teachers(message, teacher):
     taught = dict(bf16=True, teacher_load=teacher, kd_steps=2, teacher_fp8_format="e4m3")
     assert "the teacher's --ffn-hidden-size 72 = 72" in message(HOPPER, **taught)
-    assert "--teacher-fp8-recipe mxfp8 needs a GPU of compute capability 10.0" in message(HOPPER, **taught, teacher_fp8_recipe="mxfp8")
+    assert "--teacher-fp8-recipe mxfp8 needs a GPU of compute capability 10.0" in message(
+        HOPPER, **taught, teacher_fp8_recipe="mxfp8"
+    )
 
 
 @pytest.mark.parametrize("flags", [FP8, FP8 | dict(fp8_recipe="delayed", fp8_amax_history_len=4), dict(bf16=True), {}])

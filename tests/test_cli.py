@@ -24,6 +24,7 @@ def yaml_file(tmp_path: Path) -> Callable[[str], str]:
         path = tmp_path / "run.yaml"
         path.write_text(text)
         return str(path)
+
     return write
 
 
@@ -46,10 +47,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(yaml_file):
 
 
 def test_flags_are_flat_and_reach_every_section():
-    run = cli.parse(shlex.split(
-        "--num-layers 3 --tensor-model-parallel-size=2 --train_iters 7 --lr 1e-2 --data-path 0.7 a 0.3 b --bf16 --save out "
-        "--profile-ranks 0 3 --tokenizer-type ByteLevelTokenizer --log-interval 5 --recompute-granularity selective "
-        "--no-swiglu --skip-samples 10:20 30:40"))
+    run = cli.parse(
+        shlex.split(
+            "--num-layers 3 --tensor-model-parallel-size=2 --train_iters 7 --lr 1e-2 --data-path 0.7 a 0.3 b --bf16 --save out "
+            "--profile-ranks 0 3 --tokenizer-type ByteLevelTokenizer --log-interval 5 --recompute-granularity selective "
+            "--no-swiglu --skip-samples 10:20 30:40"
+        )
+    )
     assert run.model == ModelConfig(num_layers=3)
     assert run.parallel.tensor_model_parallel_size == 2 and run.parallel.recompute_granularity == "selective"
     assert run.training == TrainingConfig(train_iters=7, bf16=True, profile_ranks=(0, 3), skip_samples=("10:20", "30:40"))
@@ -71,47 +75,56 @@ def test_checks_see_the_merged_run_and_not_its_halves(yaml_file):
     assert refusal(["--config", path, "--num-attention-heads", "10"]) == "--finetune needs --load"
 
 
-@pytest.mark.parametrize("argv, named", [
-    (["--num-layer", "3"], "unknown flag --num-layer (did you mean --num-layers?)"),
-    (["--tensor_model_parallel_sise=2"], "(did you mean --tensor-model-parallel-size?)"),
-    (["--no-num-layers"], "unknown flag --no-num-layers"),
-    (["--seq-length", "many"], "--seq-length: invalid literal"),
-    (["--seq-length"], "--seq-length needs a value"),
-    (["--save", "--bf16"], "--save needs a value"),
-    (["--bf16", "true"], "Unrecognized options: true"),
-    (["--normalization", "BatchNorm"], "--normalization BatchNorm is not one of LayerNorm, RMSNorm"),
-    (["--hidden-dropout", "3"], "--hidden-dropout must be at least 0 and below 1, got 3.0"),
-    (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times"),
-    (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
-])
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--num-layer", "3"], "unknown flag --num-layer (did you mean --num-layers?)"),
+        (["--tensor_model_parallel_sise=2"], "(did you mean --tensor-model-parallel-size?)"),
+        (["--no-num-layers"], "unknown flag --no-num-layers"),
+        (["--seq-length", "many"], "--seq-length: invalid literal"),
+        (["--seq-length"], "--seq-length needs a value"),
+        (["--save", "--bf16"], "--save needs a value"),
+        (["--bf16", "true"], "Unrecognized options: true"),
+        (["--normalization", "BatchNorm"], "--normalization BatchNorm is not one of LayerNorm, RMSNorm"),
+        (["--hidden-dropout", "3"], "--hidden-dropout must be at least 0 and below 1, got 3.0"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
+    ],
+)
 def test_a_wrong_flag_is_refused_by_name(argv, named):
     assert named in refusal(argv)
 
 
-@pytest.mark.parametrize("text, named", [
-    ("trainig: {}", "unknown section trainig (did you mean training?)"),
-    ("seq_length: 5", "unknown section seq_length (it belongs under training:)"),
-    ("training: {seq_lenght: 5}", "unknown key training.seq_lenght (did you mean seq_length?)"),
-    ("model: {seq_length: 5}", "unknown key model.seq_length (it belongs under training:)"),
-    ("training: {seq_length: '5'}", "training.seq_length: expected an integer, got '5'"),
-    ("training: {seq_length: 5.0}", "training.seq_length: expected an integer, got 5.0"),
-    ("training: {seq_length: true}", "training.seq_length: expected an integer, got true"),
-    ("training: {seq_length: null}", "training.seq_length: expected an integer, got null"),
-    ("training: {bf16: 1}", "training.bf16: expected true or false, got 1"),
-    ("training: {bf16: yes}", "training.bf16: expected true or false, got 'yes'"),
-    ("optimizer: {lr: fast}", "optimizer.lr: expected a number, got 'fast'"),
-    ("checkpoint: {save: 5}", "checkpoint.save: expected a string, got 5; put it in quotes"),
-    ("data: {data_path: web}", "data.data_path: expected a list such as [a, b], got 'web'"),
-    ("data: {data_path: [[a]]}", "data.data_path[0]: expected a string, got a list"),
-    ("training: {profile_ranks: [0, one]}", "training.profile_ranks[1]: expected an integer, got 'one'"),
-    ("model: {normalization: RMSnorm}", "expected one of LayerNorm, RMSNorm, got 'RMSnorm' (did you mean RMSNorm?)"),
-    ("parallel: {recompute_granularity: None}", "parallel.recompute_granularity: expected one of full, selective, got 'None'"),
-    ("model: [1]", "model: expected a mapping of settings, got a list"),
-    ("[1]", "expected sections"),
-    ("model: {num_layers: 1", "not valid YAML"),
-    ("model: {}\nmodel: {}", "key model is given twice"),
-    ("model: {num_layers: 1, num_layers: 2}", "key num_layers is given twice"),
-])
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("trainig: {}", "unknown section trainig (did you mean training?)"),
+        ("seq_length: 5", "unknown section seq_length (it belongs under training:)"),
+        ("training: {seq_lenght: 5}", "unknown key training.seq_lenght (did you mean seq_length?)"),
+        ("model: {seq_length: 5}", "unknown key model.seq_length (it belongs under training:)"),
+        ("training: {seq_length: '5'}", "training.seq_length: expected an integer, got '5'"),
+        ("training: {seq_length: 5.0}", "training.seq_length: expected an integer, got 5.0"),
+        ("training: {seq_length: true}", "training.seq_length: expected an integer, got true"),
+        ("training: {seq_length: null}", "training.seq_length: expected an integer, got null"),
+        ("training: {bf16: 1}", "training.bf16: expected true or false, got 1"),
+        ("training: {bf16: yes}", "training.bf16: expected true or false, got 'yes'"),
+        ("optimizer: {lr: fast}", "optimizer.lr: expected a number, got 'fast'"),
+        ("checkpoint: {save: 5}", "checkpoint.save: expected a string, got 5; put it in quotes"),
+        ("data: {data_path: web}", "data.data_path: expected a list such as [a, b], got 'web'"),
+        ("data: {data_path: [[a]]}", "data.data_path[0]: expected a string, got a list"),
+        ("training: {profile_ranks: [0, one]}", "training.profile_ranks[1]: expected an integer, got 'one'"),
+        ("model: {normalization: RMSnorm}", "expected one of LayerNorm, RMSNorm, got 'RMSnorm' (did you mean RMSNorm?)"),
+        (
+            "parallel: {recompute_granularity: None}",
+            "parallel.recompute_granularity: expected one of full, selective, got 'None'",
+        ),
+        ("model: [1]", "model: expected a mapping of settings, got a list"),
+        ("[1]", "expected sections"),
+        ("model: {num_layers: 1", "not valid YAML"),
+        ("model: {}\nmodel: {}", "key model is given twice"),
+        ("model: {num_layers: 1, num_layers: 2}", "key num_layers is given twice"),
+    ],
+)
 def test_a_wrong_file_is_refused_by_file_and_key(yaml_file, text, named):
     path = yaml_file(text)
     message = refusal(["--config", path])
@@ -123,18 +136,51 @@ def test_the_file_may_be_empty_or_have_empty_sections(yaml_file):
 
 
 def test_yaml_values_mean_what_they_look_like(yaml_file):
-    run = cli.parse(["--config", yaml_file("""
+    run = cli.parse(
+        [
+            "--config",
+            yaml_file("""
         model: {norm_epsilon: 1e-6, rotary_base: 1000000, position_embedding_type: none, ffn_hidden_size: null}
         training: {skip_samples: [10:20, 1:2], seed: 010}
         data: {data_path: [0.7, web, 3, code]}
-    """)])
+    """),
+        ]
+    )
     assert run.model == ModelConfig(norm_epsilon=1e-6, rotary_base=1e6, position_embedding_type="none")
     assert run.training == TrainingConfig(skip_samples=("10:20", "1:2"), seed=10)
     assert run.data.data_path == ("0.7", "web", "3", "code")
 
 
-AWKWARD = ("", "~", "null", "yes", "on", "1", "1e5", "1e-3", ".5", "010", "0x1f", "1_000", "10:20", "2024-01-01", "<<", "=",
-           "nan", ".inf", " x ", "#x", "a: b", "- a", "é", "line\nline", "true", "'", '"', "x" * 300)
+AWKWARD = (
+    "",
+    "~",
+    "null",
+    "yes",
+    "on",
+    "1",
+    "1e5",
+    "1e-3",
+    ".5",
+    "010",
+    "0x1f",
+    "1_000",
+    "10:20",
+    "2024-01-01",
+    "<<",
+    "=",
+    "nan",
+    ".inf",
+    " x ",
+    "#x",
+    "a: b",
+    "- a",
+    "é",
+    "line\nline",
+    "true",
+    "'",
+    '"',
+    "x" * 300,
+)
 
 
 @pytest.mark.parametrize("word", AWKWARD)
@@ -200,11 +246,14 @@ def test_a_tool_gets_its_flags_and_gives_its_status():
     assert cli.run_tool(ToolConfig, interrupted, ["--input", "hey"]) == 130
 
 
-@pytest.mark.parametrize("argv, line", [
-    (["--input", "hey", "--times", "0"], "error: --times must be at least 1, got 0"),
-    (["--inpt", "hey"], "error: unknown flag --inpt (did you mean --input?); --help lists all flags"),
-    (["--input", "hey"], "error: cannot shout hey"),
-])
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["--input", "hey", "--times", "0"], "error: --times must be at least 1, got 0"),
+        (["--inpt", "hey"], "error: unknown flag --inpt (did you mean --input?); --help lists all flags"),
+        (["--input", "hey"], "error: cannot shout hey"),
+    ],
+)
 def test_a_mistake_is_one_line_on_stderr_and_status_2(capsys, argv, line):
     assert cli.run_tool(ToolConfig, mistaken, argv) == 2
     assert capsys.readouterr() == ("", line + "\n")
@@ -232,8 +281,10 @@ def test_every_flag_is_in_the_help_with_its_docstring(capsys):
 
 
 def test_reading_a_run_needs_no_torch_and_little_time():
-    code = ("import sys, time, megatron_salt.cli as cli; cli.parse(['--num-layers', '2']); "
-            "print(time.process_time(), *sorted({'torch', 'megatron', 'numpy'} & set(sys.modules)))")
+    code = (
+        "import sys, time, megatron_salt.cli as cli; cli.parse(['--num-layers', '2']); "
+        "print(time.process_time(), *sorted({'torch', 'megatron', 'numpy'} & set(sys.modules)))"
+    )
     spent, *heavy = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert heavy == [] and float(spent) < 2  # seconds of CPU, interpreter included
 

@@ -10,7 +10,16 @@ import pytest
 
 from megatron_salt import cli, config
 from megatron_salt.config import (
-    CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig, flag,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SaltConfig,
+    TrainingConfig,
+    flag,
 )
 from megatron_salt.errors import UserError
 
@@ -28,18 +37,23 @@ REFUSED = [
     (ModelConfig, dict(norm_epsilon=float("nan")), "--norm-epsilon"),
     (ModelConfig, dict(init_method_std=-0.1), "--init-method-std must be above 0 and finite, got -0.1"),
     (ModelConfig, dict(swiglu=True, squared_relu=True), "--swiglu and --squared-relu"),
-    (ModelConfig, dict(hidden_size=100, num_attention_heads=12),
-     "--hidden-size 100 is not divisible by --num-attention-heads 12"),
+    (
+        ModelConfig,
+        dict(hidden_size=100, num_attention_heads=12),
+        "--hidden-size 100 is not divisible by --num-attention-heads 12",
+    ),
     (ModelConfig, dict(num_query_groups=5), "--num-attention-heads 12 is not divisible by --num-query-groups 5"),
     (ParallelConfig, dict(tensor_model_parallel_size=0), "--tensor-model-parallel-size must be at least 1, got 0"),
     (ParallelConfig, dict(sequence_parallel=True), "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     (ParallelConfig, dict(num_virtual_stages_per_pipeline_rank=2), "--num-virtual-stages-per-pipeline-rank 2 needs"),
     (ParallelConfig, dict(overlap_param_gather=True), "--overlap-param-gather needs --use-distributed-optimizer"),
     (ParallelConfig, dict(recompute_granularity="full"), "--recompute-granularity full needs --recompute-method"),
-    (ParallelConfig, dict(recompute_granularity="selective", recompute_num_layers=1),
-     "got --recompute-granularity selective"),
-    (ParallelConfig, dict(distributed_timeout_minutes=0.0),
-     "--distributed-timeout-minutes must be above 0 and finite, got 0.0"),
+    (ParallelConfig, dict(recompute_granularity="selective", recompute_num_layers=1), "got --recompute-granularity selective"),
+    (
+        ParallelConfig,
+        dict(distributed_timeout_minutes=0.0),
+        "--distributed-timeout-minutes must be above 0 and finite, got 0.0",
+    ),
     (TrainingConfig, dict(micro_batch_size=0), "--micro-batch-size must be at least 1, got 0"),
     (TrainingConfig, dict(train_iters=5, train_samples=10), "--train-iters 5 and --train-samples 10"),
     (TrainingConfig, dict(profile=True, profile_step_start=5, profile_step_end=5), "--profile-step-end 5 must be after"),
@@ -55,13 +69,21 @@ REFUSED = [
     (OptimizerConfig, dict(adam_eps=0.0), "--adam-eps must be above 0 and finite, got 0.0"),
     (OptimizerConfig, dict(adam_eps=1e-50), "--adam-eps must be 0 or between 1.18e-38 and 3.4e+38 in size"),
     (OptimizerConfig, dict(adam_eps=2.0), "--adam-eps must lie in [0.0, 1.0], got 2.0"),
-    (OptimizerConfig, dict(lr=1e300), "--lr must be 0 or between 1.18e-38 and 3.4e+38 in size, as float32 holds it, got 1e+300"),
+    (
+        OptimizerConfig,
+        dict(lr=1e300),
+        "--lr must be 0 or between 1.18e-38 and 3.4e+38 in size, as float32 holds it, got 1e+300",
+    ),
     (OptimizerConfig, dict(lr=1.0, weight_decay=1.0), "--lr 1.0 x --weight-decay 1.0 must be below 1"),
     (OptimizerConfig, dict(lr=1.0, end_weight_decay=2.0), "--lr 1.0 x --end-weight-decay 2.0 must be below 1"),
     (OptimizerConfig, dict(lr_warmup_init=0.1), "--lr-warmup-init 0.1 is above --lr 0.0003"),
     (TrainingConfig, dict(seed=10**19), f"--seed must be at most {2**62} in size, got {10**19}"),
     (TrainingConfig, dict(seed=-1), "--seed must be at least 0, got -1"),
-    (SaltConfig, TEACHER | dict(kd_teacher_temperature=1e-9), "--kd-teacher-temperature must lie in [0.001, 1000.0], got 1e-09"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_teacher_temperature=1e-9),
+        "--kd-teacher-temperature must lie in [0.001, 1000.0], got 1e-09",
+    ),
     (OptimizerConfig, dict(lr_warmup_fraction=0.1, lr_warmup_iters=5), "--lr-warmup-fraction 0.1 and --lr-warmup-iters 5"),
     (OptimizerConfig, dict(lr_decay_style="WSD"), "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
     (OptimizerConfig, dict(override_opt_param_scheduler=True, use_checkpoint_opt_param_scheduler=True), "contradict"),
@@ -82,16 +104,30 @@ REFUSED = [
     (SaltConfig, TEACHER | dict(kd_teacher_temperature=0.0), "--kd-teacher-temperature must be above 0 and finite, got 0.0"),
     (SaltConfig, TEACHER | dict(kd_teacher_temperature=-1.0), "--kd-teacher-temperature must be above 0 and finite, got -1.0"),
     (SaltConfig, TEACHER | dict(kd_teacher_temperature=float("inf")), "--kd-teacher-temperature must be above 0 and finite"),
-    (SaltConfig, TEACHER | dict(kd_transition="linear", kd_transition_steps=6),
-     "--kd-transition-steps 6 is longer than stage 1, --kd-steps 5"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_transition="linear", kd_transition_steps=6),
+        "--kd-transition-steps 6 is longer than stage 1, --kd-steps 5",
+    ),
     (SaltConfig, TEACHER | dict(kd_transition="ratio"), "--kd-transition ratio does not go with --kd-transition-steps 0"),
     (SaltConfig, TEACHER | dict(kd_transition_steps=2), "--kd-transition step does not go with --kd-transition-steps 2"),
-    (SaltConfig, TEACHER | dict(kd_transition="ratio", kd_transition_steps=2, kd_weight=1.0),
-     "--kd-transition ratio needs --kd-weight below 1"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_transition="ratio", kd_transition_steps=2, kd_weight=1.0),
+        "--kd-transition ratio needs --kd-weight below 1",
+    ),
     (SaltConfig, TEACHER | dict(kd_stop_margin=1.5), "--kd-stop-margin must lie in [-1.0, 1.0], got 1.5"),
-    (SaltConfig, TEACHER | dict(teacher_tensor_model_parallel_size=0), "--teacher-tensor-model-parallel-size must be at least 1, got 0"),
+    (
+        SaltConfig,
+        TEACHER | dict(teacher_tensor_model_parallel_size=0),
+        "--teacher-tensor-model-parallel-size must be at least 1, got 0",
+    ),
     (SaltConfig, TEACHER | dict(teacher_micro_batch_size=0), "--teacher-micro-batch-size must be at least 1, got 0"),
-    (SaltConfig, TEACHER | dict(teacher_exchange_max_gib=0.0), "--teacher-exchange-max-gib must be above 0 and finite, got 0.0"),
+    (
+        SaltConfig,
+        TEACHER | dict(teacher_exchange_max_gib=0.0),
+        "--teacher-exchange-max-gib must be above 0 and finite, got 0.0",
+    ),
     (LoggingConfig, dict(log_interval=0), "--log-interval must be at least 1, got 0"),
 ]
 
@@ -113,8 +149,12 @@ def test_every_float_is_finite_and_fits_into_float32(section, name, value):
         section(**({name: float(value)} | (TEACHER if section is SaltConfig else {})))
 
 
-COUNTS = [(section, leaf.name) for section in cli.sections().values() for leaf in fields(section)
-          if str(leaf.type) in ("int", "int | None", "tuple[int, ...]")]
+COUNTS = [
+    (section, leaf.name)
+    for section in cli.sections().values()
+    for leaf in fields(section)
+    if str(leaf.type) in ("int", "int | None", "tuple[int, ...]")
+]
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63)])
@@ -134,12 +174,15 @@ def test_sections_are_values():
     assert ModelConfig() == ModelConfig() and hash(RunConfig()) == hash(RunConfig())
 
 
-@pytest.mark.parametrize("values, derived", [
-    (dict(hidden_size=768, num_attention_heads=12), (12, 64, 3072)),
-    (dict(hidden_size=64, num_attention_heads=8, num_query_groups=2, kv_channels=32, ffn_hidden_size=100), (2, 32, 100)),
-    (dict(hidden_size=768, num_attention_heads=12, swiglu=True), (12, 64, 2048)),
-    (dict(hidden_size=100, num_attention_heads=10, swiglu=True), (10, 10, 320)),  # 266.7 rounded up to a multiple of 64
-])
+@pytest.mark.parametrize(
+    "values, derived",
+    [
+        (dict(hidden_size=768, num_attention_heads=12), (12, 64, 3072)),
+        (dict(hidden_size=64, num_attention_heads=8, num_query_groups=2, kv_channels=32, ffn_hidden_size=100), (2, 32, 100)),
+        (dict(hidden_size=768, num_attention_heads=12, swiglu=True), (12, 64, 2048)),
+        (dict(hidden_size=100, num_attention_heads=10, swiglu=True), (10, 10, 320)),  # 266.7 rounded up to a multiple of 64
+    ],
+)
 def test_derived_sizes(values, derived):
     model = ModelConfig(**values)
     assert (model.query_groups, model.head_width, model.ffn_width) == derived
@@ -155,9 +198,14 @@ def test_every_leaf_has_a_help_text():
     for section in cli.sections().values():
         tree = ast.parse(inspect.getsource(section)).body[0]
         assert isinstance(tree, ast.ClassDef)
-        documented = {before.target.id for before, after in zip(tree.body, tree.body[1:], strict=False)
-                      if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
-                      and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)}
+        documented = {
+            before.target.id
+            for before, after in zip(tree.body, tree.body[1:], strict=False)
+            if isinstance(before, ast.AnnAssign)
+            and isinstance(before.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        }
         assert {field.name for field in fields(section)} <= documented
 
 

@@ -37,8 +37,11 @@ def flags_of(config_class: type) -> set[str]:
 
 def tool_config(path: Path) -> type:
     module = importlib.import_module(f"tools.{path.stem}")
-    [config] = [member for name, member in vars(module).items() if name.endswith("Config") and dataclasses.is_dataclass(member)
-                and member.__module__ == module.__name__]
+    [config] = [
+        member
+        for name, member in vars(module).items()
+        if name.endswith("Config") and dataclasses.is_dataclass(member) and member.__module__ == module.__name__
+    ]
     return config
 
 
@@ -63,14 +66,20 @@ def test_the_tree_names_what_is_there() -> None:
 
 
 def test_every_module_and_tool_is_in_the_tree() -> None:
-    files = {path.relative_to(ROOT).as_posix() for folder in ("megatron_salt", "tools") for path in (ROOT / folder).rglob("*.py")}
+    files = {
+        path.relative_to(ROOT).as_posix() for folder in ("megatron_salt", "tools") for path in (ROOT / folder).rglob("*.py")
+    }
     assert {file for file in files if not file.endswith("__init__.py")} - tree_paths() == set()
 
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
-    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in README.splitlines()
+        if line.startswith("#")
+    }
     for anchor in re.findall(r"\]\(#([^)]+)\)", README):
         assert anchor in headings
 
@@ -95,8 +104,11 @@ def test_flags_exist() -> None:
     assert named - known - NOT_OURS == set()
 
 
-@pytest.mark.parametrize("text", [README, (ROOT / "examples/quickstart.sh").read_text(), *(path.read_text() for path in TOOLS)],
-                         ids=["README", "quickstart.sh", *(path.name for path in TOOLS)])
+@pytest.mark.parametrize(
+    "text",
+    [README, (ROOT / "examples/quickstart.sh").read_text(), *(path.read_text() for path in TOOLS)],
+    ids=["README", "quickstart.sh", *(path.name for path in TOOLS)],
+)
 def test_commands_of_the_tools_parse(text: str) -> None:
     commands = re.findall(r"tools/(\w+)\.py( +--(?:[^`\n\\]|\\+\n)*)", text)
     assert commands
@@ -128,7 +140,9 @@ def test_the_quickstart_trains_on_what_it_makes() -> None:
     directory = re.search(r"^RUN=(\S+)$", script, re.MULTILINE)
     kd_steps = re.search(r"^kd_steps=(\d+)$", script, re.MULTILINE)
     assert directory and kd_steps
-    runs = {name: from_yaml((ROOT / f"examples/{name}.yaml").read_text(), name) for name in ("quickstart", "quickstart_teacher")}
+    runs = {
+        name: from_yaml((ROOT / f"examples/{name}.yaml").read_text(), name) for name in ("quickstart", "quickstart_teacher")
+    }
     for run, save in zip(runs.values(), ("plain", "teacher"), strict=True):
         assert run.data.data_path == (f"{directory[1]}/data/train_text_document",)
         assert run.data.valid_data_path == (f"{directory[1]}/data/held_out_text_document",)
@@ -137,6 +151,8 @@ def test_the_quickstart_trains_on_what_it_makes() -> None:
         assert plan.num_microbatches >= run.parallel.pipeline_model_parallel_size
     student, teacher = runs.values()
     assert student.parallel.replica_ranks == 2
-    assert teacher.training == dataclasses.replace(student.training, micro_batch_size=teacher.training.micro_batch_size)  # the same samples
+    assert teacher.training == dataclasses.replace(
+        student.training, micro_batch_size=teacher.training.micro_batch_size
+    )  # the same samples
     assert student.training.train_iters is not None
     assert int(kd_steps[1]) < student.training.train_iters / 2

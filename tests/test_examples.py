@@ -92,7 +92,9 @@ def test_environment_and_trailing_flags_win(tmp_path: Path) -> None:
 
 
 def test_save_is_refused_because_the_launcher_must_know_it() -> None:
-    ended = subprocess.run(["bash", "examples/salt_2p8b.sh", "--save", "there"], cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        ["bash", "examples/salt_2p8b.sh", "--save", "there"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 2 and "give RUN_DIR=DIRECTORY instead of --save" in ended.stdout
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.train import starting
-from tests.program import refused, train, write_tokens
+from megatron_salt.train import start as start_module
+from tests.support.program import refused, train, write_tokens
 from tools import preprocess_data, score_data, select_data
 
 ROOT = Path(__file__).parents[1]
@@ -81,13 +81,23 @@ def test_the_trainer_names_the_first_cause_and_the_way_out(home: Path, flags: di
 def test_too_little_room_is_told_in_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, (1 << 40) - (1 << 30), 1 << 30))
     with pytest.raises(ValueError, match=r"--save .* has 1.0 GiB free, and one checkpoint takes about 3.0 GiB"):
-        starting.check_room(starting.CheckpointConfig(save=str(tmp_path / "run")), 3.0)
+        start_module.check_room(start_module.CheckpointConfig(save=str(tmp_path / "run")), 3.0)
 
 
 TOOLS: list[tuple[Any, str, str, str]] = [
-    (preprocess_data, "--input nowhere*.jsonl --output-prefix o --tokenizer-type ByteLevelTokenizer", "--input nowhere*.jsonl", "no such"),
+    (
+        preprocess_data,
+        "--input nowhere*.jsonl --output-prefix o --tokenizer-type ByteLevelTokenizer",
+        "--input nowhere*.jsonl",
+        "no such",
+    ),
     (preprocess_data, "--input HOME/file --output-prefix out", "--tokenizer-type is missing", "SentencePieceTokenizer"),
-    (score_data, "--teacher-load nowhere --data-path HOME/words --output out", "--teacher-load nowhere holds no checkpoint", "no such dir"),
+    (
+        score_data,
+        "--teacher-load nowhere --data-path HOME/words --output out",
+        "--teacher-load nowhere holds no checkpoint",
+        "no such dir",
+    ),
     (select_data, "--scores nowhere --output out --fraction 0.5", "nowhere", "score_data.py"),
 ]
 
@@ -100,7 +110,9 @@ def test_a_tool_does_so_too(
     argv = [word.replace("HOME", str(home)) for word in words.split()]
     process = subprocess.run([sys.executable, str(Path(tool.__file__)), *argv], capture_output=True, text=True, timeout=120,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, process.stderr
+    assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, (
+        process.stderr
+    )
     assert cause.replace("HOME", str(home)) in process.stderr and way_out in process.stderr, process.stderr
     assert list(tmp_path.iterdir()) == []
 

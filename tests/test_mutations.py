@@ -26,11 +26,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron_salt import pretrain
+from megatron_salt.checkpoint import integrity, save_directory
 from megatron_salt.cli import parse, run_tool, to_yaml
-from megatron_salt.checkpoint import integrity, shelf
-from tests.mutations import Mutation, kept, mutations
-from tests.program import Ended, argv
-from tests.ranks import run_ranks
+from tests.support.mutations import Mutation, kept, mutations
+from tests.support.program import Ended, argv
+from tests.support.ranks import run_ranks
 
 SECONDS = 10.0  # of computing, for a program that reads a small file; it never waits for long
 TOOLS = {
@@ -49,7 +49,7 @@ def program(name: str, words: list[str]) -> Ended:
     """In the rank: a whole program."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
-        for module in ("megatron_salt.train.session", "megatron_salt.parallel.launch"):
+        for module in ("megatron_salt.train.run", "megatron_salt.parallel.launch"):
             stack.enter_context(mock.patch(f"{module}.distributed", return_value=contextlib.nullcontext()))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
@@ -79,7 +79,7 @@ class Good:
 
     @property
     def checkpoint(self) -> Path:
-        return shelf.directory_of(self.home / "run", 2)
+        return save_directory.directory_of(self.home / "run", 2)
 
     def path(self, *parts: str) -> str:
         return str(self.home.joinpath(*parts))
@@ -88,7 +88,11 @@ class Good:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     made = Good(tmp_path_factory.mktemp("good"))
-    lines = [json.dumps({"text": f"line {number} says {word} and {word * 3}"}) for number in range(8) for word in ("one", "two", "three")]
+    lines = [
+        json.dumps({"text": f"line {number} says {word} and {word * 3}"})
+        for number in range(8)
+        for word in ("one", "two", "three")
+    ]
     made.home.joinpath("words.jsonl").write_text("\n".join(lines))
     for name, words in (
         ("preprocess_data", ["--input", made.path("words.jsonl"), "--output-prefix", made.path("words"), "--append-eod",
@@ -131,13 +135,21 @@ def run_words(good: Good, **flags: Any) -> list[str]:
 
 
 TEACHING = dict(kd_steps=2, kd_weight=0.5)
-INSPECT = Consumer("inspect_checkpoint", lambda good, output: ["--load", good.path("run"), "--verify", "--tensors", "--print-config"])
+INSPECT = Consumer(
+    "inspect_checkpoint", lambda good, output: ["--load", good.path("run"), "--verify", "--tensors", "--print-config"]
+)
 GLANCE = Consumer("inspect_checkpoint", lambda good, output: ["--load", good.path("run"), "--tensors", "--print-config"])
 RESUME = Consumer("pretrain", lambda good, output: run_words(good, load=good.path("run"), jsonl=output / "log"), losses)
 REHEARSE = Consumer("pretrain", lambda good, output: [*run_words(good, load=good.path("run")), "--dry-run", "1"])
-GENERATE = Consumer("generate_text", lambda good, output: ["--load", good.path("run"), "--max-new-tokens", "2", "--prompt", "a"])
-TEACH = Consumer("pretrain", lambda good, output: run_words(good, teacher_load=good.path("run"), jsonl=output / "log", **TEACHING), losses)
-MAY_TEACH = Consumer("pretrain", lambda good, output: [*run_words(good, teacher_load=good.path("run"), **TEACHING), "--dry-run", "1"])
+GENERATE = Consumer(
+    "generate_text", lambda good, output: ["--load", good.path("run"), "--max-new-tokens", "2", "--prompt", "a"]
+)
+TEACH = Consumer(
+    "pretrain", lambda good, output: run_words(good, teacher_load=good.path("run"), jsonl=output / "log", **TEACHING), losses
+)
+MAY_TEACH = Consumer(
+    "pretrain", lambda good, output: [*run_words(good, teacher_load=good.path("run"), **TEACHING), "--dry-run", "1"]
+)
 PLAIN = Consumer("pretrain", lambda good, output: [*run_words(good), "--dry-run", "1"])
 MERGE = Consumer("merge_datasets", lambda good, output: ["--input", good.data, "--output-prefix", str(output / "merged")],
                  written("merged.bin", "merged.idx"))  # fmt: skip
@@ -197,7 +209,11 @@ def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutatio
     assert ended.status == 2, ended
     lines = [line for line in ended.err.splitlines() if line]
     assert sum(line.startswith("error: ") for line in lines) == 1 and lines[-1].startswith("error: "), ended.err
-    names = [path.name, str(path.parent), *(["--"] if consumer is CONFIGURED else [])]  # what flags can say too is told of flags
+    names = [
+        path.name,
+        str(path.parent),
+        *(["--"] if consumer is CONFIGURED else []),
+    ]  # what flags can say too is told of flags
     assert any(name in lines[-1] for name in names), f"{lines[-1]} does not name {path}"
     return "refused"
 
@@ -221,8 +237,14 @@ def law(good: Good, sidecar: str, examples: int, seconds: float = math.inf) -> s
     end = time.monotonic() + seconds
 
     @seed(zlib.crc32(sidecar.encode()))
-    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.sampled_from(SIDECARS[sidecar]), mutations(sidecar.endswith(STRUCTURED)), st.booleans())
     def holds(consumer: Consumer, mutation: Mutation, stranger: bool) -> None:
         if time.monotonic() > end:

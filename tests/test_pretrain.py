@@ -11,8 +11,20 @@ from pathlib import Path
 import pytest
 
 from megatron_salt import pretrain
-from tests.program import SMALL, argv, checkpoints, entries, numbers, run, start, tensors, the_error, train, wait_until, write_tokens
-
+from tests.support.program import (
+    SMALL,
+    argv,
+    checkpoints,
+    entries,
+    numbers,
+    run,
+    start,
+    tensors,
+    the_error,
+    train,
+    wait_until,
+    write_tokens,
+)
 
 WITHOUT_TORCH = """
 import sys
@@ -32,12 +44,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("words, status", [(["--help"], 0), (argv(global_batch_size=9, train_iters=1), 2), (["--sed", "1"], 2)])
 def test_help_and_mistakes_in_flags_do_not_wait_for_torch(words: list[str], status: int) -> None:
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], text=True, capture_output=True, check=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words], text=True, capture_output=True, check=True, timeout=60
+    )
     assert ended.stdout.splitlines()[-1] == f"{status} False False"
     assert ended.stderr.count("\n") == (1 if status else 0), ended.stderr
 
 
-def test_print_config_gives_a_file_that_asks_for_the_same_run(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_gives_a_file_that_asks_for_the_same_run(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as leaving:
         pretrain.main([*argv(data_path=data, train_iters=3, lr_decay_style="cosine"), "--print-config"])
     assert leaving.value.code == 0

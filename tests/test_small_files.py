@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
+from megatron_salt.checkpoint import integrity, owner, safe_unpickle, save_directory
+from megatron_salt.checkpoint.compatibility import read_facts
+from megatron_salt.checkpoint.integrity import FileSum
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.errors import UserError
-from megatron_salt.checkpoint import integrity, owner, pickles, shelf
-from megatron_salt.checkpoint.integrity import FileSum
-from megatron_salt.checkpoint.resume import read_facts
-from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import read_manifest
-from megatron_salt.data.tokenizer import DESCRIPTION, build_tokenizer, load_tokenizer
 from megatron_salt.data.windows import TokenFile
+from megatron_salt.errors import UserError
+from megatron_salt.metrics.history import read_curve
+from megatron_salt.metrics.sinks import Jsonl
+from megatron_salt.preprocess.journal import Journal
 from megatron_salt.small_files import parse_json, read_json, read_small, refuse_outside_names
-from megatron_salt.train.history import read_curve
-from megatron_salt.train.sinks import Jsonl
+from megatron_salt.tokenizer.tokenizer import DESCRIPTION, build_tokenizer, load_tokenizer
 
 BROKEN = {
     "empty": b"",
@@ -124,11 +124,16 @@ def read_dataset_manifest(folder: Path) -> Any:
 
 
 def read_table_of_contents(folder: Path) -> Any:
-    return pickles.read_metadata(folder)
+    return safe_unpickle.read_metadata(folder)
 
 
-READERS = [(read_checkpoint_sums, integrity.CHECKSUMS), (read_facts, shelf.STATE), (shelf.read_tracker, shelf.TRACKER),
-           (read_dataset_manifest, "data.manifest.json"), (read_table_of_contents, integrity.METADATA)]
+READERS = [
+    (read_checkpoint_sums, integrity.CHECKSUMS),
+    (read_facts, save_directory.STATE),
+    (save_directory.read_tracker, save_directory.TRACKER),
+    (read_dataset_manifest, "data.manifest.json"),
+    (read_table_of_contents, integrity.METADATA),
+]
 
 
 @pytest.mark.parametrize("read, name", READERS)

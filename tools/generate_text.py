@@ -14,12 +14,12 @@ from pathlib import Path
 from megatron_salt.cli import from_yaml, run_tool
 from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.data.order import SEEDS, is_seed
-from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.errors import UserError
-from megatron_salt.small_files import read_small
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
+from megatron_salt.small_files import read_small
+from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 COLDEST = 0.001  # below it logits that are divided may overflow
 
@@ -50,12 +50,17 @@ class GenerateConfig:
     """The same seed draws the same text."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (("max-new-tokens", self.max_new_tokens, 1), ("temperature", self.temperature, 0),
-                                   ("top-k", self.top_k, 1)):
+        for name, value, least in (
+            ("max-new-tokens", self.max_new_tokens, 1),
+            ("temperature", self.temperature, 0),
+            ("top-k", self.top_k, 1),
+        ):
             if value is not None and not least <= value < float("inf"):
                 raise UserError(f"--{name} must be at least {least} and finite, got {value}")
         if 0 < self.temperature < COLDEST:
-            raise UserError(f"--temperature must be 0 or at least {COLDEST}, got {self.temperature}; 0 takes the likeliest token")
+            raise UserError(
+                f"--temperature must be 0 or at least {COLDEST}, got {self.temperature}; 0 takes the likeliest token"
+            )
         if not is_seed(self.seed):
             raise UserError(f"--seed must be {SEEDS}, got {self.seed}")
 
@@ -74,9 +79,9 @@ def generate_text(config: GenerateConfig) -> None:
 
 def newest_checkpoint(load: Path) -> Path:
     """The iter_* directory that --load means."""
-    from megatron_salt.checkpoint import shelf
+    from megatron_salt.checkpoint import save_directory
 
-    found = shelf.candidates(load)
+    found = save_directory.candidates(load)
     if not found:
         raise UserError(f"--load {load} holds no checkpoint")
     return found[0]
@@ -119,11 +124,11 @@ def continue_prompt(
     import torch
     import torch.distributed as dist
 
+    from megatron_salt.checkpoint.checkpointer import load_weights
     from megatron_salt.model.generate import generate
     from megatron_salt.model.gpt import build_model
     from megatron_salt.parallel.launch import distributed, seed_everything
     from megatron_salt.parallel.mesh import make_student_mesh
-    from megatron_salt.checkpoint.checkpointer import load_weights
 
     with distributed(timedelta(minutes=10)):
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
@@ -132,8 +137,17 @@ def continue_prompt(
         length, vocabulary = run.training.seq_length, tokenizer.vocab_size
         [model] = build_model(run.model, parallel, length, vocabulary, dtype, length, mesh)
         load_weights(directory, [model], mesh)
-        added = generate(model, prompt, config.max_new_tokens, length, vocabulary, tokenizer.eod, config.temperature, config.top_k,
-                         config.seed)
+        added = generate(
+            model,
+            prompt,
+            config.max_new_tokens,
+            length,
+            vocabulary,
+            tokenizer.eod,
+            config.temperature,
+            config.top_k,
+            config.seed,
+        )
         return added if dist.get_rank() == 0 else None
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_salt.checkpoint import integrity, save_directory
+from megatron_salt.checkpoint.run_state import SaltProgress
 from megatron_salt.cli import run_tool
 from megatron_salt.config import flag
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_small
-from megatron_salt.checkpoint import integrity, shelf
-from megatron_salt.checkpoint.progress import SaltProgress
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -46,11 +46,11 @@ class InspectConfig:
 
 def main(config: InspectConfig) -> int:
     """Print the report. Raises DamagedCheckpoint where files are not what was written: all of them are told under --verify."""
-    found = shelf.candidates(Path(config.load))
+    found = save_directory.candidates(Path(config.load))
     if not found:
         raise UserError(f"--load {config.load} holds no checkpoint")
     directory = found[0]
-    sums = integrity.read_checksums(directory, required=(integrity.METADATA, shelf.STATE))
+    sums = integrity.read_checksums(directory, required=(integrity.METADATA, save_directory.STATE))
     damage = integrity.damaged_files(directory, sums) if config.verify else []
     if damage:
         raise integrity.DamagedCheckpoint("; ".join(damage))
@@ -62,13 +62,13 @@ def main(config: InspectConfig) -> int:
 
 def _report(directory: Path, sums: dict[str, integrity.FileSum], config: InspectConfig) -> list[str]:
     """What was asked for, without the checksums. Raises UserError, naming the file, before anything is printed."""
-    from megatron_salt.checkpoint import pickles, resume
+    from megatron_salt.checkpoint import compatibility, safe_unpickle
 
-    facts, metadata = resume.read_facts(directory), pickles.read_metadata(directory)
+    facts, metadata = compatibility.read_facts(directory), safe_unpickle.read_metadata(directory)
     try:
         lines = _about(directory, facts, sums)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise integrity.DamagedCheckpoint(f"{directory / shelf.STATE}: cannot be read: {error!r}") from None
+        raise integrity.DamagedCheckpoint(f"{directory / save_directory.STATE}: cannot be read: {error!r}") from None
     try:
         lines += _sizes(metadata)
         lines += _table(metadata) if config.tensors else []
@@ -109,11 +109,13 @@ def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.Fil
 
 
 def _own_loss(probe: dict[str, Any] | None) -> str:
-    """On the fixed batch (data/fixed_batch.py), by which a run recognises it as its teacher."""
+    """On the fixed batch (data/reference_batch.py), by which a run recognises it as its teacher."""
     if probe is None:
         return "not recorded: it cannot be a teacher"
-    losses = [f"{'not finite' if loss is None else format(loss, '.5f')} over {length}"
-              for length, loss in zip(probe["lengths"], probe["losses"], strict=True)]
+    losses = [
+        f"{'not finite' if loss is None else format(loss, '.5f')} over {length}"
+        for length, loss in zip(probe["lengths"], probe["losses"], strict=True)
+    ]
     return f"{', '.join(losses)} tokens, {probe['dtype']}"
 
 
@@ -130,7 +132,11 @@ def _stages(facts: dict[str, Any]) -> list[str]:
         f"stage        {stage}; {ends}{crossover}",
         "schedule     " + ", ".join(f"{flag(name)} {value}" for name, value in salt.schedule.items()),
         f"teacher      {teacher}",
-        *(["held out     the teacher's " + ", ".join(f"{name} {value:g}" for name, value in held_out.items())] if held_out else []),
+        *(
+            ["held out     the teacher's " + ", ".join(f"{name} {value:g}" for name, value in held_out.items())]
+            if held_out
+            else []
+        ),
     ]
 
 
@@ -155,7 +161,9 @@ def _table(metadata: Metadata) -> list[str]:
     for key, entry in sorted(metadata.state_dict_metadata.items()):
         if isinstance(entry, TensorStorageMetadata):
             dtype = str(entry.properties.dtype).removeprefix("torch.")
-            lines.append(f"  {key:<64} {list(entry.size)!s:<24} {dtype:<10} {_bytes(_size(entry)):>10}  {len(entry.chunks)} shards")
+            lines.append(
+                f"  {key:<64} {list(entry.size)!s:<24} {dtype:<10} {_bytes(_size(entry)):>10}  {len(entry.chunks)} shards"
+            )
         else:
             lines.append(f"  {key:<64} object")
     return lines

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.outputs import refuse_present, sole_writer
-from megatron_salt.data.score_index import ScoreIndex, merge
-from megatron_salt.data.scores import INDEX
 from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.selection.score_format import INDEX
+from megatron_salt.selection.score_reader import ScoreIndex, merge
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ def merge_scores(config: MergeConfig) -> None:
     """The whole tool. Raises UserError."""
     output = Path(config.output)
     if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
-        raise UserError(f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content")
+        raise UserError(
+            f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content"
+        )
     inside = next((directory for directory in config.scores if output.resolve() in Path(directory).resolve().parents), None)
     if inside is not None:
         raise UserError(f"--output {output} holds --scores {inside}, which would be deleted with it; take another directory")
@@ -52,7 +54,9 @@ def merge_scores(config: MergeConfig) -> None:
             refuse_present("--output", output, [output], config.overwrite)
             merge(index, output)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})") from error
+        raise UserError(
+            f"--output {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})"
+        ) from error
     print(f"wrote {output}: {index.num_samples} samples of {len(index.shards)} shards")
 
 

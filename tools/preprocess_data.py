@@ -24,13 +24,6 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.data.arrange import finish_arranged
-from megatron_salt.data.backends import choose_backend
-from megatron_salt.data.choice import refuse_without_ends, told_ends
-from megatron_salt.data.documents import STDIN, BadLines, input_files
-from megatron_salt.data.encode import Encoder, chunk_size, encode_chunks
-from megatron_salt.data.indexed import Written, token_dtype
-from megatron_salt.data.journal import Journal
 from megatron_salt.data.manifest import (
     Manifest,
     Source,
@@ -42,15 +35,22 @@ from megatron_salt.data.manifest import (
     tokenizer_directory,
     write_manifest,
 )
-from megatron_salt.data.meter import Meter
-from megatron_salt.data.parse import sample_texts
-from megatron_salt.data.reading import Chunk, Form, chunks, form_of
-from megatron_salt.data.scores import parse_shard
-from megatron_salt.data.sharing import files_of_shard
-from megatron_salt.data.special_tokens import Finder, Policy, refuse_special, told_at_end, told_of_sample
-from megatron_salt.data.stage import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
-from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_salt.data.run_tokenizer import refuse_without_ends, told_ends
 from megatron_salt.errors import UserError
+from megatron_salt.preprocess.dedup_shuffle import finish_arranged
+from megatron_salt.preprocess.encode import Encoder, chunk_size, encode_chunks
+from megatron_salt.preprocess.indexed_writer import Written, token_dtype
+from megatron_salt.preprocess.inputs import STDIN, BadLines, input_files
+from megatron_salt.preprocess.journal import Journal
+from megatron_salt.preprocess.parse import sample_texts
+from megatron_salt.preprocess.progress_bar import Meter
+from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
+from megatron_salt.preprocess.sharding import files_of_shard
+from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
+from megatron_salt.preprocess.tokenizer_backends import choose_backend
+from megatron_salt.selection.score_format import parse_shard
+from megatron_salt.tokenizer.special_tokens import Finder, Policy, refuse_special, told_at_end, told_of_sample
+from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 
 CHUNK_BYTES = 1 << 20
 ARRANGE_BYTES = 512 << 20
@@ -124,8 +124,11 @@ class PreprocessConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        for name, value, least in (("workers", self.workers, 1), ("log-interval", self.log_interval, 1),
-                                   ("max-bad-lines", self.max_bad_lines, 0)):
+        for name, value, least in (
+            ("workers", self.workers, 1),
+            ("log-interval", self.log_interval, 1),
+            ("max-bad-lines", self.max_bad_lines, 0),
+        ):
             if value < least:
                 raise UserError(f"--{name} must be at least {least}, got {value}")
         if not 1 <= self.max_document_mib < 2048:
@@ -135,11 +138,15 @@ class PreprocessConfig:
         if any(os.sep in key for key in self.json_keys):
             raise UserError(f"--json-keys become file names and cannot contain {os.sep}, got {' '.join(self.json_keys)}")
         if self.resume and (self.overwrite or STDIN in self.input):
-            raise UserError(f"--resume goes with neither --overwrite nor --input {STDIN}: what was read before must still be there")
+            raise UserError(
+                f"--resume goes with neither --overwrite nor --input {STDIN}: what was read before must still be there"
+            )
         if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 1 << 63:
             raise UserError(f"--shuffle-documents takes a seed from 0 to 2^63 - 1, got {self.shuffle_documents}")
         if parse_shard(self.shard)[1] > 1 and self.is_arranged:
-            raise UserError(f"--shard {self.shard} goes with neither --dedup nor --shuffle-documents, which are about all documents")
+            raise UserError(
+                f"--shard {self.shard} goes with neither --dedup nor --shuffle-documents, which are about all documents"
+            )
 
     @property
     def is_arranged(self) -> bool:
@@ -183,20 +190,28 @@ def preprocess(config: PreprocessConfig) -> None:
                 print(f"tokenizer backend: {why}", flush=True)
                 print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
                 if sample:
-                    print(told_of_sample(Finder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text), flush=True)
-                encoder = Encoder(tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact", config.prepend_bos)
+                    print(
+                        told_of_sample(Finder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text),
+                        flush=True,
+                    )
+                encoder = Encoder(
+                    tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact", config.prepend_bos
+                )
                 written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
                 journal.append({"finished": written})
             for prefix in prefixes:
                 publish(finished_prefix(config, prefix), prefix)
             gone = [str(path) for prefix in prefixes for path in output_paths(prefix) if not path.exists()]
             if gone:
-                raise UserError(f"{journal.path} says that all was written, but {', '.join(gone)} is not there; put it back, or begin anew "
-                                "with --overwrite instead of --resume")
+                raise UserError(
+                    f"{journal.path} says that all was written, but {', '.join(gone)} is not there; put it back, or begin anew "
+                    "with --overwrite instead of --resume"
+                )
             clean(prefixes, journal)
     except OSError as error:
-        raise UserError(f"--output-prefix {config.output_prefix} cannot be written: {error.strerror} "
-                        f"({error.filename or 'while writing'})") from error
+        raise UserError(
+            f"--output-prefix {config.output_prefix} cannot be written: {error.strerror} ({error.filename or 'while writing'})"
+        ) from error
     for line in written:
         print(line)
 
@@ -210,8 +225,10 @@ def shard_files(config: PreprocessConfig) -> list[str]:
     if STDIN in files:
         raise UserError(f"--shard {config.shard} divides files; --input {STDIN} is none")
     if len(files) < shard[1]:
-        raise UserError(f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts, "
-                        f"for no file is cut: take n up to {len(files)}, or split the files")
+        raise UserError(
+            f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts, "
+            f"for no file is cut: take n up to {len(files)}, or split the files"
+        )
     mine = files_of_shard([os.path.getsize(file) for file in files], shard)
     return [files[number] for number in mine]
 
@@ -233,10 +250,16 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
 
 def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
     """All that decides which bytes are written: a run resumes only where it is the same."""
-    return {"--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
-            "--json-keys": list(config.json_keys), "--append-eod": config.append_eod, "tokenizer": tokenizer.fingerprint,
-            "--prepend-bos": tokenizer.bos if config.prepend_bos else None, "--special-tokens-in-text": config.special_tokens_in_text,
-            "--dedup": config.dedup, "--shuffle-documents": config.shuffle_documents}
+    return {
+        "--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
+        "--json-keys": list(config.json_keys),
+        "--append-eod": config.append_eod,
+        "tokenizer": tokenizer.fingerprint,
+        "--prepend-bos": tokenizer.bos if config.prepend_bos else None,
+        "--special-tokens-in-text": config.special_tokens_in_text,
+        "--dedup": config.dedup,
+        "--shuffle-documents": config.shuffle_documents,
+    }
 
 
 def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, facts: dict) -> bool:
@@ -247,8 +270,10 @@ def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenize
     for prefix in prefixes:
         other = made_otherwise(config, prefix, tokenizer, facts)
         if other and not config.overwrite:
-            raise UserError(f"--resume: {prefix}.bin is whole, and was made with other {', '.join(other)}; "
-                            "--overwrite replaces it, another --output-prefix leaves it alone")
+            raise UserError(
+                f"--resume: {prefix}.bin is whole, and was made with other {', '.join(other)}; "
+                "--overwrite replaces it, another --output-prefix leaves it alone"
+            )
         if other:
             return False
     try:
@@ -267,13 +292,19 @@ def made_otherwise(config: PreprocessConfig, prefix: str, tokenizer: Tokenizer, 
     inputs = {file: (form, size, sampled) for file, form, size, sampled in facts["--input"]}
     known = {source.file: (source.form or inputs.get(source.file, ("",))[0], source.size_bytes,
                            source.sampled or inputs.get(source.file, ("", 0, ""))[2]) for source in there.sources}  # fmt: skip
-    return [name for name, differs in (
-        ("--input", list(known.items()) != list(inputs.items())), ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
-        ("--append-eod", there.append_eod != config.append_eod),
-        ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
-        ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
-        ("--dedup", there.dedup not in ("", config.dedup)),
-        ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents)) if differs]
+    return [
+        name
+        for name, differs in (
+            ("--input", list(known.items()) != list(inputs.items())),
+            ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
+            ("--append-eod", there.append_eod != config.append_eod),
+            ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
+            ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
+            ("--dedup", there.dedup not in ("", config.dedup)),
+            ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents),
+        )
+        if differs
+    ]
 
 
 def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
@@ -286,8 +317,16 @@ def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journ
         raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
 
 
-def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer, encoder: Encoder,
-              journal: Journal, prefixes: list[str], chunk_bytes: int) -> list[str]:
+def run_stage(
+    config: PreprocessConfig,
+    files: list[str],
+    forms: list[Form],
+    tokenizer: Tokenizer,
+    encoder: Encoder,
+    journal: Journal,
+    prefixes: list[str],
+    chunk_bytes: int,
+) -> list[str]:
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
@@ -303,17 +342,20 @@ def run_stage(config: PreprocessConfig, files: list[str], forms: list[Form], tok
             source = stage.writers[i]
             if config.is_arranged:
                 budget = int(config.max_memory * 2**30 / 2) if config.max_memory else ARRANGE_BYTES
-                written = finish_arranged(source, finished_prefix(config, prefixes[i]), config.dedup == "exact",
-                                          config.shuffle_documents, budget)
+                written = finish_arranged(
+                    source, finished_prefix(config, prefixes[i]), config.dedup == "exact", config.shuffle_documents, budget
+                )
             else:
                 written = source.write_index()
             duplicates = source.documents - written.documents
             manifest = describe(config, i, written, duplicates, tokenizer, stage, journal.records[0]["--input"])
             text_bytes = sum(tally.text_bytes[i] for tally in stage.tallies)
-            lines.append(f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
-                         f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
-                         + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else "")
-                         + told_at_end(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text))
+            lines.append(
+                f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
+                f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
+                + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else "")
+                + told_at_end(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text)
+            )
     return lines
 
 
@@ -324,7 +366,9 @@ def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], e
     before = [sum(size_of(file) for file in stage.files[:number]) for number in range(len(stage.files))]
     meter = Meter(before[-1] + size_of(stage.files[-1]), before[stage.file] + stage.on_disk, config.log_interval)
     bad_lines = BadLines(config.max_bad_lines, stage.bad_lines)
-    with closing(encode_chunks(remaining(config, stage, forms, chunk_bytes), encoder, config.workers, stage.writers[0].dtype)) as encoded:
+    with closing(
+        encode_chunks(remaining(config, stage, forms, chunk_bytes), encoder, config.workers, stage.writers[0].dtype)
+    ) as encoded:
         for each in encoded:
             chunk = each.chunk
             if config.special_tokens_in_text == "refuse":
@@ -334,7 +378,12 @@ def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], e
             first = stage.tallies[chunk.file].lines + 1
             stage.add(each)
             bad_lines.add(chunk.path, [(first + line, reason) for line, _, reason in each.bad])
-            meter.add(each.documents - len(each.bad), sum(each.text_bytes), sum(map(len, each.ids)), before[chunk.file] + chunk.on_disk)
+            meter.add(
+                each.documents - len(each.bad),
+                sum(each.text_bytes),
+                sum(map(len, each.ids)),
+                before[chunk.file] + chunk.on_disk,
+            )
     stage.note()
     empty = sum(sum(tally.empty) for tally in stage.tallies)
     print(f"read {meter.close()}; {bad_lines.count} bad lines, {empty} empty documents", flush=True)
@@ -344,8 +393,9 @@ def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_b
     """The chunks that are not in the stage yet."""
     start = stage.position
     for number in range(stage.file, len(stage.files)):
-        yield from chunks(number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes,
-                          config.max_document_mib << 20)
+        yield from chunks(
+            number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes, config.max_document_mib << 20
+        )
         start = 0
 
 
@@ -354,20 +404,52 @@ def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
     return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
 
 
-def describe(config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage,
-             inputs: list) -> Manifest:
+def describe(
+    config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage, inputs: list
+) -> Manifest:
     """Write the manifest of key number `i`. inputs: what the run depends on of them."""
     prefix = finished_prefix(config, stage.prefixes[i])
-    sources = tuple(Source(file, size_of(file), tally.documents, tally.written[i], tally.empty[i], sum(tally.rejected.values()),
-                           tally.text_bytes[i], tally.rejected, form, sampled)
-                    for file, tally, (_, form, _, sampled) in zip(stage.files, stage.tallies, inputs, strict=True))
+    sources = tuple(
+        Source(
+            file,
+            size_of(file),
+            tally.documents,
+            tally.written[i],
+            tally.empty[i],
+            sum(tally.rejected.values()),
+            tally.text_bytes[i],
+            tally.rejected,
+            form,
+            sampled,
+        )
+        for file, tally, (_, form, _, sampled) in zip(stage.files, stage.tallies, inputs, strict=True)
+    )
     manifest = Manifest(
-        written.documents, written.tokens, stage.writers[i].dtype.name, written.bin_bytes, written.idx_bytes, written.bin_hash,
-        written.idx_hash, sampled_fingerprint(prefix), tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size,
-        tokenizer.eod, config.append_eod, config.json_keys[i], sources, config.shard if parse_shard(config.shard)[1] > 1 else None,
-        duplicates, config.shuffle_documents, tuple(sorted(stage.backends)), tokenizer.bos if config.prepend_bos else None,
-        config.special_tokens_in_text, sum(tally.special_documents[i] for tally in stage.tallies),
-        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())), config.dedup)
+        written.documents,
+        written.tokens,
+        stage.writers[i].dtype.name,
+        written.bin_bytes,
+        written.idx_bytes,
+        written.bin_hash,
+        written.idx_hash,
+        sampled_fingerprint(prefix),
+        tokenizer.kind,
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.eod,
+        config.append_eod,
+        config.json_keys[i],
+        sources,
+        config.shard if parse_shard(config.shard)[1] > 1 else None,
+        duplicates,
+        config.shuffle_documents,
+        tuple(sorted(stage.backends)),
+        tokenizer.bos if config.prepend_bos else None,
+        config.special_tokens_in_text,
+        sum(tally.special_documents[i] for tally in stage.tallies),
+        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())),
+        config.dedup,
+    )
     write_manifest(manifest, manifest_path(prefix))
     return manifest
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.outputs import refuse_present, sole_writer, whole
 from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer, whole
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 SMALLEST = 1_000_000
@@ -56,7 +56,9 @@ def write_corpus(config: CorpusConfig) -> None:
         files["held_out" if is_held_out(name, config.held_out_share) else "train"].append((name, text))
     found = sum(len(text) for _, text in files["train"])
     if found < SMALLEST or not files["held_out"]:
-        raise UserError(f"{library} holds {found} characters of source, too few to train on: this Python came without its library's source")
+        raise UserError(
+            f"{library} holds {found} characters of source, too few to train on: this Python came without its library's source"
+        )
     files["train"] += [(f"help/{name}", text) for name, text in sorted(topics.items())]
     try:
         with sole_writer("--output-dir", config.output_dir):

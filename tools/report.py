@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.outputs import refuse_present, sole_writer
 from megatron_salt.data.windows import TokenFile
 from megatron_salt.errors import UserError
-from megatron_salt.train.history import Axis, Curve, read_curve
+from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.metrics.history import Axis, Curve, read_curve
 
 MARKS = "*o+x#@"
 WIDTH, HEIGHT = 72, 14
@@ -129,8 +129,8 @@ def unigram_entropy(prefix: str) -> float:
     tokens = np.memmap(f"{prefix}.bin", file.dtype, mode="r", shape=(file.num_tokens,))
     counts = np.zeros(0, np.int64)
     for start in range(0, file.num_tokens, BLOCK):
-        block = np.bincount(tokens[start:start + BLOCK], minlength=len(counts))
-        block[:len(counts)] += counts
+        block = np.bincount(tokens[start : start + BLOCK], minlength=len(counts))
+        block[: len(counts)] += counts
         counts = block
     shares = counts[counts > 0] / file.num_tokens
     return float(-(shares * np.log(shares)).sum())
@@ -153,8 +153,11 @@ def require_below(curve: Curve, other: Curve) -> bool:
         print(f"FAILED: {curve.name if curve.final is None else other.name} has no held-out loss (--eval-iters)")
         return False
     good = curve.final < other.final
-    print(f"{'ok' if good else 'FAILED'}: held-out loss of {curve.name} is {curve.final:.4f}, {abs(other.final - curve.final):.4f} "
-          f"{'below' if good else 'not below'} {other.name}'s {other.final:.4f}", end="")
+    print(
+        f"{'ok' if good else 'FAILED'}: held-out loss of {curve.name} is {curve.final:.4f}, {abs(other.final - curve.final):.4f} "
+        f"{'below' if good else 'not below'} {other.name}'s {other.final:.4f}",
+        end="",
+    )
     passed = min((step for step, loss in curve.held_out.items() if loss < other.final), default=None)
     print(f", which it passed by step {passed} of {curve.steps[-1]}" if passed is not None else "")
     return good
@@ -162,36 +165,57 @@ def require_below(curve: Curve, other: Curve) -> bool:
 
 # --- on the terminal --------------------------------------------------------------------------------------------------
 
+
 def table(curves: Sequence[Curve], unigram: float | None) -> str:
     """One row a run. Training loss: mean of the last twentieth; tokens/s and time: of steps, without evaluations and saves.
 
     Time is the wall clock's, of a machine that may be shared: the median step suffers least from what else ran there.
     """
-    heads = ["run", "steps", "tokens", "training loss", "held-out loss", "accuracy", "stage 2 from", "tokens/s", "time", "median step",
-             "peak memory"]
+    heads = [
+        "run",
+        "steps",
+        "tokens",
+        "training loss",
+        "held-out loss",
+        "accuracy",
+        "stage 2 from",
+        "tokens/s",
+        "time",
+        "median step",
+        "peak memory",
+    ]
     rows = []
     for curve in curves:
-        last = curve.losses[-max(1, len(curve.losses) // 20):]
+        last = curve.losses[-max(1, len(curve.losses) // 20) :]
         seconds, tokens = curve.seconds[-1], int(curve.tokens[-1])
-        rows.append([
-            curve.name,
-            str(curve.steps[-1]),
-            str(tokens),
-            f"{np.nanmean(last):.4f}" if np.isfinite(last).any() else "nan",
-            "-" if curve.final is None else f"{curve.final:.4f}",
-            "-" if curve.accuracy is None else f"{curve.accuracy:.2%}",
-            "-" if curve.switch is None else f"step {curve.switch.step + 1}",
-            f"{tokens / max(seconds, 1e-9):.0f}",
-            f"{seconds:.1f} s",
-            f"{1000 * np.median(np.diff(curve.seconds, prepend=0)):.4g} ms",
-            f"{curve.peak_gib:.2f} GiB",
-        ])
+        rows.append(
+            [
+                curve.name,
+                str(curve.steps[-1]),
+                str(tokens),
+                f"{np.nanmean(last):.4f}" if np.isfinite(last).any() else "nan",
+                "-" if curve.final is None else f"{curve.final:.4f}",
+                "-" if curve.accuracy is None else f"{curve.accuracy:.2%}",
+                "-" if curve.switch is None else f"step {curve.switch.step + 1}",
+                f"{tokens / max(seconds, 1e-9):.0f}",
+                f"{seconds:.1f} s",
+                f"{1000 * np.median(np.diff(curve.seconds, prepend=0)):.4g} ms",
+                f"{curve.peak_gib:.2f} GiB",
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in [heads, *rows]]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [heads, *rows]
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines + [note for curve in curves for note in _notes(curve)]
-                     + ([] if unigram is None else [f"unigram entropy of held-out tokens: {unigram:.4f}"]))
+    return "\n".join(
+        lines
+        + [note for curve in curves for note in _notes(curve)]
+        + ([] if unigram is None else [f"unigram entropy of held-out tokens: {unigram:.4f}"])
+    )
 
 
 def _notes(curve: Curve) -> list[str]:
@@ -201,8 +225,10 @@ def _notes(curve: Curve) -> list[str]:
         notes.append(f"{curve.name}: its teacher has held-out loss {curve.teacher[0]:.4f}, accuracy {curve.teacher[1]:.2%}")
     if curve.switch is not None:
         at = curve.switch
-        freed = "" if at.gib_before is None else (
-            f"; memory in use {at.gib_before:.3f} GiB before the teacher was freed, {at.gib_after:.3f} GiB after"
+        freed = (
+            ""
+            if at.gib_before is None
+            else (f"; memory in use {at.gib_before:.3f} GiB before the teacher was freed, {at.gib_after:.3f} GiB after")
         )
         notes.append(f"{curve.name}: stage 1 ended after step {at.step}{freed}")
     if curve.unread_lines:
@@ -249,6 +275,7 @@ def _columns(curve: Curve, x: Axis, right: float) -> np.ndarray:
 
 # --- the picture ------------------------------------------------------------------------------------------------------
 
+
 def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) -> None:
     """Training loss (thin as it was, thick smoothed), held-out loss (marks) and switch to stage 2 (vertical line) of every run. The
     file appears whole or not at all."""
@@ -265,11 +292,23 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
         evaluated = [step for step in curve.held_out if step in curve.steps]
         if evaluated:
             places = [_when(curve, x, step) for step in evaluated]
-            axes.plot(places, [curve.held_out[step] for step in evaluated], "o--", color=colour, markersize=5, linewidth=1,
-                      label=f"{curve.name}, held-out")
+            axes.plot(
+                places,
+                [curve.held_out[step] for step in evaluated],
+                "o--",
+                color=colour,
+                markersize=5,
+                linewidth=1,
+                label=f"{curve.name}, held-out",
+            )
         if curve.switch is not None:
-            axes.axvline(_when(curve, x, curve.switch.step), color=colour, linestyle="--", linewidth=1,
-                         label=f"{curve.name}, stage 1 ends (step {curve.switch.step})")
+            axes.axvline(
+                _when(curve, x, curve.switch.step),
+                color=colour,
+                linestyle="--",
+                linewidth=1,
+                label=f"{curve.name}, stage 1 ends (step {curve.switch.step})",
+            )
     if unigram is not None:
         axes.axhline(unigram, color="gray", linestyle=":", label="unigram entropy of held-out tokens")
     axes.set_xlabel({"steps": "steps", "tokens": "tokens", "seconds": "seconds of training"}[x])

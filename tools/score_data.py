@@ -3,7 +3,7 @@
 The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
 started. Jobs of an array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
 started again, and one that is finished has nothing to do. SIGTERM, SIGUSR1 and --exit-file end it within two microbatches, with status 3:
-the same command goes on. What is in the directory: `megatron_salt/data/scores.py`.
+the same command goes on. What is in the directory: `megatron_salt/selection/score_format.py`.
 
     torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
         --output /shared/scores --shard 0/16
@@ -27,20 +27,20 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.order import SEEDS, is_seed
-from megatron_salt.data.score_index import CHUNK
-from megatron_salt.data.scores import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
-from megatron_salt.data.shard_writer import ShardWriter
 from megatron_salt.errors import LeftEarly, UserError
-from megatron_salt.train.signals import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
+from megatron_salt.selection.score_reader import CHUNK
+from megatron_salt.selection.score_writer import ShardWriter
+from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 
 if TYPE_CHECKING:
     import numpy as np
 
     from megatron_salt.data.samples import Samples
-    from megatron_salt.salt.admission import TeacherCheckpoint
-    from megatron_salt.salt.scoring import Rows, Scorer
+    from megatron_salt.salt.load_teacher import TeacherCheckpoint
+    from megatron_salt.salt.scorer import Rows, Scorer
 
 
 log = logging.getLogger(__name__)
@@ -128,9 +128,13 @@ class ScoreConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.block_samples % self.micro_batch_size:
-            raise UserError(f"--block-samples {self.block_samples} is not a multiple of --micro-batch-size {self.micro_batch_size}")
+            raise UserError(
+                f"--block-samples {self.block_samples} is not a multiple of --micro-batch-size {self.micro_batch_size}"
+            )
         if not self.score_top_k or min(self.score_top_k) < 1 or len(set(self.score_top_k)) < len(self.score_top_k):
-            raise UserError(f"--score-top-k takes different numbers of at least 1, got {' '.join(map(str, self.score_top_k)) or 'none'}")
+            raise UserError(
+                f"--score-top-k takes different numbers of at least 1, got {' '.join(map(str, self.score_top_k)) or 'none'}"
+            )
         if not self.distributed_timeout_minutes > 0:
             raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
         if self.sample is not None and not 0 < self.sample < 1:
@@ -155,12 +159,13 @@ def score_data(config: ScoreConfig) -> int:
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
-    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
     from megatron_salt.checkpoint.checkpointer import TOKENIZER
+    from megatron_salt.data.run_tokenizer import tokenizer_of_run
     from megatron_salt.data.samples import open_training_data
-    from megatron_salt.data.choice import tokenizer_of_run
-    from megatron_salt.salt.admission import read_teacher, refuse_unfit
-    from megatron_salt.salt.scoring import teacher_flags
+    from megatron_salt.salt.load_teacher import read_teacher, refuse_unfit
+    from megatron_salt.salt.scorer import teacher_flags
 
     layout = scoring_layout(config, world_size_from_environment())
     teacher = read_teacher(config.teacher_load)
@@ -206,9 +211,9 @@ def score_shard(
     Raises UserError."""
     import torch.distributed as dist
 
-    from megatron_salt.parallel.agreement import from_rank_0, largest
+    from megatron_salt.parallel.collectives import from_rank_0, largest
     from megatron_salt.parallel.launch import distributed
-    from megatron_salt.salt.scoring import make_scorer
+    from megatron_salt.salt.scorer import make_scorer
 
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
@@ -226,8 +231,13 @@ def score_shard(
         if rank == 0:
             print(cost(facts, teacher), flush=True)
         if facts.block_samples % (facts.micro_batch_size * layout.data):
-            log.warning("--block-samples %d is not a multiple of --micro-batch-size %d x %d data-parallel replicas: some idle at the end "
-                        "of each block", facts.block_samples, facts.micro_batch_size, layout.data)
+            log.warning(
+                "--block-samples %d is not a multiple of --micro-batch-size %d x %d data-parallel replicas: some idle at the end "
+                "of each block",
+                facts.block_samples,
+                facts.micro_batch_size,
+                layout.data,
+            )
         exit_plan = ExitPlan(
             exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=largest, started=0.0, exit_file=config.exit_file,
             looks=rank == 0,
@@ -239,7 +249,10 @@ def score_shard(
             )  # fmt: skip
         except LeftEarly as left:
             if rank == 0:
-                print(f"shard {config.shard}: left before the first window of this start: {left}; the same command goes on", flush=True)
+                print(
+                    f"shard {config.shard}: left before the first window of this start: {left}; the same command goes on",
+                    flush=True,
+                )
             return LEFT
         return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
 
@@ -253,8 +266,10 @@ def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
     advice = "; --sample scores a part" if facts.sample is None else ""
-    return (f"the index: {part} of {facts.num_samples} windows, {tokens:.3g} tokens, {flops:.3g} FLOPs of the teacher's forward pass "
-            f"(training a student takes 3 of its own a token){advice}")
+    return (
+        f"the index: {part} of {facts.num_samples} windows, {tokens:.3g} tokens, {flops:.3g} FLOPs of the teacher's forward pass "
+        f"(training a student takes 3 of its own a token){advice}"
+    )
 
 
 def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
@@ -271,8 +286,8 @@ def fill_shard(
 ) -> bool:
     """Score and write block after block; whether the shard is finished, or there was a reason to leave. Collective over all ranks.
     Raises UserError where the writer cannot write."""
-    from megatron_salt.parallel.agreement import from_rank
-    from megatron_salt.salt.scoring import score_block
+    from megatron_salt.parallel.collectives import from_rank
+    from megatron_salt.salt.scorer import score_block
 
     opened: list[ShardWriter] = []  # one, on the rank that writes
 
@@ -323,8 +338,10 @@ class Progress:
         if facts.sample is not None:
             here = sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
             part = f", {here} of them by --sample {facts.sample}"
-        self._say(f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, "
-                  f"{len(blocks) - todo} of them finished before")
+        self._say(
+            f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, "
+            f"{len(blocks) - todo} of them finished before"
+        )
 
     def tell(self, rows: Rows, scored: np.ndarray) -> None:
         """A block is written. scored: which of its samples have scores, bool [n]."""
@@ -336,8 +353,10 @@ class Progress:
         if self._done % self._interval == 0 or self._done == self._todo:
             seconds = time.monotonic() - self._started
             left = int(seconds / self._done * (self._todo - self._done))
-            self._say(f"block {self._done}/{self._todo} | {self._samples} samples | "
-                      f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left")
+            self._say(
+                f"block {self._done}/{self._todo} | {self._samples} samples | "
+                f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left"
+            )
 
     def leave(self, todo: list[int], reason: str) -> None:
         """The shard stays unfinished. todo: its blocks that are not written."""

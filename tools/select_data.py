@@ -21,24 +21,29 @@ from pathlib import Path
 from megatron_salt.cli import run_tool
 from megatron_salt.config import flag
 from megatron_salt.data.blend import parse_data_path
-from megatron_salt.data.eligible import duplicates, find_eligible
 from megatron_salt.data.manifest import tokenizer_directory
-from megatron_salt.data.outputs import refuse_present, sole_writer, whole
 from megatron_salt.data.order import SEEDS, is_seed
-from megatron_salt.data.score_index import ScoreIndex
-from megatron_salt.data.select import Choice, Rule, RuleName, choose
-from megatron_salt.data.selection import Selection, selection_paths, write_selection
-from megatron_salt.data.selection_report import draw, refuse_ties, report, sample, write_text
-from megatron_salt.data.ties import TIE_SEED
-from megatron_salt.data.window_text import WindowText, find_tokenizer, open_windows
 from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer, whole
+from megatron_salt.selection.eligibility import duplicates, find_eligible
+from megatron_salt.selection.report import draw, refuse_ties, report, sample, write_text
+from megatron_salt.selection.rules import Choice, Rule, RuleName, choose
+from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.selection.selection_file import Selection, selection_paths, write_selection
+from megatron_salt.selection.ties import TIE_SEED
+from megatron_salt.selection.window_text import WindowText, find_tokenizer, open_windows
 
 DEFAULT_SCORE = "median_dropped_10"
 EXPORTED = 256  # windows that are decoded together
 _SHARED = ("fraction", "num_samples", "per_dataset")
 _RANKED = (*_SHARED, "tie_seed", "allow_ties")
-FLAGS_OF = {"top": _RANKED, "bottom": _RANKED, "band": (*_RANKED, "band_skip"), "random": (*_SHARED, "seed"),
-            "threshold": ("min_score", "max_score")}
+FLAGS_OF = {
+    "top": _RANKED,
+    "bottom": _RANKED,
+    "band": (*_RANKED, "band_skip"),
+    "random": (*_SHARED, "seed"),
+    "threshold": ("min_score", "max_score"),
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ class SelectConfig:
         flags = {name: getattr(self, name) for names in FLAGS_OF.values() for name in names}
         given = {name for name, value in flags.items() if value is not None and value is not False}
         for name in sorted(given - set(FLAGS_OF[self.rule])):
-            raise UserError(f"{flag(name)} does not go with --rule {self.rule}, which takes {' '.join(map(flag, FLAGS_OF[self.rule]))}")
+            raise UserError(
+                f"{flag(name)} does not go with --rule {self.rule}, which takes {' '.join(map(flag, FLAGS_OF[self.rule]))}"
+            )
         if self.rule != "threshold" and (self.fraction is None) == (self.num_samples is None):
             raise UserError(f"--rule {self.rule} takes either --fraction or --num-samples")
         for name in {"threshold": ("min_score",), "band": ("band_skip",)}.get(self.rule, ()):
@@ -130,8 +137,12 @@ class SelectConfig:
             ("num_samples", self.num_samples, lambda x: x >= 1, "at least 1"),
             ("band_skip", self.band_skip, lambda x: 0 < x < 1, "above 0 and below 1"),
             ("min_score", self.min_score, math.isfinite, "a finite number"),
-            ("max_score", self.max_score, lambda x: math.isfinite(x) and x >= (x if self.min_score is None else self.min_score),
-             f"finite and at least --min-score {self.min_score}"),
+            (
+                "max_score",
+                self.max_score,
+                lambda x: math.isfinite(x) and x >= (x if self.min_score is None else self.min_score),
+                f"finite and at least --min-score {self.min_score}",
+            ),
             ("seed", self.seed, lambda x: is_seed(int(x)), SEEDS),
             ("tie_seed", self.tie_seed, lambda x: is_seed(int(x)), SEEDS),
             ("valid_share", self.valid_share, lambda x: 0 <= x <= 0.5, "in [0, 0.5]"),
@@ -171,8 +182,16 @@ def select_data(config: SelectConfig) -> None:
         for output in (selection_prefix(config), *([config.export_documents] if config.export_documents else [])):
             held.enter_context(sole_writer("--output", output))
         refuse_present("--output", config.output, outputs, config.overwrite)
-        write_selection(selection_prefix(config), choice.ids(), choice.count, index.manifest, facts, config.valid_share, tie_seed,
-                        choice.tie_share)
+        write_selection(
+            selection_prefix(config),
+            choice.ids(),
+            choice.count,
+            index.manifest,
+            facts,
+            config.valid_share,
+            tie_seed,
+            choice.tie_share,
+        )
         for path in outputs[2:]:
             path.unlink(missing_ok=True)  # they tell of the selection that was there
         selection = Selection.open(config.output, "--output")
@@ -184,7 +203,9 @@ def select_data(config: SelectConfig) -> None:
             assert isinstance(text, WindowText)
             export(choice, text, Path(config.export_documents))
     except OSError as error:
-        raise UserError(f"--output {config.output} cannot be written: {error.strerror} ({error.filename or 'while writing'})") from error
+        raise UserError(
+            f"--output {config.output} cannot be written: {error.strerror} ({error.filename or 'while writing'})"
+        ) from error
     finally:
         held.close()
     print(told, end="")
@@ -196,8 +217,10 @@ def refuse_equal_datasets(index: ScoreIndex) -> None:
     seen: dict[str, str] = {}
     for dataset in index.manifest.datasets:
         if dataset.fingerprint in seen:
-            raise UserError(f"--scores are of {seen[dataset.fingerprint]} and {dataset.prefix}, which hold the same tokens; score one of "
-                            "them alone, or allow it with --allow-duplicate-inputs")
+            raise UserError(
+                f"--scores are of {seen[dataset.fingerprint]} and {dataset.prefix}, which hold the same tokens; score one of "
+                "them alone, or allow it with --allow-duplicate-inputs"
+            )
         seen[dataset.fingerprint] = dataset.prefix
 
 
@@ -228,8 +251,17 @@ def score_column(index: ScoreIndex, name: str | None) -> str:
 def rule_of(config: SelectConfig) -> Rule:
     """The rule that the flags ask for."""
     seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
-    return Rule(config.rule, config.fraction, config.num_samples, config.per_dataset, config.band_skip or 0.0, config.min_score,
-                config.max_score, seed, TIE_SEED if config.tie_seed is None else config.tie_seed)
+    return Rule(
+        config.rule,
+        config.fraction,
+        config.num_samples,
+        config.per_dataset,
+        config.band_skip or 0.0,
+        config.min_score,
+        config.max_score,
+        seed,
+        TIE_SEED if config.tie_seed is None else config.tie_seed,
+    )
 
 
 def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
@@ -237,7 +269,9 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
     manifest = index.manifest
     if not config.examples and not config.export_documents:
         return "--examples 0"
-    prefixes = parse_data_path(config.data_path, "--data-path")[0] if config.data_path else [d.prefix for d in manifest.datasets]
+    prefixes = (
+        parse_data_path(config.data_path, "--data-path")[0] if config.data_path else [d.prefix for d in manifest.datasets]
+    )
     missing = [path for prefix in prefixes for path in (f"{prefix}.idx", f"{prefix}.bin") if not os.path.isfile(path)]
     if missing and not config.data_path:
         return f"{missing[0]} is not there (--data-path says where the data is now)"
@@ -261,8 +295,13 @@ def export(choice: Choice, text: WindowText, path: Path) -> None:
                 scores = choice.index.rows(ids, [choice.column])[choice.column]
                 columns = (ids.tolist(), *(found.tolist() for found in text.locate(ids)), scores.tolist(), text.of(ids))
                 for sample_id, dataset, window, score, content in zip(*columns, strict=True):
-                    row = {"id": sample_id, "dataset": text.windows[dataset].file.prefix, "window": window, choice.column: score,
-                           "text": content}
+                    row = {
+                        "id": sample_id,
+                        "dataset": text.windows[dataset].file.prefix,
+                        "window": window,
+                        choice.column: score,
+                        "text": content,
+                    }
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.documents import BadLines, input_files
-from megatron_salt.data.outputs import refuse_present, sole_writer
-from megatron_salt.data.parse import Parser
-from megatron_salt.data.reading import chunks, form_of, uncompressed_name
 from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.preprocess.inputs import BadLines, input_files
+from megatron_salt.preprocess.parse import Parser
+from megatron_salt.preprocess.readers import chunks, form_of, uncompressed_name
 
 CHUNK_BYTES = 1 << 20
 SENTENCE_CHARACTERS = 4096
@@ -76,8 +76,11 @@ class TrainTokenizerConfig:
     """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (("vocab-size", self.vocab_size, 3), ("max-sentences", self.max_sentences, 1),
-                                   ("max-bad-lines", self.max_bad_lines, 0)):
+        for name, value, least in (
+            ("vocab-size", self.vocab_size, 3),
+            ("max-sentences", self.max_sentences, 1),
+            ("max-bad-lines", self.max_bad_lines, 0),
+        ):
             if value < least:
                 raise UserError(f"--{name} must be at least {least}, got {value}")
         if not 1 <= self.max_document_mib < 2048:
@@ -94,7 +97,9 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     output = Path(config.output)
     refuse_present("--output", output, [output], config.overwrite)
     bad_lines = BadLines(config.max_bad_lines)
-    texts = itertools.chain.from_iterable(read_texts(file, config.json_keys, bad_lines, config.max_document_mib << 20) for file in files)
+    texts = itertools.chain.from_iterable(
+        read_texts(file, config.json_keys, bad_lines, config.max_document_mib << 20) for file in files
+    )
     chosen = choose(itertools.chain.from_iterable(map(sentences, texts)), config.max_sentences)
     if not chosen:
         raise UserError(f"--input {' '.join(config.input)} holds no text")
@@ -141,7 +146,7 @@ def sentences(text: str) -> Iterator[str]:
     for match in _LINES.finditer(text):
         line = match.group()
         for start in range(0, len(line), SENTENCE_CHARACTERS):
-            yield line[start:start + SENTENCE_CHARACTERS]
+            yield line[start : start + SENTENCE_CHARACTERS]
 
 
 def choose(lines: Iterable[str], bound: int) -> list[str]:
@@ -163,13 +168,29 @@ def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type=config.model_type, vocab_size=config.vocab_size,
-            character_coverage=config.character_coverage, byte_fallback=config.byte_fallback,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            split_digits=True, max_sentence_length=4 * SENTENCE_CHARACTERS, unk_id=0, eos_id=1, eos_piece="<eod>", bos_id=-1,
-            pad_id=-1, num_threads=THREADS, minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            byte_fallback=config.byte_fallback,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * SENTENCE_CHARACTERS,
+            unk_id=0,
+            eos_id=1,
+            eos_piece="<eod>",
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=THREADS,
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        raise UserError(f"--vocab-size {config.vocab_size} does not fit this text: {_REPORTED_AT.sub('', str(error))}") from None
+        raise UserError(
+            f"--vocab-size {config.vocab_size} does not fit this text: {_REPORTED_AT.sub('', str(error))}"
+        ) from None
     return model.getvalue()
 
 

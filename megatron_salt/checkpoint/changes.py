@@ -58,7 +58,9 @@ class Change:
 
 def tell(event: Mapping[str, Any]) -> str:
     """Such an event in a line."""
-    return f"changed since the checkpoint of step {event['step']}: {event['flag']} {_word(event['from'])} -> {_word(event['to'])}"
+    return (
+        f"changed since the checkpoint of step {event['step']}: {event['flag']} {_word(event['from'])} -> {_word(event['to'])}"
+    )
 
 
 def changes_since(directory: Path, here: str) -> list[Change]:

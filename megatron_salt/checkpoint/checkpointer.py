@@ -1,8 +1,8 @@
 """Checkpoints: model, optimizer, schedule, random state, position in the data and everything needed to use them, together.
 
 `iter_0000100/` holds torch_dist shards, `state.json` (what is no tensor), `run.yaml`, `tokenizer/` and `checksums.json`.
-A crash at any byte of a save leaves the last good checkpoint (shelf.py), a damaged one is found before anything of it is used
-(integrity.py), and one that belongs to another run is refused with both sides named (resume.py). Resumed equals
+A crash at any byte of a save leaves the last good checkpoint (save_directory.py), a damaged one is found before anything of it is used
+(integrity.py), and one that belongs to another run is refused with both sides named (compatibility.py). Resumed equals
 uninterrupted, bit for bit on the CPU. Every function here is collective over all ranks.
 """
 
@@ -24,23 +24,35 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_salt.config import CheckpointConfig
-from megatron_salt.data.tokenizer import Tokenizer
-from megatron_salt.errors import SaveError, UserError
-from megatron_salt.parallel.agreement import first_problem, from_rank_0
-from megatron_salt.parallel.launch import seed_everything
-from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.checkpoint import evaluated, fp8_state, integrity, lineage, resume, retention, rng, sharded, shelf, writer
+from megatron_salt.checkpoint import (
+    async_writer,
+    compatibility,
+    evaluated,
+    fp8_scales,
+    integrity,
+    lineage,
+    retention,
+    rng,
+    save_directory,
+    sharded_state,
+)
 from megatron_salt.checkpoint.changes import RUN_YAML
+from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.owner import Ownership
-from megatron_salt.checkpoint.progress import Progress
-from megatron_salt.checkpoint.resume import RunIdentity
+from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.config import CheckpointConfig
+from megatron_salt.errors import SaveError, UserError
+from megatron_salt.parallel.collectives import first_problem, from_rank_0
+from megatron_salt.parallel.launch import seed_everything
+from megatron_salt.parallel.mcore_compat import megatron_core_version
+from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +64,7 @@ class _Pending:
     """A save that is being written."""
 
     step: int
-    write: writer.Write
+    write: async_writer.Write
     sums: dict[str, integrity.FileSum]
     """Of what rank 0 wrote at once; empty elsewhere."""
     reshardable: bool
@@ -94,7 +106,7 @@ class Checkpointer:
         self, progress: Progress, probe: dict[str, Any] | None = None, name: str | None = None, final: bool = False
     ) -> None:
         """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout. `probe`: the losses
-        by which a run that takes this model as its teacher recognises it (train/probe.py).
+        by which a run that takes this model as its teacher recognises it (train/reference_loss.py).
 
         Returns when it is whole; under --async-save as soon as it has been copied (call `poll` every step, and `finish` at the
         end). When saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error
@@ -105,21 +117,21 @@ class Checkpointer:
         reshardable = final or name is not None or self._config.dist_ckpt_optim_fully_reshardable
         if name is None and (self._complete == (progress.step, True) or self._complete == (progress.step, reshardable)):
             return
-        directory = shelf.partial_of(self._save, progress.step)
+        directory = save_directory.partial_of(self._save, progress.step)
         sums: dict[str, integrity.FileSum] = {}
         started = time.monotonic()
-        with sharded.settled(self._chunks), writer.sheltered():
+        with sharded_state.settled(self._chunks), async_writer.sheltered():
             state, facts = self._state_to_save(progress, probe, name, reshardable)
-            problem = writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
+            problem = async_writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
             if problem is not None:
                 self._failed(progress.step, problem)
                 return
-            write = writer.plan(state, directory, self._mesh.groups)
+            write = async_writer.plan(state, directory, self._mesh.groups)
             self._pending = _Pending(progress.step, write, sums, reshardable, started)
             if self._config.async_save:
-                writer.write_later(write, self._queue, self._publish)
+                async_writer.write_later(write, self._queue, self._publish)
             else:
-                writer.write_now(write)
+                async_writer.write_now(write)
         if self._config.async_save:
             log.info("step %d: copied for saving in %.2f s", progress.step, time.monotonic() - started)
         else:
@@ -131,9 +143,11 @@ class Checkpointer:
         if self._pending is not None and self._pending.step == progress.step:
             self._evaluated = progress
         elif self._newest is not None and self._newest[0] == progress.step:
-            problem = writer.on_rank_0(partial(self._write_evaluation, self._newest[1], progress))
+            problem = async_writer.on_rank_0(partial(self._write_evaluation, self._newest[1], progress))
             if problem is not None:
-                log.warning("step %d: its evaluation cannot be noted in --save (%s); a resumed run repeats it", progress.step, problem)
+                log.warning(
+                    "step %d: its evaluation cannot be noted in --save (%s); a resumed run repeats it", progress.step, problem
+                )
 
     def _write_evaluation(self, directory: Path, progress: Progress) -> None:
         """Rank 0: beside the files that the checksums list."""
@@ -152,19 +166,19 @@ class Checkpointer:
 
     def _state_to_save(
         self, progress: Progress, probe: dict[str, Any] | None, name: str | None, reshardable: bool
-    ) -> tuple[sharded.State, dict[str, Any]]:
+    ) -> tuple[sharded_state.State, dict[str, Any]]:
         names, vector = rng.capture()
-        model = sharded.model_state(self._chunks, self._mesh.groups)
-        state: sharded.State = {**model, "rng": sharded.rng_state(vector, self._mesh.layout, self._mesh.rank)}
+        model = sharded_state.model_state(self._chunks, self._mesh.groups)
+        state: sharded_state.State = {**model, "rng": sharded_state.rng_state(vector, self._mesh.layout, self._mesh.rank)}
         facts: dict[str, Any] = {
-            "format": resume.FORMAT,
+            "format": compatibility.FORMAT,
             "name": name,
             "saved_at": time.time(),
             "lineage": self._lineage,
             "megatron_core": megatron_core_version(),
             "torch": torch.__version__,
             **asdict(progress),
-            **resume.identity_facts(self._run),
+            **compatibility.identity_facts(self._run),
             "probe": probe,
             "layout": self._mesh.layout.sizes,
             "chunks": len(self._chunks),
@@ -173,11 +187,11 @@ class Checkpointer:
             "optimizer": None,
         }
         if self._optimizer is not None:
-            form = resume.common_form(sharded.form_for(self._optimizer, reshardable))
-            plans = resume.bucket_plans(sharded.bucket_plan(self._chunks, model), self._mesh)
-            facts["optimizer"] = {"form": form, "step": sharded.optimizer_step(self._optimizer), "bucket_plans": plans}
-            state["optimizer"] = sharded.optimizer_state(self._optimizer, model, form, is_loading=False)
-        if scales := fp8_state.state_to_save(self._chunks, self._mesh.groups):
+            form = compatibility.common_form(sharded_state.form_for(self._optimizer, reshardable))
+            plans = compatibility.bucket_plans(sharded_state.bucket_plan(self._chunks, model), self._mesh)
+            facts["optimizer"] = {"form": form, "step": sharded_state.optimizer_step(self._optimizer), "bucket_plans": plans}
+            state["optimizer"] = sharded_state.optimizer_state(self._optimizer, model, form, is_loading=False)
+        if scales := fp8_scales.state_to_save(self._chunks, self._mesh.groups):
             state["fp8"] = scales
         return state, facts
 
@@ -185,29 +199,35 @@ class Checkpointer:
         """Rank 0: everything but the shards."""
         self._check_owner()
         if os.path.lexists(directory):
-            shelf.delete(directory)
+            save_directory.delete(directory)
         (directory / TOKENIZER).mkdir(parents=True)
         self._tokenizer.save(directory / TOKENIZER)
         for path in sorted((directory / TOKENIZER).iterdir()):
             sums[f"{TOKENIZER}/{path.name}"] = integrity.sum_of_file(path)
         sums[RUN_YAML] = integrity.write_whole(directory / RUN_YAML, self._run.yaml.encode())
-        sums[shelf.STATE] = integrity.write_whole(directory / shelf.STATE, json.dumps(facts, indent=1).encode())
-        sums |= resume.write_core_files(directory)
+        sums[save_directory.STATE] = integrity.write_whole(
+            directory / save_directory.STATE, json.dumps(facts, indent=1).encode()
+        )
+        sums |= compatibility.write_core_files(directory)
 
     def _publish(self) -> None:
         """Complete the pending save after every rank has written."""
         pending, self._pending = self._pending, None
         known, self._evaluated = self._evaluated, None
         assert pending is not None and self._save is not None
-        shards, problem = writer.finish(pending.write)
-        problem = problem or writer.on_rank_0(partial(self._seal, pending, shards))
+        shards, problem = async_writer.finish(pending.write)
+        problem = problem or async_writer.on_rank_0(partial(self._seal, pending, shards))
         if problem is not None:
             self._failed(pending.step, problem)
             return
         self._complete = (pending.step, pending.reshardable)
-        self._newest = (pending.step, shelf.directory_of(self._save, pending.step))
-        log.info("step %d: saved %s, %.2f s after the call", pending.step, shelf.directory_of(self._save, pending.step),
-                 time.monotonic() - pending.started)
+        self._newest = (pending.step, save_directory.directory_of(self._save, pending.step))
+        log.info(
+            "step %d: saved %s, %.2f s after the call",
+            pending.step,
+            save_directory.directory_of(self._save, pending.step),
+            time.monotonic() - pending.started,
+        )
         if known is not None:
             self.add_evaluation(known)
 
@@ -218,11 +238,11 @@ class Checkpointer:
         directory = pending.write.directory
         metadata = {integrity.METADATA: integrity.sum_of_file(directory / integrity.METADATA)}
         integrity.write_checksums(directory, {**pending.sums, **shards, **metadata})
-        shelf.publish(self._save, pending.step)
+        save_directory.publish(self._save, pending.step)
         surplus: list[int] = []
         if self._config.keep_last is not None:
             surplus = retention.surplus(retention.saved_under(self._save), self._config.keep_last, pending.step, self._lineage)
-        for line in shelf.make_room(self._save, surplus):
+        for line in save_directory.make_room(self._save, surplus):
             log.warning("--save: %s", line)
 
     def _failed(self, step: int, problem: str) -> None:
@@ -235,12 +255,12 @@ class Checkpointer:
         """Rank 0: remove what there is of a save that failed, and say so."""
         assert self._save is not None
         self._check_owner()
-        directory = shelf.partial_of(self._save, step)
+        directory = save_directory.partial_of(self._save, step)
         if directory.exists():
             with contextlib.suppress(OSError):
-                shelf.delete(directory)
-        good = max(shelf.whole_checkpoints(self._save), default=None)
-        stands = "there is no earlier checkpoint" if good is None else f"{shelf.directory_of(self._save, good)} stands"
+                save_directory.delete(directory)
+        good = max(save_directory.whole_checkpoints(self._save), default=None)
+        stands = "there is no earlier checkpoint" if good is None else f"{save_directory.directory_of(self._save, good)} stands"
         free = shutil.disk_usage(self._save).free / 2**30
         failed = f"saving step {step} to --save {self._save} ({free:.1f} GiB free) failed on {problem}"
         return f"{failed}; what there was of it is removed, {stands}"
@@ -256,68 +276,72 @@ class Checkpointer:
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self, found: resume.Found | None = None) -> Progress | None:
+    def load(self, found: compatibility.Found | None = None) -> Progress | None:
         """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Where training continues.
 
-        None: there is nothing to load, so the run starts at step 0. found: what `resume.open_checkpoint` found, where it was asked already.
+        None: there is nothing to load, so the run starts at step 0. found: what `compatibility.open_checkpoint` found before.
         Raises UserError (also DamagedCheckpoint, UnsafePickle).
         """
         config = self._config
         if config.load is None:
             self._begin(None)
             return None
-        found = found or resume.open_checkpoint(Path(config.load), config.load_fallback)
+        found = found or compatibility.open_checkpoint(Path(config.load), config.load_fallback)
         if found is None:
-            resume.refuse_empty(config.load, config.save)
+            compatibility.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        progress = from_rank_0(partial(resume.take_over, found, self._run, config))
+        progress = from_rank_0(partial(compatibility.take_over, found, self._run, config))
         self._begin(None if config.finetune else found)
         self._load_tensors(found)
         if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
-            resume.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
+            compatibility.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
         beside = self._save is not None and os.path.realpath(found.directory.parent) == os.path.realpath(self._save)
         if beside and not found.directory.is_symlink():  # what a link points to may be another run's
             self._newest = (found.facts["step"], found.directory)
         return progress
 
-    def _begin(self, found: resume.Found | None) -> None:
+    def _begin(self, found: compatibility.Found | None) -> None:
         """Decide whose checkpoints this run's are; found: what it goes on from. Collective. Raises UserError where --save is another's."""
         if self._save is not None:
             place = None if found is None else (found.directory, found.facts)
             self._lineage = from_rank_0(partial(retention.begin, self._config, place))
 
-    def _load_tensors(self, found: resume.Found) -> None:
+    def _load_tensors(self, found: compatibility.Found) -> None:
         facts = found.facts
-        model = sharded.model_state(self._chunks, self._mesh.groups)
-        state: sharded.State = dict(model)
+        model = sharded_state.model_state(self._chunks, self._mesh.groups)
+        state: sharded_state.State = dict(model)
         optimizer = None if self._config.finetune or self._config.no_load_optim else self._optimizer
         if optimizer is not None:
-            plan = sharded.bucket_plan(self._chunks, model)
-            form = resume.loadable_form(found, optimizer, plan, self._mesh, len(self._chunks))
-            state["optimizer"] = sharded.optimizer_state(optimizer, model, form, is_loading=True)
+            plan = sharded_state.bucket_plan(self._chunks, model)
+            form = compatibility.loadable_form(found, optimizer, plan, self._mesh, len(self._chunks))
+            state["optimizer"] = sharded_state.optimizer_state(optimizer, model, form, is_loading=True)
         with_rng = not (self._config.finetune or self._config.no_load_rng)
         names, vector = rng.capture()
         same_generators = facts["layout"] == self._mesh.layout.sizes and facts["rng"] == [list(name) for name in names]
         if with_rng and same_generators:
-            state["rng"] = sharded.rng_state(torch.empty_like(vector), self._mesh.layout, self._mesh.rank)
-        if scales := fp8_state.state_to_load(self._chunks, self._mesh.groups, found.sizes):
+            state["rng"] = sharded_state.rng_state(torch.empty_like(vector), self._mesh.layout, self._mesh.rank)
+        if scales := fp8_scales.state_to_load(self._chunks, self._mesh.groups, found.sizes):
             state["fp8"] = scales
-        resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
-        loaded = sharded.load(state, found.directory, self._mesh.groups)
-        sharded.load_model(self._chunks, loaded)
-        fp8_state.load_state(self._chunks, loaded.get("fp8", {}))
+        compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
+        loaded = sharded_state.load(state, found.directory, self._mesh.groups)
+        sharded_state.load_model(self._chunks, loaded)
+        fp8_scales.load_state(self._chunks, loaded.get("fp8", {}))
         if optimizer is not None:
-            sharded.load_optimizer(optimizer, loaded["optimizer"], facts["optimizer"]["step"])
+            sharded_state.load_optimizer(optimizer, loaded["optimizer"], facts["optimizer"]["step"])
         elif self._optimizer is not None:
             self._optimizer.reload_model_params()
         if with_rng and same_generators:
             rng.restore(names, loaded["rng"].flatten())
         elif with_rng:
             seed_everything(self._run.seed + facts["step"], self._mesh)
-            log.warning("%s has random state for %s, this run is %s: generators are seeded anew from --seed and the step",
-                        found.directory, facts["layout"], self._mesh.layout.sizes)
+            log.warning(
+                "%s has random state for %s, this run is %s: generators are seeded anew from --seed and the step",
+                found.directory,
+                facts["layout"],
+                self._mesh.layout.sizes,
+            )
 
 
 def prepare_directory(save: Path) -> None:
@@ -325,10 +349,10 @@ def prepare_directory(save: Path) -> None:
 
     def prepare() -> None:
         save.mkdir(parents=True, exist_ok=True)
-        for line in shelf.tidy(save):
+        for line in save_directory.tidy(save):
             log.warning("--save %s: %s", save, line)
 
-    problem = writer.on_rank_0(prepare) or first_problem(_probe(save))
+    problem = async_writer.on_rank_0(prepare) or first_problem(_probe(save))
     if problem is not None:
         raise UserError(f"--save {save} cannot be written: {problem}")
 
@@ -339,12 +363,12 @@ def load_weights(load: Path, chunks: Sequence[nn.Module], mesh: Mesh) -> dict[st
     `load` is a directory of checkpoints, or one iter_* directory. Raises UserError where there is none, it is damaged, or
     shapes differ.
     """
-    found = resume.open_checkpoint(load, fallback=False)
+    found = compatibility.open_checkpoint(load, fallback=False)
     if found is None:
         raise UserError(f"{load} holds no checkpoint")
-    state = sharded.model_state(chunks, mesh.groups)
-    resume.refuse_mismatches(found.directory, sharded.mismatches(state, found.sizes))
-    sharded.load_model(chunks, sharded.load(state, found.directory, mesh.groups))
+    state = sharded_state.model_state(chunks, mesh.groups)
+    compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
+    sharded_state.load_model(chunks, sharded_state.load(state, found.directory, mesh.groups))
     return found.facts
 
 
@@ -354,5 +378,5 @@ def _probe(save: Path) -> str | None:
         integrity.write_whole(path, b"probe")
         path.unlink()
     except OSError as error:
-        return writer.describe(error)
+        return async_writer.describe(error)
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint, write_whole
-from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress
+from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
 from megatron_salt.small_files import read_json
 
 NAME = "evaluated.json"
@@ -38,7 +38,9 @@ def with_evaluation(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         return facts
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read ({error}); without the file a resumed run repeats the evaluation") from None
+        raise DamagedCheckpoint(
+            f"{path}: cannot be read ({error}); without the file a resumed run repeats the evaluation"
+        ) from None
     return facts | {"salt": decided["salt"], "extra": {**facts["extra"], EVALUATION_DUE: False}}
 
 

@@ -81,7 +81,9 @@ def read_checksums(directory: Path, required: Iterable[str] = (METADATA,)) -> di
         content = read_json(path)
         stated, actual = content["sha256_of_files"], _hash_of(content["files"])
         if stated != actual:
-            raise DamagedCheckpoint(f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {str(stated)[:16]}...")
+            raise DamagedCheckpoint(
+                f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {str(stated)[:16]}..."
+            )
         sums = {name: _file_sum(entry) for name, entry in content["files"].items()}
         refuse_outside_names(sums)
     except FileNotFoundError:

@@ -31,7 +31,11 @@ def lineage_in(facts: Any) -> Lineage:
     except (AttributeError, TypeError, ValueError):
         return ()
     steps = [since for _, since in lineage]
-    good = all(isinstance(name, str) and type(since) is int for name, since in lineage) and steps[:1] == [0] and steps == sorted(steps)
+    good = (
+        all(isinstance(name, str) and type(since) is int for name, since in lineage)
+        and steps[:1] == [0]
+        and steps == sorted(steps)
+    )
     return lineage if good else ()
 
 

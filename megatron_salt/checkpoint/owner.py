@@ -144,7 +144,9 @@ class Ownership:
             other = str(read(self._directory)[0] or "an owner that cannot be read")
         except FileNotFoundError:
             other = f"somebody who removed {LOCK}"
-        raise UserError(f"--save {self._directory} was taken over by {other}; this run, {self._owner}, writes no more there and ends")
+        raise UserError(
+            f"--save {self._directory} was taken over by {other}; this run, {self._owner}, writes no more there and ends"
+        )
 
     def release(self) -> None:
         """Give the directory free, where it is still this process's own."""
@@ -186,7 +188,12 @@ def owned(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, b
 
 
 def acquire(
-    directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT, leaving: Callable[[], bool] = lambda: False
+    directory: Path,
+    mine: Owner,
+    take_over: bool,
+    watch: float = WATCH,
+    beat: float = BEAT,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Ownership:
     """As `owned`, for who releases it himself. watch: seconds that an owner may stand still; a multiple of `beat`.
 
@@ -284,5 +291,7 @@ def _take_over(directory: Path, mine: Owner, beat: float) -> Ownership:
 
 
 def _refusal(directory: Path, owner: Owner | None) -> str:
-    return (f"--save {directory} is owned by {owner or f'a run whose {LOCK} cannot be read'}, which is writing there: give another --save, "
-            "wait for its end, or take it away from that run with --take-over-save")
+    return (
+        f"--save {directory} is owned by {owner or f'a run whose {LOCK} cannot be read'}, which is writing there: give another --save, "
+        "wait for its end, or take it away from that run with --take-over-save"
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.checkpoint import lineage, shelf
+from megatron_salt.checkpoint import lineage, save_directory
 from megatron_salt.checkpoint.lineage import Lineage
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
@@ -30,7 +30,7 @@ class Saved:
 
 def saved_under(root: Path) -> list[Saved]:
     """Every whole checkpoint, by step; nobody's where its state cannot be read."""
-    return [_saved(path, step) for step, path in shelf.whole_checkpoints(root).items()]
+    return [_saved(path, step) for step, path in save_directory.whole_checkpoints(root).items()]
 
 
 def surplus(saved: Sequence[Saved], keep_last: int, latest: int, mine: Lineage) -> list[int]:
@@ -45,10 +45,10 @@ def look(checkpoint: CheckpointConfig) -> None:
         return
     found = None
     if checkpoint.load is not None and not checkpoint.finetune:
-        paths = shelf.candidates(Path(checkpoint.load), checkpoint.load_fallback)
+        paths = save_directory.candidates(Path(checkpoint.load), checkpoint.load_fallback)
         if paths:
             try:
-                facts = read_json(paths[0] / shelf.STATE, nan=True)
+                facts = read_json(paths[0] / save_directory.STATE, nan=True)
                 found = (paths[0], {"step": int(facts["step"]), "lineage": facts.get("lineage", lineage.UNNAMED)})
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return
@@ -77,17 +77,20 @@ def begin(checkpoint: CheckpointConfig, found: tuple[Path, Mapping[str, Any]] | 
 
 def of_one_run(candidates: Sequence[Path]) -> list[Path]:
     """The first of these checkpoints and those that it comes from; all of them where its own state cannot be read."""
-    saved = [_saved(path, shelf.step_of(path)) for path in candidates]
+    saved = [_saved(path, save_directory.step_of(path)) for path in candidates]
     if not saved or not saved[0].lineage:
         return list(candidates)
     first = saved[0]
-    return [path for path, one in zip(candidates, saved, strict=True)
-            if one is first or not one.lineage or lineage.is_ancestor(one.lineage, one.step, first.lineage, first.step)]
+    return [
+        path
+        for path, one in zip(candidates, saved, strict=True)
+        if one is first or not one.lineage or lineage.is_ancestor(one.lineage, one.step, first.lineage, first.step)
+    ]
 
 
 def _saved(path: Path, step: int) -> Saved:
     try:
-        state = read_json(path / shelf.STATE, nan=True)
+        state = read_json(path / save_directory.STATE, nan=True)
         return Saved(step, state["name"], lineage.lineage_in(state))
     except (OSError, ValueError, KeyError, TypeError):
         return Saved(step, None, ())
@@ -95,9 +98,13 @@ def _saved(path: Path, step: int) -> Saved:
 
 def _refusal(checkpoint: CheckpointConfig, foreign: Sequence[int], resumed: bool) -> str:
     save, first, last = Path(str(checkpoint.save)), min(foreign), max(foreign)
-    names = shelf.directory_of(save, first).name + ("" if first == last else f" to {shelf.directory_of(save, last).name}")
+    names = save_directory.directory_of(save, first).name + (
+        "" if first == last else f" to {save_directory.directory_of(save, last).name}"
+    )
     whose = f"that the one of --load {checkpoint.load} does not come from" if resumed else "of another run"
     fresh = "" if resumed else ", and this one starts at step 0"
     go_on = f"--load {save}{' without --finetune' if checkpoint.finetune else ''} goes on from them"
-    return (f"--save {save} holds checkpoints {whose} ({len(foreign)}: {names}){fresh}: {go_on}, another --save leaves them alone, and "
-            "--overwrite-save lets this run replace those whose steps it reaches")
+    return (
+        f"--save {save} holds checkpoints {whose} ({len(foreign)}: {names}){fresh}: {go_on}, another --save leaves them alone, and "
+        "--overwrite-save lets this run replace those whose steps it reaches"
+    )

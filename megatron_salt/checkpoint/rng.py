@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core import tensor_parallel
 
 RngNames = list[tuple[str, int]]

@@ -34,7 +34,7 @@ class _Salt(Struct, forbid_unknown_fields=True):
 
 
 class _Probe(Struct):
-    """train/probe.py"""
+    """train/reference_loss.py"""
 
     lengths: list[Size]
     losses: list[float | None]

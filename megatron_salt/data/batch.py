@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_salt.data.samples import Samples
-from megatron_salt.data.skipping import SkipRanges
+from megatron_salt.data.skip_samples import SkipRanges
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Batches:
         sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip, self.since))
         size = self.micro_batch_size
         return [
-            self._microbatch(sample_ids[start : start + size], tokens[start : start + size]) for start in range(0, self._share, size)
+            self._microbatch(sample_ids[start : start + size], tokens[start : start + size])
+            for start in range(0, self._share, size)
         ]
 
     def first(self, count: int) -> list[Microbatch]:

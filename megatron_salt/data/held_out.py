@@ -20,8 +20,10 @@ def refuse_training_data(train: Sequence[str], valid: Sequence[str]) -> None:
         for other in train:
             how = _overlap(other, manifests[other], held_out, manifests[held_out])
             if how is not None:
-                raise UserError(f"--valid-data-path {held_out} {how} --data-path {other}, so that its loss would be one of training; "
-                                "give other data, --valid-share, or allow it with --allow-valid-in-train")
+                raise UserError(
+                    f"--valid-data-path {held_out} {how} --data-path {other}, so that its loss would be one of training; "
+                    "give other data, --valid-share, or allow it with --allow-valid-in-train"
+                )
 
 
 def _overlap(one: str, manifest: Manifest | None, other: str, others: Manifest | None) -> str | None:

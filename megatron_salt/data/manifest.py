@@ -19,17 +19,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_salt import small_files
-from megatron_salt.data.outputs import whole
 from megatron_salt.errors import UserError
+from megatron_salt.files import whole
 
 FORMAT = 1
 _HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
 _TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
-_JSON_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
-               "float | None": (int, float, type(None)),
-               "str | None": (str, type(None))}
+_JSON_TYPES = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "float | None": (int, float, type(None)),
+    "str | None": (str, type(None)),
+}
 
 
 def content_hash() -> hashlib.blake2b:
@@ -114,6 +120,18 @@ class Manifest:
         return sum(source.text_bytes for source in self.sources) / max(self.tokens, 1)
 
 
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What names one dataset in a score index and in a run."""
+
+    prefix: str
+    """Where it lay when it was scored: for people, and for tools that show its text."""
+    fingerprint: str
+    """See `fingerprint`."""
+    samples: int
+    """Its windows, held-out ones included."""
+
+
 def manifest_path(prefix: str) -> Path:
     """Where the manifest of a dataset lies."""
     return Path(prefix + ".manifest.json")
@@ -136,8 +154,10 @@ def read_manifest(prefix: str) -> Manifest | None:
         raw = read_json(path, FORMAT, "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
-    added = {name: getattr(Manifest, name)  # older ones lack them
-             for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents", "dedup")}
+    added = {
+        name: getattr(Manifest, name)  # older ones lack them
+        for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents", "dedup")
+    }
     raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
     check_fields(Manifest, raw, path)
     if raw["dtype"] not in _TOKEN_TYPES:
@@ -253,18 +273,22 @@ def fingerprint(prefix: str, verify: bool = False) -> str:
         if size != expected:
             raise UserError(f"{prefix}{suffix} has {size} bytes, its manifest {path} says {expected}")
     if manifest.tokens * np.dtype(manifest.dtype).itemsize != manifest.bin_bytes:
-        raise UserError(f"{path} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} "
-                        f"are not {manifest.bin_bytes} bytes")
+        raise UserError(
+            f"{path} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} are not {manifest.bin_bytes} bytes"
+        )
     if verify:
         for suffix, recorded in ((".bin", manifest.bin_hash), (".idx", manifest.idx_hash)):
             found = _hash_file(prefix, suffix)
             if found != recorded:
-                raise UserError(f"--verify-data: {prefix}{suffix} has content hash {found}, "
-                                f"its manifest {path} says {recorded}")
+                raise UserError(
+                    f"--verify-data: {prefix}{suffix} has content hash {found}, its manifest {path} says {recorded}"
+                )
     sampled = sampled_fingerprint(prefix)
     if sampled != manifest.sampled:
-        raise UserError(f"{prefix}.bin and .idx are not the files that their manifest {path} describes: "
-                        f"their blocks give {sampled}, the manifest says {manifest.sampled}")
+        raise UserError(
+            f"{prefix}.bin and .idx are not the files that their manifest {path} describes: "
+            f"their blocks give {sampled}, the manifest says {manifest.sampled}"
+        )
     return manifest.fingerprint
 
 
@@ -293,8 +317,10 @@ def _size(prefix: str, suffix: str) -> int:
     try:
         return os.path.getsize(prefix + suffix)
     except OSError as error:
-        raise UserError(f"{prefix}{suffix} cannot be read ({error.strerror}): --data-path and --valid-data-path take the "
-                        "common prefix of a .bin and an .idx file") from None
+        raise UserError(
+            f"{prefix}{suffix} cannot be read ({error.strerror}): --data-path and --valid-data-path take the "
+            "common prefix of a .bin and an .idx file"
+        ) from None
 
 
 def _hash_file(prefix: str, suffix: str) -> str:

@@ -19,11 +19,11 @@ import numpy as np
 from megatron_salt.config import DataConfig
 from megatron_salt.data import manifest
 from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
+from megatron_salt.data.duplicate_inputs import refuse_repeated_datasets
+from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.order import Progress
-from megatron_salt.data.pools import Members, Runs
-from megatron_salt.data.repeats import refuse_repeated_datasets
-from megatron_salt.data.scores import DatasetFacts
+from megatron_salt.data.subsets import Members, Runs
 from megatron_salt.data.windows import TokenFile, Windows, num_held_out
 from megatron_salt.errors import UserError
 
@@ -195,7 +195,9 @@ def open_training_data(
     kept = [len(w) - count for w, count in zip(windows, held_out, strict=True)]
     train = samples("train", windows, [0] * len(windows), kept, weights, seed)
     if data.valid_data_path:
-        valid_windows, valid_weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs)
+        valid_windows, valid_weights = _open_windows(
+            data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs
+        )
         return train, samples(
             "valid", valid_windows, [0] * len(valid_windows), [len(w) for w in valid_windows], valid_weights, seed=0
         )

@@ -100,8 +100,10 @@ def refuse_missing(prefix: str, flag: str) -> None:
 def _way_out(prefix: str) -> str:
     folder = prefix if os.path.isdir(prefix) else os.path.dirname(prefix) or "."
     try:
-        there = sorted((name.removesuffix(".idx") for name in os.listdir(folder) if name.endswith(".idx")),
-                       key=lambda name: (not name.startswith(os.path.basename(prefix)), name))  # PREFIX_text_document for PREFIX first
+        there = sorted(
+            (name.removesuffix(".idx") for name in os.listdir(folder) if name.endswith(".idx")),
+            key=lambda name: (not name.startswith(os.path.basename(prefix)), name),
+        )  # PREFIX_text_document for PREFIX first
     except OSError:
         there = []
     if there:

@@ -54,7 +54,10 @@ def num_parameters(model: ModelConfig, padded_vocabulary: int, seq_length: int) 
     """Parameters of the whole model, embedding and head included, as megatron-core makes them; a tied weight counts once."""
     hidden, width, bias = model.hidden_size, model.head_width, not model.disable_bias_linear
     norm = 2 if model.normalization == "LayerNorm" else 1  # weight and bias, or a weight
-    wide_qkv, wide_fc1 = width * (model.num_attention_heads + 2 * model.query_groups), (2 if model.swiglu else 1) * model.ffn_width
+    wide_qkv, wide_fc1 = (
+        width * (model.num_attention_heads + 2 * model.query_groups),
+        (2 if model.swiglu else 1) * model.ffn_width,
+    )
     attention = (hidden + bias) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
     attention += 2 * norm * width if model.qk_layernorm else 0
     mlp = (hidden + bias) * wide_fc1 + (model.ffn_width + bias) * hidden

@@ -9,17 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_salt.model.gpt import GPT
+from megatron_salt.parallel.device import current_device
 
 
 @torch.no_grad()
 def next_logits(model: GPT, ids: list[int], vocabulary: int) -> Tensor:
     """Logits of the token after `ids`: float32 [vocabulary], on the CPU. Collective over the tensor-parallel group; all receive."""
-    tokens = torch.tensor([ids], device=cpu.device())
-    positions = torch.arange(len(ids), device=cpu.device())[None]
+    tokens = torch.tensor([ids], device=current_device())
+    positions = torch.arange(len(ids), device=current_device())[None]
     hidden = model(tokens, positions, None)
     logits = gather_from_tensor_model_parallel_region(model.logits(hidden[-1:]), group=model.pg_collection.tp)
     return logits[0, 0, :vocabulary].float().cpu()
@@ -52,4 +54,4 @@ def generate(
         if chosen == eod:
             break
         ids.append(chosen)
-    return ids[len(prompt):]
+    return ids[len(prompt) :]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -26,12 +27,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.attention import attention_mask
-from megatron_salt.model.fp8 import ForwardContext, fp8_products
+from megatron_salt.model.fp8_teacher import ForwardContext, fp8_products
 from megatron_salt.model.head import OutputHead
 from megatron_salt.model.layers import block_spec
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.device import SENDS_COPY
 from megatron_salt.parallel.mesh import Mesh
 
 
@@ -84,7 +86,7 @@ def transformer_config(
         # One batch of point-to-point operations must not hold two between the same ranks, which interleaving makes.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=cpu.SENDS_COPY,
+        deallocate_pipeline_outputs=SENDS_COPY,
         masked_softmax_fusion=False,
         # Compiled by torch when first called, for which a GPU is worth the wait. GELU without a bias has no fused form.
         bias_activation_fusion=engine and (model.swiglu or not (model.squared_relu or model.disable_bias_linear)),
@@ -176,7 +178,9 @@ class GPT(LanguageModule):
         with self.forward_context():
             return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary)
 
-    def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None
+    ) -> tuple[Tensor, Tensor]:
         """On the last stage: hidden states of `forward`, labels and loss_mask [b, s/cp] -> (summed loss, metric sums), see head.py."""
         return self.output_layer(hidden, labels, loss_mask, weight=self._tied_weight(), teacher=teacher)
 

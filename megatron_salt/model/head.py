@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_salt.errors import UserError
 from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
-from megatron_salt.model.vocabulary import VocabularyShard
+from megatron_salt.model.vocab_parallel import VocabularyShard
 
 __all__ = ["KD_METRICS", "METRICS", "OutputHead", "SoftTarget"]
 
@@ -51,8 +52,15 @@ class OutputHead(ColumnParallelLinear):
                 raise ValueError(f"{feature} cannot be combined with the fused output head")
         if not 0 < num_valid <= padded_vocabulary:
             raise ValueError(f"vocabulary {num_valid} does not fit {padded_vocabulary} rows")
-        super().__init__(hidden_size, padded_vocabulary, config=config, init_method=init_method, bias=False,
-                         skip_weight_param_allocation=skip_weight_param_allocation, tp_group=tp_group)
+        super().__init__(
+            hidden_size,
+            padded_vocabulary,
+            config=config,
+            init_method=init_method,
+            bias=False,
+            skip_weight_param_allocation=skip_weight_param_allocation,
+            tp_group=tp_group,
+        )
         self.chunk_tokens = chunk_tokens
         self.shard = VocabularyShard(self.tp_group, self.output_size_per_partition, num_valid, self.sequence_parallel)
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -26,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_salt.model.attention import CoreAttention
 from megatron_salt.model.precision import Precision
-from megatron_salt.parallel.versions import mlp_of_layer
+from megatron_salt.parallel.mcore_compat import mlp_of_layer
 
 
 class RMSNorm(nn.RMSNorm):
@@ -86,7 +87,9 @@ def transformer_engine_parts(torch_attention: bool) -> Parts:
     return Parts(IdentityOp, TENorm, TELayerNormColumnParallelLinear, TERowParallelLinear, attention)
 
 
-def block_spec(config: TransformerConfig, precision: Precision, pp_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, precision: Precision, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of one model chunk."""
     engine = precision.implementation == "transformer_engine"
     parts = transformer_engine_parts(precision.torch_attention) if engine else torch_parts(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_salt.model.vocabulary import Blocks, VocabularyShard
+from megatron_salt.model.vocab_parallel import Blocks, VocabularyShard
 
 
 class WideLogits:

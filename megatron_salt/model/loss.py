@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+
 from megatron.core.tensor_parallel import layers
 
 from megatron_salt.model import products
-from megatron_salt.model.vocabulary import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
+from megatron_salt.model.vocab_parallel import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
 
 METRICS = ("tokens", "loss", "accuracy")
 """The sums over valid tokens that come with the loss, in this order: weight of the mask, loss, top-1 hits (a tie counts as its share)."""

@@ -36,15 +36,21 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     pp_flag = flag("pipeline_model_parallel_size")
     if first is not None or last is not None:
         if embedding or loss:
-            raise UserError("--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers cannot be combined with "
-                            "--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split")
+            raise UserError(
+                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers cannot be combined with "
+                "--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split"
+            )
         if stages == 1:
-            raise UserError(f"--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need {pp_flag} above 1, got 1")
+            raise UserError(
+                f"--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need {pp_flag} above 1, got 1"
+            )
         others = stages - (first is not None) - (last is not None)
         rest = model.num_layers - (first or 0) - (last or 0)
         if rest < 0 or (rest % others if others else rest):
-            raise UserError(f"--num-layers {model.num_layers} less --decoder-first-pipeline-num-layers {first} and "
-                            f"--decoder-last-pipeline-num-layers {last} leaves {rest} for {others} stages of {pp_flag} {stages}")
+            raise UserError(
+                f"--num-layers {model.num_layers} less --decoder-first-pipeline-num-layers {first} and "
+                f"--decoder-last-pipeline-num-layers {last} leaves {rest} for {others} stages of {pp_flag} {stages}"
+            )
         middle = [rest // others] * others if others else []
         layers = ([] if first is None else [first]) + middle + ([] if last is None else [last])
     else:
@@ -66,5 +72,7 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 def check_masking(model: ModelConfig, data: DataConfig) -> None:
     """Refuse document masking that the position embedding cannot see."""
     if data.reset_position_ids and not data.reset_attention_mask and model.position_embedding_type == "rope":
-        raise UserError("--reset-position-ids has no effect with --position-embedding-type rope, which sees only distances; "
-                        "add --reset-attention-mask, or drop it")
+        raise UserError(
+            "--reset-position-ids has no effect with --position-embedding-type rope, which sees only distances; "
+            "add --reset-attention-mask, or drop it"
+        )

@@ -2,7 +2,7 @@
 
 torch's own AdamW keeps a step tensor per parameter, and megatron-core's distributed optimizer cannot resume from that. So where neither
 Transformer Engine nor apex is importable, on CPU or GPU, this one stands where megatron-core looks for apex's; its checkpoints
-and theirs interchange. Importing this module does so; `parallel/cpu.py`, which every user of megatron-core imports first, imports it.
+and theirs interchange. Importing this module does so; `parallel/cpu_seam.py`, which every user of megatron-core imports first, imports it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _importable(module: str) -> bool:
 
 def _stand_in_for_apex() -> None:
     """Answer `from apex.optimizers import FusedAdam`. `import apex` still fails, so nothing else of apex is looked for."""
-    assert "megatron.core.optimizer" not in sys.modules, "megatron_salt.parallel.adamw must be imported before megatron.core.optimizer"
+    assert "megatron.core.optimizer" not in sys.modules, (
+        "megatron_salt.parallel.adamw must be imported before megatron.core.optimizer"
+    )
     module = types.ModuleType("apex.optimizers")
     module.FusedAdam, module.FusedSGD = FusedAdam, torch.optim.SGD  # type: ignore[attr-defined]
     sys.modules["apex.optimizers"] = module

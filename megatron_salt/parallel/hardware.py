@@ -43,8 +43,10 @@ def order_launches(tensor: int, context: int) -> None:
 def refuse_connections(tensor: int, context: int, capability: Capability | None) -> None:
     """Raise UserError where CUDA_DEVICE_MAX_CONNECTIONS is not what `order_launches` would make it, on a GPU that needs it."""
     if (tensor > 1 or context > 1) and capability is not None and capability < (10, 0) and os.environ.get(CONNECTIONS) != "1":
-        raise UserError(f"{CONNECTIONS} is {os.environ.get(CONNECTIONS, 'unset')}: with --tensor-model-parallel-size {tensor} and "
-                        f"--context-parallel-size {context} it must be 1 on a GPU of compute capability {dotted(capability)}")
+        raise UserError(
+            f"{CONNECTIONS} is {os.environ.get(CONNECTIONS, 'unset')}: with --tensor-model-parallel-size {tensor} and "
+            f"--context-parallel-size {context} it must be 1 on a GPU of compute capability {dotted(capability)}"
+        )
 
 
 def release(version: str) -> Version:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_salt.errors import UserError
@@ -55,10 +56,16 @@ def describe(hardware: Hardware) -> str:
     """What the run computes and communicates with, in a line. Call it inside of `distributed`."""
     if hardware.capability is None:
         return f"on the CPU: {dist.get_backend()}, torch {torch.__version__}"
-    engine = "no Transformer Engine" if hardware.transformer_engine is None else f"Transformer Engine {dotted(hardware.transformer_engine)}"
-    return (f"on {torch.cuda.get_device_name()} (compute capability {dotted(hardware.capability)}), one a rank by LOCAL_RANK: "
-            f"{dist.get_backend()} {dotted(torch.cuda.nccl.version())}, torch {torch.__version__}, {engine}, "
-            f"{CONNECTIONS} {os.environ.get(CONNECTIONS, 'unset')}; batches come through pinned memory")
+    engine = (
+        "no Transformer Engine"
+        if hardware.transformer_engine is None
+        else f"Transformer Engine {dotted(hardware.transformer_engine)}"
+    )
+    return (
+        f"on {torch.cuda.get_device_name()} (compute capability {dotted(hardware.capability)}), one a rank by LOCAL_RANK: "
+        f"{dist.get_backend()} {dotted(torch.cuda.nccl.version())}, torch {torch.__version__}, {engine}, "
+        f"{CONNECTIONS} {os.environ.get(CONNECTIONS, 'unset')}; batches come through pinned memory"
+    )
 
 
 @contextmanager
@@ -74,7 +81,9 @@ def distributed(
     backend = "nccl" if bind_device() else "gloo"
     launch = launch_from_environment()
     if launch is None and "RANK" in os.environ:
-        raise UserError("RANK is set, but not all of WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start with torchrun, or set them too")
+        raise UserError(
+            "RANK is set, but not all of WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start with torchrun, or set them too"
+        )
     with ExitStack() as held:
         if launch is None:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
@@ -84,7 +93,11 @@ def distributed(
             held.enter_context(watching(launch))
             contact.store.set_timeout(timeout)
             dist.init_process_group(
-                backend, timeout=timeout, store=dist.PrefixStore("world", contact.store), rank=launch.rank, world_size=launch.world_size
+                backend,
+                timeout=timeout,
+                store=dist.PrefixStore("world", contact.store),
+                rank=launch.rank,
+                world_size=launch.world_size,
             )
         yield
         dist.barrier()

@@ -13,10 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.layout import Coordinates, Layout
 
 _GROUPS = ("tp", "cp", "dp", "pp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "embd", "pos_embd")
@@ -51,7 +53,7 @@ class Mesh:
 
         A batched point-to-point exchange as a group's first NCCL operation can hang; after this none is.
         """
-        token = torch.zeros(1, device=cpu.device())
+        token = torch.zeros(1, device=current_device())
         for name in _GROUPS:
             group = getattr(self.groups, name)
             if group is not None:

@@ -128,8 +128,10 @@ def meet(launch: Launch, timeout: timedelta, leaving: Callable[[], str | None] =
                 missing = named([rank for rank in range(launch.world_size) if not contact.store.check([f"{call}/{rank}"])])
                 if reason is not None:
                     raise _left(reason, f"{missing} of {launch.world_size}")
-                raise LostRankError(f"{missing} of {launch.world_size} did not join within {_given(timeout)}; look for its log, its node, "
-                                    f"and whether it reaches {launch.address}:{launch.port}")
+                raise LostRankError(
+                    f"{missing} of {launch.world_size} did not join within {_given(timeout)}; look for its log, its node, "
+                    f"and whether it reaches {launch.address}:{launch.port}"
+                )
             if first and now - told >= TELL_EVERY:
                 told = now
                 missing = named([rank for rank in range(launch.world_size) if not contact.store.check([f"{call}/{rank}"])])
@@ -162,8 +164,10 @@ def _reach_host(launch: Launch, timeout: timedelta, deadline: float, leaving: Ca
     while not listens(launch):
         now = time.monotonic()
         if now >= deadline:
-            raise LostRankError(f"rank 0 did not join within {_given(timeout)}: nobody listens at MASTER_ADDR {launch.address}, "
-                                f"MASTER_PORT {launch.port}")
+            raise LostRankError(
+                f"rank 0 did not join within {_given(timeout)}: nobody listens at MASTER_ADDR {launch.address}, "
+                f"MASTER_PORT {launch.port}"
+            )
         if (reason := leaving()) is not None:
             raise _left(reason, f"rank 0 of {launch.world_size}")
         if launch.local_rank == 0 and now - told >= TELL_EVERY:
@@ -175,9 +179,12 @@ def _reach_host(launch: Launch, timeout: timedelta, deadline: float, leaving: Ca
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if launch.hosts:
-            raise UserError(f"MASTER_PORT {launch.port} cannot be opened on this host, {socket.gethostname()}: {reason}") from error
-        raise LostRankError(f"what listens at MASTER_ADDR {launch.address}, MASTER_PORT {launch.port} is no store of this launch: "
-                            f"{reason}") from error
+            raise UserError(
+                f"MASTER_PORT {launch.port} cannot be opened on this host, {socket.gethostname()}: {reason}"
+            ) from error
+        raise LostRankError(
+            f"what listens at MASTER_ADDR {launch.address}, MASTER_PORT {launch.port} is no store of this launch: {reason}"
+        ) from error
 
 
 def _number(name: str, default: str | None = None) -> int:

@@ -30,7 +30,9 @@ def teacher_layout(student: Layout, tensor: int, pipeline: int) -> Layout:
             f"does not divide the {blocks.shape[1]} ranks of a student replica (--tensor-model-parallel-size {student.tensor} x "
             f"--context-parallel-size {student.context} x --pipeline-model-parallel-size {student.pipeline})"
         )
-    ranks = blocks.reshape(student.data, -1, pipeline, tensor).transpose(2, 0, 1, 3)  # [pp, block, replica, tp], a Layout's order
+    ranks = blocks.reshape(student.data, -1, pipeline, tensor).transpose(
+        2, 0, 1, 3
+    )  # [pp, block, replica, tp], a Layout's order
     return Layout(tensor, 1, ranks.shape[1] * ranks.shape[2], pipeline, tuple(ranks.ravel().tolist()))
 
 
@@ -54,7 +56,9 @@ def warnings(student: Layout, teacher: Layout, num_forwards: int) -> list[str]:
     return told
 
 
-def exchange_gib(student: Layout, num_microbatches: int, micro_batch_size: int, seq_length: int, hidden_size: int, itemsize: int) -> float:
+def exchange_gib(
+    student: Layout, num_microbatches: int, micro_batch_size: int, seq_length: int, hidden_size: int, itemsize: int
+) -> float:
     """Teacher hidden states that a rank of the student's last stage receives in one step, GiB. hidden_size: the teacher's."""
     return num_microbatches * micro_batch_size * seq_length * hidden_size * itemsize / (student.tensor * student.context) / GIB
 

@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.model.fp8 import raw_tensors
+from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
+from megatron_salt.parallel.device import current_device, to_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt import routing
@@ -59,8 +61,10 @@ class Fidelity:
     """--teacher-fp8-max-kl, which kl is not above."""
 
     def __str__(self) -> str:
-        return (f"teacher in FP8: KL(bfloat16 || FP8) {self.kl:.2e} nats a token on {self.tokens} fixed tokens (--teacher-fp8-max-kl "
-                f"{self.max_kl:g}), the same first choice on {self.agreement:.1%}")
+        return (
+            f"teacher in FP8: KL(bfloat16 || FP8) {self.kl:.2e} nats a token on {self.tokens} fixed tokens (--teacher-fp8-max-kl "
+            f"{self.max_kl:g}), the same first choice on {self.agreement:.1%}"
+        )
 
 
 class Teacher:
@@ -116,17 +120,19 @@ class Teacher:
         made = [piece for forward in plan.forwards_of(self._replica) for piece in _pieces(plan, forward, self._place)]
         sent = [part for output in outputs if output.numel() for part in output.split(size)]
         parts = {(piece.target, piece.microbatch): part for piece, part in zip(made, sent, strict=True)}
-        empty = torch.empty(0, dtype=dtype, device=cpu.device())
+        empty = torch.empty(0, dtype=dtype, device=current_device())
         outbox = torch.cat([empty, *(parts[piece.target, piece.microbatch] for piece in plan.sent_by(self._place))])
         parts.clear()
         sent.clear()
         outputs.clear()
         send = [positions * samples * width for positions in plan.send_sizes(self._place)]
         receive = [positions * samples * width for positions in plan.receive_sizes(self._place)]
-        inbox = torch.empty(sum(receive), dtype=dtype, device=cpu.device())
+        inbox = torch.empty(sum(receive), dtype=dtype, device=current_device())
         dist.all_to_all_single(inbox, outbox, receive, send, group=self.block_group)
         hidden: list[Tensor | None] = [None] * count
-        for piece, part in zip(plan.received_by(self._place), inbox.split(size), strict=False):  # nothing splits into one empty part
+        for piece, part in zip(
+            plan.received_by(self._place), inbox.split(size), strict=False
+        ):  # nothing splits into one empty part
             hidden[piece.microbatch] = part.view(plan.piece_length, samples, width)
         return hidden
 
@@ -197,7 +203,7 @@ def _input(microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int,
     merged = [microbatches[number] for number in numbers]
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([cpu.to_device(tensor) for tensor in tensors])
+        return torch.cat([to_device(tensor) for tensor in tensors])
 
     documents = [microbatch.documents for microbatch in merged if microbatch.documents is not None]
     cuts = []

@@ -14,46 +14,46 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
+from megatron_salt.checkpoint import integrity, retention, save_directory
+from megatron_salt.checkpoint.async_writer import describe
+from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
+from megatron_salt.checkpoint.compatibility import Found, RunIdentity, read_facts, schedule_follows_run
+from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
+from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress, SaltProgress
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Batches, passed_positions
+from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
-from megatron_salt.data.choice import tokenizer_of_run
-from megatron_salt.data.selection import Selection, refuse_other_data
-from megatron_salt.data.skipping import parse_skip_samples
-from megatron_salt.data.staged import StagedSamples
-from megatron_salt.data.tokenizer import Tokenizer
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import LeftEarly, Look, UserError, stay
 from megatron_salt.model.flops import forward_flops_per_token
 from megatron_salt.model.gpt import build_model
-from megatron_salt.model.head_cost import measure_head
 from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
 from megatron_salt.model.precision import TORCH, Precision
-from megatron_salt.model.vocabulary import VocabularyShard
-from megatron_salt.parallel.agreement import from_rank_0
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, new_group_of
-from megatron_salt.checkpoint import integrity, retention, shelf
-from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
-from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
-from megatron_salt.checkpoint.writer import describe
-from megatron_salt.salt.admission import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
-from megatron_salt.salt.fidelity import SAMPLES
-from megatron_salt.salt.prediction import predict
+from megatron_salt.salt.cost import predict
+from megatron_salt.salt.fp8_check import SAMPLES
+from megatron_salt.salt.head_cost import measure_head
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
 from megatron_salt.salt.resumption import Events, salt_from
 from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
 from megatron_salt.salt.schedule import Schedule
+from megatron_salt.salt.stage1 import Stage1
+from megatron_salt.salt.stage_samples import StagedSamples
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.selection.selection_file import Selection, refuse_other_data
+from megatron_salt.tokenizer.tokenizer import Tokenizer
+from megatron_salt.train.exit import SignalWatch, refuse_exit_file
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
-from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress, SaltProgress
-from megatron_salt.checkpoint.resume import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.train.precisions import PLAIN, Precisions
-from megatron_salt.train.signals import SignalWatch, refuse_exit_file
-from megatron_salt.train.stages import Stage1
 from megatron_salt.train.step import Student
 
 log = logging.getLogger(__name__)
@@ -99,14 +99,20 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer and data. Every rank, without torch.distributed; O(1) in the size of the data."""
     refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
-    train, valid = open_training_data(config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod)
+    train, valid = open_training_data(
+        config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod
+    )
     if config.training.eval_iters and valid is None:
-        raise UserError(f"--eval-iters {config.training.eval_iters} needs held-out data: give --valid-data-path or --valid-share")
+        raise UserError(
+            f"--eval-iters {config.training.eval_iters} needs held-out data: give --valid-data-path or --valid-share"
+        )
     for samples in (train, valid):
         if samples is not None:
             _probe(samples)
     teacher = None
-    if config.salt.teacher_load is not None and not _resumes_in_stage2(config.checkpoint, evaluates=config.training.eval_iters > 0):
+    if config.salt.teacher_load is not None and not _resumes_in_stage2(
+        config.checkpoint, evaluates=config.training.eval_iters > 0
+    ):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
     staged = None
@@ -157,7 +163,9 @@ def build(
     check_save_at(config.checkpoint.save_at, plan.total_steps)
 
     def batches(samples: Samples, skip: tuple[str, ...]) -> Batches:
-        return Batches(samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip))
+        return Batches(
+            samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip)
+        )
 
     run = Run(
         student=student,
@@ -170,7 +178,9 @@ def build(
         staged=inputs.staged,
     )
     resumed = loaded is not None and progress.step > 0
-    return in_its_stage(run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher, look=look_before_step)
+    return in_its_stage(
+        run, config, inputs, resumed=resumed, timeout=timeout, precision=precisions.teacher, look=look_before_step
+    )
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:
@@ -191,7 +201,7 @@ def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: Si
         from_rank_0(take)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        names = [path.name for path in shelf.unfinished(save)] if full else []
+        names = [path.name for path in save_directory.unfinished(save)] if full else []
         way = f"; what is left of unfinished saves may be deleted by hand: {', '.join(names)}" if names else ""
         raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}{way}") from None
     for ownership in mine:
@@ -203,7 +213,8 @@ def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
     """What a checkpoint must share with this run. data: `name_data`. Pure."""
     return RunIdentity(
         yaml=to_yaml(config),
-        architecture=asdict(config.model) | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
+        architecture=asdict(config.model)
+        | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
         tokenizer_fingerprint=inputs.tokenizer.fingerprint,
         data_fingerprint=data,
         seed=config.training.seed,
@@ -255,7 +266,9 @@ def in_its_stage(
     return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
-def stage_of(salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpoint | None) -> tuple[SaltProgress | None, Events]:
+def stage_of(
+    salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpoint | None
+) -> tuple[SaltProgress | None, Events]:
     """`salt_from` of these flags and this teacher. Pure."""
     schedule = None if salt.kd_steps is None else Schedule.of(salt)
     fingerprint = None if teacher is None else teacher.fingerprint
@@ -263,7 +276,9 @@ def stage_of(salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpo
     return salt_from(resumed, schedule, fingerprint, directory, salt.override_kd_schedule)
 
 
-def refuse_large_exchange(salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint) -> float:
+def refuse_large_exchange(
+    salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint
+) -> float:
     """GiB of the teacher's hidden states that a rank of the last stage gets in a step. Raises UserError above --teacher-exchange-max-gib.
     Pure."""
     size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
@@ -307,8 +322,14 @@ def admit_teacher(
     )  # fmt: skip
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
-    log.info("teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage", checkpoint.directory,
-             layout.tensor, layout.pipeline, layout.data, exchange)
+    log.info(
+        "teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage",
+        checkpoint.directory,
+        layout.tensor,
+        layout.pipeline,
+        layout.data,
+        exchange,
+    )
     return teacher
 
 
@@ -342,8 +363,11 @@ def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh,
     optimizer = build_optimizer(chunks, config.optimizer, config.parallel, dtype, mesh, precision)
     scheduler = build_scheduler(optimizer, config.optimizer, plan.total_samples, plan.global_batch_size)
     if mesh.is_last_stage:
-        log.info("output head: logits of %d tokens at a time, float32 weight gradient of %.1f MiB",
-                 chunk_tokens, weight_gradient_bytes(rows, config.model.hidden_size) / 2**20)
+        log.info(
+            "output head: logits of %d tokens at a time, float32 weight gradient of %.1f MiB",
+            chunk_tokens,
+            weight_gradient_bytes(rows, config.model.hidden_size) / 2**20,
+        )
     return Student(chunks, optimizer, scheduler, mesh, training.seq_length, plan.micro_batch_size, plan.global_batch_size)
 
 
@@ -371,7 +395,7 @@ def _resumes_in_stage2(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
     evaluates: an evaluation that is due will be made."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
-    for directory in shelf.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
+    for directory in save_directory.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
             facts = read_facts(directory)
             salt = SaltProgress.from_facts(facts["salt"])
@@ -383,5 +407,5 @@ def _resumes_in_stage2(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
 def _checkpoint_tokenizer(load: str | None) -> Path | None:
     if load is None:
         return None
-    found = shelf.candidates(Path(load), fallback=True)
+    found = save_directory.candidates(Path(load), fallback=True)
     return found[0] / TOKENIZER if found else None

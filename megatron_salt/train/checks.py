@@ -6,7 +6,7 @@ A start and a --dry-run both call `check`, so that they refuse the same with the
 from __future__ import annotations
 
 from megatron_salt.config import CheckpointConfig, RunConfig, flag
-from megatron_salt.data.skipping import parse_skip_samples
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.layout import Layout, student_layout
@@ -23,7 +23,9 @@ def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
     schedule_lengths(config.optimizer, plan.total_samples, plan.global_batch_size)
     parse_skip_samples(config.training.skip_samples)
     _check_saves(config.checkpoint)
-    if config.training.train_iters is not None or config.checkpoint.load is None:  # else a checkpoint has a say in the run's length
+    if (
+        config.training.train_iters is not None or config.checkpoint.load is None
+    ):  # else a checkpoint has a say in the run's length
         check_save_at(config.checkpoint.save_at, plan.total_steps)
     if config.training.profile:
         _check_profile(config, layout)
@@ -35,7 +37,9 @@ def _check_saves(checkpoint: CheckpointConfig) -> None:
     if checkpoint.save is not None:
         return
     if checkpoint.keep_last is not None:
-        raise UserError(f"--keep-last {checkpoint.keep_last} needs --save: without it nothing is saved, so there is nothing to keep")
+        raise UserError(
+            f"--keep-last {checkpoint.keep_last} needs --save: without it nothing is saved, so there is nothing to keep"
+        )
     for name in ("async_save", "dist_ckpt_optim_fully_reshardable"):
         if getattr(checkpoint, name):
             raise UserError(f"{flag(name)} needs --save: without it nothing is saved")

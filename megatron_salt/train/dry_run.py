@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_salt.checkpoint.resume import open_checkpoint
+from megatron_salt.checkpoint.compatibility import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.launch import find_hardware
@@ -20,7 +20,7 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import read_inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.precisions import choose_precisions
-from megatron_salt.train.starting import find_beginning
+from megatron_salt.train.start import find_beginning
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
@@ -32,10 +32,14 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
     parameters = num_parameters(config.model, padded, config.training.seq_length)
     sizes = ", ".join(f"{name} {size}" for name, size in layout.sizes.items())
-    print(f"model: {parameters / 1e6:.2f}M parameters with a vocabulary of {inputs.tokenizer.vocab_size} on {layout.world_size} ranks: "
-          f"{sizes}")
-    print(f"step: {plan.global_batch_size} samples of {config.training.seq_length} tokens, "
-          f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica")
+    print(
+        f"model: {parameters / 1e6:.2f}M parameters with a vocabulary of {inputs.tokenizer.vocab_size} on {layout.world_size} ranks: "
+        f"{sizes}"
+    )
+    print(
+        f"step: {plan.global_batch_size} samples of {config.training.seq_length} tokens, "
+        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica"
+    )
     print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.data.batch import Batches
 from megatron_salt.model.loss import KD_METRICS, METRICS
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.salt.teacher import Teacher
@@ -45,7 +46,7 @@ def evaluate(
     for chunk in chunks:
         chunk.eval()
     reason = None
-    sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=cpu.device())
+    sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=current_device())
     for number in range(num_batches):
         if (reason := reason_to_stop()) is not None:
             break

@@ -11,20 +11,20 @@ from dataclasses import asdict, replace
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.data.batch import Batches
+from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
+from megatron_salt.metrics.run_log import PhaseTimer, RunLog, StepRecord
+from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
+from megatron_salt.parallel.collectives import from_rank_0
+from megatron_salt.salt.stage1 import Stage1, free_teacher, pass_crossover
 from megatron_salt.train.build import Run, in_stage2
 from megatron_salt.train.evaluate import CutShort, evaluate, named_means
-from megatron_salt.train.metrics import PhaseTimer, RunLog, StepRecord
+from megatron_salt.train.exit import ExitPlan
 from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, refuse_nonfinite, refuse_nonfinite_losses
-from megatron_salt.train.operations import GarbageSchedule, Profiler
-from megatron_salt.train.probe import probe
-from megatron_salt.checkpoint.progress import EVALUATION_DUE, Progress
-from megatron_salt.train.signals import ExitPlan
-from megatron_salt.parallel.agreement import from_rank_0
-from megatron_salt.train.stages import Stage1, free_teacher, pass_crossover
+from megatron_salt.train.reference_loss import probe
 from megatron_salt.train.step import StepOutcome, train_step
-from megatron_salt.train.vitals import Heartbeat, StragglerReport
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 """What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
@@ -58,7 +58,9 @@ def train(
             microbatches = run.train.fetch(position)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
         outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
-        nonfinite.note(step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, position + run.plan.global_batch_size))
+        nonfinite.note(
+            step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, position + run.plan.global_batch_size)
+        )
         if step == total:
             nonfinite.note_last(outcome)
         progress = replace(
@@ -104,7 +106,13 @@ def train(
 
 
 def _save_if_due(
-    run: Run, checkpoint: CheckpointConfig, progress: Progress, timer: PhaseTimer, log: RunLog, leaving: bool = False, final: bool = False
+    run: Run,
+    checkpoint: CheckpointConfig,
+    progress: Progress,
+    timer: PhaseTimer,
+    log: RunLog,
+    leaving: bool = False,
+    final: bool = False,
 ) -> bool:
     """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks.
 
@@ -168,7 +176,13 @@ def _enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> 
 
 
 def _record(
-    run: Run, progress: Progress, outcome: StepOutcome, learning_rate: float, kd_weight: float, seconds: float, timer: PhaseTimer
+    run: Run,
+    progress: Progress,
+    outcome: StepOutcome,
+    learning_rate: float,
+    kd_weight: float,
+    seconds: float,
+    timer: PhaseTimer,
 ) -> StepRecord:
     figures: dict[str, Tensor] = {}
     if outcome.sums is not None:
@@ -186,7 +200,9 @@ def _record(
         teacher_flops=0.0 if run.stage1 is None else run.stage1.teacher_flops,
         nonfinite=not outcome.applied,
         phases=timer.take(),
-        extra={} if run.stage1 is None else {"kd_weight": kd_weight} | {name: figures[name] for name in SHOWN if name in figures},
+        extra={}
+        if run.stage1 is None
+        else {"kd_weight": kd_weight} | {name: figures[name] for name in SHOWN if name in figures},
     )
 
 

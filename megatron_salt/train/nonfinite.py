@@ -17,17 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.fp8_utils import is_float8tensor
 
-from megatron_salt.checkpoint import shelf
+from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.resume import read_facts
+from megatron_salt.checkpoint.compatibility import read_facts
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import NonFiniteError, UserError
 from megatron_salt.model.head import METRICS
-from megatron_salt.parallel.agreement import from_rank_0, largest
+from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.train.step import StepOutcome, Student
 
@@ -57,7 +58,9 @@ class NonFiniteWatch:
         if self.in_a_row < self.limit:
             return
         culprits = _culprits(outcome, microbatches, mesh)
-        where = "; ".join(culprits) if culprits else "every microbatch's loss was finite, so the gradients overflowed in backward"
+        where = (
+            "; ".join(culprits) if culprits else "every microbatch's loss was finite, so the gradients overflowed in backward"
+        )
         raise NonFiniteError(
             f"the gradient norm was not finite in {self.in_a_row} steps in a row (--max-nonfinite-steps {self.limit}), the last one "
             f"step {step}: {where}. Parameters are those of step {step - self.in_a_row}{way_out(self.in_a_row)}"
@@ -72,8 +75,10 @@ class NonFiniteWatch:
     def refuse_end(self, step: int, way_out: WayOut) -> None:
         """Raise NonFiniteError where the run's last steps were not finite, as `note`, `note_last` or a checkpoint say. Collective."""
         if self.in_a_row:
-            raise NonFiniteError(f"loss or gradient norm was not finite in the last steps of the run, {self.in_a_row} of them up to step "
-                                 f"{step}. Parameters are those of step {step - self.in_a_row}{way_out(self.in_a_row)}")
+            raise NonFiniteError(
+                f"loss or gradient norm was not finite in the last steps of the run, {self.in_a_row} of them up to step "
+                f"{step}. Parameters are those of step {step - self.in_a_row}{way_out(self.in_a_row)}"
+            )
 
 
 def refuse_nonfinite(student: Student, step: int, way_out: WayOut) -> None:
@@ -93,9 +98,11 @@ def refuse_nonfinite(student: Student, step: int, way_out: WayOut) -> None:
 
 
 def refuse_nonfinite_losses(probe: Mapping[str, Any], step: int, way_out: WayOut) -> None:
-    """Raise NonFiniteError where a model's loss on the fixed batch (train/probe.py) is not finite. Collective over all ranks."""
+    """Raise NonFiniteError where a model's loss on the fixed batch (train/reference_loss.py) is not finite. Collective over all ranks."""
     if None in probe["losses"]:
-        raise NonFiniteError(f"after step {step} the loss on a fixed batch is not finite, and so the model is not saved{way_out(1)}")
+        raise NonFiniteError(
+            f"after step {step} the loss on a fixed batch is not finite, and so the model is not saved{way_out(1)}"
+        )
 
 
 def find_way_out(checkpointer: Checkpointer, checkpoint: CheckpointConfig, position: int, global_batch_size: int) -> WayOut:
@@ -114,7 +121,7 @@ def _name_checkpoint(checkpoint: CheckpointConfig, position: int, sound: int) ->
     changes = "a smaller --lr, a smaller --clip-grad"
     for place in dict.fromkeys((checkpoint.save, checkpoint.load)):
         with contextlib.suppress(UserError, OSError):
-            for good in [] if place is None else shelf.candidates(Path(place), fallback=True):
+            for good in [] if place is None else save_directory.candidates(Path(place), fallback=True):
                 drawn = read_facts(good)["data"].get("position", 0)
                 if drawn <= sound:
                     skip = f" or --skip-samples {drawn}:{position}, the samples since then" if drawn < position else ""
@@ -132,7 +139,10 @@ def _tensors(student: Student) -> Iterator[tuple[str, Tensor]]:
     for number, part in enumerate(student.optimizer.chained_optimizers):
         for index, tensor in enumerate(tensor for group in part.param_groups for tensor in group["params"]):
             found.append((f"main parameter {number}.{index}", tensor))
-            found += [(f"the optimizer's {key} {number}.{index}", value) for key, value in part.optimizer.state.get(tensor, {}).items()]
+            found += [
+                (f"the optimizer's {key} {number}.{index}", value)
+                for key, value in part.optimizer.state.get(tensor, {}).items()
+            ]
     for name, value in found:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel() or id(value) in seen:
             continue

@@ -68,14 +68,18 @@ def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout,
     else:
         raise UserError("give the run a length: --train-iters or --train-samples")
     if steps * global_batch > MOST_SAMPLES:
-        raise UserError(f"{steps} steps of --global-batch-size {global_batch} are more samples than can be counted, {MOST_SAMPLES}")
+        raise UserError(
+            f"{steps} steps of --global-batch-size {global_batch} are more samples than can be counted, {MOST_SAMPLES}"
+        )
     return RunPlan(steps, global_batch, micro, microbatches, stage2_micro, teacher_micro // micro)
 
 
 def _num_microbatches(global_batch: int, micro: int, replicas: int, parallel: ParallelConfig, micro_flag: str) -> int:
     """Of one replica in one step."""
     if global_batch % (micro * replicas):
-        raise UserError(f"--global-batch-size {global_batch} is not divisible by {micro_flag} {micro} x {replicas} data-parallel replicas")
+        raise UserError(
+            f"--global-batch-size {global_batch} is not divisible by {micro_flag} {micro} x {replicas} data-parallel replicas"
+        )
     microbatches, stages = global_batch // (micro * replicas), parallel.pipeline_model_parallel_size
     if parallel.virtual_stages is not None and microbatches % stages:
         raise UserError(
@@ -125,8 +129,10 @@ def schedule_lengths(optimizer: OptimizerConfig, train_samples: int, global_batc
     if optimizer.lr_warmup_fraction is not None:
         warmup = int(optimizer.lr_warmup_fraction * decay)
     if warmup >= decay:
-        raise UserError(f"--lr-warmup-iters (or -samples, -fraction) comes to {warmup} samples, and the decay ends at {decay} "
-                        "(--lr-decay-iters, or the whole run); the warm-up must be shorter")
+        raise UserError(
+            f"--lr-warmup-iters (or -samples, -fraction) comes to {warmup} samples, and the decay ends at {decay} "
+            "(--lr-decay-iters, or the whole run); the warm-up must be shorter"
+        )
     wsd_decay = in_samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples)
     if optimizer.lr_decay_style == "WSD" and wsd_decay is not None and wsd_decay > decay:
         raise UserError(f"--lr-wsd-decay-iters comes to {wsd_decay} samples, and the whole decay has {decay}")

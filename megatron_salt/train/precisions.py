@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_salt.config import ModelConfig, RunConfig
-from megatron_salt.model.gates import choose_implementation, refuse_bf16_layers, refuse_machine, refuse_precision, refuse_shapes
 from megatron_salt.model.precision import TORCH, Precision, student_precision, teacher_precision
+from megatron_salt.model.precision_checks import (
+    choose_implementation,
+    refuse_bf16_layers,
+    refuse_machine,
+    refuse_precision,
+    refuse_shapes,
+)
 from megatron_salt.parallel.hardware import Hardware
-from megatron_salt.salt.admission import teacher_parallel
+from megatron_salt.salt.load_teacher import teacher_parallel
 from megatron_salt.train.plan import RunPlan
 
 
@@ -41,6 +47,9 @@ def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | N
         refuse_shapes(precisions.student, config.model, config.parallel, config.training.seq_length, micro_batch)
     if teacher is not None:
         refuse_precision(precisions.teacher, hardware, config.training.bf16, sharded)
-        for micro_batch in (1, plan.micro_batch_size * plan.teacher_merge):  # as it is looked at on admission, and as it teaches
+        for micro_batch in (
+            1,
+            plan.micro_batch_size * plan.teacher_merge,
+        ):  # as it is looked at on admission, and as it teaches
             refuse_shapes(precisions.teacher, teacher, teacher_parallel(config.salt), config.training.seq_length, micro_batch)
     return precisions

@@ -13,20 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.data.batch import Microbatch
+from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
+from megatron_salt.parallel.device import to_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.teacher import Teacher
-from megatron_salt.train.metrics import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ def place(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) 
     def share(tensor: Tensor) -> Tensor:
         if mesh.layout.context > 1:
             tensor = tensor[:, positions_of(length, mesh.layout.context, mesh.at.cp, tensor.device)]
-        return cpu.to_device(tensor)
+        return to_device(tensor)
 
-    documents = None if microbatch.documents is None else cpu.to_device(microbatch.documents)
+    documents = None if microbatch.documents is None else to_device(microbatch.documents)
     return Placed(
         share(microbatch.tokens), share(microbatch.labels), share(microbatch.loss_mask), share(microbatch.position_ids), documents,
         target,
@@ -119,7 +121,11 @@ class StepOutcome:
 
 
 def train_step(
-    student: Student, microbatches: Sequence[Microbatch], timer: PhaseTimer, teacher: Teacher | None = None, kd_weight: float = 0.0
+    student: Student,
+    microbatches: Sequence[Microbatch],
+    timer: PhaseTimer,
+    teacher: Teacher | None = None,
+    kd_weight: float = 0.0,
 ) -> StepOutcome:
     """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks."""
     targets: list[SoftTarget | None] = [None] * len(microbatches)
@@ -132,7 +138,13 @@ def train_step(
         student.optimizer.zero_grad()
         batches = [place(microbatch, student.mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
         sums = run_pipeline(
-            student.chunks, forward_step, batches, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
+            student.chunks,
+            forward_step,
+            batches,
+            student.mesh,
+            student.seq_length,
+            student.micro_batch_size,
+            forward_only=False,
         )
         del batches, targets  # the teacher's part of them, before the optimizer needs memory
     with timer.phase("optimizer"):

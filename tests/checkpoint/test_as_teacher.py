@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.checkpoint import integrity, resume, shelf
-from megatron_salt.checkpoint.progress import SaltProgress
+from megatron_salt.checkpoint import compatibility, integrity, save_directory
+from megatron_salt.checkpoint.run_state import SaltProgress
 from megatron_salt.errors import UserError
-from megatron_salt.salt.admission import read_teacher
-from tests.checkpoint.runs import SHARDED, TINY, Run, flip, job, rewrite
-from tests.ranks import RankError, run_ranks
+from megatron_salt.salt.load_teacher import read_teacher
+from tests.support.checkpoint_runs import SHARDED, TINY, Run, flip, job, rewrite
+from tests.support.ranks import RankError, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -27,52 +27,52 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_fingerprint_is_of_the_contents_wherever_they_lie(saved: Path, tmp_path: Path) -> None:
-    one, two = (resume.checkpoint_fingerprint(shelf.directory_of(saved, step)) for step in (1, 2))
+    one, two = (compatibility.checkpoint_fingerprint(save_directory.directory_of(saved, step)) for step in (1, 2))
     assert one != two and one.startswith("sha256:")
-    copy = shutil.copytree(shelf.directory_of(saved, 2), tmp_path / "elsewhere" / "iter_0000002")
-    assert resume.checkpoint_fingerprint(copy) == two
+    copy = shutil.copytree(save_directory.directory_of(saved, 2), tmp_path / "elsewhere" / "iter_0000002")
+    assert compatibility.checkpoint_fingerprint(copy) == two
     sums = integrity.read_checksums(copy)
-    for name in ("__0_0.distcp", "run.yaml", shelf.STATE):  # weights, configuration, facts
+    for name in ("__0_0.distcp", "run.yaml", save_directory.STATE):  # weights, configuration, facts
         other = integrity.FileSum(sums[name].size, "0" * 64)
         integrity.write_checksums(copy, sums | {name: other})
-        assert resume.checkpoint_fingerprint(copy) not in (one, two)
+        assert compatibility.checkpoint_fingerprint(copy) not in (one, two)
 
 
 def test_what_an_earlier_release_did_not_record_is_none(saved: Path, tmp_path: Path) -> None:
-    facts = resume.read_facts(shelf.directory_of(saved, 2))
+    facts = compatibility.read_facts(save_directory.directory_of(saved, 2))
     assert {"probe", "salt"} <= facts.keys()
     old = {name: value for name, value in facts.items() if name not in ("probe", "salt")}
-    (tmp_path / shelf.STATE).write_text(json.dumps(old))
-    assert resume.read_facts(tmp_path) == old | {"probe": None, "salt": None}
-    assert SaltProgress.from_facts(resume.read_facts(tmp_path)["salt"]) is None
+    (tmp_path / save_directory.STATE).write_text(json.dumps(old))
+    assert compatibility.read_facts(tmp_path) == old | {"probe": None, "salt": None}
+    assert SaltProgress.from_facts(compatibility.read_facts(tmp_path)["salt"]) is None
 
 
 def unreadable(directory: Path) -> str:
-    (directory / shelf.STATE).write_text("{")
+    (directory / save_directory.STATE).write_text("{")
     return "state.json: cannot be read"
 
 
 def no_object(directory: Path) -> str:
-    (directory / shelf.STATE).write_text("[1]")
+    (directory / save_directory.STATE).write_text("[1]")
     return "state.json: cannot be read"
 
 
 def missing(directory: Path) -> str:
-    (directory / shelf.STATE).unlink()
+    (directory / save_directory.STATE).unlink()
     return "state.json: No such file or directory, so this is no whole checkpoint"
 
 
 def of_the_future(directory: Path) -> str:
-    (directory / shelf.STATE).write_text(json.dumps({"format": 2}))
+    (directory / save_directory.STATE).write_text(json.dumps({"format": 2}))
     return "state.json has format 2; this release reads format 1"
 
 
 @pytest.mark.parametrize("spoil", [unreadable, no_object, missing, of_the_future])
 def test_facts_that_cannot_be_read_are_a_users_error(tmp_path: Path, spoil: Callable[[Path], str]) -> None:
-    (tmp_path / shelf.STATE).write_text("{}")
+    (tmp_path / save_directory.STATE).write_text("{}")
     message = spoil(tmp_path)
     with pytest.raises(UserError) as caught:
-        resume.read_facts(tmp_path)
+        compatibility.read_facts(tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and message in str(caught.value)
 
 
@@ -80,37 +80,39 @@ def test_facts_that_cannot_be_read_are_a_users_error(tmp_path: Path, spoil: Call
 
 
 def open_as_teacher(directory: Path) -> bool:
-    return resume.open_checkpoint(directory, fallback=False, flag_name="--teacher-load") is not None
+    return compatibility.open_checkpoint(directory, fallback=False, flag_name="--teacher-load") is not None
 
 
 def truncated_shard(root: Path) -> str:
-    path = shelf.directory_of(root, 2) / "__0_0.distcp"
+    path = save_directory.directory_of(root, 2) / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:100])
     return f"{path}: has 100 bytes"
 
 
 def flipped_state(root: Path) -> str:
-    flip(shelf.directory_of(root, 2) / shelf.STATE, 30)
-    return str(shelf.directory_of(root, 2) / shelf.STATE)
+    flip(save_directory.directory_of(root, 2) / save_directory.STATE, 30)
+    return str(save_directory.directory_of(root, 2) / save_directory.STATE)
 
 
 def no_checksums(root: Path) -> str:
-    (shelf.directory_of(root, 2) / integrity.CHECKSUMS).unlink()
+    (save_directory.directory_of(root, 2) / integrity.CHECKSUMS).unlink()
     return f"{integrity.CHECKSUMS}: is missing, so this is no whole checkpoint of megatron_salt"
 
 
 def lost(root: Path) -> str:
-    shutil.rmtree(shelf.directory_of(root, 2))
+    shutil.rmtree(save_directory.directory_of(root, 2))
     return "names step 2"
 
 
 def rubbish_tracker(root: Path) -> str:
-    (root / shelf.TRACKER).write_text("two")
+    (root / save_directory.TRACKER).write_text("two")
     return "does not hold the number of a step"
 
 
 @pytest.mark.parametrize("spoil", [truncated_shard, flipped_state, no_checksums, lost, rubbish_tracker])
-def test_a_damaged_teacher_is_refused_under_the_name_of_its_flag(saved: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+def test_a_damaged_teacher_is_refused_under_the_name_of_its_flag(
+    saved: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
     """And nobody is told to fall back: that would be another teacher."""
     root = shutil.copytree(saved, tmp_path / "teacher")
     message = spoil(root)
@@ -122,10 +124,10 @@ def test_a_damaged_teacher_is_refused_under_the_name_of_its_flag(saved: Path, tm
 
 
 def test_a_save_that_was_never_finished_is_refused_under_the_name_of_its_flag(tmp_path: Path) -> None:
-    partial = shelf.partial_of(tmp_path, 3)
+    partial = save_directory.partial_of(tmp_path, 3)
     partial.mkdir()
     with pytest.raises(UserError, match=f"^--teacher-load {partial}: a save that was never finished"):
-        shelf.candidates(partial, flag_name="--teacher-load")
+        save_directory.candidates(partial, flag_name="--teacher-load")
 
 
 def test_a_whole_one_opens_and_nothing_is_nothing(saved: Path, tmp_path: Path) -> None:
@@ -141,33 +143,35 @@ RECORD = {"lengths": [16, 32], "losses": [5.5, 5.75], "dtype": "float32"}
 
 def test_a_teacher_is_what_its_checkpoint_says(saved: Path, tmp_path: Path) -> None:
     """Its architecture comes from there; a field that an earlier release did not know has its default."""
-    directory = shutil.copytree(shelf.directory_of(saved, 2), tmp_path / "iter_0000002")
+    directory = shutil.copytree(save_directory.directory_of(saved, 2), tmp_path / "iter_0000002")
     architecture = {name: value for name, value in asdict(TINY).items() if name != "qk_layernorm"}
     rewrite(directory, probe=RECORD, architecture=architecture | {"seq_length": 32, "vocabulary": 250})
     teacher = read_teacher(str(tmp_path))
     assert teacher.directory == directory and teacher.model == TINY and (teacher.vocabulary, teacher.seq_length) == (250, 32)
-    assert teacher.tokenizer_fingerprint == "tokenizer:aaaa" and teacher.fingerprint == resume.checkpoint_fingerprint(directory)
+    assert teacher.tokenizer_fingerprint == "tokenizer:aaaa" and teacher.fingerprint == compatibility.checkpoint_fingerprint(
+        directory
+    )
     assert (teacher.lengths, teacher.losses, teacher.dtype) == ((16, 32), (5.5, 5.75), "float32")
 
 
 def no_probe(root: Path) -> str:
-    rewrite(shelf.directory_of(root, 2), probe=None)
+    rewrite(save_directory.directory_of(root, 2), probe=None)
     return "has no record of its own loss"
 
 
 def no_probe_of_before(root: Path) -> str:
-    rewrite(shelf.directory_of(root, 2), probe=...)
+    rewrite(save_directory.directory_of(root, 2), probe=...)
     return "has no record of its own loss"
 
 
 def not_finite(root: Path) -> str:
-    rewrite(shelf.directory_of(root, 2), probe=RECORD | {"losses": [5.5, None]})
+    rewrite(save_directory.directory_of(root, 2), probe=RECORD | {"losses": [5.5, None]})
     return "was not finite"
 
 
 def no_state(root: Path) -> str:
-    (shelf.directory_of(root, 2) / shelf.STATE).unlink()
-    return f"{shelf.directory_of(root, 2) / shelf.STATE}: No such file"
+    (save_directory.directory_of(root, 2) / save_directory.STATE).unlink()
+    return f"{save_directory.directory_of(root, 2) / save_directory.STATE}: No such file"
 
 
 def something_else(root: Path) -> str:
@@ -189,9 +193,12 @@ def a_file(root: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "spoil", [no_probe, no_probe_of_before, not_finite, no_state, no_checksums, something_else, nowhere, a_file, lost, rubbish_tracker]
+    "spoil",
+    [no_probe, no_probe_of_before, not_finite, no_state, no_checksums, something_else, nowhere, a_file, lost, rubbish_tracker],
 )
-def test_a_directory_that_cannot_teach_is_refused_in_one_line(saved: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+def test_a_directory_that_cannot_teach_is_refused_in_one_line(
+    saved: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
     root = shutil.copytree(saved, tmp_path / "teacher")
     message = spoil(root)
     with pytest.raises(UserError) as caught:

@@ -12,7 +12,7 @@ from megatron_salt.checkpoint.changes import UNTOLD, UNTOLD_SECTIONS, Change, ch
 from megatron_salt.cli import sections, to_yaml
 from megatron_salt.config import DataConfig, OptimizerConfig, RunConfig
 from megatron_salt.salt.schedule import Schedule
-from tests.program import entries, run, state_of, train, write_tokens
+from tests.support.program import entries, run, state_of, train, write_tokens
 
 HERE = RunConfig(optimizer=OptimizerConfig(adam_beta2=0.9, clip_grad=0.5, lr=1e-3), data=DataConfig(eod_mask_loss=True))
 THERE = RunConfig(optimizer=OptimizerConfig(adam_beta2=0.95))
@@ -47,7 +47,14 @@ def test_every_name_that_is_not_told_is_a_flag_and_schedules_are_told_elsewhere(
     assert known.keys() >= UNTOLD_SECTIONS and all(names <= known[section] for section, names in UNTOLD.items())
     assert {leaf.name for leaf in fields(Schedule)} <= UNTOLD["salt"]
     told = {name for _, name, _ in told_leaves()}
-    assert not told & {"outcome_file", "exit_interval", "allow_valid_in_train", "distributed_timeout_minutes", "profile_ranks", "data_path"}
+    assert not told & {
+        "outcome_file",
+        "exit_interval",
+        "allow_valid_in_train",
+        "distributed_timeout_minutes",
+        "profile_ranks",
+        "data_path",
+    }
     assert {"lr", "weight_decay", "adam_beta2", "clip_grad", "eod_mask_loss", "global_batch_size", "bf16", "fp8_format"} <= told
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_salt.checkpoint import async_writer, integrity, save_directory
 from megatron_salt.config import ParallelConfig
-from megatron_salt.checkpoint import integrity, shelf, writer
-from tests.ranks import RankError, run_ranks
-from tests.small import GLOBAL_BATCH
-from tests.checkpoint.runs import DROPOUT, SHARDED, TINY, Left, Run, job, rewrite
+from tests.support.checkpoint_runs import DROPOUT, SHARDED, TINY, Left, Run, job, rewrite
+from tests.support.ranks import RankError, run_ranks
+from tests.support.small import GLOBAL_BATCH
 
 PLAIN = ParallelConfig()
 OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -36,7 +36,7 @@ def same(one: list[Left], other: list[Left]) -> bool:
 
 
 def facts(root: Path, step: int) -> dict:
-    return json.loads((shelf.directory_of(root, step) / shelf.STATE).read_bytes())
+    return json.loads((save_directory.directory_of(root, step) / save_directory.STATE).read_bytes())
 
 
 @pytest.mark.long
@@ -78,7 +78,7 @@ def test_what_is_saved_beside_the_tensors_comes_back(tmp_path: Path) -> None:
     assert progress.step == 2 and progress.consumed_samples == 2 * GLOBAL_BATCH
     assert progress.data == {"pools": {"all": 2 * GLOBAL_BATCH}} and progress.extra == {"note": 1.5}
     assert progress.events == ({"event": "start", "step": 0},)
-    directory = shelf.directory_of(tmp_path, 2)
+    directory = save_directory.directory_of(tmp_path, 2)
     assert (directory / "run.yaml").read_text() == "seed: 1234\n"
     assert {path.name for path in (directory / "tokenizer").iterdir()}
     listed = integrity.read_checksums(directory).keys()
@@ -131,7 +131,7 @@ def test_weights_saved_before_the_first_step_resume(tmp_path: Path) -> None:
 
 
 def save_at_once(run: Run, final: bool) -> None:
-    from tests.checkpoint.runs import at, start
+    from tests.support.checkpoint_runs import at, start
 
     _, checkpointer, _ = start(run, 2)
     checkpointer.save(at(0), final=final)
@@ -151,9 +151,9 @@ def job_with_a_late_writer(run: Run) -> Left:
         time.sleep(1.0)
         write_and_sum(*arguments)
 
-    write_and_sum = writer._write_and_sum
+    write_and_sum = async_writer._write_and_sum
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_write_and_sum", late)
+        patch.setattr(async_writer, "_write_and_sum", late)
         return job(run, 1, 4, (2,))
 
 
@@ -167,7 +167,9 @@ def test_buckets_that_some_rank_has_no_part_of_are_saved_in_the_other_form(tmp_p
     assert same(run_ranks(4, job, replace(run, save=None, load=run.save), 4, 3), uninterrupted)
     run_ranks(2, job, replace(run, save=str(tmp_path / "2")), 2, 1, (1,))
     assert facts(tmp_path / "2", 1)["optimizer"]["form"] == "dp_reshardable"
-    with pytest.raises(RankError, match="cannot be cut for 2 data- and context-parallel ranks.*--dist-ckpt-optim-fully-reshardable"):
+    with pytest.raises(
+        RankError, match="cannot be cut for 2 data- and context-parallel ranks.*--dist-ckpt-optim-fully-reshardable"
+    ):
         run_ranks(4, job, replace(run, save=None, load=str(tmp_path / "2")), 4, 1)
 
 
@@ -175,7 +177,7 @@ def test_checkpoints_of_a_release_without_lineages_are_the_resumed_runs_own(tmp_
     """They load, and make room for what the run saves on top of them; another run's in the same place does not."""
     run_ranks(1, job, Run(save=str(tmp_path)), 1, 4, (1, 2, 3, 4))
     for step in (1, 2, 4):
-        rewrite(shelf.directory_of(tmp_path, step), lineage=...)
+        rewrite(save_directory.directory_of(tmp_path, step), lineage=...)
     run_ranks(1, job, Run(save=str(tmp_path), load=str(tmp_path), flags={"keep_last": 1}), 1, 6, (5, 6))
-    assert list(shelf.whole_checkpoints(tmp_path)) == [3, 6]
+    assert list(save_directory.whole_checkpoints(tmp_path)) == [3, 6]
     assert facts(tmp_path, 6)["lineage"][0] == ["", 0]

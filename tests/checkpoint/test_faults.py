@@ -18,15 +18,16 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_salt.checkpoint import async_writer, integrity, safe_unpickle, save_directory
 from megatron_salt.config import ParallelConfig
 from megatron_salt.errors import SaveError, UserError
-from megatron_salt.checkpoint import integrity, pickles, shelf, writer
-from tests.ranks import RankError, run_ranks
-from tests.checkpoint.runs import DROPOUT, SHARDED, Run, at, flip, job, start
 from tests.checkpoint.test_checkpointer import PLAIN, facts, pp, same, tp
+from tests.support.checkpoint_runs import DROPOUT, SHARDED, Run, at, flip, job, start
+from tests.support.ranks import RankError, run_ranks
 
 
 def refusal(world_size: int, run: Run, until: int = 2) -> str:
@@ -43,19 +44,19 @@ def refusal(world_size: int, run: Run, until: int = 2) -> str:
 
 def test_damage_to_any_file_is_found_and_only_load_fallback_steps_over_it(tmp_path: Path) -> None:
     run_ranks(2, job, Run(save=str(tmp_path)), 2, 2, (1, 2))
-    directory = shelf.directory_of(tmp_path, 2)
+    directory = save_directory.directory_of(tmp_path, 2)
     names = [*integrity.read_checksums(directory), integrity.CHECKSUMS]
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "run.yaml"} < set(names)
     messages = run_ranks(2, refusals_of_damage, Run(load=str(tmp_path)), names)
     assert messages[0] == messages[1]
     for name, message in zip(names, messages[0], strict=True):
         assert f"{directory / name}: " in message
-        assert f"--load-fallback would resume from {shelf.directory_of(tmp_path, 1)}" in message
+        assert f"--load-fallback would resume from {save_directory.directory_of(tmp_path, 1)}" in message
         assert name == integrity.CHECKSUMS or str(integrity.sum_of_file(directory / name)) in message
     flip(directory / "__1_0.distcp", 1000)
     resumed = run_ranks(2, job, Run(load=str(tmp_path), flags={"load_fallback": True}), 2, 2)
     assert resumed[0].progress is not None and resumed[0].progress.step == 1
-    flip(shelf.directory_of(tmp_path, 1) / "state.json", 10)
+    flip(save_directory.directory_of(tmp_path, 1) / "state.json", 10)
     assert "iter_0000001 is damaged" in refusal(2, Run(load=str(tmp_path), flags={"load_fallback": True}))
 
 
@@ -63,19 +64,19 @@ def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
     """In every rank: the messages for one flipped byte in each of the files."""
     import torch.distributed as dist
 
-    from megatron_salt.checkpoint import resume
+    from megatron_salt.checkpoint import compatibility
 
     messages = []
     assert run.load is not None
     for name in names:
-        path = shelf.directory_of(Path(run.load), 2) / name
+        path = save_directory.directory_of(Path(run.load), 2) / name
         whole = path.read_bytes()
         dist.barrier()
         if dist.get_rank() == 0:
             flip(path, len(whole) // 2)
         dist.barrier()
         with pytest.raises(integrity.DamagedCheckpoint) as caught:
-            resume.open_checkpoint(Path(run.load), fallback=False)
+            compatibility.open_checkpoint(Path(run.load), fallback=False)
         messages.append(str(caught.value))
         dist.barrier()
         if dist.get_rank() == 0:
@@ -85,8 +86,8 @@ def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
 
 def test_a_strangers_metadata_with_true_checksums_is_refused_before_it_runs(tmp_path: Path) -> None:
     run_ranks(1, job, Run(save=str(tmp_path)), 1, 1, (1,))
-    directory, marker = shelf.directory_of(tmp_path, 1), tmp_path / "marker"
-    metadata = pickles.read_metadata(directory)
+    directory, marker = save_directory.directory_of(tmp_path, 1), tmp_path / "marker"
+    metadata = safe_unpickle.read_metadata(directory)
     metadata.planner_data = _Command(marker)
     (directory / integrity.METADATA).write_bytes(pickle.dumps(metadata))
     sums = integrity.read_checksums(directory)
@@ -117,13 +118,13 @@ def test_killed_at_any_moment_of_saving_the_last_good_checkpoint_stands(tmp_path
         process = context.Process(target=save_for_ever, args=(str(tmp_path), async_save))
         process.start()
         deadline = time.monotonic() + 120
-        while shelf.read_tracker(tmp_path) == seen[-1] and process.is_alive() and time.monotonic() < deadline:
+        while save_directory.read_tracker(tmp_path) == seen[-1] and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.3))
         assert process.pid is not None and process.is_alive()
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
-        newest = shelf.candidates(tmp_path)[0]
+        newest = save_directory.candidates(tmp_path)[0]
         seen.append(int(newest.name[5:]))
         assert integrity.damaged_files(newest, integrity.read_checksums(newest)) == []
     assert seen == sorted(set(seen))
@@ -158,7 +159,7 @@ def save_on_a_full_disk(run: Run, full: str) -> str:
     """In every rank: save, fail to save while the disk is full for one rank, save again. The error."""
     import torch.distributed as dist
 
-    from tests.small import train_student
+    from tests.support.small import train_student
 
     student, checkpointer, _ = start(run, dist.get_world_size())
     train_student(student, run.case, 1, 0)
@@ -175,7 +176,7 @@ def save_on_a_full_disk(run: Run, full: str) -> str:
             elif full == "metadata" and dist.get_rank() == 0:
                 stack.enter_context(pytest.MonkeyPatch.context()).setattr(FileSystemWriter, "finish", _fail)
             elif full == "tracker" and dist.get_rank() == 0:
-                stack.enter_context(pytest.MonkeyPatch.context()).setattr(shelf, "write_tracker", _fail)
+                stack.enter_context(pytest.MonkeyPatch.context()).setattr(save_directory, "write_tracker", _fail)
             checkpointer.save(at(2))
             checkpointer.finish()
     except UserError as error:
@@ -192,10 +193,14 @@ def _fail(*_: object) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("full", ["companions", "metadata", "tracker", "shards"])
 @pytest.mark.parametrize("flags", [{}, {"async_save": True}])
-def test_a_full_disk_stops_the_run_on_every_rank_and_the_last_good_checkpoint_stands(tmp_path: Path, full: str, flags: dict) -> None:
+def test_a_full_disk_stops_the_run_on_every_rank_and_the_last_good_checkpoint_stands(
+    tmp_path: Path, full: str, flags: dict
+) -> None:
     zero, one = run_ranks(2, save_on_a_full_disk, Run(save=str(tmp_path / "a"), flags=flags), full, timeout=60)
-    assert zero == one and "saving step 2" in zero and f"failed on rank {int(full == 'shards')}: " in zero and "GiB free" in zero
-    assert f"{shelf.directory_of(tmp_path / 'a', 1)} stands" in zero or full == "tracker"
+    assert (
+        zero == one and "saving step 2" in zero and f"failed on rank {int(full == 'shards')}: " in zero and "GiB free" in zero
+    )
+    assert f"{save_directory.directory_of(tmp_path / 'a', 1)} stands" in zero or full == "tracker"
     assert run_ranks(2, job, Run(load=str(tmp_path / "a")), 2, 2)[0].progress.step == 2, "saving goes on when there is room"
 
 
@@ -203,7 +208,7 @@ def test_a_full_disk_stops_the_run_on_every_rank_and_the_last_good_checkpoint_st
 def test_with_on_save_error_continue_the_run_goes_on(tmp_path: Path, flags: dict) -> None:
     run = Run(save=str(tmp_path), flags={**flags, "on_save_error": "continue"})
     assert run_ranks(2, save_on_a_full_disk, run, "shards", timeout=60) == ["", ""]
-    assert sorted(shelf.whole_checkpoints(tmp_path)) == [1, 2]
+    assert sorted(save_directory.whole_checkpoints(tmp_path)) == [1, 2]
 
 
 @pytest.mark.parametrize("victim", ["the process of the shards", "the process around it", "the process after it has written"])
@@ -212,7 +217,7 @@ def test_a_writing_process_that_is_killed_is_a_save_that_failed(tmp_path: Path, 
     zero, one = run_ranks(2, save_while_writers_are_killed, Run(save=str(tmp_path), flags=flags), victim, timeout=60)
     assert zero == one and "saving step 2" in zero
     assert "failed on rank 1: the process that writes the checkpoint died (signal 9; out of memory?)" in zero
-    assert sorted(shelf.whole_checkpoints(tmp_path)) == [1, 3], "saving goes on when nobody is killed"
+    assert sorted(save_directory.whole_checkpoints(tmp_path)) == [1, 3], "saving goes on when nobody is killed"
 
 
 def save_while_writers_are_killed(run: Run, victim: str) -> str:
@@ -225,7 +230,7 @@ def save_while_writers_are_killed(run: Run, victim: str) -> str:
     places: dict[str, tuple[object, str]] = {
         "the process of the shards": (FileSystemWriterAsync, "write_preloaded_data"),
         "the process around it": (FileSystemWriterAsync, "write_preloaded_data_multiproc"),
-        "the process after it has written": (writer, "sum_of_file"),
+        "the process after it has written": (async_writer, "sum_of_file"),
     }
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 1:
@@ -261,11 +266,11 @@ def save_six(run: Run) -> None:
 
 def test_the_last_ones_and_the_named_ones_are_kept(tmp_path: Path) -> None:
     run_ranks(1, save_six, Run(save=str(tmp_path), flags={"keep_last": 2, "async_save": True}))
-    assert sorted(shelf.whole_checkpoints(tmp_path)) == [3, 5, 6] and shelf.read_tracker(tmp_path) == 6
+    assert sorted(save_directory.whole_checkpoints(tmp_path)) == [3, 5, 6] and save_directory.read_tracker(tmp_path) == 6
     forms = [facts(tmp_path, step)["optimizer"]["form"] for step in (3, 5, 6)]
     assert forms == ["fully_reshardable", "dp_reshardable", "fully_reshardable"]
     run_ranks(1, save_six, Run(save=str(tmp_path), load=str(tmp_path / "iter_0000003"), flags={"keep_last": 1}))
-    assert sorted(shelf.whole_checkpoints(tmp_path)) == [3, 6], "saving a step again replaces it"
+    assert sorted(save_directory.whole_checkpoints(tmp_path)) == [3, 6], "saving a step again replaces it"
 
 
 # ---- checkpoints of other runs -----------------------------------------------------------------------------------------
@@ -318,7 +323,9 @@ def test_finetune_takes_the_weights_alone(routine: Path) -> None:
     other = Run(load=str(routine), data="content:bbbb", tokenizer="tokenizer:bbbb", model=DROPOUT, flags={"finetune": True})
     (left,) = run_ranks(1, job, other, 1, 0)
     assert left.weights == weights and left.progress.step == left.progress.consumed_samples == 0
-    assert left.optimizer == run_ranks(1, job, replace(Run(load=str(routine), flags={"no_load_optim": True})), 1, 0)[0].optimizer
+    assert (
+        left.optimizer == run_ranks(1, job, replace(Run(load=str(routine), flags={"no_load_optim": True})), 1, 0)[0].optimizer
+    )
     wider = replace(other, model=replace(DROPOUT, ffn_hidden_size=96))
     assert "mlp.linear_fc2.weight is [2, 32, 64] there and [2, 32, 96] here" in refusal(1, wider).replace("decoder.layers.", "")
 

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from megatron_salt.checkpoint import integrity, pickles
+from megatron_salt.checkpoint import integrity, safe_unpickle
 from megatron_salt.checkpoint.integrity import CHECKSUMS, METADATA, DamagedCheckpoint
-from megatron_salt.checkpoint.pickles import COMMON, Unreadable, UnsafePickle
-from tests.checkpoint.runs import flip
+from megatron_salt.checkpoint.safe_unpickle import COMMON, Unreadable, UnsafePickle
+from tests.support.checkpoint_runs import flip
 
 
 @pytest.fixture
@@ -92,13 +98,16 @@ class _Command:
 
 def _metadata(relative_path: str = "__0_0.distcp", length: int = 0) -> Metadata:
     size = torch.Size([2, 3])
-    tensors = {"weight": TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), size, []), "object": BytesStorageMetadata()}
+    tensors = {
+        "weight": TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), size, []),
+        "object": BytesStorageMetadata(),
+    }
     return Metadata(tensors, storage_data={MetadataIndex("object", index=0): _StorageInfo(relative_path, 0, length)})
 
 
 def test_metadata_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(pickle.dumps(_metadata()))
-    assert pickles.read_metadata(tmp_path) == _metadata()
+    assert safe_unpickle.read_metadata(tmp_path) == _metadata()
 
 
 @pytest.mark.parametrize("place", ["alone", "inside real metadata"])
@@ -110,25 +119,27 @@ def test_metadata_that_would_run_a_command_is_refused_before_it_runs(tmp_path: P
         content.planner_data = _Command(marker)
     (tmp_path / METADATA).write_bytes(pickle.dumps(content))
     with pytest.raises(UnsafePickle, match="system"):
-        pickles.read_metadata(tmp_path)
+        safe_unpickle.read_metadata(tmp_path)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "torch.load", "torch.serialization.load", "torch.nn.Module"])
+@pytest.mark.parametrize(
+    "name", ["builtins.eval", "builtins.getattr", "torch.load", "torch.serialization.load", "torch.nn.Module"]
+)
 def test_metadata_may_name_nothing_but_its_own_classes(tmp_path: Path, name: str) -> None:
     module, _, attribute = name.rpartition(".")
     (tmp_path / METADATA).write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(UnsafePickle, match=name):
-        pickles.read_metadata(tmp_path)
+        safe_unpickle.read_metadata(tmp_path)
 
 
 def test_metadata_that_is_no_metadata_is_refused(tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UnsafePickle, match="dict"):
-        pickles.read_metadata(tmp_path)
+        safe_unpickle.read_metadata(tmp_path)
     (tmp_path / METADATA).write_bytes(pickle.dumps(_metadata())[:-20])
     with pytest.raises(Unreadable, match=METADATA):
-        pickles.read_metadata(tmp_path)
+        safe_unpickle.read_metadata(tmp_path)
 
 
 def _with_object(directory: Path, content: object) -> None:
@@ -145,20 +156,20 @@ def test_an_object_that_would_run_a_command_is_refused_before_it_runs(tmp_path: 
     _with_object(tmp_path, contents["__0_0.distcp"])
     torch.save(contents[COMMON], tmp_path / COMMON)
     with pytest.raises(UnsafePickle, match=place):
-        pickles.check_pickles(tmp_path, names)
+        safe_unpickle.check_pickles(tmp_path, names)
     assert not marker.exists()
 
 
 def test_plain_objects_pass(tmp_path: Path) -> None:
     _with_object(tmp_path, {"plain": (1, 2.0, "three", torch.ones(2), torch.bfloat16)})
-    pickles.check_pickles(tmp_path, {METADATA, "__0_0.distcp"})
+    safe_unpickle.check_pickles(tmp_path, {METADATA, "__0_0.distcp"})
 
 
 @pytest.mark.parametrize("elsewhere", ["../other/__0_0.distcp", "/etc/hostname", "__1_0.distcp"])
 def test_metadata_that_points_outside_the_checkpoint_is_refused(tmp_path: Path, elsewhere: str) -> None:
     (tmp_path / METADATA).write_bytes(pickle.dumps(_metadata(relative_path=elsewhere)))
     with pytest.raises(UnsafePickle, match="no file of the checkpoint"):
-        pickles.check_pickles(tmp_path, {METADATA, "__0_0.distcp"})
+        safe_unpickle.check_pickles(tmp_path, {METADATA, "__0_0.distcp"})
 
 
 def test_checksums_are_plain_json_for_other_tools(directory: Path) -> None:

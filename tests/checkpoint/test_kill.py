@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.program import DROPOUT, begin, checkpoints, losses, numbers, tensors, train, write_tokens
+from tests.support.program import DROPOUT, begin, checkpoints, losses, numbers, tensors, train, write_tokens
 
 STEPS = 60
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)

@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 
-from tests.program import (
-    DROPOUT, GLOBAL_BATCH, checkpoints, entries, losses, numbers, refused, run, state_of, tensors, the_error, train,
+from tests.support.checkpoint_runs import flip
+from tests.support.program import (
+    DROPOUT,
+    GLOBAL_BATCH,
+    checkpoints,
+    entries,
+    losses,
+    numbers,
+    refused,
+    run,
+    state_of,
+    tensors,
+    the_error,
+    train,
     write_tokens,
 )  # fmt: skip
-from tests.checkpoint.runs import flip
 
 SHARDED = dict(use_distributed_optimizer=True)
 OVERLAP = dict(SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.checkpoint import lineage, retention, shelf
+from megatron_salt.checkpoint import lineage, retention, save_directory
 from megatron_salt.checkpoint.lineage import UNNAMED, Lineage, is_ancestor, lineage_in
 from megatron_salt.checkpoint.retention import Saved
 from megatron_salt.config import CheckpointConfig
@@ -23,10 +23,10 @@ OTHER: Lineage = (("x", 0),)
 
 def put(root: Path, step: int, **facts: Any) -> Path:
     """A checkpoint without tensors, the latest; facts: of state.json."""
-    directory = shelf.directory_of(root, step)
+    directory = save_directory.directory_of(root, step)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / shelf.STATE).write_text(json.dumps({"step": step, "name": None} | facts))
-    shelf.write_tracker(root, step)
+    (directory / save_directory.STATE).write_text(json.dumps({"step": step, "name": None} | facts))
+    save_directory.write_tracker(root, step)
     return directory
 
 
@@ -54,8 +54,22 @@ def test_whose_a_checkpoint_is(there: Lineage, step: int, mine: Lineage, at: int
     assert is_ancestor(there, step, mine, at) is own
 
 
-@pytest.mark.parametrize("said", [None, 7, "ab", ["a"], [["a"]], [["a", 5]], [["a", 0.0]], [["a", 0], ["b", True]], [[1, 0]],
-                                  [["a", 0], ["b", 20], ["c", 10]], {"a": 0}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        7,
+        "ab",
+        ["a"],
+        [["a"]],
+        [["a", 5]],
+        [["a", 0.0]],
+        [["a", 0], ["b", True]],
+        [[1, 0]],
+        [["a", 0], ["b", 20], ["c", 10]],
+        {"a": 0},
+    ],
+)
 def test_a_lineage_that_says_nonsense_is_nobodys(said: Any) -> None:
     assert lineage_in({"lineage": said}) == ()
     assert lineage_in({}) == UNNAMED and lineage_in([]) == ()
@@ -65,8 +79,11 @@ def test_a_lineage_that_says_nonsense_is_nobodys(said: Any) -> None:
 def test_a_resumed_run_goes_on_under_its_id_and_a_second_continuation_branches_off() -> None:
     others = [(A, 5), (A, 10), (OTHER, 30)]
     assert lineage.resumed(A, 10, True, others) == A
-    for branch in (lineage.resumed(A, 10, True, [*others, (A, 15)]), lineage.resumed(A, 10, True, [*others, ((*A, ("b", 15)), 30)]),
-                   lineage.resumed(A, 10, False, others)):
+    for branch in (
+        lineage.resumed(A, 10, True, [*others, (A, 15)]),
+        lineage.resumed(A, 10, True, [*others, ((*A, ("b", 15)), 30)]),
+        lineage.resumed(A, 10, False, others),
+    ):
         assert branch[:-1] == A and branch[-1][1] == 10 and len({name for name, _ in branch}) == 2
     assert lineage.resumed(A, 20, True, [(B, 30)]) == A  # that one left before
     (mine,) = lineage.resumed((), 10, True, [])
@@ -80,14 +97,30 @@ def test_unnamed_checkpoints_are_own_only_where_the_run_resumed_from_one_of_them
     assert elsewhere[:-1] == (("a", 0), ("b", 20)) and lineage_in({"lineage": elsewhere}) == elsewhere
 
 
-SAVED = [Saved(10, None, A), Saved(15, None, OTHER), Saved(20, None, A), Saved(25, "save-at", B), Saved(30, None, B), Saved(35, None, ()),
-         Saved(40, None, B), Saved(50, None, A)]
+SAVED = [
+    Saved(10, None, A),
+    Saved(15, None, OTHER),
+    Saved(20, None, A),
+    Saved(25, "save-at", B),
+    Saved(30, None, B),
+    Saved(35, None, ()),
+    Saved(40, None, B),
+    Saved(50, None, A),
+]
 
 
-@pytest.mark.parametrize("keep, latest, mine, gone", [
-    (1, 40, B, [10, 30]), (2, 40, B, [10]), (3, 40, B, []), (9, 40, B, []),
-    (1, 50, A, [10, 20]), (1, 15, OTHER, []), (1, 30, B, [10]),
-])
+@pytest.mark.parametrize(
+    "keep, latest, mine, gone",
+    [
+        (1, 40, B, [10, 30]),
+        (2, 40, B, [10]),
+        (3, 40, B, []),
+        (9, 40, B, []),
+        (1, 50, A, [10, 20]),
+        (1, 15, OTHER, []),
+        (1, 30, B, [10]),
+    ],
+)
 def test_keep_last_goes_by_step_inside_the_lineage(keep: int, latest: int, mine: Lineage, gone: list[int]) -> None:
     for _ in range(5):
         assert retention.surplus(random.sample(SAVED, len(SAVED)), keep, latest, mine) == gone
@@ -101,7 +134,9 @@ def test_the_checkpoint_just_saved_is_never_deleted() -> None:
 def test_what_cannot_be_read_is_nobodys(tmp_path: Path) -> None:
     for step, content in ((1, "{"), (2, "[]"), (3, '{"step": 3}'), (4, None)):
         directory = put(tmp_path, step, lineage=A)
-        (directory / shelf.STATE).unlink() if content is None else (directory / shelf.STATE).write_text(content)
+        (directory / save_directory.STATE).unlink() if content is None else (directory / save_directory.STATE).write_text(
+            content
+        )
     assert {one.lineage for one in retention.saved_under(tmp_path)} == {()}
 
 
@@ -114,8 +149,8 @@ def begin(flags: CheckpointConfig) -> Lineage:
     retention.look(flags)
     found = None
     if flags.load is not None and not flags.finetune:
-        path = shelf.candidates(Path(flags.load))[0]
-        found = path, json.loads((path / shelf.STATE).read_text())
+        path = save_directory.candidates(Path(flags.load))[0]
+        found = path, json.loads((path / save_directory.STATE).read_text())
     return retention.begin(flags, found)
 
 
@@ -126,8 +161,13 @@ def test_a_fresh_run_into_a_used_directory_is_refused_unless_a_flag_says_so(tmp_
     put(elsewhere, 7, lineage=OTHER)
     with pytest.raises(UserError) as refused:
         begin(config(run))
-    for part in (f"--save {run} holds checkpoints of another run (2: iter_0000005 to iter_0000010)", "starts at step 0",
-                 f"--load {run} goes on from them", "another --save", "--overwrite-save"):
+    for part in (
+        f"--save {run} holds checkpoints of another run (2: iter_0000005 to iter_0000010)",
+        "starts at step 0",
+        f"--load {run} goes on from them",
+        "another --save",
+        "--overwrite-save",
+    ):
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
     for flags in (config(run, run, finetune=True), config(run, elsewhere, finetune=True), config(run, elsewhere)):
@@ -166,7 +206,7 @@ def test_a_rewind_in_place_leaves_the_abandoned_branch_alone(tmp_path: Path) -> 
     put(tmp_path, 15, lineage=mine)
     put(tmp_path, 25, lineage=mine)
     assert retention.surplus(retention.saved_under(tmp_path), 1, 25, mine) == [10, 15]
-    before = [path.name for path in retention.of_one_run(shelf.candidates(tmp_path))]
+    before = [path.name for path in retention.of_one_run(save_directory.candidates(tmp_path))]
     assert before == ["iter_0000025", "iter_0000015", "iter_0000010"]  # what --load-fallback may try
     assert begin(config(tmp_path, tmp_path)) == mine
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.checkpoint import integrity, shelf
-from tests.checkpoint.runs import flip
+from megatron_salt.checkpoint import integrity, save_directory
 from tests.checkpoint.test_kill import has_logged, is_saving, kill, saves_again, wait_until
-from tests.program import DROPOUT, begin, checkpoints, losses, numbers, run, tensors, the_error, train, write_tokens
+from tests.support.checkpoint_runs import flip
+from tests.support.program import DROPOUT, begin, checkpoints, losses, numbers, run, tensors, the_error, train, write_tokens
 
 SECONDS = 60.0  # of killing
 STEPS, SWITCH = 120, 20  # of a run, and of its stage 1
@@ -106,10 +106,10 @@ def test_no_kind_of_damage_to_any_file_is_loaded(
     """Refused by the file's name; under --load-fallback the step before goes on, bit for bit. What is as it was makes no difference."""
     flags = salt | SHARDED | dict(train_iters=4)
     train(1, **flags, save=tmp_path / "run", save_at=(2, 3))
-    shutil.rmtree(shelf.directory_of(tmp_path / "run", 4))
-    shelf.write_tracker(tmp_path / "run", 3)
+    shutil.rmtree(save_directory.directory_of(tmp_path / "run", 4))
+    save_directory.write_tracker(tmp_path / "run", 3)
     whole = losses(tmp_path / "run")[4]
-    directory, before = shelf.directory_of(tmp_path / "run", 3), shelf.directory_of(tmp_path / "run", 2)
+    directory, before = save_directory.directory_of(tmp_path / "run", 3), save_directory.directory_of(tmp_path / "run", 2)
     names = [*integrity.read_checksums(directory), integrity.CHECKSUMS]
     log = tmp_path / "log"
     counts: Counter[str] = Counter()
@@ -125,7 +125,9 @@ def test_no_kind_of_damage_to_any_file_is_loaded(
             else:
                 assert ended.status == 2, (name, damage, ended)
                 message = the_error(ended.err)
-                told = directory if name == integrity.CHECKSUMS else directory / name  # the other step's list makes all files wrong
+                told = (
+                    directory if name == integrity.CHECKSUMS else directory / name
+                )  # the other step's list makes all files wrong
                 assert str(told) in message and "\n" not in message, (name, damage, message)
                 counts["refused"] += 1
                 if damage in (flipped, deleted):

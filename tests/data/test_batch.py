@@ -15,9 +15,9 @@ from megatron_salt.config import DataConfig
 from megatron_salt.data.batch import Batches, stream_positions
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.samples import Samples, open_training_data
-from megatron_salt.data.skipping import parse_skip_samples
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
-from tests.data.conftest import WriteDataset, bytes_read, write_sparse
+from tests.support.datasets import WriteDataset, bytes_read, write_sparse
 
 EOD = 0
 LENGTH = 8
@@ -131,7 +131,8 @@ def test_masks_equal_the_slow_twin(flags: tuple[bool, bool, bool]) -> None:
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_masks_equal_megatron_cores(flags: tuple[bool, bool, bool]) -> None:
-    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
     eod_mask_loss, reset_position_ids, reset_attention_mask = flags

@@ -12,7 +12,7 @@ import pytest
 from megatron_salt.data.held_out import refuse_training_data
 from megatron_salt.data.manifest import Manifest, Source, manifest_path, sampled_fingerprint, write_manifest
 from megatron_salt.errors import UserError
-from tests.program import write_tokens
+from tests.support.program import write_tokens
 
 SOURCE = Source("books.jsonl", 900, 30, 30, 0, 0, text_bytes=800)
 

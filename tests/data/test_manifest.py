@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.data.indexed import IndexedWriter
 from megatron_salt.data.manifest import (
     Manifest,
     Source,
@@ -22,6 +21,7 @@ from megatron_salt.data.manifest import (
     write_manifest,
 )
 from megatron_salt.errors import UserError
+from megatron_salt.preprocess.indexed_writer import IndexedWriter
 
 
 def write_dataset(prefix: Path, num_tokens: int = 1000, with_manifest: bool = True) -> str:
@@ -30,10 +30,26 @@ def write_dataset(prefix: Path, num_tokens: int = 1000, with_manifest: bool = Tr
     writer.append((np.arange(num_tokens) * 7 % 5003).astype(np.uint16), np.full(num_tokens // 10, 10, np.int32))
     written = writer.finish()
     if with_manifest:
-        write_manifest(Manifest(
-            written.documents, written.tokens, "uint16", written.bin_bytes, written.idx_bytes, written.bin_hash,
-            written.idx_hash, sampled_fingerprint(str(prefix)), "ByteLevelTokenizer", "f", 257, None, False, "text",
-            (Source("a.jsonl", 1, 2, 3, 0, 0),)), manifest_path(str(prefix)))
+        write_manifest(
+            Manifest(
+                written.documents,
+                written.tokens,
+                "uint16",
+                written.bin_bytes,
+                written.idx_bytes,
+                written.bin_hash,
+                written.idx_hash,
+                sampled_fingerprint(str(prefix)),
+                "ByteLevelTokenizer",
+                "f",
+                257,
+                None,
+                False,
+                "text",
+                (Source("a.jsonl", 1, 2, 3, 0, 0),),
+            ),
+            manifest_path(str(prefix)),
+        )
     return str(prefix)
 
 
@@ -92,7 +108,7 @@ def test_the_sample_spans_the_whole_file(tmp_path):
         flip(prefix + ".bin", i)
         seen.append(fingerprint(prefix) != before)
         flip(prefix + ".bin", i)
-    tenths = [any(seen[i:i + 40]) for i in range(0, 400, 40)]
+    tenths = [any(seen[i : i + 40]) for i in range(0, 400, 40)]
     assert all(tenths) and not all(seen)
 
 
@@ -129,8 +145,15 @@ def test_missing_files_are_named_with_their_flag(tmp_path):
         fingerprint(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("values, word", [({"format": 99}, "format 99"), ({"extra": 1}, "extra"),
-                                          ({"tokens": 999}, "contradicts"), ({"sources": [{"file": "a"}]}, "sources")])
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"format": 99}, "format 99"),
+        ({"extra": 1}, "extra"),
+        ({"tokens": 999}, "contradicts"),
+        ({"sources": [{"file": "a"}]}, "sources"),
+    ],
+)
 def test_a_damaged_manifest_is_refused_not_ignored(tmp_path, values, word):
     prefix = write_dataset(tmp_path / "a")
     change(prefix, **values)

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_salt.config import ModelConfig
-from megatron_salt.errors import UserError
-from megatron_salt.checkpoint.progress import Progress, SaltProgress
-from megatron_salt.checkpoint.resume import Found, RunIdentity, progress_from, read_facts
+from megatron_salt.checkpoint.compatibility import Found, RunIdentity, progress_from, read_facts
+from megatron_salt.checkpoint.run_state import Progress, SaltProgress
 from megatron_salt.checkpoint.state import model_of
-from megatron_salt.data.manifest import Manifest, Source, manifest_path, read_manifest, write_manifest
-from megatron_salt.data.score_index import ScoreIndex
-from megatron_salt.data.scores import DatasetFacts, IndexManifest, columns
-from megatron_salt.data.selection import Selection, write_selection
+from megatron_salt.config import ModelConfig
+from megatron_salt.data.manifest import DatasetFacts, Manifest, Source, manifest_path, read_manifest, write_manifest
+from megatron_salt.errors import UserError
+from megatron_salt.metrics.history import read_curve
 from megatron_salt.salt.schedule import Schedule
-from megatron_salt.train.history import read_curve
-from tests.data.score_files import write_index
+from megatron_salt.selection.score_format import IndexManifest, columns
+from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.selection.selection_file import Selection, write_selection
+from tests.support.score_files import write_index
 from tools.inspect_checkpoint import _about
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
@@ -62,7 +62,9 @@ def _at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 def dataset(folder: Path) -> tuple[Path, Callable[[], Any]]:
     source = Source("a.jsonl", 10, 1, 1, 0, 0, 8, {"empty": 1})
-    manifest = Manifest(1, 8, "uint16", 16, 42, "a", "b", "sampled:c", "ByteLevelTokenizer", "t", 257, 256, True, "text", (source,))
+    manifest = Manifest(
+        1, 8, "uint16", 16, 42, "a", "b", "sampled:c", "ByteLevelTokenizer", "t", 257, 256, True, "text", (source,)
+    )
     write_manifest(manifest, manifest_path(str(folder / "data")))
     return manifest_path(str(folder / "data")), lambda: read_manifest(str(folder / "data"))
 

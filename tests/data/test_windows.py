@@ -11,7 +11,7 @@ import pytest
 
 from megatron_salt.data.windows import TokenFile, Windows
 from megatron_salt.errors import UserError
-from tests.data.conftest import WriteDataset, bytes_read, write_sparse
+from tests.support.datasets import WriteDataset, bytes_read, write_sparse
 
 DOCUMENTS = [[1, 2, 3, 0], [4, 0], [5, 6, 7, 8, 9, 0], [10]]  # 13 tokens
 STREAM = [token for document in DOCUMENTS for token in document]

@@ -10,19 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_salt.parallel.cpu as cpu  # before megatron
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core import parallel_state
 
-from megatron_salt.checkpoint import sharded
-from megatron_salt.data.fixed_batch import fixed_batch
-from megatron_salt.data.score_index import ScoreIndex
+from megatron_salt.checkpoint import sharded_state
+from megatron_salt.data.reference_batch import fixed_batch
 from megatron_salt.errors import UserError
-from megatron_salt.model.gates import refuse_precision
 from megatron_salt.model.precision import Fp8Recipe, Precision
+from megatron_salt.model.precision_checks import refuse_precision
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.launch import find_hardware
+from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.train.step import Student
-from tests.salt.teaching import Lesson, admit
-from tests.small import SEQ_LENGTH, SMALL, VOCABULARY, Case, Curve, build_student, train_student
+from tests.support.small import SEQ_LENGTH, SMALL, VOCABULARY, Case, Curve, build_student, train_student
+from tests.support.teaching import Lesson, admit
 
 RECIPES: tuple[Fp8Recipe, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
 ENGINE = Precision(implementation="transformer_engine")
@@ -64,9 +66,9 @@ def leave_mesh() -> None:
 def student_from(case: Case, world_size: int, weights: Path) -> Student:
     """The case's student, whatever its layers are made of, with weights that plain torch layers wrote."""
     student = build_student(case, world_size)
-    chunks = [sharded.unwrapped(chunk) for chunk in student.chunks]
-    state = sharded.model_state(chunks, student.mesh.groups)
-    sharded.load_model(chunks, sharded.load(state, weights, student.mesh.groups))
+    chunks = [sharded_state.unwrapped(chunk) for chunk in student.chunks]
+    state = sharded_state.model_state(chunks, student.mesh.groups)
+    sharded_state.load_model(chunks, sharded_state.load(state, weights, student.mesh.groups))
     student.optimizer.reload_model_params()
     return student
 
@@ -101,7 +103,7 @@ def exchange(lesson: Lesson, world_size: int) -> Exchanged:
     assert teacher.body is not None
     batch = fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH] * 4)
     received = teacher.hidden_states(batch, merge=1)
-    device = cpu.device()
+    device = current_device()
     with torch.no_grad():
         here = [teacher.body(one.tokens.to(device), one.position_ids.to(device), None) for one in batch]
     at, layout = student.mesh.at, student.mesh.layout

@@ -2,7 +2,7 @@
 
 A GPU and NCCL for each rank where there are GPUs; else the CPU and gloo, so that whatever runs here runs there too. `on_cpu` is the
 other side of a comparison: the CPU and gloo wherever it runs, and without Transformer Engine, whose optimizer needs a GPU. (The pool of
-`tests/ranks.py` has no such trouble where it is not installed.) Ranks are started as those of a training run are, by torchrun.
+`tests/support/ranks.py` has no such trouble where it is not installed.) Ranks are started as those of a training run are, by torchrun.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def on_cpu(world_size: int, function: Callable[..., Any], *arguments: Any) -> li
     return _on_ranks(world_size, function, arguments, {"CUDA_VISIBLE_DEVICES": "", "WITHOUT_ENGINE": "1"})
 
 
-def _on_ranks(world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> list[Any]:
+def _on_ranks(
+    world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]
+) -> list[Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "call").write_bytes(pickle.dumps((function, arguments)))
@@ -41,10 +43,22 @@ def _on_ranks(world_size: int, function: Callable[..., Any], arguments: tuple[An
         return [pickle.loads((folder / f"rank-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def program(module: str, words: list[str], world_size: int = 1, environment: dict[str, str] | None = None, timeout: float = 600.0) -> None:
+def program(
+    module: str, words: list[str], world_size: int = 1, environment: dict[str, str] | None = None, timeout: float = 600.0
+) -> None:
     """Run a program of the repository, such as `megatron_salt.pretrain`, by torchrun with a device a rank; an AssertionError with what it
     printed where it fails. timeout: seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), "-m", module, *words]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world_size),
+        "-m",
+        module,
+        *words,
+    ]
     ended = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), timeout=timeout, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,

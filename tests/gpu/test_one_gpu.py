@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_training_is_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
-    from tests import small
+    from tests.support import small
 
     case = small.Case(dtype=dtype)
     on_cpu(1, small.make_weights, case, tmp_path / "weights")
@@ -33,7 +33,7 @@ def test_the_fused_loss_equals_full_logits_in_float64(dtype: torch.dtype, tolera
     import torch.distributed as dist
 
     from megatron_salt.model.loss import fused_linear_cross_entropy
-    from megatron_salt.model.vocabulary import VocabularyShard
+    from megatron_salt.model.vocab_parallel import VocabularyShard
     from tests.model.test_loss import ROWS, Case, make_inputs, oracle, relative_error
 
     inputs = make_inputs(Case(dtype=dtype))
@@ -49,8 +49,8 @@ def test_the_fused_loss_equals_full_logits_in_float64(dtype: torch.dtype, tolera
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_resumed_run_continues_with_the_same_state(tmp_path: Path, async_save: bool) -> None:
-    from tests.small import train_student
-    from tests.checkpoint.runs import DROPOUT, Run, at, start
+    from tests.support.checkpoint_runs import DROPOUT, Run, at, start
+    from tests.support.small import train_student
 
     run = Run(save=str(tmp_path), model=DROPOUT, dtype=torch.bfloat16, flags={"async_save": async_save})
     student, checkpointer, _ = start(run, 1)
@@ -67,8 +67,8 @@ def test_a_resumed_run_continues_with_the_same_state(tmp_path: Path, async_save:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_a_teacher_teaches_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     from megatron_salt.model.loss import KD_METRICS
-    from tests.salt import teaching
-    from tests.small import Case, make_weights
+    from tests.support import teaching
+    from tests.support.small import Case, make_weights
 
     on_cpu(1, teaching.make_teacher, tmp_path / "teacher")
     lesson = teaching.Lesson(Case(dtype=dtype), str(tmp_path / "teacher"))
@@ -81,8 +81,8 @@ def test_a_teacher_teaches_the_same_on_gpu_and_cpu(tmp_path: Path, dtype: torch.
 
 
 def test_a_freed_teacher_leaves_the_devices_memory_as_it_was(tmp_path: Path) -> None:
-    from tests.salt import teaching
-    from tests.small import Case, build_student
+    from tests.support import teaching
+    from tests.support.small import Case, build_student
 
     on_cpu(1, teaching.make_teacher, tmp_path)
     lesson = teaching.Lesson(Case(), str(tmp_path))
@@ -98,7 +98,8 @@ def test_a_freed_teacher_leaves_the_devices_memory_as_it_was(tmp_path: Path) -> 
 
 
 def _leave_mesh() -> None:
-    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

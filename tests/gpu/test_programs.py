@@ -10,7 +10,7 @@ import pytest
 from megatron_salt.model.precision import Fp8Recipe
 from tests.gpu.checks import ENGINE, RECIPES, assert_same_scores, in_fp8, skip_unless
 from tests.gpu.ranks import on_cpu, program
-from tests.program import argv, entries, losses, write_tokens
+from tests.support.program import argv, entries, losses, write_tokens
 from tests.tools import test_score_data as scoring
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +50,9 @@ def freed(switch: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("implementation", ["torch", "transformer_engine"])
-def test_the_switch_to_stage_2_gives_back_the_teachers_memory(tmp_path: Path, data: str, teacher: Path, implementation: str) -> None:
+def test_the_switch_to_stage_2_gives_back_the_teachers_memory(
+    tmp_path: Path, data: str, teacher: Path, implementation: str
+) -> None:
     if implementation == "transformer_engine":
         skip_unless(ENGINE)
     assert freed(salt(tmp_path, data, teacher, transformer_impl=implementation)) >= 0.98 * TEACHER_BYTES

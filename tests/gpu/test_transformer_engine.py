@@ -11,7 +11,7 @@ import torch
 from megatron_salt.model.precision import Fp8Recipe
 from tests.gpu.checks import ENGINE, RECIPES, WIDE, curve, in_fp8, skip_unless
 from tests.gpu.ranks import on_cpu
-from tests.small import MODELS, Case, make_weights
+from tests.support.small import MODELS, Case, make_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 

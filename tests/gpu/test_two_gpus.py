@@ -11,8 +11,8 @@ from megatron_salt.config import ParallelConfig
 from megatron_salt.model.loss import KD_METRICS
 from tests.gpu.checks import assert_exchanged, exchange
 from tests.gpu.ranks import on_cpu, on_devices
-from tests.salt import teaching
-from tests.small import Case, make_weights, train
+from tests.support import teaching
+from tests.support.small import Case, make_weights, train
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 pytestmark = [pytest.mark.gpu, needs_two]

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import get_model_config
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.model.attention import attention_mask, positions_of
 from megatron_salt.train.step import unwrap
-from tests.ranks import run_ranks
-from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
 
 CPU = torch.device("cpu")
 
@@ -137,5 +138,7 @@ def test_halves_of_a_sequence_drop_differently_under_sequence_parallelism():
 
 def test_evaluation_drops_nothing():
     dropout = Case(model=replace(MODELS["tied"], attention_dropout=0.3, hidden_dropout=0.3))
-    for with_dropout, without in zip(run_ranks(1, dropped, dropout, 1, False)[0], run_ranks(1, dropped, Case(), 1, True)[0], strict=True):
+    for with_dropout, without in zip(
+        run_ranks(1, dropped, dropout, 1, False)[0], run_ranks(1, dropped, Case(), 1, True)[0], strict=True
+    ):
         assert torch.equal(with_dropout, without)

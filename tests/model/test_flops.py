@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_salt.config import ModelConfig
 from megatron_salt.model.flops import flops_per_token, num_parameters
 from megatron_salt.train.build import count_parameters
-from tests.ranks import run_ranks
-from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
 
 
 def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """A decoder's matrix products written out over ids [s], weights made on the spot; attention over the whole square."""
+
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, requires_grad=True)
 
@@ -32,12 +33,22 @@ def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.
     return F.cross_entropy(x @ weight(h, vocabulary), ids)
 
 
-@pytest.mark.parametrize("model", [
-    ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4),
-    ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=16, swiglu=True,
-                ffn_hidden_size=40),
-    ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=2, squared_relu=True),
-])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4),
+        ModelConfig(
+            num_layers=3,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=16,
+            swiglu=True,
+            ffn_hidden_size=40,
+        ),
+        ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=2, squared_relu=True),
+    ],
+)
 def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(model):
     seq_length, vocabulary = 24, 56
     with FlopCounterMode(display=False) as counter:

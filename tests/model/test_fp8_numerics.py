@@ -9,9 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fp8_emulation import (
-    E4M3, E5M2, Blocks, Delayed, Fp8Product, Quantized, Recipe, Tensorwise, amax_of, block_amax, largest_of, power_of_two_at_most, quantize,
-    quantize_blocks, scale_from,
+from tests.support.fp8_emulation import (
+    E4M3,
+    E5M2,
+    Blocks,
+    Delayed,
+    Fp8Product,
+    Quantized,
+    Recipe,
+    Tensorwise,
+    amax_of,
+    block_amax,
+    largest_of,
+    power_of_two_at_most,
+    quantize,
+    quantize_blocks,
+    scale_from,
 )  # fmt: skip
 
 DTYPES = [pytest.param(E4M3, id="e4m3"), pytest.param(E5M2, id="e5m2")]
@@ -118,7 +131,9 @@ def test_forward_and_both_gradients_are_the_products_of_quantized_operands(kind:
     }
     found = {"y": y.detach().flatten(0, 1), "d_x": x.grad.flatten(0, 1), "d_w": weight.grad}
     for name, value in found.items():
-        torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-4 * float(exact[name].abs().amax()), msg=name)
+        torch.testing.assert_close(
+            value.double(), exact[name], rtol=1e-4, atol=1e-4 * float(exact[name].abs().amax()), msg=name
+        )
     unquantized = {"y": x2 @ w.t(), "d_x": d2 @ w, "d_w": d2.t() @ x2}
     for name, value in found.items():
         error = (value - unquantized[name]).norm() / unquantized[name].norm()
@@ -172,7 +187,10 @@ def test_delayed_scaling_uses_the_scale_of_before_and_cuts_off_what_has_grown() 
 def test_scales_that_are_never_updated_lose_small_numbers_and_cut_off_large_ones() -> None:
     """A frozen model's under delayed scaling: they stay 1. An output projection's weights (0.02 / sqrt(2 x 32 layers)) are then among
     the type's subnormals, and an MLP's largest activations above 448."""
-    for tensor, least in ((0.0025 * drawn(256, 256, seed=9, spread=0.0), 0.2), (2000 * drawn(256, 256, seed=9, spread=0.0), 0.5)):
+    for tensor, least in (
+        (0.0025 * drawn(256, 256, seed=9, spread=0.0), 0.2),
+        (2000 * drawn(256, 256, seed=9, spread=0.0), 0.5),
+    ):
         stale, current = Delayed(E4M3, 16, "max", margin=0), Tensorwise(E4M3)
         stale(tensor)  # an update would follow here, were gradients enabled
         assert float((stale(tensor)[0] - tensor).norm() / tensor.norm()) > least
@@ -196,7 +214,9 @@ def test_each_block_has_a_power_of_two_that_uses_the_type_and_does_not_overflow(
             assert bool((scale == scale.flatten()[0]).all())
             assert 224 < float(scale.flatten()[0] * tensor[block].abs().amax()) <= 448
     assert torch.equal(quantized.scale.to(torch.float8_e8m0fnu).float(), quantized.scale)
-    assert torch.equal(quantized.scale, torch.exp2(torch.floor(torch.log2(448 / block_amax(tensor, rows, columns).double()))).float())
+    assert torch.equal(
+        quantized.scale, torch.exp2(torch.floor(torch.log2(448 / block_amax(tensor, rows, columns).double()))).float()
+    )
 
 
 def test_powers_of_two_are_rounded_down() -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -21,10 +22,10 @@ from megatron.core.utils import get_model_config
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.train.step import Student, unwrap
-from tests.gradients import TIED_COPY, whole_gradients, whole_tensors
-from tests.model import plain
-from tests.ranks import run_ranks
-from tests.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, batch, build_student, make_weights, train, train_student
+from tests.support import plain_model as plain
+from tests.support.gradients import TIED_COPY, whole_gradients, whole_tensors
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, batch, build_student, make_weights, train, train_student
 
 STEPS = 4
 
@@ -75,7 +76,9 @@ def compare_with_plain(case: Case) -> None:
     gradients = whole_gradients(student, batch(student, case, 0))
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
     curve = train_student(student, case, STEPS)
     assert curve.losses == pytest.approx(losses, rel=2e-6)
     assert curve.grad_norms == pytest.approx(norms, rel=2e-5)
@@ -115,7 +118,9 @@ def compare_with_gpt_model(case: Case) -> None:
     logits = theirs(microbatch.tokens, microbatch.position_ids, causal)[..., :VOCABULARY].transpose(0, 1)
     own_logits = ours.logits(ours(microbatch.tokens, microbatch.position_ids, None))[..., :VOCABULARY]
     torch.testing.assert_close(own_logits, logits, rtol=1e-5, atol=1e-5)
-    loss = (vocab_parallel_cross_entropy(logits.contiguous().clone(), microbatch.labels.t().contiguous()) * microbatch.loss_mask.t()).sum()
+    loss = (
+        vocab_parallel_cross_entropy(logits.contiguous().clone(), microbatch.labels.t().contiguous()) * microbatch.loss_mask.t()
+    ).sum()
     loss.backward()
     own_loss, _ = ours.loss(ours(microbatch.tokens, microbatch.position_ids, None), microbatch.labels, microbatch.loss_mask)
     assert float(own_loss) == pytest.approx(float(loss), rel=1e-6)
@@ -226,6 +231,8 @@ def test_training_compiles_nothing(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_trains_in_bfloat16_as_in_float32_but_for_rounding(tmp_path: Path, model: str):
     run_ranks(1, make_weights, Case(model=MODELS[model]), tmp_path / "weights")
-    exact, rounded = (run_ranks(1, train, Case(model=MODELS[model], dtype=dtype), 1, tmp_path / "weights")[0]
-                      for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        run_ranks(1, train, Case(model=MODELS[model], dtype=dtype), 1, tmp_path / "weights")[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert rounded.losses == pytest.approx(exact.losses, rel=2e-2)

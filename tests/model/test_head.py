@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
@@ -18,17 +19,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.errors import UserError
 from megatron_salt.model.head import KD_METRICS, OutputHead, SoftTarget
-from tests.grids import grid
-from tests.ranks import run_ranks
+from tests.support.grids import grid
+from tests.support.ranks import run_ranks
 
 SEQUENCE, BATCH, HIDDEN, VOCABULARY = 8, 2, 16, 64
 
 
 def config_for(tp: int, **options: object) -> TransformerConfig:
     dtype = options.pop("dtype", torch.float32)
-    return TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, use_cpu_initialization=True,
-                             params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-                             tensor_model_parallel_size=tp, **options)
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=tp,
+        **options,
+    )
 
 
 def init(weight: Tensor) -> Tensor:
@@ -77,6 +86,7 @@ def both_heads(tp: int, sequence_parallel: bool, dtype: torch.dtype, chunk: int)
             loss = (tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous()) * mask.t()).sum()
         loss.backward()
         results[name] = [loss.detach().double(), hidden.grad.double(), layer.weight.grad.double()]
+
     def errors(name: str) -> tuple[float, ...]:
         return tuple(float((a - b).norm() / b.norm()) for a, b in zip(results[name], results["exact"], strict=True))
 
@@ -193,13 +203,16 @@ def main_grads(way: Way) -> tuple[dict[str, float], list[int]]:
     start(1)
     config = config_for(1, gradient_accumulation_fusion=way.fusion, dtype=way.dtype)
     model = TinyModel(config, way.tied)
-    ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=way.overlap, grad_reduce_in_fp32=True,
-                                               bucket_size=100 if way.overlap else None)
+    ddp_config = DistributedDataParallelConfig(
+        overlap_grad_reduce=way.overlap, grad_reduce_in_fp32=True, bucket_size=100 if way.overlap else None
+    )
     ddp = DistributedDataParallel(config, ddp_config, model)
     ddp.zero_grad_buffer()
     base = weight_gradients_alive()
     alive = []
-    batches = [(tokens, mask, teacher_of(tokens, way.dtype) if way.taught else None) for tokens, mask in microbatches(dist.get_rank())]
+    batches = [
+        (tokens, mask, teacher_of(tokens, way.dtype) if way.taught else None) for tokens, mask in microbatches(dist.get_rank())
+    ]
     for batch in batches[:-1]:
         with ddp.no_sync():
             loss, _ = ddp(*batch)
@@ -212,14 +225,24 @@ def main_grads(way: Way) -> tuple[dict[str, float], list[int]]:
     for gradient in exact.values():
         dist.all_reduce(gradient)
     world = dist.get_world_size()
-    errors = {name: float((parameter.main_grad.double() * world - exact[name]).norm() / exact[name].norm())
-              for name, parameter in model.named_parameters()}
+    errors = {
+        name: float((parameter.main_grad.double() * world - exact[name]).norm() / exact[name].norm())
+        for name, parameter in model.named_parameters()
+    }
     assert all(p.grad is None for p in model.parameters())
     return errors, alive
 
 
-@pytest.mark.parametrize("dtype, tied, fusion, overlap, taught", grid(
-    dtype=(torch.float32, torch.bfloat16), tied=(False, True), fusion=(False, True), overlap=(False, True), taught=(False, True)))
+@pytest.mark.parametrize(
+    "dtype, tied, fusion, overlap, taught",
+    grid(
+        dtype=(torch.float32, torch.bfloat16),
+        tied=(False, True),
+        fusion=(False, True),
+        overlap=(False, True),
+        taught=(False, True),
+    ),
+)
 def test_main_grad_is_the_sum_of_all_uses_of_the_weight(dtype, tied, fusion, overlap, taught):
     for errors, alive in run_ranks(2, main_grads, Way(tied, fusion, overlap, dtype, taught)):
         assert max(errors.values()) < (2e-6 if dtype == torch.float32 else 2e-2), errors
@@ -262,12 +285,14 @@ def waits_for_parameters() -> list[str]:
     start(1)
     config = config_for(1)
     model = TinyModel(config, tied=False)
-    ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True,
-                                               use_distributed_optimizer=True, bucket_size=100)
+    ddp_config = DistributedDataParallelConfig(
+        overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True, bucket_size=100
+    )
     ddp = DistributedDataParallel(config, ddp_config, model)
     waited: list[str] = []
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in ddp.bucket_groups:
+
         def finish(skip_next_bucket_dispatch: bool = False, group=group) -> None:
             waited.extend(names[parameter] for parameter in group.params)
 

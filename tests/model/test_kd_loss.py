@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
-from megatron_salt.model.vocabulary import Blocks, Label, VocabularyShard, compare, reduce
-from tests.grids import grid
+from megatron_salt.model.vocab_parallel import Blocks, Label, VocabularyShard, compare, reduce
 from tests.model.test_loss import Alone, Storages, relative_error
-from tests.ranks import run_ranks
+from tests.support.grids import grid
+from tests.support.ranks import run_ranks
 
 SEQUENCE, BATCH, HIDDEN, TEACHER_HIDDEN, ROWS = 12, 3, 16, 24, 64
 TOKENS = SEQUENCE * BATCH
@@ -64,7 +64,9 @@ def make_inputs(case: Case) -> Inputs:
     weight, teacher_weight = draw(ROWS, HIDDEN) * 1.5 / HIDDEN**0.5, draw(ROWS, TEACHER_HIDDEN) * 1.5 / TEACHER_HIDDEN**0.5
     labels = torch.randint(0, case.num_valid, (TOKENS,), generator=generator)
     uniform = torch.rand(TOKENS, generator=generator)
-    mask = {"all": (uniform > -1), "weights": uniform.round(decimals=1) * (uniform > 0.3), "none": (uniform > 1)}[case.mask].float()
+    mask = {"all": (uniform > -1), "weights": uniform.round(decimals=1) * (uniform > 0.3), "none": (uniform > 1)}[
+        case.mask
+    ].float()
     weight[case.num_valid :] = teacher_weight[case.num_valid :] = float("nan")
     floats = draw(SEQUENCE, BATCH, HIDDEN), weight, draw(SEQUENCE, BATCH, TEACHER_HIDDEN), teacher_weight
     hidden, weight, teacher_hidden, teacher_weight = (tensor.to(case.dtype) for tensor in floats)
@@ -101,8 +103,16 @@ def oracle(inputs: Inputs, case: Case) -> Outputs:
 def call(case: Case, inputs: Inputs, hidden: Tensor, weight: Tensor, with_teacher: bool = True) -> tuple[Tensor, Tensor]:
     tp, rank = dist.get_world_size(), dist.get_rank()
     shard = VocabularyShard(dist.group.WORLD, ROWS // tp, case.num_valid, case.sequence_parallel)
-    teacher = SoftTarget(inputs.teacher_hidden.chunk(tp)[rank].clone(), inputs.teacher_weight.chunk(tp)[rank].clone(),
-                         case.temperature, case.kd_weight) if with_teacher else None
+    teacher = (
+        SoftTarget(
+            inputs.teacher_hidden.chunk(tp)[rank].clone(),
+            inputs.teacher_weight.chunk(tp)[rank].clone(),
+            case.temperature,
+            case.kd_weight,
+        )
+        if with_teacher
+        else None
+    )
     before = () if teacher is None else (teacher.hidden.clone(), teacher.weight.clone())
     result = fused_linear_cross_entropy(hidden, weight, inputs.labels, inputs.mask, shard, case.chunk, teacher)
     if teacher is not None:
@@ -233,7 +243,9 @@ def test_a_teacher_like_the_student_has_kl_0_and_agrees(dtype, tp):
 def test_kl_of_any_token_is_right_and_never_below_0(temperature, scale, noise):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(64, 5000, generator=generator) * scale
-    teacher = logits * temperature + torch.randn(64, 5000, generator=generator) * noise  # p at its temperature is near the student's
+    teacher = (
+        logits * temperature + torch.randn(64, 5000, generator=generator) * noise
+    )  # p at its temperature is near the student's
     label = Label.of(torch.zeros(64, dtype=torch.int64), VocabularyShard(Alone(), 5000, 5000, False))
     student, comparison = compare(logits, teacher, temperature, label, Alone(), Blocks.of(logits))
     alone = reduce(logits, label, Alone(), Blocks.of(logits))
@@ -267,7 +279,9 @@ def test_a_tie_counts_as_its_share(tp):
         (logits == logits.amax(-1, keepdim=True)).double() / (logits == logits.amax(-1, keepdim=True)).sum(-1, keepdim=True)
         for logits in (student, teacher)
     )
-    right = [share.gather(1, labels[:, None])[:, 0] for share in (student_share, teacher_share)] + [(student_share * teacher_share).sum(-1)]
+    right = [share.gather(1, labels[:, None])[:, 0] for share in (student_share, teacher_share)] + [
+        (student_share * teacher_share).sum(-1)
+    ]
     assert {len(set(column.tolist())) > 3 for column in right} == {True}
     for figures, accuracy in run_ranks(tp, whole_numbers, tp, student, teacher, labels):
         torch.testing.assert_close(torch.tensor(figures, dtype=torch.float64), torch.stack(right), rtol=1e-6, atol=0)
@@ -279,7 +293,9 @@ def test_the_teacher_gets_no_gradient_and_is_not_kept_for_backward(dtype):
     case = Case(dtype=dtype)
     inputs = make_inputs(case)
     hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
-    teacher = SoftTarget(inputs.teacher_hidden.clone().requires_grad_(), inputs.teacher_weight.clone().requires_grad_(), 1.0, 0.5)
+    teacher = SoftTarget(
+        inputs.teacher_hidden.clone().requires_grad_(), inputs.teacher_weight.clone().requires_grad_(), 1.0, 0.5
+    )
     shard = VocabularyShard(Alone(), ROWS, case.num_valid, False)
     loss, _ = fused_linear_cross_entropy(hidden, weight, inputs.labels, inputs.mask, shard, case.chunk, teacher)
     references = [weakref.ref(teacher.hidden), weakref.ref(teacher.weight)]
@@ -297,8 +313,15 @@ def test_the_largest_tensor_is_a_chunk_of_logits_however_many_tokens():
         weight, teacher_weight = torch.randn(vocabulary, 4, requires_grad=True), torch.randn(vocabulary, 6)
         labels, mask = torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens)
         with Storages((hidden, weight, labels, mask, teacher_hidden, teacher_weight)) as new:
-            fused_linear_cross_entropy(hidden, weight, labels, mask, VocabularyShard(Alone(), vocabulary, vocabulary, False), chunk,
-                                       SoftTarget(teacher_hidden, teacher_weight, 0.5, 0.5))[0].backward()
+            fused_linear_cross_entropy(
+                hidden,
+                weight,
+                labels,
+                mask,
+                VocabularyShard(Alone(), vocabulary, vocabulary, False),
+                chunk,
+                SoftTarget(teacher_hidden, teacher_weight, 0.5, 0.5),
+            )[0].backward()
         assert max(new.sizes) == vocabulary * chunk * 4
 
 

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.train.step import Student, unwrap
-from tests.gradients import TIED_COPY, whole_gradients
-from tests.grids import grid
-from tests.ranks import run_ranks
-from tests.small import MODELS, Case, Curve, batch, build_student, save_weights, train_student
+from tests.support.gradients import TIED_COPY, whole_gradients
+from tests.support.grids import grid
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, Case, Curve, batch, build_student, save_weights, train_student
 
 STEPS = 3
 TIED, UNTIED = MODELS["tied"], MODELS["untied"]
@@ -42,7 +42,9 @@ OPTIMIZERS = {
     "overlap reduce": dict(overlap_grad_reduce=True, ddp_bucket_size=20_000),
     "overlap": dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
     # Buckets so small that the output head has one of its own.
-    "small buckets": dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=2_000),
+    "small buckets": dict(
+        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=2_000
+    ),
 }
 
 
@@ -146,7 +148,9 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(reference, tp, pp, vp, c
     check(reference, Case(parallel(tp, pp, vp, cp, sp), model), tp * pp * cp * dp)
 
 
-@pytest.mark.parametrize("tp, pp, vp, sp", [(1, 2, 1, False), (1, 2, 2, False), (2, 2, 1, False), (2, 2, 1, True), (1, 4, 1, False)])
+@pytest.mark.parametrize(
+    "tp, pp, vp, sp", [(1, 2, 1, False), (1, 2, 2, False), (2, 2, 1, False), (2, 2, 1, True), (1, 4, 1, False)]
+)
 def test_tied_embeddings_are_one_weight_over_stages(reference, tp, pp, vp, sp):
     """The two copies have one gradient, counted once in the norm (both in `check`), and stay equal while they train."""
     result = check(reference, Case(parallel(tp, pp, vp, sp=sp)), tp * pp)
@@ -181,7 +185,9 @@ def test_every_architecture(reference, model, tp, pp, vp, cp, sp):
         tp=(1, 2), pp=(1, 2), vp=(1, 2), cp=(1, 2), tied=(True, False), micro_batch_size=(1, 2, 4),
     ),
 )  # fmt: skip
-def test_sharding_the_optimizer_overlaps_and_accumulation_change_nothing(reference, optimizer, tp, pp, vp, cp, tied, micro_batch_size):
+def test_sharding_the_optimizer_overlaps_and_accumulation_change_nothing(
+    reference, optimizer, tp, pp, vp, cp, tied, micro_batch_size
+):
     sizes = parallel(tp, pp, vp, cp, tp > 1, **OPTIMIZERS[optimizer])
     check(reference, Case(sizes, TIED if tied else UNTIED, micro_batch_size=micro_batch_size), 2 * tp * pp * cp)
 

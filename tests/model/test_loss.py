@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_salt.model.loss import chunk_tokens_for_budget, fused_linear_cross_entropy, weight_gradient_bytes
-from megatron_salt.model.vocabulary import VocabularyShard
-from tests.ranks import run_ranks
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from tests.support.ranks import run_ranks
 
 SEQUENCE, BATCH, HIDDEN, ROWS = 12, 3, 16, 64
 
@@ -185,8 +185,14 @@ def test_without_grad_the_loss_is_the_same_and_no_gradient_is_made(tp):
 def largest_storage(num_tokens: int, chunk: int, vocabulary: int, hidden_size: int) -> int:
     hidden = torch.randn(num_tokens, 1, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
-    arguments = (hidden, weight, torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens),
-                 VocabularyShard(dist.group.WORLD, vocabulary, vocabulary, False), chunk)
+    arguments = (
+        hidden,
+        weight,
+        torch.zeros(num_tokens, dtype=torch.int64),
+        torch.ones(num_tokens),
+        VocabularyShard(dist.group.WORLD, vocabulary, vocabulary, False),
+        chunk,
+    )
     with Storages(arguments) as new:
         fused_linear_cross_entropy(*arguments)[0].backward()
     return max(new.sizes)

@@ -12,11 +12,13 @@ from torch.utils._pytree import tree_leaves
 from megatron_salt.errors import UserError
 from megatron_salt.model import products
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
-from megatron_salt.model.vocabulary import VocabularyShard
-from tests.ranks import run_ranks
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from tests.support.ranks import run_ranks
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
-ROUNDING = 2.0**-8  # bfloat16 has 8 bits: a rounded number is off by at most 2^-9 of itself, by the format's spacing at most 2^-8
+ROUNDING = (
+    2.0**-8
+)  # bfloat16 has 8 bits: a rounded number is off by at most 2^-9 of itself, by the format's spacing at most 2^-8
 FORMS = ("native", "widened")
 
 
@@ -86,7 +88,9 @@ def test_widening_makes_no_tensor_larger_than_a_band_in_float32(monkeypatch: pyt
     assert sizes.largest == d_weight.untyped_storage().nbytes()
 
 
-def loss_and_gradients(form: str, hidden: Tensor, weight: Tensor, teacher_weight: Tensor, kd_weight: float | None) -> tuple[Tensor, ...]:
+def loss_and_gradients(
+    form: str, hidden: Tensor, weight: Tensor, teacher_weight: Tensor, kd_weight: float | None
+) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(products.FORM, form)
         hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_salt.config import DataConfig, ModelConfig, ParallelConfig

@@ -125,7 +125,8 @@ def test_it_stands_in_only_where_neither_transformer_engine_nor_apex_is(present,
 
 @pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine's own is used")
 def test_megatron_core_takes_it():
-    import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
     from megatron.core import optimizer
 
     assert optimizer.Adam is FusedAdam

@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_salt.errors import UserError
@@ -20,7 +21,7 @@ from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.parallel.launch import bind_device, describe, find_hardware, seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -102,7 +103,10 @@ def test_each_process_binds_the_gpu_of_its_local_rank(monkeypatch):
 
 
 def described(hardware: Hardware) -> str:
-    with mock.patch.multiple(torch.cuda, get_device_name=lambda: "H100"), mock.patch("torch.cuda.nccl.version", return_value=(2, 30, 7)):
+    with (
+        mock.patch.multiple(torch.cuda, get_device_name=lambda: "H100"),
+        mock.patch("torch.cuda.nccl.version", return_value=(2, 30, 7)),
+    ):
         return describe(hardware)
 
 

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_salt.config import ParallelConfig
@@ -85,7 +86,10 @@ def test_ranks_that_do_not_make_whole_replicas_are_refused(world_size):
 def test_context_slices_cover_a_sequence_once_and_carry_equal_causal_work(context):
     """Work of a position: the keys that it attends to."""
     length = 24 * context
-    shares = [[position for part in context_slice(length, context, rank) for position in range(length)[part]] for rank in range(context)]
+    shares = [
+        [position for part in context_slice(length, context, rank) for position in range(length)[part]]
+        for rank in range(context)
+    ]
     assert sorted(itertools.chain(*shares)) == list(range(length))
     assert len({sum(share) for share in shares}) == 1
     assert all(share == sorted(share) for share in shares)

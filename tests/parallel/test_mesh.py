@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core import parallel_state
 
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 VARYING = dict(tp=["tp"], cp=["cp"], dp=["dp"], pp=["pp"], mp=["tp", "pp"], tp_cp=["tp", "cp"], dp_cp=["cp", "dp"],
                tp_dp_cp=["tp", "cp", "dp"])  # fmt: skip

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt import pretrain
 from megatron_salt.cli import exit_status
@@ -28,8 +28,8 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel import rendezvous
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.launch import distributed
-from tests.program import argv, write_tokens
-from tests.ranks import run_ranks
+from tests.support.program import argv, write_tokens
+from tests.support.ranks import run_ranks
 
 SOON = 12.0
 """Seconds from a failure to the end of the last rank: a look, the patience, and a crowded machine."""
@@ -108,7 +108,8 @@ def launch(tmp_path: Path, world_size: int, tell_every: float, calls: dict[int, 
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     context = multiprocessing.get_context("forkserver")
     processes = [
-        context.Process(target=alone, args=(rank, environment, tmp_path / "rank", tell_every, *call)) for rank, call in calls.items()
+        context.Process(target=alone, args=(rank, environment, tmp_path / "rank", tell_every, *call))
+        for rank, call in calls.items()
     ]
     for process in processes:
         process.start()
@@ -149,7 +150,9 @@ def test_a_killed_rank_is_named_by_one_of_the_others(tmp_path: Path, fails: int)
     ended = run(tmp_path, 3, fails, "training", "kill")
     assert ended[fails].status == -signal.SIGKILL and {one.status for one in ended} == {1, -signal.SIGKILL}, ended
     [line] = lines(ended)
-    assert line.startswith(f"error: rank {fails} at {socket.gethostname()} does not answer any more (killed? out of memory?)"), line
+    assert line.startswith(
+        f"error: rank {fails} at {socket.gethostname()} does not answer any more (killed? out of memory?)"
+    ), line
     assert time.time() - max(began, ended[fails].when("failing")) < SOON
 
 
@@ -164,7 +167,9 @@ def test_who_does_not_join_is_named_and_the_wait_ends(tmp_path: Path) -> None:
     ended = run(tmp_path, 4, 3, "before", "kill", come=[0, 2, 3], join=5, tell_every=1)
     assert [one.status for one in ended] == [1, 1, -signal.SIGKILL], ended
     told = lines(ended)
-    assert told[0] == "waiting for ranks 1, 3 of 4 for 1 s" and told[-1].startswith("error: ranks 1, 3 of 4 did not join within"), told
+    assert told[0] == "waiting for ranks 1, 3 of 4 for 1 s" and told[-1].startswith(
+        "error: ranks 1, 3 of 4 did not join within"
+    ), told
     assert sum(line.startswith("error: ") for line in told) == 1
 
 
@@ -173,11 +178,16 @@ def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) 
     assert ended.status == 1 and "error: rank 0 did not join within --rendezvous-timeout-minutes" in ended.err, ended
 
 
-@pytest.mark.parametrize("there, told", [
-    (dict(train_iters=3), "--train-iters is 2 on rank 0 and 3 on rank 1"),
-    (dict(save="save"), "whether --save is given is False on rank 0"),
-])
-def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(tmp_path: Path, there: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(
+    "there, told",
+    [
+        (dict(train_iters=3), "--train-iters is 2 on rank 0 and 3 on rank 1"),
+        (dict(save="save"), "whether --save is given is False on rank 0"),
+    ],
+)
+def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(
+    tmp_path: Path, there: dict[str, Any], told: str
+) -> None:
     if "save" in there:
         there = dict(save=tmp_path / "save")
     data = write_tokens(tmp_path / "words")
@@ -190,10 +200,15 @@ def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(t
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_ends_the_wait_for_the_other_ranks(tmp_path: Path, rank: int) -> None:
-    words = argv(data_path=write_tokens(tmp_path / "words"), train_iters=2, outcome_file=tmp_path / "outcome", exit_signal_handler=True)
+    words = argv(
+        data_path=write_tokens(tmp_path / "words"), train_iters=2, outcome_file=tmp_path / "outcome", exit_signal_handler=True
+    )
     began = time.time()
     [ended] = launch(tmp_path, 2, 30.0, {rank: (told_to_leave, words)})
-    assert (ended.status, lines([ended])) == (0, [f"left before it began: SIGTERM received while waiting for rank {1 - rank} of 2"])
+    assert (ended.status, lines([ended])) == (
+        0,
+        [f"left before it began: SIGTERM received while waiting for rank {1 - rank} of 2"],
+    )
     assert (tmp_path / "outcome").read_text().startswith("left - ") and time.time() - began < 30
 
 

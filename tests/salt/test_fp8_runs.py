@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_salt.config import SaltConfig
 from megatron_salt.model.gpt import GPT
-from megatron_salt.salt import admission
-from tests.fp8_emulation import Emulation, Recipe, emulate
-from tests.program import entries, losses, numbers, refused, train, write_tokens
+from megatron_salt.salt import load_teacher
+from tests.support.fp8_emulation import Emulation, Recipe, emulate
+from tests.support.program import entries, losses, numbers, refused, train, write_tokens
 
 STEPS, KD_STEPS = 5, 3
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -37,7 +37,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """A model that has learnt the words."""
     save = tmp_path_factory.mktemp("teacher")
-    train(data_path=data, train_iters=150, lr=1e-2, bf16=True, micro_batch_size=8, untie_embeddings_and_output_weights=True, save=save)
+    train(
+        data_path=data,
+        train_iters=150,
+        lr=1e-2,
+        bf16=True,
+        micro_batch_size=8,
+        untie_embeddings_and_output_weights=True,
+        save=save,
+    )
     assert losses(save)[150] < 1.5 < losses(save)[1] - 3
     return save
 
@@ -45,7 +53,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
 @contextlib.contextmanager
 def fp8_teachers(recipe: Recipe, spoil: Callable[[Emulation], None] = lambda emulation: None) -> Iterator[None]:
     """Whatever teacher is admitted inside has a body in emulated FP8; `spoil` may do something to it once its weights have arrived."""
-    build, of_body = admission.build_body, {}
+    build, of_body = load_teacher.build_body, {}
 
     def built(*arguments: Any) -> GPT:
         body = build(*arguments)
@@ -63,11 +71,11 @@ def fp8_teachers(recipe: Recipe, spoil: Callable[[Emulation], None] = lambda emu
         of_body[body].keep_fp8_alone()
         body.fp8_alone = True
 
-    verify = admission.verify
+    verify = load_teacher.verify
     with (
-        mock.patch.object(admission, "build_body", built),
-        mock.patch.object(admission, "verify", verified),
-        mock.patch.object(admission, "keep_fp8_alone", kept),
+        mock.patch.object(load_teacher, "build_body", built),
+        mock.patch.object(load_teacher, "verify", verified),
+        mock.patch.object(load_teacher, "keep_fp8_alone", kept),
     ):
         yield
 
@@ -162,4 +170,8 @@ def test_a_spoiled_fp8_teacher_ends_the_run_before_it_begins(
 
 def test_other_numbers_for_the_same_function_do_no_harm_to_current_scales(tmp_path: Path, data: str, teacher: Path) -> None:
     """What the stale scales were refused for."""
-    train(2, **salt(data, teacher, **PP2, save=tmp_path), within=functools.partial(fp8_teachers, Recipe(), small_beside_their_inputs))
+    train(
+        2,
+        **salt(data, teacher, **PP2, save=tmp_path),
+        within=functools.partial(fp8_teachers, Recipe(), small_beside_their_inputs),
+    )

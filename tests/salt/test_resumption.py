@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.checkpoint.progress import Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import Progress, SaltProgress
 from megatron_salt.config import SaltConfig
 from megatron_salt.errors import UserError
 from megatron_salt.salt.resumption import salt_from
@@ -63,14 +63,20 @@ def test_from_the_last_step_of_stage_1_on_no_teacher_is_needed_and_none_used(
 
 def test_a_run_without_a_teacher_gets_none_later() -> None:
     assert salt_from(resumed(7, None), None, None, None, False) == (None, ())
-    with pytest.raises(UserError, match="without a teacher up to step 7, and --teacher-load moved .*--finetune takes the weights alone"):
+    with pytest.raises(
+        UserError, match="without a teacher up to step 7, and --teacher-load moved .*--finetune takes the weights alone"
+    ):
         taken(resumed(7, None))
 
 
 def test_inside_stage_1_another_teacher_or_none_is_refused_naming_both() -> None:
-    with pytest.raises(UserError, match=r"step 99 is in stage 1.*sha256:aaaa \(then in teacher\).*--teacher-load moved is sha256:bbbb"):
+    with pytest.raises(
+        UserError, match=r"step 99 is in stage 1.*sha256:aaaa \(then in teacher\).*--teacher-load moved is sha256:bbbb"
+    ):
         taken(resumed(99, SALT), "sha256:bbbb")
-    with pytest.raises(UserError, match=r"step 99 .* ends after step 100.*sha256:aaaa \(then in teacher\); give --teacher-load"):
+    with pytest.raises(
+        UserError, match=r"step 99 .* ends after step 100.*sha256:aaaa \(then in teacher\); give --teacher-load"
+    ):
         salt_from(resumed(99, SALT), None, None, None, False)
     with pytest.raises(UserError, match=r"--teacher-load moved was not read: give the iter_\* directory of step 99 to --load"):
         taken(resumed(99, SALT), None)
@@ -137,9 +143,21 @@ def test_a_stage_1_with_a_selection_alone_starts_and_goes_on_without_a_teacher()
 def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
     schedule = Schedule.of(SELECTED)
     for flags, found, told in [
-        ((schedule, "sha256:aaaa", "moved"), ALONE, "step 99 is in a stage 1 without a teacher, and --teacher-load moved asks for one"),
-        ((schedule, None, None), SALT, r"step 99 is in stage 1.* its teacher, sha256:aaaa \(then in teacher\); give --teacher-load"),
-        ((None, None, None), ALONE, "step 99 is in stage 1, which ends after step 100: give --stage1-selection and the kd flags"),
+        (
+            (schedule, "sha256:aaaa", "moved"),
+            ALONE,
+            "step 99 is in a stage 1 without a teacher, and --teacher-load moved asks for one",
+        ),
+        (
+            (schedule, None, None),
+            SALT,
+            r"step 99 is in stage 1.* its teacher, sha256:aaaa \(then in teacher\); give --teacher-load",
+        ),
+        (
+            (None, None, None),
+            ALONE,
+            "step 99 is in stage 1, which ends after step 100: give --stage1-selection and the kd flags",
+        ),
     ]:
         with pytest.raises(UserError, match=told):
             salt_from(resumed(99, found), *flags, False)

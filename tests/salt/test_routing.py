@@ -9,14 +9,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Coordinates, Layout, context_slice
 from megatron_salt.salt import routing
 
-STUDENTS = [Layout(*sizes) for sizes in itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 2, 3), (1, 2, 4)) if math.prod(sizes) <= 48]
+STUDENTS = [
+    Layout(*sizes) for sizes in itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 2, 3), (1, 2, 4)) if math.prod(sizes) <= 48
+]
 PAIRS = [
     (student, tensor, pipeline)
     for student in STUDENTS for tensor, pipeline in itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3, 4))
@@ -101,7 +104,9 @@ def test_a_rank_receives_its_share_of_what_its_context_rank_holds():
             if at.pp < student.pipeline - 1:
                 assert pieces == [] and sum(plan.receive_sizes(place)) == 0
                 continue
-            chunks = [np.arange(length_for(student))[part] for part in context_slice(length_for(student), student.context, at.cp)]
+            chunks = [
+                np.arange(length_for(student))[part] for part in context_slice(length_for(student), student.context, at.cp)
+            ]
             expected = np.split(np.concatenate(chunks), student.tensor)[at.tp].tolist()
             assert sorted(piece.microbatch for piece in pieces) == [0, 1, 2]
             assert all(positions(piece) == expected and len(expected) == plan.piece_length for piece in pieces)

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from megatron_salt.train import loop
-from tests.program import DROPOUT, Ended, entries, losses, numbers, refused, state_of, tensors, train, write_tokens
+from tests.support.program import DROPOUT, Ended, entries, losses, numbers, refused, state_of, tensors, train, write_tokens
 
 STEPS = 5
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -37,7 +37,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """A narrower model that has learnt something: the program trained it, without a teacher."""
     save = tmp_path_factory.mktemp("teacher")
-    train(data_path=data, hidden_size=16, ffn_hidden_size=48, untie_embeddings_and_output_weights=True, train_iters=6, lr=3e-2, save=save)
+    train(
+        data_path=data,
+        hidden_size=16,
+        ffn_hidden_size=48,
+        untie_embeddings_and_output_weights=True,
+        train_iters=6,
+        lr=3e-2,
+        save=save,
+    )
     return save
 
 
@@ -94,7 +102,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     one = tmp_path / "one"
     assert [entry["step"] for entry in entries(one) if "kd_weight" in entry] == [1, 2, 3]
     flops = [entry["tflops_per_rank"] / entry["tokens_per_second"] for entry in entries(one)]
-    assert min(flops[:3]) == pytest.approx(max(flops[:3])) and min(flops[:3]) > 1.01 * max(flops[3:]), "a teacher's arithmetic counts"
+    assert min(flops[:3]) == pytest.approx(max(flops[:3])) and min(flops[:3]) > 1.01 * max(flops[3:]), (
+        "a teacher's arithmetic counts"
+    )
     for step in (2, 3, 4):
         if step == 3:
             shutil.rmtree(tmp_path / "teacher")
@@ -114,7 +124,9 @@ def test_leaving_after_every_step_changes_nothing(tmp_path: Path, data: str, tea
     train(2, **flags, save=tmp_path / "one")
     for step in range(1, STEPS + 1):
         ended = train(2, **flags, save=tmp_path / "many", load=tmp_path / "many", exit_interval=1)
-        assert ("is in stage 2, since step 4: --teacher-load and the kd flags are not used" in ended.err) == (step > 3), ended.err
+        assert ("is in stage 2, since step 4: --teacher-load and the kd flags are not used" in ended.err) == (step > 3), (
+            ended.err
+        )
     assert numbers(tmp_path / "many") == numbers(tmp_path / "one") and taught(tmp_path / "many") == taught(tmp_path / "one")
     assert tensors(tmp_path / "many", STEPS) == tensors(tmp_path / "one", STEPS)
 
@@ -126,7 +138,9 @@ def test_the_teachers_layout_may_change(tmp_path: Path, data: str, teacher: Path
     train(2, **flags, save=tmp_path / "one", save_interval=1)
     for name, other in {"tp2": TEACHER_TP2, "pp2": TEACHER_PP2, "merged": dict(teacher_micro_batch_size=4)}.items():
         train(2, **flags, **other, load=tmp_path / "one" / "iter_0000001", save=tmp_path / name)
-        assert losses(tmp_path / name) == pytest.approx({step: losses(tmp_path / "one")[step] for step in range(2, STEPS + 1)}, **ROUNDING)
+        assert losses(tmp_path / name) == pytest.approx(
+            {step: losses(tmp_path / "one")[step] for step in range(2, STEPS + 1)}, **ROUNDING
+        )
         for here, there in zip(taught(tmp_path / name), taught(tmp_path / "one")[1:], strict=True):
             assert here == pytest.approx(there, rel=0, abs=3e-6)
 
@@ -142,7 +156,9 @@ def test_the_teachers_layout_may_change(tmp_path: Path, data: str, teacher: Path
         pytest.param(2, dict(PP2, **TEACHER_TP2, bf16=True), id="pp2 bf16, teacher tp2"),
     ],
 )
-def test_a_teacher_of_weight_0_changes_not_a_bit(tmp_path: Path, data: str, teacher: Path, world_size: int, flags: dict[str, Any]) -> None:
+def test_a_teacher_of_weight_0_changes_not_a_bit(
+    tmp_path: Path, data: str, teacher: Path, world_size: int, flags: dict[str, Any]
+) -> None:
     """Built, loaded, run, evaluated and freed: weights, optimizer and random state are those of a run that never had one."""
     flags = salt(data, teacher, **flags, **DROPOUT, **EVALUATED, eval_interval=2, kd_weight=0.0)
     train(world_size, **flags, save=tmp_path / "with")
@@ -176,7 +192,9 @@ def test_a_teacher_that_stays_to_the_end(tmp_path: Path, data: str, teacher: Pat
     assert [weight for _, weight, *_ in taught(tmp_path / "rkd")] == [0.667] * 2 and not events(tmp_path / "rkd", "stage")
     assert state_of(tmp_path / "rkd", 2)["salt"]["stage1_end"] == 100
     train(2, **salt(data, tmp_path / "rkd", train_iters=1, lr_warmup_iters=0, **TP2), save=tmp_path / "next")
-    flags = salt(data, teacher, kd_steps=100, train_iters=3, lr_decay_iters=9, **PP2) | dict(load=tmp_path / "rkd", save=tmp_path / "rkd")
+    flags = salt(data, teacher, kd_steps=100, train_iters=3, lr_decay_iters=9, **PP2) | dict(
+        load=tmp_path / "rkd", save=tmp_path / "rkd"
+    )
     message = refused(2, **plain(flags))
     assert "step 2 is in stage 1, which ends after step 100" in message and "--teacher-load" in message
     assert "another schedule: --kd-steps is 100 there and 50 here" in refused(2, **flags | dict(kd_steps=50))
@@ -247,7 +265,11 @@ def test_a_crossover_ends_stage_1_after_the_transition_and_is_a_fact(
         ended = train(world_size, **flags, load=one / f"iter_{step:07d}", save=two, within=telling_whom_it_evaluates)
         assert with_its_teacher(ended) == [step <= 3, *[False] * (STEPS - step)]  # the held-out data may have changed
         assert held_out(two) == held_out(one)[step - 1 :]
-        assert numbers(two) == numbers(one)[step:] and taught(two) == taught(one)[step:] and bool(events(two, "crossover")) == (step == 1)
+        assert (
+            numbers(two) == numbers(one)[step:]
+            and taught(two) == taught(one)[step:]
+            and bool(events(two, "crossover")) == (step == 1)
+        )
         assert tensors(two, STEPS) == tensors(one, STEPS) and state_of(two, STEPS)["salt"] == fact
 
 

@@ -13,8 +13,16 @@ from megatron_salt.salt.schedule import Schedule
 
 
 def schedule(steps: int = 10, transition: str = "step", fade: int = 0, weight: float = 0.6, **others: Any) -> Schedule:
-    return Schedule.of(SaltConfig(teacher_load="t", kd_steps=steps, kd_transition=transition, kd_transition_steps=fade,  # type: ignore[arg-type]
-                                  kd_weight=weight, **others))
+    return Schedule.of(
+        SaltConfig(
+            teacher_load="t",
+            kd_steps=steps,
+            kd_transition=transition,
+            kd_transition_steps=fade,  # type: ignore[arg-type]
+            kd_weight=weight,
+            **others,
+        )
+    )
 
 
 def weights(schedule: Schedule, end: int, beyond: int = 3) -> list[float]:
@@ -64,7 +72,11 @@ def test_a_weight_is_a_share(transition, fade, weight):
 def test_an_earlier_end_moves_the_fade_and_leaves_its_shape(transition, fade):
     """Stage 1 that ends at E is the end of any longer one."""
     long = schedule(100, transition, fade)
-    assert weights(long, 20)[-fade - 5 :] == weights(long, 60)[-fade - 5 :] == weights(schedule(20, transition, fade), 20)[-fade - 5 :]
+    assert (
+        weights(long, 20)[-fade - 5 :]
+        == weights(long, 60)[-fade - 5 :]
+        == weights(schedule(20, transition, fade), 20)[-fade - 5 :]
+    )
 
 
 @pytest.mark.parametrize("transition, fade", FADES)
@@ -75,7 +87,9 @@ def test_after_a_crossover_the_transition_still_takes_place_inside_kd_steps(tran
         assert end == min(30, crossover + fade)
         assert plan.at(crossover + 1, end) < 0.6 or crossover + fade > 30
         # the steps that are done stay what they were
-        assert [plan.at(step, end) for step in range(1, crossover + 1)] == [plan.at(step, 30) for step in range(1, crossover + 1)]
+        assert [plan.at(step, end) for step in range(1, crossover + 1)] == [
+            plan.at(step, 30) for step in range(1, crossover + 1)
+        ]
 
 
 def test_the_teacher_stays_to_the_end_of_stage_1_whatever_its_weight():

@@ -12,12 +12,23 @@ import numpy as np
 import pytest
 
 from megatron_salt.data.batch import Batches
-from megatron_salt.train.history import read_curve
-from tests.program import (
-    DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, entries, losses, numbers, refused, state_of, tensors, train, write_tokens,
-)  # fmt: skip
+from megatron_salt.metrics.history import read_curve
 from tests.salt.test_salt_runs import OVERLAP, PP2, RATIO, STEPS, TEACHER_TP2, TP2, events, taught
-from tests.selections import write_ids
+from tests.support.program import (
+    DROPOUT,
+    GLOBAL_BATCH,
+    NUM_WINDOWS,
+    SEQ_LENGTH,
+    entries,
+    losses,
+    numbers,
+    refused,
+    state_of,
+    tensors,
+    train,
+    write_tokens,
+)  # fmt: skip
+from tests.support.selections import write_ids
 
 MORE_WINDOWS = 14
 ALL = list(range(NUM_WINDOWS + MORE_WINDOWS))
@@ -33,7 +44,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, str]) -> Path:
     save = tmp_path_factory.mktemp("teacher")
-    train(data_path=data, hidden_size=16, ffn_hidden_size=48, untie_embeddings_and_output_weights=True, train_iters=6, lr=3e-2, save=save)
+    train(
+        data_path=data,
+        hidden_size=16,
+        ffn_hidden_size=48,
+        untie_embeddings_and_output_weights=True,
+        train_iters=6,
+        lr=3e-2,
+        save=save,
+    )
     return save
 
 
@@ -161,7 +180,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
 def test_the_curve_depends_on_the_selection_and_on_stage_2s_data(tmp_path: Path, data: tuple[str, str], chosen: str) -> None:
     for name, flags in (("all", {}), ("unseen", dict(stage2_data="unseen")), ("plain", None)):
-        train(**(dict(data_path=data, train_iters=STEPS) if flags is None else selected(data, chosen, **flags)), save=tmp_path / name)
+        train(
+            **(dict(data_path=data, train_iters=STEPS) if flags is None else selected(data, chosen, **flags)),
+            save=tmp_path / name,
+        )
     curve = read_curve("all", tmp_path / "all" / "train.jsonl")
     assert curve.switch is not None and (curve.switch.step, curve.switch.gib_before) == (3, None)
     curves = {name: list(losses(tmp_path / name).values()) for name in ("all", "unseen", "plain")}
@@ -199,7 +221,9 @@ def test_a_run_goes_on_with_its_selection_alone(tmp_path: Path, data: tuple[str,
         (dict(stage2_data="some"), "--stage2-data"),
     ],
 )
-def test_mistakes_are_refused_by_name(tmp_path: Path, data: tuple[str, str], chosen: str, changes: dict[str, Any], told: str) -> None:
+def test_mistakes_are_refused_by_name(
+    tmp_path: Path, data: tuple[str, str], chosen: str, changes: dict[str, Any], told: str
+) -> None:
     changes = dict(changes)
     paths = data[::-1] if changes.pop("swap", False) else data
     assert told in refused(**selected(data, chosen) | dict(data_path=paths, save=tmp_path / "run") | changes)

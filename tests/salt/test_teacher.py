@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint import rng
 from megatron_salt.config import ParallelConfig
 from megatron_salt.model.loss import KD_METRICS
 from megatron_salt.parallel.layout import student_layout
-from tests.grids import grid
-from tests.ranks import run_ranks
-from tests.salt.teaching import TEACHER, TIED_TEACHER, Lesson, Taught, admit, lessons, make_teacher, teach
-from tests.small import MODELS, Case, build_student, make_weights
+from tests.support.grids import grid
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, Case, build_student, make_weights
+from tests.support.teaching import TEACHER, TIED_TEACHER, Lesson, Taught, admit, lessons, make_teacher, teach
 
 TEACHERS = {"untied": TEACHER, "tied": TIED_TEACHER}
 
@@ -98,8 +98,9 @@ def same(ours: Taught, reference: Taught) -> None:
     grid(student=list(STUDENTS), teacher=[(1, 1), (2, 1), (1, 2), (2, 2)], model=["tied", "untied"], kind=["untied", "tied"],
          micro_batch_size=[2, 4], where=fits),
 )  # fmt: skip
-def test_layouts_of_student_and_teacher_do_not_matter(school: Path, alone: Any, student: str, teacher: tuple[int, int], model: str,
-                                                      kind: str, micro_batch_size: int) -> None:
+def test_layouts_of_student_and_teacher_do_not_matter(
+    school: Path, alone: Any, student: str, teacher: tuple[int, int], model: str, kind: str, micro_batch_size: int
+) -> None:
     """Fewer, as many and more microbatches than replicas of the teacher are among them (4 or 8 over 1 to 4)."""
     weights, reference = alone(student, model, kind, micro_batch_size)
     case = Case(parallel=STUDENTS[student], model=model_of(student, model), micro_batch_size=micro_batch_size, adam_eps=1e-6)
@@ -108,24 +109,29 @@ def test_layouts_of_student_and_teacher_do_not_matter(school: Path, alone: Any, 
 
 
 @pytest.mark.parametrize("student, teacher", [("cp2tp2 sp", (2, 2)), ("cp2tp2 sp", (1, 2)), ("recompute", (2, 1))])
-def test_nor_do_context_and_sequence_parallelism_together_and_recomputation(school: Path, alone: Any, student: str,
-                                                                            teacher: tuple[int, int]) -> None:
+def test_nor_do_context_and_sequence_parallelism_together_and_recomputation(
+    school: Path, alone: Any, student: str, teacher: tuple[int, int]
+) -> None:
     weights, reference = alone(student, "untied", "untied", 2)
     case = Case(parallel=MORE_STUDENTS[student], model=MODELS["untied"], adam_eps=1e-6)
     for taught in run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher), 4, weights):
         same(taught, reference)
 
 
-@pytest.mark.parametrize("micro_batch_size, merge, student, teacher", [
-    (16, 1, "pp4", (1, 1)),  # one microbatch for four replicas: three idle
-    (4, 1, "pp4", (2, 2)),
-    (8, 1, "pp4", (1, 2)),
-    (2, 4, "tp2pp2", (1, 1)),
-    (2, 2, "pp4", (1, 2)),
-    (4, 2, "cp2", (2, 1)),
-])
-def test_how_the_batch_is_cut_does_not_matter(school: Path, alone: Any, micro_batch_size: int, merge: int, student: str,
-                                              teacher: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "micro_batch_size, merge, student, teacher",
+    [
+        (16, 1, "pp4", (1, 1)),  # one microbatch for four replicas: three idle
+        (4, 1, "pp4", (2, 2)),
+        (8, 1, "pp4", (1, 2)),
+        (2, 4, "tp2pp2", (1, 1)),
+        (2, 2, "pp4", (1, 2)),
+        (4, 2, "cp2", (2, 1)),
+    ],
+)
+def test_how_the_batch_is_cut_does_not_matter(
+    school: Path, alone: Any, micro_batch_size: int, merge: int, student: str, teacher: tuple[int, int]
+) -> None:
     """Neither into the student's microbatches, nor how many of them the teacher takes at once; replicas may have nothing to do."""
     weights, reference = alone(student, "untied", "untied", 2)
     case = Case(parallel=STUDENTS[student], model=MODELS["untied"], micro_batch_size=micro_batch_size, adam_eps=1e-6)
@@ -137,7 +143,9 @@ def test_documents_hide_each_other_from_the_teacher_too(school: Path, alone: Any
     weights, open_minded = alone("cp2", "untied", "untied", 2)
     case = Case(model=MODELS["untied"], documents=True, adam_eps=1e-6)
     reference = run_ranks(1, teach, Lesson(case, str(school / "untied")), 1, weights)[0]
-    assert reference.sums[0][KD_METRICS.index("teacher_ce")] != pytest.approx(open_minded.sums[0][KD_METRICS.index("teacher_ce")], rel=1e-4)
+    assert reference.sums[0][KD_METRICS.index("teacher_ce")] != pytest.approx(
+        open_minded.sums[0][KD_METRICS.index("teacher_ce")], rel=1e-4
+    )
     case = replace(case, parallel=STUDENTS["cp2"])
     same(run_ranks(4, teach, Lesson(case, str(school / "untied"), (2, 1)), 4, weights)[0], reference)
 
@@ -185,10 +193,15 @@ def weightless(lesson: Lesson, world_size: int) -> tuple[Any, ...]:
     return tuple(outcomes)
 
 
-@pytest.mark.parametrize("student, teacher, dtype", [
-    ("tp2pp2 sp", (2, 1), torch.float32), ("cp2", (1, 2), torch.float32),
-    ("vp2", (1, 1), torch.bfloat16), ("dp2tp2", (2, 1), torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    "student, teacher, dtype",
+    [
+        ("tp2pp2 sp", (2, 1), torch.float32),
+        ("cp2", (1, 2), torch.float32),
+        ("vp2", (1, 1), torch.bfloat16),
+        ("dp2tp2", (2, 1), torch.bfloat16),
+    ],
+)
 def test_a_teacher_of_weight_0_changes_no_bit(school: Path, student: str, teacher: tuple[int, int], dtype: torch.dtype) -> None:
     """Neither by being built and loaded, nor by being run: with dropout, so that a random number more would be seen."""
     model = replace(MODELS["tied"], hidden_dropout=0.1, attention_dropout=0.1)

@@ -175,12 +175,16 @@ class Cluster:
             )  # fmt: skip
 
     def _write_conf(self) -> None:
-        values = dict(host=socket.gethostname().split(".")[0], port=PORT, root=self.root, srun_first=PORT + 1000, srun_last=PORT + 1999)
+        values = dict(
+            host=socket.gethostname().split(".")[0], port=PORT, root=self.root, srun_first=PORT + 1000, srun_last=PORT + 1999
+        )
         lines = [SLURM_CONF.format(**values)]
         for number, node in enumerate(self.names, start=1):
             host = node if self.can_cut_power else values["host"]
-            lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={PORT + number} CPUs={CPUS} Sockets=1 "
-                         f"CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=256000 Gres=gpu:{GPUS} State=UNKNOWN\n")
+            lines.append(
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={PORT + number} CPUs={CPUS} Sockets=1 "
+                f"CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=256000 Gres=gpu:{GPUS} State=UNKNOWN\n"
+            )
         (self.root / "slurm.conf").write_text("".join(lines))
         nodes = f"node[1-{len(self.names)}]"
         (self.root / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File={self.root}/dev/nvidia[0-{GPUS - 1}]\n")
@@ -198,7 +202,9 @@ class Cluster:
 
     def _restore_hosts(self) -> None:
         lines = Path("/etc/hosts").read_text().splitlines(keepends=True)
-        Path("/etc/hosts").write_text("".join(line if line.endswith("\n") else f"{line}\n" for line in lines if MARK not in line))
+        Path("/etc/hosts").write_text(
+            "".join(line if line.endswith("\n") else f"{line}\n" for line in lines if MARK not in line)
+        )
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import write_tokens
 from tests.slurm.cluster import running_cluster, why_not
 from tests.slurm.jobs import BYTES, ON_ONE_NODE, TINY, Site
+from tests.support.program import write_tokens
 
 
 @pytest.fixture(scope="session")

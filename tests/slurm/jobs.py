@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.program import entries
 from tests.slurm.cluster import Cluster, wait_for
+from tests.support.program import entries
 
 ROOT = Path(__file__).parents[2]
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=100M", "--time=10")
@@ -68,7 +68,9 @@ class Site:
     def submit(self, script: str, *flags: str, options: tuple[str, ...] = ON_TWO_NODES, **environment: Any) -> Job:
         """sbatch OPTIONS examples/SCRIPT FLAGS."""
         output = self.work / "%x-%j.log"
-        number = self._run(["sbatch", "--parsable", f"--output={output}", *options, f"examples/{script}", *flags], environment).strip()
+        number = self._run(
+            ["sbatch", "--parsable", f"--output={output}", *options, f"examples/{script}", *flags], environment
+        ).strip()
         name = script.removesuffix(".sh")
         return Job(self.cluster, number, self.work / f"{name}-{number}.log")
 
@@ -91,7 +93,11 @@ class Site:
                 words = (path / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if words[0] == sys.executable.encode() and any(word.encode() in one for one in words) and int(path.name) != os.getpid():
+            if (
+                words[0] == sys.executable.encode()
+                and any(word.encode() in one for one in words)
+                and int(path.name) != os.getpid()
+            ):
                 found.append(int(path.name))
         return sorted(found)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.data.score_index import ScoreIndex
-from tests.program import checkpoints, entries
+from megatron_salt.selection.score_reader import ScoreIndex
 from tests.slurm.cluster import wait_for
 from tests.slurm.jobs import ON_ONE_NODE, ROOT, TINY, Job, Site
+from tests.support.program import checkpoints, entries
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import checkpoints, numbers
 from tests.slurm.cluster import wait_for
 from tests.slurm.jobs import BYTES, ON_ONE_NODE, TINY, Site
+from tests.support.program import checkpoints, numbers
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
 

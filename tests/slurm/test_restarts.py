@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import checkpoints, numbers
 from tests.slurm.cluster import wait_for
 from tests.slurm.jobs import BYTES, ON_TWO_NODES, TINY, Job, Site, last_step
+from tests.support.program import checkpoints, numbers
 
 pytestmark = pytest.mark.slurm
 
@@ -107,9 +107,9 @@ RESTARTS = {  # how often Slurm starts the job anew, and how often the job its p
 }
 
 
-@pytest.mark.parametrize("disturb", [
-    pytest.param(one, marks=[] if one is requeue else [pytest.mark.long], id=one.__name__) for one in RESTARTS
-])
+@pytest.mark.parametrize(
+    "disturb", [pytest.param(one, marks=[] if one is requeue else [pytest.mark.long], id=one.__name__) for one in RESTARTS]
+)
 def test_the_curve_is_that_of_an_undisturbed_run(site, data, teacher, undisturbed, disturb):
     layout, restarts, starts = RESTARTS[disturb]
     expected = numbers(undisturbed(layout))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 if importlib.util.find_spec("transformer_engine") is None:
     pytest.skip("needs Transformer Engine: make test-te", allow_module_level=True)
@@ -73,7 +73,12 @@ def gpu_seen(capability: tuple[int, int] = (9, 0), meta: bool = False) -> Iterat
 
 
 def build(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, world_size: int, vocabulary: int = 250, seq_length: int = 32
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    world_size: int,
+    vocabulary: int = 250,
+    seq_length: int = 32,
 ) -> tuple[list[GPT], Mesh]:
     """This rank's chunks of a student on the CPU, freshly initialised in bfloat16. Collective over all ranks."""
     quantization.FP8GlobalStateManager.reset()  # it knows the modules and groups of the tests before
@@ -116,7 +121,9 @@ def _forward(linear: Any, inputs: Tensor, is_first_microbatch: bool | None = Non
     if isinstance(linear, te.LayerNormLinear):
         inputs = F.rms_norm(inputs, inputs.shape[-1:], linear.layer_norm_weight, linear.eps)
     if linear.fp8 and linear.fp8_meta["recipe"].delayed():
-        linear.fp8_meta["scaling_fwd"].amax_history[0][:2] = torch.stack([inputs.abs().amax(), linear.weight.abs().amax()]).detach()
+        linear.fp8_meta["scaling_fwd"].amax_history[0][:2] = torch.stack(
+            [inputs.abs().amax(), linear.weight.abs().amax()]
+        ).detach()
     is_first = linear.fp8 and torch.is_grad_enabled() and quantization.FP8GlobalStateManager.is_first_fp8_module()
     out = _Product.apply(inputs, linear.weight, linear, is_first)
     linear.end_forward()
@@ -154,7 +161,9 @@ def casts_in_torch() -> Iterator[None]:
             quantizer=quantizer,
         )  # fmt: skip
 
-    def update(quantizer: Float8CurrentScalingQuantizer, source: Tensor, target: Float8Tensor, *, noop_flag: None = None) -> Float8Tensor:
+    def update(
+        quantizer: Float8CurrentScalingQuantizer, source: Tensor, target: Float8Tensor, *, noop_flag: None = None
+    ) -> Float8Tensor:
         made = quantize(quantizer, source)
         target._data.copy_(made._data)
         target._scale_inv.copy_(made._scale_inv)

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.fp8_utils import get_fp8_context
 
-from megatron_salt.checkpoint import pickles, sharded, shelf
+from megatron_salt.checkpoint import safe_unpickle, save_directory, sharded_state
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.progress import Progress
-from megatron_salt.checkpoint.resume import RunIdentity
+from megatron_salt.checkpoint.compatibility import RunIdentity
+from megatron_salt.checkpoint.run_state import Progress
 from megatron_salt.config import CheckpointConfig, ModelConfig, ParallelConfig, TokenizerConfig
-from megatron_salt.data.tokenizer import build_tokenizer
-from megatron_salt.model.fp8 import linears
+from megatron_salt.model.fp8_teacher import linears
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.precision import TORCH, Precision
-from tests.ranks import run_ranks
-from tests.small import MODELS
+from megatron_salt.tokenizer.tokenizer import build_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS
 from tests.te import engine
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -83,9 +84,11 @@ def scales_of(chunks: list[GPT]) -> Scales:
 def weights_of(chunks: list[GPT], mesh) -> list[tuple[str, tuple[int, ...], tuple, Tensor]]:
     """(key in a checkpoint, global shape, where there, this rank's part), of everything that the model saves."""
     found = []
-    for leaf in sharded.nested_values(sharded.model_state(chunks, mesh.groups)):
-        for part in sharded.nested_values(leaf.build()) if isinstance(leaf, sharded.ShardedTensorFactory) else [leaf]:
-            if isinstance(part, sharded.ShardedTensor):
+    for leaf in sharded_state.nested_values(sharded_state.model_state(chunks, mesh.groups)):
+        for part in (
+            sharded_state.nested_values(leaf.build()) if isinstance(leaf, sharded_state.ShardedTensorFactory) else [leaf]
+        ):
+            if isinstance(part, sharded_state.ShardedTensor):
                 found += [(part.key, part.global_shape, part.global_slice(), part.data.detach().clone())]
     return found
 
@@ -136,7 +139,9 @@ TENSORWISE = engine.fp8("tensorwise")
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("one, other", [(TORCH, engine.ENGINE), (engine.ENGINE, TORCH)], ids=["torch to engine", "engine to torch"])
+@pytest.mark.parametrize(
+    "one, other", [(TORCH, engine.ENGINE), (engine.ENGINE, TORCH)], ids=["torch to engine", "engine to torch"]
+)
 def test_weights_pass_between_torch_and_transformer_engine(tmp_path, one, other, model):
     passed(tmp_path, Side(one, model=MODELS[model]), Side(other, TP2, 2, MODELS[model]))
 
@@ -174,9 +179,10 @@ def test_a_history_of_another_length_keeps_what_fits(tmp_path, length):
 
 def test_nothing_in_a_checkpoint_is_a_pickle_of_transformer_engines(tmp_path):
     run_ranks(2, saving, Side(DELAYED, TP2, 2), tmp_path)
-    metadata = pickles.read_metadata(shelf.directory_of(tmp_path, 1)).state_dict_metadata
+    metadata = safe_unpickle.read_metadata(save_directory.directory_of(tmp_path, 1)).state_dict_metadata
     assert {key for key in metadata if key.startswith("fp8.")} == {
-        f"fp8.{name}" for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+        f"fp8.{name}"
+        for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
     }
     assert [key for key, entry in metadata.items() if isinstance(entry, BytesStorageMetadata)] == []
     assert [key for key in metadata if "_extra_state" in key] == []

@@ -1,4 +1,4 @@
-"""FP8's emulation (tests/fp8_emulation.py) against what Transformer Engine itself does in Python: its reference for current scaling, and
+"""FP8's emulation (tests/support/fp8_emulation.py) against what Transformer Engine does in Python: its reference for current scaling, and
 the update of delayed scales."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.fp8_emulation import E4M3, E5M2, Delayed, Tensorwise, largest_of
+from tests.support.fp8_emulation import E4M3, E5M2, Delayed, Tensorwise, largest_of
 from tests.te import engine  # noqa: F401  (skips where Transformer Engine is not installed)
 
 AMAXES = [1.0, 3.0, 0.0, 100.0, 2.0, math.inf, 0.5, 0.5, 0.5, 0.5, 1e-3, 0.0, 0.0, 0.0, math.nan, 8.0, 4.0]
@@ -21,7 +21,9 @@ def test_current_scaling_is_its_references(dtype: torch.dtype, factor: float) ->
     from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
 
     tensor = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)) * factor
-    reference = CurrentScalingQuantizerRef(dtype=dtype, rowwise=True, columnwise=True, pow_2_scales=False, eps=0.0).quantize(tensor)
+    reference = CurrentScalingQuantizerRef(dtype=dtype, rowwise=True, columnwise=True, pow_2_scales=False, eps=0.0).quantize(
+        tensor
+    )
     ours = Tensorwise(dtype).rows(tensor)
     assert torch.equal(ours.payload.view(torch.uint8), reference.data.view(torch.uint8))
     assert torch.equal(ours.payload.t().contiguous().view(torch.uint8), reference.data_t.contiguous().view(torch.uint8))

@@ -11,22 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.progress import Progress
-from megatron_salt.checkpoint.resume import RunIdentity
+from megatron_salt.checkpoint.compatibility import RunIdentity
+from megatron_salt.checkpoint.run_state import Progress
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
-from megatron_salt.data.tokenizer import build_tokenizer
 from megatron_salt.errors import UserError
-from megatron_salt.model.fp8 import linears, raw_tensors
+from megatron_salt.model.fp8_teacher import linears, raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.precision import TORCH, Precision
+from megatron_salt.tokenizer.tokenizer import build_tokenizer
 from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
-from tests.ranks import run_ranks
-from tests.small import SMALL
+from tests.support.ranks import run_ranks
+from tests.support.small import SMALL
 from tests.te import engine
 
 SHARDED = ParallelConfig(use_distributed_optimizer=True)
@@ -59,7 +60,12 @@ def is_fp8(parameter: Tensor) -> bool:
 
 
 def mains_of(student: Started) -> Iterable[Tensor]:
-    return (param for part in student.optimizer.chained_optimizers for group in part.optimizer.param_groups for param in group["params"])
+    return (
+        param
+        for part in student.optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        for param in group["params"]
+    )
 
 
 def state_of(student: Started) -> State:
@@ -90,7 +96,10 @@ def saved(precision: Precision, directory: Path, final: bool) -> State:
 def loaded(precision: Precision, directory: Path) -> State:
     with engine.casts_in_torch(), engine.capability_seen():
         student = start(precision, load=str(directory))
-        for tensor in [*(raw for parameter in student.model.parameters() for raw in raw_tensors(parameter)), *mains_of(student)]:
+        for tensor in [
+            *(raw for parameter in student.model.parameters() for raw in raw_tensors(parameter)),
+            *mains_of(student),
+        ]:
             tensor.data.fill_(3)
         assert student.checkpointer.load() == Progress(1, 16)
         return state_of(student)

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
-from megatron_salt.model.fp8 import in_bfloat16, linears
+from megatron_salt.model.fp8_teacher import in_bfloat16, linears
 from megatron_salt.model.gpt import GPT
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_teacher_mesh
-from megatron_salt.salt.admission import TeacherCheckpoint, build_body
-from tests.ranks import run_ranks
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, build_body
+from tests.support.ranks import run_ranks
 from tests.te import engine
 
 MODEL = ModelConfig(
@@ -52,7 +52,9 @@ def forward(model: GPT) -> torch.Tensor:
     return model(tokens, torch.arange(LENGTH)[None], None)
 
 
-def student_step(parallel: ParallelConfig, precision: engine.Precision, world_size: int) -> tuple[list[list[int]], list[int], list[bool]]:
+def student_step(
+    parallel: ParallelConfig, precision: engine.Precision, world_size: int
+) -> tuple[list[list[int]], list[int], list[bool]]:
     """-> (ranks asked, this stage's ranks, whether each linear's scales are the same on all of them and have moved)."""
     chunks, mesh = engine.build(MODEL, parallel, precision, world_size)
     with engine.gpu_seen(), engine.books_alone(), recorded() as asked:
@@ -77,7 +79,9 @@ def test_delayed_scaling_asks_the_ranks_of_its_pipeline_stage(tensor, pipeline, 
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, num_virtual_stages_per_pipeline_rank=virtual
     )
-    for asked, stage, agree in run_ranks(world_size, student_step, parallel, engine.fp8("delayed", amax_history_len=4), world_size):
+    for asked, stage, agree in run_ranks(
+        world_size, student_step, parallel, engine.fp8("delayed", amax_history_len=4), world_size
+    ):
         if len(stage) == 1:
             assert asked == []
         else:
@@ -98,7 +102,12 @@ def without_a_group() -> tuple[list[list[int]], list[int]]:
     from transformer_engine.common.recipe import DelayedScaling
 
     chunks, mesh = engine.build(MODEL, ParallelConfig(pipeline_model_parallel_size=2), engine.ENGINE, 4)
-    with engine.gpu_seen(), engine.books_alone(), recorded() as asked, te.fp8_autocast(enabled=True, fp8_recipe=DelayedScaling()):
+    with (
+        engine.gpu_seen(),
+        engine.books_alone(),
+        recorded() as asked,
+        te.fp8_autocast(enabled=True, fp8_recipe=DelayedScaling()),
+    ):
         forward(chunks[0])
     return asked, dist.get_process_group_ranks(mesh.groups.tp_dp_cp)
 
@@ -109,8 +118,18 @@ def test_without_a_group_it_would_ask_the_world():
         assert len(stage) == 2
 
 
-CHECKPOINT = TeacherCheckpoint(directory="", model=MODEL, vocabulary=250, seq_length=LENGTH, tokenizer_fingerprint="", fingerprint="",
-                               lengths=(), losses=(), dtype="bfloat16", step=0)  # type: ignore[arg-type]
+CHECKPOINT = TeacherCheckpoint(
+    directory="",
+    model=MODEL,
+    vocabulary=250,
+    seq_length=LENGTH,
+    tokenizer_fingerprint="",
+    fingerprint="",
+    lengths=(),
+    losses=(),
+    dtype="bfloat16",
+    step=0,
+)  # type: ignore[arg-type]
 
 
 def taught(recipe: str, tensor: int, pipeline: int) -> dict[str, object]:
@@ -145,7 +164,9 @@ def taught(recipe: str, tensor: int, pipeline: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe, tensor, pipeline", [("tensorwise", 1, 1), ("tensorwise", 4, 1), ("mxfp8", 1, 4), ("blockwise", 2, 2)])
+@pytest.mark.parametrize(
+    "recipe, tensor, pipeline", [("tensorwise", 1, 1), ("tensorwise", 4, 1), ("mxfp8", 1, 4), ("blockwise", 2, 2)]
+)
 def test_a_teacher_asks_nobody_and_is_given_a_group_of_its_own(recipe, tensor, pipeline):
     for found in run_ranks(4, taught, recipe, tensor, pipeline):
         assert found["asked"] == []

@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 import megatron.core.optimizer
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_salt.checkpoint import sharded
+from megatron_salt.checkpoint import sharded_state
 from megatron_salt.config import ParallelConfig
 from megatron_salt.parallel.adamw import FusedAdam
 from megatron_salt.train.step import Student
-from tests.checkpoint.runs import SHARDED, Run, at, start
-from tests.ranks import run_ranks
+from tests.support.checkpoint_runs import SHARDED, Run, at, start
+from tests.support.ranks import run_ranks
 from tests.te import engine  # noqa: F401  (skips without Transformer Engine)
 
 STEP = 3
@@ -45,11 +46,13 @@ def state_of(student: Student) -> tuple[list[dict[str, Tensor]], int]:
         {"param": param.detach().clone(), **{name: moment.clone() for name, moment in part.state[param].items()}}
         for part in parts for group in part.param_groups for param in group["params"]
     ]  # fmt: skip
-    return moments, sharded.optimizer_step(student.optimizer)
+    return moments, sharded_state.optimizer_step(student.optimizer)
 
 
 def refuse_others(student: Student, name: str) -> None:
-    theirs = {type(part.optimizer).__module__.startswith("transformer_engine.") for part in student.optimizer.chained_optimizers}
+    theirs = {
+        type(part.optimizer).__module__.startswith("transformer_engine.") for part in student.optimizer.chained_optimizers
+    }
     assert theirs == {name == "transformer_engine"}
 
 
@@ -57,7 +60,7 @@ def saved(name: str, run: Run, final: bool) -> tuple[list[dict[str, Tensor]], in
     with optimizer_of(name):
         student, checkpointer, _ = start(run, 1)
         refuse_others(student, name)
-        sharded._allocate(student.optimizer)
+        sharded_state._allocate(student.optimizer)
         generator = torch.Generator().manual_seed(7)
         for part in student.optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
@@ -82,7 +85,9 @@ def loaded(name: str, run: Run) -> tuple[list[dict[str, Tensor]], int]:
     (SHARDED, torch.bfloat16, True), (SHARDED, torch.bfloat16, False), (SHARDED, torch.float32, True),
     (ParallelConfig(), torch.bfloat16, True),
 ])  # fmt: skip
-def test_state_passes_between_optimizers(tmp_path: Path, parallel: ParallelConfig, dtype: torch.dtype, final: bool, one: str, other: str):
+def test_state_passes_between_optimizers(
+    tmp_path: Path, parallel: ParallelConfig, dtype: torch.dtype, final: bool, one: str, other: str
+):
     run = Run(save=str(tmp_path), parallel=parallel, dtype=dtype)
     [(before, step)] = run_ranks(1, saved, one, run, final)
     [(after, same)] = run_ranks(1, loaded, other, replace(run, load=str(tmp_path)))

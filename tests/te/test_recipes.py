@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.fp8 import te_recipe
-from megatron_salt.model.gates import refuse_precision
+from megatron_salt.model.fp8_teacher import te_recipe
 from megatron_salt.model.gpt import transformer_config
 from megatron_salt.model.precision import Precision
+from megatron_salt.model.precision_checks import refuse_precision
 from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.parallel.launch import find_hardware
 from tests.te import engine
@@ -34,9 +35,10 @@ def config(precision: Precision) -> TransformerConfig:
 
 def in_context(precision: Precision, layer: int) -> tuple[bool, str]:
     """Whether megatron-core's context for a layer turns quantization on, and Transformer Engine's recipe there."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
     from megatron.core.fp4_utils import get_fp4_context
     from megatron.core.fp8_utils import get_fp8_context
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     context = get_fp4_context if precision.fp4_format else get_fp8_context
     with context(config(precision), layer):
@@ -79,7 +81,9 @@ def test_a_teachers_recipe_is_the_students(recipe: str) -> None:
     of_teacher = te_recipe(engine.fp8(recipe, forward_only=True))
     assert type(of_teacher) is type(of_student)
     assert repr(of_teacher) == repr(of_student)
-    assert config(engine.fp8(recipe, forward_only=True)).fp8 is None  # megatron-core must not open a context over the student's group
+    assert (
+        config(engine.fp8(recipe, forward_only=True)).fp8 is None
+    )  # megatron-core must not open a context over the student's group
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

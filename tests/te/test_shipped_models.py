@@ -11,20 +11,21 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
 from megatron.core import parallel_state
 
-from megatron_salt.checkpoint import sharded
+from megatron_salt.checkpoint import sharded_state
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.fp8 import linears
-from megatron_salt.model.gates import refuse_shapes
+from megatron_salt.model.fp8_teacher import linears
 from megatron_salt.model.gpt import GPT, build_model
 from megatron_salt.model.precision import TORCH, Precision
+from megatron_salt.model.precision_checks import refuse_shapes
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout, student_layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, make_teacher_mesh
-from megatron_salt.salt.admission import TeacherCheckpoint, build_body
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, build_body
 from tests.te import engine
 
 VOCABULARY, LENGTH = 256_000, 1280
@@ -73,10 +74,10 @@ def student(model: ModelConfig, parallel: ParallelConfig, precision: Precision) 
 def keys_of(chunks: list[GPT], mesh: Mesh) -> dict[str, tuple]:
     """Key in a checkpoint -> its global shape, and this rank's part of it."""
     found: dict[str, tuple] = {}
-    for leaf in sharded.nested_values(sharded.model_state(chunks, mesh.groups)):
-        parts = sharded.nested_values(leaf.build()) if isinstance(leaf, sharded.ShardedTensorFactory) else [leaf]
+    for leaf in sharded_state.nested_values(sharded_state.model_state(chunks, mesh.groups)):
+        parts = sharded_state.nested_values(leaf.build()) if isinstance(leaf, sharded_state.ShardedTensorFactory) else [leaf]
         for part in parts:
-            if isinstance(part, sharded.ShardedTensor):
+            if isinstance(part, sharded_state.ShardedTensor):
                 found.setdefault(part.key, (part.global_shape, set()))[1].add((part.global_offset, part.local_shape))
     return found
 
@@ -105,15 +106,22 @@ def test_a_student_is_built_for_every_recipe(name: str, tensor: int, pipeline: i
         [chunk], _ = student(MODELS[name], parallel, Precision("transformer_engine", "hybrid", recipe))  # type: ignore[arg-type]
         assert chunk.config.fp8 == "hybrid" and chunk.config.fp8_recipe == recipe
         assert all(linear.fuse_wgrad_accumulation for linear in linears(chunk))
-        assert all(linear.tp_group is chunk.pg_collection.tp and linear.sequence_parallel == (tensor > 1) for linear in linears(chunk))
+        assert all(
+            linear.tp_group is chunk.pg_collection.tp and linear.sequence_parallel == (tensor > 1) for linear in linears(chunk)
+        )
         assert len(list(linears(chunk))) == 4 * len(chunk.decoder.layers)
 
 
 @pytest.mark.parametrize("recipe", [None, "tensorwise", "blockwise", "mxfp8"])
 @pytest.mark.parametrize("name, tensor, pipeline", [("1.5B", 1, 1), ("1.5B", 2, 1), ("2.8B", 1, 2), ("2.8B", 4, 1)])
-def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(name: str, tensor: int, pipeline: int, recipe: str | None) -> None:
-    precision = Precision("transformer_engine", forward_only=True) if recipe is None else \
-        Precision("transformer_engine", "e4m3", recipe, forward_only=True)  # type: ignore[arg-type]
+def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(
+    name: str, tensor: int, pipeline: int, recipe: str | None
+) -> None:
+    precision = (
+        Precision("transformer_engine", forward_only=True)
+        if recipe is None
+        else Precision("transformer_engine", "e4m3", recipe, forward_only=True)
+    )  # type: ignore[arg-type]
     facts = TeacherCheckpoint("", MODELS[name], VOCABULARY, LENGTH, "", "", (), (), "bfloat16", 0)  # type: ignore[arg-type]
     salt = SaltConfig(
         teacher_load="t", kd_steps=1, teacher_tensor_model_parallel_size=tensor, teacher_pipeline_model_parallel_size=pipeline

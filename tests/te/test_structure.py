@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.layers import torch_parts
 from megatron_salt.model.precision import TORCH
-from tests.ranks import run_ranks
-from tests.small import MODELS
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS
 from tests.te import engine
 
 LENGTH, VOCABULARY = 32, 250
@@ -58,7 +58,16 @@ def both(model: ModelConfig, with_documents: bool) -> tuple[dict[str, Tensor], d
     expected = passed(of_torch, documents)
     with engine.gpu_seen():
         of_engine = GPT(
-            engine_config(model), model, VOCABULARY, LENGTH, 24, of_torch.pg_collection, True, True, None, precision=engine.ENGINE
+            engine_config(model),
+            model,
+            VOCABULARY,
+            LENGTH,
+            24,
+            of_torch.pg_collection,
+            True,
+            True,
+            None,
+            precision=engine.ENGINE,
         )
     engine.unfused(of_engine)
     of_engine.config.gradient_accumulation_fusion = False
@@ -79,4 +88,7 @@ def test_the_same_weights_give_the_same(name: str, with_documents: bool) -> None
     assert float(expected["loss"]) > 100  # a sum over 64 tokens
     for what in expected:
         torch.testing.assert_close(found[what], expected[what], rtol=2e-2, atol=2e-2 * float(expected[what].abs().max()))
-    assert torch.nn.functional.cosine_similarity(found["hidden"].flatten().float(), expected["hidden"].flatten().float(), 0) > 0.9999
+    assert (
+        torch.nn.functional.cosine_similarity(found["hidden"].flatten().float(), expected["hidden"].flatten().float(), 0)
+        > 0.9999
+    )

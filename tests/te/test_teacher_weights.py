@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.model.fp8 import in_bfloat16, keep_fp8_alone, linears, raw_tensors
+from megatron_salt.model.fp8_teacher import in_bfloat16, keep_fp8_alone, linears, raw_tensors
 from megatron_salt.salt.teacher import tensor_bytes
-from tests.ranks import run_ranks
-from tests.small import SMALL
+from tests.support.ranks import run_ranks
+from tests.support.small import SMALL
 from tests.te import engine
+
 
 def kept() -> dict[str, object]:
     precision = engine.fp8("tensorwise", forward_only=True)

@@ -9,28 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.checkpoint.checkpointer import Checkpointer, load_weights
+from megatron_salt.checkpoint.compatibility import RunIdentity
+from megatron_salt.checkpoint.run_state import Progress
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
-from megatron_salt.data.tokenizer import build_tokenizer
 from megatron_salt.errors import UserError
 from megatron_salt.model.generate import draw, generate, next_logits
 from megatron_salt.model.gpt import GPT, build_model
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.checkpoint.checkpointer import Checkpointer, load_weights
-from megatron_salt.checkpoint.progress import Progress
-from megatron_salt.checkpoint.resume import RunIdentity
-from tests.ranks import run_ranks
-from tests.small import SMALL
+from megatron_salt.tokenizer.tokenizer import build_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.small import SMALL
 from tools import generate_text as module
 from tools.generate_text import GenerateConfig, generate_text, newest_checkpoint, prompt_ids, read_companions
 
 CONTEXT = 16
 BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
-RUN = RunConfig(model=replace(SMALL, num_layers=2, hidden_size=32, ffn_hidden_size=64, init_method_std=0.2),
-                training=TrainingConfig(seq_length=CONTEXT))
+RUN = RunConfig(
+    model=replace(SMALL, num_layers=2, hidden_size=32, ffn_hidden_size=64, init_method_std=0.2),
+    training=TrainingConfig(seq_length=CONTEXT),
+)
 PROMPT = BYTES.encode("def f(x)")
 
 
@@ -73,7 +76,7 @@ def logits_of_prefixes(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
     one_by_one = torch.stack([next_logits(model, PROMPT[:end], BYTES.vocab_size) for end in range(1, len(PROMPT) + 1)])
     with torch.no_grad():
         hidden = model(torch.tensor([PROMPT]), torch.arange(len(PROMPT))[None], None)
-        return one_by_one, model.logits(hidden)[:, 0, :BYTES.vocab_size].clone()
+        return one_by_one, model.logits(hidden)[:, 0, : BYTES.vocab_size].clone()
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +108,16 @@ def test_the_seed_decides_the_text_and_the_end_of_the_document_ends_it(checkpoin
     assert first == again
     assert first != other
     assert top_1 == likeliest[:12]
-    assert ended == first[:first.index(first[5])]
+    assert ended == first[: first.index(first[5])]
 
 
 def test_ids_are_drawn_as_often_as_the_softmax_says() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
     generator = torch.Generator().manual_seed(0)
-    for temperature, top_k, expected in ((0.5, None, (logits / 0.5).softmax(0)),
-                                         (2.0, 2, torch.tensor([-math.inf, 1.0, 0.5, -math.inf]).softmax(0))):
+    for temperature, top_k, expected in (
+        (0.5, None, (logits / 0.5).softmax(0)),
+        (2.0, 2, torch.tensor([-math.inf, 1.0, 0.5, -math.inf]).softmax(0)),
+    ):
         drawn = torch.tensor([draw(logits, temperature, top_k, generator) for _ in range(4000)])
         torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, expected, atol=0.03, rtol=0)
     assert draw(logits, 0.0, None, generator) == 1
@@ -154,15 +159,28 @@ def test_a_prompt_that_is_not_text_is_refused() -> None:
         prompt_ids("caf\udce9", BYTES)
 
 
-@pytest.mark.parametrize("flags, complaint", [({"max_new_tokens": 0}, "--max-new-tokens"), ({"temperature": -0.1}, "--temperature"),
-                                              ({"temperature": math.nan}, "--temperature"), ({"top_k": 0}, "--top-k")])
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": math.nan}, "--temperature"),
+        ({"top_k": 0}, "--top-k"),
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(flags: dict, complaint: str) -> None:
     with pytest.raises(UserError, match=f"{complaint} must be at least"):
         GenerateConfig(load="x", **flags)
 
 
-@pytest.mark.parametrize("flags, complaint", [({"seed": 10**30}, "--seed must be from 0"), ({"seed": -1}, "--seed must be from 0"),
-                                              ({"temperature": 1e-300}, "--temperature must be 0 or at least")])
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ({"seed": 10**30}, "--seed must be from 0"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"temperature": 1e-300}, "--temperature must be 0 or at least"),
+    ],
+)
 def test_what_the_draw_could_not_use_is_refused(flags: dict, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         GenerateConfig(load="x", **flags)

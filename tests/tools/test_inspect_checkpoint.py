@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from megatron_salt.checkpoint import save_directory
+from megatron_salt.checkpoint.run_state import Progress, SaltProgress
 from megatron_salt.errors import UserError
-from megatron_salt.checkpoint import shelf
-from megatron_salt.checkpoint.progress import Progress, SaltProgress
-from tests.ranks import run_ranks
-from tests.checkpoint.runs import TINY, Run, flip, job, start
+from tests.support.checkpoint_runs import TINY, Run, flip, job, start
+from tests.support.ranks import run_ranks
 from tools.inspect_checkpoint import InspectConfig, main
 
 
@@ -61,16 +61,16 @@ def save_in_stage(run: Run, progress: Progress, probe: dict[str, Any]) -> None:
 
 
 def test_damage_is_one_line_that_names_each_file(saved: Path) -> None:
-    directory = shelf.directory_of(saved, 1)
+    directory = save_directory.directory_of(saved, 1)
     flip(directory / "__0_0.distcp", 50)
     assert main(InspectConfig(load=str(directory))) == 0
-    state = (directory / shelf.STATE).read_bytes()
-    (directory / shelf.STATE).write_bytes(b"")
+    state = (directory / save_directory.STATE).read_bytes()
+    (directory / save_directory.STATE).write_bytes(b"")
     with pytest.raises(UserError) as caught:
         main(InspectConfig(load=str(directory), verify=True))
-    (directory / shelf.STATE).write_bytes(state)
+    (directory / save_directory.STATE).write_bytes(state)
     told = str(caught.value)
-    assert str(directory / "__0_0.distcp") in told and str(directory / shelf.STATE) in told
+    assert str(directory / "__0_0.distcp") in told and str(directory / save_directory.STATE) in told
     assert "\n" not in told and caught.value.status == 2
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: its imports expect a GPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: its imports expect a GPU)
+
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
 from megatron_salt.cli import run_tool
-from megatron_salt.data import indexed
 from megatron_salt.data.manifest import read_manifest
+from megatron_salt.preprocess import indexed_writer
 from tools.merge_datasets import MergeConfig, merge_datasets
 from tools.preprocess_data import PreprocessConfig, preprocess
 
@@ -48,15 +50,17 @@ def shards(corpus: list[str], out: Path, n: int, *flags: str) -> list[Path]:
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch", [(1 << 16, 1 << 20), (1, 1), (5, 300)])
 def test_merged_shards_are_what_one_job_writes(tmp_path, corpus, monkeypatch, n, batch):
-    monkeypatch.setattr(indexed, "_BATCH_DOCUMENTS", batch[0])
-    monkeypatch.setattr(indexed, "_BATCH_TOKENS", batch[1])
+    monkeypatch.setattr(indexed_writer, "_BATCH_DOCUMENTS", batch[0])
+    monkeypatch.setattr(indexed_writer, "_BATCH_TOKENS", batch[1])
     assert run(corpus, tmp_path / "whole/d", "--append-eod") == 0
     if n == 1:
         parts = [tmp_path / "whole/d_text_document"]
     else:
         parts = [tmp_path / f"parts/s-*-of-{n:05d}_text_document"]
-        assert all(read_manifest(str(part)).shard == f"{i}/{n}"
-                   for i, part in enumerate(shards(corpus, tmp_path / "parts", n, "--append-eod")))
+        assert all(
+            read_manifest(str(part)).shard == f"{i}/{n}"
+            for i, part in enumerate(shards(corpus, tmp_path / "parts", n, "--append-eod"))
+        )
     assert merge(parts, tmp_path / "merged/d_text_document") == 0
     assert files_in(tmp_path / "merged") == files_in(tmp_path / "whole")
 
@@ -85,15 +89,19 @@ def swap_bytes(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage, word", [
-    (lambda parts: swap_bytes(Path(f"{parts[1]}.bin"), 50), "content hash"),
-    (lambda parts: swap_bytes(Path(f"{parts[1]}.idx"), 60), "damaged|content hash"),
-    (lambda parts: Path(f"{parts[1]}.bin").write_bytes(b"12"), "truncated"),
-    (lambda parts: Path(f"{parts[1]}.idx").unlink(), "no such dataset"),
-    (lambda parts: parts.pop(), "lacks shards 2/3"),
-    (lambda parts: parts.reverse(), "out of order"),
-    (lambda parts: parts.append(parts[0]), "twice"),
-    (lambda parts: parts.append(foreign(Path(f"{parts[0]}_x"), [[1]], np.int32)), "holds int32")])
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda parts: swap_bytes(Path(f"{parts[1]}.bin"), 50), "content hash"),
+        (lambda parts: swap_bytes(Path(f"{parts[1]}.idx"), 60), "damaged|content hash"),
+        (lambda parts: Path(f"{parts[1]}.bin").write_bytes(b"12"), "truncated"),
+        (lambda parts: Path(f"{parts[1]}.idx").unlink(), "no such dataset"),
+        (lambda parts: parts.pop(), "lacks shards 2/3"),
+        (lambda parts: parts.reverse(), "out of order"),
+        (lambda parts: parts.append(parts[0]), "twice"),
+        (lambda parts: parts.append(foreign(Path(f"{parts[0]}_x"), [[1]], np.int32)), "holds int32"),
+    ],
+)
 def test_damage_and_disorder_are_found_by_name_and_leave_nothing(tmp_path, corpus, capsys, damage, word):
     parts = shards(corpus, tmp_path / "parts", 3)
     damage(parts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.cli import run_tool
-from tests.data.score_files import files_in, manifest_of, random_rows, write_index, write_shard
+from tests.support.score_files import files_in, manifest_of, random_rows, write_index, write_shard
 from tools.merge_scores import MergeConfig, merge_scores
 
 MANIFEST = manifest_of([45, 1, 57])
@@ -55,7 +55,9 @@ def test_mistakes_are_refused_and_nothing_is_lost(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_replaced_is_there_until_the_new_index_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_what_is_replaced_is_there_until_the_new_index_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     write_index(tmp_path / "new", MANIFEST, random_rows(MANIFEST, seed=1), num_shards=3)
     write_index(tmp_path / "expected", MANIFEST, random_rows(MANIFEST, seed=1))
     write_index(tmp_path / "old", MANIFEST, ROWS)
@@ -94,5 +96,7 @@ def test_a_directory_that_holds_the_scores_is_no_output(tmp_path: Path, capsys: 
     write_index(tmp_path / "out", MANIFEST, ROWS)
     write_index(tmp_path / "out" / "inside", MANIFEST, ROWS, num_shards=3)
     before = files_in(tmp_path)
-    assert "which would be deleted" in refused(capsys, "--scores", tmp_path / "out" / "inside", "--output", tmp_path / "out", "--overwrite")
+    assert "which would be deleted" in refused(
+        capsys, "--scores", tmp_path / "out" / "inside", "--output", tmp_path / "out", "--overwrite"
+    )
     assert files_in(tmp_path) == before

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.outputs import sole_writer
-from tests.data.score_files import files_in, manifest_of, random_rows, write_index
+from megatron_salt.files import sole_writer
+from tests.support.score_files import files_in, manifest_of, random_rows, write_index
 from tests.tools.test_report import write_log
 from tools.merge_datasets import MergeConfig, merge_datasets
 from tools.merge_scores import MergeConfig as MergeScoresConfig
@@ -40,7 +40,9 @@ def dataset(root: Path) -> Path:
 
 
 def scores(root: Path) -> Path:
-    write_index(root / "scores", MANIFEST, random_rows(MANIFEST, median_zeroed_10=np.arange(MANIFEST.num_samples)), num_shards=2)
+    write_index(
+        root / "scores", MANIFEST, random_rows(MANIFEST, median_zeroed_10=np.arange(MANIFEST.num_samples)), num_shards=2
+    )
     return root / "scores"
 
 
@@ -57,7 +59,9 @@ TOOLS: dict[str, tuple[type, Callable[[Any], int | None], Words, str]] = {
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_tool_replaces_nothing_unasked_and_writes_alone(tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tool_replaces_nothing_unasked_and_writes_alone(
+    tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, main, words_in, flag = TOOLS[tool]
     inputs, out = tmp_path / "in", tmp_path / "out"
     inputs.mkdir()

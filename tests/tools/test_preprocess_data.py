@@ -23,11 +23,13 @@ import sentencepiece
 import tokenizers
 import zstandard
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron: its imports expect a GPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: its imports expect a GPU)
+
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
 from megatron_salt.cli import run_tool
 from megatron_salt.data.manifest import fingerprint, read_manifest, tokenizer_directory
-from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from tools import preprocess_data
 from tools.preprocess_data import PreprocessConfig, preprocess
 
@@ -85,8 +87,9 @@ def out(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def sentencepiece_flags(tmp_path_factory) -> list[str]:
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=340,
-                                             model_type="bpe", byte_fallback=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True, minloglevel=2
+    )
     path = tmp_path_factory.mktemp("model") / "sp.model"
     path.write_bytes(model.getvalue())
     return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(path)]
@@ -166,12 +169,19 @@ FORMS = {
     "no suffix": lambda home: write(home / "x", json_lines(TEXTS)),
     "gz": lambda home: write(home / "x.jsonl.gz", gzip.compress(json_lines(TEXTS))),
     "gz of several members": lambda home: write(
-        home / "x.json.gz", gzip.compress(json_lines(TEXTS[:50])) + gzip.compress(json_lines(TEXTS[50:]))),
+        home / "x.json.gz", gzip.compress(json_lines(TEXTS[:50])) + gzip.compress(json_lines(TEXTS[50:]))
+    ),
     "zst": lambda home: write(home / "x.jsonl.zst", zstandard.compress(json_lines(TEXTS))),
-    "zst of several frames": lambda home: write(home / "x.jsonl.zst", b"".join(zstandard.compress(json_lines([text])) for text in TEXTS)),
+    "zst of several frames": lambda home: write(
+        home / "x.jsonl.zst", b"".join(zstandard.compress(json_lines([text])) for text in TEXTS)
+    ),
     "parquet": lambda home: as_table(home / "x.parquet", {"n": list(range(120)), "text": TEXTS}),
-    "parquet of several groups": lambda home: as_table(home / "x.parquet", {"text": TEXTS}, row_group_size=7, compression="zstd"),
-    "parquet of large strings": lambda home: as_table(home / "x.parquet", {"text": pyarrow.array(TEXTS, pyarrow.large_string())}),
+    "parquet of several groups": lambda home: as_table(
+        home / "x.parquet", {"text": TEXTS}, row_group_size=7, compression="zstd"
+    ),
+    "parquet of large strings": lambda home: as_table(
+        home / "x.parquet", {"text": pyarrow.array(TEXTS, pyarrow.large_string())}
+    ),
     "parquet of bytes": lambda home: as_table(home / "x.parquet", {"text": [text.encode() for text in TEXTS]}),
     "parquet of a dictionary": lambda home: as_table(home / "x.parquet", {"text": pyarrow.array(TEXTS).dictionary_encode()}),
 }
@@ -198,12 +208,23 @@ def test_plain_text_is_a_document_a_line_or_a_file(tmp_path, out, monkeypatch, n
     assert dataset(out / "e") == [list(raw[3:])]
 
 
-@pytest.mark.parametrize("flags, raw", [
-    ([], json_lines(TEXTS)),
-    (["--input-format", "text"], "".join(text.replace("\n", " ") + "\n" for text in TEXTS).encode())])
+@pytest.mark.parametrize(
+    "flags, raw",
+    [([], json_lines(TEXTS)), (["--input-format", "text"], "".join(text.replace("\n", " ") + "\n" for text in TEXTS).encode())],
+)
 def test_standard_input_is_read(out, flags, raw):
-    command = [sys.executable, "tools/preprocess_data.py", "--input", "-", "--output-prefix", str(out / "d"), *BYTES,
-               "--workers", "2", *flags]
+    command = [
+        sys.executable,
+        "tools/preprocess_data.py",
+        "--input",
+        "-",
+        "--output-prefix",
+        str(out / "d"),
+        *BYTES,
+        "--workers",
+        "2",
+        *flags,
+    ]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, input=raw, check=True, timeout=60)
     assert dataset(out / "d") == as_bytes([text.replace("\n", " ") if flags else text for text in TEXTS])
 
@@ -221,7 +242,10 @@ def test_rows_without_a_value_are_bad_lines(tmp_path, out, capsys):
 def test_equal_documents_are_written_once_and_counted(tmp_path, out, capsys):
     texts = ["a", "b", "", "a", "c", "b ", "a", "c"]
     assert run(write_lines(tmp_path / "x.jsonl", texts), out / "d", "--dedup", "exact", "--append-eod") == 0
-    assert dataset(out / "d") == [[97, 256], [98, 256], [99, 256], [98, 32, 256]] and "3 duplicates left out" in capsys.readouterr().out
+    assert (
+        dataset(out / "d") == [[97, 256], [98, 256], [99, 256], [98, 32, 256]]
+        and "3 duplicates left out" in capsys.readouterr().out
+    )
     manifest = read_manifest(f"{out}/d_text_document")
     assert (manifest.documents, manifest.duplicates, manifest.sources[0].documents) == (4, 3, 7)
     assert fingerprint(f"{out}/d_text_document", verify=True) == manifest.fingerprint
@@ -273,18 +297,26 @@ def test_the_manifest_tells_what_was_made_of_what(tmp_path, corpus, out):
     assert (manifest.tokenizer_type, manifest.tokenizer_fingerprint) == ("ByteLevelTokenizer", tokenizer.fingerprint)
     assert (manifest.vocab_size, manifest.eod, manifest.append_eod) == (257, 256, True)
     assert [(s.file, s.size_bytes, s.lines, s.documents) for s in manifest.sources] == [
-        (str(corpus), corpus.stat().st_size, 120, 120), (str(more), more.stat().st_size, 2, 2)]
+        (str(corpus), corpus.stat().st_size, 120, 120),
+        (str(more), more.stat().st_size, 2, 2),
+    ]
     assert [s.text_bytes for s in manifest.sources] == [sum(map(len, as_bytes(TEXTS))), 2]
     assert manifest.bytes_per_token == sum(s.text_bytes for s in manifest.sources) / manifest.tokens
     assert fingerprint(prefix) == fingerprint(prefix, verify=True) == manifest.fingerprint
 
 
 BAD_LINES = {
-    "malformed": (b'{"text": "a', "malformed JSON"), "not an object": (b'["text"]', "not a JSON object but list"),
-    "no key": (b'{"txt": "a"}', "no key 'text'"), "null": (b'{"text": null}', "not a string but NoneType"),
-    "number": (b'{"text": 3}', "not a string but int"), "utf-8": (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
-    "surrogate": (b'{"text": "a\\ud800b"}', "lone surrogate"), "deep": (b"[" * 200_000, "malformed JSON"),
-    "utf-16": ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8"), "number with 5000 digits": (b"9" * 5000, "malformed JSON")}
+    "malformed": (b'{"text": "a', "malformed JSON"),
+    "not an object": (b'["text"]', "not a JSON object but list"),
+    "no key": (b'{"txt": "a"}', "no key 'text'"),
+    "null": (b'{"text": null}', "not a string but NoneType"),
+    "number": (b'{"text": 3}', "not a string but int"),
+    "utf-8": (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
+    "surrogate": (b'{"text": "a\\ud800b"}', "lone surrogate"),
+    "deep": (b"[" * 200_000, "malformed JSON"),
+    "utf-16": ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8"),
+    "number with 5000 digits": (b"9" * 5000, "malformed JSON"),
+}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -320,22 +352,29 @@ def test_only_the_first_few_bad_lines_are_shown(tmp_path, out, capsys):
     assert "--max-bad-lines allows 499" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("make, word", [
-    (lambda home: home / "missing.jsonl", "missing.jsonl: no such file"),
-    (lambda home: home / "*.nothing", "no such file"),
-    (lambda home: home, "is a directory"),
-    (lambda home: write(home / "x.jsonl", b""), "no document"),
-    (lambda home: write(home / "x.jsonl", b"\n\n"), "no document"),
-    (lambda home: write(home / "x.jsonl", b'{"text": ""}\n'), "no document under the key 'text'"),
-    (lambda home: write(home / "x.jsonl.gz", gzip.compress(os.urandom(9000))[:4000]), "x.jsonl.gz is damaged or truncated"),
-    (lambda home: write(home / "x.jsonl.gz", b"not gzip"), "x.jsonl.gz is damaged"),
-    (lambda home: write(home / "x.jsonl.zst", b"x"), "x.jsonl.zst is damaged or truncated"),
-    (lambda home: write(home / "x.jsonl.zst", zstandard.compress(os.urandom(9000))[:4000]), "x.jsonl.zst is damaged or truncated"),
-    (lambda home: write(home / "x.jsonl.xz", b"x"), ".xz files cannot be read"),
-    (lambda home: write(home / "x.parquet", b"x" * 100), "x.parquet is damaged or truncated"),
-    (lambda home: as_table(home / "x.parquet", {"txt": ["a"]}), "no column 'text'.*it has txt"),
-    (lambda home: as_table(home / "x.parquet", {"text": [1]}), "does not hold strings but int64"),
-    (lambda home: [write(home / "x.jsonl", b'{"text": "a"}'), home / "x.*"], "names .*x.jsonl twice")])
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda home: home / "missing.jsonl", "missing.jsonl: no such file"),
+        (lambda home: home / "*.nothing", "no such file"),
+        (lambda home: home, "is a directory"),
+        (lambda home: write(home / "x.jsonl", b""), "no document"),
+        (lambda home: write(home / "x.jsonl", b"\n\n"), "no document"),
+        (lambda home: write(home / "x.jsonl", b'{"text": ""}\n'), "no document under the key 'text'"),
+        (lambda home: write(home / "x.jsonl.gz", gzip.compress(os.urandom(9000))[:4000]), "x.jsonl.gz is damaged or truncated"),
+        (lambda home: write(home / "x.jsonl.gz", b"not gzip"), "x.jsonl.gz is damaged"),
+        (lambda home: write(home / "x.jsonl.zst", b"x"), "x.jsonl.zst is damaged or truncated"),
+        (
+            lambda home: write(home / "x.jsonl.zst", zstandard.compress(os.urandom(9000))[:4000]),
+            "x.jsonl.zst is damaged or truncated",
+        ),
+        (lambda home: write(home / "x.jsonl.xz", b"x"), ".xz files cannot be read"),
+        (lambda home: write(home / "x.parquet", b"x" * 100), "x.parquet is damaged or truncated"),
+        (lambda home: as_table(home / "x.parquet", {"txt": ["a"]}), "no column 'text'.*it has txt"),
+        (lambda home: as_table(home / "x.parquet", {"text": [1]}), "does not hold strings but int64"),
+        (lambda home: [write(home / "x.jsonl", b'{"text": "a"}'), home / "x.*"], "names .*x.jsonl twice"),
+    ],
+)
 def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, capsys, make, word):
     home = tmp_path / "in"
     home.mkdir()
@@ -344,15 +383,24 @@ def test_unusable_input_is_refused_by_name_and_leaves_nothing(tmp_path, out, cap
     assert re.search(word, message) and "--input" in message and not files_in(out)
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--workers", "0"], "--workers"), (["--max-bad-lines", "-1"], "--max-bad-lines"),
-    (["--max-memory", "0.1", "--workers", "3"], "--max-memory 0.1 GiB is too little for --workers 3"),
-    (["--resume", "--overwrite"], "--resume"), (["--shard", "2/2"], "--shard"),
-    (["--shard", "0/2", "--dedup", "exact"], "--dedup"),
-    (["--shuffle-documents", "-1"], "--shuffle-documents"), (["--input-format", "xml"], "--input-format"),
-    (["--log-interval", "0"], "--log-interval"), (["--json-keys", "a", "a"], "--json-keys"),
-    (["--json-keys", "a/b"], "--json-keys"),
-    (["--tokenizer-model", "x"], "--tokenizer-model x"), (["--aplend-eod"], "did you mean --append-eod")])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--workers", "0"], "--workers"),
+        (["--max-bad-lines", "-1"], "--max-bad-lines"),
+        (["--max-memory", "0.1", "--workers", "3"], "--max-memory 0.1 GiB is too little for --workers 3"),
+        (["--resume", "--overwrite"], "--resume"),
+        (["--shard", "2/2"], "--shard"),
+        (["--shard", "0/2", "--dedup", "exact"], "--dedup"),
+        (["--shuffle-documents", "-1"], "--shuffle-documents"),
+        (["--input-format", "xml"], "--input-format"),
+        (["--log-interval", "0"], "--log-interval"),
+        (["--json-keys", "a", "a"], "--json-keys"),
+        (["--json-keys", "a/b"], "--json-keys"),
+        (["--tokenizer-model", "x"], "--tokenizer-model x"),
+        (["--aplend-eod"], "did you mean --append-eod"),
+    ],
+)
 def test_wrong_flags_are_refused_by_name(corpus, out, capsys, flags, word):
     assert run(corpus, out / "d", *flags) == 2
     assert word in capsys.readouterr().err and not files_in(out)
@@ -428,8 +476,10 @@ sys.exit(code)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("suffix, flags", [("jsonl", []), ("jsonl.zst", []), ("parquet", []),
-                                           ("jsonl", ["--dedup", "exact", "--shuffle-documents", "1"])])
+@pytest.mark.parametrize(
+    "suffix, flags",
+    [("jsonl", []), ("jsonl.zst", []), ("parquet", []), ("jsonl", ["--dedup", "exact", "--shuffle-documents", "1"])],
+)
 def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
     """Of short documents, of which the index has most to say. KiB, of the parent and of its largest child. What puts documents
     in order takes what --max-memory leaves, and no more."""
@@ -441,10 +491,30 @@ def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
             as_table(path, {"text": texts}, row_group_size=30_000)
         else:
             path.write_bytes(json_lines(texts) if suffix == "jsonl" else zstandard.compress(json_lines(texts)))
-        command = [sys.executable, "-c", TOLD_RUN, "--input", str(path), "--output-prefix", str(tmp_path / f"{number}/d"), *BYTES,
-                   "--workers", "2", "--max-memory", "0.6", *flags]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True,
-                              text=True, timeout=60)
+        command = [
+            sys.executable,
+            "-c",
+            TOLD_RUN,
+            "--input",
+            str(path),
+            "--output-prefix",
+            str(tmp_path / f"{number}/d"),
+            *BYTES,
+            "--workers",
+            "2",
+            "--max-memory",
+            "0.6",
+            *flags,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+            timeout=60,
+        )
         peaks.append([int(word) for word in done.stdout.split("memory")[1].split()])
     assert peaks[1][0] + 2 * peaks[1][1] < 0.6 * 2**20, peaks
     if not flags:
@@ -458,8 +528,18 @@ class Interrupted:
         os.mkfifo(home / "pipe")
         self.stderr = home / "stderr"  # a file: a pipe would stay open as long as a worker lives
         with open(self.stderr, "w") as stderr:
-            self.process = tool("--input", str(home / "pipe"), "--output-prefix", str(out / "d"), *BYTES, "--workers", "2",
-                                "--log-interval", "1", stderr=stderr)
+            self.process = tool(
+                "--input",
+                str(home / "pipe"),
+                "--output-prefix",
+                str(out / "d"),
+                *BYTES,
+                "--workers",
+                "2",
+                "--log-interval",
+                "1",
+                stderr=stderr,
+            )
         self.deadline = threading.Timer(60, self.process.kill)
         self.deadline.start()
         self.pipe = open(home / "pipe", "w")  # noqa: SIM115 (closed by close)
@@ -512,7 +592,8 @@ def test_what_a_killed_run_left_does_not_get_into_the_next_dataset(tmp_path, cor
     (stale / "tokenizer.model").write_bytes(b"of another tokenizer")
     assert run(corpus, out / "d") == 0
     assert {name.replace("d_", "clean_", 1): content for name, content in files_in(out).items() if name.startswith("d_")} == {
-        name: content for name, content in files_in(out).items() if name.startswith("clean_")}
+        name: content for name, content in files_in(out).items() if name.startswith("clean_")
+    }
 
 
 @pytest.mark.long

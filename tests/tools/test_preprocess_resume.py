@@ -20,15 +20,18 @@ import zstandard
 from sentencepiece import SentencePieceTrainer
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data import stage
+from megatron_salt.preprocess import staging
 from tools import preprocess_data
 from tools.preprocess_data import PreprocessConfig, preprocess
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}: " + "ça et là 日本 🎉\n" * (i % 7 + 1) for i in range(200)]
 FLAGS = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--max-bad-lines", "3", "--json-keys", "text", "title"]
-PUBLISHED = {f"d_{key}_document.{suffix}" for key in ("text", "title")
-             for suffix in ("bin", "idx", "manifest.json", "tokenizer/tokenizer_description.json")}
+PUBLISHED = {
+    f"d_{key}_document.{suffix}"
+    for key in ("text", "title")
+    for suffix in ("bin", "idx", "manifest.json", "tokenizer/tokenizer_description.json")
+}
 
 
 class Stop(BaseException):
@@ -58,12 +61,12 @@ def files_in(directory: Path) -> dict[str, bytes]:
 def eager(monkeypatch):
     """Small chunks, and a note after each."""
     monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 1500)
-    monkeypatch.setattr(stage, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(staging, "JOURNAL_SECONDS", 0.0)
 
 
 def stop_after(monkeypatch, chunks: int) -> None:
     """End the run inside its chunk number `chunks`, after the datasets got it and before it is noted."""
-    whole, seen = stage.Stage.note, [0]
+    whole, seen = staging.Stage.note, [0]
 
     def note(self):
         seen[0] += 1
@@ -71,7 +74,7 @@ def stop_after(monkeypatch, chunks: int) -> None:
             raise Stop
         whole(self)
 
-    monkeypatch.setattr(stage.Stage, "note", note)
+    monkeypatch.setattr(staging.Stage, "note", note)
 
 
 def stopped(inputs: list[str], out: Path, chunks: int, *flags: str) -> None:
@@ -82,13 +85,18 @@ def stopped(inputs: list[str], out: Path, chunks: int, *flags: str) -> None:
     assert files_in(out) and not PUBLISHED & set(files_in(out))
 
 
-@pytest.mark.parametrize("chunks, flags", [*((chunks, []) for chunks in (0, 1, 5, 17, 40, 70)),
-                                           (40, ["--dedup", "exact", "--shuffle-documents", "7"])])
+@pytest.mark.parametrize(
+    "chunks, flags",
+    [*((chunks, []) for chunks in (0, 1, 5, 17, 40, 70)), (40, ["--dedup", "exact", "--shuffle-documents", "7"])],
+)
 def test_a_run_that_stops_anywhere_goes_on(tmp_path, eager, capsys, chunks, flags):
     inputs = corpus(tmp_path)
     assert run(inputs, tmp_path / "whole", *flags) == 0
     stopped(inputs, tmp_path / "out", chunks, *flags)
-    for name in ("d_text_document.tmp.bin", "d_title_document.tmp.lengths"):  # and what a kill leaves of writes that were under way
+    for name in (
+        "d_text_document.tmp.bin",
+        "d_title_document.tmp.lengths",
+    ):  # and what a kill leaves of writes that were under way
         with open(tmp_path / "out" / name, "ab") as stream:
             stream.write(b"torn")
     capsys.readouterr()
@@ -100,8 +108,9 @@ def test_a_run_that_stops_anywhere_goes_on(tmp_path, eager, capsys, chunks, flag
 def test_a_run_may_go_on_with_another_backend_and_the_manifest_names_both(tmp_path, eager):
     inputs = corpus(tmp_path)
     model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
-                               minloglevel=2)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2
+    )
     (tmp_path / "t.model").write_bytes(model.getvalue())
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tmp_path / "t.model")]
     assert run(inputs, tmp_path / "whole", *tokenizer, "--tokenizer-backend", "reference") == 0
@@ -110,7 +119,10 @@ def test_a_run_may_go_on_with_another_backend_and_the_manifest_names_both(tmp_pa
     found, whole = files_in(tmp_path / "out"), files_in(tmp_path / "whole")
     for key in ("text", "title"):
         manifest, expected = (json.loads(files.pop(f"d_{key}_document.manifest.json")) for files in (found, whole))
-        assert (manifest.pop("tokenizer_backends"), expected.pop("tokenizer_backends")) == (["gigatoken", "reference"], ["reference"])
+        assert (manifest.pop("tokenizer_backends"), expected.pop("tokenizer_backends")) == (
+            ["gigatoken", "reference"],
+            ["reference"],
+        )
         assert manifest == expected
     assert found == whole
 
@@ -162,12 +174,16 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
-@pytest.mark.parametrize("change, word", [
-    (lambda inputs, out: run(inputs[:1], out, "--resume"), "other --input"),
-    (lambda inputs, out: run(inputs, out, "--resume", "--no-append-eod"), "other --append-eod"),
-    (lambda inputs, out: run(inputs, out, "--resume", "--dedup", "exact"), "other --dedup"),
-    (lambda inputs, out: run(inputs, out, "--resume", "--shuffle-documents", "1"), "other --shuffle-documents"),
-    (lambda inputs, out: edited(inputs) and run(inputs, out, "--resume"), "other --input")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda inputs, out: run(inputs[:1], out, "--resume"), "other --input"),
+        (lambda inputs, out: run(inputs, out, "--resume", "--no-append-eod"), "other --append-eod"),
+        (lambda inputs, out: run(inputs, out, "--resume", "--dedup", "exact"), "other --dedup"),
+        (lambda inputs, out: run(inputs, out, "--resume", "--shuffle-documents", "1"), "other --shuffle-documents"),
+        (lambda inputs, out: edited(inputs) and run(inputs, out, "--resume"), "other --input"),
+    ],
+)
 def test_a_whole_dataset_that_was_made_otherwise_is_not_called_whole(tmp_path, capsys, change, word):
     inputs = corpus(tmp_path)
     assert run(inputs, tmp_path / "out") == 0
@@ -182,15 +198,21 @@ def test_a_whole_dataset_that_was_made_otherwise_is_not_called_whole(tmp_path, c
 def edited(inputs) -> bool:
     """Change a letter in the first file; its size stays."""
     path = Path(str(inputs[0]))
-    path.write_bytes(path.read_bytes().replace(b"e", b"i", 1) if path.suffix not in (".gz", ".zst") else path.read_bytes()[::-1])
+    path.write_bytes(
+        path.read_bytes().replace(b"e", b"i", 1) if path.suffix not in (".gz", ".zst") else path.read_bytes()[::-1]
+    )
     return True
 
 
-@pytest.mark.parametrize("change, word", [
-    (lambda inputs, out: run(inputs[:2], out, "--resume"), "other --input"),
-    (lambda inputs, out: run(inputs, out, "--resume", "--json-keys", "text"), "other --json-keys"),
-    (lambda inputs, out: run(inputs, out, "--resume", "--no-append-eod"), "other --append-eod"),
-    (lambda inputs, out: run(inputs, out), "--resume goes on where it was, --overwrite starts anew")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda inputs, out: run(inputs[:2], out, "--resume"), "other --input"),
+        (lambda inputs, out: run(inputs, out, "--resume", "--json-keys", "text"), "other --json-keys"),
+        (lambda inputs, out: run(inputs, out, "--resume", "--no-append-eod"), "other --append-eod"),
+        (lambda inputs, out: run(inputs, out), "--resume goes on where it was, --overwrite starts anew"),
+    ],
+)
 def test_another_run_does_not_go_on_with_it(tmp_path, eager, capsys, change, word):
     inputs = corpus(tmp_path)
     stopped(inputs, tmp_path / "out", 5)
@@ -231,7 +253,7 @@ def test_a_run_that_fails_keeps_what_it_did_if_it_may_be_resumed(tmp_path, eager
 def test_two_runs_do_not_write_the_same_output(tmp_path, eager, capsys):
     inputs = corpus(tmp_path)
     (tmp_path / "out").mkdir()
-    journal = stage.Journal(stage.journal_path(str(tmp_path / "out/d")))
+    journal = staging.Journal(staging.journal_path(str(tmp_path / "out/d")))
     assert run(inputs, tmp_path / "out", "--resume") == 2
     assert "held by another process" in capsys.readouterr().err
     journal.close()
@@ -239,9 +261,9 @@ def test_two_runs_do_not_write_the_same_output(tmp_path, eager, capsys):
 
 SLOW_RUN = """
 import sys
-from megatron_salt.data import stage
+from megatron_salt.preprocess import staging
 from tools import preprocess_data
-stage.JOURNAL_SECONDS, preprocess_data.CHUNK_BYTES = 0.0, 500
+staging.JOURNAL_SECONDS, preprocess_data.CHUNK_BYTES = 0.0, 500
 print("begins", flush=True)
 sys.exit(preprocess_data.run_tool(preprocess_data.PreprocessConfig, preprocess_data.preprocess, sys.argv[1:]))
 """
@@ -251,8 +273,19 @@ sys.exit(preprocess_data.run_tool(preprocess_data.PreprocessConfig, preprocess_d
 def test_kill_9_at_random_moments(tmp_path, workers):
     inputs, chance = corpus(tmp_path), random.Random(workers)
     assert run(inputs, tmp_path / "whole") == 0
-    command = [sys.executable, "-c", SLOW_RUN, "--input", *inputs, "--output-prefix", str(tmp_path / "out/d"), *FLAGS, "--resume",
-               "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-c",
+        SLOW_RUN,
+        "--input",
+        *inputs,
+        "--output-prefix",
+        str(tmp_path / "out/d"),
+        *FLAGS,
+        "--resume",
+        "--workers",
+        str(workers),
+    ]
     kills = 0
     while True:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
@@ -269,7 +302,15 @@ def test_kill_9_at_random_moments(tmp_path, workers):
 
 
 def _finished(home: Path, *flags: str) -> int:
-    words = ["--input", str(home / "x.txt"), "--output-prefix", str(home / "x"), "--tokenizer-type", "ByteLevelTokenizer", *flags]
+    words = [
+        "--input",
+        str(home / "x.txt"),
+        "--output-prefix",
+        str(home / "x"),
+        "--tokenizer-type",
+        "ByteLevelTokenizer",
+        *flags,
+    ]
     return run_tool(PreprocessConfig, preprocess, words)
 
 

@@ -10,11 +10,11 @@ import pytest
 import sentencepiece
 
 from megatron_salt.config import DataConfig, TokenizerConfig
-from megatron_salt.data.choice import tokenizer_of_run
 from megatron_salt.data.manifest import manifest_path, read_manifest, tokenizer_directory
-from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
-from tests.data.test_ends import saved, tokenizer_json
+from megatron_salt.tokenizer.tokenizer import load_tokenizer
+from tests.tokenizer.test_document_ends import saved, tokenizer_json
 from tests.tools.test_merge_datasets import merge
 from tests.tools.test_preprocess_data import BYTES, dataset, files_in, run, write_lines
 from tools import preprocess_data
@@ -26,8 +26,15 @@ TEXTS = ["plain text", "", "a tag <eod> in <eod> the text", "one more <eod>", "p
 def flags(tmp_path_factory) -> list[str]:
     """Of a SentencePiece model with a user-defined <eod>."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 20), model_writer=model, vocab_size=285, model_type="bpe",
-                                             byte_fallback=True, minloglevel=2, user_defined_symbols=["<eod>"])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        vocab_size=285,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        user_defined_symbols=["<eod>"],
+    )
     path = tmp_path_factory.mktemp("model") / "sp.model"
     path.write_bytes(model.getvalue())
     return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(path)]
@@ -40,8 +47,13 @@ def corpus(tmp_path) -> Path:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("policy, ends_inside", [("split", 0), ("encode", 3)])
-def test_a_policy_decides_and_what_stood_in_the_text_is_told_and_recorded(tmp_path, corpus, flags, capsys, policy, workers, ends_inside):
-    assert run(corpus, tmp_path / "d", "--append-eod", "--special-tokens-in-text", policy, "--workers", workers, tokenizer=flags) == 0
+def test_a_policy_decides_and_what_stood_in_the_text_is_told_and_recorded(
+    tmp_path, corpus, flags, capsys, policy, workers, ends_inside
+):
+    assert (
+        run(corpus, tmp_path / "d", "--append-eod", "--special-tokens-in-text", policy, "--workers", workers, tokenizer=flags)
+        == 0
+    )
     prefix = f"{tmp_path / 'd'}_text_document"
     manifest, tokenizer = read_manifest(prefix), load_tokenizer(tokenizer_directory(prefix))
     documents = dataset(tmp_path / "d")
@@ -103,7 +115,9 @@ def test_resume_and_merge_know_them(tmp_path, corpus, flags, capsys, more):
     assert run(corpus, tmp_path / "b", *more, tokenizer=flags) == 0
     a, b = tmp_path / "a_text_document", tmp_path / "b_text_document"
     assert merge([a, b], tmp_path / "c") == 2
-    assert {"--prepend-bos": "bos of", "--special-tokens-in-text": "special_tokens_in_text of"}[more[0]] in capsys.readouterr().err
+    assert {"--prepend-bos": "bos of", "--special-tokens-in-text": "special_tokens_in_text of"}[
+        more[0]
+    ] in capsys.readouterr().err
 
 
 def test_merged_counts_are_the_sums_and_older_parts_do_not_say(tmp_path, corpus, flags):

@@ -11,11 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.data.indexed import IndexedWriter
 from megatron_salt.errors import UserError
-from tests.train.logs import open_log, record
+from megatron_salt.preprocess.indexed_writer import IndexedWriter
+from tests.support.logs import open_log, record
 from tools import report as module
-from tools.report import HEIGHT, ReportConfig, chart, named_pairs, named_runs, read_curve, report, smoothed, table, unigram_entropy
+from tools.report import (
+    HEIGHT,
+    ReportConfig,
+    chart,
+    named_pairs,
+    named_runs,
+    read_curve,
+    report,
+    smoothed,
+    table,
+    unigram_entropy,
+)
 
 
 def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
@@ -123,7 +134,10 @@ def test_a_missing_log_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_runs_are_called_as_asked_or_by_their_directory(tmp_path: Path) -> None:
-    assert named_runs(["plain=a/train.jsonl", "x=y=b/train.jsonl"]) == [("plain", Path("a/train.jsonl")), ("x=y", Path("b/train.jsonl"))]
+    assert named_runs(["plain=a/train.jsonl", "x=y=b/train.jsonl"]) == [
+        ("plain", Path("a/train.jsonl")),
+        ("x=y", Path("b/train.jsonl")),
+    ]
     assert named_runs([str(tmp_path / "best" / "train.jsonl")])[0][0] == "best"
     for words in (["a=1", "a=2"], ["=1"], ["runs/a/log", "elsewhere/a/log"]):
         with pytest.raises(UserError, match="different name"):
@@ -137,8 +151,15 @@ def test_runs_are_compared_by_their_names_even_with_a_colon() -> None:
             named_pairs([word], ["salt", "plain"])
 
 
-@pytest.mark.parametrize("flags", [{"run": ()}, {"run": tuple("abcdefg")}, {"run": ("a",), "below_unigram": 0.5},
-                                   {"run": ("a",), "unigram_of": "p", "below_unigram": math.nan}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"run": ()},
+        {"run": tuple("abcdefg")},
+        {"run": ("a",), "below_unigram": 0.5},
+        {"run": ("a",), "unigram_of": "p", "below_unigram": math.nan},
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(flags: dict) -> None:
     with pytest.raises(UserError, match="--run|--below-unigram"):
         ReportConfig(**flags)
@@ -163,7 +184,7 @@ def test_smoothing_averages_the_last_finite_losses() -> None:
     losses = generator.normal(size=50)
     losses[[0, 7, 8, 9, 30]] = np.nan
     for window in (1, 3, 50, 60):
-        slow = [np.mean([x for x in losses[max(0, i - window + 1):i + 1] if np.isfinite(x)] or [np.nan]) for i in range(50)]
+        slow = [np.mean([x for x in losses[max(0, i - window + 1) : i + 1] if np.isfinite(x)] or [np.nan]) for i in range(50)]
         np.testing.assert_allclose(smoothed(losses, window), slow, atol=1e-12)
 
 
@@ -172,7 +193,7 @@ def test_the_chart_falls_where_the_loss_falls(tmp_path: Path) -> None:
     flat = read_curve("flat", write_log(tmp_path / "b", [5.0] * 300))
     rows = chart([falling, flat], "steps", unigram=7.0).splitlines()
     assert rows[0] == "training loss: * falling, o flat, - unigram entropy 7.000"
-    plot = [row.partition("|")[2] for row in rows[1:HEIGHT + 1]]
+    plot = [row.partition("|")[2] for row in rows[1 : HEIGHT + 1]]
     heights = [next(i for i, row in enumerate(plot) if row.ljust(72)[column] == "*") for column in range(0, 72, 10)]
     assert heights == sorted(heights)
     assert (heights[0], heights[-1]) == (0, HEIGHT - 1)
@@ -193,7 +214,9 @@ def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
     lines = table([curve], unigram=6.5).splitlines()
     assert lines[2].split()[:9] == ["a", "40", "32000", "2.5000", "2.2500", "-", "-", "1600", "20.0"]
     one_slow = replace(curve, seconds=np.cumsum([0.1] * 39 + [100.0]))
-    assert table([one_slow], None).splitlines()[2].split()[8:12] == ["103.9", "s", "100", "ms"], "a median stands beside wall-clock"
+    assert table([one_slow], None).splitlines()[2].split()[8:12] == ["103.9", "s", "100", "ms"], (
+        "a median stands beside wall-clock"
+    )
     assert lines[-1] == "unigram entropy of held-out tokens: 6.5000"
 
 
@@ -214,7 +237,9 @@ def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("held_out, share, status", [({2: 9.0, 3: 1.0}, 0.8, 0), ({2: 0.1, 3: 1.3}, 0.8, 1), ({}, 0.8, 1)])
-def test_the_verdict_is_on_the_last_held_out_loss(tmp_path: Path, held_out: dict[int, float], share: float, status: int) -> None:
+def test_the_verdict_is_on_the_last_held_out_loss(
+    tmp_path: Path, held_out: dict[int, float], share: float, status: int
+) -> None:
     log = write_log(tmp_path / "a", [5.0, 4.0, 3.0], held_out)
     four_tokens = write_dataset(tmp_path / "d", [[1, 2, 3, 4]])  # entropy log 4 = 1.386
     assert report(ReportConfig((f"a={log}",), unigram_of=four_tokens, below_unigram=share)) == status
@@ -223,8 +248,16 @@ def test_the_verdict_is_on_the_last_held_out_loss(tmp_path: Path, held_out: dict
 @pytest.mark.parametrize(
     "held_out, status, told",
     [
-        ({1: 3.0, 2: 1.9, 3: 1.5}, 0, "ok: held-out loss of salt is 1.5000, 0.5000 below plain's 2.0000, which it passed by step 2 of 3"),
-        ({1: 1.0, 3: 2.0}, 1, "FAILED: held-out loss of salt is 2.0000, 0.0000 not below plain's 2.0000, which it passed by step 1 of 3"),
+        (
+            {1: 3.0, 2: 1.9, 3: 1.5},
+            0,
+            "ok: held-out loss of salt is 1.5000, 0.5000 below plain's 2.0000, which it passed by step 2 of 3",
+        ),
+        (
+            {1: 1.0, 3: 2.0},
+            1,
+            "FAILED: held-out loss of salt is 2.0000, 0.0000 not below plain's 2.0000, which it passed by step 1 of 3",
+        ),
         ({3: 2.5}, 1, "FAILED: held-out loss of salt is 2.5000, 0.5000 not below plain's 2.0000\n"),
         ({}, 1, "FAILED: salt has no held-out loss"),
     ],

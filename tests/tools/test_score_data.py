@@ -22,22 +22,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.checkpointer import load_weights
 from megatron_salt.cli import from_yaml, run_tool
-from megatron_salt.data.score_index import ScoreIndex
-from megatron_salt.data.scores import columns, content_hashes
 from megatron_salt.data.windows import TokenFile, Windows
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.salt import scoring
-from tests.data.score_files import files_in
-from tests.program import EOD, SEQ_LENGTH, VOCABULARY, the_error, train, write_tokens
-from tests.ranks import run_ranks
+from megatron_salt.salt import scorer
+from megatron_salt.selection.score_format import columns, content_hashes
+from megatron_salt.selection.score_reader import ScoreIndex
+from tests.support.program import EOD, SEQ_LENGTH, VOCABULARY, the_error, train, write_tokens
+from tests.support.ranks import run_ranks
+from tests.support.score_files import files_in
 from tools.merge_scores import MergeConfig, merge_scores
 from tools.score_data import ScoreConfig, score_data
 
@@ -218,7 +218,9 @@ def test_shards_by_independent_jobs_are_the_whole(tmp_path: Path, flags: dict[st
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_killed_job_goes_on_and_the_index_is_the_same(tmp_path: Path, flags: dict[str, Any], index: Path, world_size: int) -> None:
+def test_a_killed_job_goes_on_and_the_index_is_the_same(
+    tmp_path: Path, flags: dict[str, Any], index: Path, world_size: int
+) -> None:
     """kill -9 after some blocks, twice, and the rest under another number of replicas. What was finished is not done again."""
     done = 0
     for stop in (2, 5):
@@ -241,7 +243,7 @@ def test_a_killed_job_goes_on_and_the_index_is_the_same(tmp_path: Path, flags: d
 
 def interrupted(words: list[str], how: str) -> Ended:
     """In every rank: the last one gets a signal, or makes the file, when it comes to its fifth microbatch."""
-    from megatron_salt.salt.scoring import Scorer
+    from megatron_salt.salt.scorer import Scorer
 
     whole, placed = Scorer._place, iter(range(1, 100))
 
@@ -250,7 +252,7 @@ def interrupted(words: list[str], how: str) -> Ended:
             os.kill(os.getpid(), signal.SIGUSR1) if how == "signal" else Path(how).touch()
         return whole(scorer, start)
 
-    with mock.patch.object(Scorer, "_place", place), mock.patch.object(scoring, "PIECE", 1):
+    with mock.patch.object(Scorer, "_place", place), mock.patch.object(scorer, "PIECE", 1):
         return main(words)
 
 
@@ -284,13 +286,21 @@ def finished_before(told: str) -> int:
 def start(world_size: int, **flags: Any) -> subprocess.Popen[str]:
     """The tool as a process of its own, slowed down so that it can be killed in the middle."""
     slowly = (
-        "import sys, time; from megatron_salt.salt import scoring; whole = scoring.Scorer.score\n"
+        "import sys, time; from megatron_salt.salt import scoring; whole = scorer.Scorer.score\n"
         "def score(*arguments):\n    time.sleep(0.3)\n    return whole(*arguments)\n"
         "scoring.Scorer.score = score\n"
         "from megatron_salt.cli import run_tool; from tools.score_data import ScoreConfig, score_data\n"
         "sys.exit(run_tool(ScoreConfig, score_data, sys.argv[1:]))"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), "--no-python", sys.executable]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world_size),
+        "--no-python",
+        sys.executable,
+    ]
     return subprocess.Popen(
         [sys.executable, *(launcher if world_size > 1 else []), "-c", slowly, *argv(**flags)], text=True, start_new_session=True,
         stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -417,7 +427,7 @@ def test_a_full_disk_ends_every_rank_and_keeps_what_is_finished(tmp_path: Path, 
 
 def out_of_space(words: list[str]) -> Ended:
     """In every rank: the third block finds no space."""
-    from megatron_salt.data.shard_writer import ShardWriter
+    from megatron_salt.selection.score_writer import ShardWriter
 
     whole = ShardWriter.write
 

@@ -13,20 +13,23 @@ import pytest
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.data.indexed import IndexedWriter
-from megatron_salt.data.manifest import fingerprint, tokenizer_directory
-from megatron_salt.data.score_index import ScoreIndex
-from megatron_salt.data.scores import DatasetFacts, content_hashes
-from megatron_salt.data.selection import Selection
-from megatron_salt.data.ties import TIE_SEED, tie_ranks
-from megatron_salt.data.tokenizer import build_tokenizer
+from megatron_salt.data.manifest import DatasetFacts, fingerprint, tokenizer_directory
 from megatron_salt.data.windows import TokenFile, Windows
-from tests.data.score_files import files_in, manifest_of, random_rows, write_index
+from megatron_salt.preprocess.indexed_writer import IndexedWriter
+from megatron_salt.selection.score_format import content_hashes
+from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.selection.selection_file import Selection
+from megatron_salt.selection.ties import TIE_SEED, tie_ranks
+from megatron_salt.tokenizer.tokenizer import build_tokenizer
+from tests.support.score_files import files_in, manifest_of, random_rows, write_index
 from tools.select_data import SelectConfig, select_data
 
 LENGTH = 16
 BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
-TEXTS = ("the cat sat on the mat and then sat on it again, all day long. " * 9, "import os; import sys; print(os.sep, sys.path)\n" * 9)
+TEXTS = (
+    "the cat sat on the mat and then sat on it again, all day long. " * 9,
+    "import os; import sys; print(os.sep, sys.path)\n" * 9,
+)
 
 
 @pytest.fixture
@@ -51,7 +54,9 @@ def index(tmp_path: Path) -> Path:
 
 
 def select(index: Path, *words: object) -> int:
-    return run_tool(SelectConfig, select_data, ["--scores", str(index), "--output", str(index.parent / "chosen"), *map(str, words)])
+    return run_tool(
+        SelectConfig, select_data, ["--scores", str(index), "--output", str(index.parent / "chosen"), *map(str, words)]
+    )
 
 
 def chosen(index: Path) -> list[int]:
@@ -76,7 +81,9 @@ def report_of(index: Path) -> str:
         (("--num-samples", 31, "--score", "median_zeroed_1"), range(31)),
     ],
 )  # fmt: skip
-def test_the_file_is_the_rules_choice(index: Path, words: tuple, ids: range | list[int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_is_the_rules_choice(
+    index: Path, words: tuple, ids: range | list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert select(index, *words) == 0
     assert chosen(index) == list(ids)
     assert report_of(index) in capsys.readouterr().out
@@ -140,7 +147,9 @@ def test_the_overlap_is_that_of_two_sorts(index: Path, rule: str, skip: int) -> 
     assert len(told) == 12 and "median_dropped_10" not in told
     for name, share in told.items():
         scores = opened.read(name, 0, 31)
-        taken = set(np.lexsort((tie_ranks(np.arange(31), TIE_SEED), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist())
+        taken = set(
+            np.lexsort((tie_ranks(np.arange(31), TIE_SEED), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist()
+        )
         assert share == f"{len(taken & set(chosen(index))) / 7:.1%}", name
 
 
@@ -155,7 +164,10 @@ def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
         manifest = Selection.open(str(index.parent / "chosen")).manifest
         assert (manifest.tie_seed, manifest.tie_share) == (seed, 5 / 8)
     told = report_of(index)
-    assert "5 of the 8 chosen ones, 62.50%, have the very score of a cut, as others have that were not chosen: --tie-seed 5 decided" in told
+    assert (
+        "5 of the 8 chosen ones, 62.50%, have the very score of a cut, as others have that were not chosen: --tie-seed 5 decided"
+        in told
+    )
     assert "a zeroed median is 0 where half of the tokens or more are outside the top k" in told
     assert "d0.idx is not there" in told
 
@@ -167,9 +179,18 @@ def test_a_score_that_does_not_tell_samples_apart_is_refused_and_those_that_do_a
 ) -> None:
     """Oracle: the share that the tool itself records when it is told to choose by each of the other scores."""
     opened = manifest_of([60, 40])
-    rows = random_rows(opened, median_dropped_10=np.zeros(100), mean=np.random.default_rng(1).random(100), entropy=np.arange(100) // 7)
+    rows = random_rows(
+        opened, median_dropped_10=np.zeros(100), mean=np.random.default_rng(1).random(100), entropy=np.arange(100) // 7
+    )
     write_index(tmp_path / "flat", opened, rows)
-    flags = ["--fraction", 0.5, "--rule", rule, *(["--band-skip", skip] if skip else []), *(["--per-dataset"] if per_dataset else [])]
+    flags = [
+        "--fraction",
+        0.5,
+        "--rule",
+        rule,
+        *(["--band-skip", skip] if skip else []),
+        *(["--per-dataset"] if per_dataset else []),
+    ]
     before = files_in(tmp_path)
     assert select(tmp_path / "flat", *flags) == 2
     told = capsys.readouterr().err
@@ -227,7 +248,9 @@ def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: py
     content = (folder / "moved-cats.bin").read_bytes()
     (folder / "moved-cats.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert select(index, "--fraction", 0.3, "--overwrite", "--data-path", *moved) == 2
-    assert "moved-cats is not the data that was scored: it has 20 samples and the fingerprint sampled:" in capsys.readouterr().err
+    assert (
+        "moved-cats is not the data that was scored: it has 20 samples and the fingerprint sampled:" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,13 +305,17 @@ def test_damaged_and_nan_scores_are_refused(index: Path, capsys: pytest.CaptureF
     assert not (index.parent / "chosen.npy").exists()
 
 
-def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = manifest_of([1], datasets=tuple(DatasetFacts(name, "content:same", 9) for name in ("one", "two")))
     write_index(tmp_path / "scores", manifest, random_rows(manifest))
     assert select(tmp_path / "scores", "--fraction", 0.5) == 2
     assert "--scores are of one and two, which hold the same tokens" in capsys.readouterr().err
     assert select(tmp_path / "scores", "--fraction", 0.5, "--allow-duplicate-inputs") == 0
-    assert select(tmp_path / "scores", "--fraction", 0.5, "--overwrite", "--scores", tmp_path / "scores", tmp_path / "scores") == 2
+    assert (
+        select(tmp_path / "scores", "--fraction", 0.5, "--overwrite", "--scores", tmp_path / "scores", tmp_path / "scores") == 2
+    )
     assert "--scores names" in capsys.readouterr().err
 
 

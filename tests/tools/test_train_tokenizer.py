@@ -14,7 +14,7 @@ import pytest
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from tools import train_tokenizer as tool
 from tools.train_tokenizer import TrainTokenizerConfig, choose, sentences, train_tokenizer
 
@@ -22,8 +22,16 @@ ROOT = Path(__file__).parents[2]
 HEADS, TAILS = ("walk", "talk", "jump", "quick", "paint", "own", "garden"), ("", "s", "er", "ing", "ed", "ers")
 WORDS = [head + tail for head in HEADS for tail in TAILS]
 TEXTS = [" ".join(WORDS[i * k * k % 42] for k in range(1, 20)) + f".\n\n  line {i},\tthen" for i in range(200)]
-ODD = ["", " ", "  two  spaces\t\ttabs ", "line\n\nbreak\r\n", "日本語 🎉 e\u0301 ﬁ \u00a0", "nul \x00",
-       "</s> <eod> <unk> <0x41>", "2024"]
+ODD = [
+    "",
+    " ",
+    "  two  spaces\t\ttabs ",
+    "line\n\nbreak\r\n",
+    "日本語 🎉 e\u0301 ﬁ \u00a0",
+    "nul \x00",
+    "</s> <eod> <unk> <0x41>",
+    "2024",
+]
 
 
 def run(inputs: list[Path], output: Path, *flags: str) -> int:
@@ -65,8 +73,13 @@ def test_the_same_text_gives_the_same_file_under_any_name_and_in_any_form(tmp_pa
 def test_another_process_makes_the_same_file(tmp_path, corpus):
     assert run([corpus], tmp_path / "a") == 0
     flags = ["--input", str(corpus), "--output", str(tmp_path / "b"), "--vocab-size", "320"]
-    subprocess.run([sys.executable, "tools/train_tokenizer.py", *flags],
-                   cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "tools/train_tokenizer.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -107,15 +120,23 @@ def test_the_bound_is_on_lines_seen_by_training(tmp_path, corpus, capsys):
     assert "training on 150 lines" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, flags, word", [
-    (None, [], "no such file"), (b"", [], "holds no text"), (b"\n\n", [], "holds no text"),
-    (b'{"text": ""}\n', [], "holds no text"), (b'{"other": "abc"}\n', [], "no key 'text'"),
-    (b'{"text": "a"}\nbad\n', [], "x.jsonl:2: malformed JSON"), (b'{"text": "\xff"}\n', [], "x.jsonl:1: invalid UTF-8"),
-    (b'{"text": "abc"}\n', ["--vocab-size", "9000"], "--vocab-size 9000"),
-    (b'{"text": "abc"}\n', ["--vocab-size", "200"], "--vocab-size 200"),
-    (b'{"text": "abc"}\n', ["--vocab-size", "0"], "--vocab-size"),
-    (b'{"text": "abc"}\n', ["--max-sentences", "0"], "--max-sentences"),
-    (b'{"text": "abc"}\n', ["--character-coverage", "98"], "--character-coverage")])
+@pytest.mark.parametrize(
+    "content, flags, word",
+    [
+        (None, [], "no such file"),
+        (b"", [], "holds no text"),
+        (b"\n\n", [], "holds no text"),
+        (b'{"text": ""}\n', [], "holds no text"),
+        (b'{"other": "abc"}\n', [], "no key 'text'"),
+        (b'{"text": "a"}\nbad\n', [], "x.jsonl:2: malformed JSON"),
+        (b'{"text": "\xff"}\n', [], "x.jsonl:1: invalid UTF-8"),
+        (b'{"text": "abc"}\n', ["--vocab-size", "9000"], "--vocab-size 9000"),
+        (b'{"text": "abc"}\n', ["--vocab-size", "200"], "--vocab-size 200"),
+        (b'{"text": "abc"}\n', ["--vocab-size", "0"], "--vocab-size"),
+        (b'{"text": "abc"}\n', ["--max-sentences", "0"], "--max-sentences"),
+        (b'{"text": "abc"}\n', ["--character-coverage", "98"], "--character-coverage"),
+    ],
+)
 def test_what_cannot_be_trained_on_is_refused_by_name_and_leaves_nothing(tmp_path, capsys, content, flags, word):
     path = tmp_path / "x.jsonl"
     if content is not None:

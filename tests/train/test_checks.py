@@ -9,8 +9,9 @@ from unittest import mock
 import pytest
 
 from megatron_salt import pretrain
-from megatron_salt.train import dry_run, session
-from tests.program import argv, the_error
+from megatron_salt.train import dry_run
+from megatron_salt.train import run as run_module
+from tests.support.program import argv, the_error
 
 WSD = dict(lr_decay_style="WSD")
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -58,8 +59,10 @@ def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
     words = argv(**dict(data_path="words", train_iters=6, save="SAVE") | flags)
     said = []
     for more in ([], ["--dry-run", "1"]):
-        with (mock.patch.object(session, "run_session", side_effect=AssertionError("it started")),
-              mock.patch.object(dry_run, "dry_run", side_effect=AssertionError("it went on"))):
+        with (
+            mock.patch.object(run_module, "run_session", side_effect=AssertionError("it started")),
+            mock.patch.object(dry_run, "dry_run", side_effect=AssertionError("it went on")),
+        ):
             assert pretrain.main([*words, *more]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "Traceback" not in err
@@ -72,7 +75,7 @@ def test_flags_that_belong_together_pass(tmp_path: Path, monkeypatch: pytest.Mon
     """Else everything above could pass for the wrong reason."""
     monkeypatch.chdir(tmp_path)
     flags = dict(WSD, lr_wsd_decay_iters=6, skip_samples=["0:8", "9:12"], keep_last=2, async_save=True, profile=True, save_at=6)
-    with mock.patch.object(session, "run_session") as started, mock.patch.object(dry_run, "dry_run") as rehearsed:
+    with mock.patch.object(run_module, "run_session") as started, mock.patch.object(dry_run, "dry_run") as rehearsed:
         for more in ([], ["--dry-run", "1"]):
             assert pretrain.main([*argv(data_path="words", train_iters=6, save="SAVE", **flags), *more]) == 0
     assert started.call_count == rehearsed.call_count == 1

@@ -11,8 +11,8 @@ import pytest
 from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.starting import check_room
-from tests.program import checkpoints, refused, run, train, write_tokens
+from megatron_salt.train.start import check_room
+from tests.support.program import checkpoints, refused, run, train, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def test_it_tells_what_the_run_would_be(tmp_path: Path, data: str, trained: Path
     assert "on 8 ranks: tensor 2, context 1, data 4, pipeline 1" in out
     assert "8 samples of 16 tokens, 1 microbatches of 2 a replica" in out
     assert f"teacher: {trained}/iter_0000002, after 2 steps" in out
-    assert "5 steps, starting after step 0" in out and re.search(r"save: [\d.]+ GiB free, a checkpoint takes about 0.00 GiB", out)
+    assert "5 steps, starting after step 0" in out and re.search(
+        r"save: [\d.]+ GiB free, a checkpoint takes about 0.00 GiB", out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,18 +56,21 @@ def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
     assert "5 steps, starting after step 0" in rehearse(data_path=data, train_iters=5, load=trained, finetune=True)
 
 
-@pytest.mark.parametrize("flags, reason", [
-    (dict(data_path="/nowhere/words"), "/nowhere/words"),
-    (dict(teacher_load="/nowhere/teacher", kd_steps=1), "--teacher-load /nowhere/teacher holds no checkpoint"),
-    (dict(dry_run=7), "--global-batch-size 8 is not divisible by --micro-batch-size 2 x 7"),
-    (dict(dry_run=7, tensor_model_parallel_size=2), "7 ranks cannot hold whole replicas"),
-    (dict(dry_run=0), "--dry-run must be at least 1 rank, got 0"),
-    (dict(load="/nowhere"), "--load /nowhere holds no checkpoint; a run starts without one only where --save is the same"),
-    (dict(num_layers=3, load="TRAINED"), "another architecture: --num-layers is 2 there and 3 here"),
-    (dict(seed=5, load="TRAINED"), "--new-data goes on with it"),
-    (dict(load="TRAINED", teacher_load="TRAINED", kd_steps=1), "the run was trained without a teacher up to step 2"),
-    (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
-])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (dict(data_path="/nowhere/words"), "/nowhere/words"),
+        (dict(teacher_load="/nowhere/teacher", kd_steps=1), "--teacher-load /nowhere/teacher holds no checkpoint"),
+        (dict(dry_run=7), "--global-batch-size 8 is not divisible by --micro-batch-size 2 x 7"),
+        (dict(dry_run=7, tensor_model_parallel_size=2), "7 ranks cannot hold whole replicas"),
+        (dict(dry_run=0), "--dry-run must be at least 1 rank, got 0"),
+        (dict(load="/nowhere"), "--load /nowhere holds no checkpoint; a run starts without one only where --save is the same"),
+        (dict(num_layers=3, load="TRAINED"), "another architecture: --num-layers is 2 there and 3 here"),
+        (dict(seed=5, load="TRAINED"), "--new-data goes on with it"),
+        (dict(load="TRAINED", teacher_load="TRAINED", kd_steps=1), "the run was trained without a teacher up to step 2"),
+        (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
+    ],
+)
 def test_it_refuses_what_a_start_would(data: str, trained: Path, flags: dict[str, Any], reason: str) -> None:
     named = {name: trained if value == "TRAINED" else value for name, value in flags.items()}
     assert reason in refused(**{"data_path": data, "train_iters": 4, "dry_run": 4} | named)

@@ -12,9 +12,9 @@ import torch
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.train.step import unwrap
-from tests.fp8_emulation import Recipe, emulate
-from tests.ranks import run_ranks
-from tests.small import Case, Curve, build_student, make_weights, train_student
+from tests.support.fp8_emulation import Recipe, emulate
+from tests.support.ranks import run_ranks
+from tests.support.small import Case, Curve, build_student, make_weights, train_student
 
 STEPS = 12
 CASE = Case()

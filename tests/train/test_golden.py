@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.program import DROPOUT, losses, train, write_tokens
+from tests.support.program import DROPOUT, losses, train, write_tokens
 
 GOLDEN = Path(__file__).with_name("golden")
 STEPS = 12
@@ -57,7 +57,7 @@ def test_losses_are_the_golden_ones(tmp_path: Path, name: str) -> None:
 if __name__ == "__main__":
     import torch
 
-    from megatron_salt.parallel.versions import megatron_core_version
+    from megatron_salt.parallel.mcore_compat import megatron_core_version
 
     for name in RUNS:
         with tempfile.TemporaryDirectory() as directory:

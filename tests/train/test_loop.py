@@ -20,14 +20,27 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_salt.checkpoint import sharded_state
 from megatron_salt.data.batch import Batches, Microbatch
-from megatron_salt.checkpoint import sharded
-from megatron_salt.salt import admission
+from megatron_salt.metrics.run_log import STEP_KEYS
+from megatron_salt.salt import load_teacher
 from megatron_salt.train import build, evaluate, loop
-from megatron_salt.train.metrics import STEP_KEYS
-from tests.program import (
-    DROPOUT, GLOBAL_BATCH, NUM_WINDOWS, SEQ_LENGTH, checkpoints, entries, losses, numbers, refused, run, state_of, tensors,
-    the_error, train, write_tokens,
+from tests.support.program import (
+    DROPOUT,
+    GLOBAL_BATCH,
+    NUM_WINDOWS,
+    SEQ_LENGTH,
+    checkpoints,
+    entries,
+    losses,
+    numbers,
+    refused,
+    run,
+    state_of,
+    tensors,
+    the_error,
+    train,
+    write_tokens,
 )  # fmt: skip
 
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -79,7 +92,9 @@ def test_tensorboard_holds_the_same_curve(five_steps: Path) -> None:
 
 def test_what_only_looks_on_changes_no_bit(tmp_path: Path, data: str, five_steps: Path) -> None:
     """Evaluation, saving, garbage collection and profiling."""
-    watched = dict(save_interval=2, manual_gc=True, manual_gc_interval=2, profile=True, profile_step_start=2, profile_step_end=4)
+    watched = dict(
+        save_interval=2, manual_gc=True, manual_gc_interval=2, profile=True, profile_step_start=2, profile_step_end=4
+    )
     seen = dict(valid_data_path=data, allow_valid_in_train=True)
     train(data_path=data, train_iters=5, save=tmp_path, eval_iters=1, eval_interval=2, **seen, **watched, **DROPOUT)
     assert numbers(tmp_path) == numbers(five_steps)
@@ -91,7 +106,9 @@ def test_what_only_looks_on_changes_no_bit(tmp_path: Path, data: str, five_steps
 
 
 @pytest.mark.parametrize("world_size, flags", [(1, {}), (2, dict(tensor_model_parallel_size=2)), (2, OVERLAP)])
-def test_the_held_out_loss_is_the_loss_on_that_data_without_dropout(tmp_path: Path, world_size: int, flags: dict[str, Any]) -> None:
+def test_the_held_out_loss_is_the_loss_on_that_data_without_dropout(
+    tmp_path: Path, world_size: int, flags: dict[str, Any]
+) -> None:
     """At learning rate 0 on as many windows as a batch has, a training step sees the same data with the same weights."""
     data = write_tokens(tmp_path / "few", windows=GLOBAL_BATCH)
     flags = dict(flags, data_path=data, valid_data_path=data, train_iters=2, lr=0, lr_warmup_iters=0, eval_iters=2, eval_interval=1,
@@ -139,7 +156,9 @@ def test_a_step_of_save_at_stays_and_loads_under_any_layout(tmp_path: Path, data
     for step in (1, 2):
         save = tmp_path / str(step)
         train(2, **flags, load=tmp_path / "kept" / f"iter_{step:07d}", save=save, tensor_model_parallel_size=2)
-        assert losses(save) == pytest.approx({at: loss for at, loss in losses(tmp_path / "kept").items() if at > step}, abs=3e-6)
+        assert losses(save) == pytest.approx(
+            {at: loss for at, loss in losses(tmp_path / "kept").items() if at > step}, abs=3e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +168,9 @@ def test_a_step_of_save_at_stays_and_loads_under_any_layout(tmp_path: Path, data
         (2, dict(exit_duration_in_mins=0), "--exit-duration-in-mins 0.0 is over"),
     ],
 )
-def test_a_run_that_leaves_early_has_saved(tmp_path: Path, data: str, world_size: int, flags: dict[str, Any], told: str) -> None:
+def test_a_run_that_leaves_early_has_saved(
+    tmp_path: Path, data: str, world_size: int, flags: dict[str, Any], told: str
+) -> None:
     ended = train(world_size, data_path=data, train_iters=5, save=tmp_path, **flags)
     assert f"leaving: {told}" in ended.out and checkpoints(tmp_path) == [1]
     assert entries(tmp_path, "event")[-1]["message"] == f"leaving: {told}"
@@ -203,13 +224,13 @@ def signal_while_the_model_is_built() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signal_while_tensors_are_loaded() -> Iterator[None]:
-    with signal_to_rank_1_while(sharded, "load"):
+    with signal_to_rank_1_while(sharded_state, "load"):
         yield
 
 
 @contextlib.contextmanager
 def signal_while_the_teacher_is_checked() -> Iterator[None]:
-    with signal_to_rank_1_while(admission, "fused_linear_cross_entropy"):
+    with signal_to_rank_1_while(load_teacher, "fused_linear_cross_entropy"):
         yield
 
 
@@ -283,7 +304,9 @@ def test_a_signal_cuts_an_evaluation_short_and_a_resumed_run_begins_with_it(tmp_
     flags = dict(data_path=data, train_iters=4, exit_signal_handler=True, valid_share=0.2, eval_interval=2, eval_iters=20)
     two, one = tmp_path / "two", tmp_path / "one"
     ended = train(2, **flags, save=two, save_interval=3, within=signal_to_rank_1_in_the_evaluation)
-    assert re.search(r"evaluation cut short after [1-5] of 20 batches: SIGTERM received", ended.out) and not entries(two, "eval")
+    assert re.search(r"evaluation cut short after [1-5] of 20 batches: SIGTERM received", ended.out) and not entries(
+        two, "eval"
+    )
     assert "leaving: SIGTERM received" in ended.out and checkpoints(two) == [2] and state_of(two, 2)["extra"]["evaluation_due"]
     train(2, **flags, save=two, load=two)
     train(2, **flags, save=one)
@@ -299,7 +322,9 @@ def decided(save: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_every_save_comes_before_the_evaluation_and_is_told_of_it_afterwards(tmp_path: Path, data: str, async_save: bool) -> None:
+def test_every_save_comes_before_the_evaluation_and_is_told_of_it_afterwards(
+    tmp_path: Path, data: str, async_save: bool
+) -> None:
     """Also the last one. A finished run that was killed before its last evaluation makes it when it is started again, once."""
     flags = dict(data_path=data, train_iters=4, valid_share=0.2, eval_interval=2, eval_iters=1, async_save=async_save)
     flags |= dict(save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
@@ -377,7 +402,9 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, d
     assert [entry["nonfinite"] for entry in curve] == [False, False, True, False, False]
     assert curve[2]["loss"] is None and curve[2]["grad_norm"] is None
     assert (curve[3]["loss"], curve[3]["grad_norm"]) == (other[2]["loss"], other[2]["grad_norm"])
-    assert [(entry["lr"], entry["consumed_samples"]) for entry in curve] == [(entry["lr"], entry["consumed_samples"]) for entry in other]
+    assert [(entry["lr"], entry["consumed_samples"]) for entry in curve] == [
+        (entry["lr"], entry["consumed_samples"]) for entry in other
+    ]
     assert math.isfinite(curve[4]["loss"])
 
 
@@ -387,8 +414,15 @@ def test_too_many_of_them_in_a_row_end_the_run_naming_step_rank_and_microbatch(t
     ended = run(2, **flags, save_interval=2, within=nan_from_step_3_on)
     message = the_error(ended[0].err)
     assert [one.status for one in ended] == [4, 4]
-    told = ("3 steps in a row", "--max-nonfinite-steps 3", "step 5", "rank 1, microbatch 1 (samples ", "Parameters are those of step 2",
-            f"{tmp_path}/iter_0000002 stands", "--skip-samples 16:40")
+    told = (
+        "3 steps in a row",
+        "--max-nonfinite-steps 3",
+        "step 5",
+        "rank 1, microbatch 1 (samples ",
+        "Parameters are those of step 2",
+        f"{tmp_path}/iter_0000002 stands",
+        "--skip-samples 16:40",
+    )
     assert all(word in message for word in told), message
     assert "microbatch 0" not in message and checkpoints(tmp_path) == [2, 4]
     ended = run(2, **flags, load=tmp_path, within=nan_from_step_3_on)

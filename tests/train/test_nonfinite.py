@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import UserError
-from megatron_salt.train.metrics import PhaseTimer
+from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.train.nonfinite import NonFiniteWatch
 from megatron_salt.train.step import StepOutcome, Student, train_step, unwrap
-from tests.ranks import run_ranks
-from tests.small import GLOBAL_BATCH, MODELS, Case, batch, build_student, train_student
-from tests.checkpoint.runs import Left, expect, left
+from tests.support.checkpoint_runs import Left, expect, left
+from tests.support.ranks import run_ranks
+from tests.support.small import GLOBAL_BATCH, MODELS, Case, batch, build_student, train_student
 
 PLAIN = ParallelConfig()
 OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)

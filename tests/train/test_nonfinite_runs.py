@@ -19,7 +19,7 @@ from megatron_salt.errors import NonFiniteError
 from megatron_salt.train import loop
 from megatron_salt.train.nonfinite import no_way_out, refuse_nonfinite_losses
 from megatron_salt.train.step import Student
-from tests.program import GLOBAL_BATCH, checkpoints, run, the_error, train, write_tokens
+from tests.support.program import GLOBAL_BATCH, checkpoints, run, the_error, train, write_tokens
 
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 Spoil = Callable[[Student], None]
@@ -112,7 +112,12 @@ def test_a_run_that_leaves_or_keeps_nothing_does_not_hide_it(tmp_path: Path, dat
 def test_a_run_whose_last_loss_is_not_finite_is_not_done_however_often_it_is_started(tmp_path: Path, data: str) -> None:
     """Its parameters are those of the step before, so that it may go on."""
     flags = dict(data_path=data, save=tmp_path, save_interval=2)
-    told = ("1 of them up to step 3", "Parameters are those of step 2", f"{tmp_path}/iter_0000002 stands", "--skip-samples 16:24")
+    told = (
+        "1 of them up to step 3",
+        "Parameters are those of step 2",
+        f"{tmp_path}/iter_0000002 stands",
+        "--skip-samples 16:24",
+    )
     for more in (dict(within=partial(nan_in_step, 3)), dict(load=tmp_path)):
         message = nonfinite(train_iters=3, **flags, **more)
         assert all(word in message for word in told), message

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import OptimizerConfig, ParallelConfig
 from megatron_salt.errors import UserError
 from megatron_salt.train.optim import build_scheduler
 from megatron_salt.train.step import unwrap
-from tests.ranks import run_ranks
-from tests.small import MODELS, Case, build_student
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, Case, build_student
 
 BATCH, STEPS = 8, 40
 PEAK, LOW = 3e-3, 2e-4

@@ -18,7 +18,9 @@ INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=4, num_virtual_stages_
 PLAIN = SaltConfig()
 
 
-def plan(layout: Layout = Layout(), parallel: ParallelConfig = ParallelConfig(), salt: SaltConfig = PLAIN, **training: int) -> RunPlan:
+def plan(
+    layout: Layout = Layout(), parallel: ParallelConfig = ParallelConfig(), salt: SaltConfig = PLAIN, **training: int
+) -> RunPlan:
     return plan_run(TrainingConfig(**training), parallel, layout, salt)
 
 
@@ -64,7 +66,9 @@ def test_few_microbatches_are_enough_without_interleaving():
 
 @pytest.mark.parametrize("stage2, microbatches", [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
 def test_stage_2_has_the_same_samples_in_each_step_however_it_is_cut(stage2, microbatches):
-    stage1 = plan(Layout(data=2), micro_batch_size=2, global_batch_size=24, train_iters=5, salt=teaching(stage2_micro_batch_size=stage2))
+    stage1 = plan(
+        Layout(data=2), micro_batch_size=2, global_batch_size=24, train_iters=5, salt=teaching(stage2_micro_batch_size=stage2)
+    )
     assert (stage1.micro_batch_size, stage1.num_microbatches) == (2, 6)
     assert stage1.in_stage2() == replace(stage1, micro_batch_size=stage2, num_microbatches=microbatches)
     assert stage1.in_stage2().in_stage2() == stage1.in_stage2()
@@ -77,7 +81,9 @@ def test_without_another_micro_batch_size_nothing_changes_in_stage_2():
 
 @pytest.mark.parametrize("teacher, merge, forwards", [(None, 1, 6), (2, 1, 6), (4, 2, 3), (6, 3, 2), (12, 6, 1)])
 def test_a_teacher_forward_merges_microbatches(teacher, merge, forwards):
-    found = plan(Layout(data=2), micro_batch_size=2, global_batch_size=24, train_iters=5, salt=teaching(teacher_micro_batch_size=teacher))
+    found = plan(
+        Layout(data=2), micro_batch_size=2, global_batch_size=24, train_iters=5, salt=teaching(teacher_micro_batch_size=teacher)
+    )
     assert (found.teacher_merge, found.num_teacher_forwards) == (merge, forwards)
 
 

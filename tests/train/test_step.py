@@ -10,16 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
+from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.train.evaluate import evaluate, means
-from megatron_salt.train.metrics import PhaseTimer
 from megatron_salt.train.step import Student, train_step
-from tests.ranks import run_ranks
-from tests.small import GLOBAL_BATCH, MODELS, SEQ_LENGTH, Case, Curve, batch, build_student, make_weights, train, train_student
-from tests.checkpoint.runs import left
+from tests.support.checkpoint_runs import left
+from tests.support.ranks import run_ranks
+from tests.support.small import (
+    GLOBAL_BATCH,
+    MODELS,
+    SEQ_LENGTH,
+    Case,
+    Curve,
+    batch,
+    build_student,
+    make_weights,
+    train,
+    train_student,
+)
 
 PLAIN = ParallelConfig()
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -34,7 +45,9 @@ RECOMPUTE = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("parallel, world_size", [(PLAIN, 1), (TP2, 2), (replace(TP2, sequence_parallel=True), 2), (INTERLEAVED, 2)])
+@pytest.mark.parametrize(
+    "parallel, world_size", [(PLAIN, 1), (TP2, 2), (replace(TP2, sequence_parallel=True), 2), (INTERLEAVED, 2)]
+)
 def test_recomputation_drops_what_was_dropped(parallel, world_size):
     """Losses and gradient norms of three steps are those without recomputation, bit for bit; and dropout was on."""
     case = Case(parallel, DROPOUT)
@@ -83,7 +96,9 @@ def test_evaluation_is_the_mean_per_token_without_dropout_under_any_layout(tmp_p
     case = Case(PLAIN, MODELS["tied"])
     run_ranks(1, make_weights, case, tmp_path / "w")
     expected = run_ranks(1, slow_mean, case, tmp_path / "w")[0]
-    for figures in run_ranks(world_size, evaluate_weights, replace(case, model=DROPOUT, parallel=parallel), world_size, tmp_path / "w"):
+    for figures in run_ranks(
+        world_size, evaluate_weights, replace(case, model=DROPOUT, parallel=parallel), world_size, tmp_path / "w"
+    ):
         assert figures == pytest.approx(expected, rel=1e-6)
 
 
@@ -103,7 +118,9 @@ def train_and_look(case: Case, world_size: int, look: bool) -> tuple[Curve, Any]
 def test_evaluation_leaves_no_trace(parallel, world_size):
     """Not in parameters, optimizer or random state, nor in a parameter gather that is under way; dropout is on again after it."""
     case = Case(parallel, DROPOUT)
-    assert run_ranks(world_size, train_and_look, case, world_size, True) == run_ranks(world_size, train_and_look, case, world_size, False)
+    assert run_ranks(world_size, train_and_look, case, world_size, True) == run_ranks(
+        world_size, train_and_look, case, world_size, False
+    )
 
 
 def step_without_tokens(case: Case, world_size: int) -> tuple[float, bool, bool]:
@@ -111,7 +128,11 @@ def step_without_tokens(case: Case, world_size: int) -> tuple[float, bool, bool]
     train_student(student, case, 1)
     empty = [replace(part, loss_mask=torch.zeros_like(part.loss_mask)) for part in batch(student, case, 1)]
     outcome = train_step(student, empty, PhaseTimer())
-    return outcome.grad_norm, outcome.applied, all(math.isfinite(loss) for loss in train_student(student, case, 1, start=2).losses)
+    return (
+        outcome.grad_norm,
+        outcome.applied,
+        all(math.isfinite(loss) for loss in train_student(student, case, 1, start=2).losses),
+    )
 
 
 def test_a_batch_without_a_valid_token_has_no_gradient():

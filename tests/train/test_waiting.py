@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import megatron_salt.parallel.cpu  # noqa: F401  (before megatron)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.parallel.versions import megatron_core_version
-from megatron_salt.train.metrics import PhaseTimer
+from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.train.step import train_step
-from tests.ranks import run_ranks
-from tests.salt import teaching
-from tests.small import Case, batch, build_student, train_student
+from tests.support import teaching
+from tests.support.ranks import run_ranks
+from tests.support.small import Case, batch, build_student, train_student
 
 ANSWERS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._unique2", "aten.is_nonzero")
 SHARDED = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
@@ -37,7 +37,9 @@ class Waits(TorchDispatchMode):
         self.functions, self.found = functions, set[str]()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        by_mask = operation is torch.ops.aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1])
+        by_mask = operation is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
         if by_mask or str(operation.overloadpacket) in ANSWERS:
             stack = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
             named = [frame.name for frame in stack if frame.name in self.functions]
@@ -67,7 +69,8 @@ def test_a_step_waits_for_the_gradient_norm_alone(tmp_path, parallel, dtype, tau
 
 
 @pytest.mark.parametrize(
-    "wait", [lambda values: bool(values[0] > 0), lambda values: values[values > 0], torch.nonzero, lambda values: float(values.sum())]
+    "wait",
+    [lambda values: bool(values[0] > 0), lambda values: values[values > 0], torch.nonzero, lambda values: float(values.sum())],
 )
 def test_a_wait_is_seen(wait):
     values = torch.tensor([0.0, 1.0])

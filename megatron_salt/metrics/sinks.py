@@ -1,0 +1,216 @@
+"""Where a run's numbers go: a JSONL file, TensorBoard, Weights & Biases.
+
+A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. After a crash the run
+resumes at an earlier step; every sink then drops what it holds of later steps, so that a curve has one value a step.
+Opened on one rank alone. A missing package or a path that can never be written is a UserError; a disk that is full or read-only, or a
+server that does not answer, may raise anything, and patience.py tries again. An entry was taken if its write returned.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_salt.errors import UserError
+from megatron_salt.small_files import parse_json
+
+Entry = Mapping[str, Any]
+
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
+"""Errors that may be over later; others mean that the path is wrong."""
+
+
+_LONGEST_LINE = 1 << 24  # bytes; an entry of all ranks has some hundred thousand
+
+
+class Sink(Protocol):
+    """Takes entries in the order of their steps."""
+
+    name: str
+
+    def write(self, entry: Entry) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Jsonl:
+    """One JSON object a line, each line one append. nan and inf are null."""
+
+    name = "--jsonl"
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Continue `path` after `start_step`; a run from step 0 keeps an older log as PATH.old."""
+        self._unwritten = b""
+        try:
+            look_at_jsonl(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                if start_step == 0:
+                    os.replace(path, path.with_name(path.name + ".old"))
+                else:
+                    drop_later_steps(path, start_step)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise unusable(f"--jsonl {path}", error) from error
+
+    def write(self, entry: Entry) -> None:
+        self.flush()  # the rest of a line that a disk took in part
+        line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
+        self._unwritten = line[self._file.write(line) :]
+
+    def flush(self) -> None:
+        self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def close(self) -> None:
+        with self._file:
+            self._file.write(self._unwritten)
+
+
+def look_at_jsonl(path: Path) -> None:
+    """Raise UserError where there is something at `path` that no run wrote, or in the way to it; OSError where that cannot be read.
+    Nothing is written."""
+    refuse_in_the_way(path.parent, f"--jsonl {path}")
+    if not path.exists():
+        return
+    if not path.is_file():  # a pipe or a device cannot be cut back, and none should be renamed
+        raise UserError(f"--jsonl {path} is not a regular file; name another one")
+    with open(path, "rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    torn = line.startswith(b'{"') and not line.endswith(b"\n")
+    if line and _step_of(line) is None and not torn:
+        raise UserError(f"--jsonl {path} exists and is not a run's log (its first line has no step); name another file")
+
+
+def drop_later_steps(path: Path, last_step: int) -> None:
+    """Rewrite a run's JSONL file without entries of steps after `last_step` and without lines that a crash tore; whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(path, "rb") as old, open(tmp, "wb") as new:
+        for line in old:
+            step = _step_of(line)
+            if step is not None and step <= last_step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(tmp, path)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        entry = parse_json(line)
+    except ValueError:
+        return None
+    step = entry.get("step") if isinstance(entry, dict) and line.endswith(b"\n") else None
+    return step if isinstance(step, int) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalars(entry: Entry) -> dict[str, float]:
+    """An entry's numbers under the names of its curves: train/loss, time/data, valid/loss ...
+
+    train/loss is the cross entropy against the data in both stages, so that the curve does not jump where a teacher leaves;
+    the loss that stage 1 minimises, of the mixed target, is train/mixed_loss.
+    """
+    prefix = {"step": "train", "eval": entry.get("name"), "event": "event"}[entry["kind"]]
+    curves = {
+        f"{prefix}/{key}": float(value)
+        for key, value in entry.items()
+        if isinstance(value, (int, float)) and key not in ("step", "time")
+    }
+    if "ce" in entry:
+        curves |= {f"{prefix}/loss": float(entry["ce"]), f"{prefix}/mixed_loss": float(entry["loss"])}
+        del curves[f"{prefix}/ce"]
+    return curves | {f"time/{phase}": float(seconds) for phase, seconds in entry.get("phases", {}).items()}
+
+
+class TensorBoard:
+    """Scalars in a TensorBoard directory."""
+
+    name = "--tensorboard-dir"
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        make_directory(directory, self.name)
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+        except OSError as error:
+            raise unusable(f"{self.name} {directory}", error) from error
+
+    def write(self, entry: Entry) -> None:
+        for curve, value in scalars(entry).items():
+            self._writer.add_scalar(curve, value, entry["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Scalars in a Weights & Biases run; with a name, a resumed run continues it."""
+
+    name = "--wandb-project"
+
+    def __init__(self, project: str, run_name: str | None, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        run_id = None if run_name is None else wandb_id(run_name)
+        self._run = wandb.init(project=project, name=run_name, id=run_id, resume="allow", config=dict(config))
+
+    def write(self, entry: Entry) -> None:
+        self._run.log(scalars(entry), step=entry["step"])
+
+    def flush(self) -> None:
+        """Its own process has everything already."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wandb_id(run_name: str) -> str:
+    """The id that a run's name stands for: the name itself where W&B takes it, else its sound characters and a hash of it."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", run_name):
+        return run_name
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', run_name)[:48]}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
+
+
+def make_directory(directory: Path, flag_name: str) -> None:
+    """Make a directory where there is none. Raises UserError, or an OSError that may be over later."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable(f"{flag_name} {directory}", error) from error
+
+
+def refuse_in_the_way(directory: Path, what: str) -> None:
+    """Raise UserError where `directory` cannot be made, because a file lies in its place or in that of a parent. Nothing is written."""
+    there = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{what} cannot be written: {there} is not a directory")
+
+
+def unusable(what: str, error: OSError) -> Exception:
+    """The error itself where it may be over later, else the UserError that stands for it."""
+    return error if error.errno in PASSING else UserError(f"{what} cannot be written: {error}")
+
+
+def require_package(package: str, flag_name: str) -> None:
+    """Raise UserError where `package` is not importable. Cheap: every rank asks, so that all refuse together."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{flag_name} needs the package {package}, which is not installed; try: pip install {package}")

@@ -1,0 +1,105 @@
+"""What a model thinks of each token, and of each window: the last step of scoring data with a teacher.
+
+The same forward pass as distillation, with another reduction at its end: hidden states to each label's loss, its rank among all ids and
+the entropy, chunk by chunk (no logits outlive a chunk), then sorted and counted into the columns of `selection/score_format.py`. Logits are
+float32, so that ranks are not decided by rounding; a model in bfloat16 is multiplied with float32 results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_salt.model.logits import WideLogits
+from megatron_salt.model.vocab_parallel import Label, VocabularyShard, judge, slices
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of every token, float32 [n] each; where the mask is 0 anything but NaN."""
+
+    loss: Tensor
+    """-log p of the label, nats."""
+    rank: Tensor
+    """How many ids the model thinks likelier than the label: it is among the top k where rank < k."""
+    entropy: Tensor
+    """Of the model's distribution, nats."""
+
+
+class TokenScorer:
+    """The output weight of a model, ready to score tokens; and room for the logits of one chunk, kept from call to call."""
+
+    def __init__(self, weight: Tensor, shard: VocabularyShard, chunk_tokens: int) -> None:
+        """weight: [V/tp, h], this rank's rows. chunk_tokens: how many tokens have logits at one time."""
+        self.logits = WideLogits(weight, shard, chunk_tokens)
+        self._shard, self._chunk_tokens = shard, chunk_tokens
+
+    @torch.no_grad()
+    def score(self, hidden_sbh: Tensor, labels_sb: Tensor, mask_sb: Tensor) -> TokenScores:
+        """Collective over the tensor-parallel group; all its ranks get all.
+
+        hidden_sbh: [s, b, h], the whole sequence on every rank; labels_sb: int64 [s*b], s-major; mask_sb: [s*b].
+        """
+        hidden_nh = hidden_sbh.reshape(-1, hidden_sbh.size(-1))
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for chunk in slices(hidden_nh.size(0), self._chunk_tokens):
+            valid = mask_sb[chunk] > 0
+            label = Label.of(torch.where(valid, labels_sb[chunk], 0), self._shard)
+            judgement = judge(self.logits.of(hidden_nh[chunk]), label, self._shard.group, self.logits.blocks)
+            parts.append((-judgement.softmax.log_p, judgement.rank, judgement.entropy))
+        return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def window_scores(scores: TokenScores, mask_bs: Tensor, top_k: Sequence[int]) -> Tensor:
+    """The score columns of each window but "content", in the order of `data.scores.columns`: float64 [columns, b].
+
+    scores: of the windows' tokens, [b, s] each; mask_bs [b, s]: 1 where a token counts. Tokens that do not count take part in nothing. A
+    window in which none does has 0 everywhere. Medians are numpy's: the mean of the two middle values where their number is even.
+    """
+    valid = mask_bs > 0
+    num_valid = valid.sum(-1)
+    loss, entropy = (torch.where(valid, values, 0) for values in (scores.loss, scores.entropy))
+    columns: list[Tensor] = []
+    for k in top_k:
+        inside = valid & (scores.rank < k)
+        num_inside = inside.sum(-1)
+        total = torch.where(inside, loss, 0).sum(-1, dtype=torch.float64)
+        ascending = torch.where(inside, loss, torch.inf).sort(-1).values
+        columns += [
+            _median(ascending, num_valid, num_valid - num_inside),
+            _ratio(total, num_valid),
+            _median(ascending, num_inside, torch.zeros_like(num_inside)),
+            _ratio(total, num_inside),
+            _ratio(num_inside, num_valid),
+        ]
+    ascending = torch.where(valid, loss, torch.inf).sort(-1).values
+    columns += [
+        _median(ascending, num_valid, torch.zeros_like(num_valid)),
+        _ratio(loss.sum(-1, dtype=torch.float64), num_valid),
+        _ratio(entropy.sum(-1, dtype=torch.float64), num_valid),
+        num_valid.double(),
+    ]
+    return torch.stack(columns)
+
+
+def _median(ascending_bs: Tensor, count_b: Tensor, zeros_b: Tensor) -> Tensor:
+    """Of each row's first `count` values, of which `zeros` are zeros that stand before those of `ascending`; 0 of none: float64 [b].
+
+    Losses are never below 0, so the zeros of the zeroed reading come first, and one sorting serves both readings.
+    """
+
+    def value(place_b: Tensor) -> Tensor:
+        behind = place_b - zeros_b
+        found = ascending_bs.gather(1, behind.clamp(0, ascending_bs.size(1) - 1)[:, None])[:, 0].double()
+        return torch.where(behind < 0, 0.0, found)
+
+    middle = (value((count_b - 1).clamp(min=0) // 2) + value(count_b // 2)) / 2
+    return torch.where(count_b > 0, middle, 0.0)
+
+
+def _ratio(total_b: Tensor, count_b: Tensor) -> Tensor:
+    """total / count, 0 of nothing: float64 [b]."""
+    return torch.where(count_b > 0, total_b.double() / count_b.clamp(min=1), 0.0)

@@ -1,0 +1,241 @@
+"""Megatron's .bin/.idx written and read through, in constant memory: byte for byte what mcore's IndexedDatasetBuilder writes.
+
+.bin holds the ids of all documents end to end. .idx holds magic, version, dtype code, two counts, then int32 lengths, int64
+byte offsets and int64 document boundaries (0 .. number of documents; one sequence a document). Both are hashed while
+they are written. numpy and the standard library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_salt.data.manifest import content_hash
+from megatron_salt.errors import UserError
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPE_CODES = {"int32": 4, "uint16": 8}
+_LENGTH_BYTES, DIGEST_BYTES = 4, 16  # a document
+_READ_BYTES = 1 << 22
+_BATCH_DOCUMENTS, _BATCH_TOKENS = 1 << 16, 1 << 20  # that a reader holds at a time, long documents apart
+_CHUNK = 1 << 20  # documents whose index entries are in memory at a time
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that Megatron stores ids of a vocabulary in: uint16 below 65,500 ids, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished writer left on disk."""
+
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_hash: str
+    idx_hash: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a writer is: what `IndexedWriter` needs to go on from there in another process."""
+
+    documents: int
+    tokens: int
+    hashes: tuple[str, ...]
+    """Of each of its files up to here."""
+
+
+class IndexedWriter:
+    """Appends documents to PREFIX.bin and, in `finish`, writes PREFIX.idx. Document lengths wait in PREFIX.lengths, on disk, and
+    hashes of documents, where they are kept, in PREFIX.digests."""
+
+    def __init__(self, prefix: str, dtype: np.dtype, mark: Mark | None = None, digests: bool = False) -> None:
+        """mark: go on there, with the files of an earlier writer, whatever was written to them since.
+        UserError when they are not what the mark says."""
+        self.prefix = prefix
+        self.dtype = dtype
+        self.documents = mark.documents if mark else 0
+        self.tokens = mark.tokens if mark else 0
+        sizes = {".bin": self.tokens * dtype.itemsize, ".lengths": self.documents * _LENGTH_BYTES}
+        if digests:
+            sizes[".digests"] = self.documents * DIGEST_BYTES
+        hashes = mark.hashes if mark else [None] * len(sizes)
+        self._files = {
+            suffix: _HashedFile(Path(prefix + suffix), size if mark else None, expected)
+            for (suffix, size), expected in zip(sizes.items(), hashes, strict=True)
+        }
+
+    def append(self, ids: np.ndarray, lengths: np.ndarray, digests: np.ndarray | None = None) -> None:
+        """Add documents of `lengths` (int32 [documents], each at least 1), their ids end to end in `ids` (dtype [tokens]).
+        digests: uint64 [documents, 2], where they are kept."""
+        assert ids.dtype == self.dtype and lengths.dtype == np.int32 and len(ids) == lengths.sum(dtype=np.int64)
+        self._files[".bin"].write(ids.tobytes())
+        self._files[".lengths"].write(lengths.tobytes())
+        if digests is not None:
+            assert digests.shape == (len(lengths), 2)
+            self._files[".digests"].write(digests.tobytes())
+        self.documents += len(lengths)
+        self.tokens += len(ids)
+
+    def mark(self) -> Mark:
+        """Bring everything to the disk; where it ends."""
+        return Mark(self.documents, self.tokens, tuple(file.sync() for file in self._files.values()))
+
+    def finish(self) -> Written:
+        """Write the index, flush both files to disk, close them, and delete what waited beside them."""
+        written = self.write_index()
+        for suffix in self._files.keys() - {".bin"}:
+            Path(self.prefix + suffix).unlink()
+        return written
+
+    def write_index(self) -> Written:
+        """The same, but what waited stays, so that it can be done once more."""
+        hashes = {suffix: file.close() for suffix, file in self._files.items()}
+        index = _HashedFile(Path(self.prefix + ".idx"))
+        index.write(_HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self.dtype.name], self.documents, self.documents + 1))
+        for lengths in self.stored_lengths():
+            index.write(lengths.tobytes())
+        start = 0
+        for lengths in self.stored_lengths():
+            ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            index.write(np.concatenate(([start], ends[:-1])).astype(np.int64).tobytes())
+            start = int(ends[-1])
+        for first in range(0, self.documents + 1, _CHUNK):
+            index.write(np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64).tobytes())
+        idx_hash = index.close()
+        return Written(self.documents, self.tokens, self._files[".bin"].size, index.size, hashes[".bin"], idx_hash)
+
+    def discard(self) -> None:
+        """Close and delete everything, at any time."""
+        self.close()
+        for suffix in (".bin", ".idx", ".lengths", ".digests"):
+            Path(self.prefix + suffix).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close, and leave what there is to a later writer."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # a full disk: the buffer cannot be flushed, and is not wanted
+                file.stream.close()
+
+    def stored_lengths(self) -> Iterator[np.ndarray]:
+        """int32, some at a time, of a writer that is closed or marked."""
+        with open(self.prefix + ".lengths", "rb") as stream:
+            while len(chunk := np.fromfile(stream, dtype=np.int32, count=_CHUNK)):
+                yield chunk
+
+
+class IndexedReader:
+    """Reads PREFIX.bin and PREFIX.idx once, in order, in constant memory, and hashes both. One sequence a document."""
+
+    def __init__(self, prefix: str, dtype: np.dtype, documents: int) -> None:
+        """dtype, documents: what the header says, see `windows.TokenFile`. UserError when it cannot be written again."""
+        self.prefix = prefix
+        self.dtype = dtype
+        self.documents = documents
+        self.bin_hash, self.idx_hash = "", ""
+        """Of the files, once all was read."""
+        with open(prefix + ".idx", "rb") as stream:
+            _, _, _, sequences, boundaries = _HEADER.unpack(stream.read(_HEADER.size))
+        if dtype.name not in _DTYPE_CODES or sequences != documents or boundaries != documents + 1:
+            raise UserError(
+                f"--input {prefix} has {sequences} sequences of {dtype.name} in {documents} documents; only documents of one "
+                f"sequence each can be copied, in {' or '.join(_DTYPE_CODES)}"
+            )
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids end to end, int32 lengths) of consecutive documents. UserError when the files contradict each other."""
+        digest, start = content_hash(), 0
+        with open(self.prefix + ".bin", "rb") as tokens:
+            for lengths, pointers, boundaries in self._index():
+                ends = start + np.cumsum(lengths, dtype=np.int64)
+                begins = np.concatenate(([start], ends[:-1]))
+                first = int(boundaries[0])
+                if (
+                    (len(lengths) and lengths.min() < 0)
+                    or not np.array_equal(pointers, begins * self.dtype.itemsize)
+                    or not np.array_equal(boundaries, np.arange(first, first + len(lengths) + 1))
+                ):
+                    raise UserError(
+                        f"--input {self.prefix}.idx is damaged: its documents from number {first} on do not lie end to end"
+                    )
+                cuts = np.flatnonzero(np.diff((ends - start) // _BATCH_TOKENS)) + 1
+                for some in np.split(lengths, cuts):
+                    ids = np.fromfile(tokens, self.dtype, int(some.sum(dtype=np.int64)))
+                    digest.update(ids.tobytes())
+                    if len(ids) < some.sum(dtype=np.int64):
+                        raise UserError(f"--input {self.prefix}.bin is shorter than its index says")
+                    yield ids, some
+                start = int(ends[-1])
+        self.bin_hash = digest.hexdigest()
+        with open(self.prefix + ".idx", "rb") as stream:
+            self.idx_hash = hashlib.file_digest(stream, content_hash).hexdigest()
+
+    def _index(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """int32 lengths [n], int64 offsets [n] and boundaries [n + 1], for some documents at a time."""
+        pointers_at = _HEADER.size + 4 * self.documents
+        with open(self.prefix + ".idx", "rb") as stream:
+            for first in range(0, self.documents, _BATCH_DOCUMENTS):
+                count = min(_BATCH_DOCUMENTS, self.documents - first)
+                arrays = []
+                for kind, at, extra in (
+                    (np.int32, _HEADER.size + 4 * first, 0),
+                    (np.int64, pointers_at + 8 * first, 0),
+                    (np.int64, pointers_at + 8 * (self.documents + first), 1),
+                ):
+                    stream.seek(at)
+                    arrays.append(np.fromfile(stream, kind, count + extra))
+                yield arrays[0], arrays[1], arrays[2]
+
+
+class _HashedFile:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, path: Path, size: int | None = None, expected: str | None = None) -> None:
+        """size: keep so much of a file that is there, whose hash must be `expected`."""
+        self.size = 0
+        self.stream: BinaryIO
+        self._digest = content_hash()
+        if size is None:
+            self.stream = open(path, "wb")  # noqa: SIM115 (closed by close)
+            return
+        try:
+            self.stream = open(path, "r+b")  # noqa: SIM115
+        except FileNotFoundError:
+            raise UserError(f"--resume: {path} is gone; --overwrite starts anew") from None
+        while self.size < size and (block := self.stream.read(min(_READ_BYTES, size - self.size))):
+            self._digest.update(block)
+            self.size += len(block)
+        if self.size < size or self._digest.hexdigest() != expected:
+            self.stream.close()
+            raise UserError(f"--resume: {path} is not what the killed run wrote; --overwrite starts anew")
+        self.stream.truncate(size)
+        self.stream.seek(size)
+
+    def write(self, data: bytes) -> None:
+        self.stream.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def sync(self) -> str:
+        """Bring the file to the disk; its hash so far."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        return self._digest.hexdigest()
+
+    def close(self) -> str:
+        """Bring the file to the disk; its hash."""
+        digest = self.sync()
+        self.stream.close()
+        return digest

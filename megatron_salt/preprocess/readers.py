@@ -1,0 +1,322 @@
+"""Input files to chunks: a bounded piece of a file that holds whole documents, raw.
+
+A file's name, in lower or upper case, says how it is read: .gz and .zst are decompressed; below that .parquet is a table, .txt plain
+text, and everything else JSON lines. Plain files are not read here: a chunk is a range that whoever parses it reads itself. Others are
+read in order, in pieces, never whole. A position (bytes of the decompressed text, or rows) is all it takes to go on reading in
+the middle. Whatever is wrong with a file is a UserError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from megatron_salt.errors import UserError
+from megatron_salt.preprocess.inputs import STDIN, refuse_encoding
+
+Form = Literal["jsonl", "text", "file", "columns"]
+"""JSON lines; text with a document a line; text that is one document; packed strings, of parquet."""
+
+LARGEST_DOCUMENT = 1 << 28
+"""Bytes of one document, which is in memory as a whole, several times over."""
+_PIECE = 1 << 18  # bytes that are decompressed at a time
+_COMPRESSED_PIECE = 1 << 14  # of .zst, whose decompressor returns all that comes of what it is given
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive documents of one file."""
+
+    file: int
+    """Number of the file, from 0."""
+    path: str
+    form: Form
+    start: int
+    end: int
+    """[start, end): bytes of the decompressed file, or rows of the table."""
+    on_disk: int
+    """Bytes of the file as it lies on disk that were read to get here."""
+    data: bytes | None
+    """The bytes; None where they are this range of the file itself."""
+
+    def read(self) -> bytes:
+        """The bytes, wherever they are. UserError when the file has changed."""
+        data = self.data
+        if data is None:
+            try:
+                with open(self.path, "rb", buffering=0) as stream:
+                    stream.seek(self.start)
+                    data = stream.read(self.end - self.start) or b""
+            except OSError as error:
+                raise UserError(f"--input {self.path} cannot be read after byte {self.start}: {error.strerror}") from None
+            if len(data) < self.end - self.start:
+                raise UserError(f"--input {self.path} became shorter while it was read")
+        if self.start > 0 or self.form == "columns":
+            return data
+        refuse_encoding(self.path, data, by_lines=self.form != "file")
+        return data.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+
+
+def form_of(path: str, text_documents: Literal["line", "file"]) -> Form:
+    """How a file is read, by its name."""
+    name = uncompressed_name(path)
+    if path.lower().endswith(".parquet"):
+        return "columns"
+    return ("text" if text_documents == "line" else "file") if name.endswith(".txt") else "jsonl"
+
+
+def uncompressed_name(path: str) -> str:
+    """The name in lower case, without the suffix of a compression."""
+    return path.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def _is_compressed(path: str) -> bool:
+    return path.lower().endswith((".gz", ".zst"))
+
+
+def chunks(
+    number: int, path: str, form: Form, keys: Sequence[str], start: int, chunk_bytes: int, largest: int = LARGEST_DOCUMENT
+) -> Iterator[Chunk]:
+    """The documents of a file from position `start` on, about `chunk_bytes` at a time (a longer document is a chunk).
+    number: the file's. keys: columns of a table. largest: bytes that a document may have. UserError when it cannot be read."""
+    at = start
+    try:
+        if form == "columns":
+            pieces = _table(number, path, keys, start, chunk_bytes, largest)
+        elif path != STDIN and not _is_compressed(path) and stat.S_ISREG(os.stat(path).st_mode):
+            pieces = _ranges(number, path, form, start, chunk_bytes, largest)
+        else:
+            pieces = _stream(number, path, form, start, chunk_bytes, largest)
+        for chunk in pieces:
+            at = chunk.end
+            yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"--input {path} is damaged or truncated after byte {at} of its text: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"--input {path} cannot be read after {'row' if form == 'columns' else 'byte'} {at}: {error.strerror or error}"
+        ) from None
+
+
+def sample_chunks(
+    files: Sequence[str],
+    forms: Sequence[Form],
+    keys: Sequence[str],
+    num_files: int,
+    places: int,
+    chunk_bytes: int,
+    largest: int = LARGEST_DOCUMENT,
+) -> Iterator[Chunk]:
+    """Some chunks of up to `num_files` files: of plain ones from up to `places` places, of others the first. Pipes give none."""
+    step = max(len(files) / num_files, 1)
+    for number in sorted({int(i * step) for i in range(min(num_files, len(files)))}):
+        path, form = files[number], forms[number]
+        if not os.path.isfile(path):
+            continue
+        starts = {0}
+        if form in ("jsonl", "text") and not _is_compressed(path):
+            with open(path, "rb", buffering=0) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                starts |= {_line_end(path, stream.fileno(), size * i // places, size, largest) for i in range(1, places)} - {
+                    size
+                }
+        for start in sorted(starts):
+            for chunk in chunks(number, path, form, keys, start, chunk_bytes, largest):
+                yield chunk
+                break
+
+
+def _refuse_larger(path: str, place: str, size: int, largest: int) -> None:
+    """UserError where a document of at least `size` bytes is too large."""
+    if size > largest:
+        raise UserError(
+            f"--input {path}: a document at {place} has more than {largest} bytes; it would lie in memory whole: cut it (is "
+            "a document on each line?), or allow more with --max-document-mib"
+        )
+
+
+def _ranges(number: int, path: str, form: Form, start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
+    """Ranges of a plain file."""
+    with open(path, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        while start < size:
+            end = size if form == "file" else _line_end(path, stream.fileno(), start + chunk_bytes - 1, size, largest)
+            if form == "file":
+                _refuse_larger(path, "byte 0", size, largest)
+            yield Chunk(number, path, form, start, end, end, None)
+            start = end
+
+
+def _line_end(path: str, descriptor: int, position: int, size: int, largest: int) -> int:
+    """The end of the line that the byte at `position` belongs to."""
+    begin = position
+    while position < size:
+        _refuse_larger(path, f"byte {begin}", position - begin, largest)
+        block = os.pread(descriptor, 1 << 16, position)
+        found = block.find(b"\n")
+        if found >= 0 or not block:
+            end = position + found + 1 if block else size
+            _refuse_larger(path, f"byte {begin}", end - begin, largest)
+            return end
+        position += len(block)
+    return size
+
+
+def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
+    """What a compressed file or a pipe holds, cut after line feeds."""
+    parts: list[bytes] = []
+    held, skip, on_disk = 0, start, 0
+    for piece, on_disk in _pieces(path, max(64, min(chunk_bytes, _PIECE))):
+        passed = min(skip, len(piece))  # of what an earlier run did
+        skip -= passed
+        parts.append(piece[passed:])
+        held += len(parts[-1])
+        if held >= chunk_bytes and form != "file" and (cut := parts[-1].rfind(b"\n") + 1):
+            rest = parts[-1][cut:]
+            parts[-1] = parts[-1][:cut]
+            yield Chunk(number, path, form, start, start + held - len(rest), on_disk, b"".join(parts))
+            start += held - len(rest)
+            parts, held = [rest], len(rest)
+        _refuse_larger(path, f"byte {start} of its text", held - (chunk_bytes if form != "file" else 0), largest)
+    if skip:
+        raise EOFError("an earlier run read further")
+    if held:
+        yield Chunk(number, path, form, start, start + held, on_disk, b"".join(parts))
+
+
+def _pieces(path: str, size: int) -> Iterator[tuple[bytes, int]]:
+    """(decompressed bytes, how much of the file on disk they took so far)."""
+    if path == STDIN:
+        yield from _read(sys.stdin.buffer, size, None)
+        return
+    with open(path, "rb") as raw:
+        if path.lower().endswith(".zst"):
+            yield from _zstandard(raw)
+        elif path.lower().endswith(".gz"):
+            with gzip.open(raw) as stream:
+                yield from _read(stream, size, raw)  # type: ignore[arg-type]
+        else:
+            yield from _read(raw, size, None)
+
+
+def _read(stream: BinaryIO, size: int, raw: BinaryIO | None) -> Iterator[tuple[bytes, int]]:
+    done = 0
+    while piece := stream.read(size):
+        done += len(piece)
+        yield piece, raw.tell() if raw else done
+
+
+def _zstandard(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Frame after frame. zstandard's own file reader would take a file that ends in mid-frame for a whole one."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame, inside = decompressor.decompressobj(), False
+    try:
+        while data := raw.read(_COMPRESSED_PIECE):
+            while data:
+                inside = True
+                if piece := frame.decompress(data):
+                    yield piece, raw.tell()
+                data = b""
+                if frame.eof:
+                    data, inside = frame.unused_data, False
+                    frame = decompressor.decompressobj()
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    if inside:
+        raise EOFError("it ends in the middle of a frame")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table(number: int, path: str, keys: Sequence[str], start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
+    """Rows of a parquet file, some at a time, each column packed as `pack` does it."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"--input {path}: reading .parquet takes pyarrow: pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
+            _check_columns(path, table.schema_arrow, keys)
+            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+            mean = sum(group.total_byte_size for group in groups) // max(table.metadata.num_rows, 1)
+            rows = max(1, min(chunk_bytes // max(mean, 1), 1 << 16))
+            first = 0
+            for i, group in enumerate(groups):
+                at, first = first, first + group.num_rows
+                if first <= start:
+                    continue
+                for batch in table.iter_batches(rows, row_groups=[i], columns=list(dict.fromkeys(keys)), use_threads=False):
+                    skipped = min(max(start - at, 0), batch.num_rows)
+                    at += batch.num_rows
+                    if skipped < batch.num_rows:
+                        part = batch.slice(skipped)
+                        done = os.path.getsize(path) * at // max(table.metadata.num_rows, 1)
+                        data = _packed(part, keys)
+                        if len(data) > largest:
+                            sizes = [len(value or b"") for column in unpack(data, len(keys)) for value in column]
+                            _refuse_larger(path, f"a row from {at - part.num_rows} on", max(sizes), largest)
+                        yield Chunk(number, path, "columns", at - part.num_rows, at, done, data)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"--input {path} is damaged or truncated: {str(error).splitlines()[0]}") from None
+
+
+_TEXT_COLUMNS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+"""The Arrow types, as Arrow prints them, whose values are texts."""
+
+
+def _check_columns(path: str, schema, keys: Sequence[str]) -> None:  # type: ignore[no-untyped-def]
+    import pyarrow.types as types
+
+    for key in keys:
+        if key not in schema.names:
+            raise UserError(f"--input {path}: no column {key!r} (--json-keys); it has {', '.join(schema.names)}")
+        kind = schema.field(key).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if str(kind) not in _TEXT_COLUMNS:
+            raise UserError(f"--input {path}: the column {key!r} (--json-keys) does not hold strings but {kind}")
+
+
+def _packed(batch, keys: Sequence[str]) -> bytes:  # type: ignore[no-untyped-def]
+    """The columns of a record batch as one string of bytes."""
+    import pyarrow
+
+    parts = []
+    for key in keys:
+        column = batch.column(key)
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        null = np.asarray(column.is_null())
+        column = column.cast(pyarrow.large_binary()).fill_null(b"")  # what lies under a null could be anything
+        _, offset_buffer, data = column.buffers()
+        offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
+        lengths = np.diff(offsets)
+        lengths[null] = -1
+        parts += [lengths.tobytes(), data.slice(offsets[0], offsets[-1] - offsets[0]).to_pybytes() if data else b""]
+    return np.int64(batch.num_rows).tobytes() + b"".join(parts)
+
+
+def unpack(data: bytes, num_keys: int) -> list[list[bytes | None]]:
+    """Per key: the values of all rows, None for a null."""
+    rows, at = int(np.frombuffer(data, np.int64, 1)[0]), 8
+    columns = []
+    for _ in range(num_keys):
+        lengths = np.frombuffer(data, np.int64, rows, at).tolist()
+        at += 8 * rows
+        column: list[bytes | None] = []
+        for length in lengths:
+            column.append(None if length < 0 else data[at : at + length])
+            at += max(length, 0)
+        columns.append(column)
+    return columns

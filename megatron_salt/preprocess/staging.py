@@ -1,0 +1,201 @@
+"""Datasets on their way: files under temporary names, counts of what went into them, and the journal by which a run resumes.
+
+A stage takes encoded chunks in order. Every JOURNAL_SECONDS it brings its files to the disk and then notes in the journal how far
+they and the input are. After a kill at any byte the next run cuts the files back to the last note, makes sure by their hashes
+that they are what they were, and goes on there: nothing comes twice, nothing is lost. Publishing moves everything to its final
+name; the note before it makes a kill in the middle of that harmless too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_salt.data.manifest import manifest_path, tokenizer_directory
+from megatron_salt.errors import UserError
+from megatron_salt.preprocess.encode import EncodedChunk
+from megatron_salt.preprocess.indexed_writer import IndexedWriter, Mark
+from megatron_salt.preprocess.journal import Journal
+
+JOURNAL_SECONDS = 10.0
+
+
+@dataclass
+class Tally:
+    """Counts of one input file; per key where there is a list."""
+
+    lines: int
+    """Or rows; blank ones included."""
+    documents: int
+    """Lines that are not blank."""
+    rejected: dict[str, int]
+    """Kind of reason -> lines."""
+    written: list[int]
+    empty: list[int]
+    text_bytes: list[int]
+    special_documents: list[int]
+    """Documents with special tokens in their text."""
+    special_tokens: list[dict[str, int]]
+    """Token -> occurrences in texts."""
+
+
+class Stage:
+    """Writers of one dataset a key, at `prefixes` + `.tmp`, with the tallies of `files` and a journal."""
+
+    def __init__(
+        self, journal: Journal, prefixes: Sequence[str], files: Sequence[str], dtype: np.dtype, digests: bool, backend: str
+    ) -> None:
+        """Go on where the journal says that an earlier run was, or begin. UserError when that run's files were changed."""
+        self.journal, self.prefixes, self.files = journal, prefixes, files
+        none = [0] * len(prefixes)
+        self.tallies = [Tally(0, 0, {}, list(none), list(none), list(none), list(none), [{} for _ in none]) for _ in files]
+        self.file, self.position, self.on_disk = 0, 0, 0
+        """Where the input goes on: file number, position in it, bytes of it on disk before that."""
+        self.backends = {backend}
+        """What encoded, in this run and those that it resumes."""
+        marks: list[Mark | None] = [None] * len(prefixes)
+        try:
+            for record in journal.records:
+                if "marks" in record:
+                    marks = [Mark(mark["documents"], mark["tokens"], tuple(mark["hashes"])) for mark in record["marks"]]
+                    self.file, self.position, self.on_disk = record["file"], record["position"], record["on_disk"]
+                    self.backends |= set(record["backends"])
+                    for number, tally in record["tallies"].items():
+                        self.tallies[int(number)] = Tally(**tally)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(f"{journal.path} is not a journal of this release ({error!r}); --overwrite begins anew") from None
+        self._touched: set[int] = set()
+        self._noted = time.monotonic()
+        self.writers = []
+        try:
+            for prefix, mark in zip(prefixes, marks, strict=True):
+                self.writers.append(IndexedWriter(temporary(prefix), dtype, mark, digests))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def bad_lines(self) -> int:
+        return sum(sum(tally.rejected.values()) for tally in self.tallies)
+
+    def add(self, encoded: EncodedChunk) -> None:
+        """Append a chunk to the datasets."""
+        chunk = encoded.chunk
+        tally = self.tallies[chunk.file]
+        tally.lines += encoded.lines
+        tally.documents += encoded.documents
+        tally.rejected = dict(Counter(tally.rejected) + Counter(kind for _, kind, _ in encoded.bad))
+        for i, writer in enumerate(self.writers):
+            writer.append(encoded.ids[i], encoded.lengths[i], encoded.digests[i] if encoded.digests else None)
+            tally.written[i] += len(encoded.lengths[i])
+            tally.empty[i] += encoded.empty[i]
+            tally.text_bytes[i] += encoded.text_bytes[i]
+            tally.special_documents[i] += encoded.special[i].documents
+            tally.special_tokens[i] = dict(Counter(tally.special_tokens[i]) + Counter(encoded.special[i].tokens))
+        self.file, self.position, self.on_disk = chunk.file, chunk.end, chunk.on_disk
+        self._touched.add(chunk.file)
+        if time.monotonic() - self._noted >= JOURNAL_SECONDS:
+            self.note()
+
+    def note(self) -> None:
+        """Bring everything to the disk and write down how far it is."""
+        marks = [asdict(writer.mark()) for writer in self.writers]
+        self.journal.append(
+            {
+                "file": self.file,
+                "position": self.position,
+                "on_disk": self.on_disk,
+                "marks": marks,
+                "backends": sorted(self.backends),
+                "tallies": {str(number): asdict(self.tallies[number]) for number in sorted(self._touched)},
+            }
+        )
+        self._touched.clear()
+        self._noted = time.monotonic()
+
+    def close(self) -> None:
+        """Close the files, and leave them to a run that resumes."""
+        for writer in self.writers:
+            writer.close()
+
+
+def temporary(prefix: str) -> str:
+    return prefix + ".tmp"
+
+
+def journal_path(output_prefix: str) -> Path:
+    return Path(output_prefix + ".tmp.journal")
+
+
+def begin(journal: Journal, facts: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+    """Make the journal one of `facts`: what the datasets depend on, ready for JSON.
+
+    UserError when it holds notes of another run, naming what differs, or of a killed one and `resume` is not asked for.
+    """
+    notes = [record for record in journal.records[1:] if record]
+    if notes and not resume and not overwrite:
+        raise UserError(f"{journal.path} is of a run that was killed: --resume goes on where it was, --overwrite starts anew")
+    if notes and resume:
+        there = journal.records[0]
+        differing = [name for name in facts if there.get(name) != facts[name]]
+        if differing:
+            raise UserError(
+                f"--resume: {journal.path} is of a run with other {', '.join(differing)}: "
+                + "; ".join(f"{name} was {_short(there.get(name))}, is {_short(facts[name])}" for name in differing)
+                + "; give it those again, or begin anew with --overwrite instead of --resume"
+            )
+        return
+    journal.clear()
+    journal.append(facts)
+
+
+def output_paths(prefix: str) -> list[Path]:
+    """All that belongs to a dataset, in the order in which it is published."""
+    return [Path(prefix + ".bin"), tokenizer_directory(prefix), Path(prefix + ".idx"), manifest_path(prefix)]
+
+
+def leftovers(prefix: str) -> list[Path]:
+    """All that a run may leave beside a dataset when it is killed."""
+    return [
+        *output_paths(temporary(prefix)),
+        *(Path(temporary(prefix) + suffix) for suffix in (".lengths", ".digests")),
+        *output_paths(temporary(prefix) + ".order"),
+        Path(temporary(prefix) + ".order.lengths"),
+        Path(temporary(prefix) + ".buckets"),
+    ]
+
+
+def publish(source_prefix: str, prefix: str) -> None:
+    """Move a finished dataset to its name. What it replaces loses manifest and index first and gets them last, so a crash in
+    between leaves no index, or an index without a manifest, but never a mixture that looks whole. Once more does no harm."""
+    pairs = list(zip(output_paths(source_prefix), output_paths(prefix), strict=True))
+    pairs = [(source, target) for source, target in pairs if source.exists()]  # the others were moved by a run that was killed
+    for _, target in pairs:
+        if target.is_dir() and not target.is_symlink() and target.suffix != ".tokenizer":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    remove(target for _, target in reversed(pairs))
+    for source, target in pairs:
+        os.replace(source, target)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files and directories; of a link the link alone."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:120] + "..."

@@ -1,0 +1,129 @@
+"""How much longer a step of stage 1 takes than one of stage 2: by FLOPs, and the head's other work in their measure. Pure.
+
+The teacher's body is shared by all ranks of a block; its head is computed by the student's last stage, which therefore decides how
+long the pipeline takes when it has as many layers as the others. Left out are communication and the filling and draining of both
+pipelines. Hence no forecast of seconds, but what a step costs at least, and what a measured ratio is to be compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.errors import UserError
+from megatron_salt.model.flops import HeadCost, core_attention_flops, head_flops, layer_flops
+from megatron_salt.model.shapes import layers_per_stage
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Time of a step of each stage, in FLOPs of its busiest rank per token of a microbatch."""
+
+    stage1: float
+    stage2: float
+    body: float
+    """The teacher's forward passes, a part of stage 1."""
+
+    @property
+    def ratio(self) -> float:
+        """Stage 1 over stage 2, at least 1."""
+        return self.stage1 / self.stage2
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Another number of layers in the student's last stage, with which a step of stage 1 takes least."""
+
+    layers: int
+    times: StepTimes
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What start-up says of the cost of stage 1."""
+
+    last_stage_layers: int
+    times: StepTimes
+    hint: Hint | None
+    """None: the present number is the best."""
+
+    @property
+    def ratio(self) -> float:
+        """Time of a step of stage 1 over that of stage 2."""
+        return self.times.ratio
+
+    def lines(self) -> list[str]:
+        """For the log."""
+        now, body = self.times, self.times.body / self.times.stage2
+        told = [(f"a step of stage 1 takes at least {self.ratio:.3f} x one of stage 2, by FLOPs and the head's other work: "
+                 f"the teacher's body, on all ranks, adds {body:.3f}, "
+                 f"its head and the mixed loss, on the last stage, {self.ratio - 1 - body:.3f}")]  # fmt: skip
+        if self.hint is not None:
+            then = self.hint.times
+            told.append(
+                f"--decoder-last-pipeline-num-layers {self.hint.layers} (now {self.last_stage_layers}) would change a step of stage 1 by "
+                f"{then.stage1 / now.stage1 - 1:+.1%}, of stage 2 by {then.stage2 / now.stage2 - 1:+.1%}"
+            )
+        return told
+
+
+def predict(
+    student: ModelConfig, parallel: ParallelConfig, teacher: ModelConfig, *, teacher_tensor: int, teacher_pipeline: int,
+    padded_vocabulary: int, num_microbatches: int, merge: int, seq_length: int, head: HeadCost,
+) -> Prediction:  # fmt: skip
+    """Compare the stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
+
+    padded_vocabulary: the student's, which the teacher's output weight is cut to as well. num_microbatches: of one replica in stage 1
+    (another size in stage 2 makes for the same work). merge: microbatches of one teacher forward.
+    head: the output head's work beside its products, see salt/head_cost.py.
+    """
+    replicas = parallel.replica_ranks // (teacher_tensor * teacher_pipeline)
+    busiest = _largest_share(num_microbatches, merge, replicas)
+    body = busiest * teacher.num_layers * layer_flops(teacher, seq_length) / (teacher_tensor * teacher_pipeline)
+    share = num_microbatches / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+
+    def times(parallel: ParallelConfig) -> StepTimes:
+        stages = [_stage_flops(student, parallel, layers, seq_length) for layers in layers_per_stage(student, parallel)]
+        stages[-1] += 3 * head_flops(student, padded_vocabulary) + head.plain * padded_vocabulary
+        stage2 = share * max(stages)
+        stages[-1] += head_flops(teacher, padded_vocabulary) + (head.distilled - head.plain) * padded_vocabulary
+        return StepTimes(stage1=body + share * max(stages), stage2=stage2, body=body)
+
+    present, last = times(parallel), layers_per_stage(student, parallel)[-1]
+    hints = [Hint(layers, times(other)) for layers, other in _other_last_stages(student, parallel)]
+    better = [hint for hint in hints if hint.times.stage1 < present.stage1]
+    best = min(better, key=lambda hint: (hint.times.stage1, hint.times.stage2, abs(hint.layers - last)), default=None)
+    return Prediction(last, present, best)
+
+
+def _largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
+    """Microbatches of the busiest teacher replica, forwards dealt out as `routing.Plan.forwards_of` does."""
+    sizes = [min(merge, num_microbatches - first) for first in range(0, num_microbatches, merge)]
+    return max(sum(sizes[replica::replicas]) for replica in range(replicas))
+
+
+def _stage_flops(student: ModelConfig, parallel: ParallelConfig, layers: int, seq_length: int) -> float:
+    """Forward, backward and recomputation of a stage's layers, per token."""
+    layer, again = layer_flops(student, seq_length), 0.0
+    if parallel.recompute_granularity == "selective":
+        again = layers * core_attention_flops(student, seq_length)
+    elif parallel.recompute_granularity == "full":
+        chunks, count = parallel.num_virtual_stages_per_pipeline_rank, parallel.recompute_num_layers or 0
+        again = layer * (min(layers, chunks * count) if parallel.recompute_method == "block" else layers)
+    return layers * 3 * layer + again
+
+
+def _other_last_stages(student: ModelConfig, parallel: ParallelConfig) -> list[tuple[int, ParallelConfig]]:
+    """Every number of layers that the last stage may have, the first stage's flag left as it is; none without a pipeline."""
+    found = []
+    for layers in range(1, student.num_layers):
+        other = replace(
+            parallel, decoder_last_pipeline_num_layers=layers, account_for_embedding_in_pipeline_split=False,
+            account_for_loss_in_pipeline_split=False,
+        )  # fmt: skip
+        try:
+            layers_per_stage(student, other)
+        except UserError:
+            continue
+        found.append((layers, other))
+    return found

@@ -1,0 +1,96 @@
+"""Whether a teacher may compute in FP8: by how far that takes its predictions from its own in bfloat16.
+
+Both passes run from the same weights, by the path of a training step, on every replica, on the run's first samples: first without
+FP8, then with it. What they hand out are hidden states, and both share the output weight, which is never in FP8. The measure is the
+mean over tokens of KL(bfloat16 teacher || FP8 teacher), at the temperature that the student learns from and at 1, the larger of the
+two: a low temperature makes differences larger where a teacher hesitates, and hides them where it is sure. Above
+--teacher-fp8-max-kl the run ends before it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.errors import Look, UserError, stay
+from megatron_salt.model.attention import positions_of
+from megatron_salt.model.fp8_teacher import in_bfloat16
+from megatron_salt.model.fp32_logits import divergence
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.collectives import first_problem
+from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.mesh import Mesh
+from megatron_salt.salt.teacher import Fidelity, Teacher
+
+SAMPLES = 4
+"""Sequences that are compared, each of the run's --seq-length."""
+
+
+def refuse_unfaithful(
+    teacher: Teacher, max_kl: float, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int,
+    look: Look = stay,
+) -> Fidelity:  # fmt: skip
+    """How near the teacher in FP8 is to itself in bfloat16. Raises UserError, on every rank, where a replica's mean divergence is
+    above max_kl (nats a token) or not a number. Collective over all ranks; all get the same. Changes nothing.
+
+    text: the same samples on every rank, one a microbatch; tokens of loss mask 0 do not count. shard: how the student's output weight,
+    and so the teacher's, is cut. The teacher's body still has its bfloat16 weights. look: called before each forward.
+    """
+    sums = _divergences(teacher, text, student, shard, chunk_tokens, look)
+    tokens, kl, kl_at_1, agreement = sums.unbind(-1)
+    kl, agreement = torch.maximum(kl, kl_at_1) / tokens, agreement / tokens  # nan stays nan
+    worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # so phrased, nan is wrong
+    problem = first_problem(None if worst is None else f"{worst:.3g} nats a token")
+    if problem is not None:
+        raise UserError(
+            "the teacher in FP8 is too far from itself in bfloat16: their mean KL divergence on "
+            f"{len(text)} samples of the run's text was {problem}, the larger of that at --kd-teacher-temperature "
+            f"{teacher.temperature:g} and at 1, above --teacher-fp8-max-kl {max_kl:g}; "
+            "take another --teacher-fp8-recipe, or no --teacher-fp8-format"
+        )
+    extremes = torch.stack([kl.max(), -agreement.min()])  # of this block's replicas; the worst block's for all
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    counted = round(sum(float(sample.loss_mask.sum()) for sample in text))
+    return Fidelity(kl=float(extremes[0]), agreement=-float(extremes[1]), tokens=counted, max_kl=max_kl)
+
+
+@torch.no_grad()
+def _divergences(
+    teacher: Teacher, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int, look: Look
+) -> Tensor:
+    """float64 [replicas of the block, 4]: tokens, and sums over them for each of the block's teachers: of the divergence at the run's
+    temperature, of that at 1, of the agreement. Tokens are counted once a tp rank of the student, like the sums. Collective over all
+    ranks; all of a block receive."""
+
+    def passes() -> list[list[Tensor | None]]:
+        hidden = []
+        for sample in text:
+            look("checking the teacher in FP8")
+            hidden.append(teacher.hidden_states([sample] * teacher.replicas, merge=1))
+        return hidden
+
+    assert teacher.body is not None, "the teacher has been freed"
+    with in_bfloat16(teacher.body):
+        in_bf16 = passes()
+    in_fp8 = passes()
+    sums = torch.zeros(teacher.replicas, 4, dtype=torch.float64, device=current_device())
+    gathering = VocabularyShard(
+        shard.group, shard.rows, shard.num_valid, sequence_parallel=True
+    )  # hidden states come in slices
+    here = positions_of(text[0].tokens.size(1), student.layout.context, student.at.cp, torch.device("cpu"))
+    for sample, of_sample_bf16, of_sample_fp8 in zip(text, in_bf16, in_fp8, strict=True):
+        counts = sample.loss_mask[0, here].to(current_device())
+        for replica, (reference, other) in enumerate(zip(of_sample_bf16, of_sample_fp8, strict=True)):
+            if reference is not None and other is not None and teacher.weight is not None:
+                passed = (reference, other, teacher.weight, counts, gathering, chunk_tokens)
+                kl, agreement = divergence(*passed, teacher.temperature)
+                kl_at_1, _ = divergence(*passed, 1.0)
+                sums[replica] += torch.stack([counts.sum(dtype=torch.float64), kl, kl_at_1, agreement])
+    dist.all_reduce(sums, group=teacher.block_group)
+    return sums

@@ -1,0 +1,276 @@
+"""From --teacher-load to a Teacher that may teach: what its checkpoint says, whether that fits, its weights, and whether they arrived.
+
+Cheapest first: facts are read and held against the run before ranks join; then the body is built on the teacher's own groups and
+loaded, its output weight goes straight to the student's last stage; last the teacher, through the very path of a training step,
+must reproduce the losses that its checkpoint recorded of itself, and if it is to compute in FP8 stay near them there (`fidelity.py`).
+Whatever does not fit is a UserError that names both sides.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_salt.checkpoint import compatibility, rng, save_directory, sharded_state
+from megatron_salt.checkpoint.state import model_of
+from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.data.reference_batch import fixed_batch
+from megatron_salt.errors import Look, UserError, stay
+from megatron_salt.model.attention import positions_of
+from megatron_salt.model.fp8_teacher import in_bfloat16, keep_fp8_alone, raw_tensors
+from megatron_salt.model.gpt import GPT, transformer_config
+from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
+from megatron_salt.model.precision import TORCH, Precision
+from megatron_salt.model.shapes import check_shapes
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.collectives import first_problem
+from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
+from megatron_salt.salt.fp8_check import refuse_unfaithful
+from megatron_salt.salt.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-3}
+"""How far, as a share of it, a loss may be from the recorded one, by the coarser of both precisions. Small models differ
+by 1e-6 between layouts in float32, and by 3e-4 where either side is bfloat16."""
+
+
+@dataclass(frozen=True)
+class TeacherCheckpoint:
+    """What a teacher's checkpoint says of it."""
+
+    directory: Path
+    model: ModelConfig
+    vocabulary: int
+    """Ids of its tokenizer."""
+    seq_length: int
+    """Context it was trained on."""
+    tokenizer_fingerprint: str
+    fingerprint: str
+    """Of the checkpoint's contents, wherever it lies."""
+    lengths: tuple[int, ...]
+    """Of the fixed batch, see data/reference_batch.py."""
+    losses: tuple[float, ...]
+    """What it recorded for them."""
+    dtype: str
+    """What it computed them in."""
+    step: int
+    """Steps it was trained for."""
+
+
+def read_teacher(load: str) -> TeacherCheckpoint:
+    """The facts of --teacher-load. Not collective, and without torch.distributed: every rank reads the same small files."""
+    paths = save_directory.candidates(Path(load), flag_name="--teacher-load")
+    if not paths:
+        missing = "" if Path(load).is_dir() else " (there is no such directory)"
+        missing = " (its first save is not finished)" if any(Path(load).glob("iter_*")) else missing
+        raise UserError(
+            f"--teacher-load {load} holds no checkpoint{missing}; a teacher is what a run of this trainer leaves in its "
+            "--save, one iter_* directory or several; examples/teacher_1p5b.sh trains one"
+        )
+    try:
+        facts, fingerprint = compatibility.read_facts(paths[0]), compatibility.checkpoint_fingerprint(paths[0])
+    except UserError as error:
+        raise UserError(f"--teacher-load: {error}") from None
+    architecture, probe = facts["architecture"], facts["probe"]
+    if probe is None or None in probe["losses"]:
+        raise UserError(
+            f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
+            "release saved it); save it again from a run that resumes it"
+        )
+    if not {"vocabulary", "seq_length"} <= architecture.keys():
+        raise UserError(f"--teacher-load {paths[0] / save_directory.STATE}: its architecture lacks vocabulary or seq_length")
+    return TeacherCheckpoint(
+        directory=paths[0],
+        model=model_of(architecture),
+        vocabulary=architecture["vocabulary"],
+        seq_length=architecture["seq_length"],
+        tokenizer_fingerprint=facts["tokenizer"],
+        fingerprint=fingerprint,
+        lengths=tuple(probe["lengths"]),
+        losses=tuple(probe["losses"]),
+        dtype=probe["dtype"],
+        step=facts["step"],
+    )
+
+
+def refuse_unfit(
+    teacher: TeacherCheckpoint, salt: SaltConfig, tokenizer_fingerprint: str, vocabulary: int, seq_length: int
+) -> None:
+    """Raise UserError where the teacher cannot teach this run's student. The last three are the student's. Pure."""
+    where = f"--teacher-load {teacher.directory}"
+    if teacher.vocabulary != vocabulary:
+        raise UserError(f"{where} has a vocabulary of {teacher.vocabulary} ids, the student's tokenizer has {vocabulary}")
+    if teacher.tokenizer_fingerprint != tokenizer_fingerprint:
+        raise UserError(
+            f"{where} was trained with tokenizer {teacher.tokenizer_fingerprint}, this run has {tokenizer_fingerprint}"
+        )
+    if teacher.seq_length < seq_length:
+        raise UserError(
+            f"{where} was trained on --seq-length {teacher.seq_length}, shorter than this run's --seq-length {seq_length}"
+        )
+    if min(teacher.lengths) > seq_length:
+        raise UserError(
+            f"{where} recorded its loss on {min(teacher.lengths)} tokens at least, and --seq-length is {seq_length}"
+        )
+    try:
+        check_shapes(teacher.model, teacher_parallel(salt), seq_length)
+    except UserError as error:
+        message = (
+            str(error)
+            .replace("--tensor-model", "--teacher-tensor-model")
+            .replace("--pipeline-model", "--teacher-pipeline-model")
+        )
+        raise UserError(f"{where}: {message}") from None
+
+
+def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
+    """The teacher's layout as the flags of a model of its own."""
+    return ParallelConfig(
+        tensor_model_parallel_size=salt.teacher_tensor_model_parallel_size,
+        pipeline_model_parallel_size=salt.teacher_pipeline_model_parallel_size,
+    )
+
+
+def admit(
+    checkpoint: TeacherCheckpoint, salt: SaltConfig, layout: Layout, student: Mesh, shard: VocabularyShard, seq_length: int,
+    chunk_tokens: int, dtype: torch.dtype, microbatches_per_forward: int, timeout: timedelta, precision: Precision = TORCH,
+    text: Sequence[Microbatch] = (), look: Look = stay,
+) -> Teacher:  # fmt: skip
+    """Build, load and verify the teacher. Collective over all ranks. Raises UserError. Draws no random number of the student's.
+
+    layout: `routing.teacher_layout`. shard: how the student's output weight is cut. chunk_tokens: the student head's. text: what a teacher
+    in FP8 is tried on, the same samples on every rank. look: called between the phases and between the microbatches of each check.
+    """
+    found = compatibility.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load")
+    assert found is not None, checkpoint.directory
+    look("reading the teacher's checkpoint")
+    mesh = make_teacher_mesh(layout, timeout)
+    block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout)
+    dist.all_reduce(torch.zeros(1, device=current_device()), group=block_group)  # see Mesh.warm_up
+    body = build_body(checkpoint, salt, mesh, seq_length, dtype, precision)
+    state = sharded_state.model_state([body], mesh.groups)
+    compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
+    sharded_state.load_model([body], sharded_state.load(state, found.directory, mesh.groups))
+    look("loading the teacher")
+    weight = load_output_weight(checkpoint, student, shard, dtype)
+    teacher = Teacher(body, weight, mesh, student, block_group, microbatches_per_forward, salt.kd_teacher_temperature)
+    with in_bfloat16(body):
+        verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype, look)
+    if body.precision.fp8_format is not None:
+        teacher.fidelity = refuse_unfaithful(teacher, salt.teacher_fp8_max_kl, text, student, shard, chunk_tokens, look)
+        keep_fp8_alone(body)
+    look("checking the teacher")
+    return teacher
+
+
+def build_body(
+    checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, seq_length: int, dtype: torch.dtype, precision: Precision
+) -> GPT:
+    """This rank's stage of the teacher without its output head, its weights undefined. The random state stays as it is."""
+    names, before = rng.capture()
+    config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype, precision)
+    config.perform_initialization = False
+    body = GPT(
+        config, checkpoint.model, checkpoint.vocabulary, checkpoint.seq_length, 1, mesh.groups, pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage, vp_stage=None, has_head=False, precision=precision,
+    )  # fmt: skip
+    rng.restore(names, before)
+    return body
+
+
+def load_output_weight(
+    checkpoint: TeacherCheckpoint, student: Mesh, shard: VocabularyShard, dtype: torch.dtype
+) -> Tensor | None:
+    """The teacher's output weight [V/tp, h_t] cut like the student's, on ranks of the student's last stage; None elsewhere.
+
+    Rows that only one of the two paddings has are zeros or left out. Collective over all ranks; read once and spread over dp x cp.
+    """
+    weight, state = None, {}
+    if student.is_last_stage:
+        untied = checkpoint.model.untie_embeddings_and_output_weights
+        weight = torch.zeros(shard.rows, checkpoint.model.hidden_size, dtype=dtype, device=current_device())
+        state["weight"] = ShardedTensor.from_rank_offsets(
+            "output_layer.weight" if untied else "embedding.word_embeddings.weight", weight, (0, student.at.tp, student.layout.tensor),
+            replica_id=dist.get_rank(student.groups.dp_cp), allow_shape_mismatch=True,
+        )  # fmt: skip
+    loaded = sharded_state.load(state, checkpoint.directory, student.groups)
+    return loaded["weight"] if student.is_last_stage else None
+
+
+def verify(
+    teacher: Teacher, checkpoint: TeacherCheckpoint, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
+    dtype: torch.dtype, look: Look = stay,
+) -> None:  # fmt: skip
+    """Raise UserError unless the teacher, run as in a training step, has the losses that its checkpoint recorded. Collective."""
+    lengths = [length for length in checkpoint.lengths if length <= seq_length]
+    losses = losses_of(teacher, checkpoint.vocabulary, lengths, student, shard, seq_length, chunk_tokens, look)
+    dtypes = {checkpoint.dtype, str(dtype).removeprefix("torch.")}
+    tolerance = max(TOLERANCE[name] for name in dtypes)
+    wrong = [
+        f"{recorded:.5f} over {length} tokens when saved, {loss:.5f} here"
+        for length, recorded, of_replicas in zip(lengths, checkpoint.losses, losses, strict=False)
+        for loss in of_replicas
+        if not math.isclose(loss, recorded, rel_tol=tolerance)  # so phrased, nan is wrong
+    ]
+    problem = first_problem("; ".join(wrong) or None)
+    if problem is not None:
+        raise UserError(
+            f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: its loss on the fixed batch was "
+            f"{problem} (tolerance {tolerance:g} of it)"
+        )
+    log.info(
+        "teacher %s: its recorded loss of %.4f over %d tokens came out as %.4f",
+        checkpoint.directory,
+        checkpoint.losses[len(lengths) - 1],
+        lengths[-1],
+        losses[-1][0],
+    )
+
+
+@torch.no_grad()
+def losses_of(
+    teacher: Teacher, vocabulary: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
+    look: Look = stay,
+) -> list[list[float]]:  # fmt: skip
+    """[lengths][replicas of the block]: the mean cross entropy over the first `lengths` tokens of each fixed microbatch, as each of the
+    block's teachers has it: phases A and B, then the teacher's own head. Collective over all ranks; all of a block receive."""
+    sums = torch.zeros(len(lengths), teacher.replicas, len(METRICS), dtype=torch.float64, device=current_device())
+    gathering = VocabularyShard(
+        shard.group, shard.rows, shard.num_valid, sequence_parallel=True
+    )  # its hidden states come in slices
+    here = positions_of(seq_length, student.layout.context, student.at.cp, torch.device("cpu"))
+    for number, microbatch in enumerate(fixed_batch(vocabulary, seq_length, lengths)):
+        look("checking the teacher")
+        labels, mask = microbatch.labels[0, here].to(current_device()), microbatch.loss_mask[0, here].to(current_device())
+        for replica, hidden in enumerate(teacher.hidden_states([microbatch] * teacher.replicas, merge=1)):
+            if hidden is not None and teacher.weight is not None:
+                metrics = fused_linear_cross_entropy(hidden, teacher.weight, labels, mask, gathering, chunk_tokens)[1]
+                sums[number, replica] = metrics
+    dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
+    return (sums[..., METRICS.index("loss")] / sums[..., METRICS.index("tokens")]).tolist()
+
+
+def refuse_trainable(teacher: Teacher, optimized: Iterable[Tensor]) -> None:
+    """Assert that nothing of the teacher requires a gradient or shares memory with a tensor that the optimizer moves."""
+    assert teacher.body is not None
+    own = [*teacher.body.parameters(), *teacher.body.buffers(), *([] if teacher.weight is None else [teacher.weight])]
+    assert not any(tensor.requires_grad for tensor in own), "a parameter of the teacher requires a gradient"
+    storages = {raw.untyped_storage().data_ptr() for tensor in own for raw in raw_tensors(tensor) if raw.numel()}
+    moved = {tensor.untyped_storage().data_ptr() for tensor in optimized if tensor.numel()}
+    assert not storages & moved, "a tensor of the teacher is in the optimizer"

@@ -1,0 +1,199 @@
+"""The teacher reads the data: samples to rows of the score index.
+
+The teacher's forward pass of stage 1; its last stage reduces the hidden states to scores (`model/token_scores.py`).
+Microbatch m of a block is the m-th B of its samples that are scored, whatever the shard or the number of replicas, so that no matrix
+changes its shape; replicas take turns. The last one is filled up by repeating its last sample: of each block where a part is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.config import SaltConfig
+from megatron_salt.data.samples import Samples
+from megatron_salt.errors import LeftEarly, Look, stay
+from megatron_salt.model.gpt import GPT
+from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.token_scores import TokenScorer, TokenScores, window_scores
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.device import current_device, to_device
+from megatron_salt.parallel.launch import seed_everything
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.mesh import Mesh, make_student_mesh
+from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit
+from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.selection.score_format import IndexManifest, columns, content_hashes, samples_of
+
+Rows = dict[str, np.ndarray]
+"""The columns of consecutive samples, by name."""
+
+
+PIECE = 2
+"""Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A microbatch on this rank's device."""
+
+    tokens: Tensor
+    """int64 [b, s]"""
+    labels_sb: Tensor
+    """int64 [s*b]"""
+    mask_bs: Tensor
+    """float32 [b, s]"""
+    position_ids: Tensor
+    """int64 [b, s]"""
+    documents: Tensor | None
+    """int64 [b, s]"""
+
+
+class Scorer:
+    """A teacher's part on this rank, and the data it reads."""
+
+    def __init__(
+        self, body: GPT, weight: Tensor | None, mesh: Mesh, shard: VocabularyShard, samples: Samples, micro_batch_size: int,
+        top_k: tuple[int, ...], chunk_tokens: int,
+    ) -> None:  # fmt: skip
+        """body: this rank's stage without output head. weight: this rank's rows of the output weight [V/tp, h], on the last stage; None
+        elsewhere."""
+        self._body, self._mesh, self._samples = body.eval(), mesh, samples
+        self._micro, self._top_k = micro_batch_size, top_k
+        self._dtypes = columns(top_k, self.seq_length)
+        chunk_tokens = min(chunk_tokens, micro_batch_size * self.seq_length)
+        self._tokens = None if weight is None else TokenScorer(weight, shard, chunk_tokens)
+
+    @property
+    def seq_length(self) -> int:
+        """Of a sample."""
+        return self._samples.windows[0].seq_length
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank gets the rows: the first replica's last stage, on its first tensor-parallel rank."""
+        at = self._mesh.at
+        return self._mesh.is_last_stage and at.tp == 0 and at.dp == 0
+
+    @property
+    def writer(self) -> int:
+        """The global rank that gets the rows."""
+        layout = self._mesh.layout
+        return layout.groups("tp", "cp", "dp")[layout.pipeline - 1][0]
+
+    @torch.no_grad()
+    def score(self, ids: np.ndarray, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
+        """The rows of these samples, int64 [n], n > 0. Collective over all ranks; the writer receives.
+
+        reason_to_stop: asked before each piece, the same on every rank. Raises LeftEarly on every rank where there is one."""
+        replicas, replica = self._mesh.layout.data, self._mesh.at.dp
+        starts = range(0, len(ids), self._micro)
+        rounds, mine = -(-len(starts) // replicas), starts[replica::replicas]
+        found: list[Tensor] = []
+        stages = self._mesh.layout.pipeline
+        for turn in range(0, rounds, size := PIECE if stages == 1 else 8 * stages):
+            if (reason := reason_to_stop()) is not None:
+                raise LeftEarly(reason)
+            if placed := [self._place(ids[start : start + self._micro]) for start in mine[turn : turn + size]]:
+                found += run_pipeline(
+                    [self._body], self._step, placed, self._mesh, self.seq_length, self._micro, forward_only=True
+                )
+        if not self._mesh.is_last_stage:
+            return None
+        own = torch.zeros(rounds, len(self._dtypes) - 1, self._micro, dtype=torch.float64, device=current_device())
+        if found:
+            own[: len(found)] = torch.stack(found)
+        every = own.new_empty((replicas * rounds, *own.shape[1:]))
+        dist.all_gather_into_tensor(every, own, group=self._mesh.groups.dp)
+        if not self.is_writer:
+            return None
+        by_turn = every.view(replicas, rounds, *own.shape[1:]).permute(2, 1, 0, 3).flatten(1)[:, : len(ids)].cpu().numpy()
+        contents = content_hashes(self._samples.tokens(ids))
+        names = [name for name in self._dtypes if name != "content"]
+        rows = {name: values.astype(self._dtypes[name]) for name, values in zip(names, by_turn, strict=True)}
+        return rows | {"content": contents}
+
+    def _place(self, ids: np.ndarray) -> _Placed:
+        tokens = self._samples.tokens(np.pad(ids, (0, self._micro - len(ids)), mode="edge"))
+        inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:].T)
+        mask, position_ids, documents = self._samples.masking.of(inputs)
+
+        def placed(array: np.ndarray) -> Tensor:
+            return to_device(torch.from_numpy(array))
+
+        return _Placed(
+            placed(inputs), placed(labels).flatten(), placed(mask), placed(position_ids),
+            None if documents is None else placed(documents),
+        )  # fmt: skip
+
+    def _step(self, body: nn.Module, batch: _Placed) -> tuple[Tensor, LossFunction]:
+        """-> (hidden states, a "loss" that hands out the score columns as the microbatch's metrics)."""
+        assert isinstance(body, GPT)
+        mask = body.attention_mask(batch.documents, batch.tokens.size(1), batch.tokens.device)
+        hidden = body(batch.tokens, batch.position_ids, mask)
+
+        def scores(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert self._tokens is not None
+            of_tokens = self._tokens.score(hidden_sbh, batch.labels_sb, batch.mask_bs.t().flatten())
+            by_window = (
+                values.view(-1, batch.tokens.size(0)).t() for values in (of_tokens.loss, of_tokens.rank, of_tokens.entropy)
+            )
+            none = torch.zeros((), device=hidden_sbh.device)
+            return none, none.int(), window_scores(TokenScores(*by_window), batch.mask_bs, self._top_k)
+
+        return hidden, scores
+
+
+def score_block(
+    scorer: Scorer, facts: IndexManifest, block: int, reason_to_stop: Callable[[], str | None] = lambda: None
+) -> Rows | None:
+    """A block's rows, 0 in those that are not scored. Collective over all ranks; the writer receives. Raises LeftEarly."""
+    first, end = samples_of(facts, range(block, block + 1))
+    scored = facts.scored(first, end)
+    found = scorer.score(first + np.flatnonzero(scored), reason_to_stop) if scored.any() else {}
+    if found is None or not scorer.is_writer:
+        return None
+    rows = {name: np.zeros(end - first, dtype) for name, dtype in columns(facts.top_k, facts.seq_length).items()}
+    for name, values in found.items():
+        rows[name][scored] = values
+    return rows
+
+
+def teacher_flags(layout: Layout) -> SaltConfig:
+    """A training run's flags for a teacher that lies as the scorer's does."""
+    return SaltConfig(
+        teacher_load="",
+        kd_steps=1,
+        teacher_tensor_model_parallel_size=layout.tensor,
+        teacher_pipeline_model_parallel_size=layout.pipeline,
+    )
+
+
+def make_scorer(
+    teacher: TeacherCheckpoint, layout: Layout, samples: Samples, dtype: str, micro_batch_size: int, top_k: tuple[int, ...],
+    chunk_mib: int, timeout: timedelta, look: Look = stay,
+) -> Scorer:  # fmt: skip
+    """The teacher over all ranks, admitted as to a training run. Collective over all ranks. Raises UserError.
+
+    chunk_mib: memory for logits. The teacher is its own student here, so to speak: in the same layout, with nobody to teach.
+    """
+    mesh = make_student_mesh(layout, timeout=timeout)
+    seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
+    rows = teacher.model.padded_vocabulary(teacher.vocabulary) // layout.tensor
+    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary, sequence_parallel=False)
+    chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
+    admitted = admit(
+        teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,
+        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout, look=look,
+    )  # fmt: skip
+    assert admitted.body is not None and admitted.mesh is not None
+    return Scorer(admitted.body, admitted.weight, admitted.mesh, shard, samples, micro_batch_size, top_k, chunk_tokens)

@@ -1,0 +1,177 @@
+"""Which samples of a score index may be chosen: scored, not held out, some token of them counts, and not a repetition of an earlier one.
+
+The answer is a bitmap, N/8 bytes in memory (125 MB at 10^9 samples), made in one pass over the `tokens` column and, for
+repetitions, a few over `content`. Pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_salt.data.windows import num_held_out
+from megatron_salt.selection.score_format import IndexManifest
+from megatron_salt.selection.score_reader import CHUNK, ScoreIndex
+
+_HASHES = 1 << 64
+
+
+@dataclass(frozen=True)
+class Eligible:
+    """The samples that may be chosen, and why others may not: each of those counts once, for the first reason that it has."""
+
+    packed: np.ndarray
+    """uint8 [ceil(N / 8)]: bit i & 7 of byte i >> 3 is sample i's (np.packbits, little)."""
+    held_out: int
+    """Held out from training by --valid-share."""
+    empty: int
+    """No token counts."""
+    duplicates: int
+    """A sample with a lower id has the same tokens."""
+    unscored: int = 0
+    """Not in the part of the samples that was scored."""
+
+    def of(self, first: int, end: int) -> np.ndarray:
+        """bool [end - first]"""
+        return bits(self.packed, first, end)
+
+    def have(self, ids: np.ndarray) -> np.ndarray:
+        """Which of these: int64 [n], in any order -> bool [n]."""
+        return (self.packed[ids // 8] >> (ids % 8).astype(np.uint8) & 1).astype(bool)
+
+    def count(self, first: int, end: int) -> int:
+        """How many of samples [first, end)."""
+        return sum(int(np.count_nonzero(self.of(start, min(start + CHUNK, end)))) for start in range(first, end, CHUNK))
+
+
+def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | None) -> Eligible:
+    """repeated: the bitmap of `duplicates`; None: none is looked for. UserError where --valid-share leaves a dataset nothing."""
+    held_out = held_out_ranges(index.manifest, valid_share)
+    packed = np.empty(-(-index.num_samples // 8), np.uint8)
+    empty = num_repeated = unscored = 0
+    for first, tokens in index.chunks("tokens", size=CHUNK):  # CHUNK is a multiple of 8
+        end = first + len(tokens)
+        may = np.ones(len(tokens), bool)
+        for start, stop in held_out:
+            may[max(start - first, 0) : max(stop - first, 0)] = False
+        if index.manifest.sample is not None:
+            scored = index.manifest.scored(first, end)
+            unscored += int(np.count_nonzero(may & ~scored))
+            may &= scored
+        counts = tokens > 0
+        empty += int(np.count_nonzero(may & ~counts))
+        may &= counts
+        if repeated is not None:
+            again = bits(repeated, first, end)
+            num_repeated += int(np.count_nonzero(may & again))
+            may &= ~again
+        packed[first // 8 : -(-end // 8)] = np.packbits(may, bitorder="little")
+    return Eligible(packed, sum(stop - start for start, stop in held_out), empty, num_repeated, unscored)
+
+
+def bits(packed: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Bits [first, end) of a bitmap -> bool [end - first]."""
+    return np.unpackbits(packed[first // 8 : -(-end // 8)], bitorder="little")[first % 8 : first % 8 + end - first].view(bool)
+
+
+def dataset_ranges(manifest: IndexManifest) -> list[tuple[int, int]]:
+    """(first id, end) of each dataset."""
+    ends = list(itertools.accumulate(dataset.samples for dataset in manifest.datasets))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def held_out_ranges(manifest: IndexManifest, valid_share: float) -> list[tuple[int, int]]:
+    """(first id, end) of the windows of each dataset that a run with this --valid-share holds out. UserError as in `num_held_out`."""
+    held_out = [
+        num_held_out(dataset.samples, valid_share, dataset.prefix, manifest.seq_length) for dataset in manifest.datasets
+    ]
+    return [(end - count, end) for (_, end), count in zip(dataset_ranges(manifest), held_out, strict=True) if count]
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def duplicates(index: ScoreIndex, max_bytes: int) -> np.ndarray:
+    """Bitmap of the samples whose content hash a sample with a lower id has: uint8 [ceil(N / 8)]. Memory: the bitmap and `max_bytes`.
+
+    The hashes are taken in ranges, as many at a time as fit into memory; a range costs two passes over the column, one that collects its
+    hashes and one that marks those that come again. Every equal window is found. A window is called equal that is not, by the
+    collision of two hashes of 64 bits, N^2 / 2^65 times on average: 3e-6 times among 10^7 samples, 0.03 times among 10^9.
+    """
+    packed = np.zeros(-(-index.num_samples // 8), np.uint8)
+    capacity = max(
+        min(max_bytes // 9, 2 * index.num_samples), 16
+    )  # 8 bytes a hash, and one bit more than half a byte to mark it
+    collected = np.empty(capacity, np.uint64)
+    parts = -(-index.num_samples * 5 // (4 * capacity))
+    ranges = [(_HASHES * part // parts, _HASHES * (part + 1) // parts) for part in reversed(range(parts))]
+    while ranges:
+        low, end = ranges.pop()
+        repeated = _repeated_hashes(index, low, end, collected)
+        if repeated is None:
+            assert end - low > 1, (low, capacity)
+            ranges += [((low + end) // 2, end), (low, (low + end) // 2)]
+        elif repeated.size:
+            _mark(index, low, end, repeated, packed)
+    return packed
+
+
+def _hashes_in(index: ScoreIndex, low: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(id, hash) of the samples whose hash is in [low, end), ascending ids: int64 [n], uint64 [n] a chunk."""
+    for first, hashes in index.chunks("content", size=CHUNK):
+        inside = (hashes >= np.uint64(low)) & (hashes <= np.uint64(end - 1))
+        yield first + np.flatnonzero(inside), hashes[inside]
+
+
+def _repeated_hashes(index: ScoreIndex, low: int, end: int, collected: np.ndarray) -> np.ndarray | None:
+    """Hashes in [low, end) that occur more than once, ascending, at the front of `collected`. None where that is too small."""
+    count = 0
+    for _, hashes in _hashes_in(index, low, end):
+        rest = hashes
+        while rest.size:
+            if count == len(collected):
+                count = _sort_and_keep_two(collected, count)
+                if count > len(collected) // 2:
+                    return None
+            taken = rest[: len(collected) - count]
+            collected[count : count + len(taken)] = taken
+            count, rest = count + len(taken), rest[len(taken) :]
+    count = _sort_and_keep_two(collected, count)
+    return collected[: _keep(collected, count, lambda run: run[2:] == run[1:-1])]
+
+
+def _sort_and_keep_two(values: np.ndarray, count: int) -> int:
+    """Sort values[:count] in place and drop all but two of each; how many are left at the front."""
+    values[:count].sort()
+    return _keep(values, count, lambda run: (run[2:] != run[1:-1]) | (run[1:-1] != run[:-2]))
+
+
+def _keep(values: np.ndarray, count: int, wanted: Callable[[np.ndarray], np.ndarray]) -> int:
+    """Move the wanted ones of values[:count] to the front; how many they are.
+
+    wanted(run) -> bool [n]: of a run of n + 2 values, about the last n of them. The very first have two others before them.
+    """
+    kept, before = 0, ~values[:1].repeat(2)
+    for start in range(0, count, CHUNK):
+        run = np.concatenate([before, values[start : min(start + CHUNK, count)]])
+        before, chosen = run[-2:], run[2:][wanted(run)]
+        values[kept : kept + len(chosen)] = chosen
+        kept += len(chosen)
+    return kept
+
+
+def _mark(index: ScoreIndex, low: int, end: int, repeated: np.ndarray, packed: np.ndarray) -> None:
+    """Set the bits of all samples but the first with each of the hashes `repeated`, ascending, which are in [low, end)."""
+    seen = np.zeros(len(repeated), bool)
+    for ids, hashes in _hashes_in(index, low, end):
+        place = np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)
+        found = repeated[place] == hashes
+        ids, place = ids[found], place[found]
+        distinct, at = np.unique(place, return_index=True)  # the first of each in this chunk
+        again = np.ones(len(ids), bool)
+        again[at] = seen[distinct]
+        seen[distinct] = True
+        np.bitwise_or.at(packed, ids[again] // 8, (1 << ids[again] % 8).astype(np.uint8))

@@ -1,0 +1,282 @@
+"""Which samples a rule chooses from their scores: exact, ties by a keyed order of the ids, in bounded memory, whatever the chunks.
+
+Nothing is sorted. Scores become uint32 keys of the same order; two passes of 16 bits each count keys and find the one at the last
+rank that is taken, and how many samples with that very key are. Where that is a part of them, `ties.py` finds which. A last pass emits
+ids in ascending order. Four passes over one column of 4 bytes a sample, and a few MB besides the bitmap of `Eligible`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from megatron_salt.data.order import key_of, permute
+from megatron_salt.errors import UserError
+from megatron_salt.selection.eligibility import Eligible, dataset_ranges
+from megatron_salt.selection.score_reader import CHUNK, ScoreIndex
+from megatron_salt.selection.ties import TIE_SEED, Ties, tie_limits, tie_ranks
+
+RuleName = Literal["top", "bottom", "band", "threshold", "random"]
+_DIGIT = 1 << 16
+_ALL = 1 << 62  # as many ties as there may be
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How samples are chosen by a score."""
+
+    name: RuleName
+    """top: the highest scores. bottom: the lowest, a control. band: those that follow after the highest `skip` share. threshold: scores
+    in [minimum, maximum]. random: any, a control."""
+    fraction: float | None = None
+    """Of the eligible samples; either this or num_samples, and neither with threshold."""
+    num_samples: int | None = None
+    per_dataset: bool = False
+    """Each dataset gives the same share of its eligible samples; else all are one pool."""
+    skip: float = 0.0
+    """Share of the eligible samples, the highest scores, that a band leaves out."""
+    minimum: float | None = None
+    maximum: float | None = None
+    seed: int | None = None
+    """Chooses a random choice."""
+    tie_seed: int = TIE_SEED
+    """Orders samples of one score; with threshold and random there is nothing to order."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The best so many samples of a pool: those with a greater key, and those with this one whose tie rank is below the limit."""
+
+    key: int
+    ties: int
+    """How many of those with this key."""
+    group: int
+    """How many eligible samples have it."""
+    limit: int | None
+    """Of `tie_ranks`; None: all of them belong."""
+
+
+@dataclass(frozen=True)
+class PoolChoice:
+    """What is chosen of samples [first, end)."""
+
+    first: int
+    end: int
+    eligible: int
+    count: int
+    """How many are chosen."""
+    after: Boundary | None
+    """The best that are left out; None with the random rule."""
+    upto: Boundary | None
+    """Those and the chosen ones; None with the random rule."""
+
+    @property
+    def tied(self) -> int:
+        """How many of the chosen nothing but the order of ties tells from samples that are not chosen."""
+        if self.after is None or self.upto is None:
+            return 0
+        after, upto = self.after, self.upto
+        if after.key == upto.key:
+            return upto.ties - after.ties if upto.ties - after.ties < upto.group else 0
+        return (upto.ties if upto.ties < upto.group else 0) + (after.group - after.ties if after.ties else 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule's choice from an index, not yet spelt out."""
+
+    index: ScoreIndex
+    column: str
+    rule: Rule
+    eligible: Eligible
+    pools: tuple[PoolChoice, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(pool.count for pool in self.pools)
+
+    @property
+    def tied(self) -> int:
+        """How many of the chosen ties decided: samples of the score at a cut, where others of it are not chosen."""
+        return sum(pool.tied for pool in self.pools)
+
+    @property
+    def tie_share(self) -> float:
+        """The same, as a share of the chosen."""
+        return self.tied / max(self.count, 1)
+
+    def ids(self, size: int = CHUNK) -> Iterator[np.ndarray]:
+        """The chosen ids, ascending, of `size` samples at a time: int64 [n]."""
+        for pool in self.pools:
+            yield from self._random(pool, size) if self.rule.name == "random" else self._ranked(pool, size)
+
+    def _ranked(self, pool: PoolChoice, size: int) -> Iterator[np.ndarray]:
+        assert pool.after is not None and pool.upto is not None
+        for first, keys, may in _keys(self.index, self.column, self.rule, self.eligible, pool.first, pool.end, size):
+            left_out, best = (_best(first, keys, may, boundary, self.rule.tie_seed) for boundary in (pool.after, pool.upto))
+            yield first + np.flatnonzero(best & ~left_out)
+
+    def _random(self, pool: PoolChoice, size: int) -> Iterator[np.ndarray]:
+        """The eligible samples, numbered as they come, whose number a keyed permutation takes below the count."""
+        assert self.rule.seed is not None
+        key, passed = key_of(f"{self.rule.seed}/{pool.first}"), 0
+        for first in range(pool.first, pool.end, size):
+            ids = first + np.flatnonzero(self.eligible.of(first, min(first + size, pool.end)))
+            yield ids[permute(np.arange(passed, passed + len(ids)), pool.eligible, key) < pool.count] if len(ids) else ids
+            passed += len(ids)
+
+
+def choose(index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, size: int = CHUNK) -> Choice:
+    """The rule's choice by a column of float32. UserError where a score is NaN, or the rule asks for more samples than there are, or
+    takes none."""
+    assert index.dtype(column) == np.float32, column
+    _refuse_nan(index, column, eligible, size)
+    ranges = dataset_ranges(index.manifest) if rule.per_dataset else [(0, index.num_samples)]
+    there = [eligible.count(first, end) for first, end in ranges]
+    if not sum(there):
+        raise UserError(
+            f"none of {index.num_samples} samples can be chosen: {eligible.held_out} are held out, {eligible.empty} have no "
+            f"token that counts, {eligible.duplicates} are duplicates" + not_scored(eligible)
+        )
+    if rule.name == "threshold":
+        return _within_threshold(index, column, rule, eligible, size)
+    pools = []
+    for (first, end), num_eligible, (skip, count) in zip(ranges, there, _quotas(rule, there), strict=True):
+        after = upto = None
+        if rule.name != "random":
+            after, upto = _boundaries(index, column, rule, eligible, (first, end), (skip, skip + count), size)
+        pools.append(PoolChoice(first, end, num_eligible, count, after, upto))
+    return Choice(index, column, rule, eligible, tuple(pools))
+
+
+def not_scored(eligible: Eligible) -> str:
+    """What to add to the reasons why samples may not be chosen."""
+    return f", {eligible.unscored} were not scored" if eligible.unscored else ""
+
+
+def order_keys(scores: np.ndarray) -> np.ndarray:
+    """uint32 keys in the order of the scores, equal where those are, -0.0 and 0.0 among them: float32 [n], no NaN -> uint32 [n]."""
+    raw = (scores + np.float32(0)).view(np.int32)  # -0.0 + 0.0 is 0.0
+    return (raw ^ ((raw >> 31) | np.int32(-(1 << 31)))).view(np.uint32)  # negative: all bits turn; else the sign's
+
+
+def score_of_key(key: int) -> float:
+    """The inverse of `order_keys`."""
+    raw = key ^ (0x80000000 if key >> 31 else 0xFFFFFFFF)
+    return float(np.array(raw, np.uint32).view(np.float32))
+
+
+def cuts(choice: Choice, pool: PoolChoice) -> tuple[float, ...]:
+    """The scores at which a rule cuts a pool: the last that is taken (with `bottom` the highest), and, with a band, the last of those that
+    are left out above it; the limits of a threshold. None where nothing is cut by score."""
+    rule = choice.rule
+    if rule.name == "threshold":
+        return tuple(score for score in (rule.minimum, rule.maximum) if score is not None)
+    if pool.after is None or pool.upto is None or not pool.count:
+        return ()
+    if rule.name == "bottom":
+        return (score_of_key(pool.upto.key ^ 0xFFFFFFFF),)
+    return tuple(score_of_key(boundary.key) for boundary in (pool.upto, pool.after) if boundary.ties)
+
+
+def _keys(
+    index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, first: int, end: int, size: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(first id, keys uint32 [n], eligible bool [n]) of samples [first, end), the best samples having the greatest keys."""
+    for start, scores in index.chunks(column, first, end, size):
+        keys = order_keys(scores)
+        yield start, ~keys if rule.name == "bottom" else keys, eligible.of(start, start + len(scores))
+
+
+def _best(first: int, keys: np.ndarray, may: np.ndarray, boundary: Boundary, tie_seed: int) -> np.ndarray:
+    """Which of the samples from `first` on are among the best up to a boundary: keys uint32 [n], eligible bool [n] -> bool [n]."""
+    if boundary.limit is None:
+        return (keys >= np.uint32(boundary.key)) & may
+    best = (keys > np.uint32(boundary.key)) & may
+    if boundary.limit:
+        level = np.flatnonzero((keys == np.uint32(boundary.key)) & may)
+        best[level] = tie_ranks(first + level, tie_seed) < np.uint64(boundary.limit)
+    return best
+
+
+def _refuse_nan(index: ScoreIndex, column: str, eligible: Eligible, size: int) -> None:
+    count, lowest = 0, None
+    for first, scores in index.chunks(column, size=size):
+        bad = np.isnan(scores)
+        if bad.any():
+            bad &= eligible.of(first, first + len(scores))
+            count += int(np.count_nonzero(bad))
+            lowest = first + int(bad.argmax()) if lowest is None and bad.any() else lowest
+    if count:
+        raise UserError(
+            f"{index.flag_name}: {count} eligible samples have NaN as their {column}, sample {lowest} the first: the teacher's "
+            "logits were not finite there; look at the teacher and the data, and score again"
+        )
+
+
+def _quotas(rule: Rule, there: Sequence[int]) -> list[tuple[int, int]]:
+    """(how many of the best to leave out, how many of the next to take) of each pool, of `there` eligible samples each. The total is
+    shared out by largest remainder, ties to the first pool."""
+    everything = sum(there)
+    if rule.num_samples is not None:
+        total = rule.num_samples
+    else:
+        assert rule.fraction is not None
+        total = max(1, int(rule.fraction * everything + 0.5))
+    skip = int(rule.skip * everything + 0.5)
+    if skip + total > everything:
+        left = f" after the {skip} that --band-skip {rule.skip} leaves out" if skip else ""
+        asked = f"--num-samples {total}" if rule.fraction is None else f"--fraction {rule.fraction}, {total} samples,"
+        raise UserError(f"{asked} is more than can be chosen: {everything - skip} samples are eligible{left}")
+    counts = [total * size // everything for size in there]
+    by_remainder = sorted(range(len(there)), key=lambda pool: (-(total * there[pool] % everything), pool))
+    for pool in by_remainder[: total - sum(counts)]:
+        counts[pool] += 1
+    return [(min(int(rule.skip * size + 0.5), size - count), count) for size, count in zip(there, counts, strict=True)]
+
+
+def _boundaries(
+    index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, pool: tuple[int, int], ranks: tuple[int, int], size: int
+) -> tuple[Boundary, Boundary]:
+    """Of samples [first, end), the boundaries of the best so many, for two numbers of them."""
+    high = np.zeros(_DIGIT, np.int64)
+    for _, keys, may in _keys(index, column, rule, eligible, *pool, size):
+        high += np.bincount(keys[may] >> 16, minlength=_DIGIT)
+    digits = [_digit_at(high, rank) for rank in ranks]
+    low = {digit: np.zeros(_DIGIT, np.int64) for digit, _ in digits}
+    for _, keys, may in _keys(index, column, rule, eligible, *pool, size):
+        for digit, counts in low.items():
+            counts += np.bincount(keys[(keys >> 16 == digit) & may] & 0xFFFF, minlength=_DIGIT)
+    found = [(digit, *_digit_at(low[digit], rest)) for digit, rest in digits]
+    cut = [((digit << 16) + low_digit, ties, int(low[digit][low_digit])) for digit, low_digit, ties in found]
+    turned = 0xFFFFFFFF if rule.name == "bottom" else 0
+    parts = [Ties(score_of_key(key ^ turned), ties, group) for key, ties, group in cut if 0 < ties < group]
+    limits = iter(tie_limits(index, column, eligible, pool, parts, rule.tie_seed, size) if parts else [])
+    after, upto = (
+        Boundary(key, ties, group, (next(limits) if ties < group else None) if ties else 0) for key, ties, group in cut
+    )
+    return after, upto
+
+
+def _digit_at(counts: np.ndarray, rank: int) -> tuple[int, int]:
+    """(digit, how many of those with it) that, with all of greater digits, make the `rank` greatest: of int64 [65536] counts."""
+    from_top = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_top, rank))
+    digit = _DIGIT - 1 - place
+    return digit, rank - int(from_top[place] - counts[digit])
+
+
+def _within_threshold(index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, size: int) -> Choice:
+    assert rule.minimum is not None
+    highest = 0xFFFFFFFF if rule.maximum is None else int(order_keys(np.array([rule.maximum], np.float32))[0])
+    lowest = int(order_keys(np.array([rule.minimum], np.float32))[0])
+    there = eligible.count(0, index.num_samples)
+    pool = PoolChoice(0, index.num_samples, there, 0, Boundary(highest, 0, _ALL, 0), Boundary(lowest, _ALL, _ALL, None))
+    count = sum(len(ids) for ids in Choice(index, column, rule, eligible, (pool,)).ids(size))
+    if not count:
+        upto = "" if rule.maximum is None else f" and at most --max-score {rule.maximum}"
+        raise UserError(f"no {column} of {there} eligible samples is at least --min-score {rule.minimum}{upto}")
+    return Choice(index, column, rule, eligible, (replace(pool, count=count),))

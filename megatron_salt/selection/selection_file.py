@@ -1,0 +1,197 @@
+"""A selection on disk: which samples stage 1 draws from, and from which scores, by which rule, they were chosen.
+
+`PREFIX.npy` lists the chosen ids, ascending, as a plain numpy file; `PREFIX.json` says what they are and comes last. The list is
+mapped: opening it costs nothing, the j-th id is one read, membership and the j-th id that is *not* there are bisections, and all
+processes of a node share one copy in the page cache. A compressed bitmap would be smaller where much is chosen (10^9 samples, a
+tenth of them: 0.06 GB at best against 0.4 GB) but makes the j-th id a search, needs a decoder, and gives every process its own copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_salt.data.manifest import DatasetFacts, check_fields, content_hash, read_json_of, sampled_hash, write_json
+from megatron_salt.errors import UserError
+from megatron_salt.selection.score_format import (
+    IndexManifest,
+    dataset_differences,
+    manifest_from_json,
+    manifest_to_json,
+    npy_header,
+)
+
+FORMAT = 2
+_WITHOUT_TIES = 1  # a format that is read too: ties went to the lower id, and nobody counted them
+
+
+@dataclass(frozen=True)
+class SelectionManifest:
+    """The contents of `PREFIX.json`."""
+
+    num_samples: int
+    """Samples that the ids are out of, held-out ones included."""
+    num_selected: int
+    dtype: str
+    """numpy's name of the ids' type: uint32 where it can number the samples, else int64."""
+    npy_bytes: int
+    npy_hash: str
+    """Hexadecimal blake2b-256 of `PREFIX.npy`."""
+    sampled: str
+    """The `sampled:` hash of the same file: a cheap check at every start."""
+    scores: IndexManifest
+    """What the scores are of."""
+    rule: dict[str, Any]
+    """How the ids were chosen, with every number."""
+    valid_share: float
+    """The --valid-share whose held-out windows were left out."""
+    tie_seed: int | None
+    """Orders samples of one score; None where they are not ordered, and in files of format 1, where the lower id came first."""
+    tie_share: float | None
+    """Share of the chosen that ties decided; None in files of format 1."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An open selection."""
+
+    path: Path
+    """Of `PREFIX.npy`."""
+    manifest: SelectionManifest
+    ids: np.ndarray
+    """uint32 or int64 [num_selected], ascending, in a mapped file."""
+    flag_name: str
+    """The flag that named it, for error messages."""
+
+    @classmethod
+    def open(cls, path: str, flag_name: str = "--stage1-selection") -> Selection:
+        """Open PREFIX, PREFIX.npy or PREFIX.json, O(1) in its size. UserError where a file is missing or is not what was written."""
+        npy, description = selection_paths(path)
+        told = f"{flag_name} {path}"
+        try:
+            version, raw = read_json_of(description, (_WITHOUT_TIES, FORMAT), "select again, or restore it")
+            if version == _WITHOUT_TIES:
+                raw = {**raw, "tie_seed": None, "tie_share": None}
+            check_fields(SelectionManifest, raw, description)
+            manifest = SelectionManifest(**{**raw, "scores": manifest_from_json(raw["scores"], description)})
+            size = npy.stat().st_size
+        except FileNotFoundError as error:
+            raise UserError(f"{told}: {error.filename} does not exist; it takes PREFIX of PREFIX.npy and PREFIX.json") from None
+        if size != manifest.npy_bytes:
+            how = "truncated" if size < manifest.npy_bytes else "longer than its manifest says"
+            raise UserError(f"{told}: {npy} is {how}: it has {size} bytes, {description} says {manifest.npy_bytes}")
+        sampled = sampled_hash(npy)
+        if sampled != manifest.sampled:
+            raise UserError(
+                f"{told}: {npy} is not the file that {description} describes: its blocks give {sampled}, "
+                f"the manifest says {manifest.sampled}"
+            )
+        try:
+            ids = np.load(npy, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{told}: {npy} cannot be read: {str(error).splitlines()[0]}") from None
+        if ids.dtype != manifest.dtype or ids.shape != (manifest.num_selected,):
+            raise UserError(
+                f"{told}: {npy} holds {ids.dtype} {ids.shape}, {description} says {manifest.dtype} ({manifest.num_selected},)"
+            )
+        return cls(npy, manifest, ids, flag_name)
+
+    @property
+    def fingerprint(self) -> str:
+        """`selection:` and the hash of the ids' file: the same for equal ids, wherever they lie."""
+        return f"selection:{self.manifest.npy_hash}"
+
+    def between(self, first: int, end: int) -> slice:
+        """Positions of the ids in [first, end)."""
+        return slice(bisect_left(self.ids, first), bisect_left(self.ids, end))
+
+    def verify(self) -> None:
+        """Read every byte. UserError if the file is not what was written."""
+        with open(self.path, "rb") as stream:
+            found = hashlib.file_digest(stream, content_hash).hexdigest()
+        if found != self.manifest.npy_hash:
+            raise UserError(
+                f"{self.flag_name}: {self.path} has content hash {found}, its manifest says {self.manifest.npy_hash}"
+            )
+
+
+def selection_paths(path: str) -> tuple[Path, Path]:
+    """(PREFIX.npy, PREFIX.json) of PREFIX or of either of them."""
+    prefix = path.removesuffix(".npy").removesuffix(".json")
+    return Path(prefix + ".npy"), Path(prefix + ".json")
+
+
+def refuse_other_data(
+    selection: Selection, datasets: Sequence[DatasetFacts], seq_length: int, tokenizer_fingerprint: str
+) -> None:
+    """Raise UserError where the ids of a selection number other samples than those of these datasets, in this order."""
+    scores = selection.manifest.scores
+    differences = [
+        f"{name} is {there} there and {here} here"
+        for name, there, here in (
+            ("--seq-length", scores.seq_length, seq_length),
+            ("the tokenizer", scores.tokenizer, tokenizer_fingerprint),
+        )
+        if there != here
+    ]
+    differences += dataset_differences(scores.datasets, datasets)
+    if differences:
+        raise UserError(
+            f"{selection.flag_name} {selection.path} was chosen from other samples than this run has: {'; '.join(differences)}"
+        )
+
+
+def write_selection(
+    prefix: str, chunks: Iterable[np.ndarray], num_selected: int, scores: IndexManifest, rule: dict[str, Any], valid_share: float,
+    tie_seed: int | None = None, tie_share: float = 0.0,
+) -> SelectionManifest:  # fmt: skip
+    """Write PREFIX.npy and PREFIX.json, each whole or not at all; what is there stays until both are on disk.
+
+    chunks: the `num_selected` ids, ascending, int64 [n] each.
+    """
+    npy, description = selection_paths(prefix)
+    dtype = np.dtype("<u4" if scores.num_samples <= 1 << 32 else "<i8")
+    temporary, described = (path.with_name(path.name + ".tmp") for path in (npy, description))
+    digest, count = content_hash(), 0
+    npy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as stream:
+            for piece in _pieces(npy_header(dtype, num_selected), chunks, dtype):
+                stream.write(piece)
+                digest.update(piece)
+                count += len(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        assert count == len(npy_header(dtype, num_selected)) + num_selected * dtype.itemsize, (count, num_selected)
+        manifest = SelectionManifest(
+            scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(temporary), scores, rule, valid_share,
+            tie_seed, tie_share,
+        )  # fmt: skip
+        write_json({**asdict(manifest), "scores": manifest_to_json(scores)}, described, FORMAT)
+        description.unlink(missing_ok=True)
+        os.replace(temporary, npy)
+        os.replace(described, description)
+    except BaseException:
+        for left in (temporary, described):
+            with contextlib.suppress(OSError):
+                left.unlink()
+        raise
+    return manifest
+
+
+def _pieces(header: bytes, chunks: Iterable[np.ndarray], dtype: np.dtype) -> Iterable[bytes]:
+    yield header
+    last = -1
+    for ids in chunks:
+        if len(ids):
+            assert ids[0] > last and bool((np.diff(ids) > 0).all()), "ids must ascend"
+            last = int(ids[-1])
+            yield ids.astype(dtype).tobytes()

@@ -1,0 +1,72 @@
+"""Which samples of one and the same score are taken: those that come first in a pseudo-random order of all ids, keyed by a seed.
+
+Of a group of equal scores a rule takes some. They are the ones whose `keyed_ranks` lie below a limit, and the limit is the rank at
+which exactly as many do. One pass over the column finds it, in memory of the square root of the group: ranks are spread evenly, so
+only those near the expected place are kept and sorted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_salt.data.order import key_of, keyed_ranks
+from megatron_salt.selection.eligibility import Eligible
+from megatron_salt.selection.score_reader import ScoreIndex
+
+TIE_SEED = 1234
+_RANKS = 1 << 64
+_DEVIATIONS = 8.0  # half the width of a bracket, in standard deviations of where the limit lies
+
+
+@dataclass(frozen=True)
+class Ties:
+    """A group of eligible samples with one score, of which a part is taken."""
+
+    score: float
+    taken: int
+    """0 < taken < size."""
+    size: int
+
+
+def tie_ranks(ids: np.ndarray, seed: int) -> np.ndarray:
+    """The place of samples among others of their score, the least first: int64 [n] -> uint64 [n], no two alike."""
+    return keyed_ranks(ids, key_of(f"ties/{seed}"))
+
+
+def tie_limits(
+    index: ScoreIndex, column: str, eligible: Eligible, pool: tuple[int, int], groups: Sequence[Ties], seed: int, size: int,
+    deviations: float = _DEVIATIONS,
+) -> list[int]:  # fmt: skip
+    """For each group of samples [first, end) the limit below which exactly `taken` of its ranks lie.
+
+    size: samples that are read together. deviations: the width to begin with; a limit outside its bracket costs another pass.
+    """
+    brackets = [_bracket(group, deviations) for group in groups]
+    below = [0] * len(groups)
+    inside: list[list[np.ndarray]] = [[] for _ in groups]
+    for first, scores in index.chunks(column, *pool, size):
+        for number, (group, (low, high)) in enumerate(zip(groups, brackets, strict=True)):
+            equal = scores == np.float32(group.score)
+            if not equal.any():
+                continue
+            ranks = tie_ranks(first + np.flatnonzero(equal & eligible.of(first, first + len(scores))), seed)
+            below[number] += int(np.count_nonzero(ranks < np.uint64(low)))
+            inside[number].append(ranks[(ranks >= np.uint64(low)) & (ranks <= np.uint64(high))])
+    limits = []
+    for number, group in enumerate(groups):
+        near, place = np.concatenate(inside[number]), group.taken - below[number]
+        if 0 <= place < len(near):
+            limits.append(int(np.partition(near, place)[place]))
+        else:
+            limits += tie_limits(index, column, eligible, pool, [group], seed, size, 4 * deviations)
+    return limits
+
+
+def _bracket(group: Ties, deviations: float) -> tuple[int, int]:
+    """The least and the greatest rank between which the limit is looked for."""
+    middle, half = group.taken / group.size, deviations * (math.sqrt(group.size) + 1) / group.size
+    return max(0, int((middle - half) * _RANKS)), min(_RANKS - 1, int((middle + half) * _RANKS))

@@ -1,0 +1,265 @@
+"""Text to ids and back: SentencePiece, Hugging Face tokenizer.json, GPT-2's vocabulary and merges, or plain bytes.
+
+`encode` adds nothing (no BOS, no EOS) and reads text as text: a document that contains the characters `</s>` or
+`<|endoftext|>` gets the ids of those characters, never the special id, so text cannot forge a document's end. (A Tokenizer that
+`matches_special` reads it as its library does instead.) Text is normalised only as
+the tokenizer's own file says: SentencePiece's rule, prefix space and white space handling, a tokenizer.json's normalizer;
+GPT-2 and bytes keep every byte. A Tokenizer holds the bytes it was made of, so it can be saved beside what it made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_salt.config import TokenizerConfig
+from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_json, read_small
+from megatron_salt.tokenizer.document_ends import Beside, Declared, Ends, in_words, read_beside
+from megatron_salt.tokenizer.libraries import Library, open_library
+
+DESCRIPTION = "tokenizer_description.json"
+"""The file by which `load_tokenizer` knows a saved tokenizer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer of any kind. Made by `build_tokenizer`, `load_tokenizer` or `tokenizer_from_files`."""
+
+    kind: str
+    """The --tokenizer-type."""
+    vocab_size: int
+    """Largest id + 1."""
+    eod: int | None
+    """End-of-document id; None: this tokenizer has none."""
+    bos: int | None
+    """The id that --prepend-bos puts before a document; None: the tokenizer declares none."""
+    special: Mapping[str, int]
+    """Texts that stand for special tokens, the end of a document among them, and their ids."""
+    forbidden: frozenset[int]
+    """Ids that no text gives: special ones; none where it matches them."""
+    matches_special: bool
+    """Whether special tokens in a text become their ids, as the tokenizer's own library has it."""
+    fingerprint: str
+    """Hash of the kind and of the contents of its files, wherever and under whatever name they lie, and of the end of a document
+    where it is not the one that the first versions took from these files."""
+    files: Mapping[str, bytes] = field(repr=False)
+    """What it was made of, under the names that `save` uses."""
+    encode_ids: Callable[[list[str]], list[list[int]]] = field(repr=False)
+    decode_ids: Callable[[list[int]], str] = field(repr=False)
+    id_of: Callable[[str], int | None] = field(repr=False)
+    as_json: Callable[[], bytes] | None = field(default=None, repr=False)
+    """The same as a tokenizer.json, for other libraries; None: there is none."""
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.eod, self.bos)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, nothing added."""
+        return self.encode_ids([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, in order: `encode` of each, in the tokenizer's native code.
+        Texts must be valid Unicode (no lone surrogates)."""
+        return self.encode_ids(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids in [0, vocab_size). Special ids, eod among them, give nothing; invalid UTF-8 gives U+FFFD."""
+        assert all(0 <= i < self.vocab_size for i in ids), f"an id outside [0, {self.vocab_size})"
+        return self.decode_ids([int(i) for i in ids if i != self.eod])
+
+    def save(self, directory: Path) -> None:
+        """Write its files and a description into `directory` (made when missing); the description comes last."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            _write(directory / name, content)
+        description = {
+            "kind": self.kind,
+            "files": list(self.files),
+            "vocab_size": self.vocab_size,
+            "eod": self.eod,
+            "bos": self.bos,
+            "fingerprint": self.fingerprint,
+        }
+        _write(directory / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> Tokenizer:
+    """The tokenizer that the flags ask for. UserError when files are missing, damaged, or belong to another kind, and when they
+    leave open which token ends documents."""
+    kind = config.tokenizer_type
+    if kind is None:
+        raise UserError(
+            "--tokenizer-type is missing: SentencePieceTokenizer, HuggingFaceTokenizer, GPT2BPETokenizer or ByteLevelTokenizer"
+        )
+    given = {"--tokenizer-model": config.tokenizer_model, "--vocab-file": config.vocab_file, "--merge-file": config.merge_file}
+    names = _file_names(kind)
+    for flag, path in given.items():
+        if path is not None and flag not in names:
+            raise UserError(
+                f"{flag} {path} does not belong to --tokenizer-type {kind}, which takes {' and '.join(names) or 'no file'}"
+            )
+    contents = {name: _read(flag, given[flag], kind) for flag, name in names.items()}
+    origin = ", ".join(f"{flag} {given[flag]}" for flag in names) or f"--tokenizer-type {kind}"
+    library = open_library(kind, contents, origin)
+    beside = Beside()
+    if kind == "HuggingFaceTokenizer" and (folder := _folder_of(Path(str(config.tokenizer_model)))) is not None:
+        beside = read_beside(folder, "--tokenizer-model")
+    ends = _ends(library, config.eod_token, beside, origin)
+    return _tokenizer(kind, contents, library, ends, matches_special)
+
+
+def _folder_of(model: Path) -> Path | None:
+    """The folder whose configuration files belong to --tokenizer-model; None: a file by itself."""
+    if model.is_dir():
+        return model
+    return model.parent if model.name == "tokenizer.json" else None
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote into `directory`. UserError when files are missing or were changed since."""
+    path = Path(directory) / DESCRIPTION
+    try:
+        description = read_json(path)
+        kind, names, recorded = description["kind"], list(description["files"]), description["fingerprint"]
+        if not isinstance(kind, str) or set(names) != set(_file_names(kind).values()):
+            raise ValueError(f"it lists the files {names}")
+        contents = {name: read_small(Path(directory) / name) for name in names}
+        ends = Ends(description["eod"], description.get("bos"))  # older ones do not know of bos
+        if any(type(i) is not int and i is not None for i in (ends.eod, ends.bos)):
+            raise ValueError(f"its ids are {ends}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"no usable tokenizer in {directory}: {path.name}: {error}") from None
+    tokenizer = tokenizer_from_files(kind, contents, origin=str(directory), ends=ends)
+    if tokenizer.fingerprint != recorded:
+        raise UserError(
+            f"the tokenizer in {directory} was changed: its files give the fingerprint "
+            f"{tokenizer.fingerprint}, {path.name} says {recorded}"
+        )
+    return tokenizer
+
+
+def tokenizer_from_files(
+    kind: str, files: Mapping[str, bytes], origin: str, ends: Ends | None = None, matches_special: bool = False
+) -> Tokenizer:
+    """A tokenizer of `kind` from its files' contents; `origin` names them in errors (UserError when they are damaged).
+    ends: known from before; None: what the files say, no end of a document where they leave it open."""
+    library = open_library(kind, files, origin)
+    for i in () if ends is None else (ends.eod, ends.bos):
+        if i is not None and not 0 <= i < library.vocab_size:
+            raise UserError(f"{origin}: id {i} lies outside of its vocabulary of {library.vocab_size}")
+    if ends is None:
+        ends = Ends(library.eod_alone(), _single(library.declared.bos))
+    return _tokenizer(kind, files, library, ends, matches_special)
+
+
+def _ends(library: Library, eod_token: str | None, beside: Beside, origin: str) -> Ends:
+    """The ends that the flags and files say. UserError where they leave it open or name what is not there."""
+    found = Declared(_ids(library, beside.eos), _ids(library, beside.bos))
+    bos = library.declared.bos or found.bos
+    if eod_token is None:
+        eod = library.eod(found, origin)
+    else:
+        eod = library.id_of(eod_token)
+        if eod is None:
+            raise UserError(
+                f"--eod-token {eod_token!r}: {origin} has no such token; special are "
+                f"{in_words(library.special, library.special.values(), 4) or 'none'}"
+            )
+        if eod in library.unknown:
+            raise UserError(
+                f"--eod-token {eod_token!r} of {origin} is what ordinary text gives; name a token that text does without"
+            )
+    return Ends(eod, _single(bos))
+
+
+def _single(ids: frozenset[int]) -> int | None:
+    return next(iter(ids)) if len(ids) == 1 else None
+
+
+def _ids(library: Library, tokens: tuple[str | int, ...]) -> frozenset[int]:
+    ids = [library.id_of(token) if isinstance(token, str) else token for token in tokens]
+    return frozenset(i for i in ids if i is not None and 0 <= i < library.vocab_size)
+
+
+def _tokenizer(kind: str, files: Mapping[str, bytes], library: Library, ends: Ends, matches_special: bool) -> Tokenizer:
+    special, name = dict(library.special), None if ends.eod is None else library.text_of(ends.eod)
+    if ends.eod is not None and name is not None:
+        special[name] = ends.eod
+    encode_ids, as_json = library.encoder(ends.eod, matches_special)
+    if name is not None and name not in library.special and not matches_special and not encode_ids([name])[0]:
+        raise UserError(f"--eod-token {name!r}: without this token the {kind} cannot spell text any more; name another")
+    forbidden = frozenset({*special.values(), *(i for i in [ends.eod] if i is not None)} - set(library.unknown))
+    usual = library.first_eod if library.first_eod is not None else library.eod_alone()
+    return Tokenizer(
+        kind,
+        library.vocab_size,
+        ends.eod,
+        ends.bos,
+        special,
+        frozenset() if matches_special else forbidden,
+        matches_special,
+        _fingerprint(kind, files, None if ends.eod in (usual, None) else ends.eod),
+        files,
+        encode_ids,
+        library.decode_ids,
+        library.id_of,
+        as_json,
+    )
+
+
+def _file_names(kind: str) -> dict[str, str]:
+    """{flag that names a file of this kind of tokenizer: the name it is saved under}."""
+    names = {
+        "SentencePieceTokenizer": {"--tokenizer-model": "tokenizer.model"},
+        "HuggingFaceTokenizer": {"--tokenizer-model": "tokenizer.json"},
+        "GPT2BPETokenizer": {"--vocab-file": "vocab.json", "--merge-file": "merges.txt"},
+        "ByteLevelTokenizer": {},
+    }
+    if kind not in names:
+        raise UserError(f"unknown tokenizer type {kind}; known are {', '.join(names)}")
+    return names[kind]
+
+
+_FILES = {
+    "SentencePieceTokenizer": "a SentencePiece model, as tools/train_tokenizer.py makes one",
+    "HuggingFaceTokenizer": "a tokenizer.json, or the directory that holds it",
+    "GPT2BPETokenizer": "GPT-2's vocab.json, and its merges.txt",
+}
+
+
+def _read(flag: str, path: str | None, kind: str) -> bytes:
+    if path is None:
+        raise UserError(f"--tokenizer-type {kind} needs {flag}: {_FILES.get(kind, kind)}")
+    file = Path(path)
+    if kind == "HuggingFaceTokenizer" and file.is_dir():  # what save_pretrained leaves
+        file = file / "tokenizer.json"
+    try:
+        content = read_small(file)
+    except OSError as error:
+        raise UserError(f"{flag} {file} cannot be read: {error.strerror}; it takes {_FILES.get(kind, kind)}") from None
+    except ValueError as error:
+        raise UserError(f"{flag} {file} cannot be read: {error}") from None
+    if not content:
+        raise UserError(f"{flag} {file} is empty")
+    return content
+
+
+def _write(path: Path, content: bytes) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_bytes(content)
+    os.replace(tmp, path)
+
+
+def _fingerprint(kind: str, files: Mapping[str, bytes], eod: int | None) -> str:
+    digest = hashlib.blake2b(kind.encode(), digest_size=32)
+    for name in sorted(files):
+        digest.update(f"\n{name} {len(files[name])}\n".encode() + files[name])
+    if eod is not None:
+        digest.update(f"\neod {eod}\n".encode())
+    return digest.hexdigest()

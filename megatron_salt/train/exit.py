@@ -1,0 +1,150 @@
+"""When a run saves and leaves before its end: a signal, a time limit, a file, a step.
+
+Signals and clocks differ between ranks, so the decision is made in common: each rank turns what it knows into a small
+integer, the largest over all ranks counts, and every rank answers the same. The reduction is passed in; this module
+imports the standard library alone, so that signals can be caught before the slow imports begin.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from megatron_salt.errors import LeftEarly, UserError
+
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
+
+_NONE, _TIME, _FILE, _TAKEN = 0, 1, 2, 1000  # a signal is _FILE + its number
+
+
+class SignalWatch:
+    """Notes the arrival of a leave signal; the run goes on until it asks. Main thread only.
+
+    Any number of signals is like one. A forked child (a background writer, say) dies of the signal as if nobody watched.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the first signal; 0: none yet
+        self._owner = os.getpid()
+        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in LEAVE_SIGNALS}
+
+    def restore(self) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # A handler does the least it can: the main thread may be anywhere, inside a lock of the logger too.
+        if os.getpid() != self._owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.received:
+            self.received = number
+
+
+class ExitPlan:
+    """Asks after every step, and before every batch of an evaluation, whether to save and leave."""
+
+    def __init__(
+        self,
+        *,
+        exit_interval: int | None,
+        exit_duration_in_mins: float | None,
+        watch: SignalWatch | None,
+        agree: Callable[[int], int],
+        started: float,
+        clock: Callable[[], float] = time.monotonic,
+        exit_file: str | None = None,
+        looks: bool = True,
+        taken: Callable[[], bool] | None = None,
+    ) -> None:
+        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. looks: whether this
+        rank looks for the file. taken: whether this rank knows that --save is another run's by now; None: nothing is saved.
+
+        What is configured, and so whether `agree` is called, is the same on every rank.
+        """
+        self._exit_interval = exit_interval
+        self._exit_duration_in_mins = exit_duration_in_mins
+        self._watch = watch
+        self._agree = agree
+        self._started = started
+        self._clock = clock
+        self._exit_file, self._looks = exit_file, looks
+        self.taken = taken
+        self.reason: str | None = None
+        """What was last found as a reason to leave; None: nothing yet."""
+
+    def reason_to_leave(self, step: int) -> str | None:
+        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
+        --exit-interval (or nothing) is configured."""
+        if (reason := self.reason_to_stop_now()) is not None:
+            return reason
+        if self._exit_interval is not None and step % self._exit_interval == 0:
+            self.reason = f"step {step} is a multiple of --exit-interval {self._exit_interval}"
+            return self.reason
+        return None
+
+    def reason_to_stop_now(self) -> str | None:
+        """A signal, the file or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective
+        likewise."""
+        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self.taken)
+        code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
+        if code == _NONE:
+            return None
+        self.reason = self._words(code)
+        return self.reason
+
+    def look(self, doing: str) -> None:
+        """Before the first step: raise LeftEarly, on every rank, where a signal or the file is a reason to leave. Collective likewise.
+
+        The time limit is none: at least one step is made, or a chain of jobs that are too short would never get anywhere."""
+        if self._watch is None and self._exit_file is None:
+            return
+        code = self._agree(self._local_code(timed=False))
+        if code != _NONE:
+            raise LeftEarly(f"{self._words(code)} while {doing}")
+
+    def _words(self, code: int) -> str:
+        if code == _TAKEN:
+            return "--save was taken over"
+        if code > _FILE:
+            return _received(code - _FILE)
+        if code == _FILE:
+            return _appeared(self._exit_file)
+        return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
+
+    def _local_code(self, timed: bool = True) -> int:
+        if self.taken is not None and self.taken():
+            return _TAKEN  # whatever else there is: nothing can be saved
+        if self._watch is not None and self._watch.received:
+            return _FILE + self._watch.received
+        if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):
+            return _FILE
+        minutes = self._exit_duration_in_mins
+        return _TIME if timed and minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
+
+
+def reason_alone(watch: SignalWatch | None, exit_file: str | None) -> str | None:
+    """A signal or the file, as far as this rank sees them: for the time in which it cannot ask the others."""
+    if watch is not None and watch.received:
+        return _received(watch.received)
+    return _appeared(exit_file) if exit_file is not None and os.path.lexists(exit_file) else None
+
+
+def _received(number: int) -> str:
+    return f"{signal.Signals(number).name} received"
+
+
+def _appeared(exit_file: str | None) -> str:
+    return f"--exit-file {exit_file} has appeared"
+
+
+def refuse_exit_file(path: str | None) -> None:
+    """Raise UserError where --exit-file is there already: the run would leave at once, and a launcher start it again and again."""
+    if path is not None and os.path.lexists(path):
+        raise UserError(f"--exit-file {path} is there, so this would leave at once; delete it to go on")

@@ -1,0 +1,99 @@
+"""What a run takes over from a checkpoint's facts, without ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_salt.checkpoint import compatibility
+from megatron_salt.checkpoint.run_state import Progress, SaltProgress
+from megatron_salt.config import OptimizerConfig
+from megatron_salt.errors import UserError
+from megatron_salt.train.optim import build_scheduler
+
+BATCH = 10
+FLAGS = OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=2)
+
+
+def schedule(flags: OptimizerConfig, iters: int) -> tuple[OptimizerParamScheduler, Any]:
+    """The schedule of a run of `iters` steps, and a stand-in for the optimizer that it drives."""
+    optimizer = SimpleNamespace(param_groups=[{"max_lr": flags.lr, "min_lr": flags.min_lr, "lr": 0.0, "weight_decay": 0.0}])
+    return build_scheduler(optimizer, flags, iters * BATCH, BATCH), optimizer  # type: ignore[arg-type]
+
+
+def found_after(flags: OptimizerConfig, iters: int, steps: int) -> compatibility.Found:
+    """The checkpoint of a run after some steps."""
+    scheduler, _ = schedule(flags, iters)
+    for _ in range(steps):
+        scheduler.step(increment=BATCH)
+    return compatibility.Found(Path("checkpoint"), {"scheduler": scheduler.state_dict()}, {})
+
+
+def learning_rate(flags: OptimizerConfig, iters: int, steps: int) -> float:
+    """Of the step after `steps` in an uninterrupted run."""
+    scheduler, optimizer = schedule(flags, iters)
+    for _ in range(steps):
+        scheduler.step(increment=BATCH)
+    return optimizer.param_groups[0]["lr"]
+
+
+def resumed(flags: OptimizerConfig, iters: int, found: compatibility.Found) -> float:
+    """The learning rate with which a run goes on, after its optimizer took the groups of the checkpoint."""
+    scheduler, optimizer = schedule(flags, iters)
+    optimizer.param_groups[0].update(max_lr=FLAGS.lr, min_lr=FLAGS.min_lr)
+    compatibility.load_schedule(scheduler, optimizer, found, compatibility.schedule_follows_run(flags))
+    return optimizer.param_groups[0]["lr"]
+
+
+SALT = SaltProgress(40, {"kd_steps": 50, "kd_weight": 0.667}, "sha256:aaaa", "teacher", 38, {"loss": 3.25, "accuracy": 0.5})
+
+
+@pytest.mark.parametrize("salt", [None, SALT, replace(SALT, crossover=None, teacher_held_out=None)])
+def test_progress_comes_back_from_its_file(salt: SaltProgress | None) -> None:
+    """With --new-data too, but for the positions in the data."""
+    progress = Progress(7, 70, {"position": 70}, ({"event": "start", "step": 0},), {"nonfinite_in_a_row": 2}, salt)
+    run = compatibility.RunIdentity("", {}, "tokenizer:aaaa", "data:aaaa", 1)
+    facts = json.loads(json.dumps(asdict(progress) | compatibility.identity_facts(run)))
+    found = compatibility.Found(Path("checkpoint"), facts, {})
+    assert compatibility.progress_from(found, run, new_data=False) == progress
+    other = compatibility.progress_from(found, replace(run, data_fingerprint="data:bbbb"), new_data=True)
+    assert other == replace(progress, data={}, events=(*progress.events, other.events[-1]))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])
+def test_the_learning_rate_goes_on_where_it_was(steps: int) -> None:
+    assert resumed(FLAGS, 20, found_after(FLAGS, 20, steps)) == learning_rate(FLAGS, 20, steps)
+
+
+def test_a_longer_run_is_always_allowed_and_its_decay_with_it() -> None:
+    assert resumed(FLAGS, 40, found_after(FLAGS, 20, 5)) == learning_rate(FLAGS, 40, 5)
+    fixed = replace(FLAGS, lr_decay_iters=20)
+    assert resumed(fixed, 40, found_after(fixed, 20, 5)) == learning_rate(fixed, 20, 5)
+    share = replace(FLAGS, lr_warmup_iters=0, lr_warmup_fraction=0.5)
+    assert resumed(share, 40, found_after(share, 20, 5)) == learning_rate(share, 40, 5)
+
+
+@pytest.mark.parametrize(
+    "change, sides",
+    [
+        ({"lr": 2.0}, "max_lr is 1.0 there and 2.0 here"),
+        ({"lr_decay_style": "cosine"}, "lr_decay_style is linear there and cosine here"),
+        ({"lr_decay_iters": 30}, "lr_decay_steps is 200 there and 300 here"),
+        ({"weight_decay": 0.5}, "start_wd is 0.01 there and 0.5 here"),
+    ],
+)
+def test_another_schedule_is_refused_or_chosen_by_flag(change: dict, sides: str) -> None:
+    other, found = replace(FLAGS, **change), found_after(FLAGS, 20, 5)
+    with pytest.raises(UserError, match=f"{sides}.*--override-opt-param-scheduler.*--use-checkpoint-opt-param-scheduler"):
+        resumed(other, 20, found)
+    assert resumed(replace(other, override_opt_param_scheduler=True), 20, found) == learning_rate(other, 20, 5)
+    assert resumed(replace(other, use_checkpoint_opt_param_scheduler=True), 20, found) == learning_rate(FLAGS, 20, 5)

@@ -1,0 +1,76 @@
+"""Weights and gradients of the whole model, whatever layout holds the parts, by GPTModel's names with global layer numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.parallel.pipeline import run_pipeline
+from megatron_salt.train.step import Student, forward_step, place, unwrap
+
+TIED_COPY = "copy of the embedding on the last stage"
+
+
+def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
+    """Gradient of the mean loss per token, before clipping, float32. Collective over all ranks; all receive. Parameters stay.
+
+    Where weights are tied over stages the last stage's copy comes too, under TIED_COPY: its gradient is the shared one.
+    """
+    for chunk in student.chunks:
+        chunk.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    placed = [place(microbatch, student.mesh) for microbatch in microbatches]
+    run_pipeline(
+        student.chunks, forward_step, placed, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
+    )
+    for chunk in student.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            _gather_shards(chunk)
+    return whole_tensors(student, lambda param: param.main_grad)
+
+
+def whole_tensors(student: Student, read: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """What `read` gives for each parameter, of its shape; by default its value. Collective over all ranks; all receive."""
+    mine = {}
+    for chunk in student.chunks:
+        model = unwrap(chunk)
+        numbers = {f"decoder.layers.{local}.": layer.layer_number - 1 for local, layer in enumerate(model.decoder.layers)}
+        for name, param in model.named_parameters():
+            prefix = ".".join(name.split(".")[:3]) + "."
+            if prefix in numbers:
+                name = f"decoder.layers.{numbers[prefix]}.{name.removeprefix(prefix)}"
+            elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+                name = TIED_COPY
+            gated = ".linear_fc1." in name and model.config.gated_linear_unit
+            mine[name] = _whole(param, read(param).clone(), gated, student.mesh.groups.tp)
+    stages: list[dict[str, Tensor]] = [{} for _ in range(student.mesh.groups.pp.size())]
+    dist.all_gather_object(stages, mine, group=student.mesh.groups.pp)
+    return {name: value for stage in stages for name, value in stage.items()}
+
+
+def _gather_shards(chunk: torch.nn.Module) -> None:
+    """Under the distributed optimizer each rank has summed its own share of every bucket: bring the others' here."""
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            group = buffer.data_parallel_group
+            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def _whole(param: Tensor, value: Tensor, gated: bool, group: dist.ProcessGroup) -> Tensor:
+    """A tensor-parallel rank's part -> the whole parameter's."""
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    if not getattr(param, "tensor_model_parallel", False):
+        for part in parts:  # what all ranks hold is the same on all
+            torch.testing.assert_close(part, value, rtol=1e-5, atol=1e-6, equal_nan=True)
+        return value
+    if gated:  # each rank holds its share of the gate, then its share of the values
+        return torch.cat([half for halves in zip(*(part.chunk(2) for part in parts), strict=True) for half in halves])
+    return torch.cat(parts, dim=param.partition_dim)

@@ -1,0 +1,45 @@
+"""A run log with small numbers, for the tests of what it prints and of where it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_salt.config import LoggingConfig
+from megatron_salt.metrics.run_log import RunLog, StepRecord
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(step: int, loss: Any = 2.0, **values: Any) -> StepRecord:
+    return StepRecord(
+        step=step, consumed_samples=8 * step, loss=loss, lr=1e-3, grad_norm=0.5, tokens=800, seconds=0.5, **values
+    )
+
+
+def open_log(
+    path: Path, start_step: int = 0, total_steps: int = 10, active: bool = True, clock: Any = None, **logging: Any
+) -> RunLog:
+    logging = {"jsonl": str(path / "log.jsonl")} | logging
+    return RunLog(
+        LoggingConfig(**logging),
+        active=active,
+        save=None,
+        start_step=start_step,
+        total_steps=total_steps,
+        flops_per_token=1e9,
+        world_size=4,
+        config={"model": {}},
+        clock=clock or Clock(),
+    )
+
+
+def entries(path: Path, kind: str = "step") -> list[dict[str, Any]]:
+    return [entry for entry in map(json.loads, (path / "log.jsonl").read_text().splitlines()) if entry["kind"] == kind]

@@ -1,0 +1,198 @@
+"""The worker's side of `ranks.py`: run one call after another, and leave nothing of a call behind.
+
+A call is followed by `_take_down`: process groups, megatron-core's globals and caches, random state, environment, signal handlers
+and whatever else a call may have changed are as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import faulthandler
+import functools
+import gc
+import importlib
+import logging
+import os
+import pickle
+import random
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# megatron-core keeps these modules' state in globals, and parallel_state's own destroy function forgets some of them.
+STATEFUL = (
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.num_microbatches_calculator",
+    "megatron.core.rerun_state_machine",
+    "megatron.core.pipeline_parallel.utils",
+    "megatron.core.transformer.utils",
+    "megatron.core.transformer.cuda_graphs",
+)
+
+
+class Outcome(NamedTuple):
+    """What one rank sends back: a pickled result or, when `trace` is not empty, a pickled exception (or nothing)."""
+
+    payload: bytes
+    trace: str
+
+
+class Call(NamedTuple):
+    """What one rank is told to run."""
+
+    rank: int
+    world_size: int
+    directory: str
+    timeout: float
+    path: list[str]
+    payload: bytes  # pickled (function, arguments)
+
+
+def stack_file(directory: str, rank: int) -> Path:
+    return Path(directory, f"stack-{rank}")
+
+
+def serve(pipe: Connection) -> None:
+    """The life of a worker: call, outcome, clean up, outcome; until the parent is gone."""
+    os.setpgrp()  # so that kill() also reaches this worker's children; and Ctrl-C is the parent's business
+    import torch
+
+    torch.set_num_threads(1)
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+    clean = [(module, _state(module)) for module in map(importlib.import_module, STATEFUL)]
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            call = pickle.loads(pipe.recv_bytes())
+            with _as_before(), _stack_on_demand(stack_file(call.directory, call.rank)):
+                pipe.send_bytes(pickle.dumps(_attempt(_work, call)))
+                pipe.recv_bytes()  # every rank is done: nobody's last message is lost by closing connections
+                outcome = _attempt(_take_down, clean)
+            pipe.send_bytes(pickle.dumps(outcome))
+
+
+def _attempt(action: Callable[..., Any], *arguments: Any) -> Outcome:
+    try:
+        return Outcome(pickle.dumps(action(*arguments)), "")
+    except BaseException as error:  # SystemExit too: the worker has to go on
+        try:
+            payload = pickle.dumps(error)
+            pickle.loads(payload)
+        except Exception:
+            payload = b""
+        return Outcome(payload, traceback.format_exc())
+
+
+def _work(call: Call) -> Any:
+    import numpy
+    import torch
+    import torch.distributed as dist
+
+    sys.path[:] = call.path
+    rank, world_size = str(call.rank), str(call.world_size)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{call.directory}/rendezvous",
+        rank=call.rank,
+        world_size=call.world_size,
+        timeout=datetime.timedelta(seconds=call.timeout + 30),
+    )
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    function, arguments = pickle.loads(call.payload)
+    return function(*arguments)
+
+
+def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
+    """Destroy groups and put torch's and megatron-core's globals back; returns how many threads this process is left with."""
+    import torch
+    import torch.distributed as dist
+
+    _forget_cached_calls()
+    gc.collect()
+    _break_cycles()
+    gc.collect()
+    if dist.is_initialized():
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+        dist.destroy_process_group()
+    for module, state in clean:
+        vars(module).update({name: copy.copy(value) for name, value in state.items()})
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
+    return len(os.listdir("/proc/self/task"))
+
+
+def _forget_cached_calls() -> None:
+    """Empty megatron-core's lru_caches: one on a method keeps its object, and with it process groups and their threads."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("megatron")]:
+        for holder in [module, *(value for value in vars(module).values() if isinstance(value, type))]:
+            for value in vars(holder).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+
+
+def _break_cycles() -> None:
+    """megatron-core's DDP holds gradient accumulators whose hooks hold the DDP: a cycle through C++ that Python cannot collect."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    for left in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
+        vars(left).clear()
+
+
+def _state(module: Any) -> dict[str, Any]:
+    """A module's globals that hold data, not code."""
+    data = (type(None), bool, int, float, str, list, dict, set)
+    items = ((name, value) for name, value in vars(module).items() if not name.startswith("__"))
+    return {name: copy.copy(value) for name, value in items if isinstance(value, data)}
+
+
+@contextlib.contextmanager
+def _stack_on_demand(path: Path) -> Iterator[None]:
+    """SIGUSR2 writes the main thread's stack to `path`, even while it waits inside a collective."""
+    with open(path, "w") as file:
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=False)
+        yield
+        faulthandler.unregister(signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Put the process's own settings back afterwards."""
+    directory, path, argv = os.getcwd(), list(sys.path), list(sys.argv)
+    log, log_level = list(logging.root.handlers), logging.root.level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    with environment({}), warnings.catch_warnings():
+        yield
+    os.chdir(directory)
+    sys.path[:], sys.argv[:] = path, argv
+    logging.root.handlers[:] = log
+    logging.root.setLevel(log_level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    gc.enable()
+
+
+@contextlib.contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

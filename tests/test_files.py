@@ -1,0 +1,72 @@
+"""What tools write: nothing is replaced without a flag, and two processes do not write one output at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer
+
+
+def test_what_is_there_is_replaced_only_where_a_flag_says_so(tmp_path: Path) -> None:
+    here, link, absent = tmp_path / "here", tmp_path / "link", tmp_path / "absent"
+    here.write_text("")
+    link.symlink_to(absent)  # writing would replace the link
+    with pytest.raises(UserError, match=f"--output x: {here}, {link} exists; --overwrite replaces it"):
+        refuse_present("--output", "x", [here, absent, link], overwrite=False)
+    refuse_present("--output", "x", [here, absent], overwrite=True)
+    refuse_present("--output", "x", [absent], overwrite=False)
+
+
+def test_a_second_writer_is_refused_naming_the_first_and_the_directory_is_clean_afterwards(tmp_path: Path) -> None:
+    output = tmp_path / "new/model"
+    with sole_writer("--output", output):
+        with pytest.raises(UserError) as refused, sole_writer("--output", output):
+            pass
+        for part in (f"--output {output} is being written by process {os.getpid()} on ", "another --output"):
+            assert part in str(refused.value)
+        with sole_writer("--output", tmp_path / "other"):
+            pass
+    assert list(output.parent.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), sole_writer("--output", output):
+        raise ZeroDivisionError
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_lock_of_a_killed_process_is_nobodys(tmp_path: Path) -> None:
+    code = "import os, sys\nfrom megatron_salt.files import sole_writer\n"
+    code += "with sole_writer('--output', sys.argv[1]): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False)
+    assert (tmp_path / "model.lock").exists()
+    with sole_writer("--output", tmp_path / "model"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_that_come_and_go_one_holds_the_output_at_a_time(tmp_path: Path) -> None:
+    """Each adds to a number that it reads first; a lock that is removed while another opens it would lose one."""
+    code = """
+import sys, time
+from pathlib import Path
+from megatron_salt.files import sole_writer
+from megatron_salt.errors import UserError
+number, done = Path(sys.argv[1]), 0
+while done < 100:
+    try:
+        with sole_writer('--output', number):
+            found = int(number.read_text())
+            time.sleep(0.0001)
+            number.write_text(str(found + 1))
+            done += 1
+    except UserError:
+        time.sleep(0.0002)
+"""
+    (tmp_path / "number").write_text("0")
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "number")]) for _ in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert (tmp_path / "number").read_text() == "300"

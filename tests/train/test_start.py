@@ -1,0 +1,143 @@
+"""What flags and files together get wrong: a start and a --dry-run refuse it with the same line, before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.program import refused, run, train, write_tokens
+
+DISTRIBUTED = dict(use_distributed_optimizer=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    """plain: 3 steps; salt: left inside stage 1, with plain as its teacher; sharded: a routine save; the others: plain, damaged."""
+    root = tmp_path_factory.mktemp("runs")
+    train(data_path=data, train_iters=3, save=root / "plain", save_interval=2)
+    train(data_path=data, train_iters=6, save=root / "salt", exit_interval=2, teacher_load=root / "plain", kd_steps=4)
+    train(data_path=data, train_iters=4, save=root / "sharded", exit_interval=2, **DISTRIBUTED)
+    for name, file in (("cut", "common.pt"), ("scribbled", "state.json")):
+        shutil.copytree(root / "plain", root / name)
+        (root / name / "iter_0000003" / file).write_bytes(b"{")
+    shutil.copytree(root / "plain", root / "lost")
+    shutil.rmtree(root / "lost" / "iter_0000003")
+    write_tokens(root / "other", seed=7)
+    write_tokens(root / "few", windows=3)
+    for suffix in (".bin", ".idx"):
+        (root / f"link{suffix}").symlink_to(root / f"few{suffix}")
+    return root
+
+
+REFUSED: list[Any] = [  # flags, what the line says
+    # data
+    (dict(data_path="ROOT/nowhere"), "--data-path ROOT/nowhere: ROOT/nowhere.idx does not exist"),
+    (dict(eval_iters=1), "--eval-iters 1 needs held-out data"),
+    (dict(data_path="ROOT/few", valid_share=0.5, seq_length=48), "ROOT/few"),
+    (dict(tokenizer_type=None), "--tokenizer-type"),
+    (
+        dict(data_path="ROOT/few", valid_data_path="ROOT/link"),
+        "--valid-data-path ROOT/link is the same file as --data-path ROOT/few",
+    ),
+    # the log
+    pytest.param(
+        dict(wandb_project="salt"),
+        "--wandb-project needs the package wandb",
+        marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed"),
+    ),
+    # the checkpoint
+    (
+        dict(load="ROOT/nowhere"),
+        "--load ROOT/nowhere holds no checkpoint; a run starts without one only where --save is the same",
+    ),
+    (dict(load="ROOT/lost"), "whole checkpoints: iter_0000002. Give one of them to --load"),
+    (dict(load="ROOT/cut"), "ROOT/cut/iter_0000003 is damaged"),
+    (dict(load="ROOT/cut", save="ROOT/cut"), "ROOT/cut/iter_0000003 is damaged"),
+    (dict(load="ROOT/scribbled"), "ROOT/scribbled/iter_0000003 is damaged"),
+    (dict(load="ROOT/scribbled", save="ROOT/scribbled"), "ROOT/scribbled/iter_0000003 is damaged"),
+    (dict(load="ROOT/plain", num_layers=3), "another architecture: --num-layers is 2 there and 3 here"),
+    (dict(load="ROOT/plain", seed=5), "--new-data goes on with it"),
+    (dict(load="ROOT/plain", data_path="ROOT/other"), "--new-data goes on with it"),
+    (dict(load="ROOT/plain", lr=1e-3), "another schedule: max_lr is 0.003 there and 0.001 here"),
+    (dict(load="ROOT/plain", lr_decay_style="cosine"), "another schedule: lr_decay_style is linear there and cosine here"),
+    (dict(load="ROOT/plain", **DISTRIBUTED), "this run has --use-distributed-optimizer and the checkpoint has not"),
+    (dict(load="ROOT/sharded"), "the checkpoint has --use-distributed-optimizer and this run has not"),
+    (
+        dict(
+            load="ROOT/plain",
+            train_iters=None,
+            train_samples=40,
+            global_batch_size=5,
+            micro_batch_size=1,
+            override_opt_param_scheduler=True,
+        ),
+        "leaves 16",
+    ),
+    # the teacher
+    (dict(teacher_load="ROOT/nowhere", kd_steps=1), "--teacher-load ROOT/nowhere holds no checkpoint"),
+    (dict(load="ROOT/plain", teacher_load="ROOT/plain", kd_steps=5), "the run was trained without a teacher up to step 3"),
+    (dict(load="ROOT/salt"), "step 2 is in stage 1, which ends after step 4: it needs its teacher"),
+    (dict(load="ROOT/salt", teacher_load="ROOT/sharded", kd_steps=4), "step 2 is in stage 1 of a run with teacher"),
+    (dict(load="ROOT/salt", teacher_load="ROOT/plain", kd_steps=5), "under another schedule: --kd-steps is 4 there and 5 here"),
+    (dict(teacher_load="ROOT/plain", kd_steps=4, teacher_exchange_max_gib=1e-9), "more than --teacher-exchange-max-gib 1e-09"),
+    # --save
+    (dict(save="/proc/nowhere"), "--save /proc/nowhere cannot be written"),
+    (dict(save="ROOT/plain"), "--save ROOT/plain holds checkpoints of another run"),
+    (dict(save="ROOT/other.bin"), "--save ROOT/other.bin cannot be written"),
+    (dict(load="ROOT/plain", train_iters=3), "nothing to train: ROOT/plain/iter_0000003 is after step 3 and the run has 3"),
+    # logs
+    (dict(jsonl="ROOT/other.bin"), "--jsonl ROOT/other.bin exists and is not a run's log"),
+    (dict(jsonl="ROOT/plain"), "--jsonl ROOT/plain is not a regular file"),
+    (dict(jsonl="ROOT/other.bin/log"), "--jsonl ROOT/other.bin/log cannot be written: ROOT/other.bin is not a directory"),
+    (dict(tensorboard_dir="ROOT/other.bin"), "--tensorboard-dir ROOT/other.bin cannot be written"),
+]
+
+
+@pytest.mark.parametrize("flags, reason", REFUSED, ids=lambda value: value[:50] if isinstance(value, str) else "")
+def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
+    tmp_path: Path, data: str, runs: Path, flags: dict[str, Any], reason: str
+) -> None:
+    named = {name: value.replace("ROOT", str(runs)) if isinstance(value, str) else value for name, value in flags.items()}
+    named = dict(data_path=data, train_iters=6, save=tmp_path / "new") | named
+    before = files(runs)
+    said = [refused(**named), refused(**named, dry_run=1)]
+    assert said[0] == said[1] and reason.replace("ROOT", str(runs)) in said[0], said
+    assert list(tmp_path.iterdir()) == [] and files(runs) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(load="plain", lr=1e-3, override_opt_param_scheduler=True),
+        dict(load="plain", finetune=True, seed=5),
+        dict(load="scribbled", load_fallback=True),
+        dict(load="salt", teacher_load="plain", kd_steps=4),
+        dict(load="sharded", no_load_optim=True),
+    ],
+)
+def test_neither_refuses_what_flags_allow(tmp_path: Path, data: str, runs: Path, flags: dict[str, Any]) -> None:
+    """Else everything above could pass for the wrong reason."""
+    named = {name: runs / value if name in ("load", "teacher_load") else value for name, value in flags.items()}
+    [rehearsed] = run(data_path=data, train_iters=4, save=tmp_path / "new", dry_run=1, **named)
+    assert rehearsed.status == 0 and "nothing found that would stop this run" in rehearsed.out, rehearsed
+    assert list(tmp_path.iterdir()) == []
+    [started] = run(data_path=data, train_iters=4, save=tmp_path / "new", **named)
+    assert started.status == 0, started
+
+
+def files(root: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a directory: size and time of change."""
+    return {
+        str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in root.rglob("*")
+        if path.is_file()
+    }
