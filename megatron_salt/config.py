@@ -182,10 +182,10 @@ class ModelConfig:
             return self.ffn_hidden_size
         return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.swiglu else 4 * self.hidden_size
 
-    def padded_vocabulary(self, vocabulary: int) -> int:
-        """Rows of the embedding for a tokenizer with `vocabulary` ids."""
+    def padded_vocabulary_size(self, vocabulary_size: int) -> int:
+        """Rows of the embedding for a tokenizer with `vocabulary_size` ids."""
         multiple = self.make_vocab_size_divisible_by
-        return -(-vocabulary // multiple) * multiple
+        return -(-vocabulary_size // multiple) * multiple
 
 
 @dataclass(frozen=True)

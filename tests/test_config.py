@@ -188,9 +188,9 @@ def test_derived_sizes(values, derived):
     assert (model.query_groups, model.head_width, model.ffn_width) == derived
 
 
-@pytest.mark.parametrize("vocabulary, rows", [(1, 128), (128, 128), (129, 256), (50257, 50304)])
-def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary, rows):
-    assert ModelConfig().padded_vocabulary(vocabulary) == rows
+@pytest.mark.parametrize("vocabulary_size, rows", [(1, 128), (128, 128), (129, 256), (50257, 50304)])
+def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary_size, rows):
+    assert ModelConfig().padded_vocabulary_size(vocabulary_size) == rows
 
 
 def test_every_leaf_has_a_help_text():
