@@ -159,7 +159,7 @@ def prediction(run: RunConfig, head: HeadCost) -> float:
 def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
     """Bytes that one step's plan moves where a position has `width` values, those that stay on their rank included."""
     layout = student_layout(run.parallel, num_ranks)
-    plan = routing.plan(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
+    plan = routing.plan_exchange(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
     return sum(sum(plan.send_sizes(place)) for place in range(plan.num_places)) * width * dtype_of(run.training).itemsize
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from megatron_salt.checkpoint.run_state import Progress
 from megatron_salt.metrics.run_log import RunLog, memory_in_use_gib
 from megatron_salt.parallel.collectives import from_rank_0, largest
+from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.teacher import Teacher
 
@@ -25,6 +26,8 @@ class Stage1:
     schedule: Schedule
     teacher_flops: float = 0.0
     """The teacher's FLOPs for an input token, output layer included; 0 without a teacher."""
+    fidelity: Fidelity | None = None
+    """How near a teacher in FP8 is to itself in bfloat16; None for any other teacher, and without one."""
 
     def goes_on(self, step: int, progress: Progress) -> bool:
         """Whether a step is still of stage 1. Pure."""

@@ -39,15 +39,15 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, new_group_of
 from megatron_salt.salt.cost import predict
-from megatron_salt.salt.fp8_check import SAMPLES
+from megatron_salt.salt.fp8_check import SAMPLES, Fidelity
 from megatron_salt.salt.head_cost import measure_head
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, read_teacher, refuse_trainable, refuse_unfit
 from megatron_salt.salt.resumption import Events, salt_from
-from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
+from megatron_salt.salt.routing import exchange_gib, layout_warnings, teacher_layout
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.salt.stage_samples import StagedSamples
-from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.selection.selection_file import Selection, refuse_other_data
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
@@ -262,8 +262,8 @@ def in_its_stage(
     run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
     flops = forward_flops_per_token(teacher.model, config.training.seq_length, padded_vocabulary_size)
-    admitted = admit_teacher(run, config, teacher, inputs.tokenizer.vocabulary_size, timeout, precision, look)
-    return replace(run, stage1=Stage1(admitted, schedule, flops))
+    admitted, fidelity = admit_teacher(run, config, teacher, inputs.tokenizer.vocabulary_size, timeout, precision, look)
+    return replace(run, stage1=Stage1(admitted, schedule, flops, fidelity))
 
 
 def stage_of(
@@ -296,13 +296,13 @@ def refuse_large_exchange(
 def admit_teacher(
     run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary_size: int, timeout: timedelta, precision: Precision,
     look: Look,
-) -> Teacher:  # fmt: skip
+) -> tuple[Teacher, Fidelity | None]:  # fmt: skip
     """The teacher over the student's ranks, after telling what it will cost. Collective over all ranks. Raises UserError."""
     salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
-    for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
+    for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
@@ -316,11 +316,18 @@ def admit_teacher(
     dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
-    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, config.parallel.sequence_parallel)
-    teacher = admit(
-        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
-        run.train.first(SAMPLES), look,
-    )  # fmt: skip
+    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)
+    teacher, fidelity = admit(
+        checkpoint,
+        salt,
+        TeacherHead(mesh, shard, training.seq_length, chunk_tokens),
+        dtype=dtype,
+        microbatches_per_forward=plan.teacher_merge,
+        timeout=timeout,
+        precision=precision,
+        text=run.train.first(SAMPLES),
+        look=look,
+    )
     groups = run.student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info(
@@ -331,7 +338,7 @@ def admit_teacher(
         layout.data,
         exchange,
     )
-    return teacher
+    return teacher, fidelity
 
 
 def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
