@@ -17,10 +17,11 @@ from megatron_salt.data.order import key_of, permute
 from megatron_salt.errors import UserError
 from megatron_salt.selection.eligibility import Eligible, dataset_ranges
 from megatron_salt.selection.score_reader import CHUNK, ScoreIndex
-from megatron_salt.selection.ties import TIE_SEED, Ties, tie_limits, tie_ranks
+from megatron_salt.selection.ties import TIE_SEED, Ties, below_limit, tie_limits
 
 RuleName = Literal["top", "bottom", "band", "threshold", "random"]
 _DIGIT = 1 << 16
+_SOME = 64  # samples whose median shows a digit that most have
 _ALL = 1 << 62  # as many ties as there may be
 
 
@@ -197,8 +198,7 @@ def _best(first: int, keys: np.ndarray, may: np.ndarray, boundary: Boundary, tie
         return (keys >= np.uint32(boundary.key)) & may
     best = (keys > np.uint32(boundary.key)) & may
     if boundary.limit:
-        level = np.flatnonzero((keys == np.uint32(boundary.key)) & may)
-        best[level] = tie_ranks(first + level, tie_seed) < np.uint64(boundary.limit)
+        best |= below_limit(first, (keys == np.uint32(boundary.key)) & may, boundary.limit, tie_seed)
     return best
 
 
@@ -244,12 +244,12 @@ def _boundaries(
     """Of samples [first, end), the boundaries of the best so many, for two numbers of them."""
     high = np.zeros(_DIGIT, np.int64)
     for _, keys, may in _keys(index, column, rule, eligible, *pool, size):
-        high += np.bincount(keys[may] >> 16, minlength=_DIGIT)
+        _tally(high, keys >> 16, may)
     digits = [_digit_at(high, rank) for rank in ranks]
     low = {digit: np.zeros(_DIGIT, np.int64) for digit, _ in digits}
     for _, keys, may in _keys(index, column, rule, eligible, *pool, size):
         for digit, counts in low.items():
-            counts += np.bincount(keys[(keys >> 16 == digit) & may] & 0xFFFF, minlength=_DIGIT)
+            _tally(counts, keys & 0xFFFF, (keys >> 16 == digit) & may)
     found = [(digit, *_digit_at(low[digit], rest)) for digit, rest in digits]
     cut = [((digit << 16) + low_digit, ties, int(low[digit][low_digit])) for digit, low_digit, ties in found]
     turned = 0xFFFFFFFF if rule.name == "bottom" else 0
@@ -259,6 +259,20 @@ def _boundaries(
         Boundary(key, ties, group, (next(limits) if ties < group else None) if ties else 0) for key, ties, group in cut
     )
     return after, upto
+
+
+def _tally(counts: np.ndarray, digits: np.ndarray, wanted: np.ndarray) -> None:
+    """Add to `counts`, int64 [65536], how often each digit occurs among the wanted samples: digits uint32 [n], wanted bool [n].
+
+    A digit that most samples share is the median of any part of them. Counting it takes a quarter of the time of a bincount."""
+    if 2 * np.count_nonzero(wanted) > len(digits):
+        some = digits[:: len(digits) // _SOME + 1]
+        common = np.partition(some, len(some) // 2)[len(some) // 2]
+        same = digits == common
+        if 2 * np.count_nonzero(same) > len(digits):
+            counts[common] += np.count_nonzero(same & wanted)
+            wanted = wanted & ~same
+    counts += np.bincount(digits[wanted], minlength=_DIGIT)
 
 
 def _digit_at(counts: np.ndarray, rank: int) -> tuple[int, int]:
