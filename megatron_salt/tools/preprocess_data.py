@@ -335,7 +335,7 @@ def run_stage(
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
-    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), config.dedup == "exact", encoder.backend)
+    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocabulary_size), config.dedup == "exact", encoder.backend)
     with closing(stage):
         for prefix in prefixes:
             tokenizer.save(tokenizer_directory(finished_prefix(config, prefix)))
@@ -440,7 +440,7 @@ def describe(
         sampled_fingerprint(prefix),
         tokenizer.kind,
         tokenizer.fingerprint,
-        tokenizer.vocab_size,
+        tokenizer.vocabulary_size,
         tokenizer.eod,
         config.append_eod,
         config.json_keys[i],
