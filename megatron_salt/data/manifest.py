@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_salt import small_files
+from megatron_salt.data.indexed_dataset import HEADER
 from megatron_salt.errors import UserError
 from megatron_salt.files import whole
 
 FORMAT = 1
-_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
 _TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
@@ -241,7 +241,7 @@ def sampled_fingerprint(prefix: str) -> str:
         digest.update(f"{suffix} {size}\n".encode())
         with open(prefix + suffix, "rb") as stream:
             if suffix == ".idx":
-                digest.update(stream.read(_HEADER_BYTES))
+                digest.update(stream.read(HEADER.size))
             _add_blocks(digest, stream, size)
     return f"sampled:{digest.hexdigest()}"
 

@@ -20,11 +20,12 @@ from megatron_salt.config import DataConfig
 from megatron_salt.data import manifest
 from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
 from megatron_salt.data.duplicate_inputs import refuse_repeated_datasets
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.order import Progress
 from megatron_salt.data.subsets import Members, Runs
-from megatron_salt.data.windows import TokenFile, Windows, num_held_out
+from megatron_salt.data.windows import Windows, num_held_out
 from megatron_salt.errors import UserError
 
 

@@ -233,14 +233,6 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
         raise UserError(f"--output {directory} is an index of other scores: {'; '.join(differences)}")
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """`i/n` -> (i, n), 0 <= i < n. UserError naming --shard."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard takes i/n, such as 0/4 for the first of four: i counts from 0 to n-1; got {text}")
-    return int(match[1]), int(match[2])
-
-
 def shard_blocks(num_blocks: int, shard: tuple[int, int]) -> range:
     """The blocks of shard i of n: sizes differ by at most one, and are 0 for some where there are fewer blocks than shards."""
     i, n = shard
