@@ -1,7 +1,7 @@
 """The open data of one split: windows of one or more datasets, numbered, in an endless order.
 
 A sample's global id numbers all windows of all datasets of a split in --data-path order, held-out ones included: it depends on neither
-seed, weights nor --valid-share. Which samples an order draws from is another matter (`pools.py`), and so is how steps cut it
+seed, weights nor --valid-share. Which samples an order draws from is another matter (`subsets.py`), and so is how steps cut it
 (`batch.py`). Opening is O(1) in the size of the data.
 """
 

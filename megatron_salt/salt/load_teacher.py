@@ -2,7 +2,7 @@
 
 Cheapest first: facts are read and held against the run before ranks join; then the body is built on the teacher's own groups and
 loaded, its output weight goes straight to the student's last stage; last the teacher, through the very path of a training step,
-must reproduce the losses that its checkpoint recorded of itself, and if it is to compute in FP8 stay near them there (`fidelity.py`).
+must reproduce the losses that its checkpoint recorded of itself, and if it is to compute in FP8 stay near them there (`fp8_check.py`).
 Whatever does not fit is a UserError that names both sides.
 """
 

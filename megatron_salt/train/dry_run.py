@@ -1,7 +1,7 @@
 """What can be known of a run before it has ranks: --dry-run N. One process, without torch.distributed and without a GPU.
 
 Everything that a start reads is read: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `find_beginning`
-(starting.py) then refuses what it refuses at a start. Nothing is written.
+(start.py) then refuses what it refuses at a start. Nothing is written.
 """
 
 from __future__ import annotations

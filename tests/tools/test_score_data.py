@@ -287,9 +287,9 @@ def finished_before(told: str) -> int:
 def start(world_size: int, **flags: Any) -> subprocess.Popen[str]:
     """The tool as a process of its own, slowed down so that it can be killed in the middle."""
     slowly = (
-        "import sys, time; from megatron_salt.salt import scoring; whole = scorer.Scorer.score\n"
+        "import sys, time; from megatron_salt.salt import scorer; whole = scorer.Scorer.score\n"
         "def score(*arguments):\n    time.sleep(0.3)\n    return whole(*arguments)\n"
-        "scoring.Scorer.score = score\n"
+        "scorer.Scorer.score = score\n"
         "from megatron_salt.cli import run_tool; from tools.score_data import ScoreConfig, score_data\n"
         "sys.exit(run_tool(ScoreConfig, score_data, sys.argv[1:]))"
     )
