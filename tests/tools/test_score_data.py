@@ -26,7 +26,8 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.checkpointer import load_weights
 from megatron_salt.cli import from_yaml, run_tool
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.indexed_dataset import TokenFile
+from megatron_salt.data.windows import Windows
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
