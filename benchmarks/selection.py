@@ -79,7 +79,20 @@ def measure(folder: Path, num_samples: int) -> None:
 def write_scores(folder: Path, num_samples: int) -> None:
     """An index with the three columns that selecting reads, as `score_data.py` would have left it."""
     dataset = DatasetFacts("synthetic", "content:0", num_samples)
-    manifest = IndexManifest((dataset,), 1024, 50000, "t", "w", 1, "runs/t", (10,), {}, "float32", 8, 4096)
+    manifest = IndexManifest(
+        datasets=(dataset,),
+        seq_length=1024,
+        vocabulary=50000,
+        tokenizer="t",
+        teacher="w",
+        teacher_step=1,
+        teacher_directory="runs/t",
+        top_k=(10,),
+        masking={},
+        dtype="float32",
+        micro_batch_size=8,
+        block_samples=4096,
+    )
     claim(folder / "scores", manifest)
     shard = folder / "scores" / f"samples-{0:015d}-{num_samples:015d}"
     shard.mkdir()
@@ -133,7 +146,14 @@ def memory_line(name: str) -> int:
 def choose_and_write(folder: Path, column: str, output: str) -> int:
     index = ScoreIndex.open([str(folder / "scores")])
     choice = choose(index, column, Rule("top", fraction=FRACTION), find_eligible(index, 0.0, None))
-    write_selection(str(folder / output), choice.ids(), choice.count, index.manifest, {}, 0.0)
+    write_selection(
+        str(folder / output),
+        choice.ids(),
+        num_selected=choice.count,
+        scores=index.manifest,
+        rule={},
+        valid_share=0.0,
+    )
     return choice.count
 
 

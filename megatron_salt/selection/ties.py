@@ -39,17 +39,17 @@ def tie_ranks(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def tie_limits(
-    index: ScoreIndex, column: str, eligible: Eligible, pool: tuple[int, int], groups: Sequence[Ties], seed: int, size: int,
+    index: ScoreIndex, column: str, eligible: Eligible, bounds: tuple[int, int], groups: Sequence[Ties], seed: int, size: int,
     deviations: float = _DEVIATIONS,
 ) -> list[int]:  # fmt: skip
-    """For each group of samples [first, end) the limit below which exactly `taken` of its ranks lie.
+    """For each group of samples [bounds[0], bounds[1]) the limit below which exactly `taken` of its ranks lie.
 
     size: samples that are read together. deviations: the width to begin with; a limit outside its bracket costs another pass.
     """
     brackets = [_bracket(group, deviations) for group in groups]
     below = [0] * len(groups)
     inside: list[list[np.ndarray]] = [[] for _ in groups]
-    for first, scores in index.chunks(column, *pool, size):
+    for first, scores in index.chunks(column, *bounds, size):
         for number, (group, (low, high)) in enumerate(zip(groups, brackets, strict=True)):
             equal = scores == np.float32(group.score)
             if not equal.any():
@@ -64,7 +64,7 @@ def tie_limits(
         if 0 <= place < len(near):
             limits.append(int(np.partition(near, place)[place]))
         else:
-            limits += tie_limits(index, column, eligible, pool, [group], seed, size, 4 * deviations)
+            limits += tie_limits(index, column, eligible, bounds, [group], seed, size, 4 * deviations)
     return limits
 
 

@@ -148,7 +148,7 @@ def test_a_choice_has_its_cuts(tmp_path: Path) -> None:
 
     def at(rule: Rule) -> list[tuple[float, ...]]:
         choice = choose(index, SCORE, rule, may)
-        return [cuts(choice, pool) for pool in choice.pools]
+        return [cuts(choice, part) for part in choice.ranges]
 
     chosen = scores[by_sorting(Rule("top", fraction=0.3), scores, may.of(0, 200))]
     assert at(Rule("top", fraction=0.3)) == [(chosen.min(),)]
@@ -246,7 +246,7 @@ def test_where_nothing_may_be_chosen_it_says_why(tmp_path: Path) -> None:
 
 
 def everything(num: int) -> Eligible:
-    return Eligible(np.full(-(-num // 8), 255, np.uint8), 0, 0, 0)
+    return Eligible(packed=np.full(-(-num // 8), 255, np.uint8), held_out=0, empty=0, duplicates=0)
 
 
 @pytest.mark.long

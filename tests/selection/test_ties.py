@@ -36,7 +36,7 @@ def test_a_limit_counts_exactly_as_many_wherever_it_is_first_looked_for(tmp_path
     scores = np.random.default_rng(0).integers(0, 3, num).astype(np.float32)
     index = write_columns(tmp_path, manifest_of((num,)), 2, **{SCORE: scores})
     packed = np.packbits(np.random.default_rng(1).random(num) < 0.7, bitorder="little")
-    may = Eligible(packed, 0, 0, 0)
+    may = Eligible(packed=packed, held_out=0, empty=0, duplicates=0)
     ids = 100 + np.flatnonzero((scores == 1)[100:] & bits(packed, 100, num))
     groups = [Ties(1.0, taken, len(ids)) for taken in (1, 2, len(ids) // 3, len(ids) - 1)]
     limits = tie_limits(index, SCORE, may, (100, num), groups, 3, 64, deviations)
