@@ -21,9 +21,9 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
-from megatron_salt.train.checks import check
 from megatron_salt.train.exit import SignalWatch
 from megatron_salt.train.launcher import write_outcome
+from megatron_salt.train.plan import check
 
 
 def main(argv: Sequence[str] | None = None) -> int:

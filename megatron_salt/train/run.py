@@ -27,13 +27,14 @@ from megatron_salt.parallel.collectives import first_problem, from_rank_0, gathe
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build import Inputs, Run, build, count_parameters, read_inputs
+from megatron_salt.train.build import build
+from megatron_salt.train.build_model import count_parameters
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone
+from megatron_salt.train.inputs import Inputs, read_inputs
 from megatron_salt.train.launcher import write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
-from megatron_salt.train.precisions import choose_precisions
-from megatron_salt.train.start import find_beginning
+from megatron_salt.train.start import choose_precisions, decide_start
 
 log = logging.getLogger(__name__)
 
@@ -61,28 +62,35 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         try:
             exit_plan.look("reading the data")
             identity, found = begin(config, plan, layout, inputs)
-            run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch, exit_plan.look)
+            run, start = build(
+                config, plan, layout, inputs, identity, timeout=timeout, precisions=precisions, held=held, found=found, watch=watch,
+                look=exit_plan.look,
+            )  # fmt: skip
         except LeftEarly as left:
             leave_before_a_step(config.training.outcome_file, left)
             return
-        exit_plan.taken = None if config.checkpoint.save is None else run.checkpointer.is_taken
+        if config.checkpoint.save is not None:
+            exit_plan.leave_where(run.checkpointer.is_taken)
         parameters = count_parameters(run.student)
         padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-        with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
+        flops = flops_per_token(config.model, config.training.seq_length, padded)
+        with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
             run_log.event(
-                run.progress.step,
+                start.step,
                 f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
                 f"cp {layout.context}, dp {layout.data}; "
                 f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
                 {"parameters": parameters, "layout": layout.sizes},
             )
-            for event in run.progress.events:
-                if event["event"] == CHANGED and event["step"] == run.progress.step:
-                    run_log.event(run.progress.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
+            for event in start.events:
+                if event["event"] == CHANGED and event["step"] == start.step:
+                    run_log.event(start.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
-            progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)
-        if config.checkpoint.save is not None and progress.step > run.progress.step:
+            progress = train(
+                run, start, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers
+            )
+        if config.checkpoint.save is not None and progress.step > start.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)
     if rank == 0:  # after the last barrier: every rank has saved
         done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
@@ -128,7 +136,7 @@ def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> t
         try:
             if load is not None and found is None:
                 found = glance_at_checkpoint(load, checkpoint.load_fallback)
-            return find_beginning(config, layout, plan, inputs, found).identity
+            return decide_start(config, layout, plan, inputs, found).identity
         finally:
             logging.disable(logging.NOTSET)
 
@@ -191,14 +199,14 @@ def _mended_tracker(save: Path, step: int) -> int:
     return step
 
 
-def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:
+def open_log(config: RunConfig, start_step: int, total_steps: int, flops: float) -> RunLog:
     """The run's log, active on the last rank, which holds the loss. Collective: where that rank cannot write, all raise UserError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     log, problem = None, None
     try:
         log = RunLog(
-            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=run.progress.step,
-            total_steps=run.plan.total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
+            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=start_step,
+            total_steps=total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
         )  # fmt: skip
     except UserError as error:
         problem = str(error)

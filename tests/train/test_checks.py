@@ -44,6 +44,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(save=None, dist_ckpt_optim_fully_reshardable=True), "--dist-ckpt-optim-fully-reshardable needs --save"),
     (dict(save=None, profile=True), "--profile has nowhere to write its trace; give --tensorboard-dir or --save"),
     (dict(profile=True, profile_ranks=[0, 5]), "--profile-ranks 5: the run has ranks 0 to 0"),
+    (dict(save="SAVE", profile=True, profile_step_start=7), "--profile-step-start 7 lies beyond the run's last step, 6"),
     (dict(teacher_load="nowhere", kd_steps=3, teacher_micro_batch_size=3), "--teacher-micro-batch-size 3 is not a multiple"),
     (dict(teacher_load="nowhere", kd_steps=3, kd_stop="crossover"), "--kd-stop crossover compares held-out accuracies"),
     (dict(teacher_load="nowhere", kd_steps=3, teacher_tensor_model_parallel_size=2), "--teacher-tensor-model-parallel-size"),
@@ -74,7 +75,9 @@ def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
 def test_flags_that_belong_together_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else everything above could pass for the wrong reason."""
     monkeypatch.chdir(tmp_path)
-    flags = dict(WSD, lr_wsd_decay_iters=6, skip_samples=["0:8", "9:12"], keep_last=2, async_save=True, profile=True, save_at=6)
+    flags = dict(WSD, lr_wsd_decay_iters=6, skip_samples=["0:8", "9:12"], keep_last=2, async_save=True, save_at=6) | dict(
+        profile=True, profile_step_start=6
+    )
     with mock.patch.object(run_module, "run_session") as started, mock.patch.object(dry_run, "dry_run") as rehearsed:
         for more in ([], ["--dry-run", "1"]):
             assert pretrain.main([*argv(data_path="words", train_iters=6, save="SAVE", **flags), *more]) == 0
