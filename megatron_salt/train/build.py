@@ -51,7 +51,7 @@ def build(
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
-    student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
+    student = build_student(config, plan, inputs.tokenizer.vocabulary_size, mesh, precisions.student)
     look("building the model")
     checkpointer = Checkpointer(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
@@ -107,10 +107,12 @@ def in_its_stage(
         return replace(run, stage1=Stage1(None, schedule)), progress
     # The teacher is evaluated anew: the held-out data, or how much of it is used, may have changed.
     progress = replace(progress, salt=replace(state, teacher_held_out=None))
-    vocabulary = inputs.tokenizer.vocab_size
-    flops = forward_flops_per_token(teacher.model, config.training.seq_length, config.model.padded_vocabulary(vocabulary))
+    vocabulary_size = inputs.tokenizer.vocabulary_size
+    flops = forward_flops_per_token(
+        teacher.model, config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
+    )
     built = build_teacher(
-        config, run.plan, teacher, run.student, vocabulary, timeout=timeout, precision=precision, text=run.train.first(SAMPLES),
+        config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, precision=precision, text=run.train.first(SAMPLES),
         look=look,
     )  # fmt: skip
     return replace(run, stage1=Stage1(built, schedule, flops)), progress

@@ -114,12 +114,14 @@ def build_scheduler(
     )
 
 
-def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh, precision: Precision = TORCH) -> Student:
+def build_student(config: RunConfig, plan: RunPlan, vocabulary_size: int, mesh: Mesh, precision: Precision = TORCH) -> Student:
     """The model with its optimizer and schedule, freshly initialised. Collective over all ranks."""
     training, dtype = config.training, dtype_of(config.training)
-    rows = config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
+    rows = config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
-    model = build_model(config.model, config.parallel, training.seq_length, vocabulary, dtype, chunk_tokens, mesh, precision)
+    model = build_model(
+        config.model, config.parallel, training.seq_length, vocabulary_size, dtype, chunk_tokens, mesh, precision
+    )
     chunks = wrap_in_ddp(model, config.parallel, mesh, precision)
     optimizer = build_optimizer(chunks, config.optimizer, config.parallel, dtype, mesh, precision)
     install_pipeline_hooks(chunks, optimizer, config.parallel.overlap_grad_reduce)

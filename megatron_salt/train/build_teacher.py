@@ -46,7 +46,7 @@ def refuse_large_exchange(
 
 
 def build_teacher(
-    config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary: int, *, timeout: timedelta,
+    config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
     precision: Precision, text: Sequence[Microbatch], look: Look,
 ) -> Teacher:  # fmt: skip
     """The teacher over the student's ranks, after logging what it will cost. Collective over all ranks. Raises UserError.
@@ -54,7 +54,7 @@ def build_teacher(
     text: samples on which a teacher in FP8 is tried, the same on every rank. look: raises LeftEarly between the phases.
     """
     salt, mesh, training = config.salt, student.mesh, config.training
-    dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
+    dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
@@ -63,14 +63,15 @@ def build_teacher(
     alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
-        teacher_pipeline=salt.teacher_pipeline_model_parallel_size, padded_vocabulary=config.model.padded_vocabulary(vocabulary),
+        teacher_pipeline=salt.teacher_pipeline_model_parallel_size,
+        padded_vocabulary_size=config.model.padded_vocabulary_size(vocabulary_size),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
         head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
     )  # fmt: skip
     dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
-    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
+    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, config.parallel.sequence_parallel)
     teacher = admit(
         checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
         text, look,

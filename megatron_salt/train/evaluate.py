@@ -32,7 +32,7 @@ from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.exit import ExitPlan
 from megatron_salt.train.state import Run
-from megatron_salt.train.step import Student, forward_step, place, unwrap
+from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 
 class CutShort(Exception):
@@ -68,8 +68,8 @@ def evaluate(
             break
         microbatches = batches.fetch(number * global_batch_size)
         targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
-        placed = [place(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
-        for metrics in run_pipeline(chunks, forward_step, placed, mesh, seq_length, micro_batch_size, forward_only=True):
+        inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
+        for metrics in run_pipeline(chunks, forward_step, inputs, mesh, seq_length, micro_batch_size, forward_only=True):
             sums += metrics
     for chunk in chunks:
         chunk.train()
@@ -151,23 +151,23 @@ def _after_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: R
 
 
 @torch.no_grad()
-def reference_losses(student: Student, vocabulary: int) -> dict[str, Any]:
+def reference_losses(student: Student, vocabulary_size: int) -> dict[str, Any]:
     """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
 
     "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
     each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
-    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary`: ids of the tokenizer.
+    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary_size`: ids of the tokenizer.
     """
     mesh, length = student.mesh, student.seq_length
     lengths = prefix_lengths(length)
-    batch = fixed_batch(vocabulary, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
+    batch = fixed_batch(vocabulary_size, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
     for chunk in student.chunks:
         chunk.eval()
-    placed = [place(one, mesh) for one in batch]
+    inputs = [forward_input(microbatch, mesh) for microbatch in batch]
     with ExitStack() as stack:
         for chunk in student.chunks:
             stack.enter_context(in_bfloat16(unwrap(chunk)))
-        metrics = run_pipeline(student.chunks, forward_step, placed, mesh, length, 1, forward_only=True)
+        metrics = run_pipeline(student.chunks, forward_step, inputs, mesh, length, 1, forward_only=True)
     for chunk in student.chunks:
         chunk.train()
     sums = torch.zeros(len(lengths), len(METRICS), dtype=torch.float64, device=current_device())

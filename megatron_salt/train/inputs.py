@@ -46,7 +46,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
     train, valid = open_training_data(
-        config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod
+        config.data, config.training.seq_length, config.training.seed, tokenizer.vocabulary_size, tokenizer.eod
     )
     if config.training.eval_iters and valid is None:
         raise UserError(
@@ -58,7 +58,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     teacher = None
     if config.salt.teacher_load is not None and not _needs_no_teacher(config.checkpoint, config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
-        refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
+        refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocabulary_size, config.training.seq_length)
     staged = None
     if config.salt.stage1_selection is not None:
         staged = StagedSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)

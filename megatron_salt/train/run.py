@@ -72,8 +72,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         if config.checkpoint.save is not None:
             exit_plan.leave_where(run.checkpointer.is_taken)
         parameters = count_parameters(run.student)
-        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-        flops = flops_per_token(config.model, config.training.seq_length, padded)
+        padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+        flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
         with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
             run_log.event(
                 start.step,

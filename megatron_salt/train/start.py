@@ -114,8 +114,8 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     if checkpoint.save is not None and progress.step < plan.total_steps:
-        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-        size = num_parameters(config.model, padded, config.training.seq_length) * (
+        padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+        size = num_parameters(config.model, padded_vocabulary_size, config.training.seq_length) * (
             dtype_of(config.training).itemsize + OPTIMIZER_BYTES
         )
         messages += check_save(checkpoint, size / GIB)
@@ -135,7 +135,7 @@ def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
     return RunIdentity(
         yaml=to_yaml(config),
         architecture=asdict(config.model)
-        | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
+        | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocabulary_size},
         tokenizer_fingerprint=inputs.tokenizer.fingerprint,
         data_fingerprint=data,
         seed=config.training.seed,
