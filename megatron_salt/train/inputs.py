@@ -23,7 +23,6 @@ from megatron_salt.salt.stage1 import resumes_in_stage2
 from megatron_salt.salt.stage_samples import StagedSamples
 from megatron_salt.selection.selection_file import Selection
 from megatron_salt.tokenizer.tokenizer import Tokenizer
-from megatron_salt.train.exit import refuse_exit_file
 
 WINDOWS_READ = 16  # of each dataset, at the start
 
@@ -43,7 +42,6 @@ class Inputs:
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer, data, teacher and selection. Every rank calls, without torch.distributed. Raises UserError."""
-    refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
     train, valid = open_training_data(
         config.data, config.training.seq_length, config.training.seed, tokenizer.vocabulary_size, tokenizer.eod

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from megatron_salt import pretrain
+from megatron_salt.config import CheckpointConfig, DataConfig, RunConfig, SaltConfig, TokenizerConfig, TrainingConfig
 from megatron_salt.train import dry_run
 from megatron_salt.train import run as run_module
 from tests.support.program import argv, the_error
@@ -82,3 +83,19 @@ def test_flags_that_belong_together_pass(tmp_path: Path, monkeypatch: pytest.Mon
         for more in ([], ["--dry-run", "1"]):
             assert pretrain.main([*argv(data_path="words", train_iters=6, save="SAVE", **flags), *more]) == 0
     assert started.call_count == rehearsed.call_count == 1
+
+
+def test_ranks_compare_what_their_flags_say_and_not_where_files_lie() -> None:
+    def flags(where: str, *data: str, **salt: Any) -> dict[str, object]:
+        return run_module.compared_flags(RunConfig(
+            data=DataConfig(data_path=tuple(f"{where}/{name}" for name in data)), tokenizer=TokenizerConfig(tokenizer_model=where),
+            salt=SaltConfig(teacher_load=where, kd_steps=3, **salt), training=TrainingConfig(outcome_file=where),
+            checkpoint=CheckpointConfig(save=where),
+        ))  # fmt: skip
+
+    own = flags("/here", "web", "code")
+    assert own == flags("/there", "web", "code")
+    for other in (flags("/here", "web"), flags("/here", "web", "code", kd_weight=0.5)):
+        assert [what for what, value in own.items() if other[what] != value] in (
+            ["the number of words in --data-path"], ["--kd-weight"]
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from megatron_salt.config import ParallelConfig
 from megatron_salt.data.reference_batch import fixed_tokens
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.train import build
+from megatron_salt.train.build_model import build_student as build_student_of_run
 from megatron_salt.train.evaluate import reference_losses
 from megatron_salt.train.plan import check
 from megatron_salt.train.step import unwrap
@@ -124,6 +124,6 @@ def probe_of_checkpoint(words: list[str], directory: Path) -> dict[str, Any]:
     layout, plan = check(config, 1)
     mesh = make_student_mesh(layout)
     seed_everything(7, mesh)
-    student = build.build_student(config, plan, BYTES, mesh)
+    student = build_student_of_run(config, plan, BYTES, mesh)
     load_weights(directory, student.chunks, student.mesh)
     return reference_losses(student, BYTES)
