@@ -22,7 +22,8 @@ from megatron_salt.config import RunConfig, TrainingConfig, flag
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import LeftEarly, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
-from megatron_salt.metrics.run_log import RunLog, tensorboard_directory
+from megatron_salt.metrics.run_log import RunLog
+from megatron_salt.metrics.run_sinks import tensorboard_directory
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.collectives import first_problem, from_rank_0, gathered, largest

@@ -26,8 +26,8 @@ from megatron_salt.data.batch import passed_positions
 from megatron_salt.data.held_out import refuse_training_data
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
-from megatron_salt.metrics.run_log import GIB, look_at_logs
-from megatron_salt.metrics.sinks import require_package
+from megatron_salt.metrics.memory import GIB
+from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.precision import TORCH, Precision, student_precision, teacher_precision
 from megatron_salt.model.precision_checks import (
@@ -99,8 +99,7 @@ class Start:
 def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Start:
     """Where the run starts, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
-    if config.logging.wandb_project is not None:
-        require_package("wandb", "--wandb-project")
+    require_packages(config.logging)
     if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
         train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
         refuse_training_data(train, valid)
@@ -119,7 +118,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
             dtype_of(config.training).itemsize + OPTIMIZER_BYTES
         )
         messages += check_save(checkpoint, size / GIB)
-    look_at_logs(config.logging, checkpoint.save)
+    refuse_unusable(config.logging, checkpoint.save)
     return Start(identity=identity, progress=progress, plan=plan, messages=messages)
 
 

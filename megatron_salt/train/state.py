@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.run_state import Progress
 from megatron_salt.data.batch import Batches
-from megatron_salt.metrics.run_log import RunLog, memory_in_use_gib
+from megatron_salt.metrics.memory import memory_in_use_gib
+from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.salt.stage1 import Stage1, data_of_stage2
 from megatron_salt.salt.stage_samples import StagedSamples
