@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.cli import CommandLine, from_yaml, known_flags, parse_flags
-from megatron_salt.train.checks import check
+from megatron_salt.train.plan import check
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

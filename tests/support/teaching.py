@@ -20,7 +20,7 @@ from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.salt import load_teacher
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
-from megatron_salt.train.reference_loss import probe
+from megatron_salt.train.evaluate import reference_losses
 from megatron_salt.train.step import Student, train_step
 from tests.support.small import SEQ_LENGTH, SMALL, VOCABULARY, Case, batch, build_student, train_student
 
@@ -53,7 +53,7 @@ def save_teacher(student: Student, directory: Path, model: ModelConfig, steps: i
     checkpointer = Checkpointer(
         CheckpointConfig(save=str(directory)), identity, tokenizer, student.mesh, student.chunks, None, None
     )
-    checkpointer.save(Progress(steps, 0), final=True, probe=probe(student, VOCABULARY))
+    checkpointer.save(Progress(steps, 0), final=True, probe=reference_losses(student, VOCABULARY))
 
 
 @dataclass(frozen=True)
