@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.flops import HeadCost, core_attention_flops, head_flops, layer_flops
+from megatron_salt.model.flops import HeadCost, core_attention_flops, forward_flops_per_token, head_flops, layer_flops
 from megatron_salt.model.shapes import layers_per_stage
+from megatron_salt.selection.score_format import IndexManifest
 
 
 @dataclass(frozen=True)
@@ -127,3 +128,19 @@ def _other_last_stages(student: ModelConfig, parallel: ParallelConfig) -> list[t
             continue
         found.append((layers, other))
     return found
+
+
+# --- the scores of a selection ----------------------------------------------------------------------------------------
+
+
+def scoring_flops(scores: IndexManifest, teacher: ModelConfig) -> float:
+    """FLOPs of scoring an index: a forward pass of the teacher for every window that has scores."""
+    tokens = scores.num_samples * scores.seq_length * (scores.sample or 1.0)
+    padded_vocabulary_size = teacher.padded_vocabulary_size(scores.vocabulary)
+    return tokens * forward_flops_per_token(teacher, scores.seq_length, padded_vocabulary_size)
+
+
+def scoring_line(scoring: float, training: float) -> str:
+    """What start-up says of the scores behind --stage1-selection. Both figures are FLOPs, training those of the whole run."""
+    share = f"{scoring / training:.1%} of the {training:.3g} that this run takes"
+    return f"the scores behind --stage1-selection took {scoring:.3g} FLOPs, {share}"

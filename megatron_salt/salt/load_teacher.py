@@ -40,6 +40,7 @@ from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
 from megatron_salt.salt.routing import teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
+from megatron_salt.selection.score_format import IndexManifest
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,17 @@ def read_teacher(load: str) -> TeacherCheckpoint:
         dtype=probe["dtype"],
         step=facts["step"],
     )
+
+
+def model_that_scored(scores: IndexManifest, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
+    """The architecture of the teacher that made these scores: of the run's own teacher, or of the checkpoint that the index names. None
+    where neither is that teacher. Not collective."""
+    if teacher is None or teacher.fingerprint != scores.teacher:
+        try:
+            teacher = read_teacher(scores.teacher_directory)
+        except (UserError, OSError):
+            return None
+    return teacher.model if teacher.fingerprint == scores.teacher else None
 
 
 def refuse_unfit(
