@@ -1,6 +1,6 @@
-"""What can be known of a run before it has ranks: --dry-run N. One process, without torch.distributed and without a GPU.
+"""--dry-run N: what one process can find out about a run of N ranks, without torch.distributed and without a GPU.
 
-Everything that a start reads is read: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `decide_start`
+It reads everything that a start reads: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `decide_start`
 (start.py) then refuses what it refuses at a start. Nothing is written.
 """
 
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
-    """Print what the run would be. Raises UserError for what a start would refuse, as far as one process can see it."""
+    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)

@@ -29,7 +29,7 @@ WINDOWS_READ = 16  # of each dataset, at the start
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is read from disk before any rank talks to another."""
+    """Tokenizer, data, teacher's record and selection of a run."""
 
     tokenizer: Tokenizer
     train: Samples
@@ -37,7 +37,7 @@ class Inputs:
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
     staged: StagedSamples | None
-    """What each stage draws from; None without --stage1-selection."""
+    """The samples of both stages; None without --stage1-selection."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
