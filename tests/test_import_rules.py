@@ -31,7 +31,6 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.small_files",
     "megatron_salt.config",
     "megatron_salt.checkpoint.integrity",
-    "megatron_salt.checkpoint.lineage",
     "megatron_salt.checkpoint.owner",
     "megatron_salt.checkpoint.run_state",
     "megatron_salt.checkpoint.retention",

@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from megatron_salt.checkpoint.run_state import Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import flag
 from megatron_salt.errors import UserError
 from megatron_salt.salt.schedule import Schedule
@@ -21,8 +21,8 @@ Events = tuple[dict[str, Any], ...]
 
 
 def salt_from(
-    resumed: Progress | None, schedule: Schedule | None, teacher: str | None, directory: str | None, override: bool
-) -> tuple[SaltProgress | None, Events]:
+    resumed: RunState | None, schedule: Schedule | None, teacher: str | None, directory: str | None, override: bool
+) -> tuple[SaltState | None, Events]:
     """Where the run stands, and what to record. Raises UserError, naming both sides.
 
     resumed: what the checkpoint says, None for a run from step 0 (--finetune too). schedule: of the flags, None without --kd-steps.
@@ -35,7 +35,9 @@ def salt_from(
         if schedule is None:
             return None, ()
         assert (teacher is None) == (directory is None)
-        return SaltProgress(schedule.kd_steps, schedule.facts(), teacher, directory), ()
+        return SaltState(
+            stage1_end=schedule.kd_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
+        ), ()
     saved, step = resumed.salt, resumed.step
     # 1) stage 2 and plain runs go on without a teacher
     if saved is None and schedule is not None:

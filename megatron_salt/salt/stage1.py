@@ -1,6 +1,6 @@
 """The two stages of a run: what is said of stage 1 when it starts, when it ends, and what happens then.
 
-Where stage 1 ends is a fact in `Progress.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
+Where stage 1 ends is a fact in `RunState.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
 samples, the optimizer, the learning rate and the random state know nothing of the stages.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.metrics.run_log import RunLog, memory_in_use_gib
 from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.salt.schedule import Schedule
@@ -26,18 +26,18 @@ class Stage1:
     teacher_flops: float = 0.0
     """The teacher's FLOPs for an input token, output layer included; 0 without a teacher."""
 
-    def goes_on(self, step: int, progress: Progress) -> bool:
+    def goes_on(self, step: int, progress: RunState) -> bool:
         """Whether a step is still of stage 1. Pure."""
         assert progress.salt is not None
         return self.schedule.in_stage1(step, progress.salt.stage1_end)
 
-    def kd_weight(self, step: int, progress: Progress) -> float:
+    def kd_weight(self, step: int, progress: RunState) -> float:
         """The teacher's weight in the loss of a step. Pure."""
         assert progress.salt is not None
         return self.schedule.at(step, progress.salt.stage1_end)
 
 
-def pass_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: RunLog) -> Progress:
+def pass_crossover(stage1: Stage1, progress: RunState, accuracy: float, log: RunLog) -> RunState:
     """Decide, after an evaluation, whether the student has passed its teacher. Collective over all ranks; all get the same answer.
 
     accuracy: the student's, next-token, on held-out data. A crossover is decided once, and moves the end of stage 1.
@@ -59,7 +59,7 @@ def pass_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: Run
     return replace(progress, salt=replace(salt, crossover=progress.step, stage1_end=end))
 
 
-def free_teacher(teacher: Teacher, progress: Progress, micro_batch_size: int, log: RunLog) -> None:
+def free_teacher(teacher: Teacher, progress: RunState, micro_batch_size: int, log: RunLog) -> None:
     """End stage 1: give up the teacher, and log what that was worth. micro_batch_size: of stage 2. Collective over all ranks."""
     started, before = time.perf_counter(), memory_in_use_gib()
     teacher_gib = teacher.num_bytes / 2**30

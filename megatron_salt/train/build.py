@@ -18,10 +18,11 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint import integrity, retention, save_directory
 from megatron_salt.checkpoint.async_writer import describe
-from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, read_facts, schedule_follows_run
+from megatron_salt.checkpoint.checkpointer import Checkpointer
+from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run
 from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState, SaltState
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Batches, passed_positions
@@ -85,7 +86,7 @@ class Run:
     train: Batches
     valid: Batches | None
     checkpointer: Checkpointer
-    progress: Progress
+    progress: RunState
     """Where it starts: step 0, or where the checkpoint ends."""
 
     stage1: Stage1 | None
@@ -131,8 +132,8 @@ def _probe(samples: Samples) -> None:
 
 def build(
     config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, timeout: timedelta,
-    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None, watch: SignalWatch | None = None,
-    look: Look = stay,
+    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: OpenedCheckpoint | None = None,
+    watch: SignalWatch | None = None, look: Look = stay,
 ) -> Run:  # fmt: skip
     """Make the mesh, the student and its optimizer, and load the checkpoint that --load means. Collective over all ranks.
 
@@ -148,8 +149,8 @@ def build(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
         None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
-    loaded = checkpointer.load(found)
-    progress = loaded or Progress(0, 0)
+    loaded = checkpointer.load(found, look)
+    progress = loaded or RunState()
     step = progress.step
 
     def look_before_step(doing: str) -> None:
@@ -193,7 +194,7 @@ def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: Si
     def take() -> None:
         if not checkpoint.take_over_save:
             refuse_living(save)
-        retention.look(checkpoint)
+        retention.refuse_foreign(checkpoint)
         leaving = (lambda: False) if watch is None else (lambda: watch.received != 0)
         mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save, leaving=leaving))
 
@@ -266,9 +267,7 @@ def in_its_stage(
     return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
-def stage_of(
-    salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpoint | None
-) -> tuple[SaltProgress | None, Events]:
+def stage_of(salt: SaltConfig, resumed: RunState | None, teacher: TeacherCheckpoint | None) -> tuple[SaltState | None, Events]:
     """`salt_from` of these flags and this teacher. Pure."""
     schedule = None if salt.kd_steps is None else Schedule.of(salt)
     fingerprint = None if teacher is None else teacher.fingerprint
@@ -333,15 +332,15 @@ def admit_teacher(
     return teacher
 
 
-def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
+def in_stage2(run: Run, progress: RunState) -> tuple[Run, RunState]:
     """The run from the end of stage 1 on: no teacher, --stage2-micro-batch-size, and --stage2-data from where stage 2 began, which is
     here unless the progress knows better. Pure."""
     plan = run.plan.in_stage2()
     train = run.train.in_microbatches_of(plan.micro_batch_size)
     if run.staged is not None:
-        since = progress.data.get("stage2_since", progress.data.get("position", 0))
+        since = progress.position if progress.stage2_since is None else progress.stage2_since
         train = train.going_on_with(run.staged.stage2(train.position(since)), since)
-        progress = replace(progress, data={**progress.data, "stage2_since": since})
+        progress = replace(progress, stage2_since=since)
     run = replace(
         run,
         stage1=None,
@@ -397,10 +396,8 @@ def _resumes_in_stage2(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
         return False
     for directory in save_directory.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
-            facts = read_facts(directory)
-            salt = SaltProgress.from_facts(facts["salt"])
-            due = evaluates and facts["extra"].get(EVALUATION_DUE, False)
-            return salt is not None and salt.resumes_in(facts["step"], due) == 2
+            saved = read_state(directory).run
+            return saved.salt is not None and saved.salt.resumes_in(saved.step, evaluates and saved.evaluation_due) == 2
     return False
 
 
@@ -408,4 +405,4 @@ def _checkpoint_tokenizer(load: str | None) -> Path | None:
     if load is None:
         return None
     found = save_directory.candidates(Path(load), fallback=True)
-    return found[0] / TOKENIZER if found else None
+    return found[0] / save_directory.TOKENIZER if found else None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_salt.checkpoint.compatibility import open_checkpoint
+from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.launch import find_hardware

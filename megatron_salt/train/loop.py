@@ -1,6 +1,6 @@
 """The training loop: fetch, step, tell, and at times evaluate, save or leave.
 
-The loop knows no parallelism. What it needs to continue is in `Progress`, which every checkpoint holds.
+The loop knows no parallelism. What it needs to continue is in `RunState`, which every checkpoint holds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
@@ -33,11 +33,11 @@ SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 def train(
     run: Run, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan, profiler: Profiler,
     heartbeat: Heartbeat, stragglers: StragglerReport,
-) -> Progress:  # fmt: skip
+) -> RunState:  # fmt: skip
     """Train from run.progress to the end, or until there is a reason to leave. Collective over all ranks. Returns where it stopped."""
     progress, total = run.progress, run.plan.total_steps
     timer, garbage = PhaseTimer(), GarbageSchedule(training)
-    nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.extra.get("nonfinite_in_a_row", 0))
+    nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.nonfinite_in_a_row)
     _announce(run, progress, log)
     garbage.start()
     reason = None
@@ -54,7 +54,7 @@ def train(
         profiler.before_step(step)
         started, learning_rate = time.perf_counter(), run.student.learning_rate
         with timer.phase("data"):
-            position = progress.data.get("position", 0)
+            position = progress.position
             microbatches = run.train.fetch(position)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
         outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
@@ -67,8 +67,8 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            data={**progress.data, "position": position + run.plan.global_batch_size},
-            extra={**progress.extra, "nonfinite_in_a_row": nonfinite.in_a_row},
+            position=position + run.plan.global_batch_size,
+            nonfinite_in_a_row=nonfinite.in_a_row,
         )
         seconds = time.perf_counter() - started
         record = _record(run, progress, outcome, learning_rate, kd_weight, seconds, timer)
@@ -79,7 +79,7 @@ def train(
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
         valid = run.valid if training.eval_iters and (step % training.eval_interval == 0 or step == total) else None
-        progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: valid is not None})
+        progress = replace(progress, evaluation_due=valid is not None)
         with timer.phase("save"):
             run.checkpointer.poll()
         # What is saved first is safe from whatever ends a long evaluation, with which a resumed run then begins.
@@ -96,7 +96,7 @@ def train(
     garbage.stop()
     run.checkpointer.finish()
     if progress.step >= total:
-        stands = _way_out(run, checkpoint, progress.data.get("position", 0))
+        stands = _way_out(run, checkpoint, progress.position)
         if progress.step == run.progress.step:  # nothing was trained, so nothing was looked at
             refuse_nonfinite(run.student, progress.step, stands)
         nonfinite.refuse_end(progress.step, stands)
@@ -108,7 +108,7 @@ def train(
 def _save_if_due(
     run: Run,
     checkpoint: CheckpointConfig,
-    progress: Progress,
+    progress: RunState,
     timer: PhaseTimer,
     log: RunLog,
     leaving: bool = False,
@@ -122,7 +122,7 @@ def _save_if_due(
     name = "save-at" if step in checkpoint.save_at else None
     if not (due or name is not None or leaving or final):
         return False
-    stands = _way_out(run, checkpoint, progress.data.get("position", 0))
+    stands = _way_out(run, checkpoint, progress.position)
     with timer.phase("save"):
         refuse_nonfinite(run.student, step, stands)
         if checkpoint.save is None:
@@ -138,7 +138,7 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
     return find_way_out(run.checkpointer, checkpoint, position, run.plan.global_batch_size)
 
 
-def _announce(run: Run, progress: Progress, log: RunLog) -> None:
+def _announce(run: Run, progress: RunState, log: RunLog) -> None:
     """Say what the reader of the log should know about the steps to come, where they draw from one order."""
     step, total = progress.step, run.plan.total_steps
     if step >= total:
@@ -148,12 +148,12 @@ def _announce(run: Run, progress: Progress, log: RunLog) -> None:
         log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
     if run.staged is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)
-    drawn = progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size
+    drawn = progress.position + (total - step) * run.plan.global_batch_size
     if told := run.train.samples.repeats(run.train.position(drawn)):
         log.event(step, told)
 
 
-def _enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> tuple[Run, Progress]:
+def _enter_stage2(run: Run, stage1: Stage1, progress: RunState, log: RunLog) -> tuple[Run, RunState]:
     """Give up the teacher, and go on with the data of stage 2. Collective over all ranks."""
     if stage1.teacher is not None:
         free_teacher(stage1.teacher, progress, run.plan.stage2_micro_batch_size, log)
@@ -177,7 +177,7 @@ def _enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> 
 
 def _record(
     run: Run,
-    progress: Progress,
+    progress: RunState,
     outcome: StepOutcome,
     learning_rate: float,
     kd_weight: float,
@@ -207,8 +207,8 @@ def _record(
 
 
 def _evaluate(
-    run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog, exit_plan: ExitPlan
-) -> tuple[Progress, str | None]:
+    run: Run, valid: Batches, num_batches: int, progress: RunState, log: RunLog, exit_plan: ExitPlan
+) -> tuple[RunState, str | None]:
     """Loss and accuracy on held-out data; in stage 1 also the teacher's, once, since it is frozen, and whether it has been passed.
 
     The reason to leave, where one cut it short: it is told, decides nothing, and stays due."""
@@ -223,7 +223,7 @@ def _evaluate(
     except CutShort as cut:
         log.event(progress.step, str(cut))
         return progress, cut.reason
-    progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: False})
+    progress = replace(progress, evaluation_due=False)
     if ask_teacher:
         assert salt is not None
         salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
+from megatron_salt.checkpoint.run_state import ReferenceLosses
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
 from megatron_salt.model.fp8_teacher import in_bfloat16
 from megatron_salt.model.head import METRICS
@@ -20,11 +20,9 @@ from megatron_salt.train.step import Student, forward_step, place, unwrap
 
 
 @torch.no_grad()
-def probe(student: Student, vocabulary: int) -> dict[str, Any]:
-    """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
+def probe(student: Student, vocabulary: int) -> ReferenceLosses:
+    """The model's losses on the fixed batch, for `Checkpointer.save`. Collective over all ranks, the same on all.
 
-    "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
-    each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
     Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary`: ids of the tokenizer.
     """
     mesh, length = student.mesh, student.seq_length
@@ -45,4 +43,4 @@ def probe(student: Student, vocabulary: int) -> dict[str, Any]:
     sums = sums_over_replicas(sums, mesh)
     losses = (sums[:, METRICS.index("loss")] / sums[:, METRICS.index("tokens")]).tolist()
     dtype = str(next(student.chunks[0].parameters()).dtype).removeprefix("torch.")
-    return {"lengths": lengths, "losses": [loss if math.isfinite(loss) else None for loss in losses], "dtype": dtype}
+    return ReferenceLosses(tuple(lengths), tuple(loss if math.isfinite(loss) else None for loss in losses), dtype)

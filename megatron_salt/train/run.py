@@ -15,10 +15,12 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401
 
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
+from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
+from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint
 from megatron_salt.config import RunConfig, flag
-from megatron_salt.errors import LeftEarly, SaveError, UserError
+from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog, tensorboard_directory
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
@@ -60,7 +62,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         )  # fmt: skip
         try:
             exit_plan.look("reading the data")
-            identity, found = begin(config, plan, layout, inputs)
+            identity, found = begin(config, plan, layout, inputs, exit_plan.look)
             run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch, exit_plan.look)
         except LeftEarly as left:
             leave_before_a_step(config.training.outcome_file, left)
@@ -117,13 +119,15 @@ def refuse_other_flags(config: RunConfig) -> None:
                 )
 
 
-def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:
+def begin(
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, look: Look
+) -> tuple[RunIdentity, OpenedCheckpoint | None]:
     """The run's identity, and --load's checkpoint where it is not in --save; what can be refused before --save is made, is. Collective.
 
     A checkpoint in --save is opened when that is this run's own; here one look at it must do."""
     checkpoint, load = config.checkpoint, None if config.checkpoint.load is None else Path(config.checkpoint.load)
 
-    def find(found: Found | None) -> RunIdentity:
+    def find(found: OpenedCheckpoint | None) -> RunIdentity:
         logging.disable(logging.ERROR)  # what this would tell, the load of the checkpoint tells
         try:
             if load is not None and found is None:
@@ -136,7 +140,7 @@ def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> t
     if load is not None and (
         checkpoint.save is None or Path(checkpoint.save).resolve() not in (load.resolve(), load.resolve().parent)
     ):
-        found = open_checkpoint(load, checkpoint.load_fallback)
+        found = open_checkpoint(load, checkpoint.load_fallback, look=look)
     try:
         return from_rank_0(lambda: find(found)), found
     except DamagedCheckpoint:

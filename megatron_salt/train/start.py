@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_salt.checkpoint import compatibility, owner, retention
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.compatibility import RunIdentity
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.held_out import refuse_training_data
 from megatron_salt.errors import UserError
@@ -38,14 +38,16 @@ class Beginning:
     """Where a run begins."""
 
     identity: RunIdentity
-    progress: Progress
+    progress: RunState
     plan: RunPlan
     """Of the whole run, steps that are done included."""
     told: tuple[str, ...]
     """What a user may want to know of changed flags and of --save, a line each."""
 
 
-def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Beginning:
+def find_beginning(
+    config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: OpenedCheckpoint | None
+) -> Beginning:
     """Where the run begins, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
     if config.logging.wandb_project is not None:
@@ -73,31 +75,33 @@ def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inp
     return Beginning(identity, progress, plan, told)
 
 
-def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, found: Found | None) -> Progress:
+def _progress(
+    config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, found: OpenedCheckpoint | None
+) -> RunState:
     """What the checkpoint says, if the run can go on with it: `Checkpointer.load` without the tensors."""
     checkpoint = config.checkpoint
     if found is None:
         if checkpoint.load is not None:
             compatibility.refuse_empty(checkpoint.load, checkpoint.save)
-        return Progress(0, 0)
+        return RunState()
     progress = compatibility.take_over(found, identity, checkpoint)
     if checkpoint.finetune:
         return progress
     if not checkpoint.no_load_optim:
         stages = config.parallel.num_virtual_stages_per_pipeline_rank
         compatibility.refuse_other_form(found, config.parallel.use_distributed_optimizer, layout, stages)
-    if found.facts["scheduler"] is not None:
+    if found.state.scheduler is not None:
         groups: Any = SimpleNamespace(param_groups=[])  # a schedule of nothing
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
         compatibility.schedule_to_load(schedule, found, identity.schedule_follows_run)
     return progress
 
 
-def refuse_done_elsewhere(checkpoint: CheckpointConfig, found: Found, total: int) -> None:
+def refuse_done_elsewhere(checkpoint: CheckpointConfig, found: OpenedCheckpoint, total: int) -> None:
     """Raise UserError where --load has the run's last step and --save is elsewhere: such a run would be done with nothing in --save."""
     if checkpoint.save is not None and os.path.realpath(found.directory.parent) != os.path.realpath(checkpoint.save):
         raise UserError(
-            f"nothing to train: {found.directory} is after step {found.facts['step']} and the run has {total}, so --save "
+            f"nothing to train: {found.directory} is after step {found.state.run.step} and the run has {total}, so --save "
             f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out"
         )
 
@@ -108,7 +112,7 @@ def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
     Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
-    retention.look(checkpoint)
+    retention.refuse_foreign(checkpoint)
     return (*([] if line is None else [f"save: {line}"]), check_room(checkpoint, gib))
 
 
