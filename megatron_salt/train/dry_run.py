@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_salt.checkpoint.compatibility import open_checkpoint
+from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.launch import find_hardware
@@ -48,10 +48,10 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     else:
         print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
     load = config.checkpoint.load
-    found = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
-    start = decide_start(config, layout, plan, inputs, found)
-    if found is not None:
-        print(f"checkpoint: {found.directory}, every byte as it was written")
+    opened = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
+    start = decide_start(config, layout, plan, inputs, opened)
+    if opened is not None:
+        print(f"checkpoint: {opened.directory}, every byte as it was written")
     print(f"run: {start.plan.total_steps} steps, starting after step {start.progress.step}")
     for line in start.messages:
         print(line)
