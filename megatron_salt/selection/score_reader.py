@@ -123,8 +123,9 @@ class ScoreIndex:
         return ((start, self.read(column, start, min(start + size, stop))) for start in range(first, stop, size))
 
     def rows(self, ids: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Values of any samples, int [n] in any order -> each column [n]. Samples of one chunk of ids are read together, with what lies between
-        them."""
+        """Values of any samples, int [n] in any order -> each column [n].
+
+        Samples of one chunk of ids are read together, with what lies between them."""
         ids = np.asarray(ids, np.int64)
         order = np.argsort(ids, kind="stable")
         ordered = ids[order]

@@ -131,7 +131,7 @@ def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(
         seed_everything(1, student_mesh)
         mesh = make_teacher_mesh(Layout(tensor, 1, 16 // (tensor * pipeline), pipeline))
         with engine.gpu_seen((10, 0), meta=True):
-            body = build_body(facts, salt, mesh, LENGTH, torch.bfloat16, precision)
+            body = build_body(facts, salt, mesh, torch.bfloat16, precision)
         assert all(parameter.is_meta for parameter in body.parameters())
         assert body.config.fp8 is None
         assert all(linear.tp_group is mesh.groups.tp for linear in linears(body))
