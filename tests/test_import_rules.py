@@ -68,6 +68,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.preprocess.sharding",
     "megatron_salt.data.skip_samples",
     "megatron_salt.selection.ties",
+    "megatron_salt.data.indexed_dataset",
+    "megatron_salt.data.json_records",
     "megatron_salt.data.windows",
     "megatron_salt.model.flops",
     "megatron_salt.model.precision_checks",
@@ -240,7 +242,7 @@ def test_help_is_shown_without_torch(program):
     [
         (lambda source: upward("megatron_salt.data.batch", source), "from megatron_salt.model import gpt"),
         (lambda source: upward("megatron_salt.parallel.mesh", source), "def f():\n    import megatron_salt.train.step"),
-        (lambda source: upward("megatron_salt.train.step", source), "from tools import preprocess_data"),
+        (lambda source: upward("megatron_salt.train.step", source), "from megatron_salt.tools import preprocess_data"),
         (impure, "import torch"),
         (impure, "from megatron_salt.tokenizer.tokenizer import Tokenizer"),
         (seamless, "import megatron.core"),

@@ -20,8 +20,8 @@ from megatron_salt.errors import UserError
 from megatron_salt.preprocess import encode, readers
 from megatron_salt.preprocess.readers import Form
 from megatron_salt.tokenizer.tokenizer import tokenizer_from_files
-from tools.preprocess_data import PreprocessConfig, preprocess
-from tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
 

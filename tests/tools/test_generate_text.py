@@ -23,10 +23,10 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
+from megatron_salt.tools import generate_text as module
+from megatron_salt.tools.generate_text import GenerateConfig, generate_text, newest_checkpoint, prompt_ids, read_companions
 from tests.support.ranks import run_ranks
 from tests.support.small import SMALL
-from tools import generate_text as module
-from tools.generate_text import GenerateConfig, generate_text, newest_checkpoint, prompt_ids, read_companions
 
 CONTEXT = 16
 BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))

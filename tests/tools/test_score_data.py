@@ -27,7 +27,8 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron_salt.checkpoint.checkpointer import load_weights
 from megatron_salt.cli import run_tool
 from megatron_salt.config.yaml_text import from_yaml
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.indexed_dataset import TokenFile
+from megatron_salt.data.windows import Windows
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
@@ -36,11 +37,11 @@ from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt import scorer
 from megatron_salt.selection.score_format import columns, content_hashes
 from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.tools.merge_scores import MergeConfig, merge_scores
+from megatron_salt.tools.score_data import ScoreConfig, score_data
 from tests.support.program import EOD, SEQ_LENGTH, VOCABULARY, the_error, train, write_tokens
 from tests.support.ranks import run_ranks
 from tests.support.score_files import files_in
-from tools.merge_scores import MergeConfig, merge_scores
-from tools.score_data import ScoreConfig, score_data
 
 TOP_K = (1, 10, 100)
 NUM_SAMPLES = 22 + 9  # of both datasets
@@ -246,14 +247,14 @@ def interrupted(words: list[str], how: str) -> Ended:
     """In every rank: the last one gets a signal, or makes the file, when it comes to its fifth microbatch."""
     from megatron_salt.salt.scorer import Scorer
 
-    whole, placed = Scorer._place, iter(range(1, 100))
+    original, numbers = Scorer._microbatch, iter(range(1, 100))
 
-    def place(scorer: Scorer, start: int) -> Any:
-        if next(placed) == 5 and dist.get_rank() == dist.get_world_size() - 1:
+    def microbatch(scorer: Scorer, ids: np.ndarray) -> Any:
+        if next(numbers) == 5 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR1) if how == "signal" else Path(how).touch()
-        return whole(scorer, start)
+        return original(scorer, ids)
 
-    with mock.patch.object(Scorer, "_place", place), mock.patch.object(scorer, "PIECE", 1):
+    with mock.patch.object(Scorer, "_microbatch", microbatch), mock.patch.object(scorer, "PIECE", 1):
         return main(words)
 
 
@@ -290,7 +291,7 @@ def start(world_size: int, **flags: Any) -> subprocess.Popen[str]:
         "import sys, time; from megatron_salt.salt import scorer; whole = scorer.Scorer.score\n"
         "def score(*arguments):\n    time.sleep(0.3)\n    return whole(*arguments)\n"
         "scorer.Scorer.score = score\n"
-        "from megatron_salt.cli import run_tool; from tools.score_data import ScoreConfig, score_data\n"
+        "from megatron_salt.cli import run_tool; from megatron_salt.tools.score_data import ScoreConfig, score_data\n"
         "sys.exit(run_tool(ScoreConfig, score_data, sys.argv[1:]))"
     )
     launcher = [

@@ -15,8 +15,8 @@ import pytest
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
-from tools import train_tokenizer as tool
-from tools.train_tokenizer import TrainTokenizerConfig, choose, sentences, train_tokenizer
+from megatron_salt.tools import train_tokenizer as tool
+from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, choose, sentences, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 HEADS, TAILS = ("walk", "talk", "jump", "quick", "paint", "own", "garden"), ("", "s", "er", "ing", "ed", "ers")
