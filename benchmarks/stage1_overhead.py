@@ -37,7 +37,6 @@ from results import result
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: see there)
 
 from megatron_salt.cli import parse
 from megatron_salt.config import (

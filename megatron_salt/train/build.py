@@ -14,8 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint import integrity, retention, save_directory
 from megatron_salt.checkpoint.async_writer import describe
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
