@@ -180,7 +180,7 @@ class Samples:
 
 
 def open_training_data(
-    data: DataConfig, seq_length: int, seed: int, tokenizer_vocab_size: int, eod: int | None
+    data: DataConfig, seq_length: int, seed: int, vocabulary_size: int, eod: int | None
 ) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None). Every rank calls; O(1) in the size of the data.
 
@@ -200,7 +200,7 @@ def open_training_data(
             weights=weights,
             seed=seed,
             masking=masking,
-            vocabulary_size=tokenizer_vocab_size,
+            vocabulary_size=vocabulary_size,
             verify=data.verify_data,
         )
 

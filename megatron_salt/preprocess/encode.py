@@ -71,11 +71,11 @@ class Encoder:
         self.settings = settings
         self._parse = Parser(settings.keys)
         self._encode = encode_with(tokenizer, settings.backend)
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._dtype = token_dtype(tokenizer.vocabulary_size)
         self._eod = tokenizer.eod if settings.append_eod else None
         self._bos = tokenizer.bos if settings.prepend_bos else None
         self._find = Finder(tokenizer.special)
-        self._is_forbidden = np.zeros(tokenizer.vocab_size, np.bool_)
+        self._is_forbidden = np.zeros(tokenizer.vocabulary_size, np.bool_)
         self._is_forbidden[list(tokenizer.forbidden)] = True
         assert self._eod is not None or not settings.append_eod
         assert self._bos is not None or not settings.prepend_bos

@@ -34,7 +34,7 @@ _RARE = "\U000e0fff\ue000\U0003ffff"  # no vocabulary has these
 class Library:
     """One tokenizer, as its library has it."""
 
-    vocab_size: int
+    vocabulary_size: int
     """Largest id + 1."""
     special: Mapping[str, int]
     """Special tokens, the end of a document not among them where it is none."""
@@ -115,7 +115,7 @@ def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Library:
     )
     first = next((found for piece in _FIRST_SENTENCEPIECE if (found := id_of(piece)) is not None), None)
     return Library(
-        vocab_size=size,
+        vocabulary_size=size,
         special=special,
         unknown={processor.unk_id(), *(i for i in range(size) if processor.is_byte(i))},
         id_of=id_of,
@@ -167,7 +167,7 @@ def _hugging_face(files: Mapping[str, bytes], origin: str) -> Library:
     first = next((i for i in map(model.token_to_id, _FIRST_HUGGING_FACE) if i is not None), None)
     unknown = set(_probe(model, _RARE))
     return Library(
-        vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,  # ids may have holes
+        vocabulary_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,  # ids may have holes
         special=special,
         unknown=unknown,
         id_of=model.token_to_id,
@@ -262,7 +262,7 @@ def _gpt2(files: Mapping[str, bytes], origin: str) -> Library:
         return _rust_encode(used), lambda: used.to_str().encode()
 
     return Library(
-        vocab_size=max(vocabulary.values()) + 1,
+        vocabulary_size=max(vocabulary.values()) + 1,
         special=special,
         unknown=(),
         id_of=vocabulary.get,
@@ -294,7 +294,7 @@ def _byte_level(files: Mapping[str, bytes], origin: str) -> Library:
         return [list(text.encode()) for text in texts]
 
     return Library(
-        vocab_size=BYTE_LEVEL_EOD + 1,
+        vocabulary_size=BYTE_LEVEL_EOD + 1,
         special={},
         unknown=range(BYTE_LEVEL_EOD),
         id_of={BYTE_LEVEL_NAME: BYTE_LEVEL_EOD}.get,

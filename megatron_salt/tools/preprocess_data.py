@@ -350,7 +350,7 @@ def write_datasets(
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
     staging = StagingArea(
-        journal, prefixes, files, token_dtype(tokenizer.vocab_size), config.dedup == "exact", encoder.settings.backend
+        journal, prefixes, files, token_dtype(tokenizer.vocabulary_size), config.dedup == "exact", encoder.settings.backend
     )
     with closing(staging):
         for prefix in prefixes:
@@ -464,7 +464,7 @@ def describe(
         sampled=sampled_fingerprint(prefix),
         tokenizer_type=tokenizer.kind,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocabulary_size,
         eod=tokenizer.eod,
         append_eod=config.append_eod,
         json_key=config.json_keys[i],

@@ -182,17 +182,19 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
         allow_duplicate_inputs=config.allow_duplicate_inputs,
     )  # fmt: skip
     tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
-    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocab_size, length)
-    if max(config.score_top_k) > tokenizer.vocab_size:
-        raise UserError(f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocab_size} ids of the tokenizer")
-    samples, _ = open_training_data(data, length, seed=0, tokenizer_vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
+    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocabulary_size, length)
+    if max(config.score_top_k) > tokenizer.vocabulary_size:
+        raise UserError(
+            f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocabulary_size} ids of the tokenizer"
+        )
+    samples, _ = open_training_data(data, length, seed=0, vocabulary_size=tokenizer.vocabulary_size, eod=tokenizer.eod)
 
     sample_seed = (SAMPLE_SEED if config.sample_seed is None else config.sample_seed) if config.sample is not None else None
 
     def manifest() -> IndexManifest:
         masking = {name: getattr(config, name) for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
         return IndexManifest(
-            samples.dataset_facts(), length, tokenizer.vocab_size, tokenizer.fingerprint, teacher.fingerprint, teacher.step,
+            samples.dataset_facts(), length, tokenizer.vocabulary_size, tokenizer.fingerprint, teacher.fingerprint, teacher.step,
             str(teacher.directory), config.score_top_k, masking, config.dtype or teacher.dtype, config.micro_batch_size,
             config.block_samples, config.sample, sample_seed,
         )  # fmt: skip
@@ -268,8 +270,8 @@ def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     from megatron_salt.model.flops import forward_flops_per_token
 
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
-    padded = teacher.model.padded_vocabulary(facts.vocabulary)
-    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded)
+    padded_vocabulary_size = teacher.model.padded_vocabulary_size(facts.vocabulary)
+    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded_vocabulary_size)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
     advice = "; --sample scores a part" if facts.sample is None else ""
     return (

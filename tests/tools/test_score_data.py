@@ -246,14 +246,14 @@ def interrupted(words: list[str], how: str) -> Ended:
     """In every rank: the last one gets a signal, or makes the file, when it comes to its fifth microbatch."""
     from megatron_salt.salt.scorer import Scorer
 
-    whole, placed = Scorer._place, iter(range(1, 100))
+    original, numbers = Scorer._microbatch, iter(range(1, 100))
 
-    def place(scorer: Scorer, start: int) -> Any:
-        if next(placed) == 5 and dist.get_rank() == dist.get_world_size() - 1:
+    def microbatch(scorer: Scorer, ids: np.ndarray) -> Any:
+        if next(numbers) == 5 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR1) if how == "signal" else Path(how).touch()
-        return whole(scorer, start)
+        return original(scorer, ids)
 
-    with mock.patch.object(Scorer, "_place", place), mock.patch.object(scorer, "PIECE", 1):
+    with mock.patch.object(Scorer, "_microbatch", microbatch), mock.patch.object(scorer, "PIECE", 1):
         return main(words)
 
 
