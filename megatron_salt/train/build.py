@@ -72,7 +72,12 @@ def build(
 
     def batches(samples: Samples, skip: tuple[str, ...]) -> Batches:
         return Batches(
-            samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip)
+            samples,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            replica=mesh.at.dp,
+            num_replicas=layout.data,
+            skip=parse_skip_samples(skip),
         )
 
     run = Run(

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_salt.bitmap import bits_between
 from megatron_salt.errors import UserError
 from megatron_salt.selection import eligibility
-from megatron_salt.selection.eligibility import bits, duplicates, find_eligible, held_out_ranges
+from megatron_salt.selection.eligibility import duplicates, find_eligible, held_out_ranges
 from megatron_salt.selection.rules import Rule, choose
 from tests.support.score_files import manifest_of, write_columns
 
@@ -103,11 +104,11 @@ def test_duplicates_are_what_a_set_says(
     kinds[:3] = [0, (1 << 64) - 1, 1 << 63][:distinct]
     content = random.choice(kinds, 1001)
     index = write_columns(tmp_path, manifest_of((1001,)), 3, content=content)
-    assert bits(duplicates(index, max_bytes), 0, 1001).tolist() == seen_before(content.tolist())
+    assert bits_between(duplicates(index, max_bytes), 0, 1001).tolist() == seen_before(content.tolist())
 
 
 def test_hashes_that_crowd_are_taken_in_smaller_ranges(tmp_path: Path) -> None:
     """All within 2^10 of 2^64: every range but the last is empty, and that one is split until it fits."""
     content = np.random.default_rng(0).integers((1 << 64) - 1024, 1 << 64, 3000, np.uint64)
     index = write_columns(tmp_path, manifest_of((3000,)), content=content)
-    assert bits(duplicates(index, 9 * 64), 0, 3000).tolist() == seen_before(content.tolist())
+    assert bits_between(duplicates(index, 9 * 64), 0, 3000).tolist() == seen_before(content.tolist())

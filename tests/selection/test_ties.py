@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.selection.eligibility import Eligible, bits, find_eligible
+from megatron_salt.bitmap import bits_between
+from megatron_salt.selection.eligibility import Eligible, find_eligible
 from megatron_salt.selection.rules import Rule, choose
 from megatron_salt.selection.ties import Ties, below_limit, tie_limits, tie_ranks
 from tests.support.score_files import manifest_of, write_columns
@@ -37,7 +38,7 @@ def test_a_limit_counts_exactly_as_many_wherever_it_is_first_looked_for(tmp_path
     index = write_columns(tmp_path, manifest_of((num,)), 2, **{SCORE: scores})
     packed = np.packbits(np.random.default_rng(1).random(num) < 0.7, bitorder="little")
     may = Eligible(packed=packed, held_out=0, empty=0, duplicates=0)
-    ids = 100 + np.flatnonzero((scores == 1)[100:] & bits(packed, 100, num))
+    ids = 100 + np.flatnonzero((scores == 1)[100:] & bits_between(packed, 100, num))
     groups = [Ties(1.0, taken, len(ids)) for taken in (1, 2, len(ids) // 3, len(ids) - 1)]
     limits = tie_limits(index, SCORE, may, (100, num), groups, 3, 64, deviations)
     assert [int((tie_ranks(ids, 3) < np.uint64(limit)).sum()) for limit in limits] == [group.taken for group in groups]
