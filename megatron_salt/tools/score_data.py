@@ -264,9 +264,16 @@ def score_shard(
         )  # fmt: skip
         try:
             scorer = make_scorer(
-                teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout,
-                exit_plan.look,
-            )  # fmt: skip
+                teacher,
+                layout,
+                samples,
+                dtype=facts.dtype,
+                micro_batch_size=config.micro_batch_size,
+                top_k=config.score_top_k,
+                chunk_mib=config.loss_chunk_mib,
+                timeout=timeout,
+                look=exit_plan.look,
+            )
         except LeftEarly as left:
             if rank == 0:
                 print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,18 @@ def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(
         if recipe is None
         else Precision("transformer_engine", "e4m3", recipe, forward_only=True)
     )  # type: ignore[arg-type]
-    facts = TeacherCheckpoint("", MODELS[name], VOCABULARY, LENGTH, "", "", (), (), "bfloat16", 0)  # type: ignore[arg-type]
+    facts = TeacherCheckpoint(
+        directory=Path(),
+        model=MODELS[name],
+        vocabulary_size=VOCABULARY,
+        seq_length=LENGTH,
+        tokenizer_fingerprint="",
+        fingerprint="",
+        lengths=(),
+        losses=(),
+        dtype="bfloat16",
+        step=0,
+    )
     salt = SaltConfig(
         teacher_load="t", kd_steps=1, teacher_tensor_model_parallel_size=tensor, teacher_pipeline_model_parallel_size=pipeline
     )
