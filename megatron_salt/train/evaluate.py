@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
+from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState
 from megatron_salt.data.batch import Batches
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
 from megatron_salt.metrics.run_log import RunLog
@@ -99,8 +98,8 @@ def named_means(sums: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate_run(
-    run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog, exit_plan: ExitPlan
-) -> tuple[Progress, str | None]:
+    run: Run, valid: Batches, num_batches: int, progress: RunState, log: RunLog, exit_plan: ExitPlan
+) -> tuple[RunState, str | None]:
     """Evaluate the student, log it, and in stage 1 decide whether it has passed its teacher. Collective over all ranks.
 
     The teacher is frozen, so it is evaluated once. Returns the progress, and the reason to leave where one cut the evaluation short:
@@ -116,7 +115,7 @@ def evaluate_run(
     except CutShort as cut:
         log.event(progress.step, str(cut))
         return progress, cut.reason
-    progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: False})
+    progress = replace(progress, evaluation_due=False)
     if ask_teacher:
         assert salt is not None
         salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
@@ -130,7 +129,7 @@ def evaluate_run(
     return _after_crossover(stage1, progress, figures["accuracy"], log), None
 
 
-def _after_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: RunLog) -> Progress:
+def _after_crossover(stage1: Stage1, progress: RunState, accuracy: float, log: RunLog) -> RunState:
     """Decide whether the student has passed its teacher, and log it. Collective over all ranks; all get rank 0's answer.
 
     accuracy: the student's, next-token, on held-out data.
@@ -151,12 +150,10 @@ def _after_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: R
 
 
 @torch.no_grad()
-def reference_losses(student: Student, vocabulary_size: int) -> dict[str, Any]:
-    """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
+def reference_losses(student: Student, vocabulary_size: int) -> ReferenceLosses:
+    """The model's losses on the reference batch, for `Checkpointer.save`. Collective over all ranks, the same on all.
 
-    "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
-    each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
-    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary_size`: ids of the tokenizer.
+    vocabulary_size: ids of the tokenizer. Nothing of the student changes. All its data-parallel replicas compute the same.
     """
     mesh, length = student.mesh, student.seq_length
     lengths = prefix_lengths(length)
@@ -176,4 +173,4 @@ def reference_losses(student: Student, vocabulary_size: int) -> dict[str, Any]:
     sums = sums_over_replicas(sums, mesh)
     losses = (sums[:, METRICS.index("loss")] / sums[:, METRICS.index("tokens")]).tolist()
     dtype = str(next(student.chunks[0].parameters()).dtype).removeprefix("torch.")
-    return {"lengths": lengths, "losses": [loss if math.isfinite(loss) else None for loss in losses], "dtype": dtype}
+    return ReferenceLosses(tuple(lengths), tuple(loss if math.isfinite(loss) else None for loss in losses), dtype)

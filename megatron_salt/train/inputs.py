@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.checkpoint import integrity, save_directory
-from megatron_salt.checkpoint.checkpointer import TOKENIZER
-from megatron_salt.checkpoint.compatibility import read_facts
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
@@ -29,7 +28,7 @@ WINDOWS_READ = 16  # of each dataset, at the start
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is read from disk before any rank talks to another."""
+    """Tokenizer, data, teacher's record and selection of a run."""
 
     tokenizer: Tokenizer
     train: Samples
@@ -37,7 +36,7 @@ class Inputs:
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
     staged: StagedSamples | None
-    """What each stage draws from; None without --stage1-selection."""
+    """The samples of both stages; None without --stage1-selection."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -79,7 +78,7 @@ def _needs_no_teacher(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
         return False
     for directory in save_directory.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
-            return resumes_in_stage2(read_facts(directory), evaluates)
+            return resumes_in_stage2(read_state(directory).run, evaluates)
     return False
 
 
@@ -88,4 +87,4 @@ def _checkpoint_tokenizer(load: str | None) -> Path | None:
     if load is None:
         return None
     directories = save_directory.candidates(Path(load), fallback=True)
-    return directories[0] / TOKENIZER if directories else None
+    return directories[0] / save_directory.TOKENIZER if directories else None

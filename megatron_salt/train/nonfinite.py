@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.compatibility import read_facts
+from megatron_salt.checkpoint.run_state import ReferenceLosses
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import NonFiniteError, UserError
@@ -97,9 +98,9 @@ def refuse_nonfinite(student: Student, step: int, way_out: WayOut) -> None:
     raise NonFiniteError(f"not finite after step {step}: on rank {rank} {', '.join(found[:SHOWN])}{more}{way_out(1)}")
 
 
-def refuse_nonfinite_losses(probe: Mapping[str, Any], step: int, way_out: WayOut) -> None:
+def refuse_nonfinite_losses(recorded: ReferenceLosses, step: int, way_out: WayOut) -> None:
     """Raise NonFiniteError where a model's loss on the fixed batch (train/evaluate.py) is not finite. Collective over all ranks."""
-    if None in probe["losses"]:
+    if None in recorded.losses:
         raise NonFiniteError(
             f"after step {step} the loss on a fixed batch is not finite, and so the model is not saved{way_out(1)}"
         )
@@ -122,7 +123,7 @@ def _name_checkpoint(checkpoint: CheckpointConfig, position: int, sound: int) ->
     for place in dict.fromkeys((checkpoint.save, checkpoint.load)):
         with contextlib.suppress(UserError, OSError):
             for good in [] if place is None else save_directory.candidates(Path(place), fallback=True):
-                drawn = read_facts(good)["data"].get("position", 0)
+                drawn = read_state(good).run.position
                 if drawn <= sound:
                     skip = f" or --skip-samples {drawn}:{position}, the samples since then" if drawn < position else ""
                     return f"; {good} stands: go on from it, --load {good}, with {changes}{skip}"

@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron_salt.checkpoint import compatibility, owner, retention
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, schedule_follows_run
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ModelConfig, RunConfig
 from megatron_salt.data.batch import passed_positions
@@ -88,25 +88,25 @@ class Start:
     """Where a run starts."""
 
     identity: RunIdentity
-    progress: Progress
+    progress: RunState
     plan: RunPlan
     """Counts of the whole run, steps that are done included."""
     messages: tuple[str, ...]
     """Lines for the user about changed flags and --save."""
 
 
-def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Start:
-    """Where the run starts, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
+def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, opened: OpenedCheckpoint | None) -> Start:
+    """Where the run starts, if it can. opened: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
     require_packages(config.logging)
     if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
         train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
         refuse_training_data(train, valid)
     identity = identify(config, inputs, name_data(config, plan, inputs))
-    progress = _progress(config, layout, plan, identity, found)
+    progress = _progress(config, layout, plan, identity, opened)
     plan = rest_of_run(config, plan, progress)
-    if found is not None and progress.step >= plan.total_steps:
-        refuse_done_elsewhere(checkpoint, found, plan.total_steps)
+    if opened is not None and progress.step >= plan.total_steps:
+        refuse_done_elsewhere(checkpoint, opened, plan.total_steps)
     salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
@@ -121,7 +121,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
     return Start(identity=identity, progress=progress, plan=plan, messages=messages)
 
 
-def rest_of_run(config: RunConfig, plan: RunPlan, progress: Progress) -> RunPlan:
+def rest_of_run(config: RunConfig, plan: RunPlan, progress: RunState) -> RunPlan:
     """The plan of a run that goes on from `progress`. Raises UserError where flags name steps that it does not have. Pure."""
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     refuse_steps_beyond(config, plan.total_steps)
@@ -157,31 +157,33 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
     return f"{name}, {staged.fingerprint}"
 
 
-def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, found: Found | None) -> Progress:
+def _progress(
+    config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, opened: OpenedCheckpoint | None
+) -> RunState:
     """What the checkpoint says, if the run can go on with it: `Checkpointer.load` without the tensors."""
     checkpoint = config.checkpoint
-    if found is None:
+    if opened is None:
         if checkpoint.load is not None:
             compatibility.refuse_empty(checkpoint.load, checkpoint.save)
-        return Progress(0, 0)
-    progress = compatibility.take_over(found, identity, checkpoint)
+        return RunState()
+    progress = compatibility.take_over(opened, identity, checkpoint)
     if checkpoint.finetune:
         return progress
     if not checkpoint.no_load_optim:
         stages = config.parallel.num_virtual_stages_per_pipeline_rank
-        compatibility.refuse_other_form(found, config.parallel.use_distributed_optimizer, layout, stages)
-    if found.facts["scheduler"] is not None:
+        compatibility.refuse_other_form(opened, config.parallel.use_distributed_optimizer, layout, stages)
+    if opened.state.scheduler is not None:
         groups: Any = SimpleNamespace(param_groups=[])  # a schedule of nothing
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
-        compatibility.schedule_to_load(schedule, found, identity.schedule_follows_run)
+        compatibility.schedule_to_load(schedule, opened, identity.schedule_follows_run)
     return progress
 
 
-def refuse_done_elsewhere(checkpoint: CheckpointConfig, found: Found, total: int) -> None:
+def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:
     """Raise UserError where --load has the run's last step and --save is elsewhere: such a run would be done with nothing in --save."""
-    if checkpoint.save is not None and os.path.realpath(found.directory.parent) != os.path.realpath(checkpoint.save):
+    if checkpoint.save is not None and os.path.realpath(opened.directory.parent) != os.path.realpath(checkpoint.save):
         raise UserError(
-            f"nothing to train: {found.directory} is after step {found.facts['step']} and the run has {total}, so --save "
+            f"nothing to train: {opened.directory} is after step {opened.state.run.step} and the run has {total}, so --save "
             f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out"
         )
 
@@ -192,7 +194,7 @@ def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
     Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
-    retention.look(checkpoint)
+    retention.refuse_foreign(checkpoint)
     return (*([] if line is None else [f"save: {line}"]), check_room(checkpoint, gib))
 
 

@@ -1,6 +1,6 @@
 """The parts of a run, and how they change from stage 1 to stage 2.
 
-`Run` stands still within a stage. `Progress` (checkpoint/run_state.py) moves with every step and is what a checkpoint holds. Both are
+`Run` stands still within a stage. `RunState` (checkpoint/run_state.py) moves with every step and is what a checkpoint holds. Both are
 values: the loop replaces them, and nobody changes one in place.
 """
 
@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.data.batch import Batches
 from megatron_salt.metrics.memory import memory_in_use_gib
 from megatron_salt.metrics.run_log import RunLog
@@ -40,7 +40,7 @@ class Run:
     """What each stage draws from; None: the whole run draws from one order."""
 
 
-def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
+def in_stage2(run: Run, progress: RunState) -> tuple[Run, RunState]:
     """The run from the end of stage 1 on: no teacher, --stage2-micro-batch-size and --stage2-data. Pure."""
     plan = run.plan.in_stage2()
     train, progress = data_of_stage2(run.train.in_microbatches_of(plan.micro_batch_size), run.staged, progress)
@@ -55,7 +55,7 @@ def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
     return run, progress
 
 
-def enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> tuple[Run, Progress]:
+def enter_stage2(run: Run, stage1: Stage1, progress: RunState, log: RunLog) -> tuple[Run, RunState]:
     """Give up the teacher, and go on with the data of stage 2. Collective over all ranks."""
     if stage1.teacher is not None:
         free_teacher(stage1.teacher, progress, run.plan.stage2_micro_batch_size, log)
@@ -77,7 +77,7 @@ def enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> t
     return run, progress
 
 
-def free_teacher(teacher: Teacher, progress: Progress, micro_batch_size: int, log: RunLog) -> None:
+def free_teacher(teacher: Teacher, progress: RunState, micro_batch_size: int, log: RunLog) -> None:
     """Free the teacher, and log the memory that this gave back. micro_batch_size: of stage 2. Collective over all ranks."""
     started, before = time.perf_counter(), memory_in_use_gib()
     teacher_gib = teacher.num_bytes / 2**30
@@ -92,7 +92,7 @@ def free_teacher(teacher: Teacher, progress: Progress, micro_batch_size: int, lo
     )
 
 
-def announce(run: Run, progress: Progress, log: RunLog) -> None:
+def announce(run: Run, progress: RunState, log: RunLog) -> None:
     """Log what a reader should know about the steps to come, as far as they draw from one order."""
     step, total = progress.step, run.plan.total_steps
     if step >= total:
@@ -102,6 +102,6 @@ def announce(run: Run, progress: Progress, log: RunLog) -> None:
         log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
     if run.staged is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)
-    drawn = progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size
+    drawn = progress.position + (total - step) * run.plan.global_batch_size
     if message := run.train.samples.repeats(run.train.position(drawn)):
         log.event(step, message)

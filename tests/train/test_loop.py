@@ -304,7 +304,7 @@ def a_file_appears_while_the_data_is_opened(file: Path) -> Iterator[None]:
 def test_an_exit_file_that_appears_while_the_run_starts_is_a_reason_to_leave_and_no_mistake(tmp_path: Path, data: str) -> None:
     file, outcome = tmp_path / "leave", tmp_path / "outcome"
     flags = dict(data_path=data, train_iters=4, exit_file=file, save=tmp_path / "save", outcome_file=outcome)
-    train(2, **flags, within=partial(a_file_appears_while_the_data_is_opened, file))
+    train(1, **flags, within=partial(a_file_appears_while_the_data_is_opened, file))
     assert outcome.read_text().startswith("left - ") and f"--exit-file {file} has appeared" in outcome.read_text()
     assert not (tmp_path / "save").exists()
 
