@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
+PROGRAMS = [ROOT / "megatron_salt/tools" / tool.name for tool in TOOLS]
 NOT_OURS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--no-deps", "--standalone"}
 """torchrun's and pip's flags."""
 
@@ -37,11 +38,11 @@ def flags_of(config_class: type) -> set[str]:
 
 
 def tool_config(path: Path) -> type:
-    module = importlib.import_module(f"tools.{path.stem}")
+    module = importlib.import_module(f"megatron_salt.tools.{path.stem}")
     [config] = [
         member
         for name, member in vars(module).items()
-        if name.endswith("Config") and dataclasses.is_dataclass(member) and member.__module__ == module.__name__
+        if name.endswith("Config") and dataclasses.is_dataclass(member) and member.__module__.startswith("megatron_salt.tools.")
     ]
     return config
 
@@ -107,8 +108,8 @@ def test_flags_exist() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [README, (ROOT / "examples/quickstart.sh").read_text(), *(path.read_text() for path in TOOLS)],
-    ids=["README", "quickstart.sh", *(path.name for path in TOOLS)],
+    [README, (ROOT / "examples/quickstart.sh").read_text(), *(path.read_text() for path in PROGRAMS)],
+    ids=["README", "quickstart.sh", *(path.name for path in PROGRAMS)],
 )
 def test_commands_of_the_tools_parse(text: str) -> None:
     commands = re.findall(r"tools/(\w+)\.py( +--(?:[^`\n\\]|\\+\n)*)", text)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from megatron_salt.tools import preprocess_data, score_data, select_data
 from megatron_salt.train import start as start_module
 from tests.support.program import refused, train, write_tokens
-from tools import preprocess_data, score_data, select_data
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,7 @@
 """Whether a checkpoint's files are what was written, and files that appear whole or not at all.
 
 Every file of a checkpoint is listed in `checksums.json` with its size and SHA-256 (hashlib's fastest strong hash where the CPU
-has SHA instructions), and that list carries a hash of itself. Checksums find damage, not malice: see pickles.py for that.
+has SHA instructions), and that list carries a hash of itself. Checksums find damage, not malice: see safe_unpickle.py for that.
 Standard library only; no function here communicates.
 """
 

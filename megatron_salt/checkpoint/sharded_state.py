@@ -215,7 +215,7 @@ def _blank(padding: ShardedTensor) -> ShardedTensor:
 
 
 def _without_extra_state(state: State) -> State:
-    """Every linear has an `_extra_state`, empty or Transformer Engine's pickle: it stays here, and fp8_state.py saves what is in it."""
+    """Every linear has an `_extra_state`, empty or Transformer Engine's pickle: it stays here, and fp8_scales.py saves what is in it."""
 
     def emptied(value: Any) -> Any:
         if not isinstance(value, ShardedObject):

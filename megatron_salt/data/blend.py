@@ -3,7 +3,7 @@
 Without weights all datasets form one pool: each sample is visited once an epoch, whatever dataset it is in. With weights each
 dataset is a pool with epochs of its own, and the pools take turns so evenly that the first p samples hold each
 pool's share of p to within ceil(log2(pools)) / 2 samples, and every BLOCK of samples holds the shares exactly.
-Both are pure, and O(log pools) a sample. What a pool's samples are: `pools.py`.
+Both are pure, and O(log pools) a sample. What a pool's samples are: `subsets.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The open data of one split: windows of one or more datasets, numbered, in an endless order.
 
 A sample's global id numbers all windows of all datasets of a split in --data-path order, held-out ones included: it depends on neither
-seed, weights nor --valid-share. Which samples an order draws from is another matter (`pools.py`), and so is how steps cut it
+seed, weights nor --valid-share. Which samples an order draws from is another matter (`subsets.py`), and so is how steps cut it
 (`batch.py`). Opening is O(1) in the size of the data.
 """
 
@@ -176,7 +176,7 @@ class Samples:
 
 
 def open_training_data(
-    data: DataConfig, seq_length: int, seed: int, tokenizer_vocab_size: int, eod: int | None
+    data: DataConfig, seq_length: int, seed: int, vocabulary_size: int, eod: int | None
 ) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None). Every rank calls; O(1) in the size of the data.
 
@@ -188,7 +188,7 @@ def open_training_data(
     def samples(
         split: str, windows: list[Windows], first: list[int], sizes: list[int], weights: list[float] | None, seed: int
     ) -> Samples:
-        return Samples(split, windows, first, sizes, weights, seed, masking, tokenizer_vocab_size, data.verify_data)
+        return Samples(split, windows, first, sizes, weights, seed, masking, vocabulary_size, data.verify_data)
 
     windows, weights = _open_windows(data.data_path, "--data-path", seq_length, data.allow_duplicate_inputs)
     held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]

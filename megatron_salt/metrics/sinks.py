@@ -3,7 +3,7 @@
 A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. After a crash the run
 resumes at an earlier step; every sink then drops what it holds of later steps, so that a curve has one value a step.
 Opened on one rank alone. A missing package or a path that can never be written is a UserError; a disk that is full or read-only, or a
-server that does not answer, may raise anything, and patience.py tries again. An entry was taken if its write returned.
+server that does not answer, may raise anything, and retrying_sink.py tries again. An entry was taken if its write returned.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The student's FP8 is megatron-core's own: its configuration says so, and its transformer block opens Transformer Engine's context over
 `parallel_state`'s amax group. The teacher's is not: it has a mesh that `parallel_state` does not know, so its configuration says
-bfloat16 and `GPT.forward` opens the context itself (see `fp8.py`). Pure.
+bfloat16 and `GPT.forward` opens the context itself (see `fp8_teacher.py`). Pure.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ _BATCH_DOCUMENTS, _BATCH_TOKENS = 1 << 16, 1 << 20  # that a reader holds at a t
 _CHUNK = 1 << 20  # documents whose index entries are in memory at a time
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocabulary_size: int) -> np.dtype:
     """The type that Megatron stores ids of a vocabulary in: uint16 below 65,500 ids, else int32."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which files --input names, and the texts on a line of JSON.
 
 Files come in the order in which they were named, a pattern's matches sorted. Whatever is wrong with a line is said in words
-(BadLine), whatever is wrong with a file is a UserError. `reading.py` reads them. Pure.
+(BadLine), whatever is wrong with a file is a UserError. `readers.py` reads them. Pure.
 """
 
 from __future__ import annotations

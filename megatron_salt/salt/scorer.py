@@ -188,8 +188,8 @@ def make_scorer(
     """
     mesh = make_student_mesh(layout, timeout=timeout)
     seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
-    rows = teacher.model.padded_vocabulary(teacher.vocabulary) // layout.tensor
-    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary, sequence_parallel=False)
+    rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
+    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
     chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
     admitted = admit(
         teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,

@@ -5,7 +5,7 @@ A sample is a window of the datasets in --data-path order; its id, 0..N-1 over a
 a column, of full size from the start and filled block by block. `blocks.journal` holds a digest of each finished block, so
 that a resumed job trusts what is whole and repeats what is torn; `shard.json`, with every column's size and hash, comes last.
 An index may have scores of a keyed random part of the samples alone: its columns are as long, with 0 for the others.
-How it is read and merged: `score_index.py`.
+How it is read and merged: `score_reader.py`.
 """
 
 from __future__ import annotations

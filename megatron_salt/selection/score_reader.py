@@ -1,4 +1,4 @@
-"""Reading a teacher-score index (`scores.py`), and merging its shards into one.
+"""Reading a teacher-score index (`score_format.py`), and merging its shards into one.
 
 An index is opened whole or not at all: its shards, of one directory or of several with the same manifest, must be finished and cover
 every sample once. Opening reads a few small files a shard, whatever the number of samples. Columns are read with plain reads, not

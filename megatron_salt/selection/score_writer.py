@@ -1,4 +1,4 @@
-"""One job's part in a score index: a shard that is filled block by block and survives a kill at any byte. The format: `scores.py`."""
+"""One job's part in a score index: a shard that is filled block by block and survives a kill at any byte. The format: `score_format.py`."""
 
 from __future__ import annotations
 

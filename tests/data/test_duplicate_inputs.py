@@ -18,13 +18,13 @@ from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.samples import open_training_data
 from megatron_salt.errors import UserError
 from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.tools.merge_datasets import MergeConfig, merge_datasets
+from megatron_salt.tools.merge_scores import MergeConfig as MergeScoresConfig
+from megatron_salt.tools.merge_scores import merge_scores
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from tests.support.datasets import WriteDataset
 from tests.support.score_files import files_in, manifest_of, random_rows, write_index, write_shard
-from tools.merge_datasets import MergeConfig, merge_datasets
-from tools.merge_scores import MergeConfig as MergeScoresConfig
-from tools.merge_scores import merge_scores
-from tools.preprocess_data import PreprocessConfig, preprocess
-from tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
 ALLOW = "--allow-duplicate-inputs"
 AGAIN: dict[str, Callable[[Path, Path], object]] = {

@@ -20,8 +20,8 @@ from megatron_salt.errors import UserError
 from megatron_salt.preprocess import encode, readers
 from megatron_salt.preprocess.readers import Form
 from megatron_salt.tokenizer.tokenizer import tokenizer_from_files
-from tools.preprocess_data import PreprocessConfig, preprocess
-from tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
 
@@ -156,7 +156,7 @@ def test_a_sentencepiece_model_is_none() -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a text to train on"] * 9), model_writer=model, vocab_size=20, model_type="char", minloglevel=2
     )
-    assert tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": model.getvalue()}, "x").vocab_size > 9
+    assert tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": model.getvalue()}, "x").vocabulary_size > 9
 
 
 def test_a_link_to_nothing_is_refused_by_name(tmp_path, capsys):

@@ -8,9 +8,9 @@ import pytest
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.run_state import Progress, SaltProgress
 from megatron_salt.errors import UserError
+from megatron_salt.tools.inspect_checkpoint import InspectConfig, inspect_checkpoint
 from tests.support.checkpoint_runs import TINY, Run, flip, job, start
 from tests.support.ranks import run_ranks
-from tools.inspect_checkpoint import InspectConfig, main
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_says_what_was_saved(saved: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(InspectConfig(load=str(saved), tensors=True, print_config=True, verify=True)) == 0
+    assert inspect_checkpoint(InspectConfig(load=str(saved), tensors=True, print_config=True, verify=True)) == 0
     report = capsys.readouterr().out
     assert "step         2, 32 samples" in report and "fully_reshardable, 2 updates" in report and "seed: 1234" in report
     h, ffn = TINY.hidden_size, TINY.ffn_width
@@ -47,7 +47,7 @@ def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
     salt = SaltProgress(end, schedule, "sha256:abcd", "/teachers/one", crossover, held_out)
     probe = {"lengths": [16, 32], "losses": [5.5, None], "dtype": "bfloat16"}
     run_ranks(1, save_in_stage, Run(save=str(tmp_path)), Progress(step, 8 * step, salt=salt), probe)
-    assert main(InspectConfig(load=str(tmp_path))) == 0
+    assert inspect_checkpoint(InspectConfig(load=str(tmp_path))) == 0
     report = capsys.readouterr().out
     assert f"stage        {told}" in report and "own loss     5.50000 over 16, not finite over 32 tokens, bfloat16" in report
     assert "schedule     --kd-steps 5, --kd-weight 0.5, --kd-transition step" in report
@@ -63,11 +63,11 @@ def save_in_stage(run: Run, progress: Progress, probe: dict[str, Any]) -> None:
 def test_damage_is_one_line_that_names_each_file(saved: Path) -> None:
     directory = save_directory.directory_of(saved, 1)
     flip(directory / "__0_0.distcp", 50)
-    assert main(InspectConfig(load=str(directory))) == 0
+    assert inspect_checkpoint(InspectConfig(load=str(directory))) == 0
     state = (directory / save_directory.STATE).read_bytes()
     (directory / save_directory.STATE).write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        main(InspectConfig(load=str(directory), verify=True))
+        inspect_checkpoint(InspectConfig(load=str(directory), verify=True))
     (directory / save_directory.STATE).write_bytes(state)
     told = str(caught.value)
     assert str(directory / "__0_0.distcp") in told and str(directory / save_directory.STATE) in told
@@ -76,4 +76,4 @@ def test_damage_is_one_line_that_names_each_file(saved: Path) -> None:
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
-        main(InspectConfig(load=str(tmp_path)))
+        inspect_checkpoint(InspectConfig(load=str(tmp_path)))

@@ -15,8 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron_salt.cli import run_tool
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.preprocess import indexed_writer
-from tools.merge_datasets import MergeConfig, merge_datasets
-from tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools.merge_datasets import MergeConfig, merge_datasets
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer"]
 

@@ -12,16 +12,16 @@ import pytest
 
 from megatron_salt.cli import run_tool
 from megatron_salt.files import sole_writer
+from megatron_salt.tools.merge_datasets import MergeConfig, merge_datasets
+from megatron_salt.tools.merge_scores import MergeConfig as MergeScoresConfig
+from megatron_salt.tools.merge_scores import merge_scores
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools.python_corpus import CorpusConfig, write_corpus
+from megatron_salt.tools.report import ReportConfig, report
+from megatron_salt.tools.select_data import SelectConfig, select_data
+from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from tests.support.score_files import files_in, manifest_of, random_rows, write_index
 from tests.tools.test_report import write_log
-from tools.merge_datasets import MergeConfig, merge_datasets
-from tools.merge_scores import MergeConfig as MergeScoresConfig
-from tools.merge_scores import merge_scores
-from tools.preprocess_data import PreprocessConfig, preprocess
-from tools.python_corpus import CorpusConfig, write_corpus
-from tools.report import ReportConfig, report
-from tools.select_data import SelectConfig, select_data
-from tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
 MANIFEST = manifest_of([45, 57])
 

@@ -30,8 +30,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_salt.cli import run_tool
 from megatron_salt.data.manifest import fingerprint, read_manifest, tokenizer_directory
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
-from tools import preprocess_data
-from tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools import preprocess_data
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}: " + "the quick brown fox, ça et là 日本 🎉\n" * (i % 7 + 1) for i in range(120)]
@@ -466,7 +466,7 @@ def test_an_unwritable_place_is_refused_by_name(tmp_path, corpus, capsys):
 
 TOLD_RUN = """
 import resource, sys
-from tools import preprocess_data
+from megatron_salt.tools import preprocess_data
 code = preprocess_data.run_tool(preprocess_data.PreprocessConfig, preprocess_data.preprocess, sys.argv[1:])
 own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1]
 print("memory", own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)

@@ -21,8 +21,8 @@ from sentencepiece import SentencePieceTrainer
 
 from megatron_salt.cli import run_tool
 from megatron_salt.preprocess import staging
-from tools import preprocess_data
-from tools.preprocess_data import PreprocessConfig, preprocess
+from megatron_salt.tools import preprocess_data
+from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}: " + "ça et là 日本 🎉\n" * (i % 7 + 1) for i in range(200)]
@@ -262,7 +262,7 @@ def test_two_runs_do_not_write_the_same_output(tmp_path, eager, capsys):
 SLOW_RUN = """
 import sys
 from megatron_salt.preprocess import staging
-from tools import preprocess_data
+from megatron_salt.tools import preprocess_data
 staging.JOURNAL_SECONDS, preprocess_data.CHUNK_BYTES = 0.0, 500
 print("begins", flush=True)
 sys.exit(preprocess_data.run_tool(preprocess_data.PreprocessConfig, preprocess_data.preprocess, sys.argv[1:]))

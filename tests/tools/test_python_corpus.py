@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from tools.python_corpus import CorpusConfig, is_held_out, modules, write_corpus
+from megatron_salt.tools.python_corpus import CorpusConfig, is_held_out, modules, write_corpus
 
 
 def names(path: Path) -> list[str]:

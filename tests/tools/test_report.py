@@ -13,9 +13,8 @@ import pytest
 
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
-from tests.support.logs import open_log, record
-from tools import report as module
-from tools.report import (
+from megatron_salt.tools import report as module
+from megatron_salt.tools.report import (
     HEIGHT,
     ReportConfig,
     chart,
@@ -27,6 +26,7 @@ from tools.report import (
     table,
     unigram_entropy,
 )
+from tests.support.logs import open_log, record
 
 
 def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:

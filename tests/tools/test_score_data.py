@@ -35,11 +35,11 @@ from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt import scorer
 from megatron_salt.selection.score_format import columns, content_hashes
 from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.tools.merge_scores import MergeConfig, merge_scores
+from megatron_salt.tools.score_data import ScoreConfig, score_data
 from tests.support.program import EOD, SEQ_LENGTH, VOCABULARY, the_error, train, write_tokens
 from tests.support.ranks import run_ranks
 from tests.support.score_files import files_in
-from tools.merge_scores import MergeConfig, merge_scores
-from tools.score_data import ScoreConfig, score_data
 
 TOP_K = (1, 10, 100)
 NUM_SAMPLES = 22 + 9  # of both datasets
@@ -286,10 +286,10 @@ def finished_before(told: str) -> int:
 def start(world_size: int, **flags: Any) -> subprocess.Popen[str]:
     """The tool as a process of its own, slowed down so that it can be killed in the middle."""
     slowly = (
-        "import sys, time; from megatron_salt.salt import scoring; whole = scorer.Scorer.score\n"
+        "import sys, time; from megatron_salt.salt import scorer; whole = scorer.Scorer.score\n"
         "def score(*arguments):\n    time.sleep(0.3)\n    return whole(*arguments)\n"
-        "scoring.Scorer.score = score\n"
-        "from megatron_salt.cli import run_tool; from tools.score_data import ScoreConfig, score_data\n"
+        "scorer.Scorer.score = score\n"
+        "from megatron_salt.cli import run_tool; from megatron_salt.tools.score_data import ScoreConfig, score_data\n"
         "sys.exit(run_tool(ScoreConfig, score_data, sys.argv[1:]))"
     )
     launcher = [

@@ -21,8 +21,8 @@ from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.selection.selection_file import Selection
 from megatron_salt.selection.ties import TIE_SEED, tie_ranks
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
+from megatron_salt.tools.select_data import SelectConfig, select_data
 from tests.support.score_files import files_in, manifest_of, random_rows, write_index
-from tools.select_data import SelectConfig, select_data
 
 LENGTH = 16
 BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
@@ -357,6 +357,9 @@ def test_a_full_disk_keeps_the_selection_that_is_there_and_leaves_no_remains(ind
     assert "No space left" in capsys.readouterr().err
     assert files_in(index.parent) == before
     with monkeypatch.context() as patch:
-        patch.setattr("tools.select_data.json.dumps", lambda row, **kinds: full() if "window" in row else dumps(row, **kinds))
+        patch.setattr(
+            "megatron_salt.tools.select_data.json.dumps",
+            lambda row, **kinds: full() if "window" in row else dumps(row, **kinds),
+        )
         assert select(index, "--fraction", "0.25", "--overwrite", "--export-documents", index.parent / "texts.jsonl") == 2
     assert not list(index.parent.glob("*.tmp"))

@@ -15,8 +15,8 @@ import pytest
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
-from tools import train_tokenizer as tool
-from tools.train_tokenizer import TrainTokenizerConfig, choose, sentences, train_tokenizer
+from megatron_salt.tools import train_tokenizer as tool
+from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, choose, sentences, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 HEADS, TAILS = ("walk", "talk", "jump", "quick", "paint", "own", "garden"), ("", "s", "er", "ing", "ed", "ers")
@@ -55,7 +55,7 @@ def corpus(tmp_path) -> Path:
 def test_the_model_is_lossless_and_ends_documents(tmp_path, corpus, model_type):
     assert run([corpus], tmp_path / "m", "--model-type", model_type) == 0
     tokenizer = load(tmp_path / "m")
-    assert (tokenizer.vocab_size, tokenizer.eod) == (320, 1)
+    assert (tokenizer.vocabulary_size, tokenizer.eod) == (320, 1)
     for text in TEXTS[:3] + ODD:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eod not in ids
@@ -158,7 +158,7 @@ def test_a_model_that_exists_is_kept_without_overwrite(tmp_path, corpus, capsys)
     assert run([corpus], tmp_path / "m") == 2
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "m").read_bytes() == b"old"
     assert run([corpus], tmp_path / "m", "--overwrite") == 0
-    assert load(tmp_path / "m").vocab_size == 320 and not (tmp_path / "m.tmp").exists()
+    assert load(tmp_path / "m").vocabulary_size == 320 and not (tmp_path / "m.tmp").exists()
 
 
 def test_an_unwritable_place_is_refused_by_name(tmp_path, corpus, capsys):

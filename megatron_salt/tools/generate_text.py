@@ -1,0 +1,157 @@
+"""Let a checkpoint continue a prompt. Architecture, precision and tokenizer come from the checkpoint, whatever layout wrote it.
+
+One process, or tensor-parallel over all the ranks that torchrun starts. The context is recomputed for every token.
+
+    python tools/generate_text.py --load runs/quickstart/salt --prompt 'def main(' --max-new-tokens 100
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from megatron_salt.cli import from_yaml, run_tool
+from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.data.order import SEEDS, is_seed
+from megatron_salt.errors import UserError
+from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.layout import student_layout, world_size_from_environment
+from megatron_salt.small_files import read_small
+from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+COLDEST = 0.001  # below it logits that are divided may overflow
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt with a trained model."""
+
+    load: str
+    """Directory of checkpoints (its latest is taken), or one iter_* directory."""
+
+    prompt: str = ""
+    """Text to continue; empty: the beginning of a document."""
+
+    prepend_bos: bool = False
+    """Begin with the tokenizer's beginning-of-sequence id: for models of data that has it (preprocess_data.py --prepend-bos)."""
+
+    max_new_tokens: int = 100
+    """Tokens to add at most; fewer where the model ends the document."""
+
+    temperature: float = 0.8
+    """Divides the logits: below 1 for likelier text, 0 for the likeliest token each time."""
+
+    top_k: int | None = None
+    """Draw among so many likeliest tokens; default: among all."""
+
+    seed: int = 1234
+    """The same seed draws the same text."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("max-new-tokens", self.max_new_tokens, 1),
+            ("temperature", self.temperature, 0),
+            ("top-k", self.top_k, 1),
+        ):
+            if value is not None and not least <= value < float("inf"):
+                raise UserError(f"--{name} must be at least {least} and finite, got {value}")
+        if 0 < self.temperature < COLDEST:
+            raise UserError(
+                f"--temperature must be 0 or at least {COLDEST}, got {self.temperature}; 0 takes the likeliest token"
+            )
+        if not is_seed(self.seed):
+            raise UserError(f"--seed must be {SEEDS}, got {self.seed}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
+    return run_tool(GenerateConfig, lambda config: with_one_voice(lambda: generate_text(config)), argv)
+
+
+def generate_text(config: GenerateConfig) -> None:
+    """The whole tool. Raises UserError. Rank 0 prints prompt and continuation."""
+    directory = newest_checkpoint(Path(config.load))
+    run, tokenizer = read_companions(directory)
+    parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())
+    check_shapes(run.model, parallel, run.training.seq_length)
+    prompt = prompt_ids(config.prompt, tokenizer, config.prepend_bos)
+    added = continue_prompt(config, directory, run, parallel, tokenizer, prompt)
+    if added is not None:
+        print(tokenizer.decode(prompt + added))
+
+
+def newest_checkpoint(load: Path) -> Path:
+    """The iter_* directory that --load means."""
+    from megatron_salt.checkpoint import save_directory
+
+    found = save_directory.candidates(load)
+    if not found:
+        raise UserError(f"--load {load} holds no checkpoint")
+    return found[0]
+
+
+def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
+    """The run that made a checkpoint, and its tokenizer. Not collective."""
+    from megatron_salt.checkpoint.checkpointer import RUN_YAML, TOKENIZER
+
+    path = directory / RUN_YAML
+    try:
+        text = read_small(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--load {directory}: {path.name} cannot be read: {error}") from error
+    return from_yaml(text, str(path)), load_tokenizer(directory / TOKENIZER)
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer, prepend_bos: bool = False) -> list[int]:
+    """At least one id. A document begins where another ended, so an empty prompt is the end-of-document id, or with BOS that one."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # how Python passes on bytes of a command line that are not UTF-8
+        raise UserError("--prompt is not valid UTF-8") from error
+    if prepend_bos and tokenizer.bos is None:
+        raise UserError(f"--prepend-bos: the checkpoint's {tokenizer.kind} declares no beginning-of-sequence token, or several")
+    ids = tokenizer.encode(prompt)
+    if prepend_bos and tokenizer.bos is not None:
+        ids.insert(0, tokenizer.bos)
+    if ids:
+        return ids
+    if tokenizer.eod is None:
+        raise UserError(f"--prompt is empty, and the checkpoint's {tokenizer.kind} has no end-of-document id to begin with")
+    return [tokenizer.eod]
+
+
+def continue_prompt(
+    config: GenerateConfig, directory: Path, run: RunConfig, parallel: ParallelConfig, tokenizer: Tokenizer, prompt: list[int]
+) -> list[int] | None:
+    """The ids that the model adds, on rank 0; None on the others. Joins and leaves the world: call it outside of torch.distributed."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_salt.checkpoint.checkpointer import load_weights
+    from megatron_salt.model.generate import generate
+    from megatron_salt.model.gpt import build_model
+    from megatron_salt.parallel.launch import distributed, seed_everything
+    from megatron_salt.parallel.mesh import make_student_mesh
+
+    with distributed(timedelta(minutes=10)):
+        mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
+        seed_everything(run.training.seed, mesh)  # building a model draws from the generators
+        dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+        length, vocabulary_size = run.training.seq_length, tokenizer.vocabulary_size
+        [model] = build_model(run.model, parallel, length, vocabulary_size, dtype, length, mesh)
+        load_weights(directory, [model], mesh)
+        added = generate(
+            model,
+            prompt,
+            config.max_new_tokens,
+            length,
+            vocabulary_size,
+            tokenizer.eod,
+            config.temperature,
+            config.top_k,
+            config.seed,
+        )
+        return added if dist.get_rank() == 0 else None

@@ -1,0 +1,187 @@
+"""Print what is inside a checkpoint: python tools/inspect_checkpoint.py --load DIRECTORY [--verify].
+
+Reads `state.json` and torch_dist's table of contents, the latter without the power to run code, so that a checkpoint from a
+stranger may be looked at. Needs no ranks and no GPU, and reads no weights unless --verify asks for every file's checksum.
+torch is imported only where the table of contents is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_salt.checkpoint import integrity, save_directory
+from megatron_salt.checkpoint.run_state import SaltProgress
+from megatron_salt.cli import run_tool
+from megatron_salt.config import flag
+from megatron_salt.errors import UserError
+from megatron_salt.small_files import read_small
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+RUN_YAML = "run.yaml"
+_NOT_THE_MODEL = ("optimizer.", "chained_", "rng", "fp8.")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to print."""
+
+    load: str
+    """Directory of checkpoints (the latest is shown) or one iter_* directory."""
+
+    tensors: bool = False
+    """List every tensor: shape, dtype, size in the file system."""
+
+    print_config: bool = False
+    """Print the configuration of the run that wrote it."""
+
+    verify: bool = False
+    """Read every file and compare its checksum; where one differs, name it and end with status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
+    return run_tool(InspectConfig, inspect_checkpoint, argv)
+
+
+def inspect_checkpoint(config: InspectConfig) -> int:
+    """Print the report. Raises DamagedCheckpoint where files are not what was written: all of them are told under --verify."""
+    found = save_directory.candidates(Path(config.load))
+    if not found:
+        raise UserError(f"--load {config.load} holds no checkpoint")
+    directory = found[0]
+    sums = integrity.read_checksums(directory, required=(integrity.METADATA, save_directory.STATE))
+    damage = integrity.damaged_files(directory, sums) if config.verify else []
+    if damage:
+        raise integrity.DamagedCheckpoint("; ".join(damage))
+    print("\n".join(_report(directory, sums, config)))
+    if config.verify:
+        print(f"checksums    all {len(sums)} files are as written")
+    return 0
+
+
+def _report(directory: Path, sums: dict[str, integrity.FileSum], config: InspectConfig) -> list[str]:
+    """What was asked for, without the checksums. Raises UserError, naming the file, before anything is printed."""
+    from megatron_salt.checkpoint import compatibility, safe_unpickle
+
+    facts, metadata = compatibility.read_facts(directory), safe_unpickle.read_metadata(directory)
+    try:
+        lines = _about(directory, facts, sums)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise integrity.DamagedCheckpoint(f"{directory / save_directory.STATE}: cannot be read: {error!r}") from None
+    try:
+        lines += _sizes(metadata)
+        lines += _table(metadata) if config.tensors else []
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise integrity.DamagedCheckpoint(f"{directory / integrity.METADATA}: cannot be read: {error!r}") from None
+    if config.print_config:
+        lines += _run_yaml(directory / RUN_YAML)
+    return lines
+
+
+def _run_yaml(path: Path) -> list[str]:
+    try:
+        return read_small(path).decode("utf-8").splitlines()
+    except OSError as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
+
+
+def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> list[str]:
+    layout, optimizer = facts["layout"], facts["optimizer"]
+    name = "" if facts["name"] is None else f" ({facts['name']})"
+    lines = [
+        f"checkpoint   {directory}{name}",
+        f"step         {facts['step']}, {facts['consumed_samples']} samples",
+        f"files        {len(sums)}, {_bytes(sum(entry.size for entry in sums.values()))}",
+        f"layout       {', '.join(f'{axis} {size}' for axis, size in layout.items())}, {facts['chunks']} chunks a rank",
+        "optimizer    " + ("none" if optimizer is None else f"{optimizer['form']}, {optimizer['step']} updates"),
+        f"tokenizer    {facts['tokenizer']}",
+        f"data         {facts['data_fingerprint']}, position {json.dumps(facts['data'])}",
+        f"written by   megatron-core {facts['megatron_core']}, torch {facts['torch']}",
+        "model        " + ", ".join(f"{field} {value}" for field, value in facts["architecture"].items() if value is not None),
+        "own loss     " + _own_loss(facts.get("probe")),
+        *_stages(facts),
+    ]
+    lines += [f"event        {json.dumps(event)}" for event in facts["events"]]
+    return lines
+
+
+def _own_loss(probe: dict[str, Any] | None) -> str:
+    """On the fixed batch (data/reference_batch.py), by which a run recognises it as its teacher."""
+    if probe is None:
+        return "not recorded: it cannot be a teacher"
+    losses = [
+        f"{'not finite' if loss is None else format(loss, '.5f')} over {length}"
+        for length, loss in zip(probe["lengths"], probe["losses"], strict=True)
+    ]
+    return f"{', '.join(losses)} tokens, {probe['dtype']}"
+
+
+def _stages(facts: dict[str, Any]) -> list[str]:
+    salt = SaltProgress.from_facts(facts.get("salt"))
+    if salt is None:
+        return ["stage        no teacher"]
+    stage = salt.stage_after(facts["step"])
+    ends = f"stage 1 {'ends' if stage == 1 else 'ended'} after step {salt.stage1_end}"
+    crossover = "" if salt.crossover is None else f", because the student had passed its teacher at step {salt.crossover}"
+    held_out = salt.teacher_held_out or {}
+    teacher = "none: stage 1 has a selection" if salt.teacher is None else f"{salt.teacher}, then in {salt.teacher_directory}"
+    return [
+        f"stage        {stage}; {ends}{crossover}",
+        "schedule     " + ", ".join(f"{flag(name)} {value}" for name, value in salt.schedule.items()),
+        f"teacher      {teacher}",
+        *(
+            ["held out     the teacher's " + ", ".join(f"{name} {value:g}" for name, value in held_out.items())]
+            if held_out
+            else []
+        ),
+    ]
+
+
+def _sizes(metadata: Metadata) -> list[str]:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+    tensors = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    model = {key: entry for key, entry in tensors.items() if not key.startswith(_NOT_THE_MODEL)}
+    dtypes = sorted({str(entry.properties.dtype).removeprefix("torch.") for entry in model.values()})
+    count = sum(math.prod(entry.size) for entry in model.values())
+    objects = sum(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values())
+    return [
+        f"parameters   {count:,} in {len(model)} tensors, {', '.join(dtypes)}",
+        f"tensors      {len(tensors)}, {_bytes(sum(_size(entry) for entry in tensors.values()))}; {objects} other objects",
+    ]
+
+
+def _table(metadata: Metadata) -> list[str]:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    lines = []
+    for key, entry in sorted(metadata.state_dict_metadata.items()):
+        if isinstance(entry, TensorStorageMetadata):
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            lines.append(
+                f"  {key:<64} {list(entry.size)!s:<24} {dtype:<10} {_bytes(_size(entry)):>10}  {len(entry.chunks)} shards"
+            )
+        else:
+            lines.append(f"  {key:<64} object")
+    return lines
+
+
+def _size(entry: TensorStorageMetadata) -> int:
+    return math.prod(entry.size) * entry.properties.dtype.itemsize
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

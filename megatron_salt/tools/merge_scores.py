@@ -1,0 +1,66 @@
+"""Merge the shards of a teacher-score index, of one directory or of several, into one index of a single shard.
+
+No tool needs it: they read an index of many shards, or of shards in several directories, as it is. It is for moving an index, and for
+file systems that dislike many files. The result is byte for byte what one unsharded job would have written.
+
+    python tools/merge_scores.py --scores jobs/a jobs/b --output scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_salt.cli import run_tool
+from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.selection.score_format import INDEX
+from megatron_salt.selection.score_reader import ScoreIndex, merge
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge the shards of a teacher-score index."""
+
+    scores: tuple[str, ...]
+    """Directories that hold the shards, together all of one index."""
+
+    output: str
+    """Directory of the merged index."""
+
+    overwrite: bool = False
+    """Replace an index that is already there."""
+
+    allow_duplicate_inputs: bool = False
+    """Take directories and shards that are named twice, or copies: of equal shards one counts."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
+    return run_tool(MergeConfig, merge_scores, argv)
+
+
+def merge_scores(config: MergeConfig) -> None:
+    """The whole tool. Raises UserError."""
+    output = Path(config.output)
+    if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
+        raise UserError(
+            f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content"
+        )
+    inside = next((directory for directory in config.scores if output.resolve() in Path(directory).resolve().parents), None)
+    if inside is not None:
+        raise UserError(f"--output {output} holds --scores {inside}, which would be deleted with it; take another directory")
+    refuse_present("--output", output, [output], config.overwrite)
+    if output.exists() and not (output / INDEX).exists():
+        raise UserError(f"--output {output} is no score index, it has no {INDEX}; --overwrite does not delete anything else")
+    index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
+    try:
+        with sole_writer("--output", output):
+            refuse_present("--output", output, [output], config.overwrite)
+            merge(index, output)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})"
+        ) from error
+    print(f"wrote {output}: {index.num_samples} samples of {len(index.shards)} shards")

@@ -1,0 +1,382 @@
+"""Let a teacher score the windows of the training data, for `select_data.py` to choose from: the teacher-score index (SALT_DS).
+
+The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
+started. Jobs of an array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
+started again, and one that is finished has nothing to do. SIGTERM, SIGUSR1 and --exit-file end it within two microbatches, with status 3:
+the same command goes on. What is in the directory: `megatron_salt/selection/score_format.py`.
+
+    torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
+        --output /shared/scores --shard 0/16
+
+It costs a forward pass of the teacher a window: 17.9% of the FLOPs of the paper's run for all its windows. With --sample 0.35 it scores a
+random 0.35 of them, twice what the paper's stage 1 needs, for 6.2%.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from megatron_salt.cli import run_tool
+from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
+from megatron_salt.data.order import SEEDS, is_seed
+from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
+from megatron_salt.selection.score_reader import CHUNK
+from megatron_salt.selection.score_writer import ShardWriter
+from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_salt.data.samples import Samples
+    from megatron_salt.salt.load_teacher import TeacherCheckpoint
+    from megatron_salt.salt.scorer import Rows, Scorer
+
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LEFT = 3  # exit status of a job that left before its shard was finished
+SAMPLE_SEED = 1234
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score the windows of a dataset with a teacher."""
+
+    teacher_load: str
+    """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory: an early one, in the paper."""
+
+    data_path: tuple[str, ...]
+    """Prefixes of .bin/.idx pairs in the order of the training run's --data-path; weights may be there, and mean nothing here."""
+
+    output: str
+    """Directory of the index. All jobs of one index name the same."""
+
+    shard: str = "0/1"
+    """i/n: score the i-th of n parts of the samples, i from 0 to n-1. Every job of an index has the same n."""
+
+    sample: float | None = None
+    """Score a random part: the chance of each window, above 0 and below 1. select_data.py then chooses among these. Default: score all."""
+
+    sample_seed: int | None = None
+    """With --sample: another seed scores other windows. Part of the index. Default: 1234."""
+
+    seq_length: int | None = None
+    """Tokens of a window: the training run's --seq-length. Default: the teacher's."""
+
+    score_top_k: tuple[int, ...] = (1, 10, 50, 100)
+    """The k of the scores: a token counts as learnable where fewer than k ids are likelier to the teacher. The paper has 10."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each of the teacher's layers."""
+
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages of the teacher. What both leave over is data parallelism."""
+
+    micro_batch_size: int = 4
+    """Windows of one forward pass. Part of the index: another one may round otherwise."""
+
+    block_samples: int = 4096
+    """Windows that are written together, a multiple of --micro-batch-size. What a killed job has to do again is less than this."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the teacher computes in. Default: what it was trained in."""
+
+    eod_mask_loss: bool = False
+    """As the training run: no score where the input token is the end-of-document id."""
+
+    reset_position_ids: bool = False
+    """As the training run: positions start again after each end-of-document id."""
+
+    reset_attention_mask: bool = False
+    """As the training run: tokens attend inside their own document alone."""
+
+    verify_data: bool = False
+    """Hash every byte of the data at start instead of a fixed sample of blocks."""
+
+    allow_duplicate_inputs: bool = False
+    """Take datasets that are the same data twice, as the training run's flag of this name."""
+
+    loss_chunk_mib: int = 256
+    """Memory for the logits of one chunk of tokens, float32."""
+
+    exit_file: str | None = None
+    """Leave when this file appears. It is not deleted, and a start that finds it is refused. SIGTERM and SIGUSR1 do the same."""
+
+    log_interval: int = 1
+    """Blocks between lines of progress."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer fails."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "block_samples", "loss_chunk_mib", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.block_samples % self.micro_batch_size:
+            raise UserError(
+                f"--block-samples {self.block_samples} is not a multiple of --micro-batch-size {self.micro_batch_size}"
+            )
+        if not self.score_top_k or min(self.score_top_k) < 1 or len(set(self.score_top_k)) < len(self.score_top_k):
+            raise UserError(
+                f"--score-top-k takes different numbers of at least 1, got {' '.join(map(str, self.score_top_k)) or 'none'}"
+            )
+        if not self.distributed_timeout_minutes > 0:
+            raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
+        if self.sample is not None and not 0 < self.sample < 1:
+            raise UserError(f"--sample must be above 0 and below 1, got {self.sample}; without it every window is scored")
+        if self.sample_seed is not None and (self.sample is None or not is_seed(self.sample_seed)):
+            raise UserError(f"--sample-seed {self.sample_seed} needs --sample, and is {SEEDS}")
+        parse_shard(self.shard)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
+    return run_tool(ScoreConfig, lambda config: with_one_voice(lambda: score_data(config)), argv)
+
+
+def score_data(config: ScoreConfig) -> int:
+    """The whole tool; the exit status, LEFT where the shard is not finished. Raises UserError."""
+    refuse_exit_file(config.exit_file)
+    watch = SignalWatch()
+    try:
+        return _score_data(config, watch)
+    except LeftEarly as left:
+        left.status = LEFT
+        raise
+    finally:
+        watch.restore()
+
+
+def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+    from megatron_salt.checkpoint.checkpointer import TOKENIZER
+    from megatron_salt.data.run_tokenizer import tokenizer_of_run
+    from megatron_salt.data.samples import open_training_data
+    from megatron_salt.salt.load_teacher import read_teacher, refuse_unfit
+    from megatron_salt.salt.scorer import teacher_flags
+
+    layout = scoring_layout(config, world_size_from_environment())
+    teacher = read_teacher(config.teacher_load)
+    length = config.seq_length or teacher.seq_length
+    data = DataConfig(
+        data_path=config.data_path, eod_mask_loss=config.eod_mask_loss, reset_position_ids=config.reset_position_ids,
+        reset_attention_mask=config.reset_attention_mask, verify_data=config.verify_data,
+        allow_duplicate_inputs=config.allow_duplicate_inputs,
+    )  # fmt: skip
+    tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
+    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocabulary_size, length)
+    if max(config.score_top_k) > tokenizer.vocabulary_size:
+        raise UserError(
+            f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocabulary_size} ids of the tokenizer"
+        )
+    samples, _ = open_training_data(data, length, seed=0, vocabulary_size=tokenizer.vocabulary_size, eod=tokenizer.eod)
+
+    sample_seed = (SAMPLE_SEED if config.sample_seed is None else config.sample_seed) if config.sample is not None else None
+
+    def manifest() -> IndexManifest:
+        masking = {name: getattr(config, name) for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
+        return IndexManifest(
+            samples.dataset_facts(), length, tokenizer.vocabulary_size, tokenizer.fingerprint, teacher.fingerprint, teacher.step,
+            str(teacher.directory), config.score_top_k, masking, config.dtype or teacher.dtype, config.micro_batch_size,
+            config.block_samples, config.sample, sample_seed,
+        )  # fmt: skip
+
+    return score_shard(config, layout, teacher, samples, manifest, watch)
+
+
+def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
+    """The teacher over all ranks. Raises UserError."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+    )
+    return student_layout(parallel, world_size)
+
+
+def score_shard(
+    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest],
+    watch: SignalWatch,
+) -> int:  # fmt: skip
+    """Join the world, and score what this shard lacks; the exit status. manifest: what the scores are of; rank 0 calls. Collective.
+    Raises UserError."""
+    import torch.distributed as dist
+
+    from megatron_salt.parallel.collectives import from_rank_0, largest
+    from megatron_salt.parallel.launch import distributed
+    from megatron_salt.salt.scorer import make_scorer
+
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
+        rank = dist.get_rank()
+        logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
+        facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))
+        blocks = shard_blocks(facts.num_blocks, parse_shard(config.shard))
+        nothing = f"none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}" if not blocks else None
+        if nothing is None and from_rank_0(lambda: is_finished(Path(config.output), facts, blocks)):
+            nothing = f"all its {len(blocks)} blocks were finished before"
+        if nothing is not None:
+            if rank == 0:
+                print(f"shard {config.shard}: {nothing}")
+            return 0
+        if rank == 0:
+            print(cost(facts, teacher), flush=True)
+        if facts.block_samples % (facts.micro_batch_size * layout.data):
+            log.warning(
+                "--block-samples %d is not a multiple of --micro-batch-size %d x %d data-parallel replicas: some idle at the end "
+                "of each block",
+                facts.block_samples,
+                facts.micro_batch_size,
+                layout.data,
+            )
+        exit_plan = ExitPlan(
+            exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=largest, started=0.0, exit_file=config.exit_file,
+            looks=rank == 0,
+        )  # fmt: skip
+        try:
+            scorer = make_scorer(
+                teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout,
+                exit_plan.look,
+            )  # fmt: skip
+        except LeftEarly as left:
+            if rank == 0:
+                print(
+                    f"shard {config.shard}: left before the first window of this start: {left}; the same command goes on",
+                    flush=True,
+                )
+            return LEFT
+        return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
+
+
+def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
+    """What the whole index costs, for start-up."""
+    from megatron_salt.model.flops import forward_flops_per_token
+
+    tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
+    padded_vocabulary_size = teacher.model.padded_vocabulary_size(facts.vocabulary)
+    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded_vocabulary_size)
+    part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
+    advice = "; --sample scores a part" if facts.sample is None else ""
+    return (
+        f"the index: {part} of {facts.num_samples} windows, {tokens:.3g} tokens, {flops:.3g} FLOPs of the teacher's forward pass "
+        f"(training a student takes 3 of its own a token){advice}"
+    )
+
+
+def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
+    """`claim`, and the manifest again. Raises UserError."""
+    num = manifest.num_samples
+    if not any(manifest.scored(first, min(first + CHUNK, num)).any() for first in range(0, num, CHUNK)):
+        raise UserError(f"--sample {manifest.sample} takes none of {num} windows: give a larger one, or another --sample-seed")
+    claim(output, manifest)
+    return manifest
+
+
+def fill_shard(
+    config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range, reason_to_stop: Callable[[], str | None]
+) -> bool:
+    """Score and write block after block; whether the shard is finished, or there was a reason to leave. Collective over all ranks.
+    Raises UserError where the writer cannot write."""
+    from megatron_salt.parallel.collectives import from_rank
+    from megatron_salt.salt.scorer import score_block
+
+    opened: list[ShardWriter] = []  # one, on the rank that writes
+
+    def open_shard() -> list[int]:
+        opened.append(ShardWriter(Path(config.output), facts, blocks))
+        return list(opened[0].todo)
+
+    def write(block: int, rows: Rows | None) -> None:
+        assert rows is not None
+        opened[0].write(block, rows)
+
+    def on_writer(action: Callable[[], T]) -> T:
+        try:
+            return from_rank(scorer.writer, action)
+        except OSError as error:
+            raise UserError(
+                f"--output {config.output} cannot be written: {error.strerror} ({error.filename}); finished blocks stay"
+            ) from None
+
+    todo = on_writer(open_shard)
+    progress = Progress(config, facts, blocks, len(todo)) if opened else None
+    for block in todo:
+        try:
+            rows = score_block(scorer, facts, block, reason_to_stop)
+        except LeftEarly as left:
+            if progress is not None:
+                progress.leave(opened[0].todo, str(left))
+            return False
+        on_writer(partial(write, block, rows))
+        if progress is not None and rows is not None:
+            progress.tell(rows, facts.scored(*samples_of(facts, range(block, block + 1))))
+    on_writer(lambda: opened[0].finish())
+    if progress is not None:
+        progress.end()
+    return True
+
+
+class Progress:
+    """What the writer says on the way."""
+
+    def __init__(self, config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> None:
+        self._shard, self._interval, self._length = config.shard, config.log_interval, facts.seq_length
+        self._todo, self._done, self._samples, self._not_finite = todo, 0, 0, 0
+        self._started = time.monotonic()
+        self._facts = facts
+        self._first, self._end = first, end = samples_of(facts, blocks)
+        part = ""
+        if facts.sample is not None:
+            here = sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
+            part = f", {here} of them by --sample {facts.sample}"
+        self._say(
+            f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, "
+            f"{len(blocks) - todo} of them finished before"
+        )
+
+    def tell(self, rows: Rows, scored: np.ndarray) -> None:
+        """A block is written. scored: which of its samples have scores, bool [n]."""
+        import numpy as np
+
+        self._done += 1
+        self._samples += int(np.count_nonzero(scored))
+        self._not_finite += int(np.count_nonzero(~np.isfinite(rows["mean"])))
+        if self._done % self._interval == 0 or self._done == self._todo:
+            seconds = time.monotonic() - self._started
+            left = int(seconds / self._done * (self._todo - self._done))
+            self._say(
+                f"block {self._done}/{self._todo} | {self._samples} samples | "
+                f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left"
+            )
+
+    def leave(self, todo: list[int], reason: str) -> None:
+        """The shard stays unfinished. todo: its blocks that are not written."""
+        total = self._end - self._first
+        sizes = (samples_of(self._facts, range(block, block + 1)) for block in todo)
+        done = total - sum(end - first for first, end in sizes)
+        self._say(f"left after {done} of {total} windows: {reason}; the same command goes on")
+
+    def end(self) -> None:
+        """All blocks are written, and the shard is finished."""
+        if self._not_finite:
+            self._say(f"the teacher's loss is not finite in {self._not_finite} samples; select_data.py will refuse them")
+        self._say("finished")
+
+    def _say(self, text: str) -> None:
+        print(f"shard {self._shard}: {text}", flush=True)

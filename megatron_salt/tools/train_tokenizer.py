@@ -1,0 +1,199 @@
+"""Train a SentencePiece tokenizer on JSON lines or plain text, for --tokenizer-type SentencePieceTokenizer.
+
+What it makes is lossless: text is not normalised, white space (line feeds too) is kept, and characters without a piece of
+their own become byte pieces. (U+2581, SentencePiece's own sign for a space, comes back as a space.) Digits stand
+alone. Id 0 is <unk>, id 1 is <eod>, which ends documents and which no text can spell; there is no BOS and no
+padding piece. The same text and flags give the same file, byte for byte.
+
+    python tools/train_tokenizer.py --input 'corpus/*.jsonl' --output web.model --vocab-size 32000
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_salt.cli import run_tool
+from megatron_salt.errors import UserError
+from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.preprocess.inputs import BadLines, input_files
+from megatron_salt.preprocess.parse import Parser
+from megatron_salt.preprocess.readers import chunks, form_of, uncompressed_name
+
+CHUNK_BYTES = 1 << 20
+SENTENCE_CHARACTERS = 4096
+THREADS = 4  # a constant: unigram's sums, and so its file, depend on it
+_LINES = re.compile(r"[^\n]+\n*|\n+")
+_REPORTED_AT = re.compile(r"^[A-Z_]+: \S+\(\d+\) \[.*?\] (?=[A-Z])")  # where in SentencePiece's source
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """Train a SentencePiece tokenizer."""
+
+    input: tuple[str, ...]
+    """Files or glob patterns: .jsonl and .json hold a JSON object a line, .parquet columns, others text; .gz and .zst too."""
+
+    output: str
+    """The model file, for --tokenizer-model."""
+
+    vocab_size: int = 32000
+    """Pieces in all, <unk>, <eod> and 256 bytes among them."""
+
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Byte-pair encoding, or SentencePiece's unigram language model."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys whose strings are read from JSON lines."""
+
+    byte_fallback: bool = True
+    """Spell what has no piece in bytes, so that nothing is lost; without it such characters become <unk>."""
+
+    character_coverage: float = 0.9995
+    """Share of the text's characters that get a piece of their own."""
+
+    max_sentences: int = 1000000
+    """Lines to train on: with more, a random but fixed choice among all of them. Bounds memory and time."""
+
+    overwrite: bool = False
+    """Replace a model that is already there."""
+
+    allow_duplicate_inputs: bool = False
+    """Take files that are one file under two names, or copies; their text then counts twice."""
+
+    max_document_mib: int = 256
+    """MiB that a document may have. It is in memory as a whole, several times over; a longer one is refused."""
+
+    max_bad_lines: int = 0
+    """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("vocab-size", self.vocab_size, 3),
+            ("max-sentences", self.max_sentences, 1),
+            ("max-bad-lines", self.max_bad_lines, 0),
+        ):
+            if value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+        if not 1 <= self.max_document_mib < 2048:
+            raise UserError(f"--max-document-mib must be at least 1 and below 2048, got {self.max_document_mib}")
+        if not 0.9 <= self.character_coverage <= 1.0:
+            raise UserError(f"--character-coverage must lie in [0.9, 1], got {self.character_coverage}")
+        if not self.json_keys:
+            raise UserError("--json-keys names no key")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
+    return run_tool(TrainTokenizerConfig, train_tokenizer, argv)
+
+
+def train_tokenizer(config: TrainTokenizerConfig) -> None:
+    """The whole tool. UserError for the user's mistakes; the model appears whole or not at all."""
+    files = input_files(config.input, config.allow_duplicate_inputs)
+    output = Path(config.output)
+    refuse_present("--output", output, [output], config.overwrite)
+    bad_lines = BadLines(config.max_bad_lines)
+    texts = itertools.chain.from_iterable(
+        read_texts(file, config.json_keys, bad_lines, config.max_document_mib << 20) for file in files
+    )
+    chosen = choose(itertools.chain.from_iterable(map(sentences, texts)), config.max_sentences)
+    if not chosen:
+        raise UserError(f"--input {' '.join(config.input)} holds no text")
+    print(f"training on {len(chosen)} lines of {len(files)} files", flush=True)
+    try:
+        with sole_writer("--output", output):
+            refuse_present("--output", output, [output], config.overwrite)
+            size = write_model(config, chosen, output)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+    print(f"wrote {output}: {config.model_type}, {config.vocab_size} pieces, {size} bytes")
+
+
+def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -> int:
+    """Train, and write the model whole or not at all; its bytes. Raises OSError, before training, where it cannot be written."""
+    tmp = output.with_name(output.name + ".tmp")
+    try:
+        with open(tmp, "wb") as stream:
+            size = stream.write(train(chosen, config))
+        os.replace(tmp, output)
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+    return size
+
+
+def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines, largest: int) -> Iterator[str]:
+    """The strings under `keys` of JSON lines or of a table, or each line of a plain text with a line feed. largest: bytes of a
+    document."""
+    form = form_of(file, "line")
+    if form == "jsonl" and not uncompressed_name(file).endswith((".jsonl", ".json")):
+        form = "text"
+    parse, first = Parser(keys[:1] if form == "text" else keys), 1
+    for chunk in chunks(0, file, form, keys, 0, CHUNK_BYTES, largest):
+        parsed = parse(form, chunk.read())
+        bad_lines.add(file, [(first + line, reason) for line, _, reason in parsed.bad])
+        first += parsed.lines
+        for texts in zip(*parsed.texts, strict=True):
+            yield from (text + "\n" for text in texts) if form == "text" else texts
+
+
+def sentences(text: str) -> Iterator[str]:
+    """A text cut after its line feeds, and long lines every SENTENCE_CHARACTERS: joined, the text again."""
+    for match in _LINES.finditer(text):
+        line = match.group()
+        for start in range(0, len(line), SENTENCE_CHARACTERS):
+            yield line[start : start + SENTENCE_CHARACTERS]
+
+
+def choose(lines: Iterable[str], bound: int) -> list[str]:
+    """All of `lines`, or `bound` of them by reservoir sampling: each equally likely, the same ones every time."""
+    source = iter(lines)
+    kept = list(itertools.islice(source, bound))
+    generator = random.Random(0)
+    for seen, line in enumerate(source, start=bound + 1):
+        slot = int(generator.random() * seen)
+        if slot < bound:
+            kept[slot] = line
+    return kept
+
+
+def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
+    """The model file that SentencePiece makes of `lines`. UserError where the vocabulary does not fit the text."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            byte_fallback=config.byte_fallback,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * SENTENCE_CHARACTERS,
+            unk_id=0,
+            eos_id=1,
+            eos_piece="<eod>",
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"--vocab-size {config.vocab_size} does not fit this text: {_REPORTED_AT.sub('', str(error))}"
+        ) from None
+    return model.getvalue()
