@@ -32,7 +32,15 @@ SCRIPTS = {
 }
 """Console scripts: name to the module's own name, such as salt-score to score_data."""
 NOT_OURS = {
-    *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--standalone", "--no-python"),  # torchrun
+    *(
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--rdzv-id",
+        "--standalone",
+        "--no-python",
+    ),  # torchrun
     *("--no-deps", "--no-build-isolation"),  # pip
     *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
     *("--nv", "--bind"),  # apptainer
@@ -175,12 +183,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @each_page
 def test_files_exist(page: str) -> None:
-    """Paths in backquotes that begin with a folder of the repository."""
-    for code in code_of(PAGES[page]):
-        for path in re.findall(
-            r"(?<![\w./-])((?:examples|tools|benchmarks|docs|docker|tests|megatron_salt)/[\w./-]*\w/?)", code
-        ):
-            assert (ROOT / path).exists(), path
+    """Paths in backquotes that begin with a folder of the repository, and modules as paths in the package."""
+    code = "\n".join(re.findall(r"`([^`\n]+)`", PAGES[page]))
+    for path in re.findall(r"(?<![\w./-])((?:examples|tools|benchmarks|docs|docker|tests|megatron_salt)/[\w./-]*\w/?)", code):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"^(\w+/\w+\.py)$", code, re.MULTILINE):
+        assert (ROOT / path).exists() or (ROOT / "megatron_salt" / path).exists(), path
 
 
 @each_page
