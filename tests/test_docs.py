@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import math
 import re
 import shlex
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.cli import CommandLine, from_yaml, known_flags, parse_flags
+from megatron_salt.cli import CommandLine, from_yaml, known_flags, parse_command, parse_flags
 from megatron_salt.train.checks import check
 
 ROOT = Path(__file__).parents[1]
@@ -233,18 +234,17 @@ def test_every_console_script_is_told() -> None:
     assert {script: module or "pretrain" for script, module in rows} == SCRIPTS
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "--config" in PAGES[page]])
+@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"pretrain --config", PAGES[page])])
 def test_commands_of_the_trainer_are_runs(page: str) -> None:
-    """With a complete student in place of the YAML that the command names; ranks as torchrun is told."""
-    commands = [code for code in code_of(PAGES[page]) if re.search(r"(pretrain|salt-pretrain).* --config", code)]
-    assert commands
-    for command in commands:
-        launcher, _, flags = command.partition(".yaml")
-        sizes = [int(size) for size in re.findall(r"--(?:nnodes|nproc-per-node|dry-run) (\d+)", command)]
+    """The README's and SALT's YAML files are copies of the models in examples/; ranks as torchrun or --dry-run is told."""
+    models = {"teacher.yaml": "model_1p5b.yaml", "student.yaml": "model_2p8b.yaml", "run.yaml": "model_8p6b.yaml"}
+    for command in [code for code in code_of(PAGES[page]) if re.search(r"pretrain --config", code)]:
+        launcher, _, flags = command.partition("--config")
         words = shlex.split(flags, comments=True)
-        run = parse_flags(CommandLine, [*words, *("--data-path", "x")] if "--data-path" not in words else words)
-        run = dataclasses.replace(run, training=dataclasses.replace(run.training, train_iters=50_000))
-        check(run, world_size=sizes[0] * (sizes[1] if "--nnodes" in launcher else 1))
+        words[0] = str(ROOT / "examples" / models.get(words[0], Path(words[0]).name))
+        run, dry_ranks = parse_command(["--config", *words])
+        sizes = [int(size) for size in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", launcher)]
+        check(run, world_size=dry_ranks or math.prod(sizes))
 
 
 def test_the_command_of_four_nodes_makes_four_replicas() -> None:
