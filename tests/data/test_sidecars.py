@@ -28,8 +28,20 @@ from megatron_salt.tools.inspect_checkpoint import _about
 from tests.support.score_files import write_index
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
-SCORES = IndexManifest((DatasetFacts("web", "content:1", 12),), 8, 256, "t", "sha256:0", 10, "teacher", (2,), {"eod_mask_loss": False},
-                       "float32", micro_batch_size=1, block_samples=4)  # fmt: skip
+SCORES = IndexManifest(
+    datasets=(DatasetFacts("web", "content:1", 12),),
+    seq_length=8,
+    vocabulary=256,
+    tokenizer="t",
+    teacher="sha256:0",
+    teacher_step=10,
+    teacher_directory="teacher",
+    top_k=(2,),
+    masking={"eod_mask_loss": False},
+    dtype="float32",
+    micro_batch_size=1,
+    block_samples=4,
+)
 
 
 def mutations(tree: Any) -> Iterator[Any]:
@@ -110,7 +122,8 @@ def score_shard(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def selection(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    write_selection(str(folder / "chosen"), [np.array([1, 3, 5], np.int64)], 3, SCORES, {"rule": "by hand"}, 0.0)
+    ids = np.array([1, 3, 5], np.int64)
+    write_selection(str(folder / "chosen"), [ids], num_selected=3, scores=SCORES, rule={"rule": "by hand"}, valid_share=0.0)
     return folder / "chosen.json", lambda: Selection.open(str(folder / "chosen"))
 
 
