@@ -106,11 +106,12 @@ run-test-gpu: $(TE_VENV)/.installed
 	$(TE_BIN)/python -m pytest -m gpu tests/gpu tests/model $(OPTIONS)
 	$(TE_BIN)/python benchmarks/precision_steps.py
 
-lint: setup-dev  ## ruff and mypy
+lint: setup-dev  ## Rules, import order, format and types: ruff and mypy
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: setup-dev  ## Mend what ruff can mend
+format: setup-dev  ## Repair what ruff can repair: rules, import order, format
 	$(BIN)/python -m ruff check --fix --exit-zero .
 	$(BIN)/python -m ruff format .
 
