@@ -68,6 +68,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.preprocess.sharding",
     "megatron_salt.data.skip_samples",
     "megatron_salt.selection.ties",
+    "megatron_salt.data.indexed_dataset",
+    "megatron_salt.data.json_records",
     "megatron_salt.data.windows",
     "megatron_salt.model.flops",
     "megatron_salt.model.precision_checks",

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.fp8_teacher import ForwardContext, fp8_products
 from megatron_salt.model.head import OutputHead
@@ -159,6 +160,11 @@ class GPT(LanguageModule):
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by the schedules with the hidden states of the stage before."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def inputs(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `forward` takes of a microbatch, this rank's share of it on its device: (tokens, position ids, attention mask)."""
+        length = batch.tokens.size(1) * self.cp_group.size()
+        return batch.tokens, batch.position_ids, self.attention_mask(batch.documents, length, batch.tokens.device)
 
     def attention_mask(self, documents: Tensor | None, length: int, device: torch.device) -> Tensor | None:
         """The mask that `forward` takes for sequences of `length` tokens, see attention.py. None for Transformer Engine's attention,

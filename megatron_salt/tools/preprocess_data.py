@@ -45,10 +45,9 @@ from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.parse import sample_texts
 from megatron_salt.preprocess.progress_bar import Meter
 from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
-from megatron_salt.preprocess.sharding import files_of_shard
+from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
 from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
-from megatron_salt.selection.score_format import parse_shard
 from megatron_salt.tokenizer.special_tokens import Finder, Policy, refuse_special, told_at_end, told_of_sample
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 

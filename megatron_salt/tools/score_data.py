@@ -30,7 +30,8 @@ from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
-from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
+from megatron_salt.preprocess.sharding import parse_shard
+from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file

@@ -16,7 +16,7 @@ from megatron_salt.model.head import METRICS
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.evaluate import sums_over_replicas
-from megatron_salt.train.step import Student, forward_step, place, unwrap
+from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 
 @torch.no_grad()
@@ -32,11 +32,11 @@ def probe(student: Student, vocabulary_size: int) -> dict[str, Any]:
     batch = fixed_batch(vocabulary_size, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
     for chunk in student.chunks:
         chunk.eval()
-    placed = [place(one, mesh) for one in batch]
+    inputs = [forward_input(microbatch, mesh) for microbatch in batch]
     with ExitStack() as stack:
         for chunk in student.chunks:
             stack.enter_context(in_bfloat16(unwrap(chunk)))
-        metrics = run_pipeline(student.chunks, forward_step, placed, mesh, length, 1, forward_only=True)
+        metrics = run_pipeline(student.chunks, forward_step, inputs, mesh, length, 1, forward_only=True)
     for chunk in student.chunks:
         chunk.train()
     sums = torch.zeros(len(lengths), len(METRICS), dtype=torch.float64, device=current_device())

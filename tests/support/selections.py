@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import DatasetFacts, fingerprint
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.windows import Windows
 from megatron_salt.selection.score_format import IndexManifest
 from megatron_salt.selection.selection_file import write_selection
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
