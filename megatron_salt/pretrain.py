@@ -21,9 +21,9 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
-from megatron_salt.train.checks import check
-from megatron_salt.train.exit import SignalWatch
+from megatron_salt.train.exit import SignalWatch, refuse_exit_file
 from megatron_salt.train.launcher import write_outcome
+from megatron_salt.train.plan import check
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +54,7 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
 def carry_out(config: RunConfig, started: float) -> None:
     """Check, join the world, train, leave. Every rank calls. Raises UserError."""
     layout, plan = check(config, world_size_from_environment())
+    refuse_exit_file(config.training.exit_file)  # at once: a file that appears from here on is a reason to leave, not a mistake
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
         # Every rank would be told several times that there is no apex, which nobody needs.
@@ -70,6 +71,7 @@ def carry_out(config: RunConfig, started: float) -> None:
 def rehearse(config: RunConfig, world_size: int) -> None:
     """See what can be seen without the others. Raises UserError."""
     layout, plan = check(config, world_size)
+    refuse_exit_file(config.training.exit_file)
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)

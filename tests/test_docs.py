@@ -12,7 +12,7 @@ import pytest
 
 from megatron_salt.cli import CommandLine, known_flags, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
-from megatron_salt.train.checks import check
+from megatron_salt.train.plan import check
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

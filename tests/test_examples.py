@@ -18,8 +18,8 @@ from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.hardware import Hardware
-from megatron_salt.train.checks import check
-from megatron_salt.train.precisions import choose_precisions
+from megatron_salt.train.plan import check
+from megatron_salt.train.start import choose_precisions
 from tests.test_docs import tool_config
 
 ROOT = Path(__file__).parents[1]

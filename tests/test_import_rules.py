@@ -16,7 +16,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files"),
+    ("errors", "yaml_core", "small_files", "bitmap"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),
@@ -28,6 +28,7 @@ LAYERS = (
     ("pretrain", "tools", "benchmarks"),
 )
 PURE = (  # numpy, the standard library and each other
+    "megatron_salt.bitmap",
     "megatron_salt.errors",
     "megatron_salt.small_files",
     "megatron_salt.config",
@@ -79,10 +80,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
     "megatron_salt.salt.cost",
-    "megatron_salt.salt.resumption",
     "megatron_salt.salt.routing",
     "megatron_salt.salt.schedule",
-    "megatron_salt.train.checks",
     "megatron_salt.metrics.history",
     "megatron_salt.train.plan",
     "megatron_salt.train.exit",

@@ -1,6 +1,6 @@
 """Which flags of a run changed since its checkpoint. The checkpoint's run.yaml is compared as a whole with this run's.
 
-What makes another run is refused elsewhere (compatibility.py, salt/resumption.py). Every other flag that has a say in training, and that
+What makes another run is refused elsewhere (compatibility.py, salt/schedule.py). Every other flag that has a say in training, and that
 a user may change, is told, unless `UNTOLD` names it: a new flag is told without anybody's doing. Not collective.
 """
 

@@ -106,7 +106,7 @@ class Checkpointer:
         self, progress: Progress, probe: dict[str, Any] | None = None, name: str | None = None, final: bool = False
     ) -> None:
         """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout. `probe`: the losses
-        by which a run that takes this model as its teacher recognises it (train/reference_loss.py).
+        by which a run that takes this model as its teacher recognises it (train/evaluate.py).
 
         Returns when it is whole; under --async-save as soon as it has been copied (call `poll` every step, and `finish` at the
         end). When saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error

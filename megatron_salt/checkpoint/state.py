@@ -34,7 +34,7 @@ class _Salt(Struct, forbid_unknown_fields=True):
 
 
 class _Probe(Struct):
-    """train/reference_loss.py"""
+    """train/evaluate.py"""
 
     lengths: list[Size]
     losses: list[float | None]

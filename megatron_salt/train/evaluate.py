@@ -1,20 +1,38 @@
-"""Loss on held-out data: the same windows every time, no gradient, no dropout."""
+"""Losses without training: on held-out data, and on the fixed batch by which a checkpoint's weights are recognised later.
+
+No gradient, no dropout, and the same windows every time. The fixed batch is data/reference_batch.py's.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
 from megatron_salt.data.batch import Batches
+from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
+from megatron_salt.metrics.run_log import RunLog
+from megatron_salt.model.fp8_teacher import in_bfloat16
 from megatron_salt.model.loss import KD_METRICS, METRICS
+from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import run_pipeline
+from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.salt.teacher import Teacher
-from megatron_salt.train.step import forward_input, forward_step
+from megatron_salt.train.exit import ExitPlan
+from megatron_salt.train.state import Run
+from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 
 class CutShort(Exception):
@@ -78,3 +96,84 @@ def named_means(sums: Tensor) -> dict[str, Tensor]:
     tokens = sums[0]
     means = {name: total / tokens.clamp(min=1) for name, total in zip(names[1:], sums[1:], strict=True)}
     return {"tokens": tokens, **means}
+
+
+def evaluate_run(
+    run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog, exit_plan: ExitPlan
+) -> tuple[Progress, str | None]:
+    """Evaluate the student, log it, and in stage 1 decide whether it has passed its teacher. Collective over all ranks.
+
+    The teacher is frozen, so it is evaluated once. Returns the progress, and the reason to leave where one cut the evaluation short:
+    such an evaluation is logged, decides nothing, and stays due."""
+    started, student, stage1, salt = time.perf_counter(), run.student, run.stage1, progress.salt
+    teacher = None if stage1 is None else stage1.teacher
+    ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
+    try:
+        figures = evaluate(
+            student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
+            teacher if ask_teacher else None, exit_plan.reason_to_stop_now,
+        )  # fmt: skip
+    except CutShort as cut:
+        log.event(progress.step, str(cut))
+        return progress, cut.reason
+    progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: False})
+    if ask_teacher:
+        assert salt is not None
+        salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
+        progress = replace(progress, salt=salt)
+    beside = {"accuracy": figures["accuracy"]}
+    if teacher is not None and salt is not None and salt.teacher_held_out is not None:
+        beside |= {f"teacher_{name}": value for name, value in salt.teacher_held_out.items()}
+    log.evaluation(progress.step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started, beside)
+    if stage1 is None or teacher is None:
+        return progress, None
+    return _after_crossover(stage1, progress, figures["accuracy"], log), None
+
+
+def _after_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: RunLog) -> Progress:
+    """Decide whether the student has passed its teacher, and log it. Collective over all ranks; all get rank 0's answer.
+
+    accuracy: the student's, next-token, on held-out data.
+    """
+    passed = from_rank_0(lambda: accuracy > stage1.accuracy_to_pass(progress))
+    if not (passed and stage1.may_cross_over(progress)):
+        return progress
+    progress = stage1.after_crossover(progress)
+    assert progress.salt is not None and progress.salt.teacher_held_out is not None
+    teacher, end = progress.salt.teacher_held_out["accuracy"], progress.salt.stage1_end
+    log.event(
+        progress.step,
+        f"the student's held-out accuracy {accuracy:.4f} has passed the teacher's {teacher:.4f} by more than "
+        f"--kd-stop-margin {stage1.schedule.kd_stop_margin:g}: stage 1 ends after step {end}",
+        {"crossover": progress.step, "stage1_end": end},
+    )
+    return progress
+
+
+@torch.no_grad()
+def reference_losses(student: Student, vocabulary_size: int) -> dict[str, Any]:
+    """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
+
+    "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
+    each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
+    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary_size`: ids of the tokenizer.
+    """
+    mesh, length = student.mesh, student.seq_length
+    lengths = prefix_lengths(length)
+    batch = fixed_batch(vocabulary_size, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
+    for chunk in student.chunks:
+        chunk.eval()
+    inputs = [forward_input(microbatch, mesh) for microbatch in batch]
+    with ExitStack() as stack:
+        for chunk in student.chunks:
+            stack.enter_context(in_bfloat16(unwrap(chunk)))
+        metrics = run_pipeline(student.chunks, forward_step, inputs, mesh, length, 1, forward_only=True)
+    for chunk in student.chunks:
+        chunk.train()
+    sums = torch.zeros(len(lengths), len(METRICS), dtype=torch.float64, device=current_device())
+    if metrics:  # on the last stage
+        sums += torch.stack(metrics[: len(lengths)])
+    sums = sums_over_replicas(sums, mesh)
+    losses = (sums[:, METRICS.index("loss")] / sums[:, METRICS.index("tokens")]).tolist()
+    dtype = str(next(student.chunks[0].parameters()).dtype).removeprefix("torch.")
+    return {"lengths": lengths, "losses": [loss if math.isfinite(loss) else None for loss in losses], "dtype": dtype}

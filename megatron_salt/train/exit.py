@@ -61,10 +61,9 @@ class ExitPlan:
         clock: Callable[[], float] = time.monotonic,
         exit_file: str | None = None,
         looks: bool = True,
-        taken: Callable[[], bool] | None = None,
     ) -> None:
         """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. looks: whether this
-        rank looks for the file. taken: whether this rank knows that --save is another run's by now; None: nothing is saved.
+        rank looks for the file.
 
         What is configured, and so whether `agree` is called, is the same on every rank.
         """
@@ -75,9 +74,13 @@ class ExitPlan:
         self._started = started
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
-        self.taken = taken
+        self._is_taken: Callable[[], bool] | None = None
         self.reason: str | None = None
         """What was last found as a reason to leave; None: nothing yet."""
+
+    def leave_where(self, is_taken: Callable[[], bool]) -> None:
+        """From now on also leave where a rank knows that --save is another run's by now. Every rank calls, or none."""
+        self._is_taken = is_taken
 
     def reason_to_leave(self, step: int) -> str | None:
         """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
@@ -92,7 +95,7 @@ class ExitPlan:
     def reason_to_stop_now(self) -> str | None:
         """A signal, the file or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective
         likewise."""
-        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self.taken)
+        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._is_taken)
         code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
         if code == _NONE:
             return None
@@ -119,7 +122,7 @@ class ExitPlan:
         return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
 
     def _local_code(self, timed: bool = True) -> int:
-        if self.taken is not None and self.taken():
+        if self._is_taken is not None and self._is_taken():
             return _TAKEN  # whatever else there is: nothing can be saved
         if self._watch is not None and self._watch.received:
             return _FILE + self._watch.received

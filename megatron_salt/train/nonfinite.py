@@ -98,7 +98,7 @@ def refuse_nonfinite(student: Student, step: int, way_out: WayOut) -> None:
 
 
 def refuse_nonfinite_losses(probe: Mapping[str, Any], step: int, way_out: WayOut) -> None:
-    """Raise NonFiniteError where a model's loss on the fixed batch (train/reference_loss.py) is not finite. Collective over all ranks."""
+    """Raise NonFiniteError where a model's loss on the fixed batch (train/evaluate.py) is not finite. Collective over all ranks."""
     if None in probe["losses"]:
         raise NonFiniteError(
             f"after step {step} the loss on a fixed batch is not finite, and so the model is not saved{way_out(1)}"

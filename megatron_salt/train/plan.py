@@ -1,12 +1,18 @@
-"""The arithmetic of a run: how many steps, how many microbatches. Pure."""
+"""What flags alone decide, and everything that they alone can get wrong beyond one section: layout, steps, microbatches, schedules.
+
+Pure: no torch, no file, no other rank. A start and a --dry-run both call `check`, so that they refuse the same with the same words,
+before anything is written.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_salt.config import OptimizerConfig, ParallelConfig, SaltConfig, TrainingConfig, flag
+from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig, flag
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.layout import Layout
+from megatron_salt.model.shapes import check_masking, check_shapes
+from megatron_salt.parallel.layout import Layout, student_layout
 from megatron_salt.salt.routing import check_sequence, teacher_layout
 
 MOST_SAMPLES = 2**62  # positions in an order are int64
@@ -42,6 +48,24 @@ class RunPlan:
         """The plan from the end of stage 1 on: the same samples in each step, cut otherwise."""
         samples, micro = self.num_microbatches * self.micro_batch_size, self.stage2_micro_batch_size
         return replace(self, micro_batch_size=micro, num_microbatches=samples // micro)
+
+
+def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
+    """The layout and the plan that the flags ask for. Raises UserError."""
+    layout = student_layout(config.parallel, world_size)
+    check_shapes(config.model, config.parallel, config.training.seq_length)
+    check_masking(config.model, config.data)
+    check_teacher(config.salt, config.training, layout)
+    plan = plan_run(config.training, config.parallel, layout, config.salt)
+    schedule_lengths(config.optimizer, plan.total_samples, plan.global_batch_size)
+    parse_skip_samples(config.training.skip_samples)
+    _check_saves(config.checkpoint)
+    if config.training.profile:
+        _check_profile(config, layout)
+    # With --train-samples a checkpoint may change the number of steps, so `rest_of_run` (start.py) asks again.
+    if config.training.train_iters is not None or config.checkpoint.load is None:
+        refuse_steps_beyond(config, plan.total_steps)
+    return layout, plan
 
 
 def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout, salt: SaltConfig) -> RunPlan:
@@ -144,11 +168,18 @@ def schedule_lengths(optimizer: OptimizerConfig, train_samples: int, global_batc
     return ScheduleLengths(warmup, decay, wsd_decay)
 
 
-def check_save_at(save_at: tuple[int, ...], total_steps: int) -> None:
-    """Refuse steps that the run does not have. Steps that a resumed run has behind it are fine."""
-    beyond = [step for step in save_at if step > total_steps]
+def refuse_steps_beyond(config: RunConfig, total_steps: int) -> None:
+    """Raise UserError where --save-at or --profile names a step that the run does not have. Steps that a resumed run has behind it
+    are fine."""
+    beyond = [step for step in config.checkpoint.save_at if step > total_steps]
     if beyond:
         raise UserError(f"--save-at {' '.join(map(str, beyond))} lies beyond the run's last step, {total_steps}")
+    training = config.training
+    if training.profile and training.profile_step_start > total_steps:
+        raise UserError(
+            f"--profile-step-start {training.profile_step_start} lies beyond the run's last step, {total_steps}: nothing would be "
+            "profiled"
+        )
 
 
 def plan_the_rest(plan: RunPlan, training: TrainingConfig, step: int, consumed_samples: int) -> RunPlan:
@@ -163,3 +194,27 @@ def plan_the_rest(plan: RunPlan, training: TrainingConfig, step: int, consumed_s
             f"which is not a multiple of --global-batch-size {plan.global_batch_size}"
         )
     return replace(plan, total_steps=step + left // plan.global_batch_size)
+
+
+def _check_saves(checkpoint: CheckpointConfig) -> None:
+    """Refuse flags about saves in a run that saves nothing. Not a section's check: a shared YAML file may hold them without --save."""
+    if checkpoint.save is not None:
+        return
+    if checkpoint.keep_last is not None:
+        raise UserError(
+            f"--keep-last {checkpoint.keep_last} needs --save: without it nothing is saved, so there is nothing to keep"
+        )
+    for name in ("async_save", "dist_ckpt_optim_fully_reshardable"):
+        if getattr(checkpoint, name):
+            raise UserError(f"{flag(name)} needs --save: without it nothing is saved")
+    if checkpoint.on_save_error != "stop":
+        raise UserError(f"--on-save-error {checkpoint.on_save_error} needs --save: without it nothing is saved")
+
+
+def _check_profile(config: RunConfig, layout: Layout) -> None:
+    """Refuse a profile that nobody writes."""
+    if config.logging.tensorboard_dir is None and config.checkpoint.save is None:
+        raise UserError("--profile has nowhere to write its trace; give --tensorboard-dir or --save")
+    absent = [rank for rank in config.training.profile_ranks if rank >= layout.world_size]
+    if absent:
+        raise UserError(f"--profile-ranks {' '.join(map(str, absent))}: the run has ranks 0 to {layout.world_size - 1}")

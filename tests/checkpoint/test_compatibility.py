@@ -18,7 +18,7 @@ from megatron_salt.checkpoint import compatibility
 from megatron_salt.checkpoint.run_state import Progress, SaltProgress
 from megatron_salt.config import OptimizerConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.optim import build_scheduler
+from megatron_salt.train.build_model import build_scheduler
 
 BATCH = 10
 FLAGS = OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=2)

@@ -12,8 +12,7 @@ import pytest
 from megatron_salt.checkpoint.run_state import Progress, SaltProgress
 from megatron_salt.config import SaltConfig
 from megatron_salt.errors import UserError
-from megatron_salt.salt.resumption import salt_from
-from megatron_salt.salt.schedule import Schedule
+from megatron_salt.salt.schedule import Schedule, salt_at_start
 
 FLAGS = SaltConfig(teacher_load="teacher", kd_steps=100, kd_transition="linear", kd_transition_steps=10, kd_stop="crossover")
 SCHEDULE = Schedule.of(FLAGS)
@@ -31,12 +30,12 @@ def taken(
     found: Progress | None, teacher: str | None = "sha256:aaaa", override: bool = False, **flags: Any
 ) -> tuple[SaltProgress | None, tuple[dict[str, Any], ...]]:
     """With --teacher-load and these changes to the flags."""
-    return salt_from(found, Schedule.of(replace(FLAGS, **flags)), teacher, "moved", override)
+    return salt_at_start(found, Schedule.of(replace(FLAGS, **flags)), teacher, "moved", override)
 
 
 def test_a_new_run_is_in_stage_1_with_a_teacher_and_plain_without() -> None:
     assert taken(None) == (replace(SALT, teacher_directory="moved"), ())
-    assert salt_from(None, None, None, None, False) == (None, ())
+    assert salt_at_start(None, None, None, None, False) == (None, ())
 
 
 @pytest.mark.parametrize("salt", [SALT, CROSSED])
@@ -51,7 +50,7 @@ def test_inside_stage_1_the_same_teacher_and_flags_go_on_where_the_checkpoint_wa
 def test_from_the_last_step_of_stage_1_on_no_teacher_is_needed_and_none_used(
     step: int, salt: SaltProgress, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert salt_from(resumed(step, salt), None, None, None, False) == (salt, ())
+    assert salt_at_start(resumed(step, salt), None, None, None, False) == (salt, ())
     assert caplog.messages == []
     with caplog.at_level(logging.INFO):
         for teacher in (None, "sha256:bbbb"):
@@ -62,7 +61,7 @@ def test_from_the_last_step_of_stage_1_on_no_teacher_is_needed_and_none_used(
 
 
 def test_a_run_without_a_teacher_gets_none_later() -> None:
-    assert salt_from(resumed(7, None), None, None, None, False) == (None, ())
+    assert salt_at_start(resumed(7, None), None, None, None, False) == (None, ())
     with pytest.raises(
         UserError, match="without a teacher up to step 7, and --teacher-load moved .*--finetune takes the weights alone"
     ):
@@ -77,7 +76,7 @@ def test_inside_stage_1_another_teacher_or_none_is_refused_naming_both() -> None
     with pytest.raises(
         UserError, match=r"step 99 .* ends after step 100.*sha256:aaaa \(then in teacher\); give --teacher-load"
     ):
-        salt_from(resumed(99, SALT), None, None, None, False)
+        salt_at_start(resumed(99, SALT), None, None, None, False)
     with pytest.raises(UserError, match=r"--teacher-load moved was not read: give the iter_\* directory of step 99 to --load"):
         taken(resumed(99, SALT), None)
 
@@ -134,10 +133,10 @@ ALONE = SaltProgress(100, Schedule.of(SELECTED).facts(), None, None)
 
 def test_a_stage_1_with_a_selection_alone_starts_and_goes_on_without_a_teacher() -> None:
     schedule = Schedule.of(SELECTED)
-    assert salt_from(None, schedule, None, None, False) == (ALONE, ())
+    assert salt_at_start(None, schedule, None, None, False) == (ALONE, ())
     for step in (1, 99, 100, 101):
-        assert salt_from(resumed(step, ALONE), schedule, None, None, False) == (ALONE, ())
-    assert salt_from(resumed(100, ALONE), None, None, None, False) == (ALONE, ())
+        assert salt_at_start(resumed(step, ALONE), schedule, None, None, False) == (ALONE, ())
+    assert salt_at_start(resumed(100, ALONE), None, None, None, False) == (ALONE, ())
 
 
 def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
@@ -160,9 +159,9 @@ def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
         ),
     ]:
         with pytest.raises(UserError, match=told):
-            salt_from(resumed(99, found), *flags, False)
+            salt_at_start(resumed(99, found), *flags, False)
     with pytest.raises(UserError, match="trained without a stage 1 up to step 7, and --kd-steps 100 asks for one"):
-        salt_from(resumed(7, None), schedule, None, None, False)
+        salt_at_start(resumed(7, None), schedule, None, None, False)
 
 
 @pytest.mark.parametrize("due", [False, True])
@@ -177,4 +176,4 @@ def test_an_evaluation_that_is_due_at_the_end_of_stage_1_still_belongs_to_it(
         assert taken(found) == (CROSSED, ())
     assert bool(caplog.messages) == (stage == 2 and not (due and end_of_stage_1))
     if stage == 2:
-        assert salt_from(found, None, None, None, False) == (CROSSED, ())
+        assert salt_at_start(found, None, None, None, False) == (CROSSED, ())

@@ -25,7 +25,7 @@ from megatron_salt.model.fp8_teacher import linears, raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
-from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
+from megatron_salt.train.build_model import build_optimizer, build_scheduler, wrap_in_ddp
 from tests.support.ranks import run_ranks
 from tests.support.small import SMALL
 from tests.te import engine

@@ -50,15 +50,9 @@ def test_a_run_whose_save_is_taken_leaves_whichever_rank_knows() -> None:
         return max(code, max(asked))
 
     def of_rank(taken: bool) -> ExitPlan:
-        return ExitPlan(
-            exit_interval=None,
-            exit_duration_in_mins=0.0,
-            watch=None,
-            agree=agree,
-            started=1000.0,
-            clock=Clock(),
-            taken=lambda: taken,
-        )
+        leaving = plan(agree, minutes=0.0)
+        leaving.leave_where(lambda: taken)
+        return leaving
 
     assert "--exit-duration-in-mins" in (of_rank(False).reason_to_leave(1) or "")
     assert of_rank(True).reason_to_leave(2) == of_rank(False).reason_to_leave(2) == "--save was taken over"

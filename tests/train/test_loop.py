@@ -21,10 +21,13 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_salt.checkpoint import sharded_state
+from megatron_salt.config import RunConfig
 from megatron_salt.data.batch import Batches, Microbatch
 from megatron_salt.metrics.run_log import STEP_KEYS
 from megatron_salt.salt import load_teacher
 from megatron_salt.train import build, evaluate, loop
+from megatron_salt.train import run as run_module
+from megatron_salt.train.inputs import Inputs
 from tests.support.program import (
     DROPOUT,
     GLOBAL_BATCH,
@@ -283,6 +286,35 @@ def test_all_ranks_leave_when_the_exit_file_appears_and_a_start_that_finds_it_is
     file.unlink()
     train(2, **flags, load=save)
     assert checkpoints(save) == [2, 4]
+
+
+@contextlib.contextmanager
+def a_file_appears_while_the_data_is_opened(file: Path) -> Iterator[None]:
+    """As if the operator had asked for an end in the first seconds of the program."""
+    original = run_module.read_inputs
+
+    def read_inputs(config: RunConfig) -> Inputs:
+        file.touch()
+        return original(config)
+
+    with mock.patch.object(run_module, "read_inputs", read_inputs):
+        yield
+
+
+def test_an_exit_file_that_appears_while_the_run_starts_is_a_reason_to_leave_and_no_mistake(tmp_path: Path, data: str) -> None:
+    file, outcome = tmp_path / "leave", tmp_path / "outcome"
+    flags = dict(data_path=data, train_iters=4, exit_file=file, save=tmp_path / "save", outcome_file=outcome)
+    train(2, **flags, within=partial(a_file_appears_while_the_data_is_opened, file))
+    assert outcome.read_text().startswith("left - ") and f"--exit-file {file} has appeared" in outcome.read_text()
+    assert not (tmp_path / "save").exists()
+
+
+def test_samples_that_are_left_out_are_logged(tmp_path: Path, data: str) -> None:
+    ended = train(data_path=data, train_iters=2, save=tmp_path, skip_samples=["8:16", "16:17"])
+    line = "--skip-samples 8:16 16:17 leaves 9 samples of the order out"
+    assert ended.out.count(line) == 1
+    [event] = [event for event in entries(tmp_path, "event") if event["message"] == line]
+    assert event["skip_samples"] == [[8, 16], [16, 17]] and event["step"] == 0
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.config import ParallelConfig, SaltConfig, TrainingConfig
+from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.plan import RunPlan, check_save_at, check_teacher, plan_run
+from megatron_salt.train.plan import RunPlan, check_teacher, plan_run, refuse_steps_beyond
 
 INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=4, num_virtual_stages_per_pipeline_rank=2)
 
@@ -136,6 +136,16 @@ def test_teachers_that_can_be():
 
 
 def test_checkpoints_to_keep_lie_inside_the_run():
-    check_save_at((1, 5, 10), 10)
+    refuse_steps_beyond(RunConfig(checkpoint=CheckpointConfig(save="run", save_at=(1, 5, 10))), 10)
     with pytest.raises(UserError, match="^--save-at 11 20 lies beyond the run's last step, 10$"):
-        check_save_at((5, 11, 20), 10)
+        refuse_steps_beyond(RunConfig(checkpoint=CheckpointConfig(save="run", save_at=(5, 11, 20))), 10)
+
+
+def test_a_profile_begins_inside_the_run():
+    flags = dict(profile_step_start=10, profile_step_end=12)
+    refuse_steps_beyond(RunConfig(training=TrainingConfig(profile=True, **flags)), 10)
+    refuse_steps_beyond(RunConfig(training=TrainingConfig(profile=False, **flags)), 9)
+    with pytest.raises(
+        UserError, match="^--profile-step-start 10 lies beyond the run's last step, 9: nothing would be profiled$"
+    ):
+        refuse_steps_beyond(RunConfig(training=TrainingConfig(profile=True, **flags)), 9)

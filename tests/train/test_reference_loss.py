@@ -15,9 +15,9 @@ from megatron_salt.config import ParallelConfig
 from megatron_salt.data.reference_batch import fixed_tokens
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.train import build
-from megatron_salt.train.checks import check
-from megatron_salt.train.reference_loss import probe
+from megatron_salt.train.build_model import build_student as build_student_of_run
+from megatron_salt.train.evaluate import reference_losses
+from megatron_salt.train.plan import check
 from megatron_salt.train.step import unwrap
 from tests.support.program import DROPOUT, SEQ_LENGTH, argv, numbers, state_of, tensors, train, write_tokens
 from tests.support.program import VOCABULARY as BYTES
@@ -44,7 +44,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def probe_of(case: Case, world_size: int, weights: Path) -> dict[str, Any]:
-    return probe(build_student(case, world_size, weights), VOCABULARY)
+    return reference_losses(build_student(case, world_size, weights), VOCABULARY)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "untied"])
@@ -57,7 +57,7 @@ def test_each_loss_is_that_of_a_context_no_longer_than_what_it_counts(model: str
 
 def probe_and_oracle(case: Case) -> tuple[dict[str, Any], list[float]]:
     student = build_student(case, 1)
-    recorded, losses = probe(student, VOCABULARY), []
+    recorded, losses = reference_losses(student, VOCABULARY), []
     model = unwrap(student.chunks[0]).eval()
     for number, length in enumerate(recorded["lengths"]):
         tokens = torch.from_numpy(fixed_tokens(VOCABULARY, number, length + 1))
@@ -124,6 +124,6 @@ def probe_of_checkpoint(words: list[str], directory: Path) -> dict[str, Any]:
     layout, plan = check(config, 1)
     mesh = make_student_mesh(layout)
     seed_everything(7, mesh)
-    student = build.build_student(config, plan, BYTES, mesh)
+    student = build_student_of_run(config, plan, BYTES, mesh)
     load_weights(directory, student.chunks, student.mesh)
-    return probe(student, BYTES)
+    return reference_losses(student, BYTES)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_salt.config import OptimizerConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.optim import build_scheduler
+from megatron_salt.train.build_model import build_scheduler
 from megatron_salt.train.step import unwrap
 from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, Case, build_student
