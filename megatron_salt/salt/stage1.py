@@ -15,13 +15,13 @@ from megatron_salt.data.batch import Batches
 from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.load_teacher import TeacherCheckpoint
 from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
-from megatron_salt.salt.stage_samples import StagedSamples
+from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Stage1:
-    """A teacher at work, or a selection of the data alone."""
+    """What stage 1 has and stage 2 has not: a teacher, or a selection of the data alone."""
 
     teacher: Teacher | None
     """None: stage 1 has a selection of the data and no teacher."""
@@ -85,15 +85,15 @@ def resumes_in_stage2(saved: RunState, evaluates: bool) -> bool:
     return saved.salt is not None and saved.salt.resumes_in(saved.step, evaluates and saved.evaluation_due) == 2
 
 
-def data_of_stage2(train: Batches, staged: StagedSamples | None, progress: RunState) -> tuple[Batches, RunState]:
-    """What stage 2 draws from, and the progress that knows where stage 2 began: at its position, unless it already says so.
+def data_of_stage2(train: Batches, stage_samples: StageSamples | None, progress: RunState) -> tuple[Batches, RunState]:
+    """The data of stage 2, and the progress that records where stage 2 began: at its position, unless it says so already.
 
-    train: the data of stage 1. staged: None in a run without a selection, which goes on in one order.
+    train: the data of stage 1. stage_samples: None in a run without a selection, which goes on in one order.
     """
-    if staged is None:
+    if stage_samples is None:
         return train, progress
     since = progress.position if progress.stage2_since is None else progress.stage2_since
-    train = train.going_on_with(staged.stage2(train.position(since)), since)
+    train = train.going_on_with(stage_samples.stage2(train.position(since)), since)
     return train, replace(progress, stage2_since=since)
 
 

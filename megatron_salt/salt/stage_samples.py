@@ -24,7 +24,7 @@ COUNTED = 1 << 20  # samples of stage 2 that are looked up in stage 1, at most
 
 
 @dataclass(frozen=True)
-class StagedSamples:
+class StageSamples:
     """The training data of a run with a selection."""
 
     everything: Samples

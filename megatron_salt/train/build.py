@@ -83,11 +83,13 @@ def build(
     run = Run(
         student=student,
         plan=plan,
-        train=batches(inputs.train if inputs.staged is None else inputs.staged.stage1(), config.training.skip_samples),
+        train=batches(
+            inputs.train if inputs.stage_samples is None else inputs.stage_samples.stage1(), config.training.skip_samples
+        ),
         valid=None if inputs.valid is None else batches(inputs.valid, ()),
         checkpointer=checkpointer,
         stage1=None,
-        staged=inputs.staged,
+        stage_samples=inputs.stage_samples,
     )
     resumed = progress if loaded is not None and progress.step > 0 else None
     salt, events = decide_salt(config.salt, resumed, inputs.teacher)
@@ -124,8 +126,10 @@ def in_its_stage(
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:
-    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, or holds checkpoints that
-    this run does not come from, all raise UserError."""
+    """Make this run the owner of --save until `held` ends. Returns the ownership on rank 0, None elsewhere. Collective over all ranks.
+
+    All raise UserError where another run owns --save, or where it holds checkpoints that this run does not come from.
+    """
     if checkpoint.save is None:
         return None
     save, own = Path(checkpoint.save), []

@@ -35,7 +35,7 @@ from megatron_salt.train.step import Student, forward_input, forward_step, unwra
 
 
 class CutShort(Exception):
-    """There is a reason to leave before an evaluation's last batch; what it has summed up is of no use."""
+    """A reason to leave came before the last batch of an evaluation; its sums are of no use."""
 
     def __init__(self, num_done: int, num_batches: int, reason: str) -> None:
         super().__init__(f"evaluation cut short after {num_done} of {num_batches} batches: {reason}")
@@ -54,10 +54,11 @@ def evaluate(
     teacher: Teacher | None = None,
     reason_to_stop: Callable[[], str | None] = lambda: None,
 ) -> dict[str, float]:
-    """Per-token means of the head's metrics over `num_batches` global batches, with a teacher also of its own. Collective over all
-    ranks; all receive. The student's figures are the same with a teacher as without.
+    """Means per token of the head's metrics over `num_batches` global batches; with a teacher, also of the teacher's metrics.
 
-    reason_to_stop: asked before each batch, the same on every rank. Raises CutShort on every rank where there is one."""
+    Collective over all ranks; all receive. The student's figures are the same with a teacher and without. reason_to_stop: called before
+    each batch, the same on every rank. Raises CutShort on every rank where it returns a reason.
+    """
     for chunk in chunks:
         chunk.eval()
     reason = None
@@ -78,19 +79,19 @@ def evaluate(
 
 
 def sums_over_replicas(sums: Tensor, mesh: Mesh) -> Tensor:
-    """Add metric sums over data and context parallelism and give them to every stage. Collective over all ranks."""
+    """Sum metrics over the dp and cp ranks of the last pipeline stage and send them to every stage. Collective over all ranks."""
     dist.all_reduce(sums, group=mesh.groups.dp_cp)
     dist.broadcast(sums, src=dist.get_process_group_ranks(mesh.groups.pp)[-1], group=mesh.groups.pp)
     return sums
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """Metric sums [metrics] -> {name: mean per token}, and the count of tokens itself under "tokens"."""
+    """{name: mean per token} from metric sums [metrics]; the number of tokens itself is under "tokens"."""
     return {name: float(mean) for name, mean in named_means(sums).items()}
 
 
 def named_means(sums: Tensor) -> dict[str, Tensor]:
-    """The same, still on the device. A teacher's metrics are known by the length of the sums."""
+    """`means`, still on the device. The length of the sums says whether they hold the teacher's metrics."""
     names = METRICS if len(sums) == len(METRICS) else KD_METRICS
     tokens = sums[0]
     means = {name: total / tokens.clamp(min=1) for name, total in zip(names[1:], sums[1:], strict=True)}

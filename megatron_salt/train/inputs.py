@@ -19,7 +19,7 @@ from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, read_teacher, refuse_unfit
 from megatron_salt.salt.stage1 import resumes_in_stage2
-from megatron_salt.salt.stage_samples import StagedSamples
+from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.selection.selection_file import Selection
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class Inputs:
     valid: Samples | None
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
-    staged: StagedSamples | None
+    stage_samples: StageSamples | None
     """The samples of both stages; None without --stage1-selection."""
 
 
@@ -56,10 +56,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.salt.teacher_load is not None and not _needs_no_teacher(config.checkpoint, config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocabulary_size, config.training.seq_length)
-    staged = None
+    stage_samples = None
     if config.salt.stage1_selection is not None:
-        staged = StagedSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
-    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, staged=staged)
+        stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
+    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, stage_samples=stage_samples)
 
 
 def _read_some_windows(samples: Samples) -> None:

@@ -1,6 +1,6 @@
-"""The training loop: fetch, step, tell, and at times evaluate, save or leave.
+"""The training loop: fetch, step, log, and at times evaluate, save or leave.
 
-The loop knows no parallelism. What it needs to continue is in `RunState`, which every checkpoint holds.
+The loop knows no parallelism. All that it needs to continue is in `RunState`, which every checkpoint holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_salt.train.state import Run, announce, enter_stage2
 from megatron_salt.train.step import StepOutcome, train_step
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
-"""What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
+"""Metrics that stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
@@ -78,7 +78,7 @@ def train(
         progress = replace(progress, evaluation_due=valid is not None)
         with timer.phase("save"):
             run.checkpointer.poll()
-        # What is saved first is safe from whatever ends a long evaluation, with which a resumed run then begins.
+        # Save before evaluating: should anything end the evaluation, a resumed run begins with it.
         saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
         if valid is not None:
             with timer.phase("eval"):
@@ -93,7 +93,7 @@ def train(
     run.checkpointer.finish()
     if progress.step >= total:
         stands = _way_out(run, checkpoint, progress.position)
-        if progress.step == start.step:  # nothing was trained, so nothing was looked at
+        if progress.step == start.step:  # nothing was trained, so nothing was checked
             refuse_nonfinite(run.student, progress.step, stands)
         nonfinite.refuse_end(progress.step, stands)
     if reason is not None:
@@ -110,9 +110,10 @@ def _save_if_due(
     leaving: bool = False,
     final: bool = False,
 ) -> bool:
-    """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks.
+    """Save at --save-interval, at a step of --save-at, and where the run leaves or ends. Returns whether it saved. Collective.
 
-    Raises NonFiniteError where the model is not fit to be saved; where the run leaves or ends also without --save."""
+    Raises NonFiniteError where the model is not finite; where the run leaves or ends, also without --save.
+    """
     step = progress.step
     due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
     name = "save-at" if step in checkpoint.save_at else None
@@ -124,9 +125,9 @@ def _save_if_due(
         if checkpoint.save is None:
             return False
         log.flush()
-        recognise_by = reference_losses(run.student, run.train.samples.vocabulary_size)
-        refuse_nonfinite_losses(recognise_by, step, stands)
-        run.checkpointer.save(progress, recognise_by, name, final=final)
+        recorded = reference_losses(run.student, run.train.samples.vocabulary_size)
+        refuse_nonfinite_losses(recorded, step, stands)
+        run.checkpointer.save(progress, recorded, name, final=final)
     return True
 
 

@@ -91,7 +91,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
         with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
             log_start(config, plan, layout, start, parameters, run_log)
-            if run.stage1 is not None and run.staged is not None:
+            if run.stage1 is not None and run.stage_samples is not None:
                 log_cost_of_scores(run, run.stage1, inputs.teacher, start, flops, run_log)
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
@@ -194,8 +194,8 @@ def log_cost_of_scores(
     run: Run, stage1: Stage1, teacher: TeacherCheckpoint | None, start: RunState, flops: float, run_log: RunLog
 ) -> None:
     """Log what share of the run's FLOPs the scoring took, where the teacher that scored is known. flops: of the student, for a token."""
-    assert run.staged is not None
-    scores = run.staged.selection.manifest.scores
+    assert run.stage_samples is not None
+    scores = run.stage_samples.selection.manifest.scores
     scored_by = model_that_scored(scores, teacher)
     if scored_by is None:
         return

@@ -55,7 +55,7 @@ class Precisions:
 
     student: Precision = TORCH
     teacher: Precision = TORCH
-    """Whether there is a teacher or not."""
+    """Set also where there is no teacher."""
 
 
 PLAIN = Precisions()
@@ -63,7 +63,7 @@ PLAIN = Precisions()
 
 
 def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | None, hardware: Hardware) -> Precisions:
-    """By --transformer-impl, --fp8-*, --fp4-* and --teacher-fp8-*. teacher: its architecture, where one teaches. Pure. Raises UserError."""
+    """The precisions that flags and machine give. teacher: its architecture; None without one. Pure. Raises UserError."""
     refuse_machine(hardware)
     implementation = choose_implementation(config.training.transformer_impl, hardware, config.training.bf16)
     masks = config.data.reset_attention_mask
@@ -129,7 +129,7 @@ def rest_of_run(config: RunConfig, plan: RunPlan, progress: RunState) -> RunPlan
 
 
 def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
-    """What a checkpoint must share with this run. data: `name_data`. Pure."""
+    """The facts that a checkpoint must share with this run. data: from `name_data`. Pure."""
     return RunIdentity(
         yaml=to_yaml(config),
         architecture=asdict(config.model)
@@ -142,25 +142,27 @@ def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
 
 
 def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
-    """What the run draws from, in which order. Not collective; reads blocks of each dataset. Raises UserError where a selection was
-    made for other data than these, or is too small for them."""
+    """Names the data of the run and their order. Not collective; reads blocks of each dataset.
+
+    Raises UserError where a selection was made for other data, or is too small.
+    """
     name = f"{inputs.train.fingerprint} in the order of --seed {config.training.seed}"
-    staged, kd_steps = inputs.staged, config.salt.kd_steps
-    if staged is None:
+    stage_samples, kd_steps = inputs.stage_samples, config.salt.kd_steps
+    if stage_samples is None:
         return name
     assert kd_steps is not None
     datasets = list(inputs.train.dataset_facts())
-    refuse_other_data(staged.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
+    refuse_other_data(stage_samples.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
     drawn = np.array([min(kd_steps, plan.total_steps) * plan.global_batch_size])
     passed = int(passed_positions(drawn, parse_skip_samples(config.training.skip_samples))[0])
-    staged.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
-    return f"{name}, {staged.fingerprint}"
+    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
+    return f"{name}, {stage_samples.fingerprint}"
 
 
 def _progress(
     config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, opened: OpenedCheckpoint | None
 ) -> RunState:
-    """What the checkpoint says, if the run can go on with it: `Checkpointer.load` without the tensors."""
+    """The state that the run starts from: what `Checkpointer.load` does, without the tensors. Raises UserError."""
     checkpoint = config.checkpoint
     if opened is None:
         if checkpoint.load is not None:
@@ -173,14 +175,14 @@ def _progress(
         stages = config.parallel.num_virtual_stages_per_pipeline_rank
         compatibility.refuse_other_form(opened, config.parallel.use_distributed_optimizer, layout, stages)
     if opened.state.scheduler is not None:
-        groups: Any = SimpleNamespace(param_groups=[])  # a schedule of nothing
+        groups: Any = SimpleNamespace(param_groups=[])  # the schedule alone, without an optimizer
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
         compatibility.schedule_to_load(schedule, opened, identity.schedule_follows_run)
     return progress
 
 
 def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:
-    """Raise UserError where --load has the run's last step and --save is elsewhere: such a run would be done with nothing in --save."""
+    """Raise UserError where --load has the run's last step and --save is another directory, which would stay empty."""
     if checkpoint.save is not None and os.path.realpath(opened.directory.parent) != os.path.realpath(checkpoint.save):
         raise UserError(
             f"nothing to train: {opened.directory} is after step {opened.state.run.step} and the run has {total}, so --save "
@@ -189,9 +191,10 @@ def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint
 
 
 def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
-    """Who owns --save, and what it has room for; `gib` is what one checkpoint takes, about.
+    """Messages about the owner of --save and its free space. gib: about what one checkpoint takes.
 
-    Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
+    Raises UserError where another run writes there or has checkpoints there, where it cannot be written, or has too little room.
+    """
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
     retention.refuse_foreign(checkpoint)
@@ -199,15 +202,15 @@ def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
 
 
 def check_room(checkpoint: CheckpointConfig, gib: float) -> str:
-    """What --save has room for; `gib` is what one checkpoint takes, about. Raises UserError where it cannot be written or holds none."""
+    """A message about the free space of --save. gib: about what one checkpoint takes. Raises UserError where that does not fit."""
     assert checkpoint.save is not None
     save = Path(os.path.abspath(checkpoint.save))
-    place = next(path for path in (save, *save.parents) if path.exists())
+    existing = next(path for path in (save, *save.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free / GIB
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free / GIB
     except OSError as error:
-        raise UserError(f"--save {checkpoint.save} cannot be written: {place}: {error.strerror}") from None
+        raise UserError(f"--save {checkpoint.save} cannot be written: {existing}: {error.strerror}") from None
     if free < gib:
         raise UserError(f"--save {checkpoint.save} has {free:.1f} GiB free, and one checkpoint takes about {gib:.1f} GiB")
     kept = None if checkpoint.keep_last is None else (checkpoint.keep_last + 1) * gib  # one more while the next is written

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: counts agree with each other, and a batch that cannot be cut is refused by flag and number."""
+"""Counts of a run agree with each other, and a batch that cannot be cut is refused by flag and number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's loss on the fixed batch: right, the same under any layout, recorded in every checkpoint, and felt by nothing else."""
+"""A model's loss on the reference batch is right, the same under any layout, in every checkpoint, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def probe_of(case: Case, world_size: int, weights: Path) -> ReferenceLosses:
 
 @pytest.mark.parametrize("model", ["gpt2", "untied"])
 def test_each_loss_is_that_of_a_context_no_longer_than_what_it_counts(model: str) -> None:
-    """Oracle: full logits and torch's cross entropy over the first positions, fed alone."""
+    """Oracle: full logits and torch's cross entropy over the first positions alone."""
     ((recorded, expected),) = run_ranks(1, probe_and_oracle, Case(model=MODELS[model]))
     assert recorded.lengths == (16, SMALL_LENGTH) and recorded.dtype == "float32"
     assert recorded.losses == pytest.approx(expected, abs=2e-6)
@@ -107,7 +107,7 @@ def test_a_run_that_saves_is_the_run_that_does_not(tmp_path: Path, data: str, wo
 def test_a_checkpoint_has_the_losses_it_recorded_wherever_its_weights_are_loaded(
     tmp_path: Path, data: str, flags: dict[str, Any], tolerance: float
 ) -> None:
-    """And another step's weights have others."""
+    """The weights of another step have other losses."""
     flags = dict(flags, data_path=data, seq_length=2 * SEQ_LENGTH, train_iters=3)
     train(2, **flags, **TP2, lr=3e-2, save=tmp_path, save_interval=1)
     records = [state_of(tmp_path, step)["probe"] for step in (1, 3)]
