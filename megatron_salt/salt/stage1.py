@@ -1,8 +1,8 @@
 """SALT's switch: in which stage a run is, when the student has passed its teacher, and what stage 2 draws from. Pure.
 
 Where stage 1 ends is a fact in `RunState.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
-samples, the optimizer, the learning rate and the random state know nothing of the stages. What a run does at the switch (free the
-teacher, log) is in train/state.py; the weight of the teacher and the check of a resumed schedule are in schedule.py.
+samples, the optimizer, the learning rate and the random state know nothing of the stages. What a run does at the switch, such as
+freeing the teacher, is in train/state.py. The teacher's weight and the check of a resumed schedule are in schedule.py.
 """
 
 from __future__ import annotations
