@@ -1,4 +1,4 @@
-"""How strongly the teacher teaches at each step, where stage 1 ends, and whether a resumed run may go on under these flags.
+"""The teacher's weight at each step, the end of stage 1, and whether a resumed run may go on under these flags.
 
 Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps.
 E beyond the run is allowed: the teacher teaches to the end (RKD in the paper). Pure: the same answer on every rank and after a resume.

@@ -133,7 +133,7 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
 def _record(
     run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, kd_weight: float, seconds: float, timer: PhaseTimer
 ) -> StepRecord:  # fmt: skip
-    """What the log gets of a step. Collective over the dp and cp ranks of the last pipeline stage."""
+    """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage."""
     figures: dict[str, Tensor] = {}
     if outcome.sums is not None:
         sums = outcome.sums.sum(0)
