@@ -1,4 +1,4 @@
-"""One process's part in a run: join the world, build, train, leave."""
+"""A rank's part in a run: join the other ranks, build, train, leave."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def refuse_other_flags(config: RunConfig) -> None:
 
 
 def compared_flags(config: RunConfig) -> dict[str, object]:
-    """What every rank must have in common, each under the words that name it in a message. Pure."""
+    """{words for a message: value} of everything that all ranks must have in common. Pure."""
     compared: dict[str, object] = {}
     for section in (
         config.model, config.parallel, config.training, config.quantization, config.optimizer, config.checkpoint, config.salt,
