@@ -28,7 +28,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import LeftEarly, UserError
-from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.salt.cost import scoring_flops
@@ -148,7 +148,7 @@ class ScoreConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
-    return run_tool(ScoreConfig, lambda config: with_one_voice(lambda: score_data(config)), argv)
+    return run_tool(ScoreConfig, lambda config: fail_together(lambda: score_data(config)), argv)
 
 
 def score_data(config: ScoreConfig) -> int:
