@@ -114,11 +114,12 @@ docs: $(DOCS_VENV)/.installed  ## These pages and the Python API as a site in si
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
-lint: setup-dev  ## ruff and mypy
+lint: setup-dev  ## Rules, import order, format and types: ruff and mypy
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: setup-dev  ## Mend what ruff can mend
+format: setup-dev  ## Repair what ruff can repair: rules, import order, format
 	$(BIN)/python -m ruff check --fix --exit-zero .
 	$(BIN)/python -m ruff format .
 

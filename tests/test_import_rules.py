@@ -44,7 +44,6 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.config.salt",
     "megatron_salt.config.training",
     "megatron_salt.checkpoint.integrity",
-    "megatron_salt.checkpoint.lineage",
     "megatron_salt.checkpoint.owner",
     "megatron_salt.checkpoint.run_state",
     "megatron_salt.checkpoint.retention",

@@ -23,8 +23,8 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_salt.checkpoint import compatibility, rng, save_directory, sharded_state
-from megatron_salt.checkpoint.state import model_of
+from megatron_salt.checkpoint import loading, rng, save_directory, sharded_state
+from megatron_salt.checkpoint.state_file import model_of, read_state
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
@@ -82,28 +82,29 @@ def read_teacher(load: str) -> TeacherCheckpoint:
             "--save, one iter_* directory or several; examples/teacher_1p5b.sh trains one"
         )
     try:
-        facts, fingerprint = compatibility.read_facts(paths[0]), compatibility.checkpoint_fingerprint(paths[0])
+        saved, fingerprint = read_state(paths[0]), loading.checkpoint_fingerprint(paths[0])
     except UserError as error:
         raise UserError(f"--teacher-load: {error}") from None
-    architecture, probe = facts["architecture"], facts["probe"]
-    if probe is None or None in probe["losses"]:
+    recorded = saved.reference_losses
+    losses = () if recorded is None else tuple(loss for loss in recorded.losses if loss is not None)
+    if recorded is None or len(losses) < len(recorded.losses):
         raise UserError(
             f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
             "release saved it); save it again from a run that resumes it"
         )
-    if not {"vocabulary", "seq_length"} <= architecture.keys():
+    if saved.vocabulary_size is None or saved.seq_length is None:
         raise UserError(f"--teacher-load {paths[0] / save_directory.STATE}: its architecture lacks vocabulary or seq_length")
     return TeacherCheckpoint(
         directory=paths[0],
-        model=model_of(architecture),
-        vocabulary_size=architecture["vocabulary"],
-        seq_length=architecture["seq_length"],
-        tokenizer_fingerprint=facts["tokenizer"],
+        model=model_of(saved.architecture),
+        vocabulary_size=saved.vocabulary_size,
+        seq_length=saved.seq_length,
+        tokenizer_fingerprint=saved.tokenizer,
         fingerprint=fingerprint,
-        lengths=tuple(probe["lengths"]),
-        losses=tuple(probe["losses"]),
-        dtype=probe["dtype"],
-        step=facts["step"],
+        lengths=recorded.lengths,
+        losses=losses,
+        dtype=recorded.dtype,
+        step=saved.run.step,
     )
 
 
@@ -166,7 +167,7 @@ def admit(
     """
     student = head.student
     layout = teacher_layout(student.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    found = compatibility.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load")
+    found = loading.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load", look=look)
     assert found is not None, checkpoint.directory
     look("reading the teacher's checkpoint")
     mesh = make_teacher_mesh(layout, timeout)
@@ -174,7 +175,7 @@ def admit(
     dist.all_reduce(torch.zeros(1, device=current_device()), group=block_group)  # see Mesh.warm_up
     body = build_body(checkpoint, salt, mesh, dtype, precision)
     state = sharded_state.model_state([body], mesh.groups)
-    compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
+    loading.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
     sharded_state.load_model([body], sharded_state.load(state, found.directory, mesh.groups))
     look("loading the teacher")
     weight = load_output_weight(checkpoint, head, dtype)

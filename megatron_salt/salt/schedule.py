@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from megatron_salt.checkpoint.run_state import Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig, flag
 from megatron_salt.errors import UserError
 
@@ -78,8 +78,8 @@ class Schedule:
 
 
 def salt_at_start(
-    resumed: Progress | None, schedule: Schedule | None, teacher: str | None, directory: str | None, override: bool
-) -> tuple[SaltProgress | None, Events]:
+    resumed: RunState | None, schedule: Schedule | None, teacher: str | None, directory: str | None, override: bool
+) -> tuple[SaltState | None, Events]:
     """The state of SALT with which a start begins, and the events to record. Raises UserError, naming both sides.
 
     resumed: what the checkpoint says; None for a run from step 0 (--finetune too). schedule: of the flags; None without --kd-steps.
@@ -92,7 +92,9 @@ def salt_at_start(
         if schedule is None:
             return None, ()
         assert (teacher is None) == (directory is None)
-        return SaltProgress(schedule.kd_steps, schedule.facts(), teacher, directory), ()
+        return SaltState(
+            stage1_end=schedule.kd_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
+        ), ()
     saved, step = resumed.salt, resumed.step
     # 2) stage 2 and plain runs go on without a teacher
     if saved is None and schedule is not None:
@@ -116,7 +118,7 @@ def salt_at_start(
 
 
 def _schedule_of_same_teacher(
-    saved: SaltProgress, step: int, schedule: Schedule | None, teacher: str | None, directory: str | None
+    saved: SaltState, step: int, schedule: Schedule | None, teacher: str | None, directory: str | None
 ) -> Schedule:
     """The schedule of the flags, in a run resumed inside stage 1. Raises UserError where the flags lack it or name another teacher."""
     if schedule is None and saved.teacher is None:
@@ -148,7 +150,7 @@ def _schedule_of_same_teacher(
     return schedule
 
 
-def _under_schedule(saved: SaltProgress, step: int, schedule: Schedule, override: bool) -> tuple[SaltProgress, Events]:
+def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: bool) -> tuple[SaltState, Events]:
     """The state of a run resumed inside stage 1, under the schedule of the flags. UserError where that is another one than the
     checkpoint's, unless `override`."""
     current = schedule.facts()

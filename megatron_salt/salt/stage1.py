@@ -1,29 +1,27 @@
 """SALT's switch: in which stage a run is, when the student has passed its teacher, and what stage 2 draws from. Pure.
 
-Where stage 1 ends is a fact in `Progress.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
+Where stage 1 ends is a fact in `RunState.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
 samples, the optimizer, the learning rate and the random state know nothing of the stages. What a run does at the switch (free the
 teacher, log) is in train/state.py; the weight of the teacher and the check of a resumed schedule are in schedule.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.load_teacher import TeacherCheckpoint
 from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
-from megatron_salt.salt.stage_samples import StagedSamples
+from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Stage1:
-    """A teacher at work, or a selection of the data alone."""
+    """What stage 1 has and stage 2 has not: a teacher, or a selection of the data alone."""
 
     teacher: Teacher | None
     """None: stage 1 has a selection of the data and no teacher."""
@@ -33,25 +31,25 @@ class Stage1:
     fidelity: Fidelity | None = None
     """How near a teacher in FP8 is to itself in bfloat16; None for any other teacher, and without one."""
 
-    def contains(self, step: int, progress: Progress) -> bool:
+    def contains(self, step: int, progress: RunState) -> bool:
         """Whether a step belongs to stage 1."""
         return self.schedule.in_stage1(step, _salt_of(progress).stage1_end)
 
-    def kd_weight(self, step: int, progress: Progress) -> float:
+    def kd_weight(self, step: int, progress: RunState) -> float:
         """The teacher's weight in the loss of a step."""
         return self.schedule.at(step, _salt_of(progress).stage1_end)
 
-    def accuracy_to_pass(self, progress: Progress) -> float:
+    def accuracy_to_pass(self, progress: RunState) -> float:
         """The student's held-out accuracy must be above this for a crossover: the teacher's plus --kd-stop-margin."""
         held_out = _salt_of(progress).teacher_held_out
         assert held_out is not None
         return held_out["accuracy"] + self.schedule.kd_stop_margin
 
-    def may_cross_over(self, progress: Progress) -> bool:
+    def may_cross_over(self, progress: RunState) -> bool:
         """Whether a crossover would still change the run. It is decided once."""
         return self.schedule.kd_stop == "crossover" and _salt_of(progress).crossover is None
 
-    def after_crossover(self, progress: Progress) -> Progress:
+    def after_crossover(self, progress: RunState) -> RunState:
         """`progress` with a crossover at its step, which moves the end of stage 1."""
         end = self.schedule.stage1_end_after(progress.step)
         return replace(progress, salt=replace(_salt_of(progress), crossover=progress.step, stage1_end=end))
@@ -63,8 +61,8 @@ def schedule_of(salt: SaltConfig) -> Schedule | None:
 
 
 def decide_salt(
-    salt: SaltConfig, resumed: Progress | None, teacher: TeacherCheckpoint | None
-) -> tuple[SaltProgress | None, Events]:
+    salt: SaltConfig, resumed: RunState | None, teacher: TeacherCheckpoint | None
+) -> tuple[SaltState | None, Events]:
     """`salt_at_start` for these flags. resumed: None in a run from step 0. teacher: None where none was read. Raises UserError."""
     fingerprint = None if teacher is None else teacher.fingerprint
     directory = salt.teacher_load if teacher is None else str(teacher.directory)
@@ -72,7 +70,7 @@ def decide_salt(
 
 
 def starts_in_stage2(
-    state: SaltProgress, progress: Progress, schedule: Schedule | None, teacher: TeacherCheckpoint | None, evaluates: bool
+    state: SaltState, progress: RunState, schedule: Schedule | None, teacher: TeacherCheckpoint | None, evaluates: bool
 ) -> bool:
     """Whether a start begins in stage 2. schedule, teacher: of the flags. evaluates: an evaluation that is due will be made.
 
@@ -82,25 +80,23 @@ def starts_in_stage2(
     return state.resumes_in(progress.step, evaluates and progress.evaluation_due and same_teacher) == 2
 
 
-def resumes_in_stage2(facts: Mapping[str, Any], evaluates: bool) -> bool:
-    """Whether a checkpoint with this state.json needs no teacher. evaluates: an evaluation that is due will be made."""
-    salt = SaltProgress.from_facts(facts["salt"])
-    due = evaluates and facts["extra"].get(EVALUATION_DUE, False)
-    return salt is not None and salt.resumes_in(facts["step"], due) == 2
+def resumes_in_stage2(saved: RunState, evaluates: bool) -> bool:
+    """Whether a run that was saved like this needs no teacher. evaluates: an evaluation that is due will be made."""
+    return saved.salt is not None and saved.salt.resumes_in(saved.step, evaluates and saved.evaluation_due) == 2
 
 
-def data_of_stage2(train: Batches, staged: StagedSamples | None, progress: Progress) -> tuple[Batches, Progress]:
-    """What stage 2 draws from, and the progress that knows where stage 2 began: at its position, unless it already says so.
+def data_of_stage2(train: Batches, stage_samples: StageSamples | None, progress: RunState) -> tuple[Batches, RunState]:
+    """The data of stage 2, and the progress that records where stage 2 began: at its position, unless it says so already.
 
-    train: the data of stage 1. staged: None in a run without a selection, which goes on in one order.
+    train: the data of stage 1. stage_samples: None in a run without a selection, which goes on in one order.
     """
-    if staged is None:
+    if stage_samples is None:
         return train, progress
-    since = progress.data.get("stage2_since", progress.data.get("position", 0))
-    train = train.going_on_with(staged.stage2(train.position(since)), since)
-    return train, replace(progress, data={**progress.data, "stage2_since": since})
+    since = progress.position if progress.stage2_since is None else progress.stage2_since
+    train = train.going_on_with(stage_samples.stage2(train.position(since)), since)
+    return train, replace(progress, stage2_since=since)
 
 
-def _salt_of(progress: Progress) -> SaltProgress:
+def _salt_of(progress: RunState) -> SaltState:
     assert progress.salt is not None, "a run in stage 1 knows where it ends"
     return progress.salt

@@ -283,7 +283,7 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
     windows = open_windows(manifest, prefixes)
     tokenizer = find_tokenizer(manifest.tokenizer, [tokenizer_directory(prefix) for prefix in prefixes])
     if tokenizer is None and os.path.isdir(manifest.teacher_directory):
-        from megatron_salt.checkpoint.checkpointer import TOKENIZER  # imports torch
+        from megatron_salt.checkpoint.save_directory import TOKENIZER
 
         tokenizer = find_tokenizer(manifest.tokenizer, [Path(manifest.teacher_directory) / TOKENIZER])
     if tokenizer is None:

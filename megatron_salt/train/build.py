@@ -12,9 +12,9 @@ from pathlib import Path
 from megatron_salt.checkpoint import retention, save_directory
 from megatron_salt.checkpoint.async_writer import describe
 from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity
+from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.data.samples import Samples
@@ -39,13 +39,13 @@ from megatron_salt.train.state import Run, in_stage2
 
 def build(
     config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, identity: RunIdentity, *, timeout: timedelta,
-    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, found: Found | None = None,
+    precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, opened: OpenedCheckpoint | None = None,
     watch: SignalWatch | None = None, look: Look = stay,
-) -> tuple[Run, Progress]:  # fmt: skip
+) -> tuple[Run, RunState]:  # fmt: skip
     """Make the mesh, the student and its optimizer, load the checkpoint that --load means, and make the teacher. Returns the run, and
     where it starts. Collective over all ranks. Raises UserError.
 
-    identity: see `start.identify`. held: releases --save when the run ends; None: nobody else writes there. found: the checkpoint, where
+    identity: see `start.identify`. held: releases --save when the run ends; None: nobody else writes there. opened: the checkpoint, where
     it is open already. watch: a signal ends the wait for another run's --save. look: called between the phases and inside the longest;
     raises LeftEarly.
     """
@@ -57,8 +57,8 @@ def build(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
         None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
-    loaded = checkpointer.load(found)
-    progress = loaded or Progress(0, 0)
+    loaded = checkpointer.load(opened, look)
+    progress = loaded or RunState()
     step = progress.step
 
     def look_before_step(doing: str) -> None:
@@ -83,11 +83,13 @@ def build(
     run = Run(
         student=student,
         plan=plan,
-        train=batches(inputs.train if inputs.staged is None else inputs.staged.stage1(), config.training.skip_samples),
+        train=batches(
+            inputs.train if inputs.stage_samples is None else inputs.stage_samples.stage1(), config.training.skip_samples
+        ),
         valid=None if inputs.valid is None else batches(inputs.valid, ()),
         checkpointer=checkpointer,
         stage1=None,
-        staged=inputs.staged,
+        stage_samples=inputs.stage_samples,
     )
     resumed = progress if loaded is not None and progress.step > 0 else None
     salt, events = decide_salt(config.salt, resumed, inputs.teacher)
@@ -96,8 +98,8 @@ def build(
 
 
 def in_its_stage(
-    run: Run, progress: Progress, config: RunConfig, inputs: Inputs, *, timeout: timedelta, precision: Precision, look: Look
-) -> tuple[Run, Progress]:
+    run: Run, progress: RunState, config: RunConfig, inputs: Inputs, *, timeout: timedelta, precision: Precision, look: Look
+) -> tuple[Run, RunState]:
     """The run in the stage in which it starts; in stage 1 with its teacher, where it has one. precision: the teacher's.
 
     Collective over all ranks. Raises UserError."""
@@ -124,18 +126,20 @@ def in_its_stage(
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:
-    """Rank 0's hold on --save until `held` ends; None on other ranks. Collective: where it is another's, or holds checkpoints that
-    this run does not come from, all raise UserError."""
+    """Make this run the owner of --save until `held` ends. Returns the ownership on rank 0, None elsewhere. Collective over all ranks.
+
+    All raise UserError where another run owns --save, or where it holds checkpoints that this run does not come from.
+    """
     if checkpoint.save is None:
         return None
-    save, mine = Path(checkpoint.save), []
+    save, own = Path(checkpoint.save), []
 
     def take() -> None:
         if not checkpoint.take_over_save:
             refuse_living(save)
-        retention.look(checkpoint)
+        retention.refuse_foreign(checkpoint)
         leaving = (lambda: False) if watch is None else (lambda: watch.received != 0)
-        mine.append(acquire(save, myself(os.environ), checkpoint.take_over_save, leaving=leaving))
+        own.append(acquire(save, myself(os.environ), checkpoint.take_over_save, leaving=leaving))
 
     try:
         from_rank_0(take)
@@ -144,6 +148,6 @@ def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: Si
         names = [path.name for path in save_directory.unfinished(save)] if full else []
         way = f"; what is left of unfinished saves may be deleted by hand: {', '.join(names)}" if names else ""
         raise UserError(f"--save {save} cannot be written: rank 0: {describe(error)}{way}") from None
-    for ownership in mine:
+    for ownership in own:
         held.callback(ownership.release)
-    return mine[0] if mine else None
+    return own[0] if own else None

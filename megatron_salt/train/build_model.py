@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def wrap_in_ddp(
     chunks: Sequence[nn.Module], parallel: ParallelConfig, mesh: Mesh, precision: Precision = TORCH
 ) -> list[DistributedDataParallel]:
-    """Give each chunk its gradient buffers, in float32, and its reduction over dp and cp. Collective over nothing."""
+    """Wrap each chunk so that it has gradient buffers in float32 and a reduction over dp and cp. Not collective."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -40,7 +40,7 @@ def wrap_in_ddp(
         bucket_size=parallel.ddp_bucket_size,
         fp8_param_gather=precision.fp8_params,
     )
-    # Later chunks' gradients are ready long before the first chunk's: without overlap one bucket a chunk is best (as Megatron does).
+    # Gradients of later chunks are ready long before those of the first. Without overlap, one bucket a chunk is best (as in Megatron).
     return [
         DistributedDataParallel(
             get_model_config(chunk), config, chunk, disable_bucketing=number > 0 and not parallel.overlap_param_gather,
@@ -56,8 +56,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:  # fmt: skip
     """AdamW over this rank's shard. dtype: of the parameters.
 
-    megatron-core takes Transformer Engine's FusedAdam where it is installed, else apex's, else ours (parallel/adamw.py): all three keep
-    `exp_avg` and `exp_avg_sq` per parameter and one `step` per group, so checkpoints pass between them.
+    megatron-core takes the FusedAdam of Transformer Engine where it is installed, else of apex, else ours (parallel/adamw.py). All three
+    keep `exp_avg` and `exp_avg_sq` per parameter and one `step` per group, so each can load the checkpoints of the others.
     """
     core = CoreOptimizerConfig(
         optimizer="adam",
@@ -72,7 +72,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
-        fp8_recipe=precision.fp8_recipe if precision.fp8_params else None,  # which matters where weights are kept in FP8
+        fp8_recipe=precision.fp8_recipe if precision.fp8_params else None,  # read only where weights are kept in FP8
     )
     return get_megatron_optimizer(core, list(ddp_chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
 
@@ -92,7 +92,7 @@ def install_pipeline_hooks(
 def build_scheduler(
     built: MegatronOptimizer, optimizer: OptimizerConfig, train_samples: int, global_batch_size: int
 ) -> OptimizerParamScheduler:
-    """megatron-core's schedule of learning rate and weight decay. It counts samples; `train_samples` is the run's length."""
+    """megatron-core's schedule of learning rate and weight decay, which counts samples. train_samples: the length of the run."""
     lengths = schedule_lengths(optimizer, train_samples, global_batch_size)
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
     return OptimizerParamScheduler(
@@ -132,7 +132,15 @@ def build_student(config: RunConfig, plan: RunPlan, vocabulary_size: int, mesh: 
             chunk_tokens,
             weight_gradient_bytes(rows, config.model.hidden_size) / 2**20,
         )
-    return Student(chunks, optimizer, scheduler, mesh, training.seq_length, plan.micro_batch_size, plan.global_batch_size)
+    return Student(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        mesh=mesh,
+        seq_length=training.seq_length,
+        micro_batch_size=plan.micro_batch_size,
+        global_batch_size=plan.global_batch_size,
+    )
 
 
 def dtype_of(training: TrainingConfig) -> torch.dtype:

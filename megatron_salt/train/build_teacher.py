@@ -1,4 +1,4 @@
-"""The teacher of a run: what it costs, refused where that is too much, and the teacher itself over the student's ranks."""
+"""Builds the teacher of a run over the student's ranks, and says what it costs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 def refuse_large_exchange(
     salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint
 ) -> float:
-    """GiB of the teacher's hidden states that a rank of the student's last stage receives in a step. Raises UserError where that is
-    above --teacher-exchange-max-gib. Pure."""
+    """GiB of the teacher's hidden states that a rank of the student's last stage receives in a step. Pure.
+
+    Raises UserError where that is above --teacher-exchange-max-gib.
+    """
     size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
     exchange = exchange_gib(layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length, hidden, size)
     if exchange > salt.teacher_exchange_max_gib:

@@ -1,6 +1,6 @@
-"""What can be known of a run before it has ranks: --dry-run N. One process, without torch.distributed and without a GPU.
+"""--dry-run N: what one process can find out about a run of N ranks, without torch.distributed and without a GPU.
 
-Everything that a start reads is read: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `decide_start`
+It reads everything that a start reads: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `decide_start`
 (start.py) then refuses what it refuses at a start. Nothing is written.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_salt.checkpoint.compatibility import open_checkpoint
+from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.launch import find_hardware
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
-    """Print what the run would be. Raises UserError for what a start would refuse, as far as one process can see it."""
+    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
@@ -48,10 +48,10 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     else:
         print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
     load = config.checkpoint.load
-    found = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
-    start = decide_start(config, layout, plan, inputs, found)
-    if found is not None:
-        print(f"checkpoint: {found.directory}, every byte as it was written")
+    opened = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
+    start = decide_start(config, layout, plan, inputs, opened)
+    if opened is not None:
+        print(f"checkpoint: {opened.directory}, every byte as it was written")
     print(f"run: {start.plan.total_steps} steps, starting after step {start.progress.step}")
     for line in start.messages:
         print(line)

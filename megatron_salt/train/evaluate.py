@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
+from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState
 from megatron_salt.data.batch import Batches
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
 from megatron_salt.metrics.run_log import RunLog
@@ -36,7 +35,7 @@ from megatron_salt.train.step import Student, forward_input, forward_step, unwra
 
 
 class CutShort(Exception):
-    """There is a reason to leave before an evaluation's last batch; what it has summed up is of no use."""
+    """A reason to leave came before the last batch of an evaluation; its sums are of no use."""
 
     def __init__(self, num_done: int, num_batches: int, reason: str) -> None:
         super().__init__(f"evaluation cut short after {num_done} of {num_batches} batches: {reason}")
@@ -55,10 +54,11 @@ def evaluate(
     teacher: Teacher | None = None,
     reason_to_stop: Callable[[], str | None] = lambda: None,
 ) -> dict[str, float]:
-    """Per-token means of the head's metrics over `num_batches` global batches, with a teacher also of its own. Collective over all
-    ranks; all receive. The student's figures are the same with a teacher as without.
+    """Means per token of the head's metrics over `num_batches` global batches; with a teacher, also of the teacher's metrics.
 
-    reason_to_stop: asked before each batch, the same on every rank. Raises CutShort on every rank where there is one."""
+    Collective over all ranks; all receive. The student's figures are the same with a teacher and without. reason_to_stop: called before
+    each batch, the same on every rank. Raises CutShort on every rank where it returns a reason.
+    """
     for chunk in chunks:
         chunk.eval()
     reason = None
@@ -79,19 +79,19 @@ def evaluate(
 
 
 def sums_over_replicas(sums: Tensor, mesh: Mesh) -> Tensor:
-    """Add metric sums over data and context parallelism and give them to every stage. Collective over all ranks."""
+    """Sum metrics over the dp and cp ranks of the last pipeline stage and send them to every stage. Collective over all ranks."""
     dist.all_reduce(sums, group=mesh.groups.dp_cp)
     dist.broadcast(sums, src=dist.get_process_group_ranks(mesh.groups.pp)[-1], group=mesh.groups.pp)
     return sums
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """Metric sums [metrics] -> {name: mean per token}, and the count of tokens itself under "tokens"."""
+    """{name: mean per token} from metric sums [metrics]; the number of tokens itself is under "tokens"."""
     return {name: float(mean) for name, mean in named_means(sums).items()}
 
 
 def named_means(sums: Tensor) -> dict[str, Tensor]:
-    """The same, still on the device. A teacher's metrics are known by the length of the sums."""
+    """`means`, still on the device. The length of the sums says whether they hold the teacher's metrics."""
     names = METRICS if len(sums) == len(METRICS) else KD_METRICS
     tokens = sums[0]
     means = {name: total / tokens.clamp(min=1) for name, total in zip(names[1:], sums[1:], strict=True)}
@@ -99,8 +99,8 @@ def named_means(sums: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate_run(
-    run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog, exit_plan: ExitPlan
-) -> tuple[Progress, str | None]:
+    run: Run, valid: Batches, num_batches: int, progress: RunState, log: RunLog, exit_plan: ExitPlan
+) -> tuple[RunState, str | None]:
     """Evaluate the student, log it, and in stage 1 decide whether it has passed its teacher. Collective over all ranks.
 
     The teacher is frozen, so it is evaluated once. Returns the progress, and the reason to leave where one cut the evaluation short:
@@ -116,7 +116,7 @@ def evaluate_run(
     except CutShort as cut:
         log.event(progress.step, str(cut))
         return progress, cut.reason
-    progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: False})
+    progress = replace(progress, evaluation_due=False)
     if ask_teacher:
         assert salt is not None
         salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
@@ -130,7 +130,7 @@ def evaluate_run(
     return _after_crossover(stage1, progress, figures["accuracy"], log), None
 
 
-def _after_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: RunLog) -> Progress:
+def _after_crossover(stage1: Stage1, progress: RunState, accuracy: float, log: RunLog) -> RunState:
     """Decide whether the student has passed its teacher, and log it. Collective over all ranks; all get rank 0's answer.
 
     accuracy: the student's, next-token, on held-out data.
@@ -151,12 +151,10 @@ def _after_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: R
 
 
 @torch.no_grad()
-def reference_losses(student: Student, vocabulary_size: int) -> dict[str, Any]:
-    """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
+def reference_losses(student: Student, vocabulary_size: int) -> ReferenceLosses:
+    """The model's losses on the reference batch, for `Checkpointer.save`. Collective over all ranks, the same on all.
 
-    "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
-    each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
-    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary_size`: ids of the tokenizer.
+    vocabulary_size: ids of the tokenizer. Nothing of the student changes. All its data-parallel replicas compute the same.
     """
     mesh, length = student.mesh, student.seq_length
     lengths = prefix_lengths(length)
@@ -176,4 +174,4 @@ def reference_losses(student: Student, vocabulary_size: int) -> dict[str, Any]:
     sums = sums_over_replicas(sums, mesh)
     losses = (sums[:, METRICS.index("loss")] / sums[:, METRICS.index("tokens")]).tolist()
     dtype = str(next(student.chunks[0].parameters()).dtype).removeprefix("torch.")
-    return {"lengths": lengths, "losses": [loss if math.isfinite(loss) else None for loss in losses], "dtype": dtype}
+    return ReferenceLosses(tuple(lengths), tuple(loss if math.isfinite(loss) else None for loss in losses), dtype)

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.checkpoint import integrity, save_directory
-from megatron_salt.checkpoint.checkpointer import TOKENIZER
-from megatron_salt.checkpoint.compatibility import read_facts
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, read_teacher, refuse_unfit
 from megatron_salt.salt.stage1 import resumes_in_stage2
-from megatron_salt.salt.stage_samples import StagedSamples
+from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.selection.selection_file import Selection
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
@@ -29,15 +28,15 @@ WINDOWS_READ = 16  # of each dataset, at the start
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is read from disk before any rank talks to another."""
+    """Tokenizer, data, teacher's record and selection of a run."""
 
     tokenizer: Tokenizer
     train: Samples
     valid: Samples | None
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
-    staged: StagedSamples | None
-    """What each stage draws from; None without --stage1-selection."""
+    stage_samples: StageSamples | None
+    """The samples of both stages; None without --stage1-selection."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -57,10 +56,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.salt.teacher_load is not None and not _needs_no_teacher(config.checkpoint, config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
         refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocabulary_size, config.training.seq_length)
-    staged = None
+    stage_samples = None
     if config.salt.stage1_selection is not None:
-        staged = StagedSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
-    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, staged=staged)
+        stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
+    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, stage_samples=stage_samples)
 
 
 def _read_some_windows(samples: Samples) -> None:
@@ -79,7 +78,7 @@ def _needs_no_teacher(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
         return False
     for directory in save_directory.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:
         with contextlib.suppress(integrity.DamagedCheckpoint):
-            return resumes_in_stage2(read_facts(directory), evaluates)
+            return resumes_in_stage2(read_state(directory).run, evaluates)
     return False
 
 
@@ -88,4 +87,4 @@ def _checkpoint_tokenizer(load: str | None) -> Path | None:
     if load is None:
         return None
     directories = save_directory.candidates(Path(load), fallback=True)
-    return directories[0] / TOKENIZER if directories else None
+    return directories[0] / save_directory.TOKENIZER if directories else None

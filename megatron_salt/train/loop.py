@@ -1,6 +1,6 @@
-"""The training loop: fetch, step, tell, and at times evaluate, save or leave.
+"""The training loop: fetch, step, log, and at times evaluate, save or leave.
 
-The loop knows no parallelism. What it needs to continue is in `Progress`, which every checkpoint holds.
+The loop knows no parallelism. All that it needs to continue is in `RunState`, which every checkpoint holds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
 from megatron_salt.metrics.run_log import PhaseTimer, RunLog, StepRecord
@@ -23,17 +23,17 @@ from megatron_salt.train.state import Run, announce, enter_stage2
 from megatron_salt.train.step import StepOutcome, train_step
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
-"""What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
+"""Metrics that stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
-    run: Run, start: Progress, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan,
+    run: Run, start: RunState, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan,
     profiler: Profiler, heartbeat: Heartbeat, stragglers: StragglerReport,
-) -> Progress:  # fmt: skip
+) -> RunState:  # fmt: skip
     """Train from `start` to the end, or until there is a reason to leave. Collective over all ranks. Returns where it stopped."""
     progress, total = start, run.plan.total_steps
     timer, garbage = PhaseTimer(), GarbageSchedule(training)
-    nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.extra.get("nonfinite_in_a_row", 0))
+    nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.nonfinite_in_a_row)
     announce(run, progress, log)
     garbage.start()
     reason = None
@@ -50,7 +50,7 @@ def train(
         profiler.before_step(step)
         started, learning_rate = time.perf_counter(), run.student.learning_rate
         with timer.phase("data"):
-            position = progress.data.get("position", 0)
+            position = progress.position
             microbatches = run.train.fetch(position)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
         outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
@@ -63,8 +63,8 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            data={**progress.data, "position": position + run.plan.global_batch_size},
-            extra={**progress.extra, "nonfinite_in_a_row": nonfinite.in_a_row},
+            position=position + run.plan.global_batch_size,
+            nonfinite_in_a_row=nonfinite.in_a_row,
         )
         seconds = time.perf_counter() - started
         record = _record(run, progress, outcome, learning_rate, kd_weight, seconds, timer)
@@ -75,10 +75,10 @@ def train(
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
         valid = run.valid if training.eval_iters and (step % training.eval_interval == 0 or step == total) else None
-        progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: valid is not None})
+        progress = replace(progress, evaluation_due=valid is not None)
         with timer.phase("save"):
             run.checkpointer.poll()
-        # What is saved first is safe from whatever ends a long evaluation, with which a resumed run then begins.
+        # Save before evaluating: should anything end the evaluation, a resumed run begins with it.
         saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
         if valid is not None:
             with timer.phase("eval"):
@@ -92,8 +92,8 @@ def train(
     garbage.stop()
     run.checkpointer.finish()
     if progress.step >= total:
-        stands = _way_out(run, checkpoint, progress.data.get("position", 0))
-        if progress.step == start.step:  # nothing was trained, so nothing was looked at
+        stands = _way_out(run, checkpoint, progress.position)
+        if progress.step == start.step:  # nothing was trained, so nothing was checked
             refuse_nonfinite(run.student, progress.step, stands)
         nonfinite.refuse_end(progress.step, stands)
     if reason is not None:
@@ -104,29 +104,30 @@ def train(
 def _save_if_due(
     run: Run,
     checkpoint: CheckpointConfig,
-    progress: Progress,
+    progress: RunState,
     timer: PhaseTimer,
     log: RunLog,
     leaving: bool = False,
     final: bool = False,
 ) -> bool:
-    """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks.
+    """Save at --save-interval, at a step of --save-at, and where the run leaves or ends. Returns whether it saved. Collective.
 
-    Raises NonFiniteError where the model is not fit to be saved; where the run leaves or ends also without --save."""
+    Raises NonFiniteError where the model is not finite; where the run leaves or ends, also without --save.
+    """
     step = progress.step
     due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
     name = "save-at" if step in checkpoint.save_at else None
     if not (due or name is not None or leaving or final):
         return False
-    stands = _way_out(run, checkpoint, progress.data.get("position", 0))
+    stands = _way_out(run, checkpoint, progress.position)
     with timer.phase("save"):
         refuse_nonfinite(run.student, step, stands)
         if checkpoint.save is None:
             return False
         log.flush()
-        recognise_by = reference_losses(run.student, run.train.samples.vocabulary_size)
-        refuse_nonfinite_losses(recognise_by, step, stands)
-        run.checkpointer.save(progress, recognise_by, name, final=final)
+        recorded = reference_losses(run.student, run.train.samples.vocabulary_size)
+        refuse_nonfinite_losses(recorded, step, stands)
+        run.checkpointer.save(progress, recorded, name, final=final)
     return True
 
 
@@ -136,7 +137,7 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
 
 def _record(
     run: Run,
-    progress: Progress,
+    progress: RunState,
     outcome: StepOutcome,
     learning_rate: float,
     kd_weight: float,

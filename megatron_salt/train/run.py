@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
+from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import RunConfig, TrainingConfig, flag
 from megatron_salt.data.skip_samples import parse_skip_samples
-from megatron_salt.errors import LeftEarly, SaveError, UserError
+from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.metrics.run_sinks import tensorboard_directory
@@ -71,9 +72,9 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         )  # fmt: skip
         try:
             exit_plan.look("reading the data")
-            identity, found = decide_together(config, plan, layout, inputs)
+            identity, opened = decide_together(config, plan, layout, inputs, exit_plan.look)
             run, start = build(
-                config, plan, layout, inputs, identity, timeout=timeout, precisions=precisions, held=held, found=found, watch=watch,
+                config, plan, layout, inputs, identity, timeout=timeout, precisions=precisions, held=held, opened=opened, watch=watch,
                 look=exit_plan.look,
             )  # fmt: skip
         except LeftEarly as left:
@@ -130,37 +131,39 @@ def compared_flags(config: RunConfig) -> dict[str, object]:
     return compared
 
 
-def decide_together(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:
+def decide_together(
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, look: Look
+) -> tuple[RunIdentity, OpenedCheckpoint | None]:
     """Decide the start on rank 0 and raise its UserError on every rank, before --save is made. Collective over all ranks.
 
     Returns the identity of the run, and the checkpoint of --load where that is not in --save. A checkpoint in --save is opened later,
-    once that directory is this run's own; until then its state.json must do.
+    once that directory is this run's own; until then its state.json must do. look: called while files are verified.
     """
     checkpoint, load = config.checkpoint, None if config.checkpoint.load is None else Path(config.checkpoint.load)
 
-    def decide(found: Found | None) -> RunIdentity:
+    def decide(opened: OpenedCheckpoint | None) -> RunIdentity:
         logging.disable(logging.ERROR)  # loading the checkpoint logs the same again
         try:
-            if load is not None and found is None:
-                found = glance_at_checkpoint(load, checkpoint.load_fallback)
-            return decide_start(config, layout, plan, inputs, found).identity
+            if load is not None and opened is None:
+                opened = glance_at_checkpoint(load, checkpoint.load_fallback)
+            return decide_start(config, layout, plan, inputs, opened).identity
         finally:
             logging.disable(logging.NOTSET)
 
-    found = None
+    opened = None
     if load is not None and (
         checkpoint.save is None or Path(checkpoint.save).resolve() not in (load.resolve(), load.resolve().parent)
     ):
-        found = open_checkpoint(load, checkpoint.load_fallback)
+        opened = open_checkpoint(load, checkpoint.load_fallback, look=look)
     try:
-        return from_rank_0(lambda: decide(found)), found
+        return from_rank_0(lambda: decide(opened)), opened
     except DamagedCheckpoint:
         assert load is not None
         open_checkpoint(load, checkpoint.load_fallback)  # names everything that is damaged
         raise
 
 
-def log_start(config: RunConfig, plan: RunPlan, layout: Layout, start: Progress, parameters: int, run_log: RunLog) -> None:
+def log_start(config: RunConfig, plan: RunPlan, layout: Layout, start: RunState, parameters: int, run_log: RunLog) -> None:
     """Log the size of the run, and every flag that changes what it goes on with."""
     run_log.event(
         start.step,
@@ -181,7 +184,7 @@ def log_start(config: RunConfig, plan: RunPlan, layout: Layout, start: Progress,
         )
 
 
-def write_end(training: TrainingConfig, total_steps: int, progress: Progress, reason: str | None) -> None:
+def write_end(training: TrainingConfig, total_steps: int, progress: RunState, reason: str | None) -> None:
     """Write --outcome-file's line after a run that ended well. reason: to leave before the end. Rank 0 calls."""
     word: Word = "left"
     if progress.step < total_steps:

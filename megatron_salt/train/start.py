@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron_salt.checkpoint import compatibility, owner, retention
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, schedule_follows_run
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ModelConfig, RunConfig
 from megatron_salt.data.batch import passed_positions
@@ -55,7 +55,7 @@ class Precisions:
 
     student: Precision = TORCH
     teacher: Precision = TORCH
-    """Whether there is a teacher or not."""
+    """Set also where there is no teacher."""
 
 
 PLAIN = Precisions()
@@ -63,7 +63,7 @@ PLAIN = Precisions()
 
 
 def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | None, hardware: Hardware) -> Precisions:
-    """By --transformer-impl, --fp8-*, --fp4-* and --teacher-fp8-*. teacher: its architecture, where one teaches. Pure. Raises UserError."""
+    """The precisions that flags and machine give. teacher: its architecture; None without one. Pure. Raises UserError."""
     refuse_machine(hardware)
     implementation = choose_implementation(config.training.transformer_impl, hardware, config.training.bf16)
     masks = config.data.reset_attention_mask
@@ -88,25 +88,25 @@ class Start:
     """Where a run starts."""
 
     identity: RunIdentity
-    progress: Progress
+    progress: RunState
     plan: RunPlan
     """Counts of the whole run, steps that are done included."""
     messages: tuple[str, ...]
     """Lines for the user about changed flags and --save."""
 
 
-def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Start:
-    """Where the run starts, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
+def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, opened: OpenedCheckpoint | None) -> Start:
+    """Where the run starts, if it can. opened: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
     require_packages(config.logging)
     if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
         train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
         refuse_training_data(train, valid)
     identity = identify(config, inputs, name_data(config, plan, inputs))
-    progress = _progress(config, layout, plan, identity, found)
+    progress = _progress(config, layout, plan, identity, opened)
     plan = rest_of_run(config, plan, progress)
-    if found is not None and progress.step >= plan.total_steps:
-        refuse_done_elsewhere(checkpoint, found, plan.total_steps)
+    if opened is not None and progress.step >= plan.total_steps:
+        refuse_done_elsewhere(checkpoint, opened, plan.total_steps)
     salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
@@ -121,7 +121,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
     return Start(identity=identity, progress=progress, plan=plan, messages=messages)
 
 
-def rest_of_run(config: RunConfig, plan: RunPlan, progress: Progress) -> RunPlan:
+def rest_of_run(config: RunConfig, plan: RunPlan, progress: RunState) -> RunPlan:
     """The plan of a run that goes on from `progress`. Raises UserError where flags name steps that it does not have. Pure."""
     plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
     refuse_steps_beyond(config, plan.total_steps)
@@ -129,7 +129,7 @@ def rest_of_run(config: RunConfig, plan: RunPlan, progress: Progress) -> RunPlan
 
 
 def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
-    """What a checkpoint must share with this run. data: `name_data`. Pure."""
+    """The facts that a checkpoint must share with this run. data: from `name_data`. Pure."""
     return RunIdentity(
         yaml=to_yaml(config),
         architecture=asdict(config.model)
@@ -142,70 +142,75 @@ def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
 
 
 def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
-    """What the run draws from, in which order. Not collective; reads blocks of each dataset. Raises UserError where a selection was
-    made for other data than these, or is too small for them."""
+    """Names the data of the run and their order. Not collective; reads blocks of each dataset.
+
+    Raises UserError where a selection was made for other data, or is too small.
+    """
     name = f"{inputs.train.fingerprint} in the order of --seed {config.training.seed}"
-    staged, kd_steps = inputs.staged, config.salt.kd_steps
-    if staged is None:
+    stage_samples, kd_steps = inputs.stage_samples, config.salt.kd_steps
+    if stage_samples is None:
         return name
     assert kd_steps is not None
     datasets = list(inputs.train.dataset_facts())
-    refuse_other_data(staged.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
+    refuse_other_data(stage_samples.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
     drawn = np.array([min(kd_steps, plan.total_steps) * plan.global_batch_size])
     passed = int(passed_positions(drawn, parse_skip_samples(config.training.skip_samples))[0])
-    staged.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
-    return f"{name}, {staged.fingerprint}"
+    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
+    return f"{name}, {stage_samples.fingerprint}"
 
 
-def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, found: Found | None) -> Progress:
-    """What the checkpoint says, if the run can go on with it: `Checkpointer.load` without the tensors."""
+def _progress(
+    config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, opened: OpenedCheckpoint | None
+) -> RunState:
+    """The state that the run starts from: what `Checkpointer.load` does, without the tensors. Raises UserError."""
     checkpoint = config.checkpoint
-    if found is None:
+    if opened is None:
         if checkpoint.load is not None:
             compatibility.refuse_empty(checkpoint.load, checkpoint.save)
-        return Progress(0, 0)
-    progress = compatibility.take_over(found, identity, checkpoint)
+        return RunState()
+    progress = compatibility.take_over(opened, identity, checkpoint)
     if checkpoint.finetune:
         return progress
     if not checkpoint.no_load_optim:
         stages = config.parallel.num_virtual_stages_per_pipeline_rank
-        compatibility.refuse_other_form(found, config.parallel.use_distributed_optimizer, layout, stages)
-    if found.facts["scheduler"] is not None:
-        groups: Any = SimpleNamespace(param_groups=[])  # a schedule of nothing
+        compatibility.refuse_other_form(opened, config.parallel.use_distributed_optimizer, layout, stages)
+    if opened.state.scheduler is not None:
+        groups: Any = SimpleNamespace(param_groups=[])  # the schedule alone, without an optimizer
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
-        compatibility.schedule_to_load(schedule, found, identity.schedule_follows_run)
+        compatibility.schedule_to_load(schedule, opened, identity.schedule_follows_run)
     return progress
 
 
-def refuse_done_elsewhere(checkpoint: CheckpointConfig, found: Found, total: int) -> None:
-    """Raise UserError where --load has the run's last step and --save is elsewhere: such a run would be done with nothing in --save."""
-    if checkpoint.save is not None and os.path.realpath(found.directory.parent) != os.path.realpath(checkpoint.save):
+def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:
+    """Raise UserError where --load has the run's last step and --save is another directory, which would stay empty."""
+    if checkpoint.save is not None and os.path.realpath(opened.directory.parent) != os.path.realpath(checkpoint.save):
         raise UserError(
-            f"nothing to train: {found.directory} is after step {found.facts['step']} and the run has {total}, so --save "
+            f"nothing to train: {opened.directory} is after step {opened.state.run.step} and the run has {total}, so --save "
             f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out"
         )
 
 
 def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
-    """Who owns --save, and what it has room for; `gib` is what one checkpoint takes, about.
+    """Messages about the owner of --save and its free space. gib: about what one checkpoint takes.
 
-    Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
+    Raises UserError where another run writes there or has checkpoints there, where it cannot be written, or has too little room.
+    """
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
-    retention.look(checkpoint)
+    retention.refuse_foreign(checkpoint)
     return (*([] if line is None else [f"save: {line}"]), check_room(checkpoint, gib))
 
 
 def check_room(checkpoint: CheckpointConfig, gib: float) -> str:
-    """What --save has room for; `gib` is what one checkpoint takes, about. Raises UserError where it cannot be written or holds none."""
+    """A message about the free space of --save. gib: about what one checkpoint takes. Raises UserError where that does not fit."""
     assert checkpoint.save is not None
     save = Path(os.path.abspath(checkpoint.save))
-    place = next(path for path in (save, *save.parents) if path.exists())
+    existing = next(path for path in (save, *save.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free / GIB
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free / GIB
     except OSError as error:
-        raise UserError(f"--save {checkpoint.save} cannot be written: {place}: {error.strerror}") from None
+        raise UserError(f"--save {checkpoint.save} cannot be written: {existing}: {error.strerror}") from None
     if free < gib:
         raise UserError(f"--save {checkpoint.save} has {free:.1f} GiB free, and one checkpoint takes about {gib:.1f} GiB")
     kept = None if checkpoint.keep_last is None else (checkpoint.keep_last + 1) * gib  # one more while the next is written

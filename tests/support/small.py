@@ -77,7 +77,10 @@ def build_student(case: Case, world_size: int, weights: Path | None = None, seed
     optimizer = build_optimizer(ddp_chunks, flags, case.parallel, case.dtype, mesh, case.precision)
     install_pipeline_hooks(ddp_chunks, optimizer, case.parallel.overlap_grad_reduce)
     scheduler = build_scheduler(optimizer, flags, train_samples=100 * GLOBAL_BATCH, global_batch_size=GLOBAL_BATCH)
-    student = Student(ddp_chunks, optimizer, scheduler, mesh, SEQ_LENGTH, case.micro_batch_size, GLOBAL_BATCH)
+    student = Student(
+        chunks=ddp_chunks, optimizer=optimizer, scheduler=scheduler, mesh=mesh, seq_length=SEQ_LENGTH,
+        micro_batch_size=case.micro_batch_size, global_batch_size=GLOBAL_BATCH,
+    )  # fmt: skip
     if weights is not None:
         load_weights(student, weights)
     return student

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, TokenizerConfig
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.vocab_parallel import VocabularyShard
@@ -45,13 +45,14 @@ def make_teacher(directory: Path, model: ModelConfig = TEACHER, steps: int = 2, 
 def save_teacher(student: Student, directory: Path, model: ModelConfig, steps: int) -> None:
     """Save a model that one rank has trained."""
     identity = RunIdentity(
-        "", asdict(model) | {"seq_length": SEQ_LENGTH, "vocabulary": VOCABULARY}, "tokenizer:aaaa", "data:aaaa", 1
-    )
+        yaml="", architecture=asdict(model) | {"seq_length": SEQ_LENGTH, "vocabulary": VOCABULARY},
+        tokenizer_fingerprint="tokenizer:aaaa", data_fingerprint="data:aaaa", seed=1,
+    )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     checkpointer = Checkpointer(
         CheckpointConfig(save=str(directory)), identity, tokenizer, student.mesh, student.chunks, None, None
     )
-    checkpointer.save(Progress(steps, 0), final=True, probe=reference_losses(student, VOCABULARY))
+    checkpointer.save(RunState(step=steps), final=True, reference_losses=reference_losses(student, VOCABULARY))
 
 
 @dataclass(frozen=True)

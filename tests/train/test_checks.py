@@ -56,7 +56,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], reason: str
 ) -> None:
-    """Neither comes as far as reading data: what follows the checks is replaced by an error."""
+    """Neither reads data: what follows the checks is replaced by an error."""
     monkeypatch.chdir(tmp_path)
     words = argv(**dict(data_path="words", train_iters=6, save="SAVE") | flags)
     said = []
@@ -74,7 +74,7 @@ def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
 
 
 def test_flags_that_belong_together_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else everything above could pass for the wrong reason."""
+    """Without this test, the tests above could pass for the wrong reason."""
     monkeypatch.chdir(tmp_path)
     flags = dict(WSD, lr_wsd_decay_iters=6, skip_samples=["0:8", "9:12"], keep_last=2, async_save=True, save_at=6) | dict(
         profile=True, profile_step_start=6

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: counts agree with each other, and a batch that cannot be cut is refused by flag and number."""
+"""Counts of a run agree with each other, and a batch that cannot be cut is refused by flag and number."""
 
 from __future__ import annotations
 
@@ -31,14 +31,22 @@ def teaching(**flags: Any) -> SaltConfig:
 @pytest.mark.parametrize("micro, data, microbatches, steps", [(1, 1, 1, 1), (2, 3, 4, 5), (4, 2, 8, 10)])
 def test_a_step_has_the_samples_asked_for_however_it_is_cut(micro, data, microbatches, steps):
     size = micro * data * microbatches
-    expected = RunPlan(steps, size, micro, microbatches, stage2_micro_batch_size=micro)
+    expected = RunPlan(
+        total_steps=steps,
+        global_batch_size=size,
+        micro_batch_size=micro,
+        num_microbatches=microbatches,
+        stage2_micro_batch_size=micro,
+    )
     assert plan(Layout(data=data), micro_batch_size=micro, global_batch_size=size, train_iters=steps) == expected
     assert plan(Layout(data=data), micro_batch_size=micro, global_batch_size=size, train_samples=steps * size) == expected
     assert expected.total_samples == steps * size
 
 
 def test_without_a_global_batch_each_replica_has_one_microbatch():
-    assert plan(Layout(data=3, tensor=2), micro_batch_size=4, train_iters=1) == RunPlan(1, 12, 4, 1, 4)
+    assert plan(Layout(data=3, tensor=2), micro_batch_size=4, train_iters=1) == RunPlan(
+        total_steps=1, global_batch_size=12, micro_batch_size=4, num_microbatches=1, stage2_micro_batch_size=4
+    )
 
 
 @pytest.mark.parametrize("given, layout, parallel, message", [
