@@ -14,12 +14,12 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_salt.errors import UserError
-from megatron_salt.preprocess.encode import Encoder
+from megatron_salt.preprocess.encode import Encoder, EncoderSettings
 from megatron_salt.preprocess.readers import Chunk
 from megatron_salt.preprocess.tokenizer_backends import choose_backend, encode_with, first_difference
 from megatron_salt.tokenizer.document_ends import Ends
 from megatron_salt.tokenizer.sentencepiece_model import user_defined_pieces, with_control_piece
-from megatron_salt.tokenizer.special_tokens import Finder, Found, told
+from megatron_salt.tokenizer.special_tokens import SpecialTokenCounts, SpecialTokenFinder, counts_in_words
 from megatron_salt.tokenizer.tokenizer import Tokenizer, tokenizer_from_files
 
 TEXT = ["the cat sat on the mat and the dog ran", "le chat dort; ça va? <b>12</b>", "def f(x):\n\treturn x  # ."] * 30
@@ -46,19 +46,19 @@ def test_occurrences_are_those_of_a_search_at_each_place(names):
             found += name is not None
             at += len(name) if name is not None else 1
         documents += found > 0
-    found = Finder(names)(texts)
+    found = SpecialTokenFinder(names)(texts)
     assert (found.documents, found.tokens) == (documents, {name: count for name, count in expected.items() if count})
 
 
 def test_the_first_is_shown_with_what_stands_around_it():
-    found = Finder(["<eod>", "</s>"])(["none", "a tag <eod> in the text </s>"])
-    assert found == Found(1, {"<eod>": 1, "</s>": 1}, (1, "<eod>", "'a tag <eod> in the text </s>'"))
-    assert Finder([])(["a"]) == Finder([""])(["a"]) == Found()
+    found = SpecialTokenFinder(["<eod>", "</s>"])(["none", "a tag <eod> in the text </s>"])
+    assert found == SpecialTokenCounts(1, {"<eod>": 1, "</s>": 1}, (1, "<eod>", "'a tag <eod> in the text </s>'"))
+    assert SpecialTokenFinder([])(["a"]) == SpecialTokenFinder([""])(["a"]) == SpecialTokenCounts()
 
 
 def test_the_most_frequent_tokens_are_told():
-    assert told({"a": 1, "b": 3}) == "'b' 3 times, 'a' once"
-    assert told({str(i): 9 - i for i in range(8)}).endswith("and 3 other tokens")
+    assert counts_in_words({"a": 1, "b": 3}) == "'b' 3 times, 'a' once"
+    assert counts_in_words({str(i): 9 - i for i in range(8)}).endswith("and 3 other tokens")
 
 
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
@@ -263,8 +263,9 @@ def test_gigatoken_is_not_taken_for_a_model_that_matches_pieces_of_its_own():
 def test_a_library_that_gives_a_special_id_all_the_same_is_refused_with_the_text():
     tokenizer = tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": sentencepiece_bytes()}, "test")
     forging = replace(tokenizer, encode_ids=lambda texts: [[5, tokenizer.eod] if "odd" in text else [5] for text in texts])
-    chunk = Chunk(0, "x.txt", "text", 0, 20, 20, b"plain\nodd one\nplain\n")
+    chunk = Chunk(file=0, path="x.txt", form="text", start=0, end=20, on_disk=20, data=b"plain\nodd one\nplain\n")
     with pytest.raises(UserError, match=r"--special-tokens-in-text split: for 'odd one' .* gives '<eod>' \(id 3\)"):
-        Encoder(forging, "reference", ["text"], True, False).encode(chunk)
+        Encoder(forging, EncoderSettings(backend="reference", keys=("text",), append_eod=True)).encode(chunk)
     allowed = replace(forging, forbidden=frozenset())
-    assert Encoder(allowed, "reference", ["text"], False, False).encode(chunk).ids[0].tolist() == [5, 5, 3, 5]
+    encoded = Encoder(allowed, EncoderSettings(backend="reference", keys=("text",), append_eod=False)).encode(chunk)
+    assert encoded.ids[0].tolist() == [5, 5, 3, 5]
