@@ -15,7 +15,6 @@ from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.loading import load_weights
 from megatron_salt.checkpoint.run_state import RunState
-from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.errors import UserError

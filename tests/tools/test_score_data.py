@@ -25,7 +25,7 @@ from torch import Tensor
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.loading import load_weights
-from megatron_salt.cli import from_yaml, run_tool
+from megatron_salt.cli import run_tool
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.windows import Windows
