@@ -46,7 +46,7 @@ NOT_OURS = {
     *("--no-deps", "--no-build-isolation"),  # pip
     *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
     *("--nv", "--bind"),  # apptainer
-    *("--check",),  # ruff
+    *("--check", "--interleave"),  # ruff, numactl
 }
 each_page = pytest.mark.parametrize("page", PAGES)
 
