@@ -37,9 +37,8 @@ from results import result
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: see there)
 
-from megatron_salt.cli import parse, to_yaml
+from megatron_salt.cli import parse
 from megatron_salt.config import (
     CheckpointConfig,
     DataConfig,
@@ -51,6 +50,7 @@ from megatron_salt.config import (
     TokenizerConfig,
     TrainingConfig,
 )  # fmt: skip
+from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.flops import HeadCost
 from megatron_salt.model.loss import chunk_tokens_for_budget
@@ -162,7 +162,7 @@ def prediction(run: RunConfig, head: HeadCost) -> float:
 def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
     """Bytes that one step's plan moves where a position has `width` values, those that stay on their rank included."""
     layout = student_layout(run.parallel, num_ranks)
-    plan = routing.plan(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
+    plan = routing.plan_exchange(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
     return sum(sum(plan.send_sizes(place)) for place in range(plan.num_places)) * width * dtype_of(run.training).itemsize
 
 

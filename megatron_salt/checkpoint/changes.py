@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_salt import yaml_core
 from megatron_salt.checkpoint.save_directory import RUN_YAML
-from megatron_salt.cli import sections
 from megatron_salt.config import flag
+from megatron_salt.config.run import sections
 from megatron_salt.small_files import read_small
 
 CHANGED = "changed"

@@ -25,7 +25,7 @@ from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.order import PoolProgress
 from megatron_salt.data.subsets import IdRanges, Members
-from megatron_salt.data.windows import Windows, num_held_out
+from megatron_salt.data.windows import Windows, first_ids, locate, num_held_out
 from megatron_salt.errors import UserError
 
 
@@ -35,6 +35,7 @@ class Samples:
     def __init__(
         self,
         split: str,
+        *,
         windows: Sequence[Windows],
         first: Sequence[int],
         sizes: Sequence[int],
@@ -54,7 +55,8 @@ class Samples:
         """Of each dataset, how many windows of it this split has."""
         self._weights = None if weights is None else list(weights)
         self._seed = seed
-        self._offsets = np.cumsum([0, *(len(w) for w in self.windows)], dtype=np.int64)
+        self.first_ids = first_ids(len(w) for w in self.windows)
+        """int64 [datasets + 1]: the id of each dataset's first window, and the number of all windows."""
         self._draw_from(split, self.id_ranges)
         self.vocabulary_size = vocabulary_size
         """Ids of the tokenizer."""
@@ -72,7 +74,7 @@ class Samples:
     def id_ranges(self) -> list[IdRanges]:
         """Ids of all samples of this split, by pool."""
         ranges = [
-            (int(offset) + first, size) for offset, first, size in zip(self._offsets, self.first, self.sizes, strict=False)
+            (int(offset) + first, size) for offset, first, size in zip(self.first_ids, self.first, self.sizes, strict=False)
         ]
         if self.weighted:
             return [IdRanges((first,), (size,)) for first, size in ranges]
@@ -131,12 +133,11 @@ class Samples:
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, window in its file) of global ids: int64 [n] -> int64 [n], int64 [n]."""
-        assert sample_ids.size == 0 or (sample_ids.min() >= 0 and sample_ids.max() < self._offsets[-1]), (
+        assert sample_ids.size == 0 or (sample_ids.min() >= 0 and sample_ids.max() < self.first_ids[-1]), (
             sample_ids,
-            self._offsets[-1],
+            self.first_ids[-1],
         )
-        dataset = np.searchsorted(self._offsets, sample_ids, side="right") - 1
-        return dataset, sample_ids - self._offsets[dataset]
+        return locate(self.first_ids, sample_ids)
 
     def tokens(self, sample_ids: np.ndarray) -> np.ndarray:
         """int64 [n] global ids -> int64 [n, L + 1]. UserError if a token is not in the vocabulary."""
@@ -188,23 +189,32 @@ def open_training_data(
     """
     masking = Masking(eod, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
 
-    def samples(
-        split: str, windows: list[Windows], first: list[int], sizes: list[int], weights: list[float] | None, seed: int
+    def split(
+        name: str, windows: list[Windows], *, first: list[int], sizes: list[int], weights: list[float] | None, seed: int
     ) -> Samples:
-        return Samples(split, windows, first, sizes, weights, seed, masking, vocabulary_size, data.verify_data)
+        return Samples(
+            name,
+            windows=windows,
+            first=first,
+            sizes=sizes,
+            weights=weights,
+            seed=seed,
+            masking=masking,
+            vocabulary_size=vocabulary_size,
+            verify=data.verify_data,
+        )
 
     windows, weights = _open_windows(data.data_path, "--data-path", seq_length, data.allow_duplicate_inputs)
     held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]
     kept = [len(w) - count for w, count in zip(windows, held_out, strict=True)]
-    train = samples("train", windows, [0] * len(windows), kept, weights, seed)
+    train = split("train", windows, first=[0] * len(windows), sizes=kept, weights=weights, seed=seed)
     if data.valid_data_path:
-        valid_windows, valid_weights = _open_windows(
-            data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs
-        )
-        return train, samples(
-            "valid", valid_windows, [0] * len(valid_windows), [len(w) for w in valid_windows], valid_weights, seed=0
-        )
-    return train, samples("valid", windows, kept, held_out, weights, seed=0) if data.valid_share else None
+        windows, weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs)
+        sizes = [len(w) for w in windows]
+        return train, split("valid", windows, first=[0] * len(windows), sizes=sizes, weights=weights, seed=0)
+    if not data.valid_share:
+        return train, None
+    return train, split("valid", windows, first=kept, sizes=held_out, weights=weights, seed=0)
 
 
 def _open_windows(

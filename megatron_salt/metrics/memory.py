@@ -8,7 +8,7 @@ import sys
 import psutil
 import torch
 
-GIB = 2**30
+from megatron_salt.parallel.hardware import GIB
 
 
 def peak_memory_gib() -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Batches
+from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.load_teacher import TeacherCheckpoint
 from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
 from megatron_salt.salt.stage_samples import StageSamples
@@ -27,6 +28,8 @@ class Stage1:
     schedule: Schedule
     teacher_flops: float = 0.0
     """FLOPs of the teacher for an input token, output layer included; 0 without a teacher."""
+    fidelity: Fidelity | None = None
+    """How near a teacher in FP8 is to itself in bfloat16; None for any other teacher, and without one."""
 
     def contains(self, step: int, progress: RunState) -> bool:
         """Whether a step belongs to stage 1."""

@@ -103,18 +103,18 @@ class StageSamples:
         ids = self.selection.ids
         if not self.everything.weighted:
             return [Selected(ids)]
-        return [Selected(ids[self.selection.between(first, end)]) for first, end in itertools.pairwise(self._offsets)]
+        return [Selected(ids[self.selection.between(first, end)]) for first, end in itertools.pairwise(self._first_ids)]
 
-    @cached_property
-    def _offsets(self) -> list[int]:
-        """First id of each dataset, and after them the number of all samples."""
-        return [0, *itertools.accumulate(len(windows) for windows in self.everything.windows)]
+    @property
+    def _first_ids(self) -> list[int]:
+        """Id of each dataset's first window, and the number of all windows."""
+        return self.everything.first_ids.tolist()
 
     @property
     def _held_out(self) -> list[tuple[Windows, int, int]]:
         """(windows, first held-out id, number of held-out ids) of each dataset."""
         samples = self.everything
-        ends = zip(samples.windows, self._offsets, samples.first, samples.sizes, strict=False)
+        ends = zip(samples.windows, self._first_ids, samples.first, samples.sizes, strict=False)
         return [(windows, offset + first + size, len(windows) - first - size) for windows, offset, first, size in ends]
 
     def _unseen(self, passed: int) -> list[Unseen]:
@@ -126,4 +126,4 @@ class StageSamples:
         """Which of the ids belong to a pool: bool [n]."""
         if not self.everything.weighted:
             return np.ones(len(ids), bool)
-        return (ids >= self._offsets[number]) & (ids < self._offsets[number + 1])
+        return (ids >= self._first_ids[number]) & (ids < self._first_ids[number + 1])

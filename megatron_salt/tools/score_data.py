@@ -194,10 +194,21 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     def manifest() -> IndexManifest:
         masking = {name: getattr(config, name) for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
         return IndexManifest(
-            samples.dataset_facts(), length, tokenizer.vocabulary_size, tokenizer.fingerprint, teacher.fingerprint, teacher.step,
-            str(teacher.directory), config.score_top_k, masking, config.dtype or teacher.dtype, config.micro_batch_size,
-            config.block_samples, config.sample, sample_seed,
-        )  # fmt: skip
+            datasets=samples.dataset_facts(),
+            seq_length=length,
+            vocabulary=tokenizer.vocabulary_size,
+            tokenizer=tokenizer.fingerprint,
+            teacher=teacher.fingerprint,
+            teacher_step=teacher.step,
+            teacher_directory=str(teacher.directory),
+            top_k=config.score_top_k,
+            masking=masking,
+            dtype=config.dtype or teacher.dtype,
+            micro_batch_size=config.micro_batch_size,
+            block_samples=config.block_samples,
+            sample=config.sample,
+            sample_seed=sample_seed,
+        )
 
     return score_shard(config, layout, teacher, samples, manifest, watch)
 

@@ -190,12 +190,12 @@ def select_data(config: SelectConfig) -> None:
         write_selection(
             selection_prefix(config),
             choice.ids(),
-            choice.count,
-            index.manifest,
-            facts,
-            config.valid_share,
-            tie_seed,
-            choice.tie_share,
+            num_selected=choice.count,
+            scores=index.manifest,
+            rule=facts,
+            valid_share=config.valid_share,
+            tie_seed=tie_seed,
+            tie_share=choice.tie_share,
         )
         for path in outputs[2:]:
             path.unlink(missing_ok=True)  # they tell of the selection that was there
@@ -258,14 +258,14 @@ def rule_of(config: SelectConfig) -> Rule:
     seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
     return Rule(
         config.rule,
-        config.fraction,
-        config.num_samples,
-        config.per_dataset,
-        config.band_skip or 0.0,
-        config.min_score,
-        config.max_score,
-        seed,
-        TIE_SEED if config.tie_seed is None else config.tie_seed,
+        fraction=config.fraction,
+        num_samples=config.num_samples,
+        per_dataset=config.per_dataset,
+        skip=config.band_skip or 0.0,
+        minimum=config.min_score,
+        maximum=config.max_score,
+        seed=seed,
+        tie_seed=TIE_SEED if config.tie_seed is None else config.tie_seed,
     )
 
 

@@ -72,7 +72,12 @@ def build(
 
     def batches(samples: Samples, skip: tuple[str, ...]) -> Batches:
         return Batches(
-            samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip)
+            samples,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            replica=mesh.at.dp,
+            num_replicas=layout.data,
+            skip=parse_skip_samples(skip),
         )
 
     run = Run(
@@ -113,11 +118,11 @@ def in_its_stage(
     flops = forward_flops_per_token(
         teacher.model, config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
     )
-    built = build_teacher(
+    built, fidelity = build_teacher(
         config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, precision=precision, text=run.train.first(SAMPLES),
         look=look,
     )  # fmt: skip
-    return replace(run, stage1=Stage1(built, schedule, flops)), progress
+    return replace(run, stage1=Stage1(built, schedule, flops, fidelity)), progress
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:

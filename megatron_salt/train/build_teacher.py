@@ -17,10 +17,11 @@ from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import new_group_of
 from megatron_salt.salt.cost import predict
+from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.head_cost import measure_head
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, refuse_trainable
-from megatron_salt.salt.routing import exchange_gib, teacher_layout, warnings
-from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.routing import exchange_gib, layout_warnings, teacher_layout
+from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.train.build_model import dtype_of
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.step import Student
@@ -50,8 +51,9 @@ def refuse_large_exchange(
 def build_teacher(
     config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
     precision: Precision, text: Sequence[Microbatch], look: Look,
-) -> Teacher:  # fmt: skip
-    """The teacher over the student's ranks, after logging what it will cost. Collective over all ranks. Raises UserError.
+) -> tuple[Teacher, Fidelity | None]:  # fmt: skip
+    """The teacher over the student's ranks, after logging what it will cost; a teacher in FP8 comes with its fidelity. Collective over
+    all ranks. Raises UserError.
 
     text: samples on which a teacher in FP8 is tried, the same on every rank. look: raises LeftEarly between the phases.
     """
@@ -59,7 +61,7 @@ def build_teacher(
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
-    for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
+    for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
@@ -73,11 +75,18 @@ def build_teacher(
     dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
-    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, config.parallel.sequence_parallel)
-    teacher = admit(
-        checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
-        text, look,
-    )  # fmt: skip
+    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)
+    teacher, fidelity = admit(
+        checkpoint,
+        salt,
+        TeacherHead(mesh, shard, training.seq_length, chunk_tokens),
+        dtype=dtype,
+        microbatches_per_forward=plan.teacher_merge,
+        timeout=timeout,
+        precision=precision,
+        text=text,
+        look=look,
+    )
     groups = student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info(
@@ -88,4 +97,4 @@ def build_teacher(
         layout.data,
         exchange,
     )
-    return teacher
+    return teacher, fidelity

@@ -26,7 +26,6 @@ from megatron_salt.data.batch import passed_positions
 from megatron_salt.data.held_out import refuse_training_data
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
-from megatron_salt.metrics.memory import GIB
 from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.precision import TORCH, Precision, student_precision, teacher_precision
@@ -37,7 +36,7 @@ from megatron_salt.model.precision_checks import (
     refuse_precision,
     refuse_shapes,
 )
-from megatron_salt.parallel.hardware import Hardware
+from megatron_salt.parallel.hardware import GIB, Hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.load_teacher import teacher_parallel
 from megatron_salt.salt.stage1 import decide_salt

@@ -98,7 +98,7 @@ def announce(run: Run, progress: RunState, log: RunLog) -> None:
     if step >= total:
         log.event(step, f"nothing to train: {step} steps are done, and the run has {total}")
         return
-    if run.stage1 is not None and run.stage1.teacher is not None and (fidelity := run.stage1.teacher.fidelity) is not None:
+    if run.stage1 is not None and (fidelity := run.stage1.fidelity) is not None:
         log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
     if run.stage_samples is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)

@@ -28,8 +28,20 @@ from megatron_salt.tools.inspect_checkpoint import _about
 from tests.support.score_files import write_index
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
-SCORES = IndexManifest((DatasetFacts("web", "content:1", 12),), 8, 256, "t", "sha256:0", 10, "teacher", (2,), {"eod_mask_loss": False},
-                       "float32", micro_batch_size=1, block_samples=4)  # fmt: skip
+SCORES = IndexManifest(
+    datasets=(DatasetFacts("web", "content:1", 12),),
+    seq_length=8,
+    vocabulary=256,
+    tokenizer="t",
+    teacher="sha256:0",
+    teacher_step=10,
+    teacher_directory="teacher",
+    top_k=(2,),
+    masking={"eod_mask_loss": False},
+    dtype="float32",
+    micro_batch_size=1,
+    block_samples=4,
+)
 
 
 def mutations(tree: Any) -> Iterator[Any]:
@@ -61,9 +73,32 @@ def _at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def dataset(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    source = Source("a.jsonl", 10, 1, 1, 0, 0, 8, {"empty": 1})
+    source = Source(
+        file="a.jsonl",
+        size_bytes=10,
+        lines=1,
+        documents=1,
+        empty_documents=0,
+        rejected_lines=0,
+        text_bytes=8,
+        reasons={"empty": 1},
+    )
     manifest = Manifest(
-        1, 8, "uint16", 16, 42, "a", "b", "sampled:c", "ByteLevelTokenizer", "t", 257, 256, True, "text", (source,)
+        documents=1,
+        tokens=8,
+        dtype="uint16",
+        bin_bytes=16,
+        idx_bytes=42,
+        bin_hash="a",
+        idx_hash="b",
+        sampled="sampled:c",
+        tokenizer_type="ByteLevelTokenizer",
+        tokenizer_fingerprint="t",
+        vocab_size=257,
+        eod=256,
+        append_eod=True,
+        json_key="text",
+        sources=(source,),
     )
     write_manifest(manifest, manifest_path(str(folder / "data")))
     return manifest_path(str(folder / "data")), lambda: read_manifest(str(folder / "data"))
@@ -87,7 +122,8 @@ def score_shard(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def selection(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    write_selection(str(folder / "chosen"), [np.array([1, 3, 5], np.int64)], 3, SCORES, {"rule": "by hand"}, 0.0)
+    ids = np.array([1, 3, 5], np.int64)
+    write_selection(str(folder / "chosen"), [ids], num_selected=3, scores=SCORES, rule={"rule": "by hand"}, valid_share=0.0)
     return folder / "chosen.json", lambda: Selection.open(str(folder / "chosen"))
 
 

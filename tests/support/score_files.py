@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.data.manifest import DatasetFacts
-from megatron_salt.selection.score_format import IndexManifest, claim, columns, shard_blocks
-from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.selection.score_format import IndexManifest, claim, columns, npy_header, shard_blocks
+from megatron_salt.selection.score_reader import ScoreIndex, Shard
 from megatron_salt.selection.score_writer import ShardWriter
 
 TOP_K = (1, 10)
@@ -71,3 +71,16 @@ def write_index(directory: Path, manifest: IndexManifest, rows: Mapping[str, np.
 def files_in(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def write_columns(directory: Path, manifest: IndexManifest, num_shards: int = 1, **columns: np.ndarray) -> ScoreIndex:
+    """An index of which only these columns can be read."""
+    bounds = [manifest.num_samples * number // num_shards for number in range(num_shards + 1)]
+    shards = []
+    for first, end in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
+        path = directory / f"samples-{first:015d}-{end:015d}"
+        path.mkdir(parents=True)
+        for name, values in columns.items():
+            (path / f"{name}.npy").write_bytes(npy_header(values.dtype, end - first) + values[first:end].tobytes())
+        shards.append(Shard(path, first, end, {}))
+    return ScoreIndex(manifest, tuple(shards), "--scores")

@@ -20,8 +20,25 @@ def write_ids(prefix: object, data_path: Sequence[str], seq_length: int, ids: Se
     datasets = tuple(DatasetFacts(one, fingerprint(one), len(Windows(TokenFile.open(one), seq_length))) for one in data_path)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     scores = IndexManifest(
-        datasets, seq_length, tokenizer.vocabulary_size, tokenizer.fingerprint, "sha256:0", 10, "teacher/iter_0000010", (10,), {},
-        "float32", micro_batch_size=1, block_samples=1,
-    )  # fmt: skip
-    write_selection(str(prefix), [np.array(sorted(ids), np.int64)], len(ids), scores, {"rule": "by hand"}, valid_share)
+        datasets=datasets,
+        seq_length=seq_length,
+        vocabulary=tokenizer.vocabulary_size,
+        tokenizer=tokenizer.fingerprint,
+        teacher="sha256:0",
+        teacher_step=10,
+        teacher_directory="teacher/iter_0000010",
+        top_k=(10,),
+        masking={},
+        dtype="float32",
+        micro_batch_size=1,
+        block_samples=1,
+    )
+    write_selection(
+        str(prefix),
+        [np.array(sorted(ids), np.int64)],
+        num_selected=len(ids),
+        scores=scores,
+        rule={"rule": "by hand"},
+        valid_share=valid_share,
+    )
     return f"{prefix}.npy"
