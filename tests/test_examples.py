@@ -115,7 +115,7 @@ def test_flags_of_tools_exist(script: Path) -> None:
     joined = script.read_text().replace("\\\n", " ").replace("\n#", "\n")
     for tool, rest in re.findall(r"tools/(\w+)\.py([^\n]*)", joined):
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - {"--dependency", "--wrap"}
-        assert flags <= set(known_flags(tool_config(ROOT / f"tools/{tool}.py"))), (script.name, tool)
+        assert flags <= set(known_flags(tool_config(tool))), (script.name, tool)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -1,7 +1,7 @@
 """Turn text into a training dataset: `<output-prefix>_<key>_document.bin` and `.idx`, in Megatron's format.
 
 Documents come out in input order, and the files are the same bytes for any number of workers, and for a run that was killed and
-resumed. Beside them lie a manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`).
+resumed. ConfigEnds them lie a manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`).
 All is written under temporary names and moved to the final ones at the end; a run that fails leaves nothing, a killed one `.tmp`
 files, which --resume goes on with. The first bad line ends the run unless --max-bad-lines says how much text may be lost; blank
 lines and empty documents lose none and are left out and counted. Memory does not grow with the input.
@@ -35,7 +35,7 @@ from megatron_salt.data.manifest import (
     tokenizer_directory,
     write_manifest,
 )
-from megatron_salt.data.run_tokenizer import refuse_without_ends, told_ends
+from megatron_salt.data.run_tokenizer import describe_ends, refuse_without_ends
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.dedup_shuffle import finish_arranged
 from megatron_salt.preprocess.encode import Encoder, EncoderSettings
@@ -58,7 +58,7 @@ from megatron_salt.preprocess.staging import (
 )
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
 from megatron_salt.preprocess.worker_pool import chunk_size, encode_chunks
-from megatron_salt.tokenizer.special_tokens import Finder, Policy, refuse_special, told_at_end, told_of_sample
+from megatron_salt.tokenizer.special_tokens import Policy, SpecialTokenFinder, describe_dataset, describe_sample, refuse_special
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 
 CHUNK_BYTES = 1 << 20
@@ -202,10 +202,12 @@ def preprocess(config: PreprocessConfig) -> None:
                 sample = sample_texts(files, forms, config.json_keys, longest) if tokenizer.as_json is not None else []
                 backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
                 print(f"tokenizer backend: {why}", flush=True)
-                print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
+                print(describe_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
                 if sample:
                     print(
-                        told_of_sample(Finder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text),
+                        describe_sample(
+                            SpecialTokenFinder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text
+                        ),
                         flush=True,
                     )
                 settings = EncoderSettings(
@@ -375,7 +377,7 @@ def write_datasets(
                 f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
                 f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
                 + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else "")
-                + told_at_end(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text)
+                + describe_dataset(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text)
             )
     return lines
 

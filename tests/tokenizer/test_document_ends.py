@@ -14,7 +14,7 @@ from tokenizers import models, processors
 from megatron_salt.config import DataConfig, TokenizerConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
-from megatron_salt.tokenizer.document_ends import Declared, find_eod, of_template
+from megatron_salt.tokenizer.document_ends import DeclaredEnds, ends_of_post_processor, find_eod
 from megatron_salt.tokenizer.tokenizer import DESCRIPTION, build_tokenizer, load_tokenizer, tokenizer_from_files
 from tests.tokenizer.test_tokenizer import sentencepiece_model
 
@@ -99,8 +99,10 @@ def test_what_the_post_processor_appends_decides_too(tmp_path):
     config = saved(tmp_path, model)
     assert (eod_text(config, model), build_tokenizer(config).bos) == ("<|endoftext|>", ids[0][1])
     model.post_processor = processors.BertProcessing(("</s>", 5), ("<s>", 6))
-    assert of_template(json.loads(model.post_processor.__getstate__())) == Declared(frozenset([5]), frozenset([6]))
-    assert of_template(None) == of_template({"type": "Other"}) == Declared()
+    assert ends_of_post_processor(json.loads(model.post_processor.__getstate__())) == DeclaredEnds(
+        frozenset([5]), frozenset([6])
+    )
+    assert ends_of_post_processor(None) == ends_of_post_processor({"type": "Other"}) == DeclaredEnds()
 
 
 def test_files_beside_a_file_of_another_name_are_not_its_own(tmp_path):
