@@ -121,15 +121,15 @@ def test_ci_takes_a_built_extension_where_there_is_one(tmp_path: Path, given: bo
     wheels.mkdir(parents=True)
     (wheels / "transformer_engine_torch-2.20.2-cp312-cp312-linux_x86_64.whl").touch()
     environment = {"PIP_FIND_LINKS": "https://wheels.example"} if given else {}
-    source = "https://wheels.example" if given else str(wheels)
+    sources = f"https://wheels.example {wheels}" if given else str(wheels)
     said = continuous_integration(tmp_path, **environment)
-    assert f"make test-te PYTHON=python3.12, with the wheels of {source} (" in said
-    assert f"make test-te PYTHON=python3.12 [{source}]" in said
+    assert f"make test-te PYTHON=python3.12, with built extensions from: {sources} (" in said
+    assert f"make test-te PYTHON=python3.12 [{sources}]" in said
 
 
 def test_ci_compiles_where_there_is_no_built_extension(tmp_path: Path) -> None:
     said = continuous_integration(tmp_path)
-    assert "which compiles Transformer Engine's extension" in said and "make test-te PYTHON=python3.12 []" in said
+    assert "from: nowhere, so it is compiled" in said and "make test-te PYTHON=python3.12 []" in said
     assert "left out: make test-slurm, which needs root" in said
 
 
