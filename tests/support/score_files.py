@@ -84,3 +84,8 @@ def write_columns(directory: Path, manifest: IndexManifest, num_shards: int = 1,
             (path / f"{name}.npy").write_bytes(npy_header(values.dtype, end - first) + values[first:end].tobytes())
         shards.append(Shard(path, first, end, {}))
     return ScoreIndex(manifest, tuple(shards), "--scores")
+
+
+MANIFEST = manifest_of([45, 1, 57])
+"""103 samples in 13 blocks, the last of 7."""
+ROWS = random_rows(MANIFEST)
