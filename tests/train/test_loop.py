@@ -157,7 +157,7 @@ def decided(save: Path, step: int) -> Path:
 def test_every_save_comes_before_the_evaluation_and_is_told_of_it_afterwards(
     tmp_path: Path, data: str, async_save: bool
 ) -> None:
-    """Also the last one. A run that was killed before its last evaluation makes it at the next start, once."""
+    """Also the last one. A run that was killed between its last save and last evaluation evaluates once at the next start."""
     flags = dict(data_path=data, train_iters=4, valid_share=0.2, eval_interval=2, eval_iters=1, async_save=async_save)
     flags |= dict(save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
     save = tmp_path / "run"

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_salt.checkpoint.run_state import ReferenceLosses
 from megatron_salt.data.batch import Batches, Microbatch
 from megatron_salt.errors import NonFiniteError
 from megatron_salt.train import loop
@@ -137,9 +138,9 @@ def test_a_run_whose_last_loss_is_not_finite_is_not_done_however_often_it_is_sta
 
 
 def test_the_loss_on_the_fixed_batch_must_be_finite() -> None:
-    refuse_nonfinite_losses({"losses": [1.0, 2.0]}, 7, no_way_out)
+    refuse_nonfinite_losses(ReferenceLosses((8, 16), (1.0, 2.0), "float32"), 7, no_way_out)
     with pytest.raises(NonFiniteError, match="after step 7 the loss"):
-        refuse_nonfinite_losses({"losses": [1.0, None]}, 7, no_way_out)
+        refuse_nonfinite_losses(ReferenceLosses((8, 16), (1.0, None), "float32"), 7, no_way_out)
 
 
 # ---- gradients that are not finite --------------------------------------------------------------------------------------
