@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -36,12 +37,17 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.integrity import FileSum, sum_of_file, write_summed
 from megatron_salt.checkpoint.safe_unpickle import COMMON
 from megatron_salt.checkpoint.sharded_state import State
+from megatron_salt.errors import UserError
+from megatron_salt.files import write_whole
 from megatron_salt.parallel.collectives import first_problem, from_rank_0
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mcore_compat import begin_sharded_save, quiet_checkpointing
+
+log = logging.getLogger(__name__)
 
 CORE_CONFIG = "metadata.json"
 CORE_CONFIG_CONTENT = {
@@ -68,6 +74,29 @@ def on_rank_0(action: Callable[[], None]) -> str | None:
         from_rank_0(action)
     except OSError as error:
         return f"rank 0: {describe(error)}"
+    return None
+
+
+def prepare_directory(save: Path) -> None:
+    """Make --save, remove what crashed runs left there, and check that every rank can write in it. Raises UserError."""
+
+    def prepare() -> None:
+        save.mkdir(parents=True, exist_ok=True)
+        for line in save_directory.tidy(save):
+            log.warning("--save %s: %s", save, line)
+
+    problem = on_rank_0(prepare) or first_problem(_try_to_write(save))
+    if problem is not None:
+        raise UserError(f"--save {save} cannot be written: {problem}")
+
+
+def _try_to_write(save: Path) -> str | None:
+    path = save / f".probe-{dist.get_rank()}"
+    try:
+        write_whole(path, b"probe", durable=True)
+        path.unlink()
+    except OSError as error:
+        return describe(error)
     return None
 
 

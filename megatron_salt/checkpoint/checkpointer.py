@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
@@ -45,9 +44,8 @@ from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.run_state import CheckpointState, OpenedCheckpoint, OptimizerState, ReferenceLosses, RunState
 from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 from megatron_salt.config import CheckpointConfig
-from megatron_salt.errors import Look, SaveError, UserError, stay
-from megatron_salt.files import write_whole
-from megatron_salt.parallel.collectives import first_problem, from_rank_0
+from megatron_salt.errors import Look, SaveError, stay
+from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -55,7 +53,7 @@ from megatron_salt.tokenizer.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Pending:
     """A save that is being written."""
 
@@ -73,9 +71,10 @@ class Checkpointer:
     def __init__(
         self,
         config: CheckpointConfig,
-        run: RunIdentity,
+        identity: RunIdentity,
         tokenizer: Tokenizer,
         mesh: Mesh,
+        *,
         chunks: Sequence[nn.Module],
         optimizer: MegatronOptimizer | None,
         scheduler: OptimizerParamScheduler | None,
@@ -83,7 +82,7 @@ class Checkpointer:
     ) -> None:
         """chunks: this rank's model chunks, bare or wrapped. owner: rank 0's lock on --save; None on other ranks, and where no other
         run can write there. Raises UserError where --save cannot be written."""
-        self._config, self._run, self._tokenizer, self._mesh = config, run, tokenizer, mesh
+        self._config, self._identity, self._tokenizer, self._mesh = config, identity, tokenizer, mesh
         self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
         self._save = None if config.save is None else Path(config.save)
         self._owner = owner
@@ -94,7 +93,7 @@ class Checkpointer:
         self._newest: tuple[int, Path] | None = None  # this run's newest whole checkpoint under --save
         self._evaluated: RunState | None = None  # after the evaluation at the pending save's step
         if self._save is not None:
-            prepare_directory(self._save)
+            async_writer.prepare_directory(self._save)
 
     # ---- saving -------------------------------------------------------------------------------------------------------
 
@@ -122,7 +121,7 @@ class Checkpointer:
                 self._failed(run.step, problem)
                 return
             write = async_writer.plan(tensors, directory, self._mesh.groups)
-            self._pending = _Pending(run.step, write, sums, reshardable, started)
+            self._pending = _Pending(step=run.step, write=write, sums=sums, reshardable=reshardable, started=started)
             if self._config.async_save:
                 async_writer.write_later(write, self._queue, self._publish)
             else:
@@ -182,9 +181,9 @@ class Checkpointer:
             megatron_core=megatron_core_version(),
             torch=torch.__version__,
             run=run,
-            architecture=self._run.architecture,
-            tokenizer=self._run.tokenizer_fingerprint,
-            data_fingerprint=self._run.data_fingerprint,
+            architecture=self._identity.architecture,
+            tokenizer=self._identity.tokenizer_fingerprint,
+            data_fingerprint=self._identity.data_fingerprint,
             reference_losses=reference_losses,
             layout=self._mesh.layout,
             chunks=len(self._chunks),
@@ -203,7 +202,7 @@ class Checkpointer:
         self._tokenizer.save(directory / TOKENIZER)
         for path in sorted((directory / TOKENIZER).iterdir()):
             sums[f"{TOKENIZER}/{path.name}"] = integrity.sum_of_file(path)
-        sums[RUN_YAML] = integrity.write_summed(directory / RUN_YAML, self._run.yaml.encode())
+        sums[RUN_YAML] = integrity.write_summed(directory / RUN_YAML, self._identity.yaml.encode())
         sums[save_directory.STATE] = state_file.write_state(directory, state)
         sums |= async_writer.write_core_files(directory)
 
@@ -289,11 +288,11 @@ class Checkpointer:
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        state = from_rank_0(partial(compatibility.take_over, opened, self._run, config))
+        state = from_rank_0(partial(compatibility.take_over, opened, self._identity, config))
         self._begin(None if config.finetune else opened)
-        loading.load_tensors(opened, config, self._run.seed, self._mesh, self._chunks, self._optimizer)
+        loading.load_tensors(opened, config, self._identity.seed, self._mesh, self._chunks, self._optimizer)
         if not config.finetune and self._scheduler is not None and opened.state.scheduler is not None:
-            compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._run.schedule_follows_run)
+            compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._identity.schedule_follows_run)
         beside = self._save is not None and os.path.realpath(opened.directory.parent) == os.path.realpath(self._save)
         if beside and not opened.directory.is_symlink():  # a link may point to another run's checkpoint
             self._newest = (opened.state.run.step, opened.directory)
@@ -306,26 +305,3 @@ class Checkpointer:
             if opened is not None:
                 origin = retention.Origin(opened.directory, opened.state.run.step, opened.state.lineage)
             self._lineage = from_rank_0(partial(retention.begin, self._config, origin))
-
-
-def prepare_directory(save: Path) -> None:
-    """Make --save, remove what crashed runs left there, and check that every rank can write in it. Raises UserError."""
-
-    def prepare() -> None:
-        save.mkdir(parents=True, exist_ok=True)
-        for line in save_directory.tidy(save):
-            log.warning("--save %s: %s", save, line)
-
-    problem = async_writer.on_rank_0(prepare) or first_problem(_try_to_write(save))
-    if problem is not None:
-        raise UserError(f"--save {save} cannot be written: {problem}")
-
-
-def _try_to_write(save: Path) -> str | None:
-    path = save / f".probe-{dist.get_rank()}"
-    try:
-        write_whole(path, b"probe", durable=True)
-        path.unlink()
-    except OSError as error:
-        return async_writer.describe(error)
-    return None

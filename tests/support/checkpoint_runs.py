@@ -68,7 +68,10 @@ def start(run: Run, world_size: int) -> tuple[Student, Checkpointer, RunState | 
     )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     config = CheckpointConfig(save=run.save, load=run.load, **run.flags)
-    checkpointer = Checkpointer(config, identity, tokenizer, student.mesh, student.chunks, student.optimizer, student.scheduler)
+    checkpointer = Checkpointer(
+        config, identity, tokenizer, student.mesh, chunks=student.chunks, optimizer=student.optimizer,
+        scheduler=student.scheduler,
+    )  # fmt: skip
     return student, checkpointer, checkpointer.load()
 
 

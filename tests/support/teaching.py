@@ -50,7 +50,13 @@ def save_teacher(student: Student, directory: Path, model: ModelConfig, steps: i
     )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     checkpointer = Checkpointer(
-        CheckpointConfig(save=str(directory)), identity, tokenizer, student.mesh, student.chunks, None, None
+        CheckpointConfig(save=str(directory)),
+        identity,
+        tokenizer,
+        student.mesh,
+        chunks=student.chunks,
+        optimizer=None,
+        scheduler=None,
     )
     checkpointer.save(RunState(step=steps), final=True, reference_losses=reference_losses(student, VOCABULARY))
 
