@@ -313,3 +313,17 @@ def test_the_quickstart_trains_on_what_it_makes() -> None:
     )  # the same samples
     assert student.training.train_iters is not None
     assert int(kd_steps[1]) < student.training.train_iters / 2
+
+
+def test_the_quickstart_claims_a_direction_and_no_more() -> None:
+    """The long form holds SALT to plain + 0.05 and every run to less than the unigram entropy; text and output say that it is one seed."""
+    script = (ROOT / "examples/quickstart.sh").read_text()
+    runs = ["--run", "plain=p.jsonl", "salt=s.jsonl", "--unigram-of", "tokens"]
+    long, short = [
+        parse_flags(tool_config("report"), [*runs, *shlex.split(asked)])
+        for asked in re.findall(r"^ *asked=\((.+)\)$", script, re.MULTILINE)
+    ]
+    assert (long.below, long.below_margin) == (("salt:plain",), 0.05) and not short.below
+    assert long.below_unigram < short.below_unigram < 1
+    assert "(one seed: a direction, no evidence)" in script
+    assert "One seed is a direction and no evidence" in README
