@@ -109,7 +109,8 @@ def test_a_tool_does_so_too(
     monkeypatch.chdir(tmp_path)
     argv = [word.replace("HOME", str(home)) for word in words.split()]
     program = ROOT / "tools" / Path(tool.__file__).name
-    process = subprocess.run([sys.executable, str(program), *argv], capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, program, *argv], capture_output=True, text=True, timeout=120, env=environment)
     assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, (
         process.stderr
     )
