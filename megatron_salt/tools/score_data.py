@@ -31,6 +31,7 @@ from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
+from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
@@ -263,9 +264,16 @@ def score_shard(
         )  # fmt: skip
         try:
             scorer = make_scorer(
-                teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout,
-                exit_plan.look,
-            )  # fmt: skip
+                teacher,
+                layout,
+                samples,
+                dtype=facts.dtype,
+                micro_batch_size=config.micro_batch_size,
+                top_k=config.score_top_k,
+                chunk_mib=config.loss_chunk_mib,
+                timeout=timeout,
+                look=exit_plan.look,
+            )
         except LeftEarly as left:
             if rank == 0:
                 print(
@@ -278,11 +286,8 @@ def score_shard(
 
 def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     """What the whole index costs, for start-up."""
-    from megatron_salt.model.flops import forward_flops_per_token
-
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
-    padded_vocabulary_size = teacher.model.padded_vocabulary_size(facts.vocabulary)
-    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded_vocabulary_size)
+    flops = scoring_flops(facts, teacher.model)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
     advice = "; --sample scores a part" if facts.sample is None else ""
     return (
