@@ -1,4 +1,4 @@
-"""What tools write: nothing is replaced without a flag, and two processes do not write one output at once."""
+"""Outputs of tools: nothing is replaced without a flag, and two processes do not write the same output at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_lock_of_a_killed_process_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_of_many_that_come_and_go_one_holds_the_output_at_a_time(tmp_path: Path) -> None:
-    """Each adds to a number that it reads first; a lock that is removed while another opens it would lose one."""
+    """Each process reads a number and adds to it. If a lock were removed while another process opens it, an addition would be lost."""
     code = """
 import sys, time
 from pathlib import Path

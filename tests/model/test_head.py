@@ -1,4 +1,4 @@
-"""The output head inside megatron-core: against mcore's own output layer and loss, under mcore's DDP, and its refusals."""
+"""The output head in megatron-core: equal to megatron-core's output layer and loss, also under its DDP; and what the head refuses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def draw_tokens(seed: int = 4) -> Tensor:
 
 
 def both_heads(tp: int, sequence_parallel: bool, dtype: torch.dtype, chunk: int) -> dict[str, tuple[float, float, float]]:
-    """Errors of (loss, d_hidden, d_weight) against mcore in float32, by head."""
+    """{head: relative errors of (loss, d_hidden, d_weight)} against megatron-core in float32."""
     start(tp)
     whole, labels, mask = draw(SEQUENCE, BATCH, HIDDEN).to(dtype), draw_tokens(), (draw(BATCH, SEQUENCE) > -0.3).float()
     weight = draw(VOCABULARY, HIDDEN, seed=9).mul(0.4).to(dtype).chunk(tp)[dist.get_rank()]
@@ -137,7 +137,7 @@ def test_without_labels_it_is_a_column_parallel_linear(tp, tied):
 
 
 class TinyModel(torch.nn.Module):
-    """Embedding -> norm -> head; where tied, at one pipeline stage as mcore's LanguageModule sets it up."""
+    """Embedding -> norm -> head. If tied, the weight is shared as in megatron-core's LanguageModule on one pipeline stage."""
 
     def __init__(self, config: TransformerConfig, tied: bool) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Way:
 
 
 def teacher_of(tokens: Tensor, dtype: torch.dtype) -> SoftTarget:
-    """A teacher of another hidden size that has something to say about each batch of tokens."""
+    """A teacher with another hidden size, whose target differs for each batch of tokens."""
     hidden = draw(SEQUENCE, BATCH, 24, seed=int(tokens.sum()))
     return SoftTarget(hidden.to(dtype), draw(VOCABULARY, 24, seed=8).mul(0.4).to(dtype), temperature=0.5, kd_weight=0.6)
 
@@ -176,7 +176,7 @@ def microbatches(rank: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def torch_gradients(model: TinyModel, rank: int, way: Way) -> dict[str, Tensor]:
-    """Plain torch, full logits, float64, all microbatches in one sum."""
+    """Oracle: plain torch with full logits in float64, all microbatches in one sum."""
     names = dict(model.named_parameters())
     parameters = {name: parameter.detach().double().requires_grad_() for name, parameter in names.items()}
     table = parameters["embedding.weight"]
@@ -193,14 +193,14 @@ def torch_gradients(model: TinyModel, rank: int, way: Way) -> dict[str, Tensor]:
 
 
 def weight_gradients_alive() -> int:
-    """Float32 [V/tp, h] tensors that are neither parameters nor their gradients: the head's."""
+    """Number of float32 [V/tp, h] tensors that are neither parameters nor their gradients: the head's weight gradients."""
     gc.collect()
     alive = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (VOCABULARY, HIDDEN) and t.dtype == torch.float32]
     return sum(t._base is None for t in alive)
 
 
 def main_grads(way: Way) -> tuple[dict[str, float], list[int]]:
-    """Relative errors of each main_grad after three microbatches under mcore's DDP, and weight gradients alive on the way."""
+    """Relative error of each main_grad after three microbatches under megatron-core's DDP, and the weight gradients alive after each."""
     start(1)
     config = config_for(1, gradient_accumulation_fusion=way.fusion, dtype=way.dtype)
     model = TinyModel(config, way.tied)
@@ -251,7 +251,8 @@ def test_main_grad_is_the_sum_of_all_uses_of_the_weight(dtype, tied, fusion, ove
 
 
 def protocol(zero_out: bool, main_dtype: torch.dtype) -> None:
-    """As in mcore's tensor_parallel/layers.py: forward leaves main_grad alone, backward adds, flags it, returns a dummy."""
+    """As in megatron-core's tensor_parallel/layers.py: forward leaves main_grad alone; backward adds to it, sets its flag
+    and returns a dummy."""
     start(1)
     head = make_head(config_for(1))
     hidden, labels = draw(SEQUENCE, BATCH, HIDDEN), draw_tokens()
@@ -269,7 +270,7 @@ def protocol(zero_out: bool, main_dtype: torch.dtype) -> None:
     assert head.weight.grad_added_to_main_grad and head.weight.grad.shape == head.weight.shape
     assert not zero_out or not head.weight.grad.any()
     head.weight.grad = None
-    del head.weight.grad_added_to_main_grad  # nobody's hook waits: no dummy
+    del head.weight.grad_added_to_main_grad  # no hook waits, so backward returns no dummy
     head(hidden, labels)[0].backward()
     assert head.weight.grad is None
     torch.testing.assert_close(head.weight.main_grad.float(), 2 + 1.3 * exact, **close)
@@ -282,7 +283,7 @@ def test_main_grad_protocol(main_dtype, zero_out):
 
 
 def waits_for_parameters() -> list[str]:
-    """Names of parameters whose gather is waited for, in order, while the model runs."""
+    """Names of the parameters whose gather the model waits for, in order."""
     start(1)
     config = config_for(1)
     model = TinyModel(config, tied=False)

@@ -1,4 +1,4 @@
-"""The likeliest mistakes of a first day: the one line that a user sees names the first cause and the way out."""
+"""The most likely mistakes of a new user: one line names the first cause and the way out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as it may be on the first day: some data, a finished run, one that has saved nothing yet."""
+    """A new user's directory: some data, a finished run, and a run that has saved nothing yet."""
     home = tmp_path_factory.mktemp("home")
     for name, windows in (("words", 22), ("few", 3), ("torn", 22)):
         write_tokens(home / name, windows=windows)
