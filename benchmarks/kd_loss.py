@@ -1,19 +1,19 @@
-"""The output head's loss alone, forward and backward, with and without a teacher: time and peak memory against named rivals.
+"""The loss of the output head, forward and backward, with and without a teacher: time and peak memory against rivals.
 
     python benchmarks/kd_loss.py           V = 32K, 1 thread: a few minutes
-    python benchmarks/kd_loss.py --full    V = 32K, 128K and 256K, 1 thread and 2: an hour or so; 256K takes 10 GiB
+    python benchmarks/kd_loss.py --full    V = 32K, 128K and 256K, 1 thread and 2: about an hour; 256K takes 10 GiB
 
-Rivals with a teacher: `full`, cross entropy of full logits against the mixed target q in plain PyTorch, and `chunks`, the same in
-8 chunks of tokens through autograd, in the manner of torchtune's chunked losses. Without one: `plain`, F.linear and
-F.cross_entropy, and `mcore`, its ColumnParallelLinear and vocab_parallel_cross_entropy. The rivals make the loss alone, ours all the
-metrics besides. All start from the same numbers and must arrive at the same loss and gradients.
+Rivals with a teacher: `full`, cross entropy of full logits against the mixed target q in plain PyTorch; and `chunks`, the same in
+8 chunks of tokens through autograd, like torchtune's chunked losses. Without a teacher: `plain`, F.linear and F.cross_entropy; and
+`mcore`, megatron-core's ColumnParallelLinear and vocab_parallel_cross_entropy. Rivals compute only the loss; ours computes all metrics
+as well. All start from the same numbers and must reach the same loss and gradients.
 
-Times are medians over pairs of neighbouring runs, in CPU seconds of the process on 1 thread and by the clock on 2. Memory is
-a child process's peak RSS over what it held before, one run each, with the gradients that it leaves behind.
+Times are medians over neighbouring pairs of runs: CPU seconds of the process with 1 thread, wall-clock seconds with 2. Memory is the
+peak RSS of a child process minus its RSS before, one run each, with the gradients that remain.
 
-What bounds it: time, the matrix products, which everyone has (with a teacher 4, about 85% of ours in float32), and then exp, twice a
-logit, since a block of probabilities does not outlive the all-gather between the sums and the gradient. Memory, two chunks of logits
-and the float32 weight gradient, [V/tp, h], which a rival in bfloat16 holds in 2 bytes and ours in 4 and then both.
+Limits. Time: the matrix products, which all need (with a teacher 4, about 85% of ours in float32), then exp, twice for each logit,
+because probabilities do not outlive the all-gather between sums and gradient. Memory: two chunks of logits and the float32 weight
+gradient [V/tp, h]. A bfloat16 rival holds that gradient in 2 bytes a number, ours in 4, and at the end both.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def child(order: dict) -> None:
 
 
 def make_problem(setting: Setting) -> Problem:
-    """Tensors with logits of standard deviation 1 (the teacher's 2); every token is valid. Filled in place: peak memory is measured after this."""
+    """Tensors with logits of standard deviation 1 (the teacher's 2); every token is valid.
+    They are filled in place, because peak memory is measured after this."""
     generator, dtype = torch.Generator().manual_seed(3), DTYPES[setting.dtype]
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:

@@ -1,17 +1,17 @@
-"""preprocess_data.py against raw batch encoding by the same tokenizers on as many processes, and its memory from 1x to 10x of input.
+"""preprocess_data.py against plain batch encoding by the same tokenizers on as many processes; its memory with 1x and 10x input.
 
     python benchmarks/preprocess.py                                                the text of this Python installation
     python benchmarks/preprocess.py --input corpus.jsonl --tokenizer-model t.model   your own text and tokenizer (.model or .json)
-    python benchmarks/preprocess.py --megatron Megatron-LM                         against the two tools of a checkout, too
+    python benchmarks/preprocess.py --megatron Megatron-LM                         also against the two tools of a checkout
 
-Raw: each of --workers processes holds its share of the same texts in memory and encodes them in batches, timed from the first to the last
-batch, nothing read, parsed or written. The tool: from its start to its end, less what it takes for the first few MB, which every process
-needs to start (imports, tokenizer, comparison of backends) and which are told apart. Rates are MB of text, in UTF-8, a second; best of
---rounds, in turns. On cores that others use too, CPU seconds of all processes tell more than the clock.
-Megatron-LM's preprocess_data.py and preprocess_data_fast.py, and ours beside them, count from start to end, on the same file, each at
-its own pace: the first on the text for the reference backends, the others on ten times as much. They need the packages that their
-checkout needs (transformers): --megatron-python.
-Memory is what all processes of the tool have resident together at its highest, shared pages once, plus files in memory.
+Raw: each of --workers processes has its share of the same texts in memory and encodes them in batches. Time runs from the first to the
+last batch; nothing is read, parsed or written. The tool: time from its start to its end, minus the time for the first few MB, which
+every process needs to start (imports, tokenizer, comparison of backends) and which is printed separately. Rates are MB of UTF-8 text
+a second, the best of --rounds, in turns. On shared cores, CPU seconds of all processes say more than wall-clock seconds.
+Megatron-LM's preprocess_data.py and preprocess_data_fast.py, and ours beside them, are timed from start to end. preprocess_data.py
+encodes the text of the reference backends, the others ten times as much. Megatron-LM's tools need the packages of their checkout
+(transformers): --megatron-python. Memory is the peak of all resident memory of the tool's processes, shared pages once, plus files
+in memory.
 """
 
 from __future__ import annotations
