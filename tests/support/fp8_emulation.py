@@ -1,9 +1,9 @@
-"""FP8 without an FP8 GPU: numbers go through torch's float8 types, products are made in float32 from what comes back.
+"""FP8 without an FP8 GPU: numbers are converted to torch's float8 types and back, and multiplied in float32.
 
-What Transformer Engine's recipes do to a number is done here: one scale a tensor from its present maximum (tensorwise) or from a
-history of maxima (delayed), a power of two for each block of 128 or 128 x 128 values (blockwise), or for each 32 (mxfp8). `emulate` puts
-that into the linears of a model of megatron-core's parallel linears, forward and backward, weights and keys untouched. What it
-cannot show: a kernel's own accumulation, and speed.
+It quantizes as Transformer Engine's recipes do: one scale for each tensor from its current maximum (tensorwise) or from earlier maxima
+(delayed), or a power of two for each block of 128 or 128 x 128 values (blockwise) or of 32 values (mxfp8). `emulate` does that in
+megatron-core's parallel linears of a model, forward and backward; weights and keys do not change. It does not show the
+accumulation of a kernel, nor speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
     """float32, broadcastable to it."""
 
     def back(self) -> Tensor:
-        """float32."""
+        """The value in float32."""
         return self.payload.float() / self.scale
 
 
@@ -44,12 +44,12 @@ class Quantized(NamedTuple):
 
 
 def largest_of(dtype: torch.dtype) -> float:
-    """448 or 57344."""
+    """Largest number of the type: 448 or 57344."""
     return torch.finfo(dtype).max
 
 
 def amax_of(tensor: Tensor, group: Group = None) -> Tensor:
-    """float32 scalar: the largest magnitude, over the ranks of a group. Collective over it."""
+    """The largest magnitude over the ranks of a group: float32 scalar. Collective over the group."""
     amax = tensor.detach().float().abs().amax()
     if group is not None:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
@@ -57,25 +57,25 @@ def amax_of(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def scale_from(amax: Tensor, dtype: torch.dtype, margin: int = 0, instead: Tensor | float = 1.0) -> Tensor:
-    """What brings amax to the type's largest number over 2^margin; `instead` where amax is 0 or not finite. float32."""
+    """The scale that maps amax to the type's largest number / 2^margin, float32; `instead` if amax is 0 or not finite."""
     scale = largest_of(dtype) / amax.float() / 2**margin
     scale = torch.where((amax > 0) & torch.isfinite(amax), scale, torch.as_tensor(instead, dtype=torch.float32))
     return scale.clamp(max=torch.finfo(torch.float32).max)  # a tiny amax
 
 
 def power_of_two_at_most(scale: Tensor) -> Tensor:
-    """float32: rounded down, so that nothing is scaled beyond the type's largest number."""
+    """The largest power of two that is not above the number, float32. So no number is scaled beyond the type's largest."""
     return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
 
 
 def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
-    """Scaled, cut off at the type's largest number, rounded to nearest."""
+    """Scale, clamp to the type's largest number, round to nearest."""
     largest = largest_of(dtype)
     return Quantized((tensor.detach().float() * scale).clamp(-largest, largest).to(dtype), scale)
 
 
 def block_amax(tensor: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 [n, m], each value the largest magnitude of its block of the tensor [n, m]; blocks at the ends may be cut short."""
+    """For each value the largest magnitude of its block: float32 [n, m]. Blocks at the ends may be smaller."""
     n, m = tensor.shape
     padded = F.pad(tensor.detach().float().abs(), (0, -m % columns, 0, -n % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
@@ -83,7 +83,7 @@ def block_amax(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Quantized:
-    """[n, m] with a power of two for each block: what float8_e8m0fnu can hold, too."""
+    """Quantize [n, m] with a power of two for each block. float8_e8m0fnu can hold these scales."""
     return quantize(tensor, power_of_two_at_most(scale_from(block_amax(tensor, rows, columns), dtype)), dtype)
 
 
@@ -93,10 +93,10 @@ def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype)
 class Quantizer(Protocol):
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
     def rows(self, tensor: Tensor) -> Quantized:
-        """The first of the two, as it lies in memory."""
+        """The quantized tensor in its memory order."""
 
     def update(self) -> None:
-        """Take note of the maxima seen since the last time. Collective where maxima are reduced."""
+        """Record the maxima since the last call. Collective if maxima are reduced."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Tensorwise:
 
 
 class Delayed:
-    """Delayed scaling: the scale of now is from maxima of before."""
+    """Delayed scaling: the scale comes from earlier maxima."""
 
     def __init__(
         self, dtype: torch.dtype, length: int, algorithm: Literal["max", "most_recent"], margin: int, group: Group = None
@@ -145,7 +145,7 @@ class Delayed:
 
 @dataclass
 class Blocks:
-    """Blocks of `height` x `width`; the form that is read along the first dimension is made from the tensor anew."""
+    """Blocks of `height` x `width`. The copy that is read along the first dimension is quantized separately."""
 
     dtype: torch.dtype
     height: int
@@ -162,7 +162,7 @@ class Blocks:
 
 @dataclass
 class Kept:
-    """A tensor that exists in FP8 alone, whatever is handed in."""
+    """A tensor that exists only in FP8, whatever tensor it gets."""
 
     quantized: Quantized
 
@@ -178,7 +178,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model's linears quantize."""
+    """How the linears of a model quantize."""
 
     kind: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     hybrid: bool = True
@@ -188,7 +188,7 @@ class Recipe:
     margin: int = 0
 
     def quantizers(self, group: Group) -> tuple[Quantizer, Quantizer, Quantizer]:
-        """Of a linear's input, weight and output gradient. group: over which maxima of whole tensors are reduced."""
+        """Quantizers of the input, weight and output gradient of a linear. group: the ranks over which maxima are reduced."""
         gradients = E5M2 if self.hybrid else E4M3
         return self._quantizer(E4M3, 1, group), self._quantizer(E4M3, BLOCK, group), self._quantizer(gradients, 1, group)
 
@@ -208,7 +208,7 @@ class Recipe:
 
 
 class Fp8Product(torch.autograd.Function):
-    """x [..., n] @ weight [m, n]^T, each of the three products of forward and backward from quantized operands."""
+    """x [..., n] @ weight [m, n]^T. All three products, of forward and backward pass, have quantized operands."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, quantizers: tuple[Quantizer, Quantizer, Quantizer]) -> Tensor:
@@ -226,7 +226,7 @@ class Fp8Product(torch.autograd.Function):
 
 
 class Column(layers.ColumnParallelLinear):
-    """One that multiplies in FP8 while its `emulation` is on."""
+    """A column-parallel linear that multiplies in FP8 while its `emulation` is on."""
 
     emulation: Emulation
     quantizers: tuple[Quantizer, Quantizer, Quantizer]
@@ -242,7 +242,7 @@ class Column(layers.ColumnParallelLinear):
 
 
 class Row(layers.RowParallelLinear):
-    """The same."""
+    """A row-parallel linear that multiplies in FP8 while its `emulation` is on."""
 
     emulation: Emulation
     quantizers: tuple[Quantizer, Quantizer, Quantizer]
@@ -263,14 +263,14 @@ def _with_bias(output: Tensor, linear: Column | Row) -> tuple[Tensor, Any]:
 
 
 class Emulation:
-    """FP8 in the linears of one model: on inside `products`."""
+    """FP8 in the linears of one model. It is on inside `products`."""
 
     def __init__(self, linears: list[Any]) -> None:
         self.linears, self.active = linears, False
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """As Transformer Engine's autocast: scales are updated at its end, and only where gradients are enabled."""
+        """As Transformer Engine's autocast: scales are updated at the end of the block, and only if gradients are enabled."""
         if torch.is_grad_enabled():
             self._update(2)  # of the backward before
         self.active = True
@@ -283,7 +283,7 @@ class Emulation:
 
     @torch.no_grad()
     def keep_fp8_alone(self) -> None:
-        """Of a model that is only run forward: its linears' weights in FP8, and their other form freed."""
+        """For a model that only runs forward: convert the weights of its linears to FP8 and free the originals."""
         for linear in self.linears:
             kept = linear.quantizers[1].rows(linear.weight)
             linear.register_buffer("payload", kept.payload)
@@ -297,7 +297,7 @@ class Emulation:
 
 
 def emulate(model: nn.Module, recipe: Recipe, reduce_amax: bool = True) -> Emulation:
-    """FP8 in every parallel linear of the model but its output head. reduce_amax: maxima are of whole tensors, not of a rank's part."""
+    """FP8 in each parallel linear of the model except the output head. reduce_amax: maxima are of whole tensors, not of a rank's part."""
     linears: list[Any] = []
     for module in model.modules():
         for plain, emulated in ((layers.ColumnParallelLinear, Column), (layers.RowParallelLinear, Row)):

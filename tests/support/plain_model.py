@@ -1,4 +1,4 @@
-"""The decoder in plain torch, from the formulas: an oracle that shares no code with megatron-core."""
+"""Oracle: the decoder in plain torch, from the formulas. It shares no code with megatron-core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_salt.config import ModelConfig
 
 
 def logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """tokens, positions int64 [b, s]; mask bool [b, s, s], True where a query (row) sees a key -> [b, s, padded_vocabulary_size]."""
+    """Logits [b, s, padded_vocabulary_size]. tokens, positions: int64 [b, s]. mask: bool [b, s, s], True where a query (row) sees a key."""
     hidden = weights["embedding.word_embeddings.weight"][tokens]
     if model.position_embedding_type == "learned_absolute":
         hidden = hidden + weights["embedding.position_embeddings.weight"][positions]
@@ -57,7 +57,7 @@ def attention(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor, mask
 
 
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:
-    """Channels i and i + r/2 of the first r of a head are a plane, turned by position * base^(-2i/r)."""
+    """Channels i and i + r/2 of the first r channels of a head form a plane, which turns by position * base^(-2i/r)."""
     r = int(model.head_width * model.rotary_percent)
     angle = torch.arange(x.size(1))[:, None] * model.rotary_base ** (-torch.arange(0, r, 2) / r)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
