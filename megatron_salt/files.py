@@ -11,17 +11,29 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megatron_salt.errors import UserError
 
 
-def refuse_present(flag_name: str, output: str | Path, paths: Iterable[Path], overwrite: bool) -> None:
-    """Raise UserError where one of `paths`, which `output` stands for, exists and may not be replaced."""
+def refuse_present(flag_name: str, output: str | Path, paths: Collection[Path], overwrite: bool) -> None:
+    """Raise UserError if one of `paths`, which `output` stands for, exists and may not be replaced.
+
+    A device, a FIFO or a socket may never be replaced.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not _is_replaceable(path):
+            raise UserError(f"{flag_name} {output}: {path} is not a regular file; give another {flag_name}")
     present = [str(path) for path in paths if os.path.lexists(path)]
     if present and not overwrite:
         raise UserError(f"{flag_name} {output}: {', '.join(present)} exists; --overwrite replaces it")
+
+
+def _is_replaceable(path: Path) -> bool:
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,14 @@ def test_what_is_there_is_replaced_only_where_a_flag_says_so(tmp_path: Path) -> 
     refuse_present("--output", "x", [absent], overwrite=False)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_fifo_or_device_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(UserError, match=f"^--output x: {path} is not a regular file; give another --output$"):
+            refuse_present("--output", "x", [tmp_path / "absent", path], overwrite)
+
+
 def test_a_second_writer_is_refused_naming_the_first_and_the_directory_is_clean_afterwards(tmp_path: Path) -> None:
     output = tmp_path / "new/model"
     with sole_writer("--output", output):
@@ -94,7 +102,7 @@ def test_a_lock_of_a_killed_process_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_of_many_that_come_and_go_one_holds_the_output_at_a_time(tmp_path: Path) -> None:
-    """Each adds to a number that it reads first; a lock that is removed while another opens it would lose one."""
+    """Each process reads a number and adds to it. If a lock were removed while another process opens it, an addition would be lost."""
     code = """
 import sys, time
 from pathlib import Path

@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
     """float32, broadcastable to it."""
 
     def back(self) -> Tensor:
-        """float32."""
+        """The value in float32."""
         return self.payload.float() / self.scale
 
 
@@ -75,7 +75,7 @@ def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
 
 
 def block_amax(tensor: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 [n, m], each value the largest magnitude of its block of the tensor [n, m]; blocks at the ends may be cut short."""
+    """For each value the largest magnitude of its block: float32 [n, m]. Blocks at the ends may be smaller."""
     n, m = tensor.shape
     padded = F.pad(tensor.detach().float().abs(), (0, -m % columns, 0, -n % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
@@ -93,7 +93,7 @@ def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype)
 class Quantizer(Protocol):
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
     def rows(self, tensor: Tensor) -> Quantized:
-        """The first of the two, as it lies in memory."""
+        """The quantized tensor in its memory order."""
 
     def update(self) -> None:
         """Add the maxima seen since the last call to the history. Collective where maxima are reduced."""
@@ -178,7 +178,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model's linears quantize."""
+    """How the linears of a model quantize."""
 
     kind: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     hybrid: bool = True
@@ -208,7 +208,7 @@ class Recipe:
 
 
 class Fp8Product(torch.autograd.Function):
-    """x [..., n] @ weight [m, n]^T, each of the three products of forward and backward from quantized operands."""
+    """x [..., n] @ weight [m, n]^T. All three products, of forward and backward pass, have quantized operands."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, quantizers: tuple[Quantizer, Quantizer, Quantizer]) -> Tensor:
@@ -263,7 +263,7 @@ def _with_bias(output: Tensor, linear: Column | Row) -> tuple[Tensor, Any]:
 
 
 class Emulation:
-    """FP8 in the linears of one model: on inside `products`."""
+    """FP8 in the linears of one model. It is on inside `products`."""
 
     def __init__(self, linears: list[Any]) -> None:
         self.linears, self.active = linears, False

@@ -1,4 +1,4 @@
-"""Weights and gradients of the whole model, whatever layout holds the parts, by GPTModel's names with global layer numbers."""
+"""Weights and gradients of the whole model from any layout, by GPTModel's names with global layer numbers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TIED_COPY = "copy of the embedding on the last stage"
 
 
 def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
-    """Gradient of the mean loss per token, before clipping, float32. Collective over all ranks; all receive. Parameters stay.
+    """Gradients of the mean loss a token, before clipping, float32. Parameters do not change. Collective over all ranks; all receive.
 
-    Where weights are tied over stages the last stage's copy comes too, under TIED_COPY: its gradient is the shared one.
+    With embeddings tied over stages, the last stage's copy is returned too, under TIED_COPY: its gradient is the shared one.
     """
     for chunk in student.chunks:
         chunk.zero_grad_buffer()

@@ -1,4 +1,4 @@
-"""The decoder in plain torch, from the formulas: an oracle that shares no code with megatron-core."""
+"""Oracle: the decoder in plain torch, from the formulas. It shares no code with megatron-core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_salt.config import ModelConfig
 
 
 def logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """tokens, positions int64 [b, s]; mask bool [b, s, s], True where a query (row) sees a key -> [b, s, padded_vocabulary_size]."""
+    """Logits [b, s, padded_vocabulary_size]. tokens, positions: int64 [b, s]. mask: bool [b, s, s], True where a query (row) sees a key."""
     hidden = weights["embedding.word_embeddings.weight"][tokens]
     if model.position_embedding_type == "learned_absolute":
         hidden = hidden + weights["embedding.position_embeddings.weight"][positions]

@@ -44,7 +44,7 @@ DROPOUT = dict(hidden_dropout=0.1, attention_dropout=0.1)
 
 
 def argv(**flags: Any) -> list[str]:
-    """The command line of the small run with changes; None and False leave a flag out."""
+    """The command line of the small run with changes; None and False omit a flag."""
     words: list[str] = []
     for name, value in (SMALL | flags).items():
         if value is None or value is False:
@@ -56,7 +56,7 @@ def argv(**flags: Any) -> list[str]:
 
 
 def write_tokens(prefix: Path, tokens: np.ndarray | None = None, windows: int = NUM_WINDOWS, seed: int = 0) -> str:
-    """A byte-level dataset PREFIX.bin/.idx of two documents, by default of words drawn at random; returns the prefix."""
+    """Write a byte-level dataset PREFIX.bin/.idx of two documents, by default of random words. Returns the prefix."""
     if tokens is None:
         random = np.random.default_rng(seed)
         words = [random.integers(97, 123, length) for length in (3, 5, 2, 7, 4, 6)]
@@ -75,7 +75,7 @@ def write_tokens(prefix: Path, tokens: np.ndarray | None = None, windows: int = 
 
 @dataclass(frozen=True)
 class Ended:
-    """How one rank's program ended."""
+    """How the program ended on one rank."""
 
     status: int
     out: str
@@ -154,7 +154,7 @@ def _alone(words: list[str], rank: int, world_size: int, rendezvous: str, output
 
 
 def start(world_size: int = 1, **flags: Any) -> subprocess.Popen[str]:
-    """The program as a process of its own, by torchrun where it has several ranks."""
+    """Start the program as a process of its own, with torchrun for several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)] if world_size > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "megatron_salt.pretrain", *argv(**flags)], text=True, start_new_session=True,
@@ -174,7 +174,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
 
 
 def entries(save: str | Path, kind: str = "step") -> list[dict[str, Any]]:
-    """The JSONL's entries of one kind."""
+    """The entries of one kind in the JSONL."""
     lines = Path(save, "train.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 
@@ -193,7 +193,7 @@ def numbers(save: str | Path) -> list[tuple[Any, ...]]:
 
 
 def checkpoints(save: str | Path) -> list[int]:
-    """The steps of the whole checkpoints in a directory."""
+    """Steps of the complete checkpoints in a directory."""
     return sorted(int(path.name.removeprefix("iter_")) for path in Path(save).glob("iter_*") if path.name[5:].isdigit())
 
 

@@ -39,7 +39,7 @@ STATEFUL = (
 
 
 class Outcome(NamedTuple):
-    """What one rank sends back: a pickled result or, when `trace` is not empty, a pickled exception (or nothing)."""
+    """What a rank sends back: a pickled result or, if `trace` is not empty, a pickled exception (or nothing)."""
 
     payload: bytes
     trace: str
@@ -116,7 +116,7 @@ def _work(call: Call) -> Any:
 
 
 def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
-    """Destroy groups and put torch's and megatron-core's globals back; returns how many threads this process is left with."""
+    """Destroy groups and restore the globals of torch and megatron-core. Returns how many threads this process still has."""
     import torch
     import torch.distributed as dist
 
@@ -163,7 +163,7 @@ def _state(module: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _stack_on_demand(path: Path) -> Iterator[None]:
-    """SIGUSR2 writes the main thread's stack to `path`, even while it waits inside a collective."""
+    """On SIGUSR2 write the main thread's stack to `path`, even while it waits in a collective."""
     with open(path, "w") as file:
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=False)
         yield

@@ -1,4 +1,4 @@
-"""Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` gives one result a rank.
+"""Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` returns one result for each rank.
 
 One pool of processes lives as long as the test session and grows to the largest world that a test asks for. Each call gets a new
 gloo group (file:// rendezvous in a new directory), and is cleaned up after (`rank_worker.py`). An exception, a hang or the death of a
@@ -33,11 +33,11 @@ MANY_THREADS = 64  # a worker with more still has groups of earlier calls, three
 
 
 class RankError(RuntimeError):
-    """At least one rank failed; the message has the tracebacks. `__cause__` is the first rank's exception where it pickles."""
+    """At least one rank failed. The message has the tracebacks; `__cause__` is the exception of the first rank, if it can be pickled."""
 
 
 class _Worker:
-    """One process of the pool and the pipe to it."""
+    """One process of the pool, and the pipe to it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
