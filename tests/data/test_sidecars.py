@@ -1,4 +1,4 @@
-"""Every value of every description, of data and of a checkpoint, replaced: its reader succeeds, or says in one line what is wrong."""
+"""Any value of any JSON file beside data or a checkpoint may be wrong: its reader succeeds, or gives an error of one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SCORES = IndexManifest(
 
 
 def mutations(tree: Any) -> Iterator[Any]:
-    """Copies of `tree`, each with one value replaced, or one key left out, or one key that nobody knows."""
+    """Copies of `tree`: each has one value replaced, one key left out, or one unknown key."""
     for path in _paths(tree):
         for other in OTHERS:
             changed = copy.deepcopy(tree)
@@ -154,7 +154,7 @@ def checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def go_on_from(directory: Path) -> None:
-    """Use every value of state.json that a run uses, with the arithmetic that it does on them."""
+    """Use every value of state.json in the same arithmetic as a run."""
     saved = read_state(directory)
     identity = RunIdentity(
         yaml="", architecture=saved.architecture, tokenizer_fingerprint=saved.tokenizer, data_fingerprint=saved.data_fingerprint, seed=1
