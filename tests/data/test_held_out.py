@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.data.held_out import refuse_training_data
+from megatron_salt.data.duplicate_inputs import refuse_training_data
 from megatron_salt.data.manifest import Manifest, Source, manifest_path, sampled_fingerprint, write_manifest
 from megatron_salt.errors import UserError
 from tests.support.program import write_tokens
