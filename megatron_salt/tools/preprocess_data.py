@@ -1,7 +1,7 @@
 """Turn text into a training dataset: `<output-prefix>_<key>_document.bin` and `.idx`, in Megatron's format.
 
 Documents come out in input order, and the files are the same bytes for any number of workers, and for a run that was killed and
-resumed. ConfigEnds them lie a manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`).
+resumed. Beside them lie a manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`).
 All is written under temporary names and moved to the final ones at the end; a run that fails leaves nothing, a killed one `.tmp`
 files, which --resume goes on with. The first bad line ends the run unless --max-bad-lines says how much text may be lost; blank
 lines and empty documents lose none and are left out and counted. Memory does not grow with the input.

@@ -28,9 +28,10 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import LeftEarly, UserError
-from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
+from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
@@ -147,7 +148,7 @@ class ScoreConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
-    return run_tool(ScoreConfig, lambda config: with_one_voice(lambda: score_data(config)), argv)
+    return run_tool(ScoreConfig, lambda config: fail_together(lambda: score_data(config)), argv)
 
 
 def score_data(config: ScoreConfig) -> int:
@@ -263,9 +264,16 @@ def score_shard(
         )  # fmt: skip
         try:
             scorer = make_scorer(
-                teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout,
-                exit_plan.look,
-            )  # fmt: skip
+                teacher,
+                layout,
+                samples,
+                dtype=facts.dtype,
+                micro_batch_size=config.micro_batch_size,
+                top_k=config.score_top_k,
+                chunk_mib=config.loss_chunk_mib,
+                timeout=timeout,
+                look=exit_plan.look,
+            )
         except LeftEarly as left:
             if rank == 0:
                 print(
@@ -278,11 +286,8 @@ def score_shard(
 
 def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     """What the whole index costs, for start-up."""
-    from megatron_salt.model.flops import forward_flops_per_token
-
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
-    padded_vocabulary_size = teacher.model.padded_vocabulary_size(facts.vocabulary)
-    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded_vocabulary_size)
+    flops = scoring_flops(facts, teacher.model)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
     advice = "; --sample scores a part" if facts.sample is None else ""
     return (

@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint.loading import load_weights
 from megatron_salt.cli import run_tool
 from megatron_salt.config.yaml_text import from_yaml
