@@ -31,7 +31,7 @@ from megatron_salt.data.manifest import (
 from megatron_salt.data.windows import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
-from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter
+from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter, Written
 from megatron_salt.preprocess.progress_bar import Meter
 from megatron_salt.preprocess.staging import leftovers, output_paths, publish, remove, temporary
 from megatron_salt.selection.score_format import parse_shard
@@ -96,31 +96,11 @@ def merge_datasets(config: MergeConfig) -> None:
             stack.callback(writer.discard)
             copy(config, prefixes, manifests, parts, writer)
             written = writer.finish()
-            whole = [manifest for manifest in manifests if manifest is not None]
-            if len(whole) == len(manifests):
+            known = [manifest for manifest in manifests if manifest is not None]
+            if len(known) == len(manifests):
                 load_tokenizer(tokenizer_directory(prefixes[0])).save(tokenizer_directory(temporary(output)))
                 write_manifest(
-                    replace(
-                        whole[0],
-                        documents=written.documents,
-                        tokens=written.tokens,
-                        bin_bytes=written.bin_bytes,
-                        idx_bytes=written.idx_bytes,
-                        bin_hash=written.bin_hash,
-                        idx_hash=written.idx_hash,
-                        sampled=sampled_fingerprint(writer.prefix),
-                        sources=tuple(source for each in whole for source in each.sources),
-                        duplicates=sum(each.duplicates for each in whole),
-                        shard=None,
-                        dedup=whole[0].dedup if len({each.dedup for each in whole}) == 1 else "",
-                        special_tokens_in_text=whole[0].special_tokens_in_text
-                        if all(each.special_tokens_in_text for each in whole)
-                        else "",
-                        special_documents=sum(each.special_documents for each in whole),
-                        special_tokens=dict(sum((Counter(each.special_tokens) for each in whole), Counter())),
-                        tokenizer_backends=tuple(sorted({name for each in whole for name in each.tokenizer_backends})),
-                    ),
-                    manifest_path(writer.prefix),
+                    merged_manifest(known, written, sampled_fingerprint(writer.prefix)), manifest_path(writer.prefix)
                 )
             publish(writer.prefix, output)
     except OSError as error:
@@ -130,6 +110,29 @@ def merge_datasets(config: MergeConfig) -> None:
     print(
         f"wrote {output}: {written.documents} documents, {written.tokens} tokens of {len(parts)} datasets"
         + ("" if None not in manifests else "; without a manifest, because not all of them have one")
+    )
+
+
+def merged_manifest(parts: Sequence[Manifest], written: Written, sampled: str) -> Manifest:
+    """The manifest of the merged dataset. written: its counts and hashes. sampled: its `sampled:` fingerprint."""
+    first = parts[0]
+    return replace(
+        first,
+        documents=written.documents,
+        tokens=written.tokens,
+        bin_bytes=written.bin_bytes,
+        idx_bytes=written.idx_bytes,
+        bin_hash=written.bin_hash,
+        idx_hash=written.idx_hash,
+        sampled=sampled,
+        sources=tuple(source for part in parts for source in part.sources),
+        duplicates=sum(part.duplicates for part in parts),
+        shard=None,
+        dedup=first.dedup if len({part.dedup for part in parts}) == 1 else "",
+        special_tokens_in_text=first.special_tokens_in_text if all(part.special_tokens_in_text for part in parts) else "",
+        special_documents=sum(part.special_documents for part in parts),
+        special_tokens=dict(sum((Counter(part.special_tokens) for part in parts), Counter())),
+        tokenizer_backends=tuple(sorted({name for part in parts for name in part.tokenizer_backends})),
     )
 
 

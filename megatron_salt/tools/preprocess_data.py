@@ -15,149 +15,42 @@ On many machines give each job --shard 0/16, 1/16, ... and then put the parts to
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 from megatron_salt.cli import run_tool
-from megatron_salt.config import TokenizerConfig
 from megatron_salt.data.manifest import (
-    Manifest,
-    Source,
-    fingerprint,
-    manifest_path,
-    read_manifest,
-    sampled_fingerprint,
-    sampled_hash,
     tokenizer_directory,
-    write_manifest,
 )
 from megatron_salt.data.run_tokenizer import refuse_without_ends, told_ends
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.dedup_shuffle import finish_arranged
 from megatron_salt.preprocess.encode import Encoder, chunk_size, encode_chunks
-from megatron_salt.preprocess.indexed_writer import Written, token_dtype
+from megatron_salt.preprocess.indexed_writer import token_dtype
 from megatron_salt.preprocess.inputs import STDIN, BadLines, input_files
 from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.parse import sample_texts
 from megatron_salt.preprocess.progress_bar import Meter
 from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
 from megatron_salt.preprocess.sharding import files_of_shard
-from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove, temporary
+from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
 from megatron_salt.selection.score_format import parse_shard
-from megatron_salt.tokenizer.special_tokens import Finder, Policy, refuse_special, told_at_end, told_of_sample
+from megatron_salt.tokenizer.special_tokens import Finder, refuse_special, told_at_end, told_of_sample
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
+from megatron_salt.tools.preprocess_config import PreprocessConfig
+from megatron_salt.tools.preprocess_manifest import (
+    are_whole,
+    clean,
+    describe,
+    finished_prefix,
+    refuse_present,
+    size_of,
+    what_it_depends_on,
+)
 
 CHUNK_BYTES = 1 << 20
 ARRANGE_BYTES = 512 << 20
-
-
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """Tokenise text into Megatron's .bin/.idx."""
-
-    input: tuple[str, ...]
-    """Files or patterns, or - for standard input: JSON lines, text (.txt), tables (.parquet); .gz, .zst too. Documents keep this order."""
-
-    output_prefix: str
-    """Where the dataset goes: PREFIX_KEY_document.bin, .idx, .manifest.json and .tokenizer."""
-
-    json_keys: tuple[str, ...] = ("text",)
-    """Keys, or columns of a table, whose strings are documents; each gets a dataset of its own."""
-
-    input_format: Literal["auto", "jsonl", "text", "parquet"] = "auto"
-    """How files are read; auto goes by their names, and takes standard input for JSON lines."""
-
-    text_documents: Literal["line", "file"] = "line"
-    """What a document is in plain text."""
-
-    append_eod: bool = False
-    """End every document with the tokenizer's end-of-document id."""
-
-    prepend_bos: bool = False
-    """Begin every document with the tokenizer's beginning-of-sequence id. Off for every --tokenizer-type unless given."""
-
-    special_tokens_in_text: Policy = "split"
-    """Special tokens, the end of a document too, that stand in a text. split: text like any other, which gives no special id;
-    encode: what the tokenizer's own library makes of them; refuse: an error."""
-
-    workers: int = 1
-    """Processes that tokenise."""
-
-    tokenizer_backend: Literal["auto", "reference", "gigatoken"] = "auto"
-    """reference: the tokenizer's own library; auto: gigatoken where it is installed and gives the same ids for a sample of the input."""
-
-    max_memory: float | None = None
-    """GiB that all processes together may take; documents of many MB come on top (--max-document-mib). Default: about 200 MB a process."""
-
-    max_document_mib: int = 256
-    """MiB that a document may have. It is in memory as a whole, several times over; a longer one is refused."""
-
-    resume: bool = False
-    """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
-
-    shard: str = "0/1"
-    """i/n: the i-th, from 0, of n parts of the n or more files, about equal in size; goes to PREFIX-0000i-of-0000n_KEY_document."""
-
-    dedup: Literal["none", "exact"] = "none"
-    """exact: of documents with equal texts only the first is kept."""
-
-    shuffle_documents: int | None = None
-    """A seed: documents lie in a random order instead of the input's, so that windows join others than neighbours."""
-
-    log_interval: int = 10000
-    """Documents between progress lines; on a terminal there is a bar instead."""
-
-    overwrite: bool = False
-    """Replace a dataset that is already there, and what a killed run left."""
-
-    max_bad_lines: int = 0
-    """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
-
-    allow_duplicate_inputs: bool = False
-    """Take files that are one file under two names, or copies; their documents then come twice."""
-
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("workers", self.workers, 1),
-            ("log-interval", self.log_interval, 1),
-            ("max-bad-lines", self.max_bad_lines, 0),
-        ):
-            if value < least:
-                raise UserError(f"--{name} must be at least {least}, got {value}")
-        if not 1 <= self.max_document_mib < 2048:
-            raise UserError(f"--max-document-mib must be at least 1 and below 2048, got {self.max_document_mib}")
-        if not self.json_keys or len(set(self.json_keys)) < len(self.json_keys):
-            raise UserError(f"--json-keys needs one or more different keys, got {' '.join(self.json_keys) or 'none'}")
-        if any(os.sep in key for key in self.json_keys):
-            raise UserError(f"--json-keys become file names and cannot contain {os.sep}, got {' '.join(self.json_keys)}")
-        if self.resume and (self.overwrite or STDIN in self.input):
-            raise UserError(
-                f"--resume goes with neither --overwrite nor --input {STDIN}: what was read before must still be there"
-            )
-        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 1 << 63:
-            raise UserError(f"--shuffle-documents takes a seed from 0 to 2^63 - 1, got {self.shuffle_documents}")
-        if parse_shard(self.shard)[1] > 1 and self.is_arranged:
-            raise UserError(
-                f"--shard {self.shard} goes with neither --dedup nor --shuffle-documents, which are about all documents"
-            )
-
-    @property
-    def is_arranged(self) -> bool:
-        """Whether documents are written a second time."""
-        return self.dedup == "exact" or self.shuffle_documents is not None
-
-    @property
-    def shard_prefix(self) -> str:
-        """--output-prefix, with the shard's number where there are several."""
-        i, n = parse_shard(self.shard)
-        return self.output_prefix if n == 1 else f"{self.output_prefix}-{i:05d}-of-{n:05d}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,75 +146,6 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     return form
 
 
-def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
-    """All that decides which bytes are written: a run resumes only where it is the same."""
-    return {
-        "--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
-        "--json-keys": list(config.json_keys),
-        "--append-eod": config.append_eod,
-        "tokenizer": tokenizer.fingerprint,
-        "--prepend-bos": tokenizer.bos if config.prepend_bos else None,
-        "--special-tokens-in-text": config.special_tokens_in_text,
-        "--dedup": config.dedup,
-        "--shuffle-documents": config.shuffle_documents,
-    }
-
-
-def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, facts: dict) -> bool:
-    """Whether an earlier run of this job left nothing to do. UserError where what it left is not this, unless that may be replaced, or
-    is not what it wrote."""
-    if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
-        return False
-    for prefix in prefixes:
-        other = made_otherwise(config, prefix, tokenizer, facts)
-        if other and not config.overwrite:
-            raise UserError(
-                f"--resume: {prefix}.bin is whole, and was made with other {', '.join(other)}; "
-                "--overwrite replaces it, another --output-prefix leaves it alone"
-            )
-        if other:
-            return False
-    try:
-        for prefix in prefixes:
-            fingerprint(prefix)
-    except UserError as error:
-        raise UserError(f"{error}; --overwrite instead of --resume makes it anew") from None
-    return True
-
-
-def made_otherwise(config: PreprocessConfig, prefix: str, tokenizer: Tokenizer, facts: dict) -> list[str]:
-    """What a dataset was made with and this job would not. Older manifests do not say all of it."""
-    there = read_manifest(prefix)
-    if there is None:
-        return ["flags, which no manifest tells"]
-    inputs = {file: (form, size, sampled) for file, form, size, sampled in facts["--input"]}
-    known = {source.file: (source.form or inputs.get(source.file, ("",))[0], source.size_bytes,
-                           source.sampled or inputs.get(source.file, ("", 0, ""))[2]) for source in there.sources}  # fmt: skip
-    return [
-        name
-        for name, differs in (
-            ("--input", list(known.items()) != list(inputs.items())),
-            ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
-            ("--append-eod", there.append_eod != config.append_eod),
-            ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
-            ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
-            ("--dedup", there.dedup not in ("", config.dedup)),
-            ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents),
-        )
-        if differs
-    ]
-
-
-def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
-    """UserError where the output exists, unless it may be replaced."""
-    present = [str(path) for prefix in prefixes for path in output_paths(prefix) if path.exists()]
-    resumed = config.resume and len(journal.records) > 1  # the run that began it was allowed to
-    if present and not config.overwrite and not resumed:
-        if not journal.records:
-            remove([journal.path])
-        raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
-
-
 def run_stage(
     config: PreprocessConfig,
     files: list[str],
@@ -402,74 +226,3 @@ def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_b
             number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes, config.max_document_mib << 20
         )
         start = 0
-
-
-def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
-    """Where a dataset is finished before it gets its name."""
-    return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
-
-
-def describe(
-    config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage, inputs: list
-) -> Manifest:
-    """Write the manifest of key number `i`. inputs: what the run depends on of them."""
-    prefix = finished_prefix(config, stage.prefixes[i])
-    sources = tuple(
-        Source(
-            file,
-            size_of(file),
-            tally.documents,
-            tally.written[i],
-            tally.empty[i],
-            sum(tally.rejected.values()),
-            tally.text_bytes[i],
-            tally.rejected,
-            form,
-            sampled,
-        )
-        for file, tally, (_, form, _, sampled) in zip(stage.files, stage.tallies, inputs, strict=True)
-    )
-    manifest = Manifest(
-        written.documents,
-        written.tokens,
-        stage.writers[i].dtype.name,
-        written.bin_bytes,
-        written.idx_bytes,
-        written.bin_hash,
-        written.idx_hash,
-        sampled_fingerprint(prefix),
-        tokenizer.kind,
-        tokenizer.fingerprint,
-        tokenizer.vocab_size,
-        tokenizer.eod,
-        config.append_eod,
-        config.json_keys[i],
-        sources,
-        config.shard if parse_shard(config.shard)[1] > 1 else None,
-        duplicates,
-        config.shuffle_documents,
-        tuple(sorted(stage.backends)),
-        tokenizer.bos if config.prepend_bos else None,
-        config.special_tokens_in_text,
-        sum(tally.special_documents[i] for tally in stage.tallies),
-        dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())),
-        config.dedup,
-    )
-    write_manifest(manifest, manifest_path(prefix))
-    return manifest
-
-
-def size_of(file: str) -> int:
-    """Bytes on disk; 0 of a pipe."""
-    return os.path.getsize(file) if os.path.isfile(file) else 0
-
-
-def hash_of(file: str) -> str:
-    """Of its size and a fixed sample of its blocks; empty of a pipe."""
-    return sampled_hash(Path(file)) if os.path.isfile(file) else ""
-
-
-def clean(prefixes: list[str], journal: Journal) -> None:
-    """Delete everything that has a temporary name."""
-    remove(path for prefix in prefixes for path in leftovers(prefix))
-    remove([journal.path])

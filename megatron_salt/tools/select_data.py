@@ -11,146 +11,28 @@ on one of those too (--rule random).
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_salt.cli import run_tool
-from megatron_salt.config import flag
 from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.manifest import tokenizer_directory
-from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer, whole
 from megatron_salt.selection.eligibility import duplicates, find_eligible
 from megatron_salt.selection.report import draw, refuse_ties, report, sample, write_text
-from megatron_salt.selection.rules import Choice, Rule, RuleName, choose
+from megatron_salt.selection.rules import Choice, Rule, choose
 from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.selection.selection_file import Selection, selection_paths, write_selection
 from megatron_salt.selection.ties import TIE_SEED
 from megatron_salt.selection.window_text import WindowText, find_tokenizer, open_windows
+from megatron_salt.tools.select_config import FLAGS_OF, SelectConfig
 
 DEFAULT_SCORE = "median_dropped_10"
 EXPORTED = 256  # windows that are decoded together
-_SHARED = ("fraction", "num_samples", "per_dataset")
-_RANKED = (*_SHARED, "tie_seed", "allow_ties")
-FLAGS_OF = {
-    "top": _RANKED,
-    "bottom": _RANKED,
-    "band": (*_RANKED, "band_skip"),
-    "random": (*_SHARED, "seed"),
-    "threshold": ("min_score", "max_score"),
-}
-
-
-@dataclass(frozen=True)
-class SelectConfig:
-    """Choose samples by their scores."""
-
-    scores: tuple[str, ...]
-    """Directory of a score index, or several that hold its shards."""
-
-    output: str
-    """PREFIX of what is written: PREFIX.npy, .json, .txt and .png."""
-
-    score: str | None = None
-    """Column to choose by. Default: median_dropped_10, the reading of the paper's score that tells the samples of a young teacher apart;
-    its formula is median_zeroed_10. None has beaten a random choice in our runs."""
-
-    fraction: float | None = None
-    """Share of the eligible samples to choose, above 0 and up to 1. Either this or --num-samples, except with --rule threshold."""
-
-    num_samples: int | None = None
-    """How many samples to choose."""
-
-    rule: RuleName = "top"
-    """top: the highest scores, as in the paper. band: those after the highest --band-skip share, which may be noise. threshold: all from
-    --min-score to --max-score. Controls: bottom, the lowest scores, and random."""
-
-    band_skip: float | None = None
-    """With --rule band: share of the eligible samples, those with the highest scores, that is left out."""
-
-    min_score: float | None = None
-    """With --rule threshold: the lowest score that is chosen."""
-
-    max_score: float | None = None
-    """With --rule threshold: the highest score that is chosen. Default: no limit."""
-
-    per_dataset: bool = False
-    """Each dataset gives the same share of its eligible samples, so that a blend keeps its proportions. Default: all are one pool."""
-
-    exclude_duplicates: bool = False
-    """Leave out samples whose tokens are those of a sample with a lower id."""
-
-    valid_share: float = 0.0
-    """The training run's --valid-share: each dataset's last windows that it holds out are never chosen."""
-
-    seed: int | None = None
-    """With --rule random: another seed chooses other samples. Default: 1234."""
-
-    tie_seed: int | None = None
-    """Orders samples of one score, of which a rule takes some: with another seed it takes others. Default: 1234."""
-
-    allow_ties: bool = False
-    """Choose although more than 5% of the chosen have the very score of a cut, as others have: --tie-seed decides among them."""
-
-    data_path: tuple[str, ...] = ()
-    """Where the data is now, in the index's order, for examples and --export-documents. Default: where it was scored."""
-
-    examples: int = 5
-    """Samples whose text the report shows: so many of the highest scores, of the lowest, and on either side of the cut."""
-
-    export_documents: str | None = None
-    """JSON lines file for the text of every chosen window, with its id, dataset, window and score; an empty line where a document ends."""
-
-    overwrite: bool = False
-    """Replace a selection that is already there."""
-
-    allow_duplicate_inputs: bool = False
-    """Take shards that are named twice, of which one counts, and scores of datasets that hold the same windows twice."""
-
-    max_memory_gib: float = 1.5
-    """Memory for the search of --exclude-duplicates; with less it reads the hashes more often."""
-
-    def __post_init__(self) -> None:
-        flags = {name: getattr(self, name) for names in FLAGS_OF.values() for name in names}
-        given = {name for name, value in flags.items() if value is not None and value is not False}
-        for name in sorted(given - set(FLAGS_OF[self.rule])):
-            raise UserError(
-                f"{flag(name)} does not go with --rule {self.rule}, which takes {' '.join(map(flag, FLAGS_OF[self.rule]))}"
-            )
-        if self.rule != "threshold" and (self.fraction is None) == (self.num_samples is None):
-            raise UserError(f"--rule {self.rule} takes either --fraction or --num-samples")
-        for name in {"threshold": ("min_score",), "band": ("band_skip",)}.get(self.rule, ()):
-            if getattr(self, name) is None:
-                raise UserError(f"--rule {self.rule} needs {flag(name)}")
-        self._check_numbers()
-        if os.path.basename(self.output.removesuffix(".npy").removesuffix(".json")) in ("", ".", ".."):
-            raise UserError(f"--output {self.output!r} names no selection; give a PREFIX, such as selections/top_half")
-
-    def _check_numbers(self) -> None:
-        for name, value, good, told in (
-            ("fraction", self.fraction, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            ("num_samples", self.num_samples, lambda x: x >= 1, "at least 1"),
-            ("band_skip", self.band_skip, lambda x: 0 < x < 1, "above 0 and below 1"),
-            ("min_score", self.min_score, math.isfinite, "a finite number"),
-            (
-                "max_score",
-                self.max_score,
-                lambda x: math.isfinite(x) and x >= (x if self.min_score is None else self.min_score),
-                f"finite and at least --min-score {self.min_score}",
-            ),
-            ("seed", self.seed, lambda x: is_seed(int(x)), SEEDS),
-            ("tie_seed", self.tie_seed, lambda x: is_seed(int(x)), SEEDS),
-            ("valid_share", self.valid_share, lambda x: 0 <= x <= 0.5, "in [0, 0.5]"),
-            ("examples", self.examples, lambda x: x >= 0, "at least 0"),
-            ("max_memory_gib", self.max_memory_gib, lambda x: 0 < x <= 1 << 20, "above 0 and at most 2^20"),
-        ):
-            if value is not None and not good(value):
-                raise UserError(f"{flag(name)} must be {told}, got {value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,15 +139,15 @@ def rule_of(config: SelectConfig) -> Rule:
     """The rule that the flags ask for."""
     seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
     return Rule(
-        config.rule,
-        config.fraction,
-        config.num_samples,
-        config.per_dataset,
-        config.band_skip or 0.0,
-        config.min_score,
-        config.max_score,
-        seed,
-        TIE_SEED if config.tie_seed is None else config.tie_seed,
+        name=config.rule,
+        fraction=config.fraction,
+        num_samples=config.num_samples,
+        per_dataset=config.per_dataset,
+        skip=config.band_skip or 0.0,
+        minimum=config.min_score,
+        maximum=config.max_score,
+        seed=seed,
+        tie_seed=TIE_SEED if config.tie_seed is None else config.tie_seed,
     )
 
 

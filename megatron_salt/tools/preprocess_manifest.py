@@ -1,0 +1,166 @@
+"""What a preprocessed dataset depends on, whether an earlier run left the same one, and its manifest."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from megatron_salt.data.manifest import (
+    Manifest,
+    Source,
+    fingerprint,
+    manifest_path,
+    read_manifest,
+    sampled_fingerprint,
+    sampled_hash,
+    write_manifest,
+)
+from megatron_salt.errors import UserError
+from megatron_salt.preprocess.indexed_writer import Written
+from megatron_salt.preprocess.journal import Journal
+from megatron_salt.preprocess.readers import Form
+from megatron_salt.preprocess.staging import Stage, leftovers, output_paths, remove, temporary
+from megatron_salt.selection.score_format import parse_shard
+from megatron_salt.tokenizer.tokenizer import Tokenizer
+from megatron_salt.tools.preprocess_config import PreprocessConfig
+
+
+def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
+    """All that decides which bytes are written: a run resumes only where it is the same."""
+    return {
+        "--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
+        "--json-keys": list(config.json_keys),
+        "--append-eod": config.append_eod,
+        "tokenizer": tokenizer.fingerprint,
+        "--prepend-bos": tokenizer.bos if config.prepend_bos else None,
+        "--special-tokens-in-text": config.special_tokens_in_text,
+        "--dedup": config.dedup,
+        "--shuffle-documents": config.shuffle_documents,
+    }
+
+
+def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, facts: dict) -> bool:
+    """Whether an earlier run of this job left nothing to do. UserError where what it left is not this, unless that may be replaced, or
+    is not what it wrote."""
+    if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
+        return False
+    for prefix in prefixes:
+        other = made_otherwise(config, prefix, tokenizer, facts)
+        if other and not config.overwrite:
+            raise UserError(
+                f"--resume: {prefix}.bin is whole, and was made with other {', '.join(other)}; "
+                "--overwrite replaces it, another --output-prefix leaves it alone"
+            )
+        if other:
+            return False
+    try:
+        for prefix in prefixes:
+            fingerprint(prefix)
+    except UserError as error:
+        raise UserError(f"{error}; --overwrite instead of --resume makes it anew") from None
+    return True
+
+
+def made_otherwise(config: PreprocessConfig, prefix: str, tokenizer: Tokenizer, facts: dict) -> list[str]:
+    """What a dataset was made with and this job would not. Older manifests do not say all of it."""
+    there = read_manifest(prefix)
+    if there is None:
+        return ["flags, which no manifest tells"]
+    inputs = {file: (form, size, sampled) for file, form, size, sampled in facts["--input"]}
+    known = {source.file: (source.form or inputs.get(source.file, ("",))[0], source.size_bytes,
+                           source.sampled or inputs.get(source.file, ("", 0, ""))[2]) for source in there.sources}  # fmt: skip
+    return [
+        name
+        for name, differs in (
+            ("--input", list(known.items()) != list(inputs.items())),
+            ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
+            ("--append-eod", there.append_eod != config.append_eod),
+            ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
+            ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
+            ("--dedup", there.dedup not in ("", config.dedup)),
+            ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents),
+        )
+        if differs
+    ]
+
+
+def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
+    """UserError where the output exists, unless it may be replaced."""
+    present = [str(path) for prefix in prefixes for path in output_paths(prefix) if path.exists()]
+    resumed = config.resume and len(journal.records) > 1  # the run that began it was allowed to
+    if present and not config.overwrite and not resumed:
+        if not journal.records:
+            remove([journal.path])
+        raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
+
+
+def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
+    """Where a dataset is finished before it gets its name."""
+    return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
+
+
+def describe(
+    config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage, inputs: list
+) -> Manifest:
+    """Write the manifest of key number `i`. inputs: what the run depends on of them."""
+    prefix = finished_prefix(config, stage.prefixes[i])
+    sources = tuple(
+        Source(
+            file=file,
+            size_bytes=size_of(file),
+            lines=tally.documents,
+            documents=tally.written[i],
+            empty_documents=tally.empty[i],
+            rejected_lines=sum(tally.rejected.values()),
+            text_bytes=tally.text_bytes[i],
+            reasons=tally.rejected,
+            form=form,
+            sampled=sampled,
+        )
+        for file, tally, (_, form, _, sampled) in zip(stage.files, stage.tallies, inputs, strict=True)
+    )
+    manifest = Manifest(
+        documents=written.documents,
+        tokens=written.tokens,
+        dtype=stage.writers[i].dtype.name,
+        bin_bytes=written.bin_bytes,
+        idx_bytes=written.idx_bytes,
+        bin_hash=written.bin_hash,
+        idx_hash=written.idx_hash,
+        sampled=sampled_fingerprint(prefix),
+        tokenizer_type=tokenizer.kind,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        append_eod=config.append_eod,
+        json_key=config.json_keys[i],
+        sources=sources,
+        shard=config.shard if parse_shard(config.shard)[1] > 1 else None,
+        duplicates=duplicates,
+        shuffle_seed=config.shuffle_documents,
+        tokenizer_backends=tuple(sorted(stage.backends)),
+        bos=tokenizer.bos if config.prepend_bos else None,
+        special_tokens_in_text=config.special_tokens_in_text,
+        special_documents=sum(tally.special_documents[i] for tally in stage.tallies),
+        special_tokens=dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())),
+        dedup=config.dedup,
+    )
+    write_manifest(manifest, manifest_path(prefix))
+    return manifest
+
+
+def size_of(file: str) -> int:
+    """Bytes on disk; 0 of a pipe."""
+    return os.path.getsize(file) if os.path.isfile(file) else 0
+
+
+def hash_of(file: str) -> str:
+    """Of its size and a fixed sample of its blocks; empty of a pipe."""
+    return sampled_hash(Path(file)) if os.path.isfile(file) else ""
+
+
+def clean(prefixes: list[str], journal: Journal) -> None:
+    """Delete everything that has a temporary name."""
+    remove(path for prefix in prefixes for path in leftovers(prefix))
+    remove([journal.path])
