@@ -35,6 +35,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_salt.config import DataConfig
 from megatron_salt.data.batch import Batches
+from megatron_salt.data.indexed_dataset import HEADER, MAGIC, VERSION
 from megatron_salt.data.samples import Samples, open_training_data
 
 VOCABULARY, EOD, SEED = 32_000, 0, 1234
@@ -198,7 +199,7 @@ def write_sparse(prefix: str, num_tokens: int, num_documents: int) -> str:
     lengths = np.full(num_documents, num_tokens // num_documents, np.int64)
     lengths[-1] += num_tokens - lengths.sum()
     with open(f"{prefix}.idx", "wb") as idx:
-        idx.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, num_documents, num_documents + 1))
+        idx.write(HEADER.pack(MAGIC, VERSION, 8, num_documents, num_documents + 1))
         idx.write(lengths.astype(np.int32).tobytes())
         idx.write((2 * (np.cumsum(lengths) - lengths)).tobytes())
         idx.write(np.arange(num_documents + 1, dtype=np.int64).tobytes())

@@ -68,7 +68,7 @@ GOAL_MEMORY = {"full": 0.35, "chunks": 0.35}
 class Setting:
     """What is measured, and on what."""
 
-    vocabulary: int
+    vocabulary_size: int
     dtype: str
     tokens: int
     threads: int
@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return f"{self.vocabulary // 1024}K_{self.dtype}_{self.threads}thread"
+        return f"{self.vocabulary_size // 1024}K_{self.dtype}_{self.threads}thread"
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def main() -> None:
         child(json.loads(flags.child))
         return
     vocabularies = flags.vocabularies or ([32768, 131072, 262144] if flags.full else [32768])
-    for vocabulary in vocabularies:
+    for vocabulary_size in vocabularies:
         for dtype in flags.dtypes:
             for threads in flags.threads or ([1, 2] if flags.full else [1]):
-                setting = Setting(vocabulary, dtype, flags.tokens, threads, flags.temperature)
+                setting = Setting(vocabulary_size, dtype, flags.tokens, threads, flags.temperature)
                 setting = replace(setting, tokens=affordable_tokens(setting))
                 for ours in flags.forms:
                     compare(setting, ours, flags.pairs or (9 if flags.full else 5))
@@ -193,10 +193,10 @@ def make_problem(setting: Setting) -> Problem:
     def draw(*shape: int, std: float = 1.0) -> Tensor:
         return torch.empty(shape, dtype=dtype).normal_(std=std, generator=generator)
 
-    hidden, weight = draw(setting.tokens, 1, HIDDEN), draw(setting.vocabulary, HIDDEN, std=HIDDEN**-0.5)
+    hidden, weight = draw(setting.tokens, 1, HIDDEN), draw(setting.vocabulary_size, HIDDEN, std=HIDDEN**-0.5)
     teacher_hidden = draw(setting.tokens, 1, TEACHER_HIDDEN)
-    teacher_weight = draw(setting.vocabulary, TEACHER_HIDDEN, std=2 * TEACHER_HIDDEN**-0.5)
-    labels = torch.randint(0, setting.vocabulary, (setting.tokens,), generator=generator)
+    teacher_weight = draw(setting.vocabulary_size, TEACHER_HIDDEN, std=2 * TEACHER_HIDDEN**-0.5)
+    labels = torch.randint(0, setting.vocabulary_size, (setting.tokens,), generator=generator)
     teacher = SoftTarget(teacher_hidden, teacher_weight, setting.temperature, KD_WEIGHT)
     return Problem(hidden.requires_grad_(), weight.requires_grad_(), labels, torch.ones(setting.tokens), teacher)
 
@@ -295,7 +295,7 @@ def seconds_of(problem: Problem, step: Step, threads: int) -> float:
 
 def peak_mib(name: str, setting: Setting) -> float:
     """Peak RSS of one run over RSS before it, after a tiny run that loads what is loaded late."""
-    tiny = make_problem(replace(setting, vocabulary=256, tokens=32))
+    tiny = make_problem(replace(setting, vocabulary_size=256, tokens=32))
     make_step(name, tiny)().backward()
     problem = make_problem(setting)
     step = make_step(name, problem)

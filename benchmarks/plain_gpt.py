@@ -41,9 +41,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, vocabulary: int, length: int, layers: int, hidden: int, ffn: int, heads: int) -> None:
+    def __init__(self, vocabulary_size: int, length: int, layers: int, hidden: int, ffn: int, heads: int) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(vocabulary, hidden), nn.Linear(hidden, vocabulary, bias=False)
+        self.embedding, self.head = nn.Embedding(vocabulary_size, hidden), nn.Linear(hidden, vocabulary_size, bias=False)
         self.blocks = nn.ModuleList(Block(hidden, ffn, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(hidden, eps=1e-5)
         d = hidden // heads

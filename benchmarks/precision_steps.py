@@ -38,7 +38,7 @@ class Sizes:
 
     student: str
     teacher: str
-    vocabulary: int
+    vocabulary_size: int
     seq_length: int
     micro_batch_size: int
     microbatches: int
@@ -47,12 +47,12 @@ class Sizes:
 LARGE = Sizes(
     "--num-layers 16 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 --num-query-groups 8",
     "--num-layers 16 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --num-query-groups 8",
-    vocabulary=32768, seq_length=4096, micro_batch_size=2, microbatches=4,
+    vocabulary_size=32768, seq_length=4096, micro_batch_size=2, microbatches=4,
 )  # fmt: skip
 TINY = Sizes(
     "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4",
     "--num-layers 1 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2",
-    vocabulary=512, seq_length=128, micro_batch_size=1, microbatches=2,
+    vocabulary_size=512, seq_length=128, micro_batch_size=1, microbatches=2,
 )  # fmt: skip
 
 
@@ -162,10 +162,10 @@ def run(folder: Path, ranks: int, words: list[str], sizes: Sizes) -> str | None:
 
 def write_data(folder: Path, sizes: Sizes) -> None:
     """Random tokens, and a tokenizer that has them."""
-    words = {f"w{number}": number for number in range(sizes.vocabulary)}
+    words = {f"w{number}": number for number in range(sizes.vocabulary_size)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    tokens = np.random.default_rng(0).integers(0, sizes.vocabulary, 256 * sizes.seq_length + 1)
+    tokens = np.random.default_rng(0).integers(0, sizes.vocabulary_size, 256 * sizes.seq_length + 1)
     writer = IndexedWriter(str(folder / "data"), np.dtype(np.uint16))
     writer.append(tokens.astype(np.uint16), np.array([len(tokens)], np.int32))
     writer.finish()

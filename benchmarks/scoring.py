@@ -31,6 +31,7 @@ from torch import Tensor, nn
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 from megatron_salt.config import DataConfig
+from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.samples import open_training_data
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.vocab_parallel import slices
@@ -38,7 +39,7 @@ from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.load_teacher import read_teacher
-from megatron_salt.salt.scorer import Scorer, _Placed, make_scorer
+from megatron_salt.salt.scorer import Scorer, make_scorer
 
 GOAL = 0.90
 WINDOWS, MICRO_BATCH = 16, 4
@@ -91,9 +92,9 @@ def bare_forward(scorer: Scorer) -> None:
     tokens = scorer._tokens
     assert tokens is not None
 
-    def step(body: nn.Module, batch: _Placed) -> tuple[Tensor, LossFunction]:
+    def step(body: nn.Module, batch: Microbatch) -> tuple[Tensor, LossFunction]:
         assert isinstance(body, GPT)
-        hidden = body(batch.tokens, batch.position_ids, None)
+        hidden = body(*body.inputs(batch))
 
         def logits(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             hidden_nh = hidden_sbh.flatten(0, 1)
@@ -104,8 +105,8 @@ def bare_forward(scorer: Scorer) -> None:
 
         return hidden, logits
 
-    placed = [scorer._place(np.arange(start, start + MICRO_BATCH)) for start in range(0, WINDOWS, MICRO_BATCH)]
-    run_pipeline([scorer._body], step, placed, scorer._mesh, scorer.seq_length, MICRO_BATCH, forward_only=True)
+    batches = [scorer._microbatch(np.arange(start, start + MICRO_BATCH)) for start in range(0, WINDOWS, MICRO_BATCH)]
+    run_pipeline([scorer._body], step, batches, scorer._mesh, scorer.seq_length, MICRO_BATCH, forward_only=True)
 
 
 if __name__ == "__main__":

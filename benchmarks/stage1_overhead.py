@@ -151,7 +151,7 @@ def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
 def prediction(run: RunConfig, head: HeadCost) -> float:
     """What start-up predicts: a step of stage 1 over one of stage 2."""
     return predict(
-        run.model, run.parallel, TEACHER, teacher_tensor=1, teacher_pipeline=1, padded_vocabulary=VOCABULARY,
+        run.model, run.parallel, TEACHER, teacher_tensor=1, teacher_pipeline=1, padded_vocabulary_size=VOCABULARY,
         num_microbatches=MICROBATCHES, merge=1, seq_length=SEQ_LENGTH, head=head,
     ).ratio  # fmt: skip
 

@@ -169,7 +169,17 @@ def random_microbatches() -> list[Microbatch]:
     tokens = torch.randint(0, VOCABULARY, (MICROBATCHES, MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
     positions = torch.arange(SEQ_LENGTH).expand(MICRO_BATCH, -1)
     mask, ids = torch.ones(MICRO_BATCH, SEQ_LENGTH), np.arange(MICRO_BATCH)
-    return [Microbatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), mask, positions, None, ids) for part in tokens]
+    return [
+        Microbatch(
+            tokens=part[:, :-1].contiguous(),
+            labels=part[:, 1:].contiguous(),
+            loss_mask=mask,
+            position_ids=positions,
+            documents=None,
+            sample_ids=ids,
+        )
+        for part in tokens
+    ]
 
 
 def agree(pair: Pair, tolerance: float) -> None:

@@ -1,7 +1,7 @@
 """From a command line and a YAML file to a checked RunConfig, and back to YAML.
 
 Precedence: defaults < `--config file.yaml` < flags. YAML is nested by section, flags are flat; both use the leaf names of
-`config.py`, and both refuse what they do not know, with a suggestion. Checks run once, on the merged result, so that a
+`config/`, and both refuse what they do not know, with a suggestion. Checks run once, on the merged result, so that a
 file may hold one half of what a flag completes. Mistakes are UserErrors; `exit_status` turns them into one line on
 stderr and status 2. Imports no torch.
 """

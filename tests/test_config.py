@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 
@@ -188,9 +189,9 @@ def test_derived_sizes(values, derived):
     assert (model.query_groups, model.head_width, model.ffn_width) == derived
 
 
-@pytest.mark.parametrize("vocabulary, rows", [(1, 128), (128, 128), (129, 256), (50257, 50304)])
-def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary, rows):
-    assert ModelConfig().padded_vocabulary(vocabulary) == rows
+@pytest.mark.parametrize("vocabulary_size, rows", [(1, 128), (128, 128), (129, 256), (50257, 50304)])
+def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary_size, rows):
+    assert ModelConfig().padded_vocabulary_size(vocabulary_size) == rows
 
 
 def test_every_leaf_has_a_help_text():
@@ -210,9 +211,9 @@ def test_every_leaf_has_a_help_text():
 
 
 def test_messages_spell_flags_that_exist():
-    """Every --word in config.py is a flag: a renamed field must take its messages along."""
+    """Every --word in config/ is a flag: a renamed field must take its messages along."""
     known = set(cli.known_flags(cli.CommandLine))
-    source = inspect.getsource(config)
+    source = "\n".join(file.read_text() for file in Path(inspect.getfile(config)).parent.glob("*.py"))
     words = {word.strip("`.,;:)'\"") for text in source.split() for word in [text.lstrip("`(\"'f")] if word.startswith("--")}
     assert sorted(word for word in words if word not in known and "{" not in word and len(word) > 2) == []
 

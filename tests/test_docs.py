@@ -15,6 +15,7 @@ from megatron_salt.train.checks import check
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 PROGRAMS = [ROOT / "megatron_salt/tools" / tool.name for tool in TOOLS]
@@ -48,7 +49,7 @@ def tool_config(path: Path) -> type:
 
 def tree_paths() -> set[str]:
     """Every file and directory that the annotated tree names."""
-    block = re.search(r"```\n(megatron_salt/\n.*?)```", README, re.DOTALL)
+    block = re.search(r"```\n(megatron_salt/\n.*?)```", ARCHITECTURE, re.DOTALL)
     assert block
     found, parents = set(), [""] * 8
     for line in block[1].splitlines():

@@ -49,7 +49,7 @@ def run_of(script: Path, tmp_path: Path, *flags: str, **environment: str) -> tup
 @pytest.mark.parametrize("name, size", SIZES.items())
 def test_models_have_the_size_in_their_name(name: str, size: float) -> None:
     run = model_run(name)
-    parameters = num_parameters(run.model, run.model.padded_vocabulary(VOCABULARY), run.training.seq_length)
+    parameters = num_parameters(run.model, run.model.padded_vocabulary_size(VOCABULARY), run.training.seq_length)
     print(f"model_{name}.yaml: {parameters / 1e9:.3f}B parameters with a vocabulary of {VOCABULARY}")
     assert abs(parameters / size - 1) < 0.02
     assert f"{parameters / 1e9:.2f}B parameters" in (EXAMPLES / f"model_{name}.yaml").read_text().splitlines()[0]

@@ -16,8 +16,8 @@ from megatron_salt.checkpoint.compatibility import read_facts
 from megatron_salt.checkpoint.integrity import FileSum
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import read_manifest
-from megatron_salt.data.windows import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.history import read_curve
 from megatron_salt.metrics.sinks import Jsonl

@@ -6,19 +6,23 @@ count alone: not on replicas, micro-batch size or restarts. Any rank may read an
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_salt.data.masking import Masking
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import SkipRanges
+from megatron_salt.parallel.device import to_device
+from megatron_salt.parallel.layout import context_slice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """What one forward pass of one replica sees: CPU tensors, b samples of L tokens."""
+    """The input of one forward pass of one replica: b samples of L tokens. On the CPU until `to_device`."""
 
     tokens: Tensor
     """int64 [b, L]"""
@@ -32,6 +36,56 @@ class Microbatch:
     """int64 [b, L]: number of the token's document inside the sample, from 0; None without --reset-attention-mask"""
     sample_ids: np.ndarray
     """int64 [b]: global ids"""
+
+    def to_device(self, context_parallel_size: int = 1, cp_rank: int = 0) -> Microbatch:
+        """The microbatch on `current_device()`, cut to the positions of a context-parallel rank: [b, L / context_parallel_size].
+
+        `documents` stays whole, because the rank's queries attend to the keys of all ranks.
+        """
+        parts = context_slice(self.tokens.size(1), context_parallel_size, cp_rank)
+
+        def share(tensor: Tensor) -> Tensor:
+            return to_device(tensor if len(parts) == 1 else torch.cat([tensor[:, part] for part in parts], dim=1))
+
+        return Microbatch(
+            tokens=share(self.tokens),
+            labels=share(self.labels),
+            loss_mask=share(self.loss_mask),
+            position_ids=share(self.position_ids),
+            documents=None if self.documents is None else to_device(self.documents),
+            sample_ids=self.sample_ids,
+        )
+
+
+def make_microbatch(sample_ids: np.ndarray, tokens: np.ndarray, masking: Masking) -> Microbatch:
+    """A microbatch of these samples: global ids int64 [b], tokens int64 [b, L + 1]."""
+    inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+    loss_mask, position_ids, documents = masking.of(inputs)
+    return Microbatch(
+        tokens=torch.from_numpy(inputs),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(loss_mask),
+        position_ids=torch.from_numpy(position_ids),
+        documents=None if documents is None else torch.from_numpy(documents),
+        sample_ids=sample_ids,
+    )
+
+
+def merge_microbatches(microbatches: Sequence[Microbatch]) -> Microbatch:
+    """One microbatch of the samples of several, in their order. All have one length, and all or none have documents."""
+
+    def joined(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))
+
+    documents = [microbatch.documents for microbatch in microbatches if microbatch.documents is not None]
+    return Microbatch(
+        tokens=joined(microbatch.tokens for microbatch in microbatches),
+        labels=joined(microbatch.labels for microbatch in microbatches),
+        loss_mask=joined(microbatch.loss_mask for microbatch in microbatches),
+        position_ids=joined(microbatch.position_ids for microbatch in microbatches),
+        documents=joined(documents) if documents else None,
+        sample_ids=np.concatenate([microbatch.sample_ids for microbatch in microbatches]),
+    )
 
 
 class Batches:
@@ -80,28 +134,17 @@ class Batches:
         """This replica's microbatches of the step that starts after `consumed` samples."""
         counts = np.arange(consumed + self._first, consumed + self._first + self._share)
         sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip, self.since))
-        size = self.micro_batch_size
+        size, masking = self.micro_batch_size, self.samples.masking
         return [
-            self._microbatch(sample_ids[start : start + size], tokens[start : start + size])
+            make_microbatch(sample_ids[start : start + size], tokens[start : start + size], masking)
             for start in range(0, self._share, size)
         ]
 
     def first(self, count: int) -> list[Microbatch]:
         """The first samples of the order, each a microbatch of its own: the same on every replica, whatever has been consumed."""
         sample_ids, tokens = self.samples.read(np.arange(count))
-        return [self._microbatch(sample_ids[one : one + 1], tokens[one : one + 1]) for one in range(count)]
-
-    def _microbatch(self, sample_ids: np.ndarray, tokens: np.ndarray) -> Microbatch:
-        inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
-        loss_mask, position_ids, documents = self.samples.masking.of(inputs)
-        return Microbatch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(labels),
-            torch.from_numpy(loss_mask),
-            torch.from_numpy(position_ids),
-            None if documents is None else torch.from_numpy(documents),
-            sample_ids,
-        )
+        masking = self.samples.masking
+        return [make_microbatch(sample_ids[one : one + 1], tokens[one : one + 1], masking) for one in range(count)]
 
 
 def stream_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_salt.data.order import Pool, Progress
+from megatron_salt.data.order import Pool, PoolProgress
 from megatron_salt.errors import UserError
 
 BLOCK = 1 << 30
@@ -33,7 +33,7 @@ class Blend(Protocol):
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(pool, sample of that pool) at each position: int [n] >= 0 -> int64 [n], int64 [n]."""
 
-    def progress(self, position: int) -> list[Progress]:
+    def progress(self, position: int) -> list[PoolProgress]:
         """Where each pool stands after the first `position` samples."""
 
 
@@ -41,13 +41,13 @@ def make_blend(name: str, sizes: Sequence[int], weights: Sequence[float] | None,
     """The stream `name` over pools of these many samples (each at least 1); weights are relative, None: there is one pool."""
     if weights is None:
         (size,) = sizes
-        return OnePool(Pool(name, size, seed))
+        return SinglePool(Pool(name, size, seed))
     pools = tuple(Pool(f"{name}.{number}", size, seed) for number, size in enumerate(sizes))
     return Mixture(pools, shares(weights))
 
 
 @dataclass(frozen=True)
-class OnePool:
+class SinglePool:
     """A pool that has every turn."""
 
     pool: Pool
@@ -60,7 +60,7 @@ class OnePool:
         samples = self.pool.ids(positions)
         return np.zeros_like(samples), samples
 
-    def progress(self, position: int) -> list[Progress]:
+    def progress(self, position: int) -> list[PoolProgress]:
         return [self.pool.progress(position)]
 
 
@@ -111,7 +111,7 @@ class Mixture:
             sample[here] = self.pools[index].ids(place[here])
         return pool, sample
 
-    def progress(self, position: int) -> list[Progress]:
+    def progress(self, position: int) -> list[PoolProgress]:
         drawn = np.array([position], np.int64)
         for level in range(self._depth):
             left = self._sent_left(drawn, np.arange(1 << level, 2 << level))

@@ -9,33 +9,21 @@ and blind to changes between the blocks. Start-up reads the same small sample ei
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from megatron_salt import small_files
+from megatron_salt.data.indexed_dataset import HEADER
+from megatron_salt.data.json_records import check_fields, check_types, read_record, write_record
 from megatron_salt.errors import UserError
-from megatron_salt.files import whole
 
 FORMAT = 1
-_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 _BLOCK_BYTES = 4096
 _BLOCKS = 32  # of each file
 _TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
-_JSON_TYPES = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "int | None": (int, type(None)),
-    "float | None": (int, float, type(None)),
-    "str | None": (str, type(None)),
-}
 
 
 def content_hash() -> hashlib.blake2b:
@@ -144,14 +132,14 @@ def tokenizer_directory(prefix: str) -> Path:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest as JSON; the file appears whole or not at all."""
-    write_json(asdict(manifest), path, FORMAT)
+    write_record(asdict(manifest), path, FORMAT)
 
 
 def read_manifest(prefix: str) -> Manifest | None:
     """The dataset's manifest; None where there is none. UserError when it cannot be understood."""
     path = manifest_path(prefix)
     try:
-        raw = read_json(path, FORMAT, "restore it, or delete it to use the dataset without one")
+        _, raw = read_record(path, (FORMAT,), "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
     added = {
@@ -176,63 +164,6 @@ def read_manifest(prefix: str) -> Manifest | None:
     return Manifest(**raw)
 
 
-def write_json(facts: Mapping[str, Any], path: Path, version: int) -> None:
-    """Write facts, and the version of their format, as JSON; the file appears whole or not at all."""
-    with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
-        json.dump({"format": version, **facts}, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # whoever deletes a file that this one makes superfluous must know that its name is there for good
-    finally:
-        os.close(directory)
-
-
-def read_json(path: Path, version: int, remedy: str) -> dict[str, Any]:
-    """`read_json_of` one version."""
-    return read_json_of(path, (version,), remedy)[1]
-
-
-def read_json_of(path: Path, versions: Sequence[int], remedy: str) -> tuple[int, dict[str, Any]]:
-    """(version, facts) that `write_json` wrote, in one of these versions. FileNotFoundError where there is no file; UserError, with what
-    to do about it (`remedy`), where it cannot be understood."""
-    try:
-        raw = small_files.read_json(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable manifest ({error}); {remedy}") from None
-    if not isinstance(raw, dict) or raw.get("format") not in versions:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path} has manifest format {found}, this version reads {' and '.join(map(str, versions))}")
-    return int(raw.pop("format")), raw
-
-
-def check_fields(kind: type, raw: Mapping[str, Any], path: Path) -> None:
-    """UserError unless `raw`, read from `path`, has the fields of this dataclass, with values of their types: lists for tuples,
-    mappings for what else JSON has no word for."""
-    expected = {each.name for each in fields(kind)}
-    if set(raw) != expected:
-        raise UserError(f"{path}: fields missing {sorted(expected - set(raw))}, unknown {sorted(set(raw) - expected)}")
-    check_types(kind, raw, path)
-
-
-def check_types(kind: type, raw: Mapping[str, Any], path: Path) -> None:
-    """The same of those fields alone that `raw` has: the others have defaults. A count or a size is at least 0."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{path}: {kind.__name__} should be a mapping, it is {str(raw)[:80]!r}")
-    for each in fields(kind):
-        if each.name not in raw:
-            continue
-        if type(raw[each.name]) is int and raw[each.name] < 0 and each.name != "shuffle_seed":
-            raise UserError(f"{path}: {each.name} is {raw[each.name]}, less than 0")
-        types = (list,) if str(each.type).startswith("tuple") else _JSON_TYPES.get(str(each.type), (dict,))
-        if type(raw[each.name]) not in types:
-            raise UserError(f"{path}: {each.name} should be {each.type}, it is {str(raw[each.name])[:80]!r}")
-
-
 def sampled_fingerprint(prefix: str) -> str:
     """`sampled:` and a hash of both sizes, the index header and up to 32 blocks of 4 KiB spread over each file."""
     digest = content_hash()
@@ -241,7 +172,7 @@ def sampled_fingerprint(prefix: str) -> str:
         digest.update(f"{suffix} {size}\n".encode())
         with open(prefix + suffix, "rb") as stream:
             if suffix == ".idx":
-                digest.update(stream.read(_HEADER_BYTES))
+                digest.update(stream.read(HEADER.size))
             _add_blocks(digest, stream, size)
     return f"sampled:{digest.hexdigest()}"
 

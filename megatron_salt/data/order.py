@@ -88,13 +88,13 @@ class Pool:
         """When the first epoch comes to each sample: int [n] -> int64 [n], each below `size`."""
         return _permute(np.asarray(ids, np.int64), self.size, _epoch_keys(self.seed, self.name, 0)[:, None], _feistel_back)
 
-    def progress(self, drawn: int) -> Progress:
+    def progress(self, drawn: int) -> PoolProgress:
         """Where the pool stands after its first `drawn` samples."""
-        return Progress(self.name, self.size, drawn)
+        return PoolProgress(self.name, self.size, drawn)
 
 
 @dataclass(frozen=True)
-class Progress:
+class PoolProgress:
     """How much of a pool was drawn, for logs."""
 
     pool: str

@@ -1,7 +1,7 @@
 """A batch that never changes, by whose loss a model is recognised.
 
 Every checkpoint records its model's loss on it (`train/reference_loss.py`), and a run that takes the model as its teacher compares: weights
-that arrived half, or zeroed, or in the wrong place give another loss. Tokens are a pure function of (vocabulary, microbatch,
+that arrived half, or zeroed, or in the wrong place give another loss. Tokens are a pure function of (vocabulary_size, microbatch,
 position), so the batch of a shorter context is the beginning of the longer one's, and by causality so are its losses: microbatch
 j counts its first 16 * 4^j positions alone.
 """
@@ -28,13 +28,13 @@ def prefix_lengths(seq_length: int) -> list[int]:
     return [*lengths, seq_length]
 
 
-def fixed_tokens(vocabulary: int, microbatch: int, count: int) -> np.ndarray:
-    """int64 [count]: ids in [0, vocabulary), the same on every machine and for every release of numpy. Pure."""
-    generator = np.random.Philox(key=np.array([vocabulary, microbatch], np.uint64))
-    return (generator.random_raw(count) % np.uint64(vocabulary)).astype(np.int64)
+def fixed_tokens(vocabulary_size: int, microbatch: int, count: int) -> np.ndarray:
+    """int64 [count]: ids in [0, vocabulary_size), the same on every machine and for every release of numpy. Pure."""
+    generator = np.random.Philox(key=np.array([vocabulary_size, microbatch], np.uint64))
+    return (generator.random_raw(count) % np.uint64(vocabulary_size)).astype(np.int64)
 
 
-def fixed_batch(vocabulary: int, seq_length: int, lengths: Sequence[int], multiple_of: int = 1) -> list[Microbatch]:
+def fixed_batch(vocabulary_size: int, seq_length: int, lengths: Sequence[int], multiple_of: int = 1) -> list[Microbatch]:
     """Microbatch j is one sample of seq_length tokens of which the first lengths[j] count; plain causal attention.
 
     The last one is repeated until their number is a multiple of `multiple_of`. To compare with a checkpoint's record give the
@@ -42,13 +42,13 @@ def fixed_batch(vocabulary: int, seq_length: int, lengths: Sequence[int], multip
     """
     assert lengths and max(lengths) <= seq_length, (lengths, seq_length)
     return [
-        _microbatch(vocabulary, seq_length, min(number, len(lengths) - 1), lengths)
+        _microbatch(vocabulary_size, seq_length, min(number, len(lengths) - 1), lengths)
         for number in range(-(-len(lengths) // multiple_of) * multiple_of)
     ]
 
 
-def _microbatch(vocabulary: int, seq_length: int, number: int, lengths: Sequence[int]) -> Microbatch:
-    tokens = torch.from_numpy(fixed_tokens(vocabulary, number, seq_length + 1))[None]
+def _microbatch(vocabulary_size: int, seq_length: int, number: int, lengths: Sequence[int]) -> Microbatch:
+    tokens = torch.from_numpy(fixed_tokens(vocabulary_size, number, seq_length + 1))[None]
     positions = torch.arange(seq_length)[None]
     return Microbatch(
         tokens=tokens[:, :-1].contiguous(),

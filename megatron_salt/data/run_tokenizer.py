@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_salt.config import DataConfig, TokenizerConfig
 from megatron_salt.data.blend import parse_data_path
+from megatron_salt.data.indexed_dataset import refuse_missing
 from megatron_salt.data.manifest import read_manifest, tokenizer_directory
-from megatron_salt.data.windows import refuse_missing
 from megatron_salt.errors import UserError
 from megatron_salt.tokenizer.document_ends import in_words
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer, load_tokenizer

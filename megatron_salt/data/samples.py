@@ -20,11 +20,12 @@ from megatron_salt.config import DataConfig
 from megatron_salt.data import manifest
 from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
 from megatron_salt.data.duplicate_inputs import refuse_repeated_datasets
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.data.masking import Masking
-from megatron_salt.data.order import Progress
-from megatron_salt.data.subsets import Members, Runs
-from megatron_salt.data.windows import TokenFile, Windows, num_held_out
+from megatron_salt.data.order import PoolProgress
+from megatron_salt.data.subsets import IdRanges, Members
+from megatron_salt.data.windows import Windows, num_held_out
 from megatron_salt.errors import UserError
 
 
@@ -54,7 +55,7 @@ class Samples:
         self._weights = None if weights is None else list(weights)
         self._seed = seed
         self._offsets = np.cumsum([0, *(len(w) for w in self.windows)], dtype=np.int64)
-        self._draw_from(split, self.runs)
+        self._draw_from(split, self.id_ranges)
         self.vocabulary_size = vocabulary_size
         """Ids of the tokenizer."""
         self._verify = verify
@@ -68,12 +69,14 @@ class Samples:
         return self._weights is not None
 
     @property
-    def runs(self) -> list[Runs]:
-        """All samples of this split, by pool."""
-        runs = [(int(offset) + first, size) for offset, first, size in zip(self._offsets, self.first, self.sizes, strict=False)]
+    def id_ranges(self) -> list[IdRanges]:
+        """Ids of all samples of this split, by pool."""
+        ranges = [
+            (int(offset) + first, size) for offset, first, size in zip(self._offsets, self.first, self.sizes, strict=False)
+        ]
         if self.weighted:
-            return [Runs((first,), (size,)) for first, size in runs]
-        return [Runs(tuple(first for first, _ in runs), tuple(size for _, size in runs))]
+            return [IdRanges((first,), (size,)) for first, size in ranges]
+        return [IdRanges(tuple(first for first, _ in ranges), tuple(size for _, size in ranges))]
 
     @property
     def num_members(self) -> int:
@@ -151,7 +154,7 @@ class Samples:
         sample_ids = self.ids(positions)
         return sample_ids, self.tokens(sample_ids)
 
-    def progress(self, position: int) -> list[Progress]:
+    def progress(self, position: int) -> list[PoolProgress]:
         """Where each pool stands after the first `position` samples of the order."""
         return self.blend.progress(position)
 
@@ -176,7 +179,7 @@ class Samples:
 
 
 def open_training_data(
-    data: DataConfig, seq_length: int, seed: int, tokenizer_vocab_size: int, eod: int | None
+    data: DataConfig, seq_length: int, seed: int, vocabulary_size: int, eod: int | None
 ) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None). Every rank calls; O(1) in the size of the data.
 
@@ -188,7 +191,7 @@ def open_training_data(
     def samples(
         split: str, windows: list[Windows], first: list[int], sizes: list[int], weights: list[float] | None, seed: int
     ) -> Samples:
-        return Samples(split, windows, first, sizes, weights, seed, masking, tokenizer_vocab_size, data.verify_data)
+        return Samples(split, windows, first, sizes, weights, seed, masking, vocabulary_size, data.verify_data)
 
     windows, weights = _open_windows(data.data_path, "--data-path", seq_length, data.allow_duplicate_inputs)
     held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]

@@ -1,6 +1,6 @@
 """Which samples a pool has: from a number below its size to a global sample id.
 
-`Runs` are whole stretches of consecutive ids, such as all windows that no one holds out; `Chosen` is a selection; `Unseen` is what a
+`IdRanges` are whole stretches of consecutive ids, such as all windows that no one holds out; `Selected` is a selection; `Unseen` is what a
 stage that drew from a selection has left. A pool's order is another matter (`order.py`), and so is whose turn it is (`blend.py`).
 Pure, memory of O(1) or of a mapped file, and O(log size) an id at most.
 """
@@ -29,7 +29,7 @@ class Members(Protocol):
 
 
 @dataclass(frozen=True)
-class Runs:
+class IdRanges:
     """Stretches of consecutive ids, ascending."""
 
     firsts: tuple[int, ...]
@@ -56,18 +56,18 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selected:
     """Ids that a selection lists."""
 
-    listed: np.ndarray
+    sample_ids: np.ndarray
     """Ascending integers [size], perhaps in a mapped file."""
 
     @property
     def size(self) -> int:
-        return len(self.listed)
+        return len(self.sample_ids)
 
     def ids(self, numbers: np.ndarray) -> np.ndarray:
-        return self.listed[numbers].astype(np.int64)
+        return self.sample_ids[numbers].astype(np.int64)
 
     def numbers(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number int64 [n], whether it is a member bool [n]) of any ids."""
@@ -83,8 +83,8 @@ class Unseen:
     First those that were never chosen, then the chosen ones whose turn did not come.
     """
 
-    everything: Runs
-    chosen: Chosen
+    everything: IdRanges
+    chosen: Selected
     pool: Pool
     """The order in which the chosen were visited."""
     drawn: int

@@ -35,22 +35,22 @@ def layer_flops(model: ModelConfig, seq_length: int) -> float:
     return 2.0 * (projections + mlp) + core_attention_flops(model, seq_length)
 
 
-def head_flops(model: ModelConfig, padded_vocabulary: int) -> float:
+def head_flops(model: ModelConfig, padded_vocabulary_size: int) -> float:
     """The output layer: 2 h V."""
-    return 2.0 * model.hidden_size * padded_vocabulary
+    return 2.0 * model.hidden_size * padded_vocabulary_size
 
 
-def forward_flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary: int) -> float:
+def forward_flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size: int) -> float:
     """FLOPs of a forward pass for one token, output layer included: what a teacher costs."""
-    return model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary)
+    return model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary_size)
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary: int) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size: int) -> float:
     """Model FLOPs of forward and backward for one token: recomputation does not count."""
-    return 3.0 * forward_flops_per_token(model, seq_length, padded_vocabulary)
+    return 3.0 * forward_flops_per_token(model, seq_length, padded_vocabulary_size)
 
 
-def num_parameters(model: ModelConfig, padded_vocabulary: int, seq_length: int) -> int:
+def num_parameters(model: ModelConfig, padded_vocabulary_size: int, seq_length: int) -> int:
     """Parameters of the whole model, embedding and head included, as megatron-core makes them; a tied weight counts once."""
     hidden, width, bias = model.hidden_size, model.head_width, not model.disable_bias_linear
     norm = 2 if model.normalization == "LayerNorm" else 1  # weight and bias, or a weight
@@ -63,5 +63,5 @@ def num_parameters(model: ModelConfig, padded_vocabulary: int, seq_length: int) 
     mlp = (hidden + bias) * wide_fc1 + (model.ffn_width + bias) * hidden
     learned = model.position_embedding_type == "learned_absolute"
     positions = (model.max_position_embeddings or seq_length) * hidden if learned else 0
-    embeddings = padded_vocabulary * hidden * (2 if model.untie_embeddings_and_output_weights else 1) + positions
+    embeddings = padded_vocabulary_size * hidden * (2 if model.untie_embeddings_and_output_weights else 1) + positions
     return model.num_layers * (attention + mlp + 2 * norm * hidden) + norm * hidden + embeddings

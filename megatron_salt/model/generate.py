@@ -18,17 +18,17 @@ from megatron_salt.parallel.device import current_device
 
 
 @torch.no_grad()
-def next_logits(model: GPT, ids: list[int], vocabulary: int) -> Tensor:
-    """Logits of the token after `ids`: float32 [vocabulary], on the CPU. Collective over the tensor-parallel group; all receive."""
+def next_logits(model: GPT, ids: list[int], vocabulary_size: int) -> Tensor:
+    """Logits of the token after `ids`: float32 [vocabulary_size], on the CPU. Collective over the tensor-parallel group; all receive."""
     tokens = torch.tensor([ids], device=current_device())
     positions = torch.arange(len(ids), device=current_device())[None]
     hidden = model(tokens, positions, None)
     logits = gather_from_tensor_model_parallel_region(model.logits(hidden[-1:]), group=model.pg_collection.tp)
-    return logits[0, 0, :vocabulary].float().cpu()
+    return logits[0, 0, :vocabulary_size].float().cpu()
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One id from float32 logits [vocabulary]: the likeliest at temperature 0, else at random among the `top_k` likeliest."""
+    """One id from float32 logits [vocabulary_size]: the likeliest at temperature 0, else at random among the `top_k` likeliest."""
     if temperature == 0:
         return int(logits.argmax())
     kept = logits.topk(min(top_k or logits.numel(), logits.numel()))
@@ -37,7 +37,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch
 
 
 def generate(
-    model: GPT, prompt: list[int], num_tokens: int, context: int, vocabulary: int, eod: int | None, temperature: float,
+    model: GPT, prompt: list[int], num_tokens: int, context: int, vocabulary_size: int, eod: int | None, temperature: float,
     top_k: int | None, seed: int,
 ) -> list[int]:  # fmt: skip
     """Up to `num_tokens` ids that follow `prompt`, ending before `eod`. Collective over the tensor-parallel group; all receive.
@@ -50,7 +50,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     while len(ids) < len(prompt) + num_tokens:
-        chosen = draw(next_logits(model, ids[-context:], vocabulary), temperature, top_k, generator)
+        chosen = draw(next_logits(model, ids[-context:], vocabulary_size), temperature, top_k, generator)
         if chosen == eod:
             break
         ids.append(chosen)

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.fp8_teacher import ForwardContext, fp8_products
 from megatron_salt.model.head import OutputHead
@@ -111,7 +112,7 @@ class GPT(LanguageModule):
     """One chunk of the decoder: the layers of one (virtual) pipeline stage, with embedding and head where they belong."""
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, vocabulary: int, seq_length: int, chunk_tokens: int,
+        self, config: TransformerConfig, model: ModelConfig, vocabulary_size: int, seq_length: int, chunk_tokens: int,
         groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None, has_head: bool = True,
         precision: Precision = TORCH,
     ) -> None:  # fmt: skip
@@ -128,11 +129,11 @@ class GPT(LanguageModule):
         self.share_embeddings_and_output_weights = has_head and not model.untie_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder  # 0.16's schedules read it
         self.mtp_process = False
-        self.vocab_size = model.padded_vocabulary(vocabulary)
+        self.padded_vocabulary_size = model.padded_vocabulary_size(vocabulary_size)
         self.max_sequence_length = model.max_position_embeddings or seq_length
         if pre_process:
             self.embedding = LanguageModelEmbedding(
-                config=config, vocab_size=self.vocab_size, max_sequence_length=self.max_sequence_length,
+                config=config, vocab_size=self.padded_vocabulary_size, max_sequence_length=self.max_sequence_length,
                 position_embedding_type=model.position_embedding_type, tp_group=groups.tp,
             ).to(config.params_dtype)  # fmt: skip  # learned positions are float32 whatever the config says
         self.rotary_pos_emb = None
@@ -149,9 +150,9 @@ class GPT(LanguageModule):
             head_config = copy(config)
             head_config.gradient_accumulation_fusion = tensor_parallel_layers._grad_accum_fusion_available
             self.output_layer = OutputHead(
-                config.hidden_size, self.vocab_size, config=head_config, init_method=config.init_method,
+                config.hidden_size, self.padded_vocabulary_size, config=head_config, init_method=config.init_method,
                 skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights, tp_group=groups.tp,
-                num_valid=vocabulary, chunk_tokens=chunk_tokens,
+                vocabulary_size=vocabulary_size, chunk_tokens=chunk_tokens,
             )  # fmt: skip
         if has_head and (pre_process or post_process):
             self.setup_embeddings_and_output_layer()
@@ -159,6 +160,11 @@ class GPT(LanguageModule):
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by the schedules with the hidden states of the stage before."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def inputs(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `forward` takes of a microbatch, this rank's share of it on its device: (tokens, position ids, attention mask)."""
+        length = batch.tokens.size(1) * self.cp_group.size()
+        return batch.tokens, batch.position_ids, self.attention_mask(batch.documents, length, batch.tokens.device)
 
     def attention_mask(self, documents: Tensor | None, length: int, device: torch.device) -> Tensor | None:
         """The mask that `forward` takes for sequences of `length` tokens, see attention.py. None for Transformer Engine's attention,
@@ -185,7 +191,7 @@ class GPT(LanguageModule):
         return self.output_layer(hidden, labels, loss_mask, weight=self._tied_weight(), teacher=teacher)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """On the last stage: logits [s/cp, b, padded vocabulary / tp] of hidden states, for generation and for oracles."""
+        """On the last stage: logits [s/cp, b, padded_vocabulary_size / tp] of hidden states, for generation and for oracles."""
         return self.output_layer(hidden, weight=self._tied_weight())[0]
 
     def _tied_weight(self) -> Tensor | None:
@@ -208,12 +214,12 @@ class GPT(LanguageModule):
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, seq_length: int, vocabulary: int, dtype: torch.dtype, chunk_tokens: int, mesh: Mesh,
+    model: ModelConfig, parallel: ParallelConfig, seq_length: int, vocabulary_size: int, dtype: torch.dtype, chunk_tokens: int, mesh: Mesh,
     precision: Precision = TORCH,
 ) -> list[GPT]:  # fmt: skip
     """This rank's model chunks on its device, one per virtual stage. Collective over the embedding group where weights are tied.
 
-    vocabulary: real ids of the tokenizer; chunk_tokens: tokens whose logits exist at one time in the head.
+    vocabulary_size: real ids of the tokenizer; chunk_tokens: tokens whose logits exist at one time in the head.
     """
     check_shapes(model, parallel, seq_length)
     config = transformer_config(model, parallel, dtype, precision)
@@ -221,7 +227,7 @@ def build_model(
     for stage in range(parallel.num_virtual_stages_per_pipeline_rank):
         last = stage == parallel.num_virtual_stages_per_pipeline_rank - 1
         chunk = GPT(
-            config, model, vocabulary, seq_length, chunk_tokens, mesh.groups,
+            config, model, vocabulary_size, seq_length, chunk_tokens, mesh.groups,
             pre_process=mesh.is_first_stage and stage == 0,
             post_process=mesh.is_last_stage and last,
             vp_stage=None if parallel.virtual_stages is None else stage,

@@ -28,19 +28,19 @@ __all__ = ["KD_METRICS", "METRICS", "OutputHead", "SoftTarget"]
 class OutputHead(ColumnParallelLinear):
     """`head(hidden, labels, loss_mask, teacher=...)` -> (sum of the loss, metrics); `head(hidden)` -> (logits, None).
 
-    The weight is [padded_vocabulary / tp, hidden_size]; with `skip_weight_param_allocation` (tied embeddings) it is given
-    with each call. `num_valid` ids are real, the rest is padding. `chunk_tokens` tokens have logits at one time.
+    The weight is [padded_vocabulary_size / tp, hidden_size]; with `skip_weight_param_allocation` (tied embeddings) it is given
+    with each call. `vocabulary_size` ids are real, the rest is padding. `chunk_tokens` tokens have logits at one time.
     Raises UserError for float16 and ValueError for features that would bypass the weight gradient made here.
     """
 
     def __init__(
         self,
         hidden_size: int,
-        padded_vocabulary: int,
+        padded_vocabulary_size: int,
         *,
         config: ModelParallelConfig,
         init_method: Callable[[Tensor], Any],
-        num_valid: int,
+        vocabulary_size: int,
         chunk_tokens: int,
         skip_weight_param_allocation: bool = False,
         tp_group: dist.ProcessGroup | None = None,
@@ -50,11 +50,11 @@ class OutputHead(ColumnParallelLinear):
         for feature in ("defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm"):
             if getattr(config, feature):
                 raise ValueError(f"{feature} cannot be combined with the fused output head")
-        if not 0 < num_valid <= padded_vocabulary:
-            raise ValueError(f"vocabulary {num_valid} does not fit {padded_vocabulary} rows")
+        if not 0 < vocabulary_size <= padded_vocabulary_size:
+            raise ValueError(f"vocabulary {vocabulary_size} does not fit {padded_vocabulary_size} rows")
         super().__init__(
             hidden_size,
-            padded_vocabulary,
+            padded_vocabulary_size,
             config=config,
             init_method=init_method,
             bias=False,
@@ -62,7 +62,7 @@ class OutputHead(ColumnParallelLinear):
             tp_group=tp_group,
         )
         self.chunk_tokens = chunk_tokens
-        self.shard = VocabularyShard(self.tp_group, self.output_size_per_partition, num_valid, self.sequence_parallel)
+        self.shard = VocabularyShard(self.tp_group, self.output_size_per_partition, vocabulary_size, self.sequence_parallel)
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, weight: Tensor | None = None,

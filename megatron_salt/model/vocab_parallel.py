@@ -29,7 +29,7 @@ class VocabularyShard:
     rows: int
     """Rows of the weight on each rank, padding included."""
 
-    num_valid: int
+    vocabulary_size: int
     """Real ids in the whole vocabulary. Padding takes no part in the loss and is never multiplied."""
 
     sequence_parallel: bool
@@ -43,7 +43,7 @@ class VocabularyShard:
     @property
     def real_rows(self) -> int:
         """This rank's real ids; 0 where it holds padding alone."""
-        return max(0, min(self.num_valid - self.first, self.rows))
+        return max(0, min(self.vocabulary_size - self.first, self.rows))
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,13 @@ class Encoder:
         self._parse = Parser(keys)
         self.backend = backend
         self._encode = encode_with(tokenizer, backend)
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._dtype = token_dtype(tokenizer.vocabulary_size)
         self._eod = tokenizer.eod if append_eod else None
         self._bos = tokenizer.bos if prepend_bos else None
         self._digests = digests
         self._find = Finder(tokenizer.special)
         self._tokenizer = tokenizer
-        self._is_forbidden = np.zeros(tokenizer.vocab_size, np.bool_)
+        self._is_forbidden = np.zeros(tokenizer.vocabulary_size, np.bool_)
         self._is_forbidden[list(tokenizer.forbidden)] = True
         assert (self._eod is not None or not append_eod) and (self._bos is not None or not prepend_bos)
 

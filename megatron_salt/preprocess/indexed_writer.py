@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,20 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_salt.data.indexed_dataset import BOUNDARY_BYTES, DTYPES, HEADER, LENGTH_BYTES, MAGIC, POINTER_BYTES, VERSION
 from megatron_salt.data.manifest import content_hash
 from megatron_salt.errors import UserError
 
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES = {"int32": 4, "uint16": 8}
-_LENGTH_BYTES, DIGEST_BYTES = 4, 16  # a document
+_DTYPE_CODES = {name: code for code, name in DTYPES.items() if name in ("int32", "uint16")}
+DIGEST_BYTES = 16  # a document
 _READ_BYTES = 1 << 22
 _BATCH_DOCUMENTS, _BATCH_TOKENS = 1 << 16, 1 << 20  # that a reader holds at a time, long documents apart
 _CHUNK = 1 << 20  # documents whose index entries are in memory at a time
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocabulary_size: int) -> np.dtype:
     """The type that Megatron stores ids of a vocabulary in: uint16 below 65,500 ids, else int32."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class IndexedWriter:
         self.dtype = dtype
         self.documents = mark.documents if mark else 0
         self.tokens = mark.tokens if mark else 0
-        sizes = {".bin": self.tokens * dtype.itemsize, ".lengths": self.documents * _LENGTH_BYTES}
+        sizes = {".bin": self.tokens * dtype.itemsize, ".lengths": self.documents * LENGTH_BYTES}
         if digests:
             sizes[".digests"] = self.documents * DIGEST_BYTES
         hashes = mark.hashes if mark else [None] * len(sizes)
@@ -104,7 +102,7 @@ class IndexedWriter:
         """The same, but what waited stays, so that it can be done once more."""
         hashes = {suffix: file.close() for suffix, file in self._files.items()}
         index = _HashedFile(Path(self.prefix + ".idx"))
-        index.write(_HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self.dtype.name], self.documents, self.documents + 1))
+        index.write(HEADER.pack(MAGIC, VERSION, _DTYPE_CODES[self.dtype.name], self.documents, self.documents + 1))
         for lengths in self.stored_lengths():
             index.write(lengths.tobytes())
         start = 0
@@ -140,14 +138,14 @@ class IndexedReader:
     """Reads PREFIX.bin and PREFIX.idx once, in order, in constant memory, and hashes both. One sequence a document."""
 
     def __init__(self, prefix: str, dtype: np.dtype, documents: int) -> None:
-        """dtype, documents: what the header says, see `windows.TokenFile`. UserError when it cannot be written again."""
+        """dtype, documents: what the header says, see `TokenFile`. UserError when it cannot be written again."""
         self.prefix = prefix
         self.dtype = dtype
         self.documents = documents
         self.bin_hash, self.idx_hash = "", ""
         """Of the files, once all was read."""
         with open(prefix + ".idx", "rb") as stream:
-            _, _, _, sequences, boundaries = _HEADER.unpack(stream.read(_HEADER.size))
+            _, _, _, sequences, boundaries = HEADER.unpack(stream.read(HEADER.size))
         if dtype.name not in _DTYPE_CODES or sequences != documents or boundaries != documents + 1:
             raise UserError(
                 f"--input {prefix} has {sequences} sequences of {dtype.name} in {documents} documents; only documents of one "
@@ -184,15 +182,16 @@ class IndexedReader:
 
     def _index(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """int32 lengths [n], int64 offsets [n] and boundaries [n + 1], for some documents at a time."""
-        pointers_at = _HEADER.size + 4 * self.documents
+        pointers_at = HEADER.size + LENGTH_BYTES * self.documents
+        boundaries_at = pointers_at + POINTER_BYTES * self.documents
         with open(self.prefix + ".idx", "rb") as stream:
             for first in range(0, self.documents, _BATCH_DOCUMENTS):
                 count = min(_BATCH_DOCUMENTS, self.documents - first)
                 arrays = []
                 for kind, at, extra in (
-                    (np.int32, _HEADER.size + 4 * first, 0),
-                    (np.int64, pointers_at + 8 * first, 0),
-                    (np.int64, pointers_at + 8 * (self.documents + first), 1),
+                    (np.int32, HEADER.size + LENGTH_BYTES * first, 0),
+                    (np.int64, pointers_at + POINTER_BYTES * first, 0),
+                    (np.int64, boundaries_at + BOUNDARY_BYTES * first, 1),
                 ):
                     stream.seek(at)
                     arrays.append(np.fromfile(stream, kind, count + extra))

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from megatron_salt.errors import UserError
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` -> (i, n), 0 <= i < n. UserError naming --shard."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard takes i/n, such as 0/4 for the first of four: i counts from 0 to n-1; got {text}")
+    return int(match[1]), int(match[2])
 
 
 def files_of_shard(sizes: Sequence[int], shard: tuple[int, int]) -> range:

@@ -192,7 +192,7 @@ class _Gigatoken:
         assert tokenizer.as_json is not None
         self._json = (texts_alone if tokenizer.matches_special else without_special)(tokenizer.as_json())
         self._since = self._limit = 0
-        self._vocab_size = tokenizer.vocab_size
+        self._vocabulary_size = tokenizer.vocabulary_size
         self._reference = tokenizer.encode
         self._make()
 
@@ -209,7 +209,7 @@ class _Gigatoken:
                 self._make()
         lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
         ids = np.concatenate(arrays) if arrays else np.empty(0, np.uint32)
-        assert ids.max(initial=0) < self._vocab_size
+        assert ids.max(initial=0) < self._vocabulary_size
         return ids, lengths
 
     def _make(self) -> None:

@@ -69,11 +69,11 @@ class Prediction:
 
 def predict(
     student: ModelConfig, parallel: ParallelConfig, teacher: ModelConfig, *, teacher_tensor: int, teacher_pipeline: int,
-    padded_vocabulary: int, num_microbatches: int, merge: int, seq_length: int, head: HeadCost,
+    padded_vocabulary_size: int, num_microbatches: int, merge: int, seq_length: int, head: HeadCost,
 ) -> Prediction:  # fmt: skip
     """Compare the stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
 
-    padded_vocabulary: the student's, which the teacher's output weight is cut to as well. num_microbatches: of one replica in stage 1
+    padded_vocabulary_size: the student's, which the teacher's output weight is cut to as well. num_microbatches: of one replica in stage 1
     (another size in stage 2 makes for the same work). merge: microbatches of one teacher forward.
     head: the output head's work beside its products, see salt/head_cost.py.
     """
@@ -84,9 +84,9 @@ def predict(
 
     def times(parallel: ParallelConfig) -> StepTimes:
         stages = [_stage_flops(student, parallel, layers, seq_length) for layers in layers_per_stage(student, parallel)]
-        stages[-1] += 3 * head_flops(student, padded_vocabulary) + head.plain * padded_vocabulary
+        stages[-1] += 3 * head_flops(student, padded_vocabulary_size) + head.plain * padded_vocabulary_size
         stage2 = share * max(stages)
-        stages[-1] += head_flops(teacher, padded_vocabulary) + (head.distilled - head.plain) * padded_vocabulary
+        stages[-1] += head_flops(teacher, padded_vocabulary_size) + (head.distilled - head.plain) * padded_vocabulary_size
         return StepTimes(stage1=body + share * max(stages), stage2=stage2, body=body)
 
     present, last = times(parallel), layers_per_stage(student, parallel)[-1]

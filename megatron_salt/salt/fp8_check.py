@@ -81,7 +81,7 @@ def _divergences(
     in_fp8 = passes()
     sums = torch.zeros(teacher.replicas, 4, dtype=torch.float64, device=current_device())
     gathering = VocabularyShard(
-        shard.group, shard.rows, shard.num_valid, sequence_parallel=True
+        shard.group, shard.rows, shard.vocabulary_size, sequence_parallel=True
     )  # hidden states come in slices
     here = positions_of(text[0].tokens.size(1), student.layout.context, student.at.cp, torch.device("cpu"))
     for sample, of_sample_bf16, of_sample_fp8 in zip(text, in_bf16, in_fp8, strict=True):

@@ -56,7 +56,7 @@ class TeacherCheckpoint:
 
     directory: Path
     model: ModelConfig
-    vocabulary: int
+    vocabulary_size: int
     """Ids of its tokenizer."""
     seq_length: int
     """Context it was trained on."""
@@ -98,7 +98,7 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     return TeacherCheckpoint(
         directory=paths[0],
         model=model_of(architecture),
-        vocabulary=architecture["vocabulary"],
+        vocabulary_size=architecture["vocabulary"],
         seq_length=architecture["seq_length"],
         tokenizer_fingerprint=facts["tokenizer"],
         fingerprint=fingerprint,
@@ -110,12 +110,14 @@ def read_teacher(load: str) -> TeacherCheckpoint:
 
 
 def refuse_unfit(
-    teacher: TeacherCheckpoint, salt: SaltConfig, tokenizer_fingerprint: str, vocabulary: int, seq_length: int
+    teacher: TeacherCheckpoint, salt: SaltConfig, tokenizer_fingerprint: str, vocabulary_size: int, seq_length: int
 ) -> None:
     """Raise UserError where the teacher cannot teach this run's student. The last three are the student's. Pure."""
     where = f"--teacher-load {teacher.directory}"
-    if teacher.vocabulary != vocabulary:
-        raise UserError(f"{where} has a vocabulary of {teacher.vocabulary} ids, the student's tokenizer has {vocabulary}")
+    if teacher.vocabulary_size != vocabulary_size:
+        raise UserError(
+            f"{where} has a vocabulary of {teacher.vocabulary_size} ids, the student's tokenizer has {vocabulary_size}"
+        )
     if teacher.tokenizer_fingerprint != tokenizer_fingerprint:
         raise UserError(
             f"{where} was trained with tokenizer {teacher.tokenizer_fingerprint}, this run has {tokenizer_fingerprint}"
@@ -187,7 +189,7 @@ def build_body(
     config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype, precision)
     config.perform_initialization = False
     body = GPT(
-        config, checkpoint.model, checkpoint.vocabulary, checkpoint.seq_length, 1, mesh.groups, pre_process=mesh.is_first_stage,
+        config, checkpoint.model, checkpoint.vocabulary_size, checkpoint.seq_length, 1, mesh.groups, pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage, vp_stage=None, has_head=False, precision=precision,
     )  # fmt: skip
     rng.restore(names, before)
@@ -219,7 +221,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Raise UserError unless the teacher, run as in a training step, has the losses that its checkpoint recorded. Collective."""
     lengths = [length for length in checkpoint.lengths if length <= seq_length]
-    losses = losses_of(teacher, checkpoint.vocabulary, lengths, student, shard, seq_length, chunk_tokens, look)
+    losses = losses_of(teacher, checkpoint.vocabulary_size, lengths, student, shard, seq_length, chunk_tokens, look)
     dtypes = {checkpoint.dtype, str(dtype).removeprefix("torch.")}
     tolerance = max(TOLERANCE[name] for name in dtypes)
     wrong = [
@@ -245,17 +247,17 @@ def verify(
 
 @torch.no_grad()
 def losses_of(
-    teacher: Teacher, vocabulary: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
+    teacher: Teacher, vocabulary_size: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
     look: Look = stay,
 ) -> list[list[float]]:  # fmt: skip
     """[lengths][replicas of the block]: the mean cross entropy over the first `lengths` tokens of each fixed microbatch, as each of the
     block's teachers has it: phases A and B, then the teacher's own head. Collective over all ranks; all of a block receive."""
     sums = torch.zeros(len(lengths), teacher.replicas, len(METRICS), dtype=torch.float64, device=current_device())
     gathering = VocabularyShard(
-        shard.group, shard.rows, shard.num_valid, sequence_parallel=True
+        shard.group, shard.rows, shard.vocabulary_size, sequence_parallel=True
     )  # its hidden states come in slices
     here = positions_of(seq_length, student.layout.context, student.at.cp, torch.device("cpu"))
-    for number, microbatch in enumerate(fixed_batch(vocabulary, seq_length, lengths)):
+    for number, microbatch in enumerate(fixed_batch(vocabulary_size, seq_length, lengths)):
         look("checking the teacher")
         labels, mask = microbatch.labels[0, here].to(current_device()), microbatch.loss_mask[0, here].to(current_device())
         for replica, hidden in enumerate(teacher.hidden_states([microbatch] * teacher.replicas, merge=1)):

@@ -8,7 +8,6 @@ changes its shape; replicas take turns. The last one is filled up by repeating i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import SaltConfig
+from megatron_salt.data.batch import Microbatch, make_microbatch
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import LeftEarly, Look, stay
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.token_scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocab_parallel import VocabularyShard
-from megatron_salt.parallel.device import current_device, to_device
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
@@ -40,22 +40,6 @@ Rows = dict[str, np.ndarray]
 
 PIECE = 2
 """Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A microbatch on this rank's device."""
-
-    tokens: Tensor
-    """int64 [b, s]"""
-    labels_sb: Tensor
-    """int64 [s*b]"""
-    mask_bs: Tensor
-    """float32 [b, s]"""
-    position_ids: Tensor
-    """int64 [b, s]"""
-    documents: Tensor | None
-    """int64 [b, s]"""
 
 
 class Scorer:
@@ -103,9 +87,9 @@ class Scorer:
         for turn in range(0, rounds, size := PIECE if stages == 1 else 8 * stages):
             if (reason := reason_to_stop()) is not None:
                 raise LeftEarly(reason)
-            if placed := [self._place(ids[start : start + self._micro]) for start in mine[turn : turn + size]]:
+            if batches := [self._microbatch(ids[start : start + self._micro]) for start in mine[turn : turn + size]]:
                 found += run_pipeline(
-                    [self._body], self._step, placed, self._mesh, self.seq_length, self._micro, forward_only=True
+                    [self._body], self._step, batches, self._mesh, self.seq_length, self._micro, forward_only=True
                 )
         if not self._mesh.is_last_stage:
             return None
@@ -122,33 +106,24 @@ class Scorer:
         rows = {name: values.astype(self._dtypes[name]) for name, values in zip(names, by_turn, strict=True)}
         return rows | {"content": contents}
 
-    def _place(self, ids: np.ndarray) -> _Placed:
-        tokens = self._samples.tokens(np.pad(ids, (0, self._micro - len(ids)), mode="edge"))
-        inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:].T)
-        mask, position_ids, documents = self._samples.masking.of(inputs)
+    def _microbatch(self, ids: np.ndarray) -> Microbatch:
+        """These samples on this rank's device, the last one repeated until they are a whole microbatch."""
+        ids = np.pad(ids, (0, self._micro - len(ids)), mode="edge")
+        return make_microbatch(ids, self._samples.tokens(ids), self._samples.masking).to_device()
 
-        def placed(array: np.ndarray) -> Tensor:
-            return to_device(torch.from_numpy(array))
-
-        return _Placed(
-            placed(inputs), placed(labels).flatten(), placed(mask), placed(position_ids),
-            None if documents is None else placed(documents),
-        )  # fmt: skip
-
-    def _step(self, body: nn.Module, batch: _Placed) -> tuple[Tensor, LossFunction]:
+    def _step(self, body: nn.Module, batch: Microbatch) -> tuple[Tensor, LossFunction]:
         """-> (hidden states, a "loss" that hands out the score columns as the microbatch's metrics)."""
         assert isinstance(body, GPT)
-        mask = body.attention_mask(batch.documents, batch.tokens.size(1), batch.tokens.device)
-        hidden = body(batch.tokens, batch.position_ids, mask)
+        hidden = body(*body.inputs(batch))
 
         def scores(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert self._tokens is not None
-            of_tokens = self._tokens.score(hidden_sbh, batch.labels_sb, batch.mask_bs.t().flatten())
+            of_tokens = self._tokens.score(hidden_sbh, batch.labels.t().flatten(), batch.loss_mask.t().flatten())
             by_window = (
                 values.view(-1, batch.tokens.size(0)).t() for values in (of_tokens.loss, of_tokens.rank, of_tokens.entropy)
             )
             none = torch.zeros((), device=hidden_sbh.device)
-            return none, none.int(), window_scores(TokenScores(*by_window), batch.mask_bs, self._top_k)
+            return none, none.int(), window_scores(TokenScores(*by_window), batch.loss_mask, self._top_k)
 
         return hidden, scores
 
@@ -188,8 +163,8 @@ def make_scorer(
     """
     mesh = make_student_mesh(layout, timeout=timeout)
     seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
-    rows = teacher.model.padded_vocabulary(teacher.vocabulary) // layout.tensor
-    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary, sequence_parallel=False)
+    rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
+    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
     chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
     admitted = admit(
         teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_salt.data.samples import Samples
-from megatron_salt.data.subsets import Chosen, Unseen
+from megatron_salt.data.subsets import Selected, Unseen
 from megatron_salt.data.windows import Windows
 from megatron_salt.errors import UserError
 from megatron_salt.selection.selection_file import Selection
@@ -39,7 +39,7 @@ class StagedSamples:
     def stage2(self, passed: int) -> Samples:
         """What stage 2 draws from, after `passed` samples in the order of stage 1."""
         if self.stage2_data == "all":
-            return self.everything.drawing_from(f"{self.everything.split}/all", self.everything.runs)
+            return self.everything.drawing_from(f"{self.everything.split}/all", self.everything.id_ranges)
         return self.everything.drawing_from(f"{self.everything.split}/unseen", self._unseen(passed))
 
     @property
@@ -97,12 +97,12 @@ class StagedSamples:
         return self.everything.drawing_from(self.everything.split, self._chosen)
 
     @cached_property
-    def _chosen(self) -> list[Chosen]:
+    def _chosen(self) -> list[Selected]:
         """By pool."""
         ids = self.selection.ids
         if not self.everything.weighted:
-            return [Chosen(ids)]
-        return [Chosen(ids[self.selection.between(first, end)]) for first, end in itertools.pairwise(self._offsets)]
+            return [Selected(ids)]
+        return [Selected(ids[self.selection.between(first, end)]) for first, end in itertools.pairwise(self._offsets)]
 
     @cached_property
     def _offsets(self) -> list[int]:
@@ -118,8 +118,8 @@ class StagedSamples:
 
     def _unseen(self, passed: int) -> list[Unseen]:
         blend = self._stage1.blend
-        parts = zip(self.everything.runs, self._chosen, blend.pools, blend.progress(passed), strict=True)
-        return [Unseen(runs, chosen, pool, progress.drawn) for runs, chosen, pool, progress in parts]
+        parts = zip(self.everything.id_ranges, self._chosen, blend.pools, blend.progress(passed), strict=True)
+        return [Unseen(ranges, chosen, pool, progress.drawn) for ranges, chosen, pool, progress in parts]
 
     def _of_pool(self, number: int, ids: np.ndarray) -> np.ndarray:
         """Which of the ids are of a pool: bool [n]."""

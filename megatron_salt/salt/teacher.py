@@ -21,11 +21,11 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from megatron_salt.data.batch import Microbatch
+from megatron_salt.data.batch import Microbatch, merge_microbatches
 from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
-from megatron_salt.parallel.device import current_device, to_device
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt import routing
@@ -33,18 +33,9 @@ from megatron_salt.salt import routing
 plan_exchange = cache(routing.plan)
 
 
-@dataclass(frozen=True)
-class _Input:
-    """Microbatches of the student, merged into one of the teacher, on this rank's device."""
-
-    tokens: Tensor
-    """int64 [b, s]"""
-    position_ids: Tensor
-    """int64 [b, s]"""
-    documents: Tensor | None
-    """int64 [b, s]"""
-    cuts: list[tuple[slice, slice]]
-    """(positions, samples) of the hidden states that this rank will send, in the order of its pieces"""
+_ForwardInput = tuple[Microbatch, list[tuple[slice, slice]]]
+"""Microbatches of the student, merged into one on this rank's device; and what this rank sends of their hidden states: (positions,
+samples) of each piece, in the order of the pieces."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,9 @@ class Teacher:
         stage; None elsewhere. `merge` microbatches are one of the teacher's. Collective over all ranks."""
         samples, length = microbatches[0].tokens.shape
         plan = plan_exchange(self._student.layout, self._mesh.layout, len(microbatches), merge, length)
-        inputs = [_input(microbatches, plan, forward, self._place, samples) for forward in plan.forwards_of(self._replica)]
+        inputs = [
+            _forward_input(microbatches, plan, forward, self._place, samples) for forward in plan.forwards_of(self._replica)
+        ]
         outputs: list[Tensor] = []
         if inputs:  # on the teacher's last stage, what is to be sent of each forward
             outputs = run_pipeline([self._body], _forward_step, inputs, self._mesh, length, merge * samples, forward_only=True)
@@ -198,35 +191,26 @@ def _pieces(plan: routing.Plan, forward: int, place: int) -> list[routing.Piece]
     return [piece for piece in plan.sent_by(place) if piece.microbatch in microbatches]
 
 
-def _input(microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int, place: int, samples: int) -> _Input:
+def _forward_input(
+    microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int, place: int, samples: int
+) -> _ForwardInput:
     numbers = plan.microbatches_of(forward)
-    merged = [microbatches[number] for number in numbers]
-
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([to_device(tensor) for tensor in tensors])
-
-    documents = [microbatch.documents for microbatch in merged if microbatch.documents is not None]
     cuts = []
     for piece in _pieces(plan, forward, place):
         first = (piece.microbatch - numbers.start) * samples
         cuts += [(positions, slice(first, first + samples)) for positions in piece.positions]
-    return _Input(
-        joined([microbatch.tokens for microbatch in merged]),
-        joined([microbatch.position_ids for microbatch in merged]),
-        joined(documents) if documents else None,
-        cuts,
-    )
+    return merge_microbatches([microbatches[number] for number in numbers]).to_device(), cuts
 
 
-def _forward_step(body: nn.Module, batch: _Input) -> tuple[Tensor, LossFunction]:
+def _forward_step(body: nn.Module, merged: _ForwardInput) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, a "loss" that hands out, as the microbatch's metrics, the pieces of them that this rank sends)."""
     assert isinstance(body, GPT)
-    mask = body.attention_mask(batch.documents, batch.tokens.size(1), batch.tokens.device)
-    hidden = body(batch.tokens, batch.position_ids, mask)
+    batch, cuts = merged
+    hidden = body(*body.inputs(batch))
 
     def cut(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         none = torch.zeros((), device=hidden.device)
-        parts = [hidden[positions, samples].reshape(-1) for positions, samples in batch.cuts]
+        parts = [hidden[positions, samples].reshape(-1) for positions, samples in cuts]
         return none, none.int(), torch.cat([hidden.new_empty(0), *parts])
 
     return hidden, cut

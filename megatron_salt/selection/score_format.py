@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.data.manifest import DatasetFacts, check_fields, check_types, content_hash, read_json_of, write_json
+from megatron_salt.data.json_records import check_fields, check_types, read_record, write_record
+from megatron_salt.data.manifest import DatasetFacts, content_hash
 from megatron_salt.data.order import key_of, keyed_ranks
 from megatron_salt.errors import UserError
 
@@ -168,7 +169,7 @@ def manifest_to_json(manifest: IndexManifest) -> dict[str, object]:
 
 def write_index_manifest(manifest: IndexManifest, path: Path) -> None:
     """Write `index.json`, in a format of its own where a part of the samples is scored."""
-    write_json(manifest_to_json(manifest), path, FORMAT if manifest.sample is None else SAMPLED_FORMAT)
+    write_record(manifest_to_json(manifest), path, FORMAT if manifest.sample is None else SAMPLED_FORMAT)
 
 
 def manifest_from_json(raw: dict, path: Path) -> IndexManifest:
@@ -200,7 +201,7 @@ def read_index(directory: Path, flag_name: str) -> IndexManifest:
     """The manifest of an index. UserError, naming the flag, where the directory holds none."""
     path = directory / INDEX
     try:
-        version, raw = read_json_of(path, (FORMAT, SAMPLED_FORMAT), "score the data again, or restore it")
+        version, raw = read_record(path, (FORMAT, SAMPLED_FORMAT), "score the data again, or restore it")
     except FileNotFoundError:
         raise UserError(
             f"{flag_name} {directory} is no score index: it has no {INDEX}; tools/score_data.py makes one"
@@ -231,14 +232,6 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
     differences = read_index(directory, "--output").differences(manifest)
     if differences:
         raise UserError(f"--output {directory} is an index of other scores: {'; '.join(differences)}")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`i/n` -> (i, n), 0 <= i < n. UserError naming --shard."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard takes i/n, such as 0/4 for the first of four: i counts from 0 to n-1; got {text}")
-    return int(match[1]), int(match[2])
 
 
 def shard_blocks(num_blocks: int, shard: tuple[int, int]) -> range:
@@ -287,4 +280,4 @@ def npy_header(dtype: np.dtype, rows: int) -> bytes:
 def write_shard_manifest(shard: Path, manifest: IndexManifest, first: int, end: int, hashes: Mapping[str, str]) -> None:
     """Write `shard.json`, which says that the shard is finished. hashes: of each column's whole file."""
     files = {name: {"bytes": column_path(shard, name).stat().st_size, "hash": digest} for name, digest in hashes.items()}
-    write_json({"index": manifest.fingerprint, "first": first, "end": end, "columns": files}, shard / SHARD, FORMAT)
+    write_record({"index": manifest.fingerprint, "first": first, "end": end, "columns": files}, shard / SHARD, FORMAT)

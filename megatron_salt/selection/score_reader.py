@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.data.duplicate_inputs import WAY_OUT, refuse_repeated_directories
-from megatron_salt.data.manifest import content_hash, read_json
+from megatron_salt.data.json_records import read_record
+from megatron_salt.data.manifest import content_hash
 from megatron_salt.errors import UserError
 from megatron_salt.selection.score_format import (
     FORMAT,
@@ -208,7 +209,7 @@ def _merge_column(index: ScoreIndex, name: str, path: Path) -> str:
 def _open_shard(path: Path, first: int, end: int, manifest: IndexManifest, flag_name: str) -> Shard:
     """UserError where a shard is unfinished, of other scores, or its columns have another size."""
     try:
-        raw = read_json(path / SHARD, FORMAT, "delete the shard and score its samples again")
+        _, raw = read_record(path / SHARD, (FORMAT,), "delete the shard and score its samples again")
     except FileNotFoundError:
         raise UserError(
             f"{flag_name}: {path} is not finished: run its scoring job again, which goes on where it stopped "

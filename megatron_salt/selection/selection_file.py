@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_salt.data.manifest import DatasetFacts, check_fields, content_hash, read_json_of, sampled_hash, write_json
+from megatron_salt.data.json_records import check_fields, read_record, write_record
+from megatron_salt.data.manifest import DatasetFacts, content_hash, sampled_hash
 from megatron_salt.errors import UserError
 from megatron_salt.selection.score_format import (
     IndexManifest,
@@ -77,7 +78,7 @@ class Selection:
         npy, description = selection_paths(path)
         told = f"{flag_name} {path}"
         try:
-            version, raw = read_json_of(description, (_WITHOUT_TIES, FORMAT), "select again, or restore it")
+            version, raw = read_record(description, (_WITHOUT_TIES, FORMAT), "select again, or restore it")
             if version == _WITHOUT_TIES:
                 raw = {**raw, "tie_seed": None, "tie_share": None}
             check_fields(SelectionManifest, raw, description)
@@ -175,7 +176,7 @@ def write_selection(
             scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(temporary), scores, rule, valid_share,
             tie_seed, tie_share,
         )  # fmt: skip
-        write_json({**asdict(manifest), "scores": manifest_to_json(scores)}, described, FORMAT)
+        write_record({**asdict(manifest), "scores": manifest_to_json(scores)}, described, FORMAT)
         description.unlink(missing_ok=True)
         os.replace(temporary, npy)
         os.replace(described, description)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import fingerprint, read_manifest
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.windows import Windows
 from megatron_salt.errors import UserError
 from megatron_salt.selection.score_format import IndexManifest
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer

@@ -34,7 +34,7 @@ _RARE = "\U000e0fff\ue000\U0003ffff"  # no vocabulary has these
 class Library:
     """One tokenizer, as its library has it."""
 
-    vocab_size: int
+    vocabulary_size: int
     """Largest id + 1."""
     special: Mapping[str, int]
     """Special tokens, the end of a document not among them where it is none."""

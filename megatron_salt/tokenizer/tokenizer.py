@@ -32,7 +32,7 @@ class Tokenizer:
 
     kind: str
     """The --tokenizer-type."""
-    vocab_size: int
+    vocabulary_size: int
     """Largest id + 1."""
     eod: int | None
     """End-of-document id; None: this tokenizer has none."""
@@ -69,8 +69,8 @@ class Tokenizer:
         return self.encode_ids(list(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids in [0, vocab_size). Special ids, eod among them, give nothing; invalid UTF-8 gives U+FFFD."""
-        assert all(0 <= i < self.vocab_size for i in ids), f"an id outside [0, {self.vocab_size})"
+        """The text of ids in [0, vocabulary_size). Special ids, eod among them, give nothing; invalid UTF-8 gives U+FFFD."""
+        assert all(0 <= i < self.vocabulary_size for i in ids), f"an id outside [0, {self.vocabulary_size})"
         return self.decode_ids([int(i) for i in ids if i != self.eod])
 
     def save(self, directory: Path) -> None:
@@ -81,7 +81,7 @@ class Tokenizer:
         description = {
             "kind": self.kind,
             "files": list(self.files),
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.vocabulary_size,
             "eod": self.eod,
             "bos": self.bos,
             "fingerprint": self.fingerprint,
@@ -151,8 +151,8 @@ def tokenizer_from_files(
     ends: known from before; None: what the files say, no end of a document where they leave it open."""
     library = open_library(kind, files, origin)
     for i in () if ends is None else (ends.eod, ends.bos):
-        if i is not None and not 0 <= i < library.vocab_size:
-            raise UserError(f"{origin}: id {i} lies outside of its vocabulary of {library.vocab_size}")
+        if i is not None and not 0 <= i < library.vocabulary_size:
+            raise UserError(f"{origin}: id {i} lies outside of its vocabulary of {library.vocabulary_size}")
     if ends is None:
         ends = Ends(library.eod_alone(), _single(library.declared.bos))
     return _tokenizer(kind, files, library, ends, matches_special)
@@ -184,7 +184,7 @@ def _single(ids: frozenset[int]) -> int | None:
 
 def _ids(library: Library, tokens: tuple[str | int, ...]) -> frozenset[int]:
     ids = [library.id_of(token) if isinstance(token, str) else token for token in tokens]
-    return frozenset(i for i in ids if i is not None and 0 <= i < library.vocab_size)
+    return frozenset(i for i in ids if i is not None and 0 <= i < library.vocabulary_size)
 
 
 def _tokenizer(kind: str, files: Mapping[str, bytes], library: Library, ends: Ends, matches_special: bool) -> Tokenizer:
@@ -198,7 +198,7 @@ def _tokenizer(kind: str, files: Mapping[str, bytes], library: Library, ends: En
     usual = library.first_eod if library.first_eod is not None else library.eod_alone()
     return Tokenizer(
         kind,
-        library.vocab_size,
+        library.vocabulary_size,
         ends.eod,
         ends.bos,
         special,

@@ -140,15 +140,15 @@ def continue_prompt(
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
         seed_everything(run.training.seed, mesh)  # building a model draws from the generators
         dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-        length, vocabulary = run.training.seq_length, tokenizer.vocab_size
-        [model] = build_model(run.model, parallel, length, vocabulary, dtype, length, mesh)
+        length, vocabulary_size = run.training.seq_length, tokenizer.vocabulary_size
+        [model] = build_model(run.model, parallel, length, vocabulary_size, dtype, length, mesh)
         load_weights(directory, [model], mesh)
         added = generate(
             model,
             prompt,
             config.max_new_tokens,
             length,
-            vocabulary,
+            vocabulary_size,
             tokenizer.eod,
             config.temperature,
             config.top_k,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_salt.cli import run_tool
 from megatron_salt.data.duplicate_inputs import WAY_OUT, refuse_repeated_datasets
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import (
     Manifest,
     manifest_path,
@@ -28,13 +29,12 @@ from megatron_salt.data.manifest import (
     tokenizer_directory,
     write_manifest,
 )
-from megatron_salt.data.windows import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
 from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter, Written
 from megatron_salt.preprocess.progress_bar import Meter
+from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.preprocess.staging import leftovers, output_paths, publish, remove, temporary
-from megatron_salt.selection.score_format import parse_shard
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 
 

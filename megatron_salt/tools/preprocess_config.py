@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.inputs import STDIN
-from megatron_salt.selection.score_format import parse_shard
+from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.tokenizer.special_tokens import Policy
 
 

@@ -32,10 +32,9 @@ from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.parse import sample_texts
 from megatron_salt.preprocess.progress_bar import Meter
 from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
-from megatron_salt.preprocess.sharding import files_of_shard
+from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
 from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
-from megatron_salt.selection.score_format import parse_shard
 from megatron_salt.tokenizer.special_tokens import Finder, refuse_special, told_at_end, told_of_sample
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
@@ -159,7 +158,7 @@ def run_stage(
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
-    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocab_size), config.dedup == "exact", encoder.backend)
+    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocabulary_size), config.dedup == "exact", encoder.backend)
     with closing(stage):
         for prefix in prefixes:
             tokenizer.save(tokenizer_directory(finished_prefix(config, prefix)))

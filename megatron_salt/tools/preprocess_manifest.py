@@ -20,8 +20,8 @@ from megatron_salt.errors import UserError
 from megatron_salt.preprocess.indexed_writer import Written
 from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.readers import Form
+from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.preprocess.staging import Stage, leftovers, output_paths, remove, temporary
-from megatron_salt.selection.score_format import parse_shard
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
 
@@ -131,7 +131,7 @@ def describe(
         sampled=sampled_fingerprint(prefix),
         tokenizer_type=tokenizer.kind,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocabulary_size,
         eod=tokenizer.eod,
         append_eod=config.append_eod,
         json_key=config.json_keys[i],

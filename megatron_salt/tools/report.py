@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_salt.cli import run_tool
-from megatron_salt.data.windows import TokenFile
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
 from megatron_salt.metrics.history import Axis, Curve, read_curve

@@ -28,7 +28,8 @@ from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
-from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, parse_shard, samples_of, shard_blocks
+from megatron_salt.preprocess.sharding import parse_shard
+from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
 from megatron_salt.tools.score_config import ScoreConfig
@@ -87,10 +88,12 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
         allow_duplicate_inputs=config.allow_duplicate_inputs,
     )  # fmt: skip
     tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
-    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocab_size, length)
-    if max(config.score_top_k) > tokenizer.vocab_size:
-        raise UserError(f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocab_size} ids of the tokenizer")
-    samples, _ = open_training_data(data, length, seed=0, tokenizer_vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
+    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocabulary_size, length)
+    if max(config.score_top_k) > tokenizer.vocabulary_size:
+        raise UserError(
+            f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocabulary_size} ids of the tokenizer"
+        )
+    samples, _ = open_training_data(data, length, seed=0, vocabulary_size=tokenizer.vocabulary_size, eod=tokenizer.eod)
 
     sample_seed = (SAMPLE_SEED if config.sample_seed is None else config.sample_seed) if config.sample is not None else None
 
@@ -99,7 +102,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
         return IndexManifest(
             datasets=samples.dataset_facts(),
             seq_length=length,
-            vocabulary=tokenizer.vocab_size,
+            vocabulary=tokenizer.vocabulary_size,
             tokenizer=tokenizer.fingerprint,
             teacher=teacher.fingerprint,
             teacher_step=teacher.step,
@@ -184,8 +187,8 @@ def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     from megatron_salt.model.flops import forward_flops_per_token
 
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
-    padded = teacher.model.padded_vocabulary(facts.vocabulary)
-    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded)
+    padded_vocabulary_size = teacher.model.padded_vocabulary_size(facts.vocabulary)
+    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded_vocabulary_size)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
     advice = "; --sample scores a part" if facts.sample is None else ""
     return (

@@ -100,7 +100,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     refuse_exit_file(config.training.exit_file)
     tokenizer = tokenizer_of_run(config.tokenizer, config.data, _checkpoint_tokenizer(config.checkpoint.load))
     train, valid = open_training_data(
-        config.data, config.training.seq_length, config.training.seed, tokenizer.vocab_size, tokenizer.eod
+        config.data, config.training.seq_length, config.training.seed, tokenizer.vocabulary_size, tokenizer.eod
     )
     if config.training.eval_iters and valid is None:
         raise UserError(
@@ -114,7 +114,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         config.checkpoint, evaluates=config.training.eval_iters > 0
     ):
         teacher = read_teacher(config.salt.teacher_load)
-        refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocab_size, config.training.seq_length)
+        refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocabulary_size, config.training.seq_length)
     staged = None
     if config.salt.stage1_selection is not None:
         staged = StagedSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
@@ -142,7 +142,7 @@ def build(
     """
     mesh = make_student_mesh(layout, config.parallel.virtual_stages, timeout)
     seed_everything(config.training.seed, mesh)
-    student = build_student(config, plan, inputs.tokenizer.vocab_size, mesh, precisions.student)
+    student = build_student(config, plan, inputs.tokenizer.vocabulary_size, mesh, precisions.student)
     look("building the model")
     checkpointer = Checkpointer(
         config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
@@ -214,7 +214,7 @@ def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
     return RunIdentity(
         yaml=to_yaml(config),
         architecture=asdict(config.model)
-        | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocab_size},
+        | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocabulary_size},
         tokenizer_fingerprint=inputs.tokenizer.fingerprint,
         data_fingerprint=data,
         seed=config.training.seed,
@@ -260,9 +260,9 @@ def in_its_stage(
         return replace(run, stage1=Stage1(None, schedule))
     # Its held-out figures are computed anew: the held-out data, or how much of it is used, may be other than it was.
     run = replace(run, progress=replace(run.progress, salt=replace(state, teacher_held_out=None)))
-    padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-    flops = forward_flops_per_token(teacher.model, config.training.seq_length, padded)
-    admitted = admit_teacher(run, config, teacher, inputs.tokenizer.vocab_size, timeout, precision, look)
+    padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+    flops = forward_flops_per_token(teacher.model, config.training.seq_length, padded_vocabulary_size)
+    admitted = admit_teacher(run, config, teacher, inputs.tokenizer.vocabulary_size, timeout, precision, look)
     return replace(run, stage1=Stage1(admitted, schedule, flops))
 
 
@@ -294,12 +294,12 @@ def refuse_large_exchange(
 
 
 def admit_teacher(
-    run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary: int, timeout: timedelta, precision: Precision,
+    run: Run, config: RunConfig, checkpoint: TeacherCheckpoint, vocabulary_size: int, timeout: timedelta, precision: Precision,
     look: Look,
 ) -> Teacher:  # fmt: skip
     """The teacher over the student's ranks, after telling what it will cost. Collective over all ranks. Raises UserError."""
     salt, mesh, plan, training = config.salt, run.student.mesh, run.plan, config.training
-    dtype, rows = dtype_of(training), config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
+    dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in warnings(mesh.layout, layout, plan.num_teacher_forwards):
@@ -308,14 +308,15 @@ def admit_teacher(
     alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
-        teacher_pipeline=salt.teacher_pipeline_model_parallel_size, padded_vocabulary=config.model.padded_vocabulary(vocabulary),
+        teacher_pipeline=salt.teacher_pipeline_model_parallel_size,
+        padded_vocabulary_size=config.model.padded_vocabulary_size(vocabulary_size),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
         head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
     )  # fmt: skip
     dist.destroy_process_group(alone)
     for line in prediction.lines():
         log.info("%s", line)
-    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary, config.parallel.sequence_parallel)
+    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, config.parallel.sequence_parallel)
     teacher = admit(
         checkpoint, salt, layout, mesh, shard, training.seq_length, chunk_tokens, dtype, plan.teacher_merge, timeout, precision,
         run.train.first(SAMPLES), look,
@@ -353,12 +354,14 @@ def in_stage2(run: Run, progress: Progress) -> tuple[Run, Progress]:
     return run, progress
 
 
-def build_student(config: RunConfig, plan: RunPlan, vocabulary: int, mesh: Mesh, precision: Precision = TORCH) -> Student:
+def build_student(config: RunConfig, plan: RunPlan, vocabulary_size: int, mesh: Mesh, precision: Precision = TORCH) -> Student:
     """The model with its optimizer and schedule, freshly initialised. Collective over all ranks."""
     training, dtype = config.training, dtype_of(config.training)
-    rows = config.model.padded_vocabulary(vocabulary) // mesh.layout.tensor
+    rows = config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
-    model = build_model(config.model, config.parallel, training.seq_length, vocabulary, dtype, chunk_tokens, mesh, precision)
+    model = build_model(
+        config.model, config.parallel, training.seq_length, vocabulary_size, dtype, chunk_tokens, mesh, precision
+    )
     chunks = wrap_in_ddp(model, config.parallel, mesh, precision)
     optimizer = build_optimizer(chunks, config.optimizer, config.parallel, dtype, mesh, precision)
     scheduler = build_scheduler(optimizer, config.optimizer, plan.total_samples, plan.global_batch_size)

@@ -29,11 +29,11 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     """Print what the run would be. Raises UserError for what a start would refuse, as far as one process can see it."""
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
-    padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-    parameters = num_parameters(config.model, padded, config.training.seq_length)
+    padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+    parameters = num_parameters(config.model, padded_vocabulary_size, config.training.seq_length)
     sizes = ", ".join(f"{name} {size}" for name, size in layout.sizes.items())
     print(
-        f"model: {parameters / 1e6:.2f}M parameters with a vocabulary of {inputs.tokenizer.vocab_size} on {layout.world_size} ranks: "
+        f"model: {parameters / 1e6:.2f}M parameters with a vocabulary of {inputs.tokenizer.vocabulary_size} on {layout.world_size} ranks: "
         f"{sizes}"
     )
     print(

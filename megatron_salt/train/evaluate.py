@@ -16,7 +16,7 @@ from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.salt.teacher import Teacher
-from megatron_salt.train.step import forward_step, place
+from megatron_salt.train.step import forward_input, forward_step
 
 
 class CutShort(Exception):
@@ -52,8 +52,8 @@ def evaluate(
             break
         microbatches = batches.fetch(number * global_batch_size)
         targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
-        placed = [place(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
-        for metrics in run_pipeline(chunks, forward_step, placed, mesh, seq_length, micro_batch_size, forward_only=True):
+        inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
+        for metrics in run_pipeline(chunks, forward_step, inputs, mesh, seq_length, micro_batch_size, forward_only=True):
             sums += metrics
     for chunk in chunks:
         chunk.train()

@@ -16,27 +16,27 @@ from megatron_salt.model.head import METRICS
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.evaluate import sums_over_replicas
-from megatron_salt.train.step import Student, forward_step, place, unwrap
+from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 
 @torch.no_grad()
-def probe(student: Student, vocabulary: int) -> dict[str, Any]:
+def probe(student: Student, vocabulary_size: int) -> dict[str, Any]:
     """The model's losses on the fixed batch, as JSON values for `Checkpointer.save`. Collective over all ranks, the same on all.
 
     "lengths": positions that each microbatch counts, ascending, the last being the run's context; "losses": mean cross entropy of
     each, None where it is not finite; "dtype": "float32" or "bfloat16", what it was computed in, whatever the student trains in.
-    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary`: ids of the tokenizer.
+    Changes nothing of the student, whose every data-parallel replica computes the same. `vocabulary_size`: ids of the tokenizer.
     """
     mesh, length = student.mesh, student.seq_length
     lengths = prefix_lengths(length)
-    batch = fixed_batch(vocabulary, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
+    batch = fixed_batch(vocabulary_size, length, lengths, multiple_of=mesh.layout.pipeline if len(student.chunks) > 1 else 1)
     for chunk in student.chunks:
         chunk.eval()
-    placed = [place(one, mesh) for one in batch]
+    inputs = [forward_input(microbatch, mesh) for microbatch in batch]
     with ExitStack() as stack:
         for chunk in student.chunks:
             stack.enter_context(in_bfloat16(unwrap(chunk)))
-        metrics = run_pipeline(student.chunks, forward_step, placed, mesh, length, 1, forward_only=True)
+        metrics = run_pipeline(student.chunks, forward_step, inputs, mesh, length, 1, forward_only=True)
     for chunk in student.chunks:
         chunk.train()
     sums = torch.zeros(len(lengths), len(METRICS), dtype=torch.float64, device=current_device())

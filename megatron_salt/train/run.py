@@ -67,8 +67,10 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
             return
         exit_plan.taken = None if config.checkpoint.save is None else run.checkpointer.is_taken
         parameters = count_parameters(run.student)
-        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-        with open_log(config, run, flops_per_token(config.model, config.training.seq_length, padded)) as run_log:
+        padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+        with open_log(
+            config, run, flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
+        ) as run_log:
             run_log.event(
                 run.progress.step,
                 f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "

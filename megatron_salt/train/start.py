@@ -64,8 +64,8 @@ def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inp
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
     told = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     if checkpoint.save is not None and progress.step < plan.total_steps:
-        padded = config.model.padded_vocabulary(inputs.tokenizer.vocab_size)
-        size = num_parameters(config.model, padded, config.training.seq_length) * (
+        padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+        size = num_parameters(config.model, padded_vocabulary_size, config.training.seq_length) * (
             dtype_of(config.training).itemsize + OPTIMIZER_BYTES
         )
         told += check_save(checkpoint, size / GIB)

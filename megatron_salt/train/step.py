@@ -22,10 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.run_log import PhaseTimer
-from megatron_salt.model.attention import positions_of
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
-from megatron_salt.parallel.device import to_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.teacher import Teacher
@@ -51,38 +49,13 @@ class Student:
         return self.optimizer.param_groups[0]["lr"]
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A microbatch on this rank's device, cut to its context-parallel share of the sequence."""
-
-    tokens: Tensor
-    """int64 [b, s/cp]"""
-    labels: Tensor
-    """int64 [b, s/cp]"""
-    loss_mask: Tensor
-    """float32 [b, s/cp]"""
-    position_ids: Tensor
-    """int64 [b, s/cp]"""
-    documents: Tensor | None
-    """int64 [b, s], of the whole sequence, where attention stays inside documents"""
-    target: SoftTarget | None
-    """The teacher's part, in stage 1 on the last stage"""
+ForwardInput = tuple[Microbatch, SoftTarget | None]
+"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's part (stage 1, last stage)."""
 
 
-def place(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) -> Placed:
-    """Bring a microbatch to the device."""
-    length = microbatch.tokens.size(1)
-
-    def share(tensor: Tensor) -> Tensor:
-        if mesh.layout.context > 1:
-            tensor = tensor[:, positions_of(length, mesh.layout.context, mesh.at.cp, tensor.device)]
-        return to_device(tensor)
-
-    documents = None if microbatch.documents is None else to_device(microbatch.documents)
-    return Placed(
-        share(microbatch.tokens), share(microbatch.labels), share(microbatch.loss_mask), share(microbatch.position_ids), documents,
-        target,
-    )  # fmt: skip
+def forward_input(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) -> ForwardInput:
+    """Bring this rank's share of a microbatch to its device."""
+    return microbatch.to_device(mesh.layout.context, mesh.at.cp), target
 
 
 def unwrap(chunk: nn.Module) -> GPT:
@@ -92,15 +65,14 @@ def unwrap(chunk: nn.Module) -> GPT:
     return module
 
 
-def forward_step(chunk: nn.Module, batch: Placed) -> tuple[Tensor, LossFunction]:
+def forward_step(chunk: nn.Module, taught: ForwardInput) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, the loss function that the last stage calls on them)."""
+    batch, target = taught
     model = unwrap(chunk)
-    length = batch.tokens.size(1) * model.cp_group.size()
-    mask = model.attention_mask(batch.documents, length, batch.tokens.device)
-    hidden = chunk(batch.tokens, batch.position_ids, mask)
+    hidden = chunk(*model.inputs(batch))
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, batch.target)
+        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, target)
         return total, batch.loss_mask.sum().int(), metrics
 
     return hidden, loss
@@ -136,7 +108,9 @@ def train_step(
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
         student.optimizer.zero_grad()
-        batches = [place(microbatch, student.mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
+        batches = [
+            forward_input(microbatch, student.mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)
+        ]
         sums = run_pipeline(
             student.chunks,
             forward_step,

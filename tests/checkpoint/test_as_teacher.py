@@ -147,7 +147,9 @@ def test_a_teacher_is_what_its_checkpoint_says(saved: Path, tmp_path: Path) -> N
     architecture = {name: value for name, value in asdict(TINY).items() if name != "qk_layernorm"}
     rewrite(directory, probe=RECORD, architecture=architecture | {"seq_length": 32, "vocabulary": 250})
     teacher = read_teacher(str(tmp_path))
-    assert teacher.directory == directory and teacher.model == TINY and (teacher.vocabulary, teacher.seq_length) == (250, 32)
+    assert (
+        teacher.directory == directory and teacher.model == TINY and (teacher.vocabulary_size, teacher.seq_length) == (250, 32)
+    )
     assert teacher.tokenizer_fingerprint == "tokenizer:aaaa" and teacher.fingerprint == compatibility.checkpoint_fingerprint(
         directory
     )

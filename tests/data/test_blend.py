@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_salt.data.blend import BLOCK, Mixture, make_blend, parse_data_path, shares
-from megatron_salt.data.order import Pool, Progress
+from megatron_salt.data.order import Pool, PoolProgress
 from megatron_salt.errors import UserError
 
 WEIGHTS = [(1.0,), (0.7, 0.3), (1, 1, 1), (30, 1, 8, 0.01, 3.7), tuple(1 / (1 + d) for d in range(33))]
@@ -24,7 +24,7 @@ def test_without_weights_every_sample_of_the_one_pool_comes_once_an_epoch() -> N
         orders.append(sample.tolist())
         assert sorted(sample.tolist()) == list(range(18)) and not pool.any()
     assert orders[0] != orders[1] != orders[2]
-    assert blend.progress(40) == [Progress("train", 18, 40)]
+    assert blend.progress(40) == [PoolProgress("train", 18, 40)]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from megatron_salt.data.order import MAX_SIZE, Pool, Progress, permute
+from megatron_salt.data.order import MAX_SIZE, Pool, PoolProgress, permute
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 127, 128, 129, 255, 256, 257, 1000, 4096, 10007, 65535, 65536, 65537, 100_000])
@@ -124,5 +124,5 @@ def test_no_memory_grows_with_the_pool() -> None:
 
 @pytest.mark.parametrize("drawn, epoch, num_repeats", [(0, 0, 0), (9, 0, 0), (10, 1, 0), (11, 1, 1), (35, 3, 25)])
 def test_progress_counts_epochs_and_repeats(drawn: int, epoch: int, num_repeats: int) -> None:
-    assert Pool("all", 10, seed=0).progress(drawn) == Progress("all", 10, drawn)
-    assert (Progress("all", 10, drawn).epoch, Progress("all", 10, drawn).num_repeats) == (epoch, num_repeats)
+    assert Pool("all", 10, seed=0).progress(drawn) == PoolProgress("all", 10, drawn)
+    assert (PoolProgress("all", 10, drawn).epoch, PoolProgress("all", 10, drawn).num_repeats) == (epoch, num_repeats)

@@ -22,12 +22,12 @@ def test_the_tokens_are_these_for_ever() -> None:
     assert fixed_tokens(256_000, 3, 6).tolist() == [134786, 129945, 101294, 240785, 40132, 179245]
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 257, 256_000])
-def test_tokens_are_in_the_vocabulary_and_those_of_a_shorter_context_come_first(vocabulary: int) -> None:
-    tokens = fixed_tokens(vocabulary, 2, 4096)
-    assert tokens.dtype == np.int64 and tokens.min() >= 0 and tokens.max() < vocabulary
-    assert np.array_equal(fixed_tokens(vocabulary, 2, 100), tokens[:100])
-    assert len(np.unique(tokens)) > 0.9 * min(vocabulary, 4096)
+@pytest.mark.parametrize("vocabulary_size", [1, 2, 257, 256_000])
+def test_tokens_are_in_the_vocabulary_and_those_of_a_shorter_context_come_first(vocabulary_size: int) -> None:
+    tokens = fixed_tokens(vocabulary_size, 2, 4096)
+    assert tokens.dtype == np.int64 and tokens.min() >= 0 and tokens.max() < vocabulary_size
+    assert np.array_equal(fixed_tokens(vocabulary_size, 2, 100), tokens[:100])
+    assert len(np.unique(tokens)) > 0.9 * min(vocabulary_size, 4096)
 
 
 def test_microbatches_differ_and_count_their_first_positions_alone() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_salt.data.order import Pool, permute, unpermute
-from megatron_salt.data.subsets import Chosen, Runs, Unseen, bisect
+from megatron_salt.data.subsets import IdRanges, Selected, Unseen, bisect
 
-EVERYTHING = Runs((3, 20, 50), (10, 1, 7))
+EVERYTHING = IdRanges((3, 20, 50), (10, 1, 7))
 IDS = [*range(3, 13), 20, *range(50, 57)]
 
 
@@ -39,7 +39,7 @@ def test_runs_are_their_ids_end_to_end() -> None:
 
 
 def test_chosen_ids_are_found_and_others_are_not() -> None:
-    chosen = Chosen(np.array([4, 5, 20, 56], np.uint32))
+    chosen = Selected(np.array([4, 5, 20, 56], np.uint32))
     assert chosen.ids(np.array([3, 0])).tolist() == [56, 4]
     numbers, inside = chosen.numbers(np.arange(60))
     assert np.flatnonzero(inside).tolist() == [4, 5, 20, 56] and numbers[inside].tolist() == [0, 1, 2, 3]
@@ -50,7 +50,7 @@ def test_chosen_ids_are_found_and_others_are_not() -> None:
 def test_unseen_is_everything_but_what_was_drawn(listed: list[int], drawn: int) -> None:
     """Oracle: sets. No id twice, and the never chosen come first."""
     pool = Pool("train", len(listed), seed=7)
-    unseen = Unseen(EVERYTHING, Chosen(np.array(listed, np.uint32)), pool, drawn)
+    unseen = Unseen(EVERYTHING, Selected(np.array(listed, np.uint32)), pool, drawn)
     seen = {listed[number] for number in pool.ids(np.arange(drawn)).tolist()}
     ids = unseen.ids(np.arange(unseen.size)).tolist()
     assert len(ids) == len(set(ids)) == unseen.size and set(ids) == set(IDS) - seen
@@ -68,7 +68,7 @@ def test_no_memory_grows_with_the_selection(tmp_path: Path) -> None:
     """3 * 10^7 chosen of 10^9 in a mapped file: a batch of the unseen takes what a batch takes."""
     listed = np.lib.format.open_memmap(tmp_path / "ids.npy", "w+", np.uint32, (30_000_000,))
     listed[:] = np.arange(30_000_000, dtype=np.uint32) * 33
-    unseen = Unseen(Runs((0,), (10**9,)), Chosen(listed), Pool("train", len(listed), 1), 10**7)
+    unseen = Unseen(IdRanges((0,), (10**9,)), Selected(listed), Pool("train", len(listed), 1), 10**7)
     numbers = np.linspace(0, unseen.size - 1, 2048).astype(np.int64)
     tracemalloc.start()
     ids = unseen.ids(numbers)

@@ -14,14 +14,14 @@ from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
 
 
-def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
     """A decoder's matrix products written out over ids [s], weights made on the spot; attention over the whole square."""
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, requires_grad=True)
 
     h, d, heads, groups = model.hidden_size, model.head_width, model.num_attention_heads, model.query_groups
-    x = F.embedding(ids, weight(vocabulary, h))
+    x = F.embedding(ids, weight(vocabulary_size, h))
     for _ in range(model.num_layers):
         q, k, v = ((x @ weight(h, n * d)).view(-1, n, d).transpose(0, 1) for n in (heads, groups, groups))
         k, v = (part.repeat_interleave(heads // groups, dim=0) for part in (k, v))
@@ -30,7 +30,7 @@ def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.
         up = x @ weight(h, model.ffn_width)
         up = F.silu(x @ weight(h, model.ffn_width)) * up if model.swiglu else F.gelu(up)
         x = x + up @ weight(model.ffn_width, h)
-    return F.cross_entropy(x @ weight(h, vocabulary), ids)
+    return F.cross_entropy(x @ weight(h, vocabulary_size), ids)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary: int) -> torch.
     ],
 )
 def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(model):
-    seq_length, vocabulary = 24, 56
+    seq_length, vocabulary_size = 24, 56
     with FlopCounterMode(display=False) as counter:
-        plain_loss(model, torch.randint(vocabulary, (seq_length,)), vocabulary).backward()
+        plain_loss(model, torch.randint(vocabulary_size, (seq_length,)), vocabulary_size).backward()
     width = model.num_attention_heads * model.head_width
     masked_half = model.num_layers * 3 * 2 * (2 * width * seq_length / 2)  # per token: two products, forward and twice backward
-    assert flops_per_token(model, seq_length, vocabulary) == counter.get_total_flops() / seq_length - masked_half
+    assert flops_per_token(model, seq_length, vocabulary_size) == counter.get_total_flops() / seq_length - masked_half
 
 
 def counted(name: str) -> int:
@@ -65,4 +65,4 @@ def counted(name: str) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_that_the_model_has(name):
     model = MODELS[name]
-    assert run_ranks(1, counted, name) == [num_parameters(model, model.padded_vocabulary(VOCABULARY), SEQ_LENGTH)]
+    assert run_ranks(1, counted, name) == [num_parameters(model, model.padded_vocabulary_size(VOCABULARY), SEQ_LENGTH)]

@@ -25,7 +25,7 @@ class Case:
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
     chunk: int = 7
-    num_valid: int = 50
+    vocabulary_size: int = 50
     temperature: float = 1.0
     noise: float = 0.1
     """Of the other pass, beside hidden states of size 1."""
@@ -34,7 +34,7 @@ class Case:
 class Inputs(NamedTuple):
     reference: Tensor  # [s, b, h]
     other: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from num_valid on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
     mask: Tensor  # [s*b]
 
 
@@ -46,7 +46,7 @@ def make_inputs(case: Case) -> Inputs:
 
     reference = draw(SEQUENCE, BATCH, HIDDEN)
     other, weight = reference + case.noise * draw(SEQUENCE, BATCH, HIDDEN), draw(ROWS, HIDDEN)
-    weight[case.num_valid :] = float("nan")
+    weight[case.vocabulary_size :] = float("nan")
     mask = (torch.rand(TOKENS, generator=generator) > 0.3).float()
     reference.flatten(0, 1)[mask == 0] = float("nan")  # what does not count may be anything
     return Inputs(reference.to(case.dtype), other.to(case.dtype), weight.to(case.dtype), mask)
@@ -55,7 +55,7 @@ def make_inputs(case: Case) -> Inputs:
 def oracle(inputs: Inputs, case: Case) -> tuple[float, float]:
     """(sum of KL, tokens of one mind)."""
     valid = inputs.mask > 0
-    weight = inputs.weight[: case.num_valid].double()
+    weight = inputs.weight[: case.vocabulary_size].double()
     p, q = (hidden.flatten(0, 1)[valid].double() @ weight.t() / case.temperature for hidden in (inputs.reference, inputs.other))
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum()), float((p.argmax(-1) == q.argmax(-1)).sum())
@@ -64,7 +64,7 @@ def oracle(inputs: Inputs, case: Case) -> tuple[float, float]:
 def on_a_rank(case: Case) -> tuple[float, float]:
     inputs, group = make_inputs(case), dist.group.WORLD
     assert group is not None
-    shard = VocabularyShard(group, ROWS // case.tp, case.num_valid, case.sequence_parallel)
+    shard = VocabularyShard(group, ROWS // case.tp, case.vocabulary_size, case.sequence_parallel)
     own = inputs.weight[shard.first : shard.first + shard.rows]
     hidden = [
         whole.chunk(case.tp)[group.rank()] if case.sequence_parallel else whole for whole in (inputs.reference, inputs.other)
@@ -79,10 +79,10 @@ def on_a_rank(case: Case) -> tuple[float, float]:
     pytest.param(Case(noise=1e-3), id="near"),
     pytest.param(Case(noise=3.0), id="far"),
     pytest.param(Case(chunk=1000, dtype=torch.bfloat16), id="bf16, one chunk"),
-    pytest.param(Case(tp=2, sequence_parallel=True, num_valid=57), id="tp2 slices"),
+    pytest.param(Case(tp=2, sequence_parallel=True, vocabulary_size=57), id="tp2 slices"),
     pytest.param(Case(tp=2, dtype=torch.bfloat16, chunk=1), id="tp2 bf16"),
     pytest.param(Case(tp=2, sequence_parallel=True, temperature=0.25), id="tp2 slices, sharper"),
-    pytest.param(Case(tp=4, sequence_parallel=True, num_valid=33), id="tp4 slices, ranks of padding alone"),
+    pytest.param(Case(tp=4, sequence_parallel=True, vocabulary_size=33), id="tp4 slices, ranks of padding alone"),
 ])  # fmt: skip
 def test_it_equals_full_logits_in_float64(case: Case) -> None:
     """To 1e-6 nats a token, however near the two are; the same on every rank."""
@@ -120,10 +120,10 @@ def test_what_is_not_a_number_gives_nan_and_not_a_small_divergence(which: int) -
 
 
 def test_the_largest_tensor_is_a_chunk_of_logits_however_many_tokens() -> None:
-    vocabulary, chunk = 512, 32
+    vocabulary_size, chunk = 512, 32
     for num_tokens in (64, 1024):
-        reference, other, weight = torch.randn(num_tokens, 1, 4), torch.randn(num_tokens, 1, 4), torch.randn(vocabulary, 4)
+        reference, other, weight = torch.randn(num_tokens, 1, 4), torch.randn(num_tokens, 1, 4), torch.randn(vocabulary_size, 4)
         mask = torch.ones(num_tokens)
         with Storages((reference, other, weight, mask)) as new:
-            divergence(reference, other, weight, mask, VocabularyShard(Alone(), vocabulary, vocabulary, False), chunk)
-        assert max(new.sizes) == 2 * vocabulary * chunk * 4  # one of each pass
+            divergence(reference, other, weight, mask, VocabularyShard(Alone(), vocabulary_size, vocabulary_size, False), chunk)
+        assert max(new.sizes) == 2 * vocabulary_size * chunk * 4  # one of each pass

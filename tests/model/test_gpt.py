@@ -99,7 +99,7 @@ def gpt_model(model: ModelConfig, student: Student) -> GPTModel:
     config = replace(get_model_config(student.chunks[0]), gradient_accumulation_fusion=False)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
     return GPTModel(
-        config, spec, vocab_size=model.padded_vocabulary(VOCABULARY), max_sequence_length=SEQ_LENGTH,
+        config, spec, vocab_size=model.padded_vocabulary_size(VOCABULARY), max_sequence_length=SEQ_LENGTH,
         position_embedding_type=model.position_embedding_type, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
     )  # fmt: skip

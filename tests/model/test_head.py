@@ -50,7 +50,7 @@ def start(tp: int) -> None:
 
 
 def make_head(config: TransformerConfig, **options: object) -> OutputHead:
-    options = {"num_valid": VOCABULARY, "chunk_tokens": 5, **options}
+    options = {"vocabulary_size": VOCABULARY, "chunk_tokens": 5, **options}
     return OutputHead(HIDDEN, VOCABULARY, config=config, init_method=init, **options)
 
 
@@ -143,7 +143,7 @@ class TinyModel(torch.nn.Module):
         self.config = config
         self.embedding = VocabParallelEmbedding(VOCABULARY, HIDDEN, init_method=init, config=config)
         self.norm = torch.nn.LayerNorm(HIDDEN, dtype=config.params_dtype)
-        self.head = make_head(config, num_valid=50, skip_weight_param_allocation=tied)
+        self.head = make_head(config, vocabulary_size=50, skip_weight_param_allocation=tied)
         self.tied = tied
         if tied:
             self.embedding.weight.zero_out_wgrad = True
@@ -322,7 +322,7 @@ def refuse(case: str) -> None:
             head(draw(SEQUENCE, BATCH, HIDDEN), draw_tokens())
     elif case == "vocabulary":
         with pytest.raises(ValueError, match="65 .* 64"):
-            make_head(config_for(1), num_valid=65)
+            make_head(config_for(1), vocabulary_size=65)
     else:
         config = config_for(1)
         setattr(config, case, True)

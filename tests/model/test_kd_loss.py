@@ -28,7 +28,7 @@ class Case:
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
     chunk: int = 7
-    num_valid: int = 50
+    vocabulary_size: int = 50
     mask: str = "weights"
     temperature: float = 1.0
     kd_weight: float = 0.667
@@ -41,7 +41,7 @@ class Case:
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from num_valid on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
     labels: Tensor  # [s*b]
     mask: Tensor  # [s*b]
     teacher_hidden: Tensor  # [s, b, h_t]
@@ -62,12 +62,12 @@ def make_inputs(case: Case) -> Inputs:
         return torch.randn(*shape, generator=generator)
 
     weight, teacher_weight = draw(ROWS, HIDDEN) * 1.5 / HIDDEN**0.5, draw(ROWS, TEACHER_HIDDEN) * 1.5 / TEACHER_HIDDEN**0.5
-    labels = torch.randint(0, case.num_valid, (TOKENS,), generator=generator)
+    labels = torch.randint(0, case.vocabulary_size, (TOKENS,), generator=generator)
     uniform = torch.rand(TOKENS, generator=generator)
     mask = {"all": (uniform > -1), "weights": uniform.round(decimals=1) * (uniform > 0.3), "none": (uniform > 1)}[
         case.mask
     ].float()
-    weight[case.num_valid :] = teacher_weight[case.num_valid :] = float("nan")
+    weight[case.vocabulary_size :] = teacher_weight[case.vocabulary_size :] = float("nan")
     floats = draw(SEQUENCE, BATCH, HIDDEN), weight, draw(SEQUENCE, BATCH, TEACHER_HIDDEN), teacher_weight
     hidden, weight, teacher_hidden, teacher_weight = (tensor.to(case.dtype) for tensor in floats)
     return Inputs(hidden, weight, labels, mask, teacher_hidden, teacher_weight)
@@ -75,9 +75,9 @@ def make_inputs(case: Case) -> Inputs:
 
 def oracle(inputs: Inputs, case: Case) -> Outputs:
     """Cross entropy against the mixed target, from full logits in float64."""
-    hidden, weight = (tensor.double().requires_grad_() for tensor in (inputs.hidden, inputs.weight[: case.num_valid]))
+    hidden, weight = (tensor.double().requires_grad_() for tensor in (inputs.hidden, inputs.weight[: case.vocabulary_size]))
     logits = (hidden @ weight.t()).flatten(0, 1)
-    teacher = (inputs.teacher_hidden.double() @ inputs.teacher_weight[: case.num_valid].double().t()).flatten(0, 1)
+    teacher = (inputs.teacher_hidden.double() @ inputs.teacher_weight[: case.vocabulary_size].double().t()).flatten(0, 1)
     log_q, log_p = logits.log_softmax(-1), (teacher / case.temperature).log_softmax(-1)
     label = inputs.labels[:, None]
     ce, teacher_ce = -log_q.gather(1, label)[:, 0], -teacher.log_softmax(-1).gather(1, label)[:, 0]
@@ -96,13 +96,13 @@ def oracle(inputs: Inputs, case: Case) -> Outputs:
     metrics[METRICS.index("loss")].backward()
     assert hidden.grad is not None and weight.grad is not None
     d_weight = torch.zeros(inputs.weight.shape, dtype=torch.float64)
-    d_weight[: case.num_valid] = weight.grad
+    d_weight[: case.vocabulary_size] = weight.grad
     return Outputs(metrics[METRICS.index("loss")].detach(), metrics.detach(), hidden.grad, d_weight)
 
 
 def call(case: Case, inputs: Inputs, hidden: Tensor, weight: Tensor, with_teacher: bool = True) -> tuple[Tensor, Tensor]:
     tp, rank = dist.get_world_size(), dist.get_rank()
-    shard = VocabularyShard(dist.group.WORLD, ROWS // tp, case.num_valid, case.sequence_parallel)
+    shard = VocabularyShard(dist.group.WORLD, ROWS // tp, case.vocabulary_size, case.sequence_parallel)
     teacher = (
         SoftTarget(
             inputs.teacher_hidden.chunk(tp)[rank].clone(),
@@ -139,16 +139,16 @@ def on_a_rank(case: Case, inputs: Inputs, with_teacher: bool = True) -> Outputs:
 
 LAYOUTS = [(1, False), (2, False), (2, True), (4, True)]
 GRID = grid(
-    layout=LAYOUTS, dtype=(torch.float32, torch.bfloat16), chunk=(1, 7, 1000), num_valid=(ROWS, 50, 30),
+    layout=LAYOUTS, dtype=(torch.float32, torch.bfloat16), chunk=(1, 7, 1000), vocabulary_size=(ROWS, 50, 30),
     mask=("all", "weights", "none"), temperature=(0.25, 1.0, 4.0), kd_weight=(0.0, 0.667, 1.0),
     where=lambda mask, temperature, kd_weight, **_: mask != "none" or (temperature, kd_weight) == (0.25, 0.667),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout, dtype, chunk, num_valid, mask, temperature, kd_weight", GRID)
-def test_loss_metrics_and_gradients_equal_full_logits(layout, dtype, chunk, num_valid, mask, temperature, kd_weight):
+@pytest.mark.parametrize("layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight", GRID)
+def test_loss_metrics_and_gradients_equal_full_logits(layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight):
     """With 30 of 64 ids, ranks from the second of two (the third of four) on own padding alone."""
-    case = Case(*layout, dtype, chunk, num_valid, mask, temperature, kd_weight)
+    case = Case(*layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight)
     inputs = make_inputs(case)
     exact = oracle(inputs, case)
     results = run_ranks(case.tp, on_a_rank, case, inputs)
@@ -296,7 +296,7 @@ def test_the_teacher_gets_no_gradient_and_is_not_kept_for_backward(dtype):
     teacher = SoftTarget(
         inputs.teacher_hidden.clone().requires_grad_(), inputs.teacher_weight.clone().requires_grad_(), 1.0, 0.5
     )
-    shard = VocabularyShard(Alone(), ROWS, case.num_valid, False)
+    shard = VocabularyShard(Alone(), ROWS, case.vocabulary_size, False)
     loss, _ = fused_linear_cross_entropy(hidden, weight, inputs.labels, inputs.mask, shard, case.chunk, teacher)
     references = [weakref.ref(teacher.hidden), weakref.ref(teacher.weight)]
     loss.backward(retain_graph=True)
@@ -307,10 +307,10 @@ def test_the_teacher_gets_no_gradient_and_is_not_kept_for_backward(dtype):
 
 
 def test_the_largest_tensor_is_a_chunk_of_logits_however_many_tokens():
-    vocabulary, chunk = 512, 32
+    vocabulary_size, chunk = 512, 32
     for num_tokens in (64, 1024):
         hidden, teacher_hidden = torch.randn(num_tokens, 1, 4, requires_grad=True), torch.randn(num_tokens, 1, 6)
-        weight, teacher_weight = torch.randn(vocabulary, 4, requires_grad=True), torch.randn(vocabulary, 6)
+        weight, teacher_weight = torch.randn(vocabulary_size, 4, requires_grad=True), torch.randn(vocabulary_size, 6)
         labels, mask = torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens)
         with Storages((hidden, weight, labels, mask, teacher_hidden, teacher_weight)) as new:
             fused_linear_cross_entropy(
@@ -318,11 +318,11 @@ def test_the_largest_tensor_is_a_chunk_of_logits_however_many_tokens():
                 weight,
                 labels,
                 mask,
-                VocabularyShard(Alone(), vocabulary, vocabulary, False),
+                VocabularyShard(Alone(), vocabulary_size, vocabulary_size, False),
                 chunk,
                 SoftTarget(teacher_hidden, teacher_weight, 0.5, 0.5),
             )[0].backward()
-        assert max(new.sizes) == vocabulary * chunk * 4
+        assert max(new.sizes) == vocabulary_size * chunk * 4
 
 
 def test_a_label_outside_the_vocabulary_gives_nan_and_not_a_wrong_loss():

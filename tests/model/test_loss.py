@@ -29,7 +29,7 @@ class Case:
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
     chunk: int = 16
-    num_valid: int = ROWS
+    vocabulary_size: int = ROWS
     mask: str = "some"
     scale: float = 1.0
     logit_std: float = 1.5
@@ -42,7 +42,7 @@ class Case:
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from num_valid on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
     labels: Tensor  # [s*b]
     mask: Tensor  # [s*b]
 
@@ -51,22 +51,22 @@ def make_inputs(case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
     weight = torch.randn(ROWS, HIDDEN, generator=generator) * case.logit_std / HIDDEN**0.5
-    labels = torch.randint(0, case.num_valid, (SEQUENCE * BATCH,), generator=generator)
+    labels = torch.randint(0, case.vocabulary_size, (SEQUENCE * BATCH,), generator=generator)
     draw = torch.rand(SEQUENCE * BATCH, generator=generator)
     mask = {"all": (draw > -1), "some": (draw > 0.4), "none": (draw > 1), "weights": draw.round(decimals=1)}[case.mask].float()
-    weight[case.num_valid :] = float("nan")
+    weight[case.vocabulary_size :] = float("nan")
     return Inputs(hidden.to(case.dtype), weight.to(case.dtype), labels, mask)
 
 
-def oracle(inputs: Inputs, num_valid: int) -> tuple[Tensor, Tensor, Tensor]:
+def oracle(inputs: Inputs, vocabulary_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, d(hidden), d(weight) from full logits in float64."""
-    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight[:num_valid].double().requires_grad_()
+    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight[:vocabulary_size].double().requires_grad_()
     log_p = (hidden @ weight.t()).log_softmax(-1).flatten(0, 1)
     loss = -(log_p.gather(1, inputs.labels[:, None])[:, 0] * inputs.mask).sum()
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
     d_weight = torch.zeros(inputs.weight.shape, dtype=torch.float64)
-    d_weight[:num_valid] = weight.grad
+    d_weight[:vocabulary_size] = weight.grad
     return loss.detach(), hidden.grad, d_weight
 
 
@@ -82,7 +82,7 @@ def on_a_rank(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
     hidden = hidden.clone().requires_grad_()
     weight = inputs.weight.chunk(tp)[rank].clone().requires_grad_()
     before = [tensor.detach().clone() for tensor in (hidden, weight, inputs.labels, inputs.mask)]
-    shard = VocabularyShard(dist.group.WORLD, ROWS // tp, case.num_valid, case.sequence_parallel)
+    shard = VocabularyShard(dist.group.WORLD, ROWS // tp, case.vocabulary_size, case.sequence_parallel)
     loss, metrics = fused_linear_cross_entropy(hidden, weight, inputs.labels, inputs.mask, shard, case.chunk)
     assert loss._base is None and loss.dtype == metrics.dtype == torch.float32 and not metrics.requires_grad
     (loss * case.scale).backward()
@@ -95,7 +95,7 @@ def on_a_rank(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def compare(case: Case) -> None:
     inputs = make_inputs(case)
-    exact_loss, exact_hidden, exact_weight = oracle(inputs, case.num_valid)
+    exact_loss, exact_hidden, exact_weight = oracle(inputs, case.vocabulary_size)
     results = run_ranks(case.tp, on_a_rank, case, inputs)
     for loss, metrics, _, _ in results:
         assert torch.equal(loss, results[0][0]) and torch.equal(metrics, results[0][1])
@@ -117,9 +117,9 @@ LAYOUTS = [(1, False), (2, False), (2, True)]
 VARIATIONS = {
     "one chunk": Case(chunk=1000),
     "chunk of one token": Case(chunk=1),
-    "odd chunk, padding, factor": Case(chunk=7, num_valid=50, scale=0.3),
-    "last rank owns padding alone": Case(num_valid=30, mask="weights"),
-    "every token masked": Case(mask="none", num_valid=50),
+    "odd chunk, padding, factor": Case(chunk=7, vocabulary_size=50, scale=0.3),
+    "last rank owns padding alone": Case(vocabulary_size=30, mask="weights"),
+    "every token masked": Case(mask="none", vocabulary_size=50),
     "nothing masked, huge logits": Case(mask="all", logit_std=60.0),
 }
 
@@ -132,7 +132,7 @@ def test_loss_and_gradients_equal_full_logits(name, dtype, tp, sequence_parallel
 
 
 def without_grad(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, int]:
-    shard = VocabularyShard(dist.group.WORLD, ROWS // dist.get_world_size(), case.num_valid, False)
+    shard = VocabularyShard(dist.group.WORLD, ROWS // dist.get_world_size(), case.vocabulary_size, False)
     hidden = inputs.hidden.clone().requires_grad_()
     weight = inputs.weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
     arguments = (hidden, weight, inputs.labels, inputs.mask, shard, case.chunk)
@@ -175,22 +175,22 @@ class Storages(TorchDispatchMode):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_without_grad_the_loss_is_the_same_and_no_gradient_is_made(tp):
-    case = Case(chunk=4, num_valid=50)
+    case = Case(chunk=4, vocabulary_size=50)
     for with_grad, loss, largest in run_ranks(tp, without_grad, case, make_inputs(case)):
         assert torch.equal(with_grad, loss)
         # d(hidden) would have 12*3*16, d(weight) 64*16 / tp floats; a chunk's logits have 4*64
         assert largest <= 4 * ROWS * 4
 
 
-def largest_storage(num_tokens: int, chunk: int, vocabulary: int, hidden_size: int) -> int:
+def largest_storage(num_tokens: int, chunk: int, vocabulary_size: int, hidden_size: int) -> int:
     hidden = torch.randn(num_tokens, 1, hidden_size, requires_grad=True)
-    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+    weight = torch.randn(vocabulary_size, hidden_size, requires_grad=True)
     arguments = (
         hidden,
         weight,
         torch.zeros(num_tokens, dtype=torch.int64),
         torch.ones(num_tokens),
-        VocabularyShard(dist.group.WORLD, vocabulary, vocabulary, False),
+        VocabularyShard(dist.group.WORLD, vocabulary_size, vocabulary_size, False),
         chunk,
     )
     with Storages(arguments) as new:
@@ -215,13 +215,13 @@ def masked_rubbish(case: Case, inputs: Inputs) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_what_masked_tokens_hold_changes_no_bit(dtype):
-    case = Case(dtype=dtype, num_valid=50)
+    case = Case(dtype=dtype, vocabulary_size=50)
     assert all(run_ranks(2, masked_rubbish, case, make_inputs(case)))
 
 
 @pytest.mark.parametrize("label", [-1, 50, 63, 64])
 def test_a_label_outside_the_vocabulary_gives_nan_and_not_a_wrong_loss(label):
-    case = Case(num_valid=50, mask="all")
+    case = Case(vocabulary_size=50, mask="all")
     inputs = make_inputs(case)
     inputs.labels[5] = label
     for loss, _, d_hidden, _ in run_ranks(2, on_a_rank, case, inputs):
@@ -251,9 +251,9 @@ class Alone:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_device_equals_full_logits(dtype, device):
-    case = Case(dtype=dtype, chunk=7, num_valid=50)
+    case = Case(dtype=dtype, chunk=7, vocabulary_size=50)
     inputs = make_inputs(case)
-    exact_loss, exact_hidden, exact_weight = oracle(inputs, case.num_valid)
+    exact_loss, exact_hidden, exact_weight = oracle(inputs, case.vocabulary_size)
     hidden, weight, labels, mask = (tensor.to(device) for tensor in inputs)
     hidden.requires_grad_(), weight.requires_grad_()
     loss, _ = fused_linear_cross_entropy(hidden, weight, labels, mask, VocabularyShard(Alone(), ROWS, 50, False), case.chunk)
@@ -289,12 +289,12 @@ def test_only_what_requires_a_gradient_gets_one(wanted):
 
 
 @pytest.mark.parametrize("mib", [1, 4, 256, 1000])
-@pytest.mark.parametrize("vocabulary", [256, 50304 // 4, 131072, 262144])
+@pytest.mark.parametrize("vocabulary_size", [256, 50304 // 4, 131072, 262144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_sets_of_logits_of_a_chunk_fit_the_budget(mib, vocabulary, dtype):
-    tokens = chunk_tokens_for_budget(mib, vocabulary, dtype)
+def test_two_sets_of_logits_of_a_chunk_fit_the_budget(mib, vocabulary_size, dtype):
+    tokens = chunk_tokens_for_budget(mib, vocabulary_size, dtype)
     assert tokens >= 1
-    token_bytes = 2 * vocabulary * dtype.itemsize
+    token_bytes = 2 * vocabulary_size * dtype.itemsize
     assert tokens * token_bytes <= max(mib << 20, token_bytes)
     assert (tokens + 128) * token_bytes > mib << 20, "the budget is used"
     assert tokens % 128 == 0 or (tokens < 128 and tokens % 8 == 0) or tokens < 8

@@ -26,13 +26,13 @@ class Case:
     tp: int = 1
     dtype: torch.dtype = torch.float32
     chunk: int = 7
-    num_valid: int = 50
+    vocabulary_size: int = 50
     ties: bool = False
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from num_valid on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
     labels: Tensor  # [s*b]
     mask: Tensor  # [s*b]
 
@@ -44,8 +44,8 @@ def make_inputs(case: Case) -> Inputs:
     weight = torch.randn(ROWS, HIDDEN, generator=generator)
     if case.ties:
         hidden, weight = hidden.round(), weight.round().clamp(-1, 1)
-    weight[case.num_valid :] = float("nan")
-    labels = torch.randint(0, case.num_valid, (LENGTH * BATCH,), generator=generator)
+    weight[case.vocabulary_size :] = float("nan")
+    labels = torch.randint(0, case.vocabulary_size, (LENGTH * BATCH,), generator=generator)
     mask = (torch.rand(LENGTH * BATCH, generator=generator) > 0.2).float()
     labels[mask == 0] = -1  # what does not count may be of no vocabulary
     return Inputs(hidden.to(case.dtype), weight.to(case.dtype), labels, mask)
@@ -53,7 +53,7 @@ def make_inputs(case: Case) -> Inputs:
 
 def oracle(inputs: Inputs, case: Case) -> list[tuple[float, float, float]]:
     """(loss, rank, entropy) of each token that counts."""
-    logits = inputs.hidden.double().flatten(0, 1) @ inputs.weight[: case.num_valid].double().t()
+    logits = inputs.hidden.double().flatten(0, 1) @ inputs.weight[: case.vocabulary_size].double().t()
     told = []
     for row, label, mask in zip(logits, inputs.labels.tolist(), inputs.mask.tolist(), strict=True):
         if mask:
@@ -66,7 +66,7 @@ def scores_here(case: Case) -> TokenScores:
     """In every rank of a tensor-parallel group."""
     inputs, group = make_inputs(case), dist.group.WORLD
     assert group is not None
-    shard = VocabularyShard(group, ROWS // case.tp, case.num_valid, sequence_parallel=False)
+    shard = VocabularyShard(group, ROWS // case.tp, case.vocabulary_size, sequence_parallel=False)
     own = inputs.weight[shard.first : shard.first + shard.rows]
     return TokenScorer(own, shard, case.chunk).score(inputs.hidden, inputs.labels, inputs.mask)
 
@@ -75,9 +75,9 @@ CASES = [
     pytest.param(Case(), id="tp1"),
     pytest.param(Case(ties=True), id="ties"),
     pytest.param(Case(dtype=torch.bfloat16, chunk=1), id="bf16"),
-    pytest.param(Case(tp=2, num_valid=57, chunk=100), id="tp2"),
+    pytest.param(Case(tp=2, vocabulary_size=57, chunk=100), id="tp2"),
     pytest.param(Case(tp=4, dtype=torch.bfloat16), id="tp4 bf16"),
-    pytest.param(Case(tp=4, num_valid=33, ties=True), id="tp4, ranks of padding alone, ties"),
+    pytest.param(Case(tp=4, vocabulary_size=33, ties=True), id="tp4, ranks of padding alone, ties"),
 ]
 
 
@@ -103,7 +103,9 @@ def test_every_device_equals_full_logits(dtype: torch.dtype, device: str) -> Non
     case = Case(dtype=dtype)
     inputs = make_inputs(case)
     hidden, weight, labels, mask = (tensor.to(device) for tensor in inputs)
-    scores = TokenScorer(weight, VocabularyShard(Alone(), ROWS, case.num_valid, False), case.chunk).score(hidden, labels, mask)
+    scores = TokenScorer(weight, VocabularyShard(Alone(), ROWS, case.vocabulary_size, False), case.chunk).score(
+        hidden, labels, mask
+    )
     found = torch.stack([scores.loss, scores.rank, scores.entropy], 1)[mask > 0].cpu().double()
     torch.testing.assert_close(found, torch.tensor(oracle(inputs, case), dtype=torch.float64), rtol=2e-6, atol=2e-6)
 

@@ -11,15 +11,15 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.parallel.pipeline import run_pipeline
-from megatron_salt.train.step import Student, forward_step, place
+from megatron_salt.train.step import Student, forward_input, forward_step
 from tests.support.ranks import run_ranks
 from tests.support.small import Case, batch, build_student, save_weights
 
 
 def sums(student: Student, case: Case, which: slice, forward_only: bool) -> list[list[float]]:
-    placed = [place(microbatch, student.mesh) for microbatch in batch(student, case, 0)[which]]
+    inputs = [forward_input(microbatch, student.mesh) for microbatch in batch(student, case, 0)[which]]
     run = run_pipeline(
-        student.chunks, forward_step, placed, student.mesh, student.seq_length, student.micro_batch_size, forward_only
+        student.chunks, forward_step, inputs, student.mesh, student.seq_length, student.micro_batch_size, forward_only
     )
     return [metrics.tolist() for metrics in run]
 

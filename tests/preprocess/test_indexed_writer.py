@@ -50,9 +50,9 @@ def test_the_files_are_those_of_mcores_builder(tmp_path, monkeypatch, dtype, num
         assert np.array_equal(ours_read, document)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 256, 65499, 65500, 65536, 256000])
-def test_ids_are_stored_in_megatrons_type(vocab_size):
-    assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
+@pytest.mark.parametrize("vocabulary_size", [1, 256, 65499, 65500, 65536, 256000])
+def test_ids_are_stored_in_megatrons_type(vocabulary_size):
+    assert token_dtype(vocabulary_size) == DType.optimal_dtype(vocabulary_size)
 
 
 def test_discard_leaves_nothing(tmp_path: Path):

@@ -156,7 +156,7 @@ def test_a_sentencepiece_model_is_none() -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a text to train on"] * 9), model_writer=model, vocab_size=20, model_type="char", minloglevel=2
     )
-    assert tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": model.getvalue()}, "x").vocab_size > 9
+    assert tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": model.getvalue()}, "x").vocabulary_size > 9
 
 
 def test_a_link_to_nothing_is_refused_by_name(tmp_path, capsys):

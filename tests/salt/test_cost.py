@@ -43,7 +43,7 @@ def prediction(
         teacher,
         teacher_tensor=tensor,
         teacher_pipeline=pipeline,
-        padded_vocabulary=VOCABULARY,
+        padded_vocabulary_size=VOCABULARY,
         num_microbatches=microbatches,
         merge=merge,
         seq_length=LENGTH,

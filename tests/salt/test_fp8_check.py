@@ -70,7 +70,14 @@ def succession(step: int) -> Microbatch:
         )
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(SEQ_LENGTH).expand(16, -1).contiguous()
-    return Microbatch(inputs, labels, torch.ones(16, SEQ_LENGTH), positions, None, np.arange(16))
+    return Microbatch(
+        tokens=inputs,
+        labels=labels,
+        loss_mask=torch.ones(16, SEQ_LENGTH),
+        position_ids=positions,
+        documents=None,
+        sample_ids=np.arange(16),
+    )
 
 
 def in_fp8(lesson: Lesson, student: Student, recipe: Recipe) -> tuple[Teacher, Emulation]:

@@ -141,7 +141,7 @@ FITTING = TeacherCheckpoint(
 @pytest.mark.parametrize(
     "change, salt, told",
     [
-        (dict(vocabulary=300), {}, ["300", "250"]),
+        (dict(vocabulary_size=300), {}, ["300", "250"]),
         (dict(tokenizer_fingerprint="tokenizer:bbbb"), {}, ["tokenizer:aaaa", "tokenizer:bbbb"]),
         (dict(seq_length=16, lengths=(16,)), {}, ["--seq-length 16", "--seq-length 32"]),
         (

@@ -12,7 +12,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.parallel.pipeline import run_pipeline
-from megatron_salt.train.step import Student, forward_step, place, unwrap
+from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 TIED_COPY = "copy of the embedding on the last stage"
 
@@ -25,9 +25,9 @@ def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dic
     for chunk in student.chunks:
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
-    placed = [place(microbatch, student.mesh) for microbatch in microbatches]
+    inputs = [forward_input(microbatch, student.mesh) for microbatch in microbatches]
     run_pipeline(
-        student.chunks, forward_step, placed, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
+        student.chunks, forward_step, inputs, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
     )
     for chunk in student.chunks:
         if chunk.ddp_config.use_distributed_optimizer:

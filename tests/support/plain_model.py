@@ -12,7 +12,7 @@ from megatron_salt.config import ModelConfig
 
 
 def logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """tokens, positions int64 [b, s]; mask bool [b, s, s], True where a query (row) sees a key -> [b, s, padded vocabulary]."""
+    """tokens, positions int64 [b, s]; mask bool [b, s, s], True where a query (row) sees a key -> [b, s, padded_vocabulary_size]."""
     hidden = weights["embedding.word_embeddings.weight"][tokens]
     if model.position_embedding_type == "learned_absolute":
         hidden = hidden + weights["embedding.position_embeddings.weight"][positions]

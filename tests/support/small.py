@@ -116,11 +116,15 @@ def batch(student: Student, case: Case, step: int) -> list[Microbatch]:
 
     return [
         Microbatch(
-            rows(tokens[:, :-1], first), rows(tokens[:, 1:], first), rows(mask, first), rows(positions, first),
-            None if documents is None else rows(documents, first), np.arange(first, first + case.micro_batch_size),
+            tokens=rows(tokens[:, :-1], first),
+            labels=rows(tokens[:, 1:], first),
+            loss_mask=rows(mask, first),
+            position_ids=rows(positions, first),
+            documents=None if documents is None else rows(documents, first),
+            sample_ids=np.arange(first, first + case.micro_batch_size),
         )
         for first in mine
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Lesson:
 
 def shard_of(student: Student, case: Case) -> VocabularyShard:
     """How the case's vocabulary is cut, on any stage."""
-    rows = case.model.padded_vocabulary(VOCABULARY) // student.mesh.layout.tensor
+    rows = case.model.padded_vocabulary_size(VOCABULARY) // student.mesh.layout.tensor
     return VocabularyShard(student.mesh.groups.tp, rows, VOCABULARY, case.parallel.sequence_parallel)
 
 

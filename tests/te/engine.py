@@ -77,7 +77,7 @@ def build(
     parallel: ParallelConfig,
     precision: Precision,
     world_size: int,
-    vocabulary: int = 250,
+    vocabulary_size: int = 250,
     seq_length: int = 32,
 ) -> tuple[list[GPT], Mesh]:
     """This rank's chunks of a student on the CPU, freshly initialised in bfloat16. Collective over all ranks."""
@@ -85,7 +85,7 @@ def build(
     mesh = make_student_mesh(student_layout(parallel, world_size), parallel.virtual_stages)
     seed_everything(1234, mesh)
     with gpu_seen():
-        chunks = build_model(model, parallel, seq_length, vocabulary, torch.bfloat16, 24, mesh, precision)
+        chunks = build_model(model, parallel, seq_length, vocabulary_size, torch.bfloat16, 24, mesh, precision)
     for chunk in chunks:
         unfused(chunk)
     return chunks, mesh

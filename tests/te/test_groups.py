@@ -121,7 +121,7 @@ def test_without_a_group_it_would_ask_the_world():
 CHECKPOINT = TeacherCheckpoint(
     directory="",
     model=MODEL,
-    vocabulary=250,
+    vocabulary_size=250,
     seq_length=LENGTH,
     tokenizer_fingerprint="",
     fingerprint="",

@@ -94,7 +94,7 @@ def test_decode_undoes_encode(tokenizer, text):
 @pytest.mark.parametrize("text", TEXT[:1] + ODD)
 def test_ids_are_in_the_vocabulary_and_text_cannot_spell_the_end_of_a_document(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert all(0 <= i < tokenizer.vocab_size for i in [*ids, tokenizer.eod]) and tokenizer.eod not in ids
+    assert all(0 <= i < tokenizer.vocabulary_size for i in [*ids, tokenizer.eod]) and tokenizer.eod not in ids
 
 
 def test_nothing_is_added_to_a_text(tokenizer):
@@ -113,21 +113,21 @@ def test_the_end_of_document_decodes_to_nothing(tokenizer):
 def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "deep" / "saved")
     loaded = load_tokenizer(tmp_path / "deep" / "saved")
-    for name in ("kind", "vocab_size", "eod", "fingerprint", "files"):
+    for name in ("kind", "vocabulary_size", "eod", "fingerprint", "files"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     assert loaded.encode_batch(TEXT + ODD) == tokenizer.encode_batch(TEXT + ODD)
 
 
 def test_vocabulary_sizes_are_those_of_the_files(configs):
     in_vocab_json = len(json.loads(Path(configs["gpt2"].vocab_file).read_text()))
-    assert [build_tokenizer(configs[kind]).vocab_size for kind in KINDS] == [330, in_vocab_json, in_vocab_json, 257]
+    assert [build_tokenizer(configs[kind]).vocabulary_size for kind in KINDS] == [330, in_vocab_json, in_vocab_json, 257]
 
 
 def test_the_vocabulary_reaches_to_the_largest_id_over_holes(tmp_path, configs):
     vocabulary = json.loads(Path(configs["gpt2"].vocab_file).read_text())
     (tmp_path / "v").write_text(json.dumps({**vocabulary, "<|endoftext|>": 999}))
     tokenizer = build_tokenizer(TokenizerConfig("GPT2BPETokenizer", None, str(tmp_path / "v"), configs["gpt2"].merge_file))
-    assert (tokenizer.vocab_size, tokenizer.eod) == (1000, 999)
+    assert (tokenizer.vocabulary_size, tokenizer.eod) == (1000, 999)
 
 
 def test_fingerprints_depend_on_contents_and_kind_and_not_on_names(configs, tmp_path):
@@ -278,4 +278,4 @@ def test_an_incomplete_saved_tokenizer_is_refused(tmp_path, configs, damage):
 
 def test_ids_beyond_the_vocabulary_are_a_bug(tokenizer):
     with pytest.raises(AssertionError):
-        tokenizer.decode([tokenizer.vocab_size])
+        tokenizer.decode([tokenizer.vocabulary_size])

@@ -40,7 +40,7 @@ PROMPT = BYTES.encode("def f(x)")
 def build(parallel: ParallelConfig, world_size: int) -> tuple[list[GPT], object]:
     mesh = make_student_mesh(student_layout(parallel, world_size))
     seed_everything(7, mesh)
-    return build_model(RUN.model, parallel, CONTEXT, BYTES.vocab_size, torch.float32, CONTEXT, mesh), mesh
+    return build_model(RUN.model, parallel, CONTEXT, BYTES.vocabulary_size, torch.float32, CONTEXT, mesh), mesh
 
 
 def write_checkpoint(directory: str, parallel: ParallelConfig, world_size: int) -> None:
@@ -54,7 +54,7 @@ def greedy(directory: str, tensor: int) -> list[int]:
     """In every rank: the likeliest continuation, longer than the context."""
     [model], mesh = build(ParallelConfig(tensor_model_parallel_size=tensor), tensor)
     load_weights(Path(directory), [model], mesh)
-    return generate(model, PROMPT, 2 * CONTEXT, CONTEXT, BYTES.vocab_size, None, 0.0, None, seed=0)
+    return generate(model, PROMPT, 2 * CONTEXT, CONTEXT, BYTES.vocabulary_size, None, 0.0, None, seed=0)
 
 
 def samples(directory: str) -> list[list[int]]:
@@ -63,7 +63,7 @@ def samples(directory: str) -> list[list[int]]:
     load_weights(Path(directory), [model], mesh)
 
     def sample(seed: int, top_k: int | None, eod: int | None) -> list[int]:
-        return generate(model, PROMPT, 12, CONTEXT, BYTES.vocab_size, eod, 1.0, top_k, seed)
+        return generate(model, PROMPT, 12, CONTEXT, BYTES.vocabulary_size, eod, 1.0, top_k, seed)
 
     first = sample(1, None, None)
     return [first, sample(1, None, None), sample(2, None, None), sample(1, 1, None), sample(1, None, first[5])]
@@ -73,10 +73,10 @@ def logits_of_prefixes(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
     """In one rank: next_logits of each prefix of the prompt, and the rows of one forward pass over the whole of it."""
     [model], mesh = build(ParallelConfig(), 1)
     load_weights(Path(directory), [model], mesh)
-    one_by_one = torch.stack([next_logits(model, PROMPT[:end], BYTES.vocab_size) for end in range(1, len(PROMPT) + 1)])
+    one_by_one = torch.stack([next_logits(model, PROMPT[:end], BYTES.vocabulary_size) for end in range(1, len(PROMPT) + 1)])
     with torch.no_grad():
         hidden = model(torch.tensor([PROMPT]), torch.arange(len(PROMPT))[None], None)
-        return one_by_one, model.logits(hidden)[:, 0, : BYTES.vocab_size].clone()
+        return one_by_one, model.logits(hidden)[:, 0, : BYTES.vocabulary_size].clone()
 
 
 @pytest.fixture(scope="module")

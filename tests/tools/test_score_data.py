@@ -26,7 +26,8 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.checkpointer import load_weights
 from megatron_salt.cli import from_yaml, run_tool
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.indexed_dataset import TokenFile
+from megatron_salt.data.windows import Windows
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
@@ -245,14 +246,14 @@ def interrupted(words: list[str], how: str) -> Ended:
     """In every rank: the last one gets a signal, or makes the file, when it comes to its fifth microbatch."""
     from megatron_salt.salt.scorer import Scorer
 
-    whole, placed = Scorer._place, iter(range(1, 100))
+    original, numbers = Scorer._microbatch, iter(range(1, 100))
 
-    def place(scorer: Scorer, start: int) -> Any:
-        if next(placed) == 5 and dist.get_rank() == dist.get_world_size() - 1:
+    def microbatch(scorer: Scorer, ids: np.ndarray) -> Any:
+        if next(numbers) == 5 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR1) if how == "signal" else Path(how).touch()
-        return whole(scorer, start)
+        return original(scorer, ids)
 
-    with mock.patch.object(Scorer, "_place", place), mock.patch.object(scorer, "PIECE", 1):
+    with mock.patch.object(Scorer, "_microbatch", microbatch), mock.patch.object(scorer, "PIECE", 1):
         return main(words)
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import DatasetFacts, fingerprint, tokenizer_directory
-from megatron_salt.data.windows import TokenFile, Windows
+from megatron_salt.data.windows import Windows
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.selection.score_format import content_hashes
 from megatron_salt.selection.score_reader import ScoreIndex

@@ -55,7 +55,7 @@ def corpus(tmp_path) -> Path:
 def test_the_model_is_lossless_and_ends_documents(tmp_path, corpus, model_type):
     assert run([corpus], tmp_path / "m", "--model-type", model_type) == 0
     tokenizer = load(tmp_path / "m")
-    assert (tokenizer.vocab_size, tokenizer.eod) == (320, 1)
+    assert (tokenizer.vocabulary_size, tokenizer.eod) == (320, 1)
     for text in TEXTS[:3] + ODD:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eod not in ids
@@ -158,7 +158,7 @@ def test_a_model_that_exists_is_kept_without_overwrite(tmp_path, corpus, capsys)
     assert run([corpus], tmp_path / "m") == 2
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "m").read_bytes() == b"old"
     assert run([corpus], tmp_path / "m", "--overwrite") == 0
-    assert load(tmp_path / "m").vocab_size == 320 and not (tmp_path / "m.tmp").exists()
+    assert load(tmp_path / "m").vocabulary_size == 320 and not (tmp_path / "m.tmp").exists()
 
 
 def test_an_unwritable_place_is_refused_by_name(tmp_path, corpus, capsys):

@@ -290,13 +290,13 @@ def signal_to_rank_1_in_the_evaluation() -> Iterator[None]:
     """As if only one of the ranks had been told to leave, in the third batch of its first evaluation."""
     batches = iter(range(1, 100))
 
-    def place(*arguments: Any) -> Any:
+    def forward_input(*arguments: Any) -> Any:
         if next(batches) == 5 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    original = evaluate.place
-    with mock.patch.object(evaluate, "place", place):
+    original = evaluate.forward_input
+    with mock.patch.object(evaluate, "forward_input", forward_input):
         yield
 
 

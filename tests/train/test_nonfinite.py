@@ -146,6 +146,9 @@ def test_a_gradient_that_overflows_in_backward_is_told_from_a_bad_loss():
 
 def test_the_count_continues_where_a_checkpoint_left_it():
     watch = NonFiniteWatch(limit=3, in_a_row=1)
-    microbatch = Microbatch(*[torch.zeros(1, 1)] * 4, None, np.array([0]))
+    none = torch.zeros(1, 1)
+    microbatch = Microbatch(
+        tokens=none, labels=none, loss_mask=none, position_ids=none, documents=None, sample_ids=np.array([0])
+    )
     watch.note(7, StepOutcome(math.nan, False, None), [microbatch], None)  # type: ignore[arg-type]
     assert watch.in_a_row == 2

@@ -1,0 +1,129 @@
+"""The decoder's architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_salt.config.checks import above_zero, at_least, from_zero_to_below_one, representable, within
+from megatron_salt.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's architecture. Saved in every checkpoint; a checkpoint of another architecture is refused."""
+
+    num_layers: int = 12
+    """Transformer layers in the whole model."""
+
+    hidden_size: int = 768
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the MLP; default 4 x hidden size, and with --swiglu 8/3 x hidden size rounded up to a multiple of 64."""
+
+    num_attention_heads: int = 12
+    """Query heads."""
+
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); default: as many as query heads."""
+
+    kv_channels: int | None = None
+    """Width of one head; default: hidden size / query heads."""
+
+    max_position_embeddings: int | None = None
+    """Longest context; the size of the table of learned positions. Default: --seq-length."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How a token knows its place."""
+
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's channels that are rotated."""
+
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Normalisation before attention, before the MLP and at the end."""
+
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside a norm."""
+
+    qk_layernorm: bool = False
+    """Normalise queries and keys per head before attention."""
+
+    swiglu: bool = False
+    """Gated MLP with SiLU. Default without this and --squared-relu: GELU."""
+
+    squared_relu: bool = False
+    """Squared ReLU in the MLP."""
+
+    disable_bias_linear: bool = False
+    """No bias in the linear layers."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own instead of the word embeddings."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights; output projections are scaled down by sqrt(2 x layers)."""
+
+    hidden_dropout: float = 0.0
+    """Dropout after embedding, attention and MLP."""
+
+    attention_dropout: float = 0.0
+    """Dropout of attention weights."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this, whatever the tensor-parallel size, so that checkpoints reshard.
+    Must be a multiple of the tensor-parallel size. Padded ids take no part in the loss."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            self,
+            1,
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "make_vocab_size_divisible_by",
+        )
+        above_zero(self, "rotary_base", "norm_epsilon", "init_method_std")
+        within(self, 0.0, 1.0, "rotary_percent", "norm_epsilon", "init_method_std")
+        from_zero_to_below_one(self, "hidden_dropout", "attention_dropout")
+        representable(self)
+        if self.swiglu and self.squared_relu:
+            raise UserError("--swiglu and --squared-relu name two different activations; give one")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
+                f"{self.num_attention_heads}; change one, or give --kv-channels"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise UserError(
+                f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups {self.query_groups}"
+            )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Channels of the MLP."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.swiglu else 4 * self.hidden_size
+
+    def padded_vocabulary_size(self, vocabulary_size: int) -> int:
+        """Rows of the embedding for a tokenizer with `vocabulary_size` ids."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-vocabulary_size // multiple) * multiple

@@ -1,0 +1,111 @@
+"""How the model and the batch are spread over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_salt.config.checks import above_zero, at_least, representable
+from megatron_salt.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each layer."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that each hold a run of layers."""
+
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Model chunks a pipeline rank holds (interleaved schedule when above 1)."""
+
+    context_parallel_size: int = 1
+    """Ranks that split each sequence."""
+
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP along the sequence, over the tensor-parallel ranks."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers in the first pipeline stage; the others share the rest evenly."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers in the last pipeline stage; the others share the rest evenly."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as one layer when layers are spread over stages."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output head and loss as one layer when layers are spread over stages."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward is still running."""
+
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward is already running; needs the distributed optimizer and --overlap-grad-reduce."""
+
+    ddp_bucket_size: int | None = None
+    """Parameters per gradient bucket under --overlap-grad-reduce; default: megatron-core's choice."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in backward: whole layers, or core attention alone."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full recompute: equal chunks of layers, or the first layers of each stage."""
+
+    recompute_num_layers: int | None = None
+    """With full recompute: layers per chunk (uniform) or recomputed layers per stage (block)."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run."""
+
+    rendezvous_timeout_minutes: float = 10.0
+    """A run whose ranks have not all joined after this ends; the missing ranks are named every 30 seconds."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            self,
+            1,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_virtual_stages_per_pipeline_rank",
+            "context_parallel_size",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "recompute_num_layers",
+            "ddp_bucket_size",
+        )
+        above_zero(self, "distributed_timeout_minutes", "rendezvous_timeout_minutes")
+        representable(self)
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, got 1")
+        if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
+            raise UserError(
+                f"--num-virtual-stages-per-pipeline-rank {self.num_virtual_stages_per_pipeline_rank} needs "
+                "--pipeline-model-parallel-size above 1, got 1"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+        if self.recompute_granularity == "full" and (self.recompute_method is None or self.recompute_num_layers is None):
+            raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
+            raise UserError(
+                "--recompute-method and --recompute-num-layers belong to --recompute-granularity full, "
+                f"got --recompute-granularity {self.recompute_granularity}"
+            )
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that together hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Model chunks per pipeline rank as megatron-core spells it: None without interleaving."""
+        stages = self.num_virtual_stages_per_pipeline_rank
+        return stages if stages > 1 else None
