@@ -15,7 +15,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files"),
+    ("errors", "yaml_core", "small_files", "progress_bar"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),

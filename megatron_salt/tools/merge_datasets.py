@@ -32,9 +32,9 @@ from megatron_salt.data.manifest import (
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
 from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter, Written
-from megatron_salt.preprocess.progress_bar import Meter
 from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.preprocess.staging import leftovers, output_paths, publish, remove, temporary
+from megatron_salt.progress_bar import ProgressBar
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 
 
@@ -212,11 +212,12 @@ def copy(
     writer: IndexedWriter,
 ) -> None:
     """Append all parts. UserError when one is not what its manifest says."""
-    meter = Meter(sum(os.path.getsize(prefix + ".bin") for prefix in prefixes), 0, config.log_interval)
+    total = sum(os.path.getsize(prefix + ".bin") for prefix in prefixes)
+    progress = ProgressBar(("documents", "MB", "tokens"), total=total, unit="B", log_interval=config.log_interval)
     for prefix, manifest, part in zip(prefixes, manifests, parts, strict=True):
         for ids, lengths in part.batches():
             writer.append(ids, lengths)
-            meter.add(len(lengths), ids.nbytes, len(ids), writer.tokens * writer.dtype.itemsize)
+            progress.add(writer.tokens * writer.dtype.itemsize, (len(lengths), ids.nbytes / 1e6, len(ids)))
         for suffix, found, recorded in (
             (".bin", part.bin_hash, manifest and manifest.bin_hash),
             (".idx", part.idx_hash, manifest and manifest.idx_hash),
@@ -226,4 +227,4 @@ def copy(
                     f"--input {prefix}{suffix} has content hash {found}, its manifest {Path(manifest_path(prefix)).name} "
                     f"says {recorded}"
                 )
-    print(f"copied {meter.close()}", flush=True)
+    print(f"copied {progress.close()}", flush=True)

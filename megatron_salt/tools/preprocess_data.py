@@ -30,11 +30,11 @@ from megatron_salt.preprocess.indexed_writer import token_dtype
 from megatron_salt.preprocess.inputs import STDIN, BadLines, input_files
 from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.parse import sample_texts
-from megatron_salt.preprocess.progress_bar import Meter
 from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
 from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
 from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
+from megatron_salt.progress_bar import ProgressBar
 from megatron_salt.tokenizer.special_tokens import Finder, refuse_special, told_at_end, told_of_sample
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
@@ -192,7 +192,13 @@ def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], e
     if stage.file or stage.position:
         print(f"resuming in {stage.files[stage.file]}, after {stage.writers[0].documents} documents", flush=True)
     before = [sum(size_of(file) for file in stage.files[:number]) for number in range(len(stage.files))]
-    meter = Meter(before[-1] + size_of(stage.files[-1]), before[stage.file] + stage.on_disk, config.log_interval)
+    progress = ProgressBar(
+        ("documents", "MB", "tokens"),
+        total=before[-1] + size_of(stage.files[-1]),
+        done=before[stage.file] + stage.on_disk,
+        unit="B",
+        log_interval=config.log_interval,
+    )
     bad_lines = BadLines(config.max_bad_lines, stage.bad_lines)
     with closing(
         encode_chunks(remaining(config, stage, forms, chunk_bytes), encoder, config.workers, stage.writers[0].dtype)
@@ -206,15 +212,11 @@ def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], e
             first = stage.tallies[chunk.file].lines + 1
             stage.add(each)
             bad_lines.add(chunk.path, [(first + line, reason) for line, _, reason in each.bad])
-            meter.add(
-                each.documents - len(each.bad),
-                sum(each.text_bytes),
-                sum(map(len, each.ids)),
-                before[chunk.file] + chunk.on_disk,
-            )
+            counts = (each.documents - len(each.bad), sum(each.text_bytes) / 1e6, sum(map(len, each.ids)))
+            progress.add(before[chunk.file] + chunk.on_disk, counts)
     stage.note()
     empty = sum(sum(tally.empty) for tally in stage.tallies)
-    print(f"read {meter.close()}; {bad_lines.count} bad lines, {empty} empty documents", flush=True)
+    print(f"read {progress.close()}; {bad_lines.count} bad lines, {empty} empty documents", flush=True)
 
 
 def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_bytes: int) -> Iterator[Chunk]:

@@ -15,9 +15,9 @@ random 0.35 of them, twice what the paper's stage 1 needs, for 6.2%.
 from __future__ import annotations
 
 import logging
-import time
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
+from megatron_salt.progress_bar import ProgressBar
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
@@ -36,8 +37,6 @@ from megatron_salt.tools.score_config import ScoreConfig
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from megatron_salt.data.samples import Samples
     from megatron_salt.salt.load_teacher import TeacherCheckpoint
     from megatron_salt.salt.scorer import Rows, Scorer
@@ -233,68 +232,65 @@ def fill_shard(
             ) from None
 
     todo = on_writer(open_shard)
-    progress = Progress(config, facts, blocks, len(todo)) if opened else None
+    progress = begin_progress(config, facts, blocks, len(todo)) if opened else None
+    not_finite = 0
     for block in todo:
         try:
             rows = score_block(scorer, facts, block, reason_to_stop)
         except LeftEarly as left:
             if progress is not None:
-                progress.leave(opened[0].todo, str(left))
+                progress.close()
+                say(config, left_after(facts, blocks, opened[0].todo, str(left)))
             return False
         on_writer(partial(write, block, rows))
         if progress is not None and rows is not None:
-            progress.tell(rows, facts.scored(*samples_of(facts, range(block, block + 1))))
+            windows = num_scored(facts, range(block, block + 1))
+            not_finite += num_not_finite(rows)
+            progress.add(progress.done + 1, (1, windows, windows * facts.seq_length))
     on_writer(lambda: opened[0].finish())
     if progress is not None:
-        progress.end()
+        summary = progress.close()
+        if not_finite:
+            say(config, f"the teacher's loss is not finite in {not_finite} samples; select_data.py will refuse them")
+        say(config, f"finished: {summary}")
     return True
 
 
-class Progress:
-    """What the writer says on the way."""
+def begin_progress(config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> ProgressBar:
+    """Print what the shard holds. Returns the display of its progress. todo: blocks that are not scored yet."""
+    first, end = samples_of(facts, blocks)
+    part = "" if facts.sample is None else f", {num_scored(facts, blocks)} of them by --sample {facts.sample}"
+    say(
+        config,
+        f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, {len(blocks) - todo} of them finished before",
+    )
+    return ProgressBar(
+        ("blocks", "windows", "tokens"),
+        total=todo,
+        unit=" blocks",
+        log_interval=config.log_interval,
+        label=f"shard {config.shard}: ",
+    )
 
-    def __init__(self, config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> None:
-        self._shard, self._interval, self._length = config.shard, config.log_interval, facts.seq_length
-        self._todo, self._done, self._samples, self._not_finite = todo, 0, 0, 0
-        self._started = time.monotonic()
-        self._facts = facts
-        self._first, self._end = first, end = samples_of(facts, blocks)
-        part = ""
-        if facts.sample is not None:
-            here = sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
-            part = f", {here} of them by --sample {facts.sample}"
-        self._say(
-            f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, "
-            f"{len(blocks) - todo} of them finished before"
-        )
 
-    def tell(self, rows: Rows, scored: np.ndarray) -> None:
-        """A block is written. scored: which of its samples have scores, bool [n]."""
-        import numpy as np
+def left_after(facts: IndexManifest, blocks: range, todo: Iterable[int], reason: str) -> str:
+    """How far an unfinished shard is. todo: its blocks that are not written."""
+    first, end = samples_of(facts, blocks)
+    sizes = (samples_of(facts, range(block, block + 1)) for block in todo)
+    done = end - first - sum(stop - start for start, stop in sizes)
+    return f"left after {done} of {end - first} windows: {reason}; the same command goes on"
 
-        self._done += 1
-        self._samples += int(np.count_nonzero(scored))
-        self._not_finite += int(np.count_nonzero(~np.isfinite(rows["mean"])))
-        if self._done % self._interval == 0 or self._done == self._todo:
-            seconds = time.monotonic() - self._started
-            left = int(seconds / self._done * (self._todo - self._done))
-            self._say(
-                f"block {self._done}/{self._todo} | {self._samples} samples | "
-                f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left"
-            )
 
-    def leave(self, todo: list[int], reason: str) -> None:
-        """The shard stays unfinished. todo: its blocks that are not written."""
-        total = self._end - self._first
-        sizes = (samples_of(self._facts, range(block, block + 1)) for block in todo)
-        done = total - sum(end - first for first, end in sizes)
-        self._say(f"left after {done} of {total} windows: {reason}; the same command goes on")
+def num_scored(facts: IndexManifest, blocks: range) -> int:
+    """Windows of `blocks` that get scores: all, or those of --sample."""
+    first, end = samples_of(facts, blocks)
+    return sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
 
-    def end(self) -> None:
-        """All blocks are written, and the shard is finished."""
-        if self._not_finite:
-            self._say(f"the teacher's loss is not finite in {self._not_finite} samples; select_data.py will refuse them")
-        self._say("finished")
 
-    def _say(self, text: str) -> None:
-        print(f"shard {self._shard}: {text}", flush=True)
+def num_not_finite(rows: Rows) -> int:
+    """Windows whose mean loss is not finite."""
+    return sum(not math.isfinite(loss) for loss in rows["mean"].tolist())
+
+
+def say(config: ScoreConfig, text: str) -> None:
+    print(f"shard {config.shard}: {text}", flush=True)

@@ -232,7 +232,7 @@ def test_a_killed_job_goes_on_and_the_index_is_the_same(
             for line in process.stdout:
                 if "finished before" in line:
                     assert finished_before(line) >= done
-                if f"block {stop - done}/" in line:
+                if f": {stop - done} blocks, " in line:
                     break
             else:
                 raise AssertionError("it ended before it could be killed")
@@ -271,7 +271,7 @@ def test_a_job_that_is_told_to_leave_says_how_far_it_is_and_the_same_command_goe
     reason = "SIGUSR1 received" if how == "signal" else f"--exit-file {file} has appeared"
     told = "".join(one.out for one in ended)
     found = re.search(rf"left after (\d+) of {NUM_SAMPLES} windows: {reason}; the same command goes on\n", told)
-    assert found and int(found[1]) == {1: 8, 2: 20}[world_size] and "finished\n" not in told, told
+    assert found and int(found[1]) == {1: 8, 2: 20}[world_size] and "finished:" not in told, told
     if how == "file":
         assert f"--exit-file {file} is there" in refused(world_size, **flags)
         file.unlink()
