@@ -83,7 +83,10 @@ def main() -> None:
 
 def compare_speed(title: str, corpus: Corpus) -> float:
     """Batches of BATCH samples a second: ours over megatron-core's."""
-    theirs, ours = open_theirs(corpus, None), Batches(open_ours(corpus), BATCH, BATCH, 0, 1)
+    theirs, ours = (
+        open_theirs(corpus, None),
+        Batches(open_ours(corpus), global_batch_size=BATCH, micro_batch_size=BATCH, replica=0, num_replicas=1),
+    )
     seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
     rounds, batches = 8, 10
     for turn in range(rounds):
@@ -130,7 +133,7 @@ def open_huge(corpus: Corpus) -> float:
         assert len(samples) == corpus.num_samples and samples.fingerprint
         last = samples.tokens(np.array([corpus.num_samples - 1]))
         assert last[0, -1] == 7, last
-        Batches(samples, 1, 1, 0, 1).fetch(corpus.num_samples - 1)
+        Batches(samples, global_batch_size=1, micro_batch_size=1, replica=0, num_replicas=1).fetch(corpus.num_samples - 1)
 
     seconds = statistics.median(timed(find) for _ in range(5))
     print(f"{'open and find the last, s, 1e9':34}{'':16}{seconds:12.4f}")
@@ -151,7 +154,7 @@ def open_ours(corpus: Corpus) -> Samples:
 def first_batch(corpus: Corpus) -> None:
     samples = open_ours(corpus)
     assert samples.fingerprint
-    Batches(samples, BATCH, BATCH, 0, 1).fetch(0)
+    Batches(samples, global_batch_size=BATCH, micro_batch_size=BATCH, replica=0, num_replicas=1).fetch(0)
 
 
 def open_theirs(corpus: Corpus, cache: str | None) -> GPTDataset:

@@ -37,9 +37,8 @@ from results import result
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: see there)
 
-from megatron_salt.cli import parse, to_yaml
+from megatron_salt.cli import parse
 from megatron_salt.config import (
     CheckpointConfig,
     DataConfig,
@@ -51,6 +50,7 @@ from megatron_salt.config import (
     TokenizerConfig,
     TrainingConfig,
 )  # fmt: skip
+from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.flops import HeadCost
 from megatron_salt.model.loss import chunk_tokens_for_budget

@@ -31,7 +31,6 @@ from results import result
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_salt.data.batch import Microbatch

@@ -1,4 +1,4 @@
-"""From a command line and a YAML file to a checked RunConfig, and back to YAML.
+"""From a command line and a YAML file to a checked RunConfig.
 
 Precedence: defaults < `--config file.yaml` < flags. YAML is nested by section, flags are flat; both use the leaf names of
 `config/`, and both refuse what they do not know, with a suggestion. Checks run once, on the merged result, so that a
@@ -9,26 +9,24 @@ stderr and status 2. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import io
 import os
 import re
 import select
 import sys
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import tyro
 
-from megatron_salt import yaml_core
-from megatron_salt.config import ModelConfig, RunConfig, flag
-from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.config import RunConfig, flag
+from megatron_salt.config.run import field_types, sections
+from megatron_salt.config.yaml_text import read_sections, to_yaml, unchecked
+from megatron_salt.errors import LeftEarly, UserError, did_you_mean
 from megatron_salt.small_files import read_small
 
 T = TypeVar("T")
@@ -71,7 +69,7 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
         except (OSError, ValueError) as error:
             raise UserError(f"--config {path} cannot be read: {error}") from error
         values = read_sections(text, path)
-    defaults = CommandLine(**{name: _unchecked(section, values.get(name, {})) for name, section in sections().items()})
+    defaults = CommandLine(**{name: unchecked(section, values.get(name, {})) for name, section in sections().items()})
     command_line = parse_flags(CommandLine, argv, defaults)
     run = RunConfig(**{name: getattr(command_line, name) for name in sections()})
     if command_line.print_config:
@@ -130,9 +128,6 @@ def _stdout_is_closed() -> bool:
     return True
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-
 def parse_flags(config_class: type[T], argv: Sequence[str], defaults: T | None = None) -> T:
     """`config_class` (nested dataclasses become flat flags) from flags alone, or over `defaults`. Raises UserError."""
     _refuse_unknown_flags(config_class, argv)
@@ -151,7 +146,7 @@ def parse_flags(config_class: type[T], argv: Sequence[str], defaults: T | None =
 def leaves(config_class: type) -> list[tuple[str, Any]]:
     """(name, type) of every leaf field, depth first, over nested dataclasses."""
     found: list[tuple[str, Any]] = []
-    for name, hint in _hints(config_class).items():
+    for name, hint in field_types(config_class).items():
         found.extend(leaves(hint) if is_dataclass(hint) and isinstance(hint, type) else [(name, hint)])
     return found
 
@@ -171,7 +166,7 @@ def _refuse_unknown_flags(config_class: type, argv: Iterable[str]) -> None:
         if word.startswith("--") and not word.startswith("--tyro-"):
             name = word.partition("=")[0].replace("_", "-")
             if name not in known:
-                raise UserError(f"unknown flag {word.partition('=')[0]}{_suggest(name, known)}; --help lists all flags")
+                raise UserError(f"unknown flag {word.partition('=')[0]}{did_you_mean(name, known)}; --help lists all flags")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
@@ -203,7 +198,7 @@ def _plain(box: str) -> str:
     if choice := _CHOICE.match(told):
         given, name, known = choice.groups()
         choices = sorted(set(re.findall(r"'([^']*)'", known)) - {"None"})
-        return f"{name} {given} is not one of {', '.join(choices)}{_suggest(given, choices)}"
+        return f"{name} {given} is not one of {', '.join(choices)}{did_you_mean(given, choices)}"
     if bare := _NO_VALUE.match(told):
         return f"{bare.group(1)} needs a value; --help tells which"
     if odd := _NO_TYPE.match(told):
@@ -217,134 +212,3 @@ _ABSENT = re.compile(r"^[│| ] {5}(--(?!help\b)[\w-]+)", re.MULTILINE)  # what 
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
 _NO_VALUE = re.compile(r"Missing value for argument '(--\S+)'\.")
 _NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The whole tree as YAML; `from_yaml` reads it back to an equal RunConfig."""
-    tree = {name: {key: _listed(value) for key, value in vars(getattr(config, name)).items()} for name in sections()}
-    return yaml_core.dump(tree)
-
-
-def from_yaml(text: str, source: str) -> RunConfig:
-    """The checked run that a YAML text describes, defaults where it is silent. `source` names it in errors (UserError)."""
-    values = read_sections(text, source)
-    try:
-        return RunConfig(**{name: section(**values.get(name, {})) for name, section in sections().items()})
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
-def model_from_yaml(text: str, source: str) -> ModelConfig:
-    """The `model` section alone, as saved with a checkpoint; other sections may hold anything."""
-    values = _section_values("model", ModelConfig, _load(text, source).get("model"), source)
-    try:
-        return ModelConfig(**values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
-def read_sections(text: str, source: str) -> dict[str, dict[str, Any]]:
-    """{section: {leaf: value}} of what a YAML text sets, types checked, sections' own checks not yet run."""
-    tree = _load(text, source)
-    for name in tree:
-        if name not in sections():
-            home = next((section for section, members in sections().items() if name in _hints(members)), None)
-            hint = f" (it belongs under {home}:)" if home else _suggest(str(name), sections())
-            raise UserError(f"{source}: unknown section {name}{hint}; sections are {', '.join(sections())}")
-    return {name: _section_values(name, sections()[name], entries, source) for name, entries in tree.items()}
-
-
-def sections() -> dict[str, type]:
-    """{name: dataclass} of RunConfig's sections."""
-    return _hints(RunConfig)
-
-
-@cache
-def _hints(config_class: type) -> dict[str, Any]:
-    hints = get_type_hints(config_class)
-    return {field.name: hints[field.name] for field in fields(config_class)}
-
-
-def _load(text: str, source: str) -> dict[str, Any]:
-    try:
-        tree = yaml_core.load(text)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{source}: expected sections ({', '.join(sections())}) at the top, got {_described(tree)}")
-    return tree
-
-
-def _section_values(name: str, section: type, entries: Any, source: str) -> dict[str, Any]:
-    if entries is None:
-        return {}
-    if not isinstance(entries, dict):
-        raise UserError(f"{source}: {name}: expected a mapping of settings, got {_described(entries)}")
-    hints = _hints(section)
-    for key in entries:
-        if key not in hints:
-            home = next((other for other, members in sections().items() if key in _hints(members)), None)
-            hint = f" (it belongs under {home}:)" if home else _suggest(str(key), hints)
-            raise UserError(f"{source}: unknown key {name}.{key}{hint}")
-    return {key: _typed(value, hints[key], f"{source}: {name}.{key}") for key, value in entries.items()}
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; an int is taken for a float, a list for a tuple. `where` starts the error."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        inner = next(choice for choice in choices if choice is not type(None))
-        return None if value is None else _typed(value, inner, where)
-    if origin is Literal:
-        if value in choices:
-            return value
-        raise UserError(
-            f"{where}: expected one of {', '.join(choices)}, got {_described(value)}{_suggest(str(value), choices)}"
-        )
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{where}: expected a list such as [a, b], got {_described(value)}")
-        return tuple(_typed(_as_word(item, choices[0]), choices[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is hint:
-        return value
-    expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
-    raise UserError(
-        f"{where}: expected {expected}, got {_described(value)}"
-        + ("; put it in quotes" if hint is str and isinstance(value, (int, float)) else "")
-    )
-
-
-def _as_word(item: Any, kind: type) -> Any:
-    """Weights beside prefixes ([0.7, web, 0.3, code]) are words on a command line, so they may be numbers in YAML."""
-    return str(item) if kind is str and type(item) in (int, float) else item
-
-
-def _described(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _unchecked(section: type, values: Mapping[str, Any]) -> Any:
-    """A section with `values` over its defaults whose checks have not run: flags may still complete it."""
-    instance: Any = object.__new__(section)
-    for field in fields(section):
-        assert field.name in values or field.default is not MISSING, f"{section.__name__}.{field.name} has no default"
-        object.__setattr__(instance, field.name, values.get(field.name, field.default))
-    return instance

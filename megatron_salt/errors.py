@@ -4,7 +4,8 @@ Raised with a message that names the flag, the file and the numbers; the entry p
 traceback and exit with the class's status. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 Outcome = Literal["refused", "unsaved", "nonfinite", "left"] | None
@@ -59,3 +60,9 @@ Look = Callable[[str], None]
 
 def stay(doing: str) -> None:
     """The Look of a program that nobody tells to leave."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for a message that refuses `name`; empty where nothing known is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -51,19 +51,29 @@ def sole_writer(flag_name: str, output: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed or its process ends; False while another process holds the lock.
+
+    True also where the file system has no locks: the user then must not start two writers.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _lock(flag_name: str, output: str | Path, path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(descriptor):
             holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise UserError(
                 f"{flag_name} {output} is being written by {holder} ({path}); wait for its end, or give another {flag_name}"
-            ) from None
-        except OSError:
-            return descriptor
+            )
         with contextlib.suppress(FileNotFoundError):  # else its last holder removed it after it was opened here
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor

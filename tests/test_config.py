@@ -22,6 +22,7 @@ from megatron_salt.config import (
     TrainingConfig,
     flag,
 )
+from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError
 
 TEACHER = dict(teacher_load="t", kd_steps=5)
@@ -140,7 +141,7 @@ def test_a_section_refuses_what_cannot_be(section, values, named):
     assert named in str(refused.value)
 
 
-NUMBERS = [(section, leaf.name) for section in cli.sections().values() for leaf in fields(section) if "float" in str(leaf.type)]
+NUMBERS = [(section, leaf.name) for section in sections().values() for leaf in fields(section) if "float" in str(leaf.type)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "1e-300"])
@@ -152,7 +153,7 @@ def test_every_float_is_finite_and_fits_into_float32(section, name, value):
 
 COUNTS = [
     (section, leaf.name)
-    for section in cli.sections().values()
+    for section in sections().values()
     for leaf in fields(section)
     if str(leaf.type) in ("int", "int | None", "tuple[int, ...]")
 ]
@@ -196,7 +197,7 @@ def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary_size, rows):
 
 def test_every_leaf_has_a_help_text():
     """The docstring after each field is its help: a field without one has empty --help."""
-    for section in cli.sections().values():
+    for section in sections().values():
         tree = ast.parse(inspect.getsource(section)).body[0]
         assert isinstance(tree, ast.ClassDef)
         documented = {

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.cli import CommandLine, from_yaml, known_flags, parse_flags
+from megatron_salt.cli import CommandLine, known_flags, parse_flags
+from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.train.checks import check
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.cli import from_yaml, known_flags, parse
+from megatron_salt.cli import known_flags, parse
 from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.hardware import Hardware

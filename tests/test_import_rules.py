@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files", "progress_bar"),
+    ("errors", "yaml_core", "small_files", "bitmap"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),
@@ -27,6 +28,7 @@ LAYERS = (
     ("pretrain", "tools", "benchmarks"),
 )
 PURE = (  # numpy, the standard library and each other
+    "megatron_salt.bitmap",
     "megatron_salt.errors",
     "megatron_salt.small_files",
     "megatron_salt.config",
@@ -183,6 +185,51 @@ def _root(expression: ast.expr) -> str:
     return expression.id if isinstance(expression, ast.Name) else ""
 
 
+def at_run_time(source: str) -> str:
+    """The source without what stands under `if TYPE_CHECKING:`."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def import_graph(modules: dict[str, str]) -> dict[str, set[str]]:
+    """Each module's imports among `modules` at run time, those inside functions included."""
+
+    def module_of(name: str) -> str | None:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    return {
+        name: {target for target in map(module_of, imports(at_run_time(source))) if target not in (None, name)}
+        for name, source in modules.items()
+    }
+
+
+def circular(modules: dict[str, str]) -> list[str]:
+    """Modules whose imports lead back to themselves."""
+    graph = import_graph(modules)
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    return sorted(name for name in graph if name in reachable(name))
+
+
+def crowded(files: Iterable[str], limit: int = 15) -> dict[str, int]:
+    """Folders with more than `limit` modules, and how many they have; `__init__.py` does not count."""
+    folders = Counter(str(Path(file).parent) for file in files if file.endswith(".py") and Path(file).name != "__init__.py")
+    return {folder: count for folder, count in folders.items() if count > limit}
+
+
 def run(program: str) -> str:
     """What a Python program prints in a process of its own."""
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -191,6 +238,15 @@ def run(program: str) -> str:
 def test_imports_go_one_way():
     modules = sources(PACKAGE, "tools", "benchmarks")
     assert {name: upward(name, source) for name, source in modules.items() if upward(name, source)} == {}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circular(sources(PACKAGE, "tools", "tests", "benchmarks")) == []
+
+
+def test_no_folder_has_more_than_fifteen_modules():
+    files = [str(file.relative_to(ROOT)) for folder in (PACKAGE, "tools", "tests") for file in (ROOT / folder).rglob("*.py")]
+    assert crowded(files) == {}
 
 
 def test_data_knows_nothing_of_ranks():
@@ -243,6 +299,8 @@ def test_help_is_shown_without_torch(program):
         (lambda source: upward("megatron_salt.data.batch", source), "from megatron_salt.model import gpt"),
         (lambda source: upward("megatron_salt.parallel.mesh", source), "def f():\n    import megatron_salt.train.step"),
         (lambda source: upward("megatron_salt.train.step", source), "from megatron_salt.tools import preprocess_data"),
+        (lambda source: circular({"a": source, "a.b": "import c", "c": "def f():\n    from a import x"}), "from a import b"),
+        (crowded, [f"a/{number}.py" for number in range(16)]),
         (impure, "import torch"),
         (impure, "from megatron_salt.tokenizer.tokenizer import Tokenizer"),
         (seamless, "import megatron.core"),

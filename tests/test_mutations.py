@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from megatron_salt import pretrain
 from megatron_salt.checkpoint import integrity, save_directory
-from megatron_salt.cli import parse, run_tool, to_yaml
+from megatron_salt.cli import parse, run_tool
+from megatron_salt.config.yaml_text import to_yaml
 from tests.support.mutations import Mutation, kept, mutations
 from tests.support.program import Ended, argv
 from tests.support.ranks import run_ranks

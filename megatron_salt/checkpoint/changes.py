@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt import yaml_core
-from megatron_salt.cli import sections
 from megatron_salt.config import flag
+from megatron_salt.config.run import sections
 from megatron_salt.small_files import read_small
 
 CHANGED = "changed"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, get_type_hints
 
 from megatron_salt.config.checkpoint import CheckpointConfig
 from megatron_salt.config.data import DataConfig, TokenizerConfig
@@ -29,3 +31,15 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def sections() -> dict[str, type]:
+    """{name: dataclass} of RunConfig's sections."""
+    return field_types(RunConfig)
+
+
+@cache
+def field_types(config_class: type) -> dict[str, Any]:
+    """{field: type} of a dataclass, in the fields' order."""
+    hints = get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in fields(config_class)}

@@ -98,6 +98,7 @@ class Batches:
     def __init__(
         self,
         samples: Samples,
+        *,
         global_batch_size: int,
         micro_batch_size: int,
         replica: int,
@@ -109,7 +110,7 @@ class Batches:
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
-        self._of = (global_batch_size, replica, num_replicas, skip)
+        self._global_batch_size, self._replica, self._num_replicas = global_batch_size, replica, num_replicas
         self.micro_batch_size = micro_batch_size
         self.since = since
         self._share = global_batch_size // num_replicas
@@ -118,13 +119,22 @@ class Batches:
 
     def in_microbatches_of(self, size: int) -> Batches:
         """The same samples of the same global batches, cut into microbatches of another size."""
-        global_batch_size, replica, num_replicas, skip = self._of
-        return Batches(self.samples, global_batch_size, size, replica, num_replicas, skip, self.since)
+        return self._like(self.samples, micro_batch_size=size, since=self.since)
 
     def going_on_with(self, samples: Samples, since: int) -> Batches:
         """From the consumed count `since` on the order of other samples, from its beginning."""
-        global_batch_size, replica, num_replicas, skip = self._of
-        return Batches(samples, global_batch_size, self.micro_batch_size, replica, num_replicas, skip, since)
+        return self._like(samples, micro_batch_size=self.micro_batch_size, since=since)
+
+    def _like(self, samples: Samples, *, micro_batch_size: int, since: int) -> Batches:
+        return Batches(
+            samples,
+            global_batch_size=self._global_batch_size,
+            micro_batch_size=micro_batch_size,
+            replica=self._replica,
+            num_replicas=self._num_replicas,
+            skip=self._skip,
+            since=since,
+        )
 
     def position(self, consumed: int) -> int:
         """How much of the order has passed when the count stands at `consumed`: samples drawn, and those jumped over on the way."""

@@ -29,7 +29,7 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64
 LENGTH_BYTES, POINTER_BYTES, BOUNDARY_BYTES = 4, 8, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenFile:
     """One open dataset: the tokens of all its documents, end to end. Threads and forked processes may share it."""
 
@@ -59,7 +59,14 @@ class TokenFile:
             descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{flag} {prefix}: cannot read {error.filename or prefix}: {error.strerror}") from error
-        file = cls(prefix, num_tokens, num_documents, dtype, flag, descriptor)
+        file = cls(
+            prefix=prefix,
+            num_tokens=num_tokens,
+            num_documents=num_documents,
+            dtype=dtype,
+            flag=flag,
+            descriptor=descriptor,
+        )
         promised, found = num_tokens * dtype.itemsize, os.fstat(descriptor).st_size
         if found != promised:
             how = "truncated" if found < promised else "longer than its index says"

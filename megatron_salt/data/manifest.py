@@ -31,7 +31,7 @@ def content_hash() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """What one input file gave."""
 
@@ -55,7 +55,7 @@ class Source:
     """The `sampled:` hash of the file; empty: of a pipe, or not recorded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of `<prefix>.manifest.json`. Hashes are hexadecimal blake2b-256."""
 

@@ -35,6 +35,7 @@ class Samples:
     def __init__(
         self,
         split: str,
+        *,
         windows: Sequence[Windows],
         first: Sequence[int],
         sizes: Sequence[int],
@@ -188,23 +189,32 @@ def open_training_data(
     """
     masking = Masking(eod, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
 
-    def samples(
-        split: str, windows: list[Windows], first: list[int], sizes: list[int], weights: list[float] | None, seed: int
+    def split(
+        name: str, windows: list[Windows], *, first: list[int], sizes: list[int], weights: list[float] | None, seed: int
     ) -> Samples:
-        return Samples(split, windows, first, sizes, weights, seed, masking, vocabulary_size, data.verify_data)
+        return Samples(
+            name,
+            windows=windows,
+            first=first,
+            sizes=sizes,
+            weights=weights,
+            seed=seed,
+            masking=masking,
+            vocabulary_size=vocabulary_size,
+            verify=data.verify_data,
+        )
 
     windows, weights = _open_windows(data.data_path, "--data-path", seq_length, data.allow_duplicate_inputs)
     held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]
     kept = [len(w) - count for w, count in zip(windows, held_out, strict=True)]
-    train = samples("train", windows, [0] * len(windows), kept, weights, seed)
+    train = split("train", windows, first=[0] * len(windows), sizes=kept, weights=weights, seed=seed)
     if data.valid_data_path:
-        valid_windows, valid_weights = _open_windows(
-            data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs
-        )
-        return train, samples(
-            "valid", valid_windows, [0] * len(valid_windows), [len(w) for w in valid_windows], valid_weights, seed=0
-        )
-    return train, samples("valid", windows, kept, held_out, weights, seed=0) if data.valid_share else None
+        windows, weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs)
+        sizes = [len(w) for w in windows]
+        return train, split("valid", windows, first=[0] * len(windows), sizes=sizes, weights=weights, seed=0)
+    if not data.valid_share:
+        return train, None
+    return train, split("valid", windows, first=kept, sizes=held_out, weights=weights, seed=0)
 
 
 def _open_windows(

@@ -33,8 +33,8 @@ from megatron_salt.metrics.sinks import (
     refuse_in_the_way,
     require_package,
 )
+from megatron_salt.parallel.hardware import GIB
 
-GIB = 2**30
 STEP_KEYS = (
     "kind",
     "time",

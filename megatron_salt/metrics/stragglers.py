@@ -22,8 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.parallel.device import current_device
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_salt.errors import UserError
-from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
+from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
-
-__all__ = ["KD_METRICS", "METRICS", "OutputHead", "SoftTarget"]
 
 
 class OutputHead(ColumnParallelLinear):

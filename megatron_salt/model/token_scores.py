@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_salt.model.logits import WideLogits
+from megatron_salt.model.fp32_logits import Fp32Logits
 from megatron_salt.model.vocab_parallel import Label, VocabularyShard, judge, slices
 
 
@@ -34,7 +34,7 @@ class TokenScorer:
 
     def __init__(self, weight: Tensor, shard: VocabularyShard, chunk_tokens: int) -> None:
         """weight: [V/tp, h], this rank's rows. chunk_tokens: how many tokens have logits at one time."""
-        self.logits = WideLogits(weight, shard, chunk_tokens)
+        self.logits = Fp32Logits(weight, shard, chunk_tokens)
         self._shard, self._chunk_tokens = shard, chunk_tokens
 
     @torch.no_grad()

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.device import current_device
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_salt.cli import exit_status
 from megatron_salt.errors import LeftEarly, LostRankError, UserError
-from megatron_salt.parallel.rendezvous import Contact, Launch, gone, launch_from_environment, listens, named
+from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, launch_from_environment, listens, named
 
 LOOK_EVERY = 2.0  # seconds between looks at the store
 PATIENCE = 5.0  # seconds in which a main thread may end by itself, and in which a rank that failed looks for the store before it speaks
@@ -68,18 +68,20 @@ def with_one_voice(action: Callable[[], int | None]) -> int | None:
         return _tell(launch, error)
 
 
-def refuse_failed(contact: Contact) -> None:
+def refuse_failed(connection: StoreConnection) -> None:
     """Raise PeerFailed where another rank has failed."""
-    if contact.store.check([_FAILED]):
-        contact.store.set(f"seen/{contact.launch.rank}", "")
-        raise PeerFailed(_read(contact))
+    if connection.store.check([_FAILED]):
+        connection.store.set(f"seen/{connection.launch.rank}", "")
+        raise PeerFailed(_read(connection))
 
 
 @contextlib.contextmanager
 def watching(launch: Launch) -> Iterator[None]:
     """While the block runs, a thread ends this process a few seconds after another rank failed. Raises PeerFailed, LostRankError
     instead of whatever the block raises after that."""
-    watch = _Watch(Contact(launch))  # a contact of its own: a client serves one call at a time, and some wait for minutes
+    watch = _Watch(
+        StoreConnection(launch)
+    )  # a connection of its own: a client serves one call at a time, and some wait for minutes
     watch.start()
     try:
         yield
@@ -94,15 +96,15 @@ def watching(launch: Launch) -> Iterator[None]:
 class _Watch(threading.Thread):
     """Looks for another rank's failure until `ended`. Invariant: who is noted in the store as having seen it has it in `seen`."""
 
-    def __init__(self, contact: Contact) -> None:
+    def __init__(self, connection: StoreConnection) -> None:
         super().__init__(name="watch of other ranks", daemon=True)
         self.ended = threading.Event()
         self.seen: PeerFailed | LostRankError | None = None
-        self._contact = contact
+        self._connection = connection
 
     def run(self) -> None:
         """The thread."""
-        launch = self._contact.launch
+        launch = self._connection.launch
         while self.seen is None and not self.ended.wait(LOOK_EVERY):
             with contextlib.suppress(RuntimeError):  # torch's DistError: the next look says whether the connection is cut
                 self._look()
@@ -110,7 +112,7 @@ class _Watch(threading.Thread):
         if self.seen is None or self.ended.wait(PATIENCE):
             return
         if isinstance(self.seen, PeerFailed):
-            status = _follow(launch, self._contact, self.seen.failure)
+            status = _follow(launch, self._connection, self.seen.failure)
         else:
             status = self.seen.status
             _speak_for_many(launch, self.seen)
@@ -119,12 +121,12 @@ class _Watch(threading.Thread):
         os._exit(status)
 
     def _look(self) -> None:
-        contact = self._contact
-        if contact.is_cut():
-            self.seen = LostRankError(gone(contact.launch))
-        elif contact.store.check([_FAILED]):
-            self.seen = PeerFailed(_read(contact))
-            contact.store.set(f"seen/{contact.launch.rank}", "")
+        connection = self._connection
+        if connection.is_cut():
+            self.seen = LostRankError(gone(connection.launch))
+        elif connection.store.check([_FAILED]):
+            self.seen = PeerFailed(_read(connection))
+            connection.store.set(f"seen/{connection.launch.rank}", "")
 
 
 def _tell(launch: Launch, error: Exception) -> int:
@@ -133,40 +135,40 @@ def _tell(launch: Launch, error: Exception) -> int:
     status = LostRankError.status if lost else error.status if isinstance(error, UserError) else 1
     mine = Failure(launch.rank, socket.gethostname(), status, _line(error))
     begun = time.monotonic()
-    contact = _reach(launch, 0.5 if lost or left else PATIENCE if launch.local_rank == 0 else 2 * PATIENCE)
-    if contact is None and lost:
+    connection = _reach(launch, 0.5 if lost or left else PATIENCE if launch.local_rank == 0 else 2 * PATIENCE)
+    if connection is None and lost:
         _speak_for_many(launch, error if isinstance(error, LostRankError) else LostRankError(gone(launch)))
         return status
-    if contact is None:
+    if connection is None:
         _speak(error)
         if left:  # whoever comes later is told to leave as this one was, or waits as long as it may
             return status
-        contact = _reach(launch, TELL_FOR - (time.monotonic() - begun))
+        connection = _reach(launch, TELL_FOR - (time.monotonic() - begun))
         with contextlib.suppress(RuntimeError):
-            if contact is not None:
-                _claim(contact, mine)
+            if connection is not None:
+                _claim(connection, mine)
         return status
     try:
-        first = _claim(contact, mine)
+        first = _claim(connection, mine)
     except RuntimeError:  # torch's DistError: the store went just now
         first = mine
     if first != mine:
-        return _follow(launch, contact, first)
+        return _follow(launch, connection, first)
     if _is_lost(error):
-        error = LostRankError(_silent(contact, error))
+        error = LostRankError(_silent(connection, error))
     _speak(error)
     if launch.hosts:
-        _linger(contact, 2 * LOOK_EVERY if lost or left else LINGER)
+        _linger(connection, 2 * LOOK_EVERY if lost or left else LINGER)
     return status
 
 
-def _follow(launch: Launch, contact: Contact | None, failure: Failure) -> int:
+def _follow(launch: Launch, connection: StoreConnection | None, failure: Failure) -> int:
     """End after another rank's failure, in one line where that rank's own is in another node's log; the status to exit with."""
     if launch.local_rank == 0 and failure.host != socket.gethostname():
         print(failure, file=sys.stderr, flush=True)
     if launch.hosts:
         with contextlib.suppress(RuntimeError, OSError):
-            _linger(contact or Contact(launch), 5 * LOOK_EVERY)
+            _linger(connection or StoreConnection(launch), 5 * LOOK_EVERY)
     return failure.status
 
 
@@ -188,57 +190,59 @@ def _speak(error: Exception) -> None:
         sys.stderr.flush()
 
 
-def _silent(contact: Contact, error: Exception) -> str:
+def _silent(connection: StoreConnection, error: Exception) -> str:
     """Which ranks do not answer any more, after a connection was lost."""
     try:
-        dead = _unseen(contact, 3 * LOOK_EVERY)
-        contact.store.set(_ASKED, "")
-        hosts = sorted({contact.store.get(f"host/{rank}").decode() for rank in dead if contact.store.check([f"host/{rank}"])})
+        dead = _unseen(connection, 3 * LOOK_EVERY)
+        connection.store.set(_ASKED, "")
+        hosts = sorted(
+            {connection.store.get(f"host/{rank}").decode() for rank in dead if connection.store.check([f"host/{rank}"])}
+        )
     except RuntimeError:  # torch's DistError
-        return gone(contact.launch)
+        return gone(connection.launch)
     if not dead:
         return f"a connection between ranks was lost, though all of them are alive: {_line(error)}"
     return f"{named(dead)}{' at ' if hosts else ''}{', '.join(hosts)} does not answer any more (killed? out of memory?): {_line(error)}"
 
 
-def _reach(launch: Launch, seconds: float) -> Contact | None:
+def _reach(launch: Launch, seconds: float) -> StoreConnection | None:
     """The store, where it can be reached within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         if listens(launch):
             with contextlib.suppress(RuntimeError, OSError):
-                return Contact(launch)
+                return StoreConnection(launch)
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.2)
 
 
-def _claim(contact: Contact, mine: Failure) -> Failure:
+def _claim(connection: StoreConnection, mine: Failure) -> Failure:
     """The first failure, which may be `mine`."""
-    found = contact.store.compare_set(_FAILED, "", json.dumps(asdict(mine)))
-    contact.store.set(f"seen/{contact.launch.rank}", "")
+    found = connection.store.compare_set(_FAILED, "", json.dumps(asdict(mine)))
+    connection.store.set(f"seen/{connection.launch.rank}", "")
     return Failure(**json.loads(found))
 
 
-def _read(contact: Contact) -> Failure:
-    return Failure(**json.loads(contact.store.get(_FAILED)))
+def _read(connection: StoreConnection) -> Failure:
+    return Failure(**json.loads(connection.store.get(_FAILED)))
 
 
-def _linger(contact: Contact, seconds: float) -> None:
+def _linger(connection: StoreConnection, seconds: float) -> None:
     """In the process that hosts the store: wait until every other rank has seen the failure, or has been asked in vain."""
     deadline = time.monotonic() + seconds
-    everybody = [f"seen/{rank}" for rank in contact.launch.others]
-    while time.monotonic() < deadline and not contact.store.check(everybody) and not contact.store.check([_ASKED]):
+    everybody = [f"seen/{rank}" for rank in connection.launch.others]
+    while time.monotonic() < deadline and not connection.store.check(everybody) and not connection.store.check([_ASKED]):
         time.sleep(0.1)
 
 
-def _unseen(contact: Contact, seconds: float) -> list[int]:
+def _unseen(connection: StoreConnection, seconds: float) -> list[int]:
     """Wait until every other rank has seen the failure; those that have not after `seconds`."""
-    others = contact.launch.others
+    others = connection.launch.others
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not contact.store.check([f"seen/{rank}" for rank in others]):
+    while time.monotonic() < deadline and not connection.store.check([f"seen/{rank}" for rank in others]):
         time.sleep(0.1)
-    return [rank for rank in others if not contact.store.check([f"seen/{rank}"])]
+    return [rank for rank in others if not connection.store.check([f"seen/{rank}"])]
 
 
 def _is_lost(error: Exception) -> bool:

@@ -14,6 +14,8 @@ Capability = tuple[int, int]
 """CUDA's compute capability, as (9, 0)."""
 Version = tuple[int, ...]
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+GIB = 2**30
+"""Bytes of a GiB."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.failure import watching
 from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release
+from megatron_salt.parallel.launch_store import launch_from_environment
 from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.parallel.rendezvous import launch_from_environment, meet, no_reason
+from megatron_salt.parallel.rendezvous import meet, no_reason
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
@@ -88,14 +89,14 @@ def distributed(
         if launch is None:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            contact = meet(launch, rendezvous_timeout, leaving)
-            held.callback(contact.close)
+            connection = meet(launch, rendezvous_timeout, leaving)
+            held.callback(connection.close)
             held.enter_context(watching(launch))
-            contact.store.set_timeout(timeout)
+            connection.store.set_timeout(timeout)
             dist.init_process_group(
                 backend,
                 timeout=timeout,
-                store=dist.PrefixStore("world", contact.store),
+                store=dist.PrefixStore("world", connection.store),
                 rank=launch.rank,
                 world_size=launch.world_size,
             )

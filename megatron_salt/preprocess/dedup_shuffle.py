@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_salt.bitmap import bits_between, new_bitmap, set_bits
 from megatron_salt.data.order import permute
 from megatron_salt.preprocess.indexed_writer import DIGEST_BYTES, IndexedWriter, Written
 
@@ -38,7 +39,7 @@ def repeated(digests: Path, documents: int, budget: int) -> np.ndarray:
     """Which documents are like an earlier one: uint8 [documents / 8], bits as np.packbits makes them, little.
     digests: a file of uint64 [documents, 2]. budget: bytes of memory."""
     passes = -(-documents * 64 // budget) or 1  # a hash, its number, and as much for sorting
-    found = np.zeros(-(-documents // 8), np.uint8)
+    found = new_bitmap(documents)
     for turn in range(passes):
         low, high = (np.uint64(min((1 << 64) * end // passes, (1 << 64) - 1)) for end in (turn, turn + 1))
         hashes, numbers = [], []
@@ -52,7 +53,7 @@ def repeated(digests: Path, documents: int, budget: int) -> np.ndarray:
         order = np.lexsort((places, pairs[:, 1], pairs[:, 0]))
         same = (pairs[order][1:] == pairs[order][:-1]).all(axis=1)
         again = places[order[1:][same]]
-        np.bitwise_or.at(found, again >> 3, (1 << (again & 7)).astype(np.uint8))
+        set_bits(found, again)
     return found
 
 
@@ -160,8 +161,7 @@ def _numbered(source: IndexedWriter, left_out: np.ndarray | None) -> Iterator[tu
     for lengths in source.stored_lengths():
         keep = np.ones(len(lengths), bool)
         if left_out is not None:
-            bits = np.arange(first, first + len(lengths))
-            keep = (left_out[bits >> 3] >> (bits & 7).astype(np.uint8)) & 1 == 0
+            keep = ~bits_between(left_out, first, first + len(lengths))
         count = int(np.count_nonzero(keep))
         yield keep, lengths[keep], np.arange(number, number + count)
         first, number = first + len(lengths), number + count

@@ -33,7 +33,7 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """What a finished writer left on disk."""
 
@@ -113,7 +113,14 @@ class IndexedWriter:
         for first in range(0, self.documents + 1, _CHUNK):
             index.write(np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64).tobytes())
         idx_hash = index.close()
-        return Written(self.documents, self.tokens, self._files[".bin"].size, index.size, hashes[".bin"], idx_hash)
+        return Written(
+            documents=self.documents,
+            tokens=self.tokens,
+            bin_bytes=self._files[".bin"].size,
+            idx_bytes=index.size,
+            bin_hash=hashes[".bin"],
+            idx_hash=idx_hash,
+        )
 
     def discard(self) -> None:
         """Close and delete everything, at any time."""

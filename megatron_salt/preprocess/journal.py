@@ -6,7 +6,6 @@ One process at a time holds a journal. Standard library alone.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.errors import UserError
+from megatron_salt.files import try_lock
 from megatron_salt.small_files import parse_json
 
 
@@ -27,13 +27,9 @@ class Journal:
         if path.exists() and not path.is_file():  # a pipe has no end, and a device may have none
             raise UserError(f"{path} is not a regular file; remove it, or give another --output-prefix")
         self._stream = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._stream.fileno()):
             self._stream.close()
-            raise UserError(f"{path} is held by another process, which writes the same output") from None
-        except OSError:
-            pass  # some file systems have no locks; then it is the user's word
+            raise UserError(f"{path} is held by another process, which writes the same output")
         self.records: list[dict[str, Any]] = []
         """All there are, oldest first."""
         whole = 0

@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-import numpy as np
-
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.inputs import STDIN, refuse_encoding
+from megatron_salt.preprocess.tables import read_rows, unpack
 
 Form = Literal["jsonl", "text", "file", "columns"]
 """JSON lines; text with a document a line; text that is one document; packed strings, of parquet."""
@@ -31,7 +30,7 @@ _PIECE = 1 << 18  # bytes that are decompressed at a time
 _COMPRESSED_PIECE = 1 << 14  # of .zst, whose decompressor returns all that comes of what it is given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Consecutive documents of one file."""
 
@@ -151,7 +150,7 @@ def _ranges(number: int, path: str, form: Form, start: int, chunk_bytes: int, la
             end = size if form == "file" else _line_end(path, stream.fileno(), start + chunk_bytes - 1, size, largest)
             if form == "file":
                 _refuse_larger(path, "byte 0", size, largest)
-            yield Chunk(number, path, form, start, end, end, None)
+            yield Chunk(file=number, path=path, form=form, start=start, end=end, on_disk=end, data=None)
             start = end
 
 
@@ -182,14 +181,15 @@ def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int, la
         if held >= chunk_bytes and form != "file" and (cut := parts[-1].rfind(b"\n") + 1):
             rest = parts[-1][cut:]
             parts[-1] = parts[-1][:cut]
-            yield Chunk(number, path, form, start, start + held - len(rest), on_disk, b"".join(parts))
-            start += held - len(rest)
+            end = start + held - len(rest)
+            yield Chunk(file=number, path=path, form=form, start=start, end=end, on_disk=on_disk, data=b"".join(parts))
+            start = end
             parts, held = [rest], len(rest)
         _refuse_larger(path, f"byte {start} of its text", held - (chunk_bytes if form != "file" else 0), largest)
     if skip:
         raise EOFError("an earlier run read further")
     if held:
-        yield Chunk(number, path, form, start, start + held, on_disk, b"".join(parts))
+        yield Chunk(file=number, path=path, form=form, start=start, end=start + held, on_disk=on_disk, data=b"".join(parts))
 
 
 def _pieces(path: str, size: int) -> Iterator[tuple[bytes, int]]:
@@ -236,87 +236,12 @@ def _zstandard(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
         raise EOFError("it ends in the middle of a frame")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def _table(number: int, path: str, keys: Sequence[str], start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
-    """Rows of a parquet file, some at a time, each column packed as `pack` does it."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"--input {path}: reading .parquet takes pyarrow: pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
-            _check_columns(path, table.schema_arrow, keys)
-            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-            mean = sum(group.total_byte_size for group in groups) // max(table.metadata.num_rows, 1)
-            rows = max(1, min(chunk_bytes // max(mean, 1), 1 << 16))
-            first = 0
-            for i, group in enumerate(groups):
-                at, first = first, first + group.num_rows
-                if first <= start:
-                    continue
-                for batch in table.iter_batches(rows, row_groups=[i], columns=list(dict.fromkeys(keys)), use_threads=False):
-                    skipped = min(max(start - at, 0), batch.num_rows)
-                    at += batch.num_rows
-                    if skipped < batch.num_rows:
-                        part = batch.slice(skipped)
-                        done = os.path.getsize(path) * at // max(table.metadata.num_rows, 1)
-                        data = _packed(part, keys)
-                        if len(data) > largest:
-                            sizes = [len(value or b"") for column in unpack(data, len(keys)) for value in column]
-                            _refuse_larger(path, f"a row from {at - part.num_rows} on", max(sizes), largest)
-                        yield Chunk(number, path, "columns", at - part.num_rows, at, done, data)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"--input {path} is damaged or truncated: {str(error).splitlines()[0]}") from None
-
-
-_TEXT_COLUMNS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
-"""The Arrow types, as Arrow prints them, whose values are texts."""
-
-
-def _check_columns(path: str, schema, keys: Sequence[str]) -> None:  # type: ignore[no-untyped-def]
-    import pyarrow.types as types
-
-    for key in keys:
-        if key not in schema.names:
-            raise UserError(f"--input {path}: no column {key!r} (--json-keys); it has {', '.join(schema.names)}")
-        kind = schema.field(key).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        if str(kind) not in _TEXT_COLUMNS:
-            raise UserError(f"--input {path}: the column {key!r} (--json-keys) does not hold strings but {kind}")
-
-
-def _packed(batch, keys: Sequence[str]) -> bytes:  # type: ignore[no-untyped-def]
-    """The columns of a record batch as one string of bytes."""
-    import pyarrow
-
-    parts = []
-    for key in keys:
-        column = batch.column(key)
-        if pyarrow.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        null = np.asarray(column.is_null())
-        column = column.cast(pyarrow.large_binary()).fill_null(b"")  # what lies under a null could be anything
-        _, offset_buffer, data = column.buffers()
-        offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
-        lengths = np.diff(offsets)
-        lengths[null] = -1
-        parts += [lengths.tobytes(), data.slice(offsets[0], offsets[-1] - offsets[0]).to_pybytes() if data else b""]
-    return np.int64(batch.num_rows).tobytes() + b"".join(parts)
-
-
-def unpack(data: bytes, num_keys: int) -> list[list[bytes | None]]:
-    """Per key: the values of all rows, None for a null."""
-    rows, at = int(np.frombuffer(data, np.int64, 1)[0]), 8
-    columns = []
-    for _ in range(num_keys):
-        lengths = np.frombuffer(data, np.int64, rows, at).tolist()
-        at += 8 * rows
-        column: list[bytes | None] = []
-        for length in lengths:
-            column.append(None if length < 0 else data[at : at + length])
-            at += max(length, 0)
-        columns.append(column)
-    return columns
+    """Rows of a parquet file, from row `start` on."""
+    for rows in read_rows(path, keys, start, chunk_bytes):
+        if len(rows.data) > largest:
+            sizes = [len(value or b"") for column in unpack(rows.data, len(keys)) for value in column]
+            _refuse_larger(path, f"a row from {rows.first} on", max(sizes), largest)
+        yield Chunk(
+            file=number, path=path, form="columns", start=rows.first, end=rows.end, on_disk=rows.on_disk, data=rows.data
+        )

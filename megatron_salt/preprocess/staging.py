@@ -29,7 +29,7 @@ from megatron_salt.preprocess.journal import Journal
 JOURNAL_SECONDS = 10.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tally:
     """Counts of one input file; per key where there is a list."""
 
@@ -47,8 +47,22 @@ class Tally:
     special_tokens: list[dict[str, int]]
     """Token -> occurrences in texts."""
 
+    @classmethod
+    def empty_of(cls, num_keys: int) -> Tally:
+        """Nothing counted yet."""
+        return cls(
+            lines=0,
+            documents=0,
+            rejected={},
+            written=[0] * num_keys,
+            empty=[0] * num_keys,
+            text_bytes=[0] * num_keys,
+            special_documents=[0] * num_keys,
+            special_tokens=[{} for _ in range(num_keys)],
+        )
 
-class Stage:
+
+class StagingArea:
     """Writers of one dataset a key, at `prefixes` + `.tmp`, with the tallies of `files` and a journal."""
 
     def __init__(
@@ -56,8 +70,7 @@ class Stage:
     ) -> None:
         """Go on where the journal says that an earlier run was, or begin. UserError when that run's files were changed."""
         self.journal, self.prefixes, self.files = journal, prefixes, files
-        none = [0] * len(prefixes)
-        self.tallies = [Tally(0, 0, {}, list(none), list(none), list(none), list(none), [{} for _ in none]) for _ in files]
+        self.tallies = [Tally.empty_of(len(prefixes)) for _ in files]
         self.file, self.position, self.on_disk = 0, 0, 0
         """Where the input goes on: file number, position in it, bytes of it on disk before that."""
         self.backends = {backend}

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError, stay
 from megatron_salt.model.attention import positions_of

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.model import products
 from megatron_salt.model.flops import HeadCost
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy

@@ -13,9 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from megatron_salt.errors import UserError
+from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout, context_slice
-
-GIB = 2**30
 
 
 def teacher_layout(student: Layout, tensor: int, pipeline: int) -> Layout:

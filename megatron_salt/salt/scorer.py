@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Microbatch, make_microbatch
 from megatron_salt.data.samples import Samples

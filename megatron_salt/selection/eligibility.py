@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_salt.bitmap import bits_at, bits_between, new_bitmap, set_bits
 from megatron_salt.data.windows import num_held_out
 from megatron_salt.selection.score_format import IndexManifest
 from megatron_salt.selection.score_reader import CHUNK, ScoreIndex
@@ -24,7 +25,7 @@ class Eligible:
     """The samples that may be chosen, and why others may not: each of those counts once, for the first reason that it has."""
 
     packed: np.ndarray
-    """uint8 [ceil(N / 8)]: bit i & 7 of byte i >> 3 is sample i's (np.packbits, little)."""
+    """uint8 [ceil(N / 8)]: a bitmap of the samples that may be chosen."""
     held_out: int
     """Held out from training by --valid-share."""
     empty: int
@@ -36,11 +37,11 @@ class Eligible:
 
     def of(self, first: int, end: int) -> np.ndarray:
         """bool [end - first]"""
-        return bits(self.packed, first, end)
+        return bits_between(self.packed, first, end)
 
     def have(self, ids: np.ndarray) -> np.ndarray:
         """Which of these: int64 [n], in any order -> bool [n]."""
-        return (self.packed[ids // 8] >> (ids % 8).astype(np.uint8) & 1).astype(bool)
+        return bits_at(self.packed, ids)
 
     def count(self, first: int, end: int) -> int:
         """How many of samples [first, end)."""
@@ -50,7 +51,7 @@ class Eligible:
 def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | None) -> Eligible:
     """repeated: the bitmap of `duplicates`; None: none is looked for. UserError where --valid-share leaves a dataset nothing."""
     held_out = held_out_ranges(index.manifest, valid_share)
-    packed = np.empty(-(-index.num_samples // 8), np.uint8)
+    packed = new_bitmap(index.num_samples)
     empty = num_repeated = unscored = 0
     for first, tokens in index.chunks("tokens", size=CHUNK):  # CHUNK is a multiple of 8
         end = first + len(tokens)
@@ -65,16 +66,11 @@ def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | 
         empty += int(np.count_nonzero(may & ~counts))
         may &= counts
         if repeated is not None:
-            again = bits(repeated, first, end)
+            again = bits_between(repeated, first, end)
             num_repeated += int(np.count_nonzero(may & again))
             may &= ~again
         packed[first // 8 : -(-end // 8)] = np.packbits(may, bitorder="little")
     return Eligible(packed, sum(stop - start for start, stop in held_out), empty, num_repeated, unscored)
-
-
-def bits(packed: np.ndarray, first: int, end: int) -> np.ndarray:
-    """Bits [first, end) of a bitmap -> bool [end - first]."""
-    return np.unpackbits(packed[first // 8 : -(-end // 8)], bitorder="little")[first % 8 : first % 8 + end - first].view(bool)
 
 
 def dataset_ranges(manifest: IndexManifest) -> list[tuple[int, int]]:
@@ -101,7 +97,7 @@ def duplicates(index: ScoreIndex, max_bytes: int) -> np.ndarray:
     hashes and one that marks those that come again. Every equal window is found. A window is called equal that is not, by the
     collision of two hashes of 64 bits, N^2 / 2^65 times on average: 3e-6 times among 10^7 samples, 0.03 times among 10^9.
     """
-    packed = np.zeros(-(-index.num_samples // 8), np.uint8)
+    packed = new_bitmap(index.num_samples)
     capacity = max(
         min(max_bytes // 9, 2 * index.num_samples), 16
     )  # 8 bytes a hash, and one bit more than half a byte to mark it
@@ -174,4 +170,4 @@ def _mark(index: ScoreIndex, low: int, end: int, repeated: np.ndarray, packed: n
         again = np.ones(len(ids), bool)
         again[at] = seen[distinct]
         seen[distinct] = True
-        np.bitwise_or.at(packed, ids[again] // 8, (1 << ids[again] % 8).astype(np.uint8))
+        set_bits(packed, ids[again])

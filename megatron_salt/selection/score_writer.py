@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import weakref
@@ -14,6 +13,7 @@ import numpy as np
 
 from megatron_salt.data.manifest import content_hash
 from megatron_salt.errors import UserError
+from megatron_salt.files import try_lock
 from megatron_salt.selection.score_format import (
     JOURNAL,
     SHARD,
@@ -124,12 +124,8 @@ class ShardWriter:
         self._write(name, header, 0)
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._files[JOURNAL], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another process: give each job a --shard of its own") from None
-        except OSError:  # some file systems have no locks; then it is the user's word
-            return
+        if not try_lock(self._files[JOURNAL]):
+            raise UserError(f"{self.path} is being written by another process: give each job a --shard of its own")
 
     def _is_whole(self, block: int) -> bool:
         """Whether the journal holds the digest of what the columns hold."""

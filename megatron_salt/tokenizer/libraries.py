@@ -30,7 +30,7 @@ _FIRST_HUGGING_FACE = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eo
 _RARE = "\U000e0fff\ue000\U0003ffff"  # no vocabulary has these
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Library:
     """One tokenizer, as its library has it."""
 
@@ -115,16 +115,16 @@ def _sentencepiece(files: Mapping[str, bytes], origin: str) -> Library:
     )
     first = next((found for piece in _FIRST_SENTENCEPIECE if (found := id_of(piece)) is not None), None)
     return Library(
-        size,
-        special,
-        {processor.unk_id(), *(i for i in range(size) if processor.is_byte(i))},
-        id_of,
-        processor.id_to_piece,
-        lambda beside, origin: find_eod({**special, **named}, (DOCUMENT, TEXT), declared.eos, origin),
-        first if first is not None else next(iter(declared.eos), None),
-        declared,
-        encoder,
-        lambda ids: processor.decode(ids),
+        vocabulary_size=size,
+        special=special,
+        unknown={processor.unk_id(), *(i for i in range(size) if processor.is_byte(i))},
+        id_of=id_of,
+        text_of=processor.id_to_piece,
+        eod=lambda beside, origin: find_eod({**special, **named}, (DOCUMENT, TEXT), declared.eos, origin),
+        first_eod=first if first is not None else next(iter(declared.eos), None),
+        declared=declared,
+        encoder=encoder,
+        decode_ids=lambda ids: processor.decode(ids),
     )
 
 
@@ -167,16 +167,16 @@ def _hugging_face(files: Mapping[str, bytes], origin: str) -> Library:
     first = next((i for i in map(model.token_to_id, _FIRST_HUGGING_FACE) if i is not None), None)
     unknown = set(_probe(model, _RARE))
     return Library(
-        max(model.get_vocab(with_added_tokens=True).values()) + 1,
-        special,
-        unknown,  # ids may have holes
-        model.token_to_id,
-        model.id_to_token,
-        lambda beside, origin: find_eod(special, (DOCUMENT, (*TEXT, *OTHERS)), (declared | beside).eos, origin),
-        first,
-        declared,
-        encoder,
-        lambda ids: model.decode(ids),
+        vocabulary_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,  # ids may have holes
+        special=special,
+        unknown=unknown,
+        id_of=model.token_to_id,
+        text_of=model.id_to_token,
+        eod=lambda beside, origin: find_eod(special, (DOCUMENT, (*TEXT, *OTHERS)), (declared | beside).eos, origin),
+        first_eod=first,
+        declared=declared,
+        encoder=encoder,
+        decode_ids=lambda ids: model.decode(ids),
     )
 
 
@@ -262,16 +262,16 @@ def _gpt2(files: Mapping[str, bytes], origin: str) -> Library:
         return _rust_encode(used), lambda: used.to_str().encode()
 
     return Library(
-        max(vocabulary.values()) + 1,
-        special,
-        (),
-        vocabulary.get,
-        model.id_to_token,
-        lambda beside, origin: vocabulary.get(GPT2_EOD),
-        vocabulary.get(GPT2_EOD),
-        Declared(),
-        encoder,
-        lambda ids: model.decode(ids),
+        vocabulary_size=max(vocabulary.values()) + 1,
+        special=special,
+        unknown=(),
+        id_of=vocabulary.get,
+        text_of=model.id_to_token,
+        eod=lambda beside, origin: vocabulary.get(GPT2_EOD),
+        first_eod=vocabulary.get(GPT2_EOD),
+        declared=Declared(),
+        encoder=encoder,
+        decode_ids=lambda ids: model.decode(ids),
     )
 
 
@@ -294,14 +294,14 @@ def _byte_level(files: Mapping[str, bytes], origin: str) -> Library:
         return [list(text.encode()) for text in texts]
 
     return Library(
-        BYTE_LEVEL_EOD + 1,
-        {},
-        range(BYTE_LEVEL_EOD),
-        {BYTE_LEVEL_NAME: BYTE_LEVEL_EOD}.get,
-        lambda i: None,
-        lambda beside, origin: BYTE_LEVEL_EOD,
-        BYTE_LEVEL_EOD,
-        Declared(),
-        lambda eod, matches_special: (encode, None),
-        lambda ids: bytes(ids).decode("utf-8", errors="replace"),
+        vocabulary_size=BYTE_LEVEL_EOD + 1,
+        special={},
+        unknown=range(BYTE_LEVEL_EOD),
+        id_of={BYTE_LEVEL_NAME: BYTE_LEVEL_EOD}.get,
+        text_of=lambda i: None,
+        eod=lambda beside, origin: BYTE_LEVEL_EOD,
+        first_eod=BYTE_LEVEL_EOD,
+        declared=Declared(),
+        encoder=lambda eod, matches_special: (encode, None),
+        decode_ids=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
     )

@@ -26,7 +26,7 @@ DESCRIPTION = "tokenizer_description.json"
 """The file by which `load_tokenizer` knows a saved tokenizer."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Tokenizer:
     """A tokenizer of any kind. Made by `build_tokenizer`, `load_tokenizer` or `tokenizer_from_files`."""
 
@@ -197,19 +197,19 @@ def _tokenizer(kind: str, files: Mapping[str, bytes], library: Library, ends: En
     forbidden = frozenset({*special.values(), *(i for i in [ends.eod] if i is not None)} - set(library.unknown))
     usual = library.first_eod if library.first_eod is not None else library.eod_alone()
     return Tokenizer(
-        kind,
-        library.vocabulary_size,
-        ends.eod,
-        ends.bos,
-        special,
-        frozenset() if matches_special else forbidden,
-        matches_special,
-        _fingerprint(kind, files, None if ends.eod in (usual, None) else ends.eod),
-        files,
-        encode_ids,
-        library.decode_ids,
-        library.id_of,
-        as_json,
+        kind=kind,
+        vocabulary_size=library.vocabulary_size,
+        eod=ends.eod,
+        bos=ends.bos,
+        special=special,
+        forbidden=frozenset() if matches_special else forbidden,
+        matches_special=matches_special,
+        fingerprint=_fingerprint(kind, files, None if ends.eod in (usual, None) else ends.eod),
+        files=files,
+        encode_ids=encode_ids,
+        decode_ids=library.decode_ids,
+        id_of=library.id_of,
+        as_json=as_json,
     )
 
 

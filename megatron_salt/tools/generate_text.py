@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_salt.cli import from_yaml, run_tool
+from megatron_salt.cli import run_tool
 from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes

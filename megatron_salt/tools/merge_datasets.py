@@ -31,10 +31,10 @@ from megatron_salt.data.manifest import (
 )
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter, Written
 from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.preprocess.staging import leftovers, output_paths, publish, remove, temporary
-from megatron_salt.progress_bar import ProgressBar
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 
 

@@ -24,17 +24,18 @@ from megatron_salt.data.manifest import (
 )
 from megatron_salt.data.run_tokenizer import refuse_without_ends, told_ends
 from megatron_salt.errors import UserError
+from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.preprocess.dedup_shuffle import finish_arranged
-from megatron_salt.preprocess.encode import Encoder, chunk_size, encode_chunks
+from megatron_salt.preprocess.encode import Encoder, EncoderSettings
 from megatron_salt.preprocess.indexed_writer import token_dtype
 from megatron_salt.preprocess.inputs import STDIN, BadLines, input_files
 from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.parse import sample_texts
 from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
 from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
-from megatron_salt.preprocess.staging import Stage, begin, journal_path, leftovers, output_paths, publish, remove
+from megatron_salt.preprocess.staging import StagingArea, begin, journal_path, leftovers, output_paths, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
-from megatron_salt.progress_bar import ProgressBar
+from megatron_salt.preprocess.worker_pool import chunk_size, encode_chunks
 from megatron_salt.tokenizer.special_tokens import Finder, refuse_special, told_at_end, told_of_sample
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
@@ -91,10 +92,15 @@ def preprocess(config: PreprocessConfig) -> None:
                         told_of_sample(Finder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text),
                         flush=True,
                     )
-                encoder = Encoder(
-                    tokenizer, backend, config.json_keys, config.append_eod, config.dedup == "exact", config.prepend_bos
+                settings = EncoderSettings(
+                    backend=backend,
+                    keys=config.json_keys,
+                    append_eod=config.append_eod,
+                    prepend_bos=config.prepend_bos,
+                    digests=config.dedup == "exact",
                 )
-                written = run_stage(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
+                encoder = Encoder(tokenizer, settings)
+                written = write_datasets(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
                 journal.append({"finished": written})
             for prefix in prefixes:
                 publish(finished_prefix(config, prefix), prefix)
@@ -145,7 +151,7 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     return form
 
 
-def run_stage(
+def write_datasets(
     config: PreprocessConfig,
     files: list[str],
     forms: list[Form],
@@ -158,16 +164,18 @@ def run_stage(
     """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
-    stage = Stage(journal, prefixes, files, token_dtype(tokenizer.vocabulary_size), config.dedup == "exact", encoder.backend)
-    with closing(stage):
+    staging = StagingArea(
+        journal, prefixes, files, token_dtype(tokenizer.vocabulary_size), config.dedup == "exact", encoder.settings.backend
+    )
+    with closing(staging):
         for prefix in prefixes:
             tokenizer.save(tokenizer_directory(finished_prefix(config, prefix)))
-        write_documents(config, stage, forms, encoder, chunk_bytes)
+        write_documents(config, staging, forms, encoder, chunk_bytes)
         lines = []
         for i, key in enumerate(config.json_keys):
-            if stage.writers[i].documents == 0:
+            if staging.writers[i].documents == 0:
                 raise UserError(f"--input {' '.join(config.input)}: no document under the key {key!r}; nothing was written")
-            source = stage.writers[i]
+            source = staging.writers[i]
             if config.is_arranged:
                 budget = int(config.max_memory * 2**30 / 2) if config.max_memory else ARRANGE_BYTES
                 written = finish_arranged(
@@ -176,8 +184,8 @@ def run_stage(
             else:
                 written = source.write_index()
             duplicates = source.documents - written.documents
-            manifest = describe(config, i, written, duplicates, tokenizer, stage, journal.records[0]["--input"])
-            text_bytes = sum(tally.text_bytes[i] for tally in stage.tallies)
+            manifest = describe(config, i, written, duplicates, tokenizer, staging, journal.records[0]["--input"])
+            text_bytes = sum(tally.text_bytes[i] for tally in staging.tallies)
             lines.append(
                 f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
                 f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
@@ -187,43 +195,45 @@ def run_stage(
     return lines
 
 
-def write_documents(config: PreprocessConfig, stage: Stage, forms: list[Form], encoder: Encoder, chunk_bytes: int) -> None:
-    """Encode all documents from where the stage is on into its writers."""
-    if stage.file or stage.position:
-        print(f"resuming in {stage.files[stage.file]}, after {stage.writers[0].documents} documents", flush=True)
-    before = [sum(size_of(file) for file in stage.files[:number]) for number in range(len(stage.files))]
+def write_documents(
+    config: PreprocessConfig, staging: StagingArea, forms: list[Form], encoder: Encoder, chunk_bytes: int
+) -> None:
+    """Encode all documents from where the staging area ends into its writers."""
+    if staging.file or staging.position:
+        print(f"resuming in {staging.files[staging.file]}, after {staging.writers[0].documents} documents", flush=True)
+    before = [sum(size_of(file) for file in staging.files[:number]) for number in range(len(staging.files))]
     progress = ProgressBar(
         ("documents", "MB", "tokens"),
-        total=before[-1] + size_of(stage.files[-1]),
-        done=before[stage.file] + stage.on_disk,
+        total=before[-1] + size_of(staging.files[-1]),
+        done=before[staging.file] + staging.on_disk,
         unit="B",
         log_interval=config.log_interval,
     )
-    bad_lines = BadLines(config.max_bad_lines, stage.bad_lines)
+    bad_lines = BadLines(config.max_bad_lines, staging.bad_lines)
     with closing(
-        encode_chunks(remaining(config, stage, forms, chunk_bytes), encoder, config.workers, stage.writers[0].dtype)
+        encode_chunks(remaining(config, staging, forms, chunk_bytes), encoder, config.workers, staging.writers[0].dtype)
     ) as encoded:
         for each in encoded:
             chunk = each.chunk
             if config.special_tokens_in_text == "refuse":
                 for i, key in enumerate(config.json_keys):
-                    tally = stage.tallies[chunk.file]
+                    tally = staging.tallies[chunk.file]
                     refuse_special(each.special[i], tally.written[i] + tally.empty[i], chunk.path, key)
-            first = stage.tallies[chunk.file].lines + 1
-            stage.add(each)
+            first = staging.tallies[chunk.file].lines + 1
+            staging.add(each)
             bad_lines.add(chunk.path, [(first + line, reason) for line, _, reason in each.bad])
             counts = (each.documents - len(each.bad), sum(each.text_bytes) / 1e6, sum(map(len, each.ids)))
             progress.add(before[chunk.file] + chunk.on_disk, counts)
-    stage.note()
-    empty = sum(sum(tally.empty) for tally in stage.tallies)
+    staging.note()
+    empty = sum(sum(tally.empty) for tally in staging.tallies)
     print(f"read {progress.close()}; {bad_lines.count} bad lines, {empty} empty documents", flush=True)
 
 
-def remaining(config: PreprocessConfig, stage: Stage, forms: list[Form], chunk_bytes: int) -> Iterator[Chunk]:
-    """The chunks that are not in the stage yet."""
-    start = stage.position
-    for number in range(stage.file, len(stage.files)):
+def remaining(config: PreprocessConfig, staging: StagingArea, forms: list[Form], chunk_bytes: int) -> Iterator[Chunk]:
+    """The chunks that are not in the staging area yet."""
+    start = staging.position
+    for number in range(staging.file, len(staging.files)):
         yield from chunks(
-            number, stage.files[number], forms[number], config.json_keys, start, chunk_bytes, config.max_document_mib << 20
+            number, staging.files[number], forms[number], config.json_keys, start, chunk_bytes, config.max_document_mib << 20
         )
         start = 0

@@ -21,7 +21,7 @@ from megatron_salt.preprocess.indexed_writer import Written
 from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.readers import Form
 from megatron_salt.preprocess.sharding import parse_shard
-from megatron_salt.preprocess.staging import Stage, leftovers, output_paths, remove, temporary
+from megatron_salt.preprocess.staging import StagingArea, leftovers, output_paths, remove, temporary
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
 
@@ -101,10 +101,16 @@ def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
 
 
 def describe(
-    config: PreprocessConfig, i: int, written: Written, duplicates: int, tokenizer: Tokenizer, stage: Stage, inputs: list
+    config: PreprocessConfig,
+    i: int,
+    written: Written,
+    duplicates: int,
+    tokenizer: Tokenizer,
+    staging: StagingArea,
+    inputs: list,
 ) -> Manifest:
     """Write the manifest of key number `i`. inputs: what the run depends on of them."""
-    prefix = finished_prefix(config, stage.prefixes[i])
+    prefix = finished_prefix(config, staging.prefixes[i])
     sources = tuple(
         Source(
             file=file,
@@ -118,12 +124,12 @@ def describe(
             form=form,
             sampled=sampled,
         )
-        for file, tally, (_, form, _, sampled) in zip(stage.files, stage.tallies, inputs, strict=True)
+        for file, tally, (_, form, _, sampled) in zip(staging.files, staging.tallies, inputs, strict=True)
     )
     manifest = Manifest(
         documents=written.documents,
         tokens=written.tokens,
-        dtype=stage.writers[i].dtype.name,
+        dtype=staging.writers[i].dtype.name,
         bin_bytes=written.bin_bytes,
         idx_bytes=written.idx_bytes,
         bin_hash=written.bin_hash,
@@ -139,11 +145,11 @@ def describe(
         shard=config.shard if parse_shard(config.shard)[1] > 1 else None,
         duplicates=duplicates,
         shuffle_seed=config.shuffle_documents,
-        tokenizer_backends=tuple(sorted(stage.backends)),
+        tokenizer_backends=tuple(sorted(staging.backends)),
         bos=tokenizer.bos if config.prepend_bos else None,
         special_tokens_in_text=config.special_tokens_in_text,
-        special_documents=sum(tally.special_documents[i] for tally in stage.tallies),
-        special_tokens=dict(sum((Counter(tally.special_tokens[i]) for tally in stage.tallies), Counter())),
+        special_documents=sum(tally.special_documents[i] for tally in staging.tallies),
+        special_tokens=dict(sum((Counter(tally.special_tokens[i]) for tally in staging.tallies), Counter())),
         dedup=config.dedup,
     )
     write_manifest(manifest, manifest_path(prefix))

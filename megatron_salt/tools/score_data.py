@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, TypeVar
 from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
-from megatron_salt.progress_bar import ProgressBar
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter

@@ -14,16 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint import integrity, retention, save_directory
 from megatron_salt.checkpoint.async_writer import describe
 from megatron_salt.checkpoint.checkpointer import TOKENIZER, Checkpointer
 from megatron_salt.checkpoint.compatibility import Found, RunIdentity, read_facts, schedule_follows_run
 from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
 from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress, SaltProgress
-from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, RunConfig, SaltConfig, TrainingConfig
+from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.data.batch import Batches, passed_positions
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
@@ -164,7 +162,12 @@ def build(
 
     def batches(samples: Samples, skip: tuple[str, ...]) -> Batches:
         return Batches(
-            samples, plan.global_batch_size, plan.micro_batch_size, mesh.at.dp, layout.data, parse_skip_samples(skip)
+            samples,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            replica=mesh.at.dp,
+            num_replicas=layout.data,
+            skip=parse_skip_samples(skip),
         )
 
     run = Run(

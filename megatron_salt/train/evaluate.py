@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.data.batch import Batches
 from megatron_salt.model.loss import KD_METRICS, METRICS
 from megatron_salt.parallel.device import current_device

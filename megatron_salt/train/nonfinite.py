@@ -27,7 +27,7 @@ from megatron_salt.checkpoint.compatibility import read_facts
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import NonFiniteError, UserError
-from megatron_salt.model.head import METRICS
+from megatron_salt.model.loss import METRICS
 from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.train.step import StepOutcome, Student

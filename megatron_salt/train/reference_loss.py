@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
 from megatron_salt.model.fp8_teacher import in_bfloat16
-from megatron_salt.model.head import METRICS
+from megatron_salt.model.loss import METRICS
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.evaluate import sums_over_replicas

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401
-
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.compatibility import Found, RunIdentity, glance_at_checkpoint, open_checkpoint

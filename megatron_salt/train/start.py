@@ -24,13 +24,13 @@ from megatron_salt.errors import UserError
 from megatron_salt.metrics.run_log import look_at_logs
 from megatron_salt.metrics.sinks import require_package
 from megatron_salt.model.flops import num_parameters
+from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import Inputs, dtype_of, identify, name_data, refuse_large_exchange, stage_of
 from megatron_salt.train.optim import build_scheduler
 from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
 
 OPTIMIZER_BYTES = 12  # of a parameter: float32 main parameter and both moments
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_salt import yaml_core
 from megatron_salt.checkpoint.changes import UNTOLD, UNTOLD_SECTIONS, Change, changes, changes_since, tell, told_leaves
-from megatron_salt.cli import sections, to_yaml
 from megatron_salt.config import DataConfig, OptimizerConfig, RunConfig
+from megatron_salt.config.run import sections
+from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.salt.schedule import Schedule
 from tests.support.program import entries, run, state_of, train, write_tokens
 

@@ -66,7 +66,10 @@ def test_a_step_has_the_same_samples_in_the_same_order_for_any_dp_and_micro_batc
 ) -> None:
     """Oracle: the order itself. 40 steps of 12 are several epochs, each of which holds every sample once."""
     train = open_train(weighted(data) if mix else data)
-    batches = [Batches(train, 12, micro, replica, replicas) for replica in range(replicas)]
+    batches = [
+        Batches(train, global_batch_size=12, micro_batch_size=micro, replica=replica, num_replicas=replicas)
+        for replica in range(replicas)
+    ]
     order = train.ids(np.arange(480))
     for step in range(40):
         microbatches = [m for replica in batches for m in replica.fetch(12 * step)]
@@ -88,7 +91,11 @@ def test_the_batch_size_may_change_between_steps_without_losing_or_repeating_a_s
     train = open_train(data)
     seen, consumed = [], 0
     for batch in (4, 4, 6, 2, 10):
-        seen += [i for m in Batches(train, batch, 2, 0, 1).fetch(consumed) for i in m.sample_ids.tolist()]
+        seen += [
+            i
+            for m in Batches(train, global_batch_size=batch, micro_batch_size=2, replica=0, num_replicas=1).fetch(consumed)
+            for i in m.sample_ids.tolist()
+        ]
         consumed += batch
     assert seen == train.ids(np.arange(consumed)).tolist()
 
@@ -152,7 +159,7 @@ def test_masks_equal_megatron_cores(flags: tuple[bool, bool, bool]) -> None:
 
 def test_batches_carry_the_masks_of_their_own_samples(data: DataConfig) -> None:
     train = open_train(dataclasses.replace(data, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True))
-    for m in Batches(train, 12, 3, 0, 1).fetch(24):
+    for m in Batches(train, global_batch_size=12, micro_batch_size=3, replica=0, num_replicas=1).fetch(24):
         loss_mask, position_ids, document_of = train.masking.of(m.tokens.numpy())
         assert m.documents is not None
         assert m.loss_mask.numpy().tolist() == loss_mask.tolist() and 0.0 in loss_mask
@@ -234,8 +241,15 @@ def test_skipping_jumps_from_where_the_count_has_got_to(skip: tuple[str, ...], e
 
 def test_skipping_leaves_what_came_before_and_never_shows_what_it_jumped_over(data: DataConfig) -> None:
     train = open_train(data)
-    plain = [Batches(train, 4, 2, 0, 1).fetch(c) for c in range(0, 24, 4)]
-    skipping = [Batches(train, 4, 2, 0, 1, skip=parse_skip_samples(("8:16",))).fetch(c) for c in range(0, 16, 4)]
+    plain = [
+        Batches(train, global_batch_size=4, micro_batch_size=2, replica=0, num_replicas=1).fetch(c) for c in range(0, 24, 4)
+    ]
+    skipping = [
+        Batches(
+            train, global_batch_size=4, micro_batch_size=2, replica=0, num_replicas=1, skip=parse_skip_samples(("8:16",))
+        ).fetch(c)
+        for c in range(0, 16, 4)
+    ]
     ids = [[i for m in step for i in m.sample_ids.tolist()] for step in (plain[0], plain[1], plain[4], plain[5])]
     assert [[i for m in step for i in m.sample_ids.tolist()] for step in skipping] == ids
 
@@ -322,7 +336,7 @@ def test_a_billion_samples_open_and_the_last_is_found_without_an_index(tmp_path:
     tracemalloc.start()
     train, valid = open_training_data(DataConfig(data_path=(prefix,), valid_share=0.001), length, 1, 100, EOD)
     last = train.tokens(np.array([num_windows - 1]))
-    Batches(train, 8, 8, 0, 1).fetch(len(train) - 8)
+    Batches(train, global_batch_size=8, micro_batch_size=8, replica=0, num_replicas=1).fetch(len(train) - 8)
     assert train.fingerprint
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

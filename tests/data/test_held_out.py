@@ -14,7 +14,7 @@ from megatron_salt.data.manifest import Manifest, Source, manifest_path, sampled
 from megatron_salt.errors import UserError
 from tests.support.program import write_tokens
 
-SOURCE = Source("books.jsonl", 900, 30, 30, 0, 0, text_bytes=800)
+SOURCE = Source(file="books.jsonl", size_bytes=900, lines=30, documents=30, empty_documents=0, rejected_lines=0, text_bytes=800)
 
 
 def dataset(prefix: Path, seed: int = 0, windows: int = 22) -> str:
@@ -25,8 +25,25 @@ def describe(prefix: str, source: Source, shard: str | None = None) -> str:
     """Give a dataset a manifest."""
     sizes = [os.path.getsize(prefix + suffix) for suffix in (".bin", ".idx")]
     content = Path(prefix + ".bin").read_bytes().hex()[:64]
-    write_manifest(Manifest(2, sizes[0] // 2, "uint16", *sizes, content, content, sampled_fingerprint(prefix), "ByteLevelTokenizer", "f",
-                            257, 256, True, "text", (source,), shard), manifest_path(prefix))  # fmt: skip
+    manifest = Manifest(
+        documents=2,
+        tokens=sizes[0] // 2,
+        dtype="uint16",
+        bin_bytes=sizes[0],
+        idx_bytes=sizes[1],
+        bin_hash=content,
+        idx_hash=content,
+        sampled=sampled_fingerprint(prefix),
+        tokenizer_type="ByteLevelTokenizer",
+        tokenizer_fingerprint="f",
+        vocab_size=257,
+        eod=256,
+        append_eod=True,
+        json_key="text",
+        sources=(source,),
+        shard=shard,
+    )
+    write_manifest(manifest, manifest_path(prefix))
     return prefix
 
 

@@ -23,6 +23,8 @@ from megatron_salt.data.manifest import (
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
 
+SOURCE = Source(file="a.jsonl", size_bytes=1, lines=2, documents=3, empty_documents=0, rejected_lines=0)
+
 
 def write_dataset(prefix: Path, num_tokens: int = 1000, with_manifest: bool = True) -> str:
     """A dataset of documents of 10 tokens."""
@@ -32,21 +34,21 @@ def write_dataset(prefix: Path, num_tokens: int = 1000, with_manifest: bool = Tr
     if with_manifest:
         write_manifest(
             Manifest(
-                written.documents,
-                written.tokens,
-                "uint16",
-                written.bin_bytes,
-                written.idx_bytes,
-                written.bin_hash,
-                written.idx_hash,
-                sampled_fingerprint(str(prefix)),
-                "ByteLevelTokenizer",
-                "f",
-                257,
-                None,
-                False,
-                "text",
-                (Source("a.jsonl", 1, 2, 3, 0, 0),),
+                documents=written.documents,
+                tokens=written.tokens,
+                dtype="uint16",
+                bin_bytes=written.bin_bytes,
+                idx_bytes=written.idx_bytes,
+                bin_hash=written.bin_hash,
+                idx_hash=written.idx_hash,
+                sampled=sampled_fingerprint(str(prefix)),
+                tokenizer_type="ByteLevelTokenizer",
+                tokenizer_fingerprint="f",
+                vocab_size=257,
+                eod=None,
+                append_eod=False,
+                json_key="text",
+                sources=(SOURCE,),
             ),
             manifest_path(str(prefix)),
         )
@@ -71,7 +73,7 @@ def test_a_manifest_reads_back_as_written(tmp_path):
     prefix = write_dataset(tmp_path / "a")
     manifest = read_manifest(prefix)
     write_manifest(manifest, manifest_path(prefix))
-    assert read_manifest(prefix) == manifest and manifest.sources == (Source("a.jsonl", 1, 2, 3, 0, 0),)
+    assert read_manifest(prefix) == manifest and manifest.sources == (SOURCE,)
 
 
 def test_reading_every_byte_gives_the_fingerprint_that_was_taken_while_writing(tmp_path):

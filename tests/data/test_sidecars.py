@@ -61,9 +61,32 @@ def _at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def dataset(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    source = Source("a.jsonl", 10, 1, 1, 0, 0, 8, {"empty": 1})
+    source = Source(
+        file="a.jsonl",
+        size_bytes=10,
+        lines=1,
+        documents=1,
+        empty_documents=0,
+        rejected_lines=0,
+        text_bytes=8,
+        reasons={"empty": 1},
+    )
     manifest = Manifest(
-        1, 8, "uint16", 16, 42, "a", "b", "sampled:c", "ByteLevelTokenizer", "t", 257, 256, True, "text", (source,)
+        documents=1,
+        tokens=8,
+        dtype="uint16",
+        bin_bytes=16,
+        idx_bytes=42,
+        bin_hash="a",
+        idx_hash="b",
+        sampled="sampled:c",
+        tokenizer_type="ByteLevelTokenizer",
+        tokenizer_fingerprint="t",
+        vocab_size=257,
+        eod=256,
+        append_eod=True,
+        json_key="text",
+        sources=(source,),
     )
     write_manifest(manifest, manifest_path(str(folder / "data")))
     return manifest_path(str(folder / "data")), lambda: read_manifest(str(folder / "data"))

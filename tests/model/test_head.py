@@ -18,7 +18,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.errors import UserError
-from megatron_salt.model.head import KD_METRICS, OutputHead, SoftTarget
+from megatron_salt.model.head import OutputHead
+from megatron_salt.model.loss import KD_METRICS, SoftTarget
 from tests.support.grids import grid
 from tests.support.ranks import run_ranks
 

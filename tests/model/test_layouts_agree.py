@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import ParallelConfig
 from megatron_salt.train.step import Student, unwrap
 from tests.support.gradients import TIED_COPY, whole_gradients

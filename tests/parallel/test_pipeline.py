@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import ParallelConfig
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.step import Student, forward_input, forward_step

@@ -20,8 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt import pretrain
 from megatron_salt.cli import exit_status
 from megatron_salt.errors import UserError

@@ -17,7 +17,7 @@ import zstandard
 from megatron_salt.cli import run_tool
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.errors import UserError
-from megatron_salt.preprocess import encode, readers
+from megatron_salt.preprocess import encode, readers, tables
 from megatron_salt.preprocess.readers import Form
 from megatron_salt.tokenizer.tokenizer import tokenizer_from_files
 from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
@@ -40,8 +40,8 @@ def test_every_string_like_column_packs_to_the_same_texts(kind: str) -> None:
     texts = ["a", None, "a text longer than the twelve bytes that a view holds itself", ""]
     values = texts if "string" in kind else [text if text is None else text.encode() for text in texts]
     batch = pyarrow.record_batch({"text": pyarrow.array(values, getattr(pyarrow, kind)())})
-    readers._check_columns("t.parquet", batch.schema, ["text"])
-    assert readers.unpack(readers._packed(batch, ["text"]), 1) == [[t if t is None else t.encode() for t in texts]]
+    tables._check_columns("t.parquet", batch.schema, ["text"])
+    assert tables.unpack(tables._packed(batch, ["text"]), 1) == [[t if t is None else t.encode() for t in texts]]
 
 
 def test_columns_of_dictionaries_are_texts() -> None:
@@ -49,8 +49,8 @@ def test_columns_of_dictionaries_are_texts() -> None:
     for kind in (pyarrow.string(), pyarrow.large_string()):
         texts = ["a", "b", None, "a"]
         batch = pyarrow.record_batch({"text": pyarrow.array(texts, kind).dictionary_encode()}).slice(1)
-        readers._check_columns("t.parquet", batch.schema, ["text"])
-        assert readers.unpack(readers._packed(batch, ["text"]), 1) == [[b"b", None, b"a"]]
+        tables._check_columns("t.parquet", batch.schema, ["text"])
+        assert tables.unpack(tables._packed(batch, ["text"]), 1) == [[b"b", None, b"a"]]
 
 
 @pytest.mark.parametrize("name, packed", [("A.JSONL.GZ", gzip.compress), ("a.jsonl.Zst", zstandard.compress), ("a.TXT", bytes)])
@@ -132,12 +132,17 @@ def test_a_large_row_of_a_table_is_refused(tmp_path) -> None:
 
 
 def test_a_document_of_more_tokens_than_the_index_can_count_is_refused(monkeypatch) -> None:
-    encoder = encode.Encoder(tokenizer_from_files("ByteLevelTokenizer", {}, "test"), "reference", ["text"], False, False)
+    encoder = encode.Encoder(
+        tokenizer_from_files("ByteLevelTokenizer", {}, "test"),
+        encode.EncoderSettings(backend="reference", keys=("text",), append_eod=False),
+    )
     monkeypatch.setattr(encoder, "_encode", lambda texts: (np.empty(0, np.int32), np.array([1 << 31], np.int64)))
     with pytest.raises(
         UserError, match="--input a.jsonl: a document from 0 on has 2147483648 tokens, more than the 2147483646"
     ):
-        encoder.encode(readers.Chunk(0, "a.jsonl", "jsonl", 0, 14, 14, b'{"text": "a"}\n'))
+        encoder.encode(
+            readers.Chunk(file=0, path="a.jsonl", form="jsonl", start=0, end=14, on_disk=14, data=b'{"text": "a"}\n')
+        )
 
 
 @pytest.mark.parametrize(

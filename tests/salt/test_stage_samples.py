@@ -116,7 +116,7 @@ def test_batches_go_on_with_the_order_of_stage_2_from_its_beginning(data: DataCo
     """Whatever the replicas, and with samples that are jumped over before, at and after the change."""
     stages = staged(data, tmp_path, CHOSEN, "unseen")
     skip = ((2, 4), (8, 9), (12, 15))
-    first = Batches(stages.stage1(), 4, 1, 0, 1, skip)
+    first = Batches(stages.stage1(), global_batch_size=4, micro_batch_size=1, replica=0, num_replicas=1, skip=skip)
     assert first.position(8) == 10  # 8 and the two that were jumped over
     one = drawn(stages.stage1(), 100)
     assert [m.sample_ids[0] for step in (0, 4) for m in first.fetch(step)] == [one[i] for i in (0, 1, 4, 5, 6, 7, 8, 9)]
@@ -127,7 +127,10 @@ def test_batches_go_on_with_the_order_of_stage_2_from_its_beginning(data: DataCo
     expected = [two[i] for i in (1, 2, 3, 4, 8, 9, 10, 11)]
     assert [m.sample_ids[0] for step in (8, 12) for m in second.fetch(step)] == expected
     halves = [
-        Batches(stages.stage1(), 4, 2, replica, 2, skip).in_microbatches_of(1).going_on_with(stage2, 8) for replica in (0, 1)
+        Batches(stages.stage1(), global_batch_size=4, micro_batch_size=2, replica=replica, num_replicas=2, skip=skip)
+        .in_microbatches_of(1)
+        .going_on_with(stage2, 8)
+        for replica in (0, 1)
     ]
     assert [m.sample_ids[0] for step in (8, 12) for half in halves for m in half.fetch(step)] == expected
     assert [second.position(count) for count in (8, 9, 12, 13)] == [0, 2, 5, 9]

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_salt.bitmap import bits_between
 from megatron_salt.errors import UserError
 from megatron_salt.selection import eligibility
-from megatron_salt.selection.eligibility import Eligible, bits, dataset_ranges, duplicates, find_eligible, held_out_ranges
+from megatron_salt.selection.eligibility import Eligible, dataset_ranges, duplicates, find_eligible, held_out_ranges
 from megatron_salt.selection.rules import Choice, Rule, choose, cuts, order_keys, score_of_key
 from megatron_salt.selection.score_format import IndexManifest, npy_header
 from megatron_salt.selection.score_reader import ScoreIndex, Shard
@@ -223,7 +224,7 @@ def test_a_limit_counts_exactly_as_many_wherever_it_is_first_looked_for(tmp_path
     index = write_columns(tmp_path, manifest_of((num,)), 2, **{SCORE: scores})
     packed = np.packbits(np.random.default_rng(1).random(num) < 0.7, bitorder="little")
     may = Eligible(packed, 0, 0, 0)
-    ids = 100 + np.flatnonzero((scores == 1)[100:] & bits(packed, 100, num))
+    ids = 100 + np.flatnonzero((scores == 1)[100:] & bits_between(packed, 100, num))
     groups = [Ties(1.0, taken, len(ids)) for taken in (1, 2, len(ids) // 3, len(ids) - 1)]
     limits = tie_limits(index, SCORE, may, (100, num), groups, 3, 64, deviations)
     assert [int((tie_ranks(ids, 3) < np.uint64(limit)).sum()) for limit in limits] == [group.taken for group in groups]
@@ -318,14 +319,14 @@ def test_duplicates_are_what_a_set_says(
     kinds[:3] = [0, (1 << 64) - 1, 1 << 63][:distinct]
     content = random.choice(kinds, 1001)
     index = write_columns(tmp_path, manifest_of((1001,)), 3, content=content)
-    assert bits(duplicates(index, max_bytes), 0, 1001).tolist() == seen_before(content.tolist())
+    assert bits_between(duplicates(index, max_bytes), 0, 1001).tolist() == seen_before(content.tolist())
 
 
 def test_hashes_that_crowd_are_taken_in_smaller_ranges(tmp_path: Path) -> None:
     """All within 2^10 of 2^64: every range but the last is empty, and that one is split until it fits."""
     content = np.random.default_rng(0).integers((1 << 64) - 1024, 1 << 64, 3000, np.uint64)
     index = write_columns(tmp_path, manifest_of((3000,)), content=content)
-    assert bits(duplicates(index, 9 * 64), 0, 3000).tolist() == seen_before(content.tolist())
+    assert bits_between(duplicates(index, 9 * 64), 0, 3000).tolist() == seen_before(content.tolist())
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

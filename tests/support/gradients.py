@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.step import Student, forward_input, forward_step, unwrap

@@ -16,7 +16,7 @@ from megatron_salt.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.gpt import build_model
-from megatron_salt.model.head import METRICS
+from megatron_salt.model.loss import METRICS
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_salt.errors import UserError
-from megatron_salt.preprocess.encode import Encoder
+from megatron_salt.preprocess.encode import Encoder, EncoderSettings
 from megatron_salt.preprocess.readers import Chunk
 from megatron_salt.preprocess.tokenizer_backends import choose_backend, encode_with, first_difference
 from megatron_salt.tokenizer.document_ends import Ends
@@ -263,8 +263,9 @@ def test_gigatoken_is_not_taken_for_a_model_that_matches_pieces_of_its_own():
 def test_a_library_that_gives_a_special_id_all_the_same_is_refused_with_the_text():
     tokenizer = tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": sentencepiece_bytes()}, "test")
     forging = replace(tokenizer, encode_ids=lambda texts: [[5, tokenizer.eod] if "odd" in text else [5] for text in texts])
-    chunk = Chunk(0, "x.txt", "text", 0, 20, 20, b"plain\nodd one\nplain\n")
+    chunk = Chunk(file=0, path="x.txt", form="text", start=0, end=20, on_disk=20, data=b"plain\nodd one\nplain\n")
     with pytest.raises(UserError, match=r"--special-tokens-in-text split: for 'odd one' .* gives '<eod>' \(id 3\)"):
-        Encoder(forging, "reference", ["text"], True, False).encode(chunk)
+        Encoder(forging, EncoderSettings(backend="reference", keys=("text",), append_eod=True)).encode(chunk)
     allowed = replace(forging, forbidden=frozenset())
-    assert Encoder(allowed, "reference", ["text"], False, False).encode(chunk).ids[0].tolist() == [5, 5, 3, 5]
+    encoded = Encoder(allowed, EncoderSettings(backend="reference", keys=("text",), append_eod=False)).encode(chunk)
+    assert encoded.ids[0].tolist() == [5, 5, 3, 5]

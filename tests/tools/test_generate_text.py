@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint.checkpointer import Checkpointer, load_weights
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.run_state import Progress
-from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
+from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.errors import UserError
 from megatron_salt.model.generate import draw, generate, next_logits
 from megatron_salt.model.gpt import GPT, build_model

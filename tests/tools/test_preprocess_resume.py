@@ -66,7 +66,7 @@ def eager(monkeypatch):
 
 def stop_after(monkeypatch, chunks: int) -> None:
     """End the run inside its chunk number `chunks`, after the datasets got it and before it is noted."""
-    whole, seen = staging.Stage.note, [0]
+    whole, seen = staging.StagingArea.note, [0]
 
     def note(self):
         seen[0] += 1
@@ -74,7 +74,7 @@ def stop_after(monkeypatch, chunks: int) -> None:
             raise Stop
         whole(self)
 
-    monkeypatch.setattr(staging.Stage, "note", note)
+    monkeypatch.setattr(staging.StagingArea, "note", note)
 
 
 def stopped(inputs: list[str], out: Path, chunks: int, *flags: str) -> None:

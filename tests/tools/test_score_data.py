@@ -22,10 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint.checkpointer import load_weights
-from megatron_salt.cli import from_yaml, run_tool
+from megatron_salt.cli import run_tool
+from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.windows import Windows
 from megatron_salt.model.attention import attention_mask

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import UserError

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import OptimizerConfig, ParallelConfig
 from megatron_salt.errors import UserError
 from megatron_salt.train.optim import build_scheduler

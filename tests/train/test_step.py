@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.run_log import PhaseTimer

@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.config import ParallelConfig
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.parallel.mcore_compat import megatron_core_version

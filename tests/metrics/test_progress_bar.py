@@ -7,8 +7,8 @@ from io import StringIO
 
 import pytest
 
-from megatron_salt import progress_bar
-from megatron_salt.progress_bar import ProgressBar
+from megatron_salt.metrics import progress_bar
+from megatron_salt.metrics.progress_bar import ProgressBar
 
 
 class Terminal(StringIO):

@@ -1,0 +1,119 @@
+"""A run's configuration as YAML text, and back.
+
+YAML is nested by section, with the leaf names of the fields. What it does not know it refuses, with a suggestion.
+Types are checked here; the sections' own checks run when they are built.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, Literal, Union, get_args, get_origin
+
+from megatron_salt import yaml_core
+from megatron_salt.config.run import RunConfig, field_types, sections
+from megatron_salt.errors import UserError, did_you_mean
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole tree as YAML; `from_yaml` reads it back to an equal RunConfig."""
+    tree = {name: {key: _listed(value) for key, value in vars(getattr(config, name)).items()} for name in sections()}
+    return yaml_core.dump(tree)
+
+
+def from_yaml(text: str, source: str) -> RunConfig:
+    """The checked run that a YAML text describes, defaults where it is silent. `source` names it in errors (UserError)."""
+    values = read_sections(text, source)
+    try:
+        return RunConfig(**{name: section(**values.get(name, {})) for name, section in sections().items()})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def read_sections(text: str, source: str) -> dict[str, dict[str, Any]]:
+    """{section: {leaf: value}} of what a YAML text sets, types checked, sections' own checks not yet run."""
+    tree = _load(text, source)
+    for name in tree:
+        if name not in sections():
+            home = next((section for section, members in sections().items() if name in field_types(members)), None)
+            hint = f" (it belongs under {home}:)" if home else did_you_mean(str(name), sections())
+            raise UserError(f"{source}: unknown section {name}{hint}; sections are {', '.join(sections())}")
+    return {name: _section_values(name, sections()[name], entries, source) for name, entries in tree.items()}
+
+
+def _load(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml_core.load(text)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: expected sections ({', '.join(sections())}) at the top, got {_described(tree)}")
+    return tree
+
+
+def _section_values(name: str, section: type, entries: Any, source: str) -> dict[str, Any]:
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{source}: {name}: expected a mapping of settings, got {_described(entries)}")
+    hints = field_types(section)
+    for key in entries:
+        if key not in hints:
+            home = next((other for other, members in sections().items() if key in field_types(members)), None)
+            hint = f" (it belongs under {home}:)" if home else did_you_mean(str(key), hints)
+            raise UserError(f"{source}: unknown key {name}.{key}{hint}")
+    return {key: _typed(value, hints[key], f"{source}: {name}.{key}") for key, value in entries.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`; an int is taken for a float, a list for a tuple. `where` starts the error."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = next(choice for choice in choices if choice is not type(None))
+        return None if value is None else _typed(value, inner, where)
+    if origin is Literal:
+        if value in choices:
+            return value
+        raise UserError(
+            f"{where}: expected one of {', '.join(choices)}, got {_described(value)}{did_you_mean(str(value), choices)}"
+        )
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list such as [a, b], got {_described(value)}")
+        return tuple(_typed(_as_word(item, choices[0]), choices[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
+    raise UserError(
+        f"{where}: expected {expected}, got {_described(value)}"
+        + ("; put it in quotes" if hint is str and isinstance(value, (int, float)) else "")
+    )
+
+
+def _as_word(item: Any, kind: type) -> Any:
+    """Weights beside prefixes ([0.7, web, 0.3, code]) are words on a command line, so they may be numbers in YAML."""
+    return str(item) if kind is str and type(item) in (int, float) else item
+
+
+def _described(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def unchecked(section: type, values: Mapping[str, Any]) -> Any:
+    """A section with `values` over its defaults whose checks have not run: flags may still complete it."""
+    instance: Any = object.__new__(section)
+    for field in fields(section):
+        assert field.name in values or field.default is not MISSING, f"{section.__name__}.{field.name} has no default"
+        object.__setattr__(instance, field.name, values.get(field.name, field.default))
+    return instance

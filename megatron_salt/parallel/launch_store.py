@@ -1,0 +1,120 @@
+"""One launch of several ranks, and the store that its ranks share: at MASTER_ADDR:MASTER_PORT, as torchrun and Slurm scripts set them.
+
+torchrun's agent hosts the store; without torchrun rank 0 does. Imports torch only when it connects.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from megatron_salt.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_CONNECT_SECONDS = 10.0  # for one connection to a store that listens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """This process's place in a launch of several."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    agent_hosts: bool
+    """torchrun's agent hosts the store; otherwise rank 0 does."""
+    attempt: str
+    """torchrun's restart count: a restart must not read what the attempt before it left in the store."""
+
+    @property
+    def hosts(self) -> bool:
+        """Whether the store lives in this process."""
+        return self.rank == 0 and not self.agent_hosts
+
+    @property
+    def others(self) -> list[int]:
+        """Every rank but this one."""
+        return [rank for rank in range(self.world_size) if rank != self.rank]
+
+
+def launch_from_environment() -> Launch | None:
+    """What the launcher has set; None without one, or where it names no meeting place. Raises UserError."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        return None
+    return Launch(
+        rank=_number("RANK"),
+        world_size=_number("WORLD_SIZE"),
+        local_rank=_number("LOCAL_RANK", "0"),
+        address=os.environ["MASTER_ADDR"],
+        port=_number("MASTER_PORT"),
+        agent_hosts=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True),
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+class StoreConnection:
+    """A connection to the store of a launch, and an idle one beside it, which shows quietly that the store's process is gone."""
+
+    def __init__(self, launch: Launch) -> None:
+        """Connects once, hosting the store where this process does. Raises OSError, or torch's DistError."""
+        import torch.distributed as dist
+
+        self.launch = launch
+        store = dist.TCPStore(
+            launch.address, launch.port, launch.world_size, launch.hosts, timedelta(seconds=_CONNECT_SECONDS),
+            wait_for_workers=False, multi_tenant=True, use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )  # fmt: skip
+        self.store: Store = dist.PrefixStore(f"megatron_salt/{launch.attempt}", store)
+        self._line = socket.create_connection((launch.address, launch.port), timeout=_CONNECT_SECONDS)
+        self._line.setblocking(False)
+
+    def is_cut(self) -> bool:
+        """Whether the store's process has closed the connection, or died."""
+        try:
+            return self._line.recv(1) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Close the idle connection; the store's own lasts as long as somebody uses it."""
+        self._line.close()
+
+
+def listens(launch: Launch) -> bool:
+    """Whether somebody can be reached at the meeting place. The process that hosts the store need not look."""
+    if launch.hosts:
+        return True
+    try:
+        socket.create_connection((launch.address, launch.port), timeout=_CONNECT_SECONDS).close()
+    except OSError:  # a name that cannot be resolved may be known a little later
+        return False
+    return True
+
+
+def gone(launch: Launch) -> str:
+    """What can be said when the store's process has closed its connections."""
+    who = "torchrun's agent" if launch.agent_hosts else "rank 0"
+    return f"{who} at {launch.address}:{launch.port} does not answer any more (killed? out of memory?)"
+
+
+def named(ranks: list[int]) -> str:
+    """ "rank 3", or "ranks 3, 5"; at most twenty of them."""
+    shown = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _number(name: str, default: str | None = None) -> int:
+    text = os.environ[name] if default is None else os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment's {name} must be a number, got {text!r}") from None
