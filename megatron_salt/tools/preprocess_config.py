@@ -1,4 +1,4 @@
-"""Flags of preprocess_data."""
+"""Flags of tools/preprocess_data.py. Docstrings of fields are their help texts."""
 
 from __future__ import annotations
 
@@ -18,65 +18,65 @@ class PreprocessConfig:
     """Tokenise text into Megatron's .bin/.idx."""
 
     input: tuple[str, ...]
-    """Files or patterns, or - for standard input: JSON lines, text (.txt), tables (.parquet); .gz, .zst too. Documents keep this order."""
+    """Input files or patterns, in this order: JSON lines, text (.txt) or tables (.parquet), also as .gz or .zst; - for standard input."""
 
     output_prefix: str
-    """Where the dataset goes: PREFIX_KEY_document.bin, .idx, .manifest.json and .tokenizer."""
+    """Prefix of the output: PREFIX_KEY_document.bin, .idx, .manifest.json and .tokenizer."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys, or columns of a table, whose strings are documents; each gets a dataset of its own."""
+    """JSON keys or table columns whose strings are documents. Each becomes a dataset of its own."""
 
     input_format: Literal["auto", "jsonl", "text", "parquet"] = "auto"
-    """How files are read; auto goes by their names, and takes standard input for JSON lines."""
+    """How files are read. auto: by their names; standard input is read as JSON lines."""
 
     text_documents: Literal["line", "file"] = "line"
-    """What a document is in plain text."""
+    """In plain text, whether a document is a line or a whole file."""
 
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document id."""
 
     prepend_bos: bool = False
-    """Begin every document with the tokenizer's beginning-of-sequence id. Off for every --tokenizer-type unless given."""
+    """Begin every document with the tokenizer's beginning-of-sequence id. Off by default for every --tokenizer-type."""
 
     special_tokens_in_text: Policy = "split"
-    """Special tokens, the end of a document too, that stand in a text. split: text like any other, which gives no special id;
-    encode: what the tokenizer's own library makes of them; refuse: an error."""
+    """What happens to special tokens (the end of a document too) that a text spells out. split: encoded as ordinary text, without
+    special ids; encode: as the tokenizer's own library encodes them; refuse: an error."""
 
     workers: int = 1
-    """Processes that tokenise."""
+    """Number of processes that tokenise."""
 
     tokenizer_backend: Literal["auto", "reference", "gigatoken"] = "auto"
-    """reference: the tokenizer's own library; auto: gigatoken where it is installed and gives the same ids for a sample of the input."""
+    """reference: the tokenizer's own library. auto: gigatoken, if it is installed and gives the same ids for a sample of the input."""
 
     max_memory: float | None = None
     """GiB that all processes together may take; documents of many MB come on top (--max-document-mib). Default: about 200 MB a process."""
 
     max_document_mib: int = 256
-    """MiB that a document may have. It is in memory as a whole, several times over; a longer one is refused."""
+    """Largest document in MiB; a longer one is refused. A document is held in memory as a whole, several times over."""
 
     resume: bool = False
-    """Go on with what a killed run left, from the start where there is nothing. A run with this that fails keeps what it did."""
+    """Continue a killed run; start from the beginning if there is none. With this flag a run that fails keeps its work."""
 
     shard: str = "0/1"
-    """i/n: the i-th, from 0, of n parts of the n or more files, about equal in size; goes to PREFIX-0000i-of-0000n_KEY_document."""
+    """i/n: read part i (from 0) of the input files, cut into n parts of similar size. Output: PREFIX-0000i-of-0000n_KEY_document."""
 
     dedup: Literal["none", "exact"] = "none"
-    """exact: of documents with equal texts only the first is kept."""
+    """exact: keep only the first of documents with equal texts."""
 
     shuffle_documents: int | None = None
-    """A seed: documents lie in a random order instead of the input's, so that windows join others than neighbours."""
+    """Seed: write the documents in a random order, so that a window does not join neighbours of the input."""
 
     log_interval: int = 10000
-    """Documents between progress lines; on a terminal there is a bar instead."""
+    """Documents between lines of progress. A terminal shows a bar instead."""
 
     overwrite: bool = False
-    """Replace a dataset that is already there, and what a killed run left."""
+    """Replace an existing dataset, and the files of a killed run."""
 
     max_bad_lines: int = 0
-    """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
+    """Number of bad lines that may be left out: malformed JSON, a missing key, a value that is not a string, invalid UTF-8."""
 
     allow_duplicate_inputs: bool = False
-    """Take files that are one file under two names, or copies; their documents then come twice."""
+    """Accept the same file under two names, and copies of a file. Their documents then come twice."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
@@ -107,11 +107,11 @@ class PreprocessConfig:
 
     @property
     def is_arranged(self) -> bool:
-        """Whether documents are written a second time."""
+        """Whether documents are written a second time: without duplicates, or in random order."""
         return self.dedup == "exact" or self.shuffle_documents is not None
 
     @property
     def shard_prefix(self) -> str:
-        """--output-prefix, with the shard's number where there are several."""
+        """--output-prefix, with the number of the shard if there are several."""
         i, n = parse_shard(self.shard)
         return self.output_prefix if n == 1 else f"{self.output_prefix}-{i:05d}-of-{n:05d}"

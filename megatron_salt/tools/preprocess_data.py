@@ -1,15 +1,16 @@
 """Turn text into a training dataset: `<output-prefix>_<key>_document.bin` and `.idx`, in Megatron's format.
 
-Documents come out in input order, and the files are the same bytes for any number of workers, and for a run that was killed and
-resumed. Beside them lie a manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`).
-All is written under temporary names and moved to the final ones at the end; a run that fails leaves nothing, a killed one `.tmp`
-files, which --resume goes on with. The first bad line ends the run unless --max-bad-lines says how much text may be lost; blank
-lines and empty documents lose none and are left out and counted. Memory does not grow with the input.
+Documents keep the order of the input. The files have the same bytes for any number of workers, and after a kill and --resume.
+A manifest (`.manifest.json`: counts, tokenizer, content hashes) and a copy of the tokenizer (`.tokenizer/`) lie beside them.
+
+Everything is written under temporary names and renamed at the end. A run that fails leaves nothing. A killed run leaves `.tmp`
+files, and --resume continues from them. The first bad line ends the run, unless --max-bad-lines allows some. Blank lines and empty
+documents are left out and counted. Memory does not grow with the input.
 
     python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --output-prefix data/web --append-eod --workers 8 --resume \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model web.model
 
-On many machines give each job --shard 0/16, 1/16, ... and then put the parts together with tools/merge_datasets.py.
+On many machines, give each job its own --shard 0/16, 1/16, ... and join the parts with tools/merge_datasets.py.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ from megatron_salt.preprocess.journal import Journal
 from megatron_salt.preprocess.parse import sample_texts
 from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
 from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
-from megatron_salt.preprocess.staging import StagingArea, begin, journal_path, leftovers, output_paths, publish, remove
+from megatron_salt.preprocess.staging import StagingArea, begin, journal_path, leftovers, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
 from megatron_salt.preprocess.worker_pool import chunk_size, encode_chunks
 from megatron_salt.tokenizer.special_tokens import Finder, refuse_special, told_at_end, told_of_sample
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
 from megatron_salt.tools.preprocess_manifest import (
-    are_whole,
     clean,
+    dependencies,
     describe,
     finished_prefix,
-    refuse_present,
+    is_complete,
+    refuse_existing,
+    refuse_missing,
     size_of,
-    what_it_depends_on,
 )
 
 CHUNK_BYTES = 1 << 20
@@ -59,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def preprocess(config: PreprocessConfig) -> None:
-    """The whole tool: check everything that can be known, encode, write, publish. UserError for the user's mistakes."""
+    """Check everything that can be checked, encode, write, publish. Raises UserError."""
     files = shard_files(config)
     forms = [file_form(config, file) for file in files]
     tokenizer = build_tokenizer(config.tokenizer, config.special_tokens_in_text == "encode")
     refuse_without_ends(tokenizer, config.append_eod, config.prepend_bos)
     prefixes = [f"{config.shard_prefix}_{key}_document" for key in config.json_keys]
-    facts = what_it_depends_on(config, files, forms, tokenizer)
-    if config.resume and not journal_path(config.shard_prefix).exists() and are_whole(config, prefixes, tokenizer, facts):
+    facts = dependencies(config, files, forms, tokenizer)
+    if config.resume and not journal_path(config.shard_prefix).exists() and is_complete(config, prefixes, tokenizer, facts):
         print(f"{', '.join(prefixes)}: already whole")
         return
     chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
@@ -75,41 +77,19 @@ def preprocess(config: PreprocessConfig) -> None:
             os.makedirs(os.path.dirname(config.output_prefix) or ".", exist_ok=True)
             journal = Journal(journal_path(config.shard_prefix))
             stack.callback(journal.close)
-            refuse_present(config, prefixes, journal)
+            refuse_existing(config, prefixes, journal)
             begin(journal, facts, config.resume, config.overwrite)
             if not config.resume:
                 stack.callback(clean, prefixes, journal)
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                longest = config.max_document_mib << 20
-                sample = sample_texts(files, forms, config.json_keys, longest) if tokenizer.as_json is not None else []
-                backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
-                print(f"tokenizer backend: {why}", flush=True)
-                print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
-                if sample:
-                    print(
-                        told_of_sample(Finder(tokenizer.special)(sample), len(sample), config.special_tokens_in_text),
-                        flush=True,
-                    )
-                settings = EncoderSettings(
-                    backend=backend,
-                    keys=config.json_keys,
-                    append_eod=config.append_eod,
-                    prepend_bos=config.prepend_bos,
-                    digests=config.dedup == "exact",
-                )
-                encoder = Encoder(tokenizer, settings)
+                encoder = make_encoder(config, files, forms, tokenizer)
                 written = write_datasets(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
                 journal.append({"finished": written})
             for prefix in prefixes:
                 publish(finished_prefix(config, prefix), prefix)
-            gone = [str(path) for prefix in prefixes for path in output_paths(prefix) if not path.exists()]
-            if gone:
-                raise UserError(
-                    f"{journal.path} says that all was written, but {', '.join(gone)} is not there; put it back, or begin anew "
-                    "with --overwrite instead of --resume"
-                )
+            refuse_missing(prefixes, journal)
             clean(prefixes, journal)
     except OSError as error:
         raise UserError(
@@ -120,7 +100,7 @@ def preprocess(config: PreprocessConfig) -> None:
 
 
 def shard_files(config: PreprocessConfig) -> list[str]:
-    """The files of this job, which for most is all of them."""
+    """Input files of this job: those of its --shard, by default all. Raises UserError."""
     files = input_files(config.input, config.allow_duplicate_inputs, config.text_documents == "file")
     shard = parse_shard(config.shard)
     if shard[1] == 1:
@@ -132,12 +112,12 @@ def shard_files(config: PreprocessConfig) -> list[str]:
             f"--shard {config.shard}: --input names {len(files)} files, which cannot be divided into {shard[1]} parts, "
             f"for no file is cut: take n up to {len(files)}, or split the files"
         )
-    mine = files_of_shard([os.path.getsize(file) for file in files], shard)
-    return [files[number] for number in mine]
+    own = files_of_shard([os.path.getsize(file) for file in files], shard)
+    return [files[number] for number in own]
 
 
 def file_form(config: PreprocessConfig, file: str) -> Form:
-    """How a file is read. UserError where that cannot be."""
+    """How `file` is read. Raises UserError if its form and the flags do not fit."""
     if config.input_format == "auto":
         form = form_of(file, config.text_documents)
     elif config.input_format == "text":
@@ -151,6 +131,27 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     return form
 
 
+def make_encoder(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> Encoder:
+    """Choose the tokenizer backend. Print it, the ids at document ends, and the special tokens in a sample of the input."""
+    sample = []
+    if tokenizer.as_json is not None:
+        sample = sample_texts(files, forms, config.json_keys, config.max_document_mib << 20)
+    backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
+    print(f"tokenizer backend: {why}", flush=True)
+    print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
+    if sample:
+        special = Finder(tokenizer.special)(sample)
+        print(told_of_sample(special, len(sample), config.special_tokens_in_text), flush=True)
+    settings = EncoderSettings(
+        backend=backend,
+        keys=config.json_keys,
+        append_eod=config.append_eod,
+        prepend_bos=config.prepend_bos,
+        digests=config.dedup == "exact",
+    )
+    return Encoder(tokenizer, settings)
+
+
 def write_datasets(
     config: PreprocessConfig,
     files: list[str],
@@ -161,7 +162,10 @@ def write_datasets(
     prefixes: list[str],
     chunk_bytes: int,
 ) -> list[str]:
-    """Encode what is left, finish the files and write their manifests, all under temporary names; a line on each dataset."""
+    """Encode the remaining input, finish the files and write their manifests, all under temporary names.
+
+    Returns a line about each dataset.
+    """
     if len(journal.records) == 1:
         remove(path for prefix in prefixes for path in leftovers(prefix))
     staging = StagingArea(
@@ -198,7 +202,7 @@ def write_datasets(
 def write_documents(
     config: PreprocessConfig, staging: StagingArea, forms: list[Form], encoder: Encoder, chunk_bytes: int
 ) -> None:
-    """Encode all documents from where the staging area ends into its writers."""
+    """Encode the documents that the staging area does not have yet, and add them to it."""
     if staging.file or staging.position:
         print(f"resuming in {staging.files[staging.file]}, after {staging.writers[0].documents} documents", flush=True)
     before = [sum(size_of(file) for file in staging.files[:number]) for number in range(len(staging.files))]
@@ -230,7 +234,7 @@ def write_documents(
 
 
 def remaining(config: PreprocessConfig, staging: StagingArea, forms: list[Form], chunk_bytes: int) -> Iterator[Chunk]:
-    """The chunks that are not in the staging area yet."""
+    """Chunks of the input that the staging area does not have yet."""
     start = staging.position
     for number in range(staging.file, len(staging.files)):
         yield from chunks(

@@ -1,4 +1,4 @@
-"""What a preprocessed dataset depends on, whether an earlier run left the same one, and its manifest."""
+"""Preprocessed datasets: what decides their bytes, whether an earlier run wrote the same one, and their manifest."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
 
 
-def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
-    """All that decides which bytes are written: a run resumes only where it is the same."""
+def dependencies(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:
+    """Everything that decides which bytes are written, ready for JSON. A run resumes only if this is the same."""
     return {
         "--input": [[file, form, size_of(file), hash_of(file)] for file, form in zip(files, forms, strict=True)],
         "--json-keys": list(config.json_keys),
@@ -40,13 +40,15 @@ def what_it_depends_on(config: PreprocessConfig, files: list[str], forms: list[F
     }
 
 
-def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, facts: dict) -> bool:
-    """Whether an earlier run of this job left nothing to do. UserError where what it left is not this, unless that may be replaced, or
-    is not what it wrote."""
+def is_complete(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, facts: dict) -> bool:
+    """Whether an earlier run of this job wrote all datasets. facts: their `dependencies`.
+
+    Raises UserError if a complete dataset was made with other flags or input and --overwrite is not given, or if it is damaged.
+    """
     if not all(path.exists() for prefix in prefixes for path in output_paths(prefix)):
         return False
     for prefix in prefixes:
-        other = made_otherwise(config, prefix, tokenizer, facts)
+        other = differing_flags(config, prefix, tokenizer, facts)
         if other and not config.overwrite:
             raise UserError(
                 f"--resume: {prefix}.bin is whole, and was made with other {', '.join(other)}; "
@@ -62,41 +64,53 @@ def are_whole(config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenize
     return True
 
 
-def made_otherwise(config: PreprocessConfig, prefix: str, tokenizer: Tokenizer, facts: dict) -> list[str]:
-    """What a dataset was made with and this job would not. Older manifests do not say all of it."""
-    there = read_manifest(prefix)
-    if there is None:
+def differing_flags(config: PreprocessConfig, prefix: str, tokenizer: Tokenizer, facts: dict) -> list[str]:
+    """Flags whose values differ between an existing dataset and this job. Fields that an older manifest lacks do not count."""
+    existing = read_manifest(prefix)
+    if existing is None:
         return ["flags, which no manifest tells"]
     inputs = {file: (form, size, sampled) for file, form, size, sampled in facts["--input"]}
-    known = {source.file: (source.form or inputs.get(source.file, ("",))[0], source.size_bytes,
-                           source.sampled or inputs.get(source.file, ("", 0, ""))[2]) for source in there.sources}  # fmt: skip
+    known = {}
+    for source in existing.sources:
+        form, _, sampled = inputs.get(source.file, ("", 0, ""))
+        known[source.file] = (source.form or form, source.size_bytes, source.sampled or sampled)
     return [
         name
         for name, differs in (
             ("--input", list(known.items()) != list(inputs.items())),
-            ("tokenizer", there.tokenizer_fingerprint != tokenizer.fingerprint),
-            ("--append-eod", there.append_eod != config.append_eod),
-            ("--prepend-bos", there.bos != (tokenizer.bos if config.prepend_bos else None)),
-            ("--special-tokens-in-text", there.special_tokens_in_text not in ("", config.special_tokens_in_text)),
-            ("--dedup", there.dedup not in ("", config.dedup)),
-            ("--shuffle-documents", there.shuffle_seed != config.shuffle_documents),
+            ("tokenizer", existing.tokenizer_fingerprint != tokenizer.fingerprint),
+            ("--append-eod", existing.append_eod != config.append_eod),
+            ("--prepend-bos", existing.bos != (tokenizer.bos if config.prepend_bos else None)),
+            ("--special-tokens-in-text", existing.special_tokens_in_text not in ("", config.special_tokens_in_text)),
+            ("--dedup", existing.dedup not in ("", config.dedup)),
+            ("--shuffle-documents", existing.shuffle_seed != config.shuffle_documents),
         )
         if differs
     ]
 
 
-def refuse_present(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
-    """UserError where the output exists, unless it may be replaced."""
+def refuse_existing(config: PreprocessConfig, prefixes: list[str], journal: Journal) -> None:
+    """Raise UserError if an output exists and may not be replaced."""
     present = [str(path) for prefix in prefixes for path in output_paths(prefix) if path.exists()]
-    resumed = config.resume and len(journal.records) > 1  # the run that began it was allowed to
+    resumed = config.resume and len(journal.records) > 1  # the run that is resumed was allowed to replace it
     if present and not config.overwrite and not resumed:
         if not journal.records:
             remove([journal.path])
         raise UserError(f"--output-prefix {config.output_prefix}: {', '.join(present)} exists; --overwrite replaces it")
 
 
+def refuse_missing(prefixes: list[str], journal: Journal) -> None:
+    """Raise UserError if a published file is missing, though the journal says that all were written."""
+    missing = [str(path) for prefix in prefixes for path in output_paths(prefix) if not path.exists()]
+    if missing:
+        raise UserError(
+            f"{journal.path} says that all was written, but {', '.join(missing)} is not there; put it back, or begin anew "
+            "with --overwrite instead of --resume"
+        )
+
+
 def finished_prefix(config: PreprocessConfig, prefix: str) -> str:
-    """Where a dataset is finished before it gets its name."""
+    """Temporary prefix of a finished dataset, before it is published."""
     return temporary(prefix) + ".order" if config.is_arranged else temporary(prefix)
 
 
@@ -109,7 +123,10 @@ def describe(
     staging: StagingArea,
     inputs: list,
 ) -> Manifest:
-    """Write the manifest of key number `i`. inputs: what the run depends on of them."""
+    """Write the manifest of the dataset of key number `i`, and return it.
+
+    written: what its files hold. duplicates: documents that --dedup left out. inputs: "--input" of `dependencies`.
+    """
     prefix = finished_prefix(config, staging.prefixes[i])
     sources = tuple(
         Source(
@@ -157,16 +174,16 @@ def describe(
 
 
 def size_of(file: str) -> int:
-    """Bytes on disk; 0 of a pipe."""
+    """Bytes of `file` on disk; 0 for a pipe."""
     return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def hash_of(file: str) -> str:
-    """Of its size and a fixed sample of its blocks; empty of a pipe."""
+    """Hash of the size and of a fixed sample of blocks of `file`; empty for a pipe."""
     return sampled_hash(Path(file)) if os.path.isfile(file) else ""
 
 
 def clean(prefixes: list[str], journal: Journal) -> None:
-    """Delete everything that has a temporary name."""
+    """Delete all temporary files, the journal too."""
     remove(path for prefix in prefixes for path in leftovers(prefix))
     remove([journal.path])

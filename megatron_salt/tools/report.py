@@ -1,11 +1,11 @@
-"""What runs came to, from their JSONL logs: a table and a curve of the loss on the terminal, and a picture.
+"""Compare runs by their JSONL logs: a table and a loss curve on the terminal, and a picture.
 
     python tools/report.py --run plain=runs/a/train.jsonl salt=runs/b/train.jsonl --output loss.png \\
         --unigram-of data/held_out_text_document
 
-The unigram entropy of held-out tokens is the loss of the best model that knows how often each token occurs there and nothing
-of context: what a language model has to get below. Of a run with a teacher the training loss shown is the cross entropy with the
-data, which can be compared with other runs', not the mixture that stage 1 trains on; the switch to stage 2 is a vertical line.
+The unigram entropy of the held-out tokens is the loss of the best model that knows token frequencies but no context. A language model
+must get below it. For a run with a teacher, the training loss shown is the cross entropy with the data, which can be compared between
+runs, and not the mixture that stage 1 minimises. A vertical line marks the switch to stage 2.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ class ReportConfig:
     """Compare runs by their logs."""
 
     run: tuple[str, ...]
-    """NAME=FILE, one or several: what to call a run, and its JSONL (SAVE/train.jsonl). FILE alone is called by its directory."""
+    """NAME=FILE, one or several: a name for the run and its JSONL log (SAVE/train.jsonl). For FILE alone the directory is the name."""
 
     output: str | None = None
-    """PNG to write; default: none."""
+    """PNG file to write. Default: none."""
 
     overwrite: bool = False
-    """Replace a picture that is already there."""
+    """Replace an existing picture."""
 
     x: Axis = "steps"
-    """What the loss is drawn against: steps, tokens read, or seconds of training."""
+    """Horizontal axis: steps, tokens read, or seconds of training."""
 
     unigram_of: str | None = None
-    """Dataset prefix (.bin/.idx), the held-out one usually, whose unigram entropy is printed and drawn as a line."""
+    """Prefix of a dataset (.bin/.idx), usually the held-out one. Its unigram entropy is printed, and drawn as a line."""
 
     below_unigram: float | None = None
-    """Fail, with status 1, unless the last held-out loss of every run is at most this share of the unigram entropy."""
+    """Exit with status 1 unless the last held-out loss of every run is at most this share of the unigram entropy."""
 
     below: tuple[str, ...] = ()
-    """NAME:OTHER, one or several pairs of runs: fail, with status 1, unless the last held-out loss of NAME is below that of OTHER."""
+    """NAME:OTHER, one or several pairs of runs. Exit with status 1 unless the last held-out loss of NAME is below that of OTHER."""
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: ReportConfig) -> int:
-    """The whole tool; its exit status. Raises UserError."""
+    """Print the comparison and draw the picture. Returns the exit status: 1 if a required comparison fails. Raises UserError."""
     if config.output is not None:
         refuse_present("--output", config.output, [Path(config.output)], config.overwrite)
     runs = named_runs(config.run)
@@ -86,14 +86,14 @@ def report(config: ReportConfig) -> int:
     if config.below_unigram is not None:
         assert unigram is not None
         good = require_below_unigram(curves, config.below_unigram, unigram)
-    of = {curve.name: curve for curve in curves}
+    by_name = {curve.name: curve for curve in curves}
     for name, other in pairs:
-        good &= require_below(of[name], of[other])
+        good &= require_below(by_name[name], by_name[other])
     return 0 if good else 1
 
 
 def write_picture(output: str, overwrite: bool, draw_to: Callable[[Path], None]) -> None:
-    """Have the picture drawn by the only process that does. Raises UserError."""
+    """Draw the picture while no other process writes it. Raises UserError."""
     try:
         with sole_writer("--output", output):
             refuse_present("--output", output, [Path(output)], overwrite)
@@ -103,7 +103,7 @@ def write_picture(output: str, overwrite: bool, draw_to: Callable[[Path], None])
 
 
 def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
-    """NAME=FILE words taken apart. UserError where two runs share a name."""
+    """Split NAME=FILE words. Raises UserError if two runs have the same name."""
     runs = []
     for word in words:
         name, equals, file = word.rpartition("=")
@@ -116,17 +116,17 @@ def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def named_pairs(words: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
-    """NAME:OTHER words taken apart. UserError where one is not two of the runs."""
+    """Split NAME:OTHER words. Raises UserError if one does not name two of the runs."""
     pairs = [(name, other) for name in names for other in names if name != other]
-    found = {f"{name}:{other}": (name, other) for name, other in pairs}
+    by_word = {f"{name}:{other}": (name, other) for name, other in pairs}
     for word in words:
-        if word not in found:
+        if word not in by_word:
             raise UserError(f"--below {word} is not NAME:OTHER of two runs; there are {', '.join(names)}")
-    return [found[word] for word in words]
+    return [by_word[word] for word in words]
 
 
 def unigram_entropy(prefix: str) -> float:
-    """Entropy, in nats, of the frequencies of a dataset's tokens. Raises UserError where it cannot be opened."""
+    """Entropy in nats of the token frequencies of a dataset. Raises UserError if it cannot be opened."""
     file = TokenFile.open(prefix, "--unigram-of")
     tokens = np.memmap(f"{prefix}.bin", file.dtype, mode="r", shape=(file.num_tokens,))
     counts = np.zeros(0, np.int64)
@@ -139,18 +139,18 @@ def unigram_entropy(prefix: str) -> float:
 
 
 def require_below_unigram(curves: Sequence[Curve], share: float, unigram: float) -> bool:
-    """Say whether every run's last held-out loss is at most `share` of the unigram entropy."""
+    """Print whether the last held-out loss of each run is at most `share` of the unigram entropy. Returns whether all are."""
     verdicts = []
     for curve in curves:
         loss = curve.final
         verdicts.append(loss is not None and loss <= share * unigram)
-        told = "is missing (--eval-iters)" if loss is None else f"is {loss / unigram:.2f} of the unigram entropy"
-        print(f"{'ok' if verdicts[-1] else 'FAILED'}: held-out loss of {curve.name} {told}, at most {share:.2f} asked for")
+        position = "is missing (--eval-iters)" if loss is None else f"is {loss / unigram:.2f} of the unigram entropy"
+        print(f"{'ok' if verdicts[-1] else 'FAILED'}: held-out loss of {curve.name} {position}, at most {share:.2f} asked for")
     return all(verdicts)
 
 
 def require_below(curve: Curve, other: Curve) -> bool:
-    """Say whether one run's last held-out loss is below another's, and when it got there."""
+    """Print whether the last held-out loss of `curve` is below that of `other`, and from which step on. Returns whether it is."""
     if curve.final is None or other.final is None:
         print(f"FAILED: {curve.name if curve.final is None else other.name} has no held-out loss (--eval-iters)")
         return False

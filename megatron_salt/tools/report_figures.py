@@ -1,4 +1,4 @@
-"""Loss curves of runs: a table and a chart in characters, and a picture."""
+"""Loss curves of runs as a table, as a chart in characters, and as a picture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ WIDTH, HEIGHT = 72, 14
 
 
 def table(curves: Sequence[Curve], unigram: float | None) -> str:
-    """One row a run. Training loss: mean of the last twentieth; tokens/s and time: of steps, without evaluations and saves.
+    """Table with a row for each run, followed by notes.
 
-    Time is the wall clock's, of a machine that may be shared: the median step suffers least from what else ran there.
+    The training loss is the mean of the last twentieth of the steps. tokens/s and time are wall-clock times of steps, without
+    evaluations and saves. On a shared machine the median step time suffers least from other processes.
     """
     heads = [
         "run",
@@ -68,7 +69,7 @@ def table(curves: Sequence[Curve], unigram: float | None) -> str:
 
 
 def _notes(curve: Curve) -> list[str]:
-    """What does not fit into the table."""
+    """Lines about a run that do not fit into the table."""
     notes = []
     if curve.teacher is not None:
         notes.append(f"{curve.name}: its teacher has held-out loss {curve.teacher[0]:.4f}, accuracy {curve.teacher[1]:.2%}")
@@ -86,7 +87,7 @@ def _notes(curve: Curve) -> list[str]:
 
 
 def chart(curves: Sequence[Curve], x: Axis, unigram: float | None) -> str:
-    """Training losses in characters: a mark a run, `-` for the unigram entropy."""
+    """Chart of the training losses: one mark for each run, `-` for the unigram entropy."""
     right = max(float(curve.axis(x)[-1]) for curve in curves) or 1.0
     columns = [_columns(curve, x, right) for curve in curves]
     heights = np.concatenate([*columns, [] if unigram is None else [unigram]])
@@ -114,7 +115,7 @@ def chart(curves: Sequence[Curve], x: Axis, unigram: float | None) -> str:
 
 
 def _columns(curve: Curve, x: Axis, right: float) -> np.ndarray:
-    """Mean loss in each of WIDTH slices of [0, right]; nan where none falls."""
+    """Mean loss in each of WIDTH equal slices of [0, right], float64 [WIDTH]; nan for a slice without steps."""
     where = np.minimum((curve.axis(x) / right * WIDTH).astype(int), WIDTH - 1)
     finite = np.isfinite(curve.losses)
     sums = np.bincount(where[finite], curve.losses[finite], WIDTH)
@@ -123,8 +124,10 @@ def _columns(curve: Curve, x: Axis, right: float) -> np.ndarray:
 
 
 def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) -> None:
-    """Training loss (thin as it was, thick smoothed), held-out loss (marks) and switch to stage 2 (vertical line) of every run. The
-    file appears whole or not at all."""
+    """Draw training losses (thin: raw, thick: smoothed), held-out losses (marks) and switches to stage 2 (vertical lines).
+
+    The file appears whole or not at all.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,12 +172,12 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
 
 
 def _when(curve: Curve, x: Axis, step: int) -> float:
-    """Where a step stands on the axis."""
+    """Position of a step on the horizontal axis."""
     return float(curve.axis(x)[min(int(np.searchsorted(curve.steps, step)), len(curve.steps) - 1)])
 
 
 def smoothed(losses: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last up to `window` finite losses at each step: float64 [n] -> [n]; nan where there is none."""
+    """At each step, the mean of the finite losses among the last `window` steps: float64 [n] -> [n]; nan if there is none."""
     finite = np.isfinite(losses)
     sums = np.cumsum(np.where(finite, losses, 0.0))
     counts = np.cumsum(finite)

@@ -1,4 +1,4 @@
-"""Flags of score_data."""
+"""Flags of tools/score_data.py. Docstrings of fields are their help texts."""
 
 from __future__ import annotations
 
@@ -19,67 +19,67 @@ class ScoreConfig:
     """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory: an early one, in the paper."""
 
     data_path: tuple[str, ...]
-    """Prefixes of .bin/.idx pairs in the order of the training run's --data-path; weights may be there, and mean nothing here."""
+    """Prefixes of .bin/.idx pairs, in the order of the training run's --data-path. Weights between them are allowed and ignored."""
 
     output: str
-    """Directory of the index. All jobs of one index name the same."""
+    """Directory of the score index, the same for all its jobs."""
 
     shard: str = "0/1"
     """i/n: score the i-th of n parts of the samples, i from 0 to n-1. Every job of an index has the same n."""
 
     sample: float | None = None
-    """Score a random part: the chance of each window, above 0 and below 1. select_data.py then chooses among these. Default: score all."""
+    """Score each window with this probability, above 0 and below 1. select_data.py chooses among scored windows. Default: score all."""
 
     sample_seed: int | None = None
-    """With --sample: another seed scores other windows. Part of the index. Default: 1234."""
+    """With --sample: the seed that decides which windows are scored. Every job of an index has the same. Default: 1234."""
 
     seq_length: int | None = None
-    """Tokens of a window: the training run's --seq-length. Default: the teacher's."""
+    """Tokens in a window, equal to the training run's --seq-length. Default: the teacher's."""
 
     score_top_k: tuple[int, ...] = (1, 10, 50, 100)
-    """The k of the scores: a token counts as learnable where fewer than k ids are likelier to the teacher. The paper has 10."""
+    """Values of k for the scores. A token is learnable if the teacher finds fewer than k ids more likely. The paper uses 10."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that split each of the teacher's layers."""
 
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages of the teacher. What both leave over is data parallelism."""
+    """Pipeline stages of the teacher. The remaining ranks form data-parallel replicas."""
 
     micro_batch_size: int = 4
-    """Windows of one forward pass. Part of the index: another one may round otherwise."""
+    """Windows in one forward pass. Every job of an index has the same, because rounding may depend on it."""
 
     block_samples: int = 4096
-    """Windows that are written together, a multiple of --micro-batch-size. What a killed job has to do again is less than this."""
+    """Windows that are written together; a multiple of --micro-batch-size. A killed job repeats fewer windows than this."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What the teacher computes in. Default: what it was trained in."""
+    """Number format in which the teacher computes. Default: the one of its training."""
 
     eod_mask_loss: bool = False
-    """As the training run: no score where the input token is the end-of-document id."""
+    """As in the training run: tokens that follow an end-of-document id get no loss and do not count."""
 
     reset_position_ids: bool = False
-    """As the training run: positions start again after each end-of-document id."""
+    """As in the training run: position ids restart after each end-of-document id."""
 
     reset_attention_mask: bool = False
-    """As the training run: tokens attend inside their own document alone."""
+    """As in the training run: tokens attend only to tokens of their own document."""
 
     verify_data: bool = False
     """Hash every byte of the data at start instead of a fixed sample of blocks."""
 
     allow_duplicate_inputs: bool = False
-    """Take datasets that are the same data twice, as the training run's flag of this name."""
+    """Accept datasets that hold the same data twice, as the training run's flag of this name does."""
 
     loss_chunk_mib: int = 256
-    """Memory for the logits of one chunk of tokens, float32."""
+    """MiB of memory for the float32 logits of one chunk of tokens."""
 
     exit_file: str | None = None
-    """Leave when this file appears. It is not deleted, and a start that finds it is refused. SIGTERM and SIGUSR1 do the same."""
+    """Leave when this file appears, as after SIGTERM and SIGUSR1. It is not deleted; a start is refused while it exists."""
 
     log_interval: int = 1
     """Blocks between lines of progress."""
 
     distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer fails."""
+    """Minutes after which a waiting collective fails."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 

@@ -1,15 +1,15 @@
-"""Let a teacher score the windows of the training data, for `select_data.py` to choose from: the teacher-score index (SALT_DS).
+"""Let a teacher score the windows of the training data. The result is a score index, from which `select_data.py` chooses (SALT_DS).
 
-The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
-started. Jobs of an array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
-started again, and one that is finished has nothing to do. SIGTERM, SIGUSR1 and --exit-file end it within two microbatches, with status 3:
-the same command goes on. What is in the directory: `megatron_salt/selection/score_format.py`.
+The teacher is a checkpoint of this repository. It may have any tensor and pipeline layout; the remaining ranks are data-parallel.
+The jobs of an array take one `--shard` each and write into one directory. A killed job continues when it is started again. A finished
+job has nothing to do. SIGTERM, SIGUSR1 and --exit-file end a job within two microbatches, with exit status 3; the same command
+continues it. `megatron_salt/selection/score_format.py` describes the directory.
 
     torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
         --output /shared/scores --shard 0/16
 
-It costs a forward pass of the teacher a window: 17.9% of the FLOPs of the paper's run for all its windows. With --sample 0.35 it scores a
-random 0.35 of them, twice what the paper's stage 1 needs, for 6.2%.
+The cost is one forward pass of the teacher for each window. For all windows of the paper's run that is 17.9% of the run's FLOPs.
+With --sample 0.35, which scores twice as many windows as the paper's stage 1 needs, it is 6.2%.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LEFT = 3  # exit status of a job that left before its shard was finished
+LEFT = 3  # exit status of a job that leaves before its shard is finished
 SAMPLE_SEED = 1234
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score_data(config: ScoreConfig) -> int:
-    """The whole tool; the exit status, LEFT where the shard is not finished. Raises UserError."""
+    """Score the shard. Returns the exit status: 0, or LEFT if the shard is not finished. Raises UserError."""
     refuse_exit_file(config.exit_file)
     watch = SignalWatch()
     try:
@@ -69,7 +69,7 @@ def score_data(config: ScoreConfig) -> int:
 
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # "no apex", from every rank
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.checkpointer import TOKENIZER
@@ -119,7 +119,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
 
 
 def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
-    """The teacher over all ranks. Raises UserError."""
+    """Layout of the teacher over all ranks. Raises UserError."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -131,8 +131,10 @@ def score_shard(
     config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest],
     watch: SignalWatch,
 ) -> int:  # fmt: skip
-    """Join the world, and score what this shard lacks; the exit status. manifest: what the scores are of; rank 0 calls. Collective.
-    Raises UserError."""
+    """Join torch.distributed and score the missing blocks of the shard. Every rank calls. Raises UserError.
+
+    manifest: makes the index's manifest; only rank 0 calls it. Returns the exit status, as `score_data`.
+    """
     import torch.distributed as dist
 
     from megatron_salt.parallel.collectives import from_rank_0, largest
@@ -143,14 +145,12 @@ def score_shard(
     with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
-        facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))
+        facts = from_rank_0(lambda: claim_index(Path(config.output), manifest()))
         blocks = shard_blocks(facts.num_blocks, parse_shard(config.shard))
-        nothing = f"none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}" if not blocks else None
-        if nothing is None and from_rank_0(lambda: is_finished(Path(config.output), facts, blocks)):
-            nothing = f"all its {len(blocks)} blocks were finished before"
-        if nothing is not None:
+        nothing_to_do = from_rank_0(lambda: why_nothing_to_do(Path(config.output), facts, blocks))
+        if nothing_to_do is not None:
             if rank == 0:
-                print(f"shard {config.shard}: {nothing}")
+                say(config, nothing_to_do)
             return 0
         if rank == 0:
             print(cost(facts, teacher), flush=True)
@@ -173,16 +173,20 @@ def score_shard(
             )  # fmt: skip
         except LeftEarly as left:
             if rank == 0:
-                print(
-                    f"shard {config.shard}: left before the first window of this start: {left}; the same command goes on",
-                    flush=True,
-                )
+                say(config, f"left before the first window of this start: {left}; the same command goes on")
             return LEFT
         return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
 
 
+def why_nothing_to_do(output: Path, facts: IndexManifest, blocks: range) -> str | None:
+    """Why a shard of `blocks` has nothing to score; None if it has."""
+    if not blocks:
+        return f"none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}"
+    return f"all its {len(blocks)} blocks were finished before" if is_finished(output, facts, blocks) else None
+
+
 def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
-    """What the whole index costs, for start-up."""
+    """A line about the cost of the whole index, shown at start-up."""
     from megatron_salt.model.flops import forward_flops_per_token
 
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
@@ -196,8 +200,8 @@ def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     )
 
 
-def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
-    """`claim`, and the manifest again. Raises UserError."""
+def claim_index(output: Path, manifest: IndexManifest) -> IndexManifest:
+    """Make `output` the directory of this index, and return the manifest. Raises UserError if it holds another index."""
     num = manifest.num_samples
     if not any(manifest.scored(first, min(first + CHUNK, num)).any() for first in range(0, num, CHUNK)):
         raise UserError(f"--sample {manifest.sample} takes none of {num} windows: give a larger one, or another --sample-seed")
@@ -208,20 +212,22 @@ def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
 def fill_shard(
     config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range, reason_to_stop: Callable[[], str | None]
 ) -> bool:
-    """Score and write block after block; whether the shard is finished, or there was a reason to leave. Collective over all ranks.
-    Raises UserError where the writer cannot write."""
+    """Score and write the missing blocks. Returns False if there was a reason to leave before the end.
+
+    Every rank calls; one of them, scorer.writer, writes. Raises UserError if that rank cannot write.
+    """
     from megatron_salt.parallel.collectives import from_rank
     from megatron_salt.salt.scorer import score_block
 
-    opened: list[ShardWriter] = []  # one, on the rank that writes
+    writers: list[ShardWriter] = []  # one element on the rank that writes, none on the others
 
     def open_shard() -> list[int]:
-        opened.append(ShardWriter(Path(config.output), facts, blocks))
-        return list(opened[0].todo)
+        writers.append(ShardWriter(Path(config.output), facts, blocks))
+        return list(writers[0].todo)
 
     def write(block: int, rows: Rows | None) -> None:
         assert rows is not None
-        opened[0].write(block, rows)
+        writers[0].write(block, rows)
 
     def on_writer(action: Callable[[], T]) -> T:
         try:
@@ -232,7 +238,7 @@ def fill_shard(
             ) from None
 
     todo = on_writer(open_shard)
-    progress = begin_progress(config, facts, blocks, len(todo)) if opened else None
+    progress = begin_progress(config, facts, blocks, len(todo)) if writers else None
     not_finite = 0
     for block in todo:
         try:
@@ -240,14 +246,14 @@ def fill_shard(
         except LeftEarly as left:
             if progress is not None:
                 progress.close()
-                say(config, left_after(facts, blocks, opened[0].todo, str(left)))
+                say(config, left_after(facts, blocks, writers[0].todo, str(left)))
             return False
         on_writer(partial(write, block, rows))
         if progress is not None and rows is not None:
             windows = num_scored(facts, range(block, block + 1))
             not_finite += num_not_finite(rows)
             progress.add(progress.done + 1, (1, windows, windows * facts.seq_length))
-    on_writer(lambda: opened[0].finish())
+    on_writer(lambda: writers[0].finish())
     if progress is not None:
         summary = progress.close()
         if not_finite:
@@ -257,7 +263,7 @@ def fill_shard(
 
 
 def begin_progress(config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> ProgressBar:
-    """Print what the shard holds. Returns the display of its progress. todo: blocks that are not scored yet."""
+    """Print what the shard holds, and start its progress bar. todo: how many blocks are not scored yet."""
     first, end = samples_of(facts, blocks)
     part = "" if facts.sample is None else f", {num_scored(facts, blocks)} of them by --sample {facts.sample}"
     say(
@@ -274,7 +280,7 @@ def begin_progress(config: ScoreConfig, facts: IndexManifest, blocks: range, tod
 
 
 def left_after(facts: IndexManifest, blocks: range, todo: Iterable[int], reason: str) -> str:
-    """How far an unfinished shard is. todo: its blocks that are not written."""
+    """A line about a shard that is left unfinished. todo: numbers of the blocks that are not written."""
     first, end = samples_of(facts, blocks)
     sizes = (samples_of(facts, range(block, block + 1)) for block in todo)
     done = end - first - sum(stop - start for start, stop in sizes)
@@ -282,15 +288,16 @@ def left_after(facts: IndexManifest, blocks: range, todo: Iterable[int], reason:
 
 
 def num_scored(facts: IndexManifest, blocks: range) -> int:
-    """Windows of `blocks` that get scores: all, or those of --sample."""
+    """Number of windows in `blocks` that get scores: all, or those of --sample."""
     first, end = samples_of(facts, blocks)
     return sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
 
 
 def num_not_finite(rows: Rows) -> int:
-    """Windows whose mean loss is not finite."""
+    """Number of windows whose mean loss is not finite."""
     return sum(not math.isfinite(loss) for loss in rows["mean"].tolist())
 
 
 def say(config: ScoreConfig, text: str) -> None:
+    """Print a line about this job's shard."""
     print(f"shard {config.shard}: {text}", flush=True)

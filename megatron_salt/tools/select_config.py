@@ -1,4 +1,4 @@
-"""Flags of select_data."""
+"""Flags of tools/select_data.py, and which of them each rule takes. Docstrings of fields are their help texts."""
 
 from __future__ import annotations
 
@@ -24,72 +24,72 @@ FLAGS_OF = {
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Choose samples by their scores."""
+    """Choose samples of the training data by their scores."""
 
     scores: tuple[str, ...]
-    """Directory of a score index, or several that hold its shards."""
+    """Directory of a score index, or the directories that hold its shards."""
 
     output: str
-    """PREFIX of what is written: PREFIX.npy, .json, .txt and .png."""
+    """PREFIX of the output files PREFIX.npy, .json, .txt and .png."""
 
     score: str | None = None
-    """Column to choose by. Default: median_dropped_10, the reading of the paper's score that tells the samples of a young teacher apart;
-    its formula is median_zeroed_10. None has beaten a random choice in our runs."""
+    """Column to choose by. The paper's formula is median_zeroed_10. Default: median_dropped_10, the variant of it that differs between
+    samples even for a young teacher. No score has beaten a random choice in our runs."""
 
     fraction: float | None = None
     """Share of the eligible samples to choose, above 0 and up to 1. Either this or --num-samples, except with --rule threshold."""
 
     num_samples: int | None = None
-    """How many samples to choose."""
+    """Number of samples to choose."""
 
     rule: RuleName = "top"
-    """top: the highest scores, as in the paper. band: those after the highest --band-skip share, which may be noise. threshold: all from
-    --min-score to --max-score. Controls: bottom, the lowest scores, and random."""
+    """top: the highest scores, as in the paper. band: the highest scores after the first --band-skip share, which may be noise.
+    threshold: all scores from --min-score to --max-score. bottom (the lowest scores) and random are controls."""
 
     band_skip: float | None = None
-    """With --rule band: share of the eligible samples, those with the highest scores, that is left out."""
+    """With --rule band: leave out this share of the eligible samples, those with the highest scores."""
 
     min_score: float | None = None
-    """With --rule threshold: the lowest score that is chosen."""
+    """With --rule threshold: the lowest score to choose."""
 
     max_score: float | None = None
-    """With --rule threshold: the highest score that is chosen. Default: no limit."""
+    """With --rule threshold: the highest score to choose. Default: no limit."""
 
     per_dataset: bool = False
-    """Each dataset gives the same share of its eligible samples, so that a blend keeps its proportions. Default: all are one pool."""
+    """Choose the same share of the eligible samples of each dataset, so that a blend keeps its proportions. Default: all compete."""
 
     exclude_duplicates: bool = False
-    """Leave out samples whose tokens are those of a sample with a lower id."""
+    """Leave out samples that have the same tokens as a sample with a lower id."""
 
     valid_share: float = 0.0
-    """The training run's --valid-share: each dataset's last windows that it holds out are never chosen."""
+    """The training run's --valid-share. The last windows of each dataset, which the run holds out, are never chosen."""
 
     seed: int | None = None
-    """With --rule random: another seed chooses other samples. Default: 1234."""
+    """With --rule random: the seed of the choice. Default: 1234."""
 
     tie_seed: int | None = None
-    """Orders samples of one score, of which a rule takes some: with another seed it takes others. Default: 1234."""
+    """Seed of the order among samples with equal scores, if only some of them are chosen. Default: 1234."""
 
     allow_ties: bool = False
-    """Choose although more than 5% of the chosen have the very score of a cut, as others have: --tie-seed decides among them."""
+    """Accept a choice in which ties decide about more than 5% of the chosen samples. --tie-seed orders them."""
 
     data_path: tuple[str, ...] = ()
-    """Where the data is now, in the index's order, for examples and --export-documents. Default: where it was scored."""
+    """Where the data is now, in the order of the index. Examples and --export-documents read it. Default: where it was scored."""
 
     examples: int = 5
-    """Samples whose text the report shows: so many of the highest scores, of the lowest, and on either side of the cut."""
+    """Examples in the report: this many of the highest scores, of the lowest scores, and on each side of the cut."""
 
     export_documents: str | None = None
-    """JSON lines file for the text of every chosen window, with its id, dataset, window and score; an empty line where a document ends."""
+    """JSON lines file to write: text, id, dataset, window and score of every chosen window. An empty line marks the end of a document."""
 
     overwrite: bool = False
-    """Replace a selection that is already there."""
+    """Replace an existing selection."""
 
     allow_duplicate_inputs: bool = False
-    """Take shards that are named twice, of which one counts, and scores of datasets that hold the same windows twice."""
+    """Accept a shard that is named twice (it counts once), and scores of datasets that hold the same data."""
 
     max_memory_gib: float = 1.5
-    """Memory for the search of --exclude-duplicates; with less it reads the hashes more often."""
+    """GiB of memory for --exclude-duplicates. With less memory it reads the hashes more often."""
 
     def __post_init__(self) -> None:
         flags = {name: getattr(self, name) for names in FLAGS_OF.values() for name in names}
@@ -108,7 +108,7 @@ class SelectConfig:
             raise UserError(f"--output {self.output!r} names no selection; give a PREFIX, such as selections/top_half")
 
     def _check_numbers(self) -> None:
-        for name, value, good, told in (
+        for name, value, valid, expected in (
             ("fraction", self.fraction, lambda x: 0 < x <= 1, "above 0 and at most 1"),
             ("num_samples", self.num_samples, lambda x: x >= 1, "at least 1"),
             ("band_skip", self.band_skip, lambda x: 0 < x < 1, "above 0 and below 1"),
@@ -125,5 +125,5 @@ class SelectConfig:
             ("examples", self.examples, lambda x: x >= 0, "at least 0"),
             ("max_memory_gib", self.max_memory_gib, lambda x: 0 < x <= 1 << 20, "above 0 and at most 2^20"),
         ):
-            if value is not None and not good(value):
-                raise UserError(f"{flag(name)} must be {told}, got {value}")
+            if value is not None and not valid(value):
+                raise UserError(f"{flag(name)} must be {expected}, got {value}")

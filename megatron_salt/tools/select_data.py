@@ -1,9 +1,10 @@
-"""Choose stage 1's samples by a teacher's scores (SALT_DS): an index of `score_data.py` in, a file for --stage1-selection out.
+"""Choose the samples of stage 1 by a teacher's scores (SALT_DS). Reads the index of `score_data.py`, writes --stage1-selection's file.
 
-PREFIX.npy lists the chosen samples, PREFIX.json says what they are, PREFIX.txt and PREFIX.png show what was chosen, with examples of
-the text. The choice is exact, a keyed order decides between equal scores, and memory stays bounded at any number of samples.
-Held-out windows are never chosen: give the training run's --valid-share. In our runs no score has beaten a random choice yet: train
-on one of those too (--rule random).
+PREFIX.npy lists the chosen samples. PREFIX.json says from which data and by which rule. PREFIX.txt and PREFIX.png are a report, with
+examples of the text. The choice is exact; a seeded order decides between equal scores; memory is bounded for any number of samples.
+
+Held-out windows are never chosen if you give the training run's --valid-share. In our runs no score has beaten a random choice yet,
+so train on a random choice too (--rule random).
 
     python tools/select_data.py --scores scores --output selections/top_half --fraction 0.5 --per-dataset --exclude-duplicates
 """
@@ -32,7 +33,7 @@ from megatron_salt.selection.window_text import WindowText, find_tokenizer, open
 from megatron_salt.tools.select_config import FLAGS_OF, SelectConfig
 
 DEFAULT_SCORE = "median_dropped_10"
-EXPORTED = 256  # windows that are decoded together
+EXPORTED = 256  # windows decoded at a time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def select_data(config: SelectConfig) -> None:
-    """The whole tool: check what can be known, choose, write, report. Raises UserError."""
+    """Check the inputs, choose, write the selection and its report. Raises UserError."""
     index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
     if not config.allow_duplicate_inputs:
         refuse_equal_datasets(index)
@@ -61,46 +62,53 @@ def select_data(config: SelectConfig) -> None:
     choice = choose(index, column, rule_of(config), find_eligible(index, config.valid_share, repeated))
     if not config.allow_ties:
         refuse_ties(choice)
-    facts = {"score": column, **asdict(choice.rule), "exclude_duplicates": config.exclude_duplicates}
-    del facts["tie_seed"]  # it has a place of its own, and is none of rules that rank nothing
-    tie_seed = choice.rule.tie_seed if "tie_seed" in FLAGS_OF[choice.rule.name] else None
-    held = ExitStack()
     try:
-        for output in (selection_prefix(config), *([config.export_documents] if config.export_documents else [])):
-            held.enter_context(sole_writer("--output", output))
-        refuse_present("--output", config.output, outputs, config.overwrite)
-        write_selection(
-            selection_prefix(config),
-            choice.ids(),
-            choice.count,
-            index.manifest,
-            facts,
-            config.valid_share,
-            tie_seed,
-            choice.tie_share,
-        )
-        for path in outputs[2:]:
-            path.unlink(missing_ok=True)  # they tell of the selection that was there
-        selection = Selection.open(config.output, "--output")
-        sampled = sample(choice, selection)
-        told = report(choice, selection, sampled, config.examples, text)
-        write_text(told, outputs[2])
-        draw(choice, sampled, outputs[3])
-        if config.export_documents:
-            assert isinstance(text, WindowText)
-            export(choice, text, Path(config.export_documents))
+        with ExitStack() as locks:
+            for output in (selection_prefix(config), *([config.export_documents] if config.export_documents else [])):
+                locks.enter_context(sole_writer("--output", output))
+            refuse_present("--output", config.output, outputs, config.overwrite)
+            written = write_outputs(config, choice, outputs, text)
     except OSError as error:
         raise UserError(
             f"--output {config.output} cannot be written: {error.strerror} ({error.filename or 'while writing'})"
         ) from error
-    finally:
-        held.close()
-    print(told, end="")
+    print(written, end="")
     print("\nwrote", *outputs[1:2], *outputs[:1], *outputs[2:])
 
 
+def write_outputs(config: SelectConfig, choice: Choice, outputs: Sequence[Path], text: WindowText | str) -> str:
+    """Write selection, report, picture and exported documents. Returns the report.
+
+    outputs: PREFIX.json, .npy, .txt, .png and --export-documents. text: see `window_text`.
+    """
+    facts = {"score": choice.column, **asdict(choice.rule), "exclude_duplicates": config.exclude_duplicates}
+    del facts["tie_seed"]  # the selection's manifest has a field for it, which is None for rules that do not rank
+    tie_seed = choice.rule.tie_seed if "tie_seed" in FLAGS_OF[choice.rule.name] else None
+    write_selection(
+        selection_prefix(config),
+        choice.ids(),
+        choice.count,
+        choice.index.manifest,
+        facts,
+        config.valid_share,
+        tie_seed,
+        choice.tie_share,
+    )
+    for path in outputs[2:]:
+        path.unlink(missing_ok=True)  # they describe the selection that was replaced
+    selection = Selection.open(config.output, "--output")
+    sampled = sample(choice, selection)
+    written = report(choice, selection, sampled, config.examples, text)
+    write_text(written, outputs[2])
+    draw(choice, sampled, outputs[3])
+    if config.export_documents:
+        assert isinstance(text, WindowText)
+        export(choice, text, Path(config.export_documents))
+    return written
+
+
 def refuse_equal_datasets(index: ScoreIndex) -> None:
-    """Raise UserError where two datasets of the index are equal: each of their windows would be chosen twice."""
+    """Raise UserError if two datasets of the index hold the same tokens: each window would be chosen twice."""
     seen: dict[str, str] = {}
     for dataset in index.manifest.datasets:
         if dataset.fingerprint in seen:
@@ -112,7 +120,7 @@ def refuse_equal_datasets(index: ScoreIndex) -> None:
 
 
 def refuse_shared_names(exported: Path, outputs: Sequence[Path], scores: Sequence[str]) -> None:
-    """Raise UserError where --export-documents would replace another output, or a file of --scores."""
+    """Raise UserError if --export-documents would replace another output or a file of --scores."""
     if exported.resolve() in [path.resolve() for path in outputs]:
         raise UserError(f"--export-documents {exported} is a name that --output writes itself; take another")
     if any(Path(directory).resolve() in exported.resolve().parents for directory in scores):
@@ -120,12 +128,12 @@ def refuse_shared_names(exported: Path, outputs: Sequence[Path], scores: Sequenc
 
 
 def selection_prefix(config: SelectConfig) -> str:
-    """--output without the suffix of a file of it."""
+    """PREFIX of --output, which may be given as PREFIX, PREFIX.npy or PREFIX.json."""
     return str(selection_paths(config.output)[0]).removesuffix(".npy")
 
 
 def score_column(index: ScoreIndex, name: str | None) -> str:
-    """The column to choose by. Raises UserError where it is none, or no score."""
+    """Column to choose by. Raises UserError if the index has no such score."""
     known = [column for column, dtype in index.columns.items() if dtype.kind == "f"]
     if name is None and DEFAULT_SCORE not in known:
         raise UserError(f"--score is not given, and the index has no {DEFAULT_SCORE}: it has {', '.join(known)}")
@@ -136,7 +144,7 @@ def score_column(index: ScoreIndex, name: str | None) -> str:
 
 
 def rule_of(config: SelectConfig) -> Rule:
-    """The rule that the flags ask for."""
+    """Rule that the flags describe."""
     seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
     return Rule(
         name=config.rule,
@@ -152,7 +160,7 @@ def rule_of(config: SelectConfig) -> Rule:
 
 
 def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
-    """What decodes the samples, or why nothing does. Raises UserError where data is there, but is not what was scored."""
+    """Decoder of the samples' text, or, as a str, why there is none. Raises UserError if the data is not what was scored."""
     manifest = index.manifest
     if not config.examples and not config.export_documents:
         return "--examples 0"
@@ -174,13 +182,13 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
 
 
 def export(choice: Choice, text: WindowText, path: Path) -> None:
-    """Write the text of every chosen window; the file appears whole or not at all."""
+    """Write the text of every chosen window to `path`. The file appears whole or not at all."""
     with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
         for chosen in choice.ids():
             for start in range(0, len(chosen), EXPORTED):
                 ids = chosen[start : start + EXPORTED]
                 scores = choice.index.rows(ids, [choice.column])[choice.column]
-                columns = (ids.tolist(), *(found.tolist() for found in text.locate(ids)), scores.tolist(), text.of(ids))
+                columns = (ids.tolist(), *(numbers.tolist() for numbers in text.locate(ids)), scores.tolist(), text.of(ids))
                 for sample_id, dataset, window, score, content in zip(*columns, strict=True):
                     row = {
                         "id": sample_id,
