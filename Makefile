@@ -39,6 +39,10 @@ TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
 # of NVIDIA's wheels, and against nvcc's for the few that they lack.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
 
+# The documentation is built without torch, in a small environment of its own.
+DOCS_VENV := .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
+
 TOKENIZERS := gemma3 deepseek_v3 llama3_2 qwen2_5 qwen3 gpt4o gptoss claude
 
 # What holds numeric bounds, and the caps that it is repeated under: torch's vectors, oneDNN's and MKL's kernels of an older CPU.
@@ -48,7 +52,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu docs lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -106,16 +110,21 @@ run-test-gpu: $(TE_VENV)/.installed
 	$(TE_BIN)/python -m pytest -m gpu tests/gpu tests/model $(OPTIONS)
 	$(TE_BIN)/python benchmarks/precision_steps.py
 
-lint: setup-dev  ## ruff and mypy
+docs: $(DOCS_VENV)/.installed  ## These pages and the Python API as a site in site/; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html"
+
+lint: setup-dev  ## Rules, import order, format and types: ruff and mypy
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: setup-dev  ## Mend what ruff can mend
+format: setup-dev  ## Repair what ruff can repair: rules, import order, format
 	$(BIN)/python -m ruff check --fix --exit-zero .
 	$(BIN)/python -m ruff format .
 
 clean:  ## Remove environments and caches
-	rm -rf .venv .venv-3.* $(TE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-3.* $(TE_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 python:
@@ -130,6 +139,12 @@ $(VENV)/.installed: requirements.txt $(CONSTRAINTS) | python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(DOCS_VENV)/.installed: requirements-docs.txt constraints-docs.txt | python
+	@"$(INTERPRETER)" -m venv --clear $(DOCS_VENV)
+	@echo "Installing into $(DOCS_VENV) from $^"
+	@$(DOCS_BIN)/python -m pip install -qq -c constraints-docs.txt -r requirements-docs.txt
 	@touch $@
 
 $(TE_VENV)/.installed: requirements.txt constraints-te.txt | python

@@ -6,6 +6,7 @@
 The rival is numpy in memory: argpartition for the highest tenth of float32 scores, and a sort of the ids it gives, where that fits (10^8).
 Both read the same column file and leave the same ids. Each runs in a process of its own: seconds are CPU seconds, memory is the
 process's peak RSS over what it held before. Scores are random and written for the purpose; one sample in 1000 repeats another's contents.
+A last selection goes by a column whose scores are all equal, so that ties decide all of it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from megatron_salt.selection.selection_file import Selection, write_selection
 SCORE, CHUNK, FRACTION = "median_zeroed_10", 1 << 22, 0.1
 GOAL_GIB = 2.0
 GOAL_OVER_ARGPARTITION = 2.0  # seconds
+EQUAL, GOAL_EQUAL = "median", 1.5  # a column of equal scores; seconds of choosing by it over those by SCORE
 DUPLICATES_GIB = 1.5
 
 
@@ -55,7 +57,7 @@ def measure(folder: Path, num_samples: int) -> None:
     """A table and RESULT lines for one size."""
     write_scores(folder, num_samples)
     size = f"1e{len(str(num_samples)) - 1}"
-    told = {name: in_child(name, folder) for name in ("select", "duplicates", "open")}
+    told = {name: in_child(name, folder) for name in ("select", "equal", "duplicates", "open")}
     if num_samples <= 2 * 10**8:
         told["argpartition"] = in_child("argpartition", folder)
         assert told["argpartition"]["ids"] == told["select"]["ids"], "not the same ids"
@@ -63,6 +65,8 @@ def measure(folder: Path, num_samples: int) -> None:
     for name, figures in told.items():
         print(f"  {name:14}{figures['seconds']:>10.3f} s{figures['gib']:>10.3f} GiB")
     result(f"peak_gib_selecting_{size}", told["select"]["gib"], GOAL_GIB, lower_is_better=True)
+    over_equal = told["equal"]["seconds"] / told["select"]["seconds"]
+    result(f"seconds_all_equal_over_selecting_{size}", over_equal, GOAL_EQUAL, lower_is_better=True)
     result(f"peak_gib_duplicates_{size}", told["duplicates"]["gib"], GOAL_GIB, lower_is_better=True)
     if "argpartition" in told:
         over = {what: told["select"][what] / told["argpartition"][what] for what in ("seconds", "gib")}
@@ -75,7 +79,20 @@ def measure(folder: Path, num_samples: int) -> None:
 def write_scores(folder: Path, num_samples: int) -> None:
     """An index with the three columns that selecting reads, as `score_data.py` would have left it."""
     dataset = DatasetFacts("synthetic", "content:0", num_samples)
-    manifest = IndexManifest((dataset,), 1024, 50000, "t", "w", 1, "runs/t", (10,), {}, "float32", 8, 4096)
+    manifest = IndexManifest(
+        datasets=(dataset,),
+        seq_length=1024,
+        vocabulary=50000,
+        tokenizer="t",
+        teacher="w",
+        teacher_step=1,
+        teacher_directory="runs/t",
+        top_k=(10,),
+        masking={},
+        dtype="float32",
+        micro_batch_size=8,
+        block_samples=4096,
+    )
     claim(folder / "scores", manifest)
     shard = folder / "scores" / f"samples-{0:015d}-{num_samples:015d}"
     shard.mkdir()
@@ -86,7 +103,7 @@ def write_scores(folder: Path, num_samples: int) -> None:
             for first in range(0, num_samples, CHUNK):
                 count = min(CHUNK, num_samples - first)
                 stream.write(chunk_of(name, first, count, random).astype(kinds[name]).tobytes())
-    for name in set(kinds) - {SCORE, "tokens", "content"}:  # never read: holes of the right size
+    for name in set(kinds) - {SCORE, "tokens", "content"}:  # holes of the right size, which read as zeros
         with open(shard / f"{name}.npy", "wb") as stream:
             stream.write(npy_header(kinds[name], num_samples))
             stream.truncate(len(npy_header(kinds[name], num_samples)) + num_samples * kinds[name].itemsize)
@@ -126,15 +143,28 @@ def memory_line(name: str) -> int:
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[1])
 
 
-def select(folder: Path) -> dict:
-    def run() -> int:
-        index = ScoreIndex.open([str(folder / "scores")])
-        choice = choose(index, SCORE, Rule("top", fraction=FRACTION), find_eligible(index, 0.0, None))
-        write_selection(str(folder / "chosen"), choice.ids(), choice.count, index.manifest, {}, 0.0)
-        return choice.count
+def choose_and_write(folder: Path, column: str, output: str) -> int:
+    index = ScoreIndex.open([str(folder / "scores")])
+    choice = choose(index, column, Rule("top", fraction=FRACTION), find_eligible(index, 0.0, None))
+    write_selection(
+        str(folder / output),
+        choice.ids(),
+        num_selected=choice.count,
+        scores=index.manifest,
+        rule={},
+        valid_share=0.0,
+    )
+    return choice.count
 
-    seconds, gib, _ = measured(run)
+
+def select(folder: Path) -> dict:
+    seconds, gib, _ = measured(lambda: choose_and_write(folder, SCORE, "chosen"))
     return {"seconds": seconds, "gib": gib, "ids": digest(folder, Selection.open(str(folder / "chosen")).ids)}
+
+
+def select_among_equals(folder: Path) -> dict:
+    seconds, gib, _ = measured(lambda: choose_and_write(folder, EQUAL, "equal"))
+    return {"seconds": seconds, "gib": gib}
 
 
 def argpartition(folder: Path) -> dict:
@@ -182,7 +212,13 @@ def open_and_map(folder: Path) -> dict:
     return {"seconds": seconds, "gib": gib, "microseconds": 1e6 * (time.perf_counter() - start) / len(positions)}
 
 
-CHILDREN = {"select": select, "argpartition": argpartition, "duplicates": find_duplicates, "open": open_and_map}
+CHILDREN = {
+    "select": select,
+    "equal": select_among_equals,
+    "argpartition": argpartition,
+    "duplicates": find_duplicates,
+    "open": open_and_map,
+}
 
 
 if __name__ == "__main__":

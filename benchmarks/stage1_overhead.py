@@ -61,8 +61,11 @@ from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.salt import routing
 from megatron_salt.salt.cost import predict
 from megatron_salt.salt.head_cost import measure_head
-from megatron_salt.train.build import build, dtype_of, identify, name_data, read_inputs
+from megatron_salt.train.build import build
+from megatron_salt.train.build_model import dtype_of
+from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import plan_run
+from megatron_salt.train.start import identify, name_data
 from megatron_salt.train.step import train_step
 
 VOCABULARY, SEQ_LENGTH, MICROBATCHES = 8192, 256, 4
@@ -159,7 +162,7 @@ def prediction(run: RunConfig, head: HeadCost) -> float:
 def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
     """Bytes that one step's plan moves where a position has `width` values, those that stay on their rank included."""
     layout = student_layout(run.parallel, num_ranks)
-    plan = routing.plan(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
+    plan = routing.plan_exchange(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
     return sum(sum(plan.send_sizes(place)) for place in range(plan.num_places)) * width * dtype_of(run.training).itemsize
 
 
@@ -230,7 +233,8 @@ def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
     with distributed(timeout):
         layout = student_layout(config.parallel, dist.get_world_size())
         plan = plan_run(config.training, config.parallel, layout, config.salt)
-        run = build(config, plan, layout, inputs, identify(config, inputs, name_data(config, plan, inputs)), timeout)
+        identity = identify(config, inputs, name_data(config, plan, inputs))
+        run, _ = build(config, plan, layout, inputs, identity, timeout=timeout)
         assert run.stage1 is not None
         teacher, student, microbatches = run.stage1.teacher, run.student, run.train.fetch(0)
 

@@ -39,7 +39,7 @@ from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.launch import distributed, seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
-from megatron_salt.train.build import build_student, count_parameters
+from megatron_salt.train.build_model import build_student, count_parameters
 from megatron_salt.train.plan import plan_run
 from megatron_salt.train.step import Student, train_step, unwrap
 

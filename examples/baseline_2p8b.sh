@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# The student of salt_2p8b.sh without a teacher, for comparison: the same data in the same order. Options, flags and environment as there.
+# The student of salt_2p8b.sh without a teacher, on the same data in the same order. Options, flags and environment as in salt_2p8b.sh.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/baseline_2p8b}
 source examples/launch.sh

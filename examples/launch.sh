@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# What every job script here shares. They source this file and end with `train FLAGS...` or `run_tool COMMAND...`, which do not return.
+# What all job scripts share. A script sources this file and ends with `train FLAGS...` or `run_tool COMMAND...`. These do not return.
 #
-# One task a GPU, started by srun; no torchrun. Slurm's signals reach the trainer itself, once, with all of KillWait to save in, where
-# torchrun kills its workers 30 s after SIGTERM; ranks lie in the order of Slurm's nodes, where a rendezvous deals them as they come; and
-# a step that died or hangs is started again by the same loop that handles everything else, so there is one way to restart and not two.
+# srun starts one task a GPU. There is no torchrun, for three reasons:
+# - Slurm's signals reach the trainer itself, once, and it has all of KillWait to save. torchrun kills its workers 30 s after SIGTERM.
+# - Ranks lie in the order of Slurm's nodes. A rendezvous gives ranks in the order of arrival.
+# - One loop, below, restarts whatever died or hangs. There is no second way to restart.
 #
-# A run restarts: inside the job, when a process dies or hangs; by `scontrol requeue`, when the time limit is near (--signal=B:USR1@...);
-# by Slurm, after preemption, `scontrol requeue` and the loss of a node. Each start resumes from the newest whole checkpoint. Whether a
-# run is done, left to go on, or was refused is what the trainer wrote into a file named anew for each start, never an exit status. More
-# than MAX_RESTARTS starts in a row without a new checkpoint end the job.
+# A run restarts
+# - inside the job, when a process dies or hangs;
+# - by `scontrol requeue`, when the time limit is near (--signal=B:USR1@...);
+# - by Slurm, after preemption, `scontrol requeue`, or the loss of a node.
+# Each start resumes from the newest whole checkpoint. The trainer writes one word into a file: done, left, refused, ... That word decides
+# what happens next, never an exit status. The file has a new name at each start. More than MAX_RESTARTS starts in a row without a new
+# checkpoint end the job.
 #
-# For your site, by environment (examples/README.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
+# For your site, by environment (docs/cluster.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
 # MAX_RESTARTS, PAUSE, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
 #
 # shellcheck disable=SC2034 # precision, teacher_precision and data are for the scripts
@@ -18,20 +22,20 @@ set -uo pipefail
 
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 MAX_RESTARTS=${MAX_RESTARTS:-3}
-HANG_MINUTES=${HANG_MINUTES:-30}    # longer than --distributed-timeout-minutes (10), at which a stuck collective ends by itself, and
-                                    # than start-up, any evaluation and any save: in these no step goes by
-PAUSE=${PAUSE:-20}                  # seconds before a start inside the job, more each time: Slurm needs some to see that a node is gone
-LEAVE_SECONDS=${LEAVE_SECONDS:-240} # for the save after SIGUSR1; less than the lead of --signal
+HANG_MINUTES=${HANG_MINUTES:-30}    # longer than --distributed-timeout-minutes (10), after which a stuck collective ends by itself;
+                                    # and longer than start-up, any evaluation and any save, for these take no step
+PAUSE=${PAUSE:-20}                  # seconds before a start inside the job, more each time: Slurm needs time to see that a node is gone
+LEAVE_SECONDS=${LEAVE_SECONDS:-240} # for the save after SIGUSR1; less than the seconds in --signal
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 ELEMENT=${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarning}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # stage 2 uses what the teacher leaves
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # which collective was it that hung: the last ones are kept,
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # and written when one times out
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # so that stage 2 can use the teacher's memory
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # keeps the last collectives,
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # and writes them when one times out
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not read the other name
 
 container=()
 [ -z "${CONTAINER:-}" ] || container=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$PWD}" --container-workdir="$PWD")
@@ -55,26 +59,26 @@ train() { # train FLAGS...: the trainer, until it is done
     done
     case " $* " in *" --load "* | *" --load="*) ;; *) set -- "$@" --load "$RUN_DIR" ;; esac
     command=("$PYTHON" -m megatron_salt.pretrain "$@" --save "$RUN_DIR" --exit-signal-handler)
-    if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: see what can be seen, before GPUs are held
+    if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: check what can be checked without GPUs
         exec "${wrap[@]}" "${command[@]}" --dry-run "${RANKS:-$(ranks_of_header)}"
     fi
     listens=1
     launch
 }
 
-run_tool() { # run_tool COMMAND...: a tool that goes on where it was killed, until it is done
+run_tool() { # run_tool COMMAND...: a tool, started again where it was killed, until it is done
     [ -n "${SLURM_JOB_ID:-}" ] || stop "start this with sbatch: sbatch $0" 2
     command=("$@")
     listens=0
     launch
 }
 
-later_flags() { # later_flags FLAGS...: those of a later start, which goes on from what the first ones saved, into `later`
+later_flags() { # later_flags FLAGS...: sets `later` to the flags of a later start, which goes on from this run's own checkpoints
     later=()
     while [ $# -gt 0 ]; do
         case $1 in
             --load) shift ;;
-            --load=* | --finetune | --new-data | --no-load-optim | --no-load-rng) ;; # what begins a run from another's checkpoint
+            --load=* | --finetune | --new-data | --no-load-optim | --no-load-rng) ;; # flags that begin a run from another run's checkpoint
             *) later+=("$1") ;;
         esac
         shift
@@ -82,13 +86,13 @@ later_flags() { # later_flags FLAGS...: those of a later start, which goes on fr
     later+=(--load "$RUN_DIR")
 }
 
-goes_on() { # whether starts of this job have saved: then --load of another run's checkpoint has done its part
+goes_on() { # true if this job has saved: then --load of another run's checkpoint is no longer needed
     local file=$logs/began$ELEMENT.$SLURM_JOB_ID
     if [ "$RESTARTS/$attempt" = 0/1 ]; then progress >"$file"; fi
     [ -f "$file" ] && [ "$(cat "$file")" != "$(progress)" ]
 }
 
-launch() { # command, on all tasks, until it is done
+launch() { # run `command` on all tasks, until it is done
     logs=$RUN_DIR/logs leaving='' left_at='' attempt=0 unsaved=0
     mkdir -p "$logs" || stop "RUN_DIR $RUN_DIR cannot be written" 2
     trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
@@ -119,13 +123,13 @@ launch() { # command, on all tasks, until it is done
     requeue
 }
 
-preflight() { # what one process can see, before there are others
+preflight() { # the checks that one process can make, before all tasks start
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${container[@]}" "${wrap[@]}" "${command[@]}" --dry-run "$SLURM_NTASKS" &
     step=$! beat=''
     follow || [ -n "$leaving" ] || stop "the check before the start failed, for the reason above; nothing was started" 2
 }
 
-guard() { # stop a job whose starts do not get further
+guard() { # stop a job whose starts make no progress
     local file=$logs/launches$ELEMENT job='' before='' count=0 now
     now=$(progress)
     read -r job before count 2>/dev/null <"$file"
@@ -138,21 +142,21 @@ guard() { # stop a job whose starts do not get further
     [ "$attempt" = 1 ] || sleep $((PAUSE * count))
 }
 
-progress() { # a word that changes when the run gets further
+progress() { # print a word that changes when the run makes progress
     if [ "$listens" = 1 ]; then cat "$RUN_DIR/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
     else du -sb "$OUTPUT" 2>/dev/null | cut -f1; fi
 }
 
-start() { # one step of the job: every task runs the command
+start() { # one job step: every task runs the command
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + RESTARTS * 4 + attempt) % 12000)) # not the port of the start before
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + RESTARTS * 4 + attempt) % 12000)) # another port than the start before
     NODE_LOGS=$logs/$SLURM_JOB_ID.$RESTARTS.$attempt
     outcome=$logs/outcome$ELEMENT-$(uuid) beat=$logs/heartbeat$ELEMENT
     export MASTER_ADDR MASTER_PORT NODE_LOGS OUTCOME=$outcome LISTENS=$listens
-    export SALT_LAUNCH=$SLURM_JOB_ID.$RESTARTS.$attempt # a later start takes --save over at once from one that died
+    export SALT_LAUNCH=$SLURM_JOB_ID.$RESTARTS.$attempt # a later start takes --save at once from a start that died
     mkdir -p "$NODE_LOGS"
     rm -f "$beat"
-    printf '%4095s\n' '' >"$outcome" # room for the word, on a disk that the run fills
+    printf '%4095s\n' '' >"$outcome" # reserve room for the word: the run may fill the disk
     local own=()
     [ "$listens" = 0 ] || own=(--outcome-file "$outcome" --heartbeat-file "$beat")
     say "start $((RESTARTS + 1)).$attempt: $SLURM_NTASKS tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT, node logs in $NODE_LOGS"
@@ -160,7 +164,7 @@ start() { # one step of the job: every task runs the command
     step=$!
 }
 
-follow() { # until the step has ended: pass signals on, again and again, and end what hangs
+follow() { # wait for the end of the step; pass signals on, repeatedly; end a step that hangs
     local now last='' since=$SECONDS
     while kill -0 "$step" 2>/dev/null; do
         sleep 2 &
@@ -168,7 +172,7 @@ follow() { # until the step has ended: pass signals on, again and again, and end
         now=$(cat "$beat" 2>/dev/null)
         if [ "$now" != "$last" ]; then last=$now since=$SECONDS; fi
         if [ -n "$leaving" ]; then
-            kill -USR1 "$step" 2>/dev/null # of no effect before the trainer listens, so once is not enough
+            kill -USR1 "$step" 2>/dev/null # repeated, since it has no effect before the trainer listens
             [ $((SECONDS - left_at)) -le "$LEAVE_SECONDS" ] || end_step "has not saved $LEAVE_SECONDS s after SIG$leaving"
         elif [ -n "$beat" ] && [ "$listens" = 1 ] && [ $((SECONDS - since)) -gt $((60 * HANG_MINUTES)) ]; then
             end_step "hangs: no step went by for $HANG_MINUTES minutes"
@@ -177,7 +181,7 @@ follow() { # until the step has ended: pass signals on, again and again, and end
     wait "$step"
 }
 
-end_step() { # end_step WHY: every task shows where it is, and is killed
+end_step() { # end_step WHY: every task writes its stacks and is killed
     local id
     say "the run $1; its stacks are in the node logs"
     kill -USR2 "$step" 2>/dev/null
@@ -186,19 +190,19 @@ end_step() { # end_step WHY: every task shows where it is, and is killed
     wait "$step"
 }
 
-requeue() { # have Slurm start this job again; it has done so already after a preemption or `scontrol requeue`, and must not after scancel
+requeue() { # ask Slurm to start this job again; after preemption or `scontrol requeue` it already does; after scancel it must not
     local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} state
     id=${id:-$SLURM_JOB_ID}
     state=$(scontrol show job --oneliner "$id" | grep -oE '(JobState|Reason)=[A-Za-z_]+' | xargs)
     say "left because of $leaving at progress $(progress); Slurm says $state"
     case $state in
-        *JobState=RUNNING* | *Reason=TimeLimit*) # the limit came before the save was done: too late for this save, not for the next start
+        *JobState=RUNNING* | *Reason=TimeLimit*) # the limit came before the save was done: that save is lost, the next start is not
             scontrol requeue "$id" || stop "Slurm does not requeue this job: submit it again, it goes on where it was" ;;
     esac
     exit 0
 }
 
-report() { # where this runs
+report() { # say where the job runs, and what
     say "job $SLURM_JOB_ID$ELEMENT ($SLURM_JOB_NAME), start $((RESTARTS + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes, $SLURM_JOB_NODELIST"
     say "code $(git describe --always --dirty 2>/dev/null || echo without git) in $PWD; ${CONTAINER:+container $CONTAINER; }${wrap[*]} $PYTHON"
     say "command: ${command[*]}"

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# The whole chain as Slurm jobs that wait for each other: text to tokens, a teacher, its scores, a selection, and the student by SALT_DS
-# (SELECT=0: by SALT). Says what it submitted; DRY_RUN=1 only says what it would submit. A job whose predecessor fails is cancelled.
-# No score has beaten a random selection in our runs yet: SELECT_FLAGS='--rule random' makes one. Scoring all costs 17.9% of the student's
-# FLOPs, SCORE_FLAGS='--sample 0.35' 6.2%.
+# The whole chain as Slurm jobs that wait for each other: text to tokens, a teacher, its scores, a selection, and the student by SALT_DS.
+# SELECT=0 trains the student by SALT, without scores and selection. The script says what it submitted; with DRY_RUN=1 it only says what it
+# would submit. If a job fails, the jobs after it are cancelled.
 #
 #     INPUT='corpus/*.jsonl.zst' bash examples/pipeline.sh --account=us --partition=h100
 #
-# Its arguments are sbatch options of every job; CPU_OPTIONS, TEACHER_OPTIONS, SCORE_OPTIONS and STUDENT_OPTIONS come after them, for the
-# jobs of that name; TEACHER_FLAGS, SCORE_FLAGS, SELECT_FLAGS and STUDENT_FLAGS are flags of the programs. The environment is that of the scripts.
+# No score has beaten a random selection in our runs yet: SELECT_FLAGS='--rule random' makes one. To score everything costs 17.9% of the
+# student's FLOPs; SCORE_FLAGS='--sample 0.35' costs 6.2%.
+#
+# The arguments are sbatch options of every job. CPU_OPTIONS, TEACHER_OPTIONS, SCORE_OPTIONS and STUDENT_OPTIONS come after them, each for
+# its own jobs. TEACHER_FLAGS, SCORE_FLAGS, SELECT_FLAGS and STUDENT_FLAGS are flags of the programs. The environment is that of the scripts.
 set -euo pipefail
 cd "${REPO:-$(dirname "$0")/..}"
 export OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16} SCORES=${SCORES:-runs/scores} SELECTION=${SELECTION:-runs/selection}
 export TEACHER=${TEACHER:-runs/teacher_1p5b} TOKENIZER=${TOKENIZER:-data/tokenizer.model} DATA=$OUTPUT/${NAME}_text_document
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 everywhere=("$@")
-before=() # options of a job that have no #SBATCH lines to stand in
-unset RUN_DIR # each job has its own
+before=() # options of jobs that have no script with #SBATCH lines
+unset RUN_DIR # each job has one of its own
 
-words() { # words VARIABLE: what is in it, into `list`
+words() { # words VARIABLE: split its value into `list`
     read -ra list <<<"${!1:-}"
 }
 
-submit() { # submit NAME AFTER OPTIONS_VARIABLE WHAT...: one job, whose number goes into `job`
+submit() { # submit NAME AFTER OPTIONS_VARIABLE WHAT...: submit one job and set `job` to its number
     local name=$1 after=$2 list=()
     words "$3"
     local command=(sbatch --parsable "${before[@]}" "${everywhere[@]}" "${list[@]}" ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} "${@:4}")

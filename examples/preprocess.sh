@@ -11,12 +11,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 #
-# Text to tokens on CPUs, a part of the files an element: SHARDS parts, of which --array names the ones to do. A killed element goes on
-# where it was; `sbatch --array=3 examples/preprocess.sh` does one again. Then put the parts together, which pipeline.sh does too:
+# Text to tokens on CPUs. The files are divided into SHARDS parts; each array element does one. --array names the parts to do. A killed
+# element continues where it was. `sbatch --array=3 examples/preprocess.sh` does one part again. Then merge the parts (pipeline.sh does it
+# too):
 #
 #     python tools/merge_datasets.py --input 'data/pile-*-of-00016_text_document' --output-prefix data/pile_text_document
 #
-# INPUT: files or patterns; TOKENIZER: a SentencePiece model (tools/train_tokenizer.py makes one of 256,000 ids).
+# INPUT: files or patterns. TOKENIZER: a SentencePiece model (tools/train_tokenizer.py makes one of 256,000 ids).
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16}
 RUN_DIR=${RUN_DIR:-runs/preprocess-$NAME}

@@ -11,7 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# Reverse distillation, the paper's other baseline: salt_2p8b.sh with a teacher that stays to the end. Options, flags and environment as there.
+# Reverse distillation (RKD), the paper's other baseline: salt_2p8b.sh with a teacher that stays to the end. Options, flags and environment
+# as in salt_2p8b.sh.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/rkd_2p8b}
 source examples/launch.sh

@@ -11,21 +11,21 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# SALT: a 2.8B student with a 1.5B teacher, our reading of the setting of arXiv 2410.18779: 256K vocabulary, 1280 tokens, batches of 2048,
-# 208K steps, of which the teacher helps in the first 36K, with weight 0.667 and temperature 0.25, and goes at once.
+# SALT: a 2.8B student with a 1.5B teacher. This is our reading of the setting of arXiv 2410.18779: vocabulary 256K, 1280 tokens, batches of
+# 2048, 208K steps. The teacher helps in the first 36K steps, with weight 0.667 and temperature 0.25. Then it leaves at once.
 #
-#     bash examples/salt_2p8b.sh          # on the login node: data, teacher, space, versions, without holding a GPU
-#     sbatch examples/salt_2p8b.sh        # the run; the same again goes on with it
+#     bash examples/salt_2p8b.sh          # on the login node: checks data, teacher, space and versions, without a GPU
+#     sbatch examples/salt_2p8b.sh        # the run; the same command again continues it
 #     TEACHER=/shared/teacher sbatch --nodes=4 examples/salt_2p8b.sh --kd-steps 20000
 #
-# From the repository's root. sbatch's own options stand before the script, the trainer's flags after it, and both win over what is here.
-# Needs the data (preprocess.sh) and a teacher (teacher_1p5b.sh); pipeline.sh makes everything in its order.
+# Submit it from the repository's root. Options of sbatch stand before the script, flags of the trainer after it. Both win over this file.
+# It needs the data (preprocess.sh) and a teacher (teacher_1p5b.sh). pipeline.sh makes everything in its order.
 #
-# Open in the paper, and our choice: the temperature divides the teacher's logits, so 0.25 sharpens (as an exponent it would flatten); weight
-# and temperature themselves could not be read again in its text. Nothing of this has been run at this size.
+# Open in the paper: the temperature. We divide the teacher's logits by it, so 0.25 sharpens; as an exponent it would flatten. We could not
+# read weight and temperature again in the paper's text. Nothing has been run at this size.
 #
 # Departures from the paper: a causal language model instead of UL2's mixture; AdamW instead of Adafactor, at a peak of 3e-4 instead of
-# 1e-3; the shapes are our own (the paper gives parameter counts), with SwiGLU, RMSNorm and rotary positions; FP8 products (FP8=0: bfloat16).
+# 1e-3; shapes of our own (the paper gives parameter counts), with SwiGLU, RMSNorm and rotary positions; FP8 products (FP8=0: bfloat16).
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/salt_2p8b}
 source examples/launch.sh

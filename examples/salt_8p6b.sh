@@ -11,8 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# SALT with an 8.6B student and a 2.8B teacher (baseline_2p8b.sh trains it). The student is split over four GPUs of a node, each of which
-# has a whole teacher and takes a fourth of the microbatches. Options, flags and environment as in salt_2p8b.sh.
+# SALT with an 8.6B student and a 2.8B teacher (baseline_2p8b.sh trains it). The student is split over four GPUs of a node. Each of them has
+# a whole teacher, which takes a fourth of the microbatches. Options, flags and environment as in salt_2p8b.sh.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/salt_8p6b}
 source examples/launch.sh

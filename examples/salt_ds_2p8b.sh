@@ -11,8 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# SALT_DS: salt_2p8b.sh with stage 1 on the sequences that score.sh and select_data.py chose; stage 2 draws from all that stage 1 did not
-# see. Options, flags and environment as there. No score has beaten a random selection in our runs yet: compare with one.
+# SALT_DS: salt_2p8b.sh with stage 1 on the sequences that score.sh and select_data.py chose. Stage 2 draws from the samples that stage 1 did
+# not visit. No score has beaten a random selection in our runs yet: compare with one. Options, flags and environment as in salt_2p8b.sh.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/salt_ds_2p8b}
 source examples/launch.sh

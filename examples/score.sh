@@ -12,13 +12,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 #
-# Scores for salt_ds_2p8b.sh: an early checkpoint of the teacher reads every window of the training data, a part an element: SHARDS parts,
-# of which --array names the ones to do. A killed element goes on where it was; `sbatch --array=3 examples/score.sh` does one again. Then
+# Scores for salt_ds_2p8b.sh: an early checkpoint of the teacher reads every window of the training data. The data has SHARDS parts; each
+# array element scores one. --array names the parts to do. A killed element continues where it was. `sbatch --array=3 examples/score.sh`
+# does one part again. Then
 #
 #     python tools/select_data.py --scores runs/scores --output runs/selection --score median_dropped_10 --fraction 0.5 --valid-share 0.0005
 #
-# All windows cost 17.9% of salt_2p8b.sh's FLOPs. `sbatch examples/score.sh --sample 0.35` scores a random 0.35 of them, twice what stage 1
-# visits, for 6.2%; --fraction 0.5 is then half of those. No score has beaten a random selection in our runs yet: make one with
+# All windows cost 17.9% of salt_2p8b.sh's FLOPs. `sbatch examples/score.sh --sample 0.35` scores a random 0.35 of them for 6.2%, twice
+# what stage 1 visits; --fraction 0.5 is then half of those. No score has beaten a random selection in our runs yet: make one with
 # --rule random too, and compare.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 OUTPUT=${SCORES:-runs/scores} SHARDS=${SHARDS:-16}

@@ -11,8 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# The teacher of salt_2p8b.sh: 1.5B parameters, trained plainly on as many tokens. Keeps its checkpoint of step 26,000 for score.sh.
-# Options, flags and environment as there.
+# The teacher of salt_2p8b.sh: 1.5B parameters, trained plainly on as many tokens. It keeps its checkpoint of step 26,000 for score.sh.
+# Options, flags and environment as in salt_2p8b.sh.
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/teacher_1p5b}
 source examples/launch.sh

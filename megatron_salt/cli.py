@@ -1,9 +1,9 @@
 """From a command line and a YAML file to a checked RunConfig.
 
-Precedence: defaults < `--config file.yaml` < flags. YAML is nested by section, flags are flat; both use the leaf names of
-`config/`, and both refuse what they do not know, with a suggestion. Checks run once, on the merged result, so that a
-file may hold one half of what a flag completes. Mistakes are UserErrors; `exit_status` turns them into one line on
-stderr and status 2. Imports no torch.
+Precedence: defaults < `--config file.yaml` < flags. YAML is nested by section, flags are flat; both use the field names of
+`config/`. Unknown names are refused, with a suggestion. Checks run once, on the merged result, because a flag may complete
+what a file begins. Mistakes of the user are UserErrors; `exit_status` prints them in one line on stderr and exits with
+status 2. Imports no torch.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class CommandLine(RunConfig):
     """YAML file with the same names as the flags, nested by section (model:, parallel:, training: ...)."""
 
     print_config: bool = False
-    """Print the resolved configuration as YAML, fit for --config, and exit."""
+    """Print the resolved configuration as YAML for --config, and exit."""
 
     dry_run: int | None = None
-    """Check the run as this many ranks would start it, and exit: flags, data, teacher, --save and its space, the checkpoint in --load,
-    versions. One process, no GPU, nothing stays written."""
+    """Check the run as this many ranks would start it, and exit. One process, no GPU; no file stays written.
+    Checked: flags, data, teacher, --save and its free space, the checkpoint in --load, versions."""
 
     def __post_init__(self) -> None:
         if self.dry_run is not None and self.dry_run < 1:
@@ -52,14 +52,14 @@ class CommandLine(RunConfig):
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The run that `argv` (without the program's name) asks for: see `parse_command`."""
+    """The configuration that `argv` (without the program's name) asks for: see `parse_command`."""
     return parse_command(argv)[0]
 
 
 def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
-    """The run that `argv` (without the program's name) asks for, and the ranks of --dry-run, None without it.
+    """The configuration that `argv` (without the program's name) asks for, and the ranks of --dry-run (None without it).
 
-    Raises UserError for mistakes. --help and --print-config print to stdout and raise SystemExit(0).
+    Raises UserError for mistakes of the user. --help and --print-config print to stdout and raise SystemExit(0).
     """
     path = _config_path(argv)
     values: Mapping[str, Mapping[str, Any]] = {}
@@ -79,28 +79,34 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
 
 
 def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Sequence[str] | None = None) -> int:
-    """Parse flags into `config_class` (a frozen dataclass whose field docstrings are help texts), call `main` with it and
-    return the exit status: main's (None means 0), or that of `exit_status`. argv: default sys.argv[1:]."""
+    """Parse flags into `config_class`, call `main` with it, and return the exit status, see `exit_status`.
+
+    config_class: a frozen dataclass; its field docstrings are help texts. argv: default sys.argv[1:]. An OSError of a file system
+    ends the tool with one line that names the file.
+    """
     words = sys.argv[1:] if argv is None else argv
 
     def action() -> int | None:
         try:
             return main(parse_flags(config_class, words))
         except OSError as error:
-            if error.errno not in _OF_THE_DISK or error.filename is None:
+            if error.errno not in _FILE_SYSTEM_ERRORS or error.filename is None:
                 raise
             raise UserError(f"{error.filename} cannot be read or written: {error.strerror}") from error
 
     return exit_status(action)
 
 
-_OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
-"""What a tool may meet in any file, and is nobody's mistake in the code."""
+_FILE_SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
+"""Errors that any file may have: permissions, damage, a stale handle, a full disk. They are not bugs."""
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Run `action`; its status (None means 0), a UserError's own after printing it, as `error: ...` where it is one; 130 for Ctrl-C;
-    141, as of a process that SIGPIPE ended, where nobody reads stdout any more (`--help | head`)."""
+    """Run `action` and return the exit status.
+
+    It is the status that `action` returns (None means 0), or that of a UserError, which is printed on stderr. Ctrl-C gives 130. A closed
+    stdout (`--help | head`) gives 141, as for a process that SIGPIPE ended.
+    """
     try:
         try:
             return action() or 0
@@ -119,7 +125,7 @@ def exit_status(action: Callable[[], int | None]) -> int:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads stdout; what is still to be written there then goes nowhere, and Python's own end is silent."""
+    """Whether nobody reads stdout. If so, the rest of the output goes to /dev/null, and Python ends without an error message."""
     watched = select.poll()
     watched.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in watched.poll(0)):
@@ -129,30 +135,30 @@ def _stdout_is_closed() -> bool:
 
 
 def parse_flags(config_class: type[T], argv: Sequence[str], defaults: T | None = None) -> T:
-    """`config_class` (nested dataclasses become flat flags) from flags alone, or over `defaults`. Raises UserError."""
+    """A `config_class` from flags, over its own defaults or `defaults`. Nested dataclasses become flat flags. Raises UserError."""
     _refuse_unknown_flags(config_class, argv)
-    complaint = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(stderr):
             parsed = tyro.cli(config_class, args=list(argv), default=defaults, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as leaving:
         if leaving.code in (None, 0):  # --help
             raise
-        raise (_user_error_behind(leaving) or UserError(_plain(complaint.getvalue()))) from None
+        raise (_user_error_behind(leaving) or UserError(_message_in(stderr.getvalue()))) from None
     assert parsed is not None
     return parsed
 
 
 def leaves(config_class: type) -> list[tuple[str, Any]]:
     """(name, type) of every leaf field, depth first, over nested dataclasses."""
-    found: list[tuple[str, Any]] = []
+    result: list[tuple[str, Any]] = []
     for name, hint in field_types(config_class).items():
-        found.extend(leaves(hint) if is_dataclass(hint) and isinstance(hint, type) else [(name, hint)])
-    return found
+        result.extend(leaves(hint) if is_dataclass(hint) and isinstance(hint, type) else [(name, hint)])
+    return result
 
 
 def known_flags(config_class: type) -> list[str]:
-    """Every flag that `config_class` answers to; booleans also as --no-NAME."""
+    """Every flag of `config_class`; a boolean has --NAME and --no-NAME."""
     return ["--help"] + [
         word
         for name, hint in leaves(config_class)
@@ -170,16 +176,16 @@ def _refuse_unknown_flags(config_class: type, argv: Iterable[str]) -> None:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    """The value of --config, which must be known before the other flags are read over it."""
-    found = [value for word, value in pairwise([*argv, "--"]) if word == "--config" and value[:2] != "--"]
-    found += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    if len(found) > 1:
-        raise UserError(f"--config is given {len(found)} times ({', '.join(found)}); give one file")
-    return found[0] if found else None
+    """The value of --config. It is needed before the other flags, which are read over the file's values."""
+    paths = [value for word, value in pairwise([*argv, "--"]) if word == "--config" and value[:2] != "--"]
+    paths += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if len(paths) > 1:
+        raise UserError(f"--config is given {len(paths)} times ({', '.join(paths)}); give one file")
+    return paths[0] if paths else None
 
 
 def _user_error_behind(leaving: BaseException) -> UserError | None:
-    """The UserError that made tyro leave, when a dataclass's own check raised one."""
+    """The UserError of a dataclass's own check that made tyro exit; None if there was none."""
     cause: BaseException | None = leaving
     while cause is not None:
         if isinstance(cause, UserError):
@@ -188,27 +194,27 @@ def _user_error_behind(leaving: BaseException) -> UserError | None:
     return None
 
 
-def _plain(box: str) -> str:
-    """The first paragraph inside tyro's error box, as one line; what was given and what can be given, where tyro says that."""
+def _message_in(box: str) -> str:
+    """tyro's error box as one line of ours: the flag, the value that was given, and what it can be."""
     rows = [row.strip("│| ") for row in box.splitlines()]
     first = next((i for i, row in enumerate(rows[1:], 1) if not _RULER.match(row)), len(rows))
-    told = " ".join(rows[first : next((i for i, row in enumerate(rows[first:], first) if _RULER.match(row)), len(rows))])
-    if told.startswith("Missing from") and (absent := _ABSENT.findall(box)):
+    message = " ".join(rows[first : next((i for i, row in enumerate(rows[first:], first) if _RULER.match(row)), len(rows))])
+    if message.startswith("Missing from") and (absent := _ABSENT.findall(box)):
         return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} required; --help says what to give"
-    if choice := _CHOICE.match(told):
+    if choice := _CHOICE.match(message):
         given, name, known = choice.groups()
         choices = sorted(set(re.findall(r"'([^']*)'", known)) - {"None"})
         return f"{name} {given} is not one of {', '.join(choices)}{did_you_mean(given, choices)}"
-    if bare := _NO_VALUE.match(told):
+    if bare := _NO_VALUE.match(message):
         return f"{bare.group(1)} needs a value; --help tells which"
-    if odd := _NO_TYPE.match(told):
+    if odd := _NO_TYPE.match(message):
         name, wanted, given = odd.groups()
         return f"{name} {given} is no {wanted.replace('{None}|', '')}"
-    return told.removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
+    return message.removeprefix("Error parsing ") or "the flags could not be read; --help lists them"
 
 
-_RULER = re.compile(r"[─╰╭]|[+-]-{3}")  # a flag begins with two
-_ABSENT = re.compile(r"^[│| ] {5}(--(?!help\b)[\w-]+)", re.MULTILINE)  # what is told of a flag is indented further
+_RULER = re.compile(r"[─╰╭]|[+-]-{3}")  # three dashes: a flag begins with two
+_ABSENT = re.compile(r"^[│| ] {5}(--(?!help\b)[\w-]+)", re.MULTILINE)  # the description of a flag is indented further
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
 _NO_VALUE = re.compile(r"Missing value for argument '(--\S+)'\.")
 _NO_TYPE = re.compile(r"(?:Error parsing )?(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]")

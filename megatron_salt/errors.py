@@ -1,7 +1,7 @@
-"""Exceptions that end a program with one line and a status of their own.
+"""Exceptions that end a program with one line on stderr and an exit status of their own.
 
-Raised with a message that names the flag, the file and the numbers; the entry points print it without a
-traceback and exit with the class's status. Everything else that is raised is a bug of ours or of a library and keeps its traceback.
+The message names the flag, the file and the numbers. Programs print it without a traceback and exit with the class's
+status. Any other exception is a bug, of ours or of a library, and keeps its traceback.
 """
 
 import difflib
@@ -9,60 +9,62 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 Outcome = Literal["refused", "unsaved", "nonfinite", "left"] | None
-"""The word in --outcome-file, see train/launcher.py; None: no word, as for a run that died."""
+"""The word in --outcome-file, see train/launcher.py. None: the file is not written, as when a run dies."""
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or environment, described for the person who made it. Another start would only repeat it."""
+    """A mistake of the user in flags, files or environment. Another start would repeat it."""
 
     status = 2
-    """What the process exits with."""
+    """Exit status of the process."""
     outcome: Outcome = "refused"
 
 
 class LeftEarly(UserError):
-    """There is a reason to leave in the middle of a phase that saves nothing. Nobody's mistake, and another start goes on; raised on
-    every rank at the same place."""
+    """The run is asked to exit in a phase that saves nothing, such as loading. No mistake: another start goes on.
+
+    Raised on every rank at the same place.
+    """
 
     status = 0
     outcome: Outcome = "left"
 
     def __init__(self, reason: str, step: int | None = None) -> None:
-        """step: the last one done, where that is known."""
+        """step: the last complete step; None if unknown."""
         super().__init__(reason)
         self.reason, self.step = reason, step
 
 
 class SaveError(UserError):
-    """The last checkpoint is not on disk, or not whole. Nobody's mistake: another start may fare better."""
+    """The last checkpoint is not on disk, or not complete. No mistake of the user: another start may succeed."""
 
     status = 3
     outcome: Outcome = "unsaved"
 
 
 class NonFiniteError(UserError):
-    """Loss or parameters are not finite. Another start from the same checkpoint would most likely come to the same."""
+    """Loss or parameters are not finite. Another start from the same checkpoint would probably have the same result."""
 
     status = 4
     outcome: Outcome = "nonfinite"
 
 
 class LostRankError(UserError):
-    """A rank did not join, or is gone. Nobody's mistake: another start may fare better, so it counts as a run that died."""
+    """A rank did not join, or died. No mistake of the user: another start may succeed, so the run counts as one that died."""
 
     status = 1
     outcome: Outcome = None
 
 
 Look = Callable[[str], None]
-"""Raises LeftEarly, on every rank, where there is a reason to leave; its argument says what is under way. Collective over all ranks."""
+"""Raises LeftEarly on every rank when the run is asked to exit. Its argument names the current phase. Collective over all ranks."""
 
 
 def stay(doing: str) -> None:
-    """The Look of a program that nobody tells to leave."""
+    """The Look of a program that never exits early."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` for a message that refuses `name`; empty where nothing known is close."""
+    """` (did you mean X?)` for a message that refuses `name`; empty if no known name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m megatron_salt.pretrain --config examples/quickstart.yaml --train-iters 300
 
-parse -> check -> read inputs -> join the world -> build -> train -> leave. A user's mistake ends with one line and exit code 2, before
-anything is written, on every rank: parallel/failure.py. `--help`, and mistakes in flags of a single process, need no torch.
+parse -> check -> read inputs -> join the world -> build -> train -> leave. A mistake of the user ends every rank with one line and exit
+code 2, before anything is written (parallel/failure.py). `--help` and mistakes in flags need no torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.failure import with_one_voice
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
-from megatron_salt.train.checks import check
-from megatron_salt.train.exit import SignalWatch
+from megatron_salt.train.exit import SignalWatch, refuse_exit_file
 from megatron_salt.train.launcher import write_outcome
+from megatron_salt.train.plan import check
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what `argv` asks for; the exit status. SIGUSR2 shows on stderr where every thread is, of a run that hangs, say."""
+    """Run what `argv` asks for; returns the exit status. SIGUSR2 prints the stack of every thread to stderr."""
     started = time.monotonic()
     faulthandler.register(signal.SIGUSR2, file=2)
     return exit_status(
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> None:
-    """Train as configured, or see whether that could be done by `dry_run_ranks` ranks.
+    """Train as configured, or with `dry_run_ranks` only check whether that many ranks could.
 
     started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts.
     """
@@ -54,9 +54,10 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
 def carry_out(config: RunConfig, started: float) -> None:
     """Check, join the world, train, leave. Every rank calls. Raises UserError."""
     layout, plan = check(config, world_size_from_environment())
+    refuse_exit_file(config.training.exit_file)  # at once: a file that appears from here on is a reason to leave, not a mistake
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
-        # Every rank would be told several times that there is no apex, which nobody needs.
+        # megatron-core warns several times on every rank that apex is missing. It is not needed.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
         order_launches(layout.tensor, layout.context)
         from megatron_salt.train.run import run_session  # torch and megatron-core, whose imports take seconds
@@ -68,8 +69,9 @@ def carry_out(config: RunConfig, started: float) -> None:
 
 
 def rehearse(config: RunConfig, world_size: int) -> None:
-    """See what can be seen without the others. Raises UserError."""
+    """Check what one process can check. Raises UserError."""
     layout, plan = check(config, world_size)
+    refuse_exit_file(config.training.exit_file)
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)

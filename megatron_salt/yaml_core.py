@@ -1,7 +1,7 @@
-"""YAML by version 1.2's core schema, on top of PyYAML, which reads by version 1.1.
+"""YAML with the core schema of version 1.2, on top of PyYAML, which follows version 1.1.
 
-`1e-3` is a number, `yes`, `10:20`, `2024-01-01` are strings, `010` is ten, and a key that is given twice is an error.
-`dump` quotes whatever either version would read as something other than the string it is, so load(dump(x)) == x.
+`1e-3` is a number; `yes`, `10:20` and `2024-01-01` are strings; `010` is ten; a key that is given twice is an error.
+`dump` quotes a string that either version would read as something else, so load(dump(x)) == x.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 
 def load(text: str) -> Any:
-    """The one document in `text`; None when empty. Raises ValueError that says where the text is not valid."""
+    """The single document in `text`; None if it is empty. Raises ValueError with the position of an error in the text."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
@@ -24,7 +24,7 @@ def load(text: str) -> Any:
 
 
 def dump(tree: Any) -> str:
-    """`tree` of dicts, lists and scalars as text, keys in their order."""
+    """`tree` of dicts, lists and scalars as text. Keys keep their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 
 
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):  # the base class refuses the others
+            if isinstance(key, Hashable):  # the base class refuses keys that are not hashable
                 if key in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
                 seen.add(key)
@@ -61,7 +61,7 @@ _CORE_SCHEMA = (
     ),
 )
 
-_Loader.yaml_implicit_resolvers = {}  # none of version 1.1's
+_Loader.yaml_implicit_resolvers = {}  # drop those of version 1.1
 for _name, _pattern, _first_characters in _CORE_SCHEMA:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first_characters)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first_characters)

@@ -1,27 +1,53 @@
-"""What the README says exists: commands, files, flags, links; and every file of the repository has its place in the tree."""
+"""What the pages say exists: commands, files, flags, links, messages; every file of the repository has its place in the tree; and
+the README stays short enough to skim."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import math
 import re
 import shlex
+import statistics
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from megatron_salt.cli import CommandLine, known_flags, parse_flags
+from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
-from megatron_salt.train.checks import check
+from megatron_salt.train.plan import check
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 PROGRAMS = [ROOT / "megatron_salt/tools" / tool.name for tool in TOOLS]
-NOT_OURS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--no-deps", "--standalone"}
-"""torchrun's and pip's flags."""
+SCRIPTS = {
+    name: target.partition(":")[0].rpartition(".")[2]
+    for name, target in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
+}
+"""Console scripts: name to the module's own name, such as salt-score to score_data."""
+NOT_OURS = {
+    *(
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--rdzv-id",
+        "--standalone",
+        "--no-python",
+    ),  # torchrun
+    *("--no-deps", "--no-build-isolation"),  # pip
+    *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
+    *("--nv", "--bind"),  # apptainer
+}
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
 def make_targets() -> set[str]:
@@ -29,17 +55,42 @@ def make_targets() -> set[str]:
 
 
 def code_of(text: str) -> list[str]:
-    """Commands: indented lines, with the lines that a backslash continues, and what stands in backquotes."""
+    """Commands: lines of fenced blocks and indented lines, with the lines that a backslash continues, and what stands in backquotes."""
     joined = re.sub(r"\\\n\s*", "", text)
-    return re.findall(r"^    (.+)$", joined, re.MULTILINE) + re.findall(r"`([^`\n]+)`", joined)
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", joined, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^ *```.*?^ *```", "", joined, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return lines + re.findall(r"^    (.+)$", prose, re.MULTILINE) + re.findall(r"`([^`\n]+)`", prose)
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and points of lists; not code, tables, headings, and the targets of links."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(("#", "|")))
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`\n]*`", "code", text)
+    paragraphs = re.split(r"\n\s*\n|\n\s*- ", text)
+    parts = [part for paragraph in paragraphs for part in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split()))]
+    return [part for part in parts if words(part) > 1]
+
+
+def words(sentence: str) -> int:
+    return len(re.findall(r"[\w'.-]*\w[\w'.-]*", sentence))
+
+
+def anchors(text: str) -> set[str]:
+    """Headings as GitHub and MkDocs both name them."""
+    headings = [line.lstrip("# ").strip().lower() for line in text.splitlines() if line.startswith("#")]
+    kept = [re.sub(r"[^\w -]", "", heading) for heading in headings]
+    return {heading.replace(" ", "-") for heading in kept} & {re.sub(r"[\s-]+", "-", heading) for heading in kept}
 
 
 def flags_of(config_class: type) -> set[str]:
     return set(known_flags(config_class))
 
 
-def tool_config(path: Path) -> type:
-    module = importlib.import_module(f"megatron_salt.tools.{path.stem}")
+def tool_config(name: str) -> type:
+    module = importlib.import_module(f"megatron_salt.tools.{name}")
     [config] = [
         member
         for name, member in vars(module).items()
@@ -50,17 +101,29 @@ def tool_config(path: Path) -> type:
 
 def tree_paths() -> set[str]:
     """Every file and directory that the annotated tree names."""
-    block = re.search(r"```\n(megatron_salt/\n.*?)```", ARCHITECTURE, re.DOTALL)
+    block = re.search(r"```\n(megatron_salt/\n.*?)```", PAGES["docs/architecture.md"], re.DOTALL)
     assert block
-    found, parents = set(), [""] * 8
+    paths, parents = set(), [""] * 8
     for line in block[1].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         names = re.match(r"(?:[\w.]+(?:\.\w+|/) ?)+", line.strip())
         assert names, line
         for name in names[0].split():
-            found.add("".join(parents[:depth]) + name)
+            paths.add("".join(parents[:depth]) + name)
             parents[depth] = name if name.endswith("/") else parents[depth]
-    return found
+    return paths
+
+
+def string_templates() -> list[str]:
+    """Every string of the package's code; an f-string has a NUL for each value."""
+    templates = []
+    for path in (ROOT / "megatron_salt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                templates.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                templates.append(node.value)
+    return templates
 
 
 def test_the_tree_names_what_is_there() -> None:
@@ -75,58 +138,141 @@ def test_every_module_and_tool_is_in_the_tree() -> None:
     assert {file for file in files if not file.endswith("__init__.py")} - tree_paths() == set()
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in README.splitlines()
-        if line.startswith("#")
-    }
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in headings
+def test_the_readme_can_be_skimmed() -> None:
+    lengths = [words(sentence) for sentence in sentences(README)]
+    assert len(README.splitlines()) <= 150
+    assert len(lengths) > 40
+    assert statistics.median(lengths) <= 15
+    assert statistics.mean(lengths) <= 18
+    assert max(map(len, README.splitlines())) <= 140
 
 
-def test_make_targets_exist() -> None:
-    named = set(re.findall(r"make ([a-z-]+)", "\n".join(code_of(README))))
-    assert {"quickstart", "test"} <= named
+@each_page
+def test_sentences_are_short(page: str) -> None:
+    lengths = {sentence: words(sentence) for sentence in sentences(PAGES[page])}
+    assert statistics.mean(lengths.values()) <= 18
+    assert [sentence for sentence, length in lengths.items() if length > 35] == []
+
+
+def test_the_status_stands_on_the_first_screen() -> None:
+    assert "Nothing has run on a GPU yet" in "\n".join(README.splitlines()[:20])
+
+
+def test_the_readme_names_every_folder_of_the_package() -> None:
+    folders = {f"- `{path.parent.name}/`" for path in (ROOT / "megatron_salt").glob("*/__init__.py")}
+    named = set(re.findall(r"^- `\w+/`", README, re.MULTILINE))
+    assert named == folders
+
+
+def test_every_page_is_linked_and_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation
+        if page.name != "index.md":
+            assert f"](docs/{page.name}" in README
+            assert f"]({page.name})" in PAGES["docs/index.md"]
+
+
+@each_page
+def test_links_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), f"{target}#{anchor}"
+
+
+@each_page
+def test_files_exist(page: str) -> None:
+    """Paths in backquotes that begin with a folder of the repository, and modules as paths in the package."""
+    code = "\n".join(re.findall(r"`([^`\n]+)`", PAGES[page]))
+    for path in re.findall(r"(?<![\w./-])((?:examples|tools|benchmarks|docs|docker|tests|megatron_salt)/[\w./-]*\w/?)", code):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"^(\w+/\w+\.py)$", code, re.MULTILINE):
+        assert (ROOT / path).exists() or (ROOT / "megatron_salt" / path).exists(), path
+
+
+@each_page
+def test_make_targets_exist(page: str) -> None:
+    named = set(re.findall(r"make ([a-z-]+)", "\n".join(code_of(PAGES[page]))))
     assert named - make_targets() == set()
 
 
 def test_continuous_integration_runs_the_readmes_commands() -> None:
     run = (ROOT / ".ci/run").read_text()
-    for command in ("make test", "make quickstart SHORT=1", "make test-short PYTHON=", "make test-te"):
+    for command in ("make test", "make docs", "make quickstart SHORT=1", "make test-short PYTHON=", "make test-te"):
         assert command in run
         assert command in README
 
 
-def test_flags_exist() -> None:
-    known = flags_of(CommandLine).union(*map(flags_of, map(tool_config, TOOLS)))
-    named = {flag for code in code_of(README) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
-    assert len(named) > 30
-    assert named - known - NOT_OURS == set()
+@each_page
+def test_flags_exist(page: str) -> None:
+    ours = flags_of(CommandLine).union(NOT_OURS, *(flags_of(tool_config(tool.stem)) for tool in TOOLS))
+    for code in code_of(PAGES[page]):
+        benchmark = re.search(r"benchmarks/\w+\.py", code)
+        known = set(re.findall(r'"(--[\w-]+)"', (ROOT / benchmark[0]).read_text())) if benchmark else ours
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) <= known, code
 
 
-@pytest.mark.parametrize(
-    "text",
-    [README, (ROOT / "examples/quickstart.sh").read_text(), *(path.read_text() for path in PROGRAMS)],
-    ids=["README", "quickstart.sh", *(path.name for path in PROGRAMS)],
-)
-def test_commands_of_the_tools_parse(text: str) -> None:
-    commands = re.findall(r"tools/(\w+)\.py( +--(?:[^`\n\\]|\\+\n)*)", text)
-    assert commands
-    for tool, rest in commands:
-        words = shlex.split(re.sub(r"\\+\n", " ", rest).replace('"${asked[@]}"', "--below-unigram 0.5 --below salt:plain"))
-        parse_flags(tool_config(ROOT / "tools" / f"{tool}.py"), [word for word in words if not word.startswith("[")])
+@pytest.mark.parametrize("name", [*PAGES, "examples/quickstart.sh", *(str(path.relative_to(ROOT)) for path in PROGRAMS)])
+def test_commands_of_the_tools_parse(name: str) -> None:
+    text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
+    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))( +--[^`\n|&]*)", text)
+    for tool, script, rest in commands:
+        tool = tool or SCRIPTS[script]
+        if tool != "pretrain":
+            words = shlex.split(rest.replace('"${asked[@]}"', "--below-unigram 0.5 --below salt:plain"), comments=True)
+            words = [word for word in words if not word.startswith("[")]
+            parse_flags(tool_config(tool), words)
+    assert commands or name in PAGES
 
 
-def test_the_cluster_command_is_a_run() -> None:
-    [command] = [code for code in code_of(README) if "--nnodes" in code]
+def test_every_console_script_is_told() -> None:
+    rows = re.findall(
+        r"^\| `(salt-[a-z-]+)` \| `(?:tools/(\w+)\.py|python -m megatron_salt\.pretrain)`", PAGES["docs/training.md"], re.M
+    )
+    assert {script: module or "pretrain" for script, module in rows} == SCRIPTS
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"pretrain --config", PAGES[page])])
+def test_commands_of_the_trainer_are_runs(page: str) -> None:
+    """The README's and SALT's YAML files are copies of the models in examples/; ranks as torchrun or --dry-run is told."""
+    models = {"teacher.yaml": "model_1p5b.yaml", "student.yaml": "model_2p8b.yaml", "run.yaml": "model_8p6b.yaml"}
+    for command in [code for code in code_of(PAGES[page]) if re.search(r"pretrain --config", code)]:
+        launcher, _, flags = command.partition("--config")
+        words = shlex.split(flags, comments=True)
+        words[0] = str(ROOT / "examples" / models.get(words[0], Path(words[0]).name))
+        run, dry_ranks = parse_command(["--config", *words])
+        sizes = [int(size) for size in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", launcher)]
+        check(run, world_size=dry_ranks or math.prod(sizes))
+
+
+def test_the_command_of_four_nodes_makes_four_replicas() -> None:
+    [command] = [code for code in code_of(PAGES["docs/cluster.md"]) if "--nnodes" in code]
     _, _, flags = command.partition("--config run.yaml")
     run = parse_flags(CommandLine, [*shlex.split(flags), "--train-iters", "10"])
     layout, plan = check(run, world_size=32)
     assert (layout.tensor, layout.pipeline, layout.data) == (4, 2, 4)
     assert plan.total_steps == 10
+
+
+def test_messages_of_troubleshooting_are_the_codes() -> None:
+    """`...` stands for what a message fills in."""
+    messages = re.findall(r"```text\n(.*)\n```", PAGES["docs/troubleshooting.md"])
+    assert len(messages) >= 20
+    templates = string_templates()
+    for message in messages:
+        fixed = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+        pattern = re.compile(r".*".join(fixed), re.DOTALL)
+        assert any(pattern.search(template) for template in templates), message
+
+
+def test_measured_figures_have_a_command_and_a_date() -> None:
+    sections = re.split(r"^## ", PAGES["docs/performance.md"], flags=re.MULTILINE)[1:]
+    for section in sections[:-1]:
+        assert re.search(r"`(python benchmarks/\w+\.py|make quickstart)", section), section
+        assert re.search(r"\b2026-\d\d-\d\d\b", section), section
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

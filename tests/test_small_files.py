@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_salt.checkpoint import integrity, owner, safe_unpickle, save_directory
-from megatron_salt.checkpoint.compatibility import read_facts
 from megatron_salt.checkpoint.integrity import FileSum
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.data.indexed_dataset import TokenFile
@@ -129,7 +129,7 @@ def read_table_of_contents(folder: Path) -> Any:
 
 READERS = [
     (read_checkpoint_sums, integrity.CHECKSUMS),
-    (read_facts, save_directory.STATE),
+    (read_state, save_directory.STATE),
     (save_directory.read_tracker, save_directory.TRACKER),
     (read_dataset_manifest, "data.manifest.json"),
     (read_table_of_contents, integrity.METADATA),

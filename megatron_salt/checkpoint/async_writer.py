@@ -7,6 +7,8 @@ returns, a process that was killed while it wrote too. Each writer also checksum
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import multiprocessing
 import os
 import signal
@@ -34,12 +36,17 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_salt.checkpoint.integrity import FileSum, sum_of_file
+from megatron_salt.checkpoint.integrity import FileSum, sum_of_file, write_whole
+from megatron_salt.checkpoint.safe_unpickle import COMMON
 from megatron_salt.checkpoint.sharded_state import State
 from megatron_salt.parallel.collectives import first_problem, from_rank_0
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mcore_compat import begin_sharded_save, quiet_checkpointing
 
+CORE_CONFIG = "metadata.json"
+CORE_CONFIG_CONTENT = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
 _SIGNALLED = 128  # plus the signal's number: the exit status of a process whose own process died of it
 _PATIENCE = 30.0  # seconds until the file system must show rank 0 what other ranks wrote
 
@@ -97,6 +104,16 @@ def sheltered() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def write_core_files(directory: Path) -> dict[str, FileSum]:
+    """Write the two small files, without content of ours, by which any release of megatron-core knows its checkpoints. Rank 0 calls."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    return {
+        COMMON: write_whole(directory / COMMON, buffer.getvalue()),
+        CORE_CONFIG: write_whole(directory / CORE_CONFIG, json.dumps(CORE_CONFIG_CONTENT).encode()),
+    }
 
 
 def write_later(write: Write, queue: AsyncCallsQueue, publish: Callable[[], None]) -> None:

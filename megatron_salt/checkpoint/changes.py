@@ -1,7 +1,7 @@
 """Which flags of a run changed since its checkpoint. The checkpoint's run.yaml is compared as a whole with this run's.
 
-What makes another run is refused elsewhere (compatibility.py, salt/resumption.py). Every other flag that has a say in training, and that
-a user may change, is told, unless `UNTOLD` names it: a new flag is told without anybody's doing. Not collective.
+Flags that make another run are refused elsewhere (compatibility.py, salt/schedule.py). Every other flag that shapes the training, and
+that a user may change, is reported, unless `UNTOLD` names it. So a new flag is reported without further work. Not collective.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt import yaml_core
+from megatron_salt.checkpoint.save_directory import RUN_YAML
 from megatron_salt.config import flag
 from megatron_salt.config.run import sections
 from megatron_salt.small_files import read_small
 
 CHANGED = "changed"
-"""The kind of event in Progress.events: "event", "step", "flag", "from", "to"."""
-
-RUN_YAML = "run.yaml"
+"""The kind of event in RunState.events: "event", "step", "flag", "from", "to"."""
 
 UNTOLD_SECTIONS = {"model", "tokenizer", "checkpoint", "logging"}
 """Model and tokenizer are refused where they differ, checkpoint and logging are about files."""
@@ -52,7 +51,7 @@ class Change:
     here: Any
 
     def event(self, step: int) -> dict[str, Any]:
-        """What Progress.events remembers of it. step: the checkpoint's."""
+        """What RunState.events remembers of it. step: the checkpoint's."""
         return {"event": CHANGED, "step": step, "flag": flag(self.name), "from": self.there, "to": self.here}
 
 

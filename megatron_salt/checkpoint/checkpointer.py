@@ -9,16 +9,14 @@ uninterrupted, bit for bit on the CPU. Every function here is collective over al
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,30 +31,27 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.checkpoint import (
     async_writer,
     compatibility,
-    evaluated,
     fp8_scales,
     integrity,
-    lineage,
+    loading,
     retention,
     rng,
     save_directory,
     sharded_state,
+    state_file,
 )
-from megatron_salt.checkpoint.changes import RUN_YAML
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.owner import Ownership
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import CheckpointState, OpenedCheckpoint, OptimizerState, ReferenceLosses, RunState
+from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 from megatron_salt.config import CheckpointConfig
-from megatron_salt.errors import SaveError, UserError
+from megatron_salt.errors import Look, SaveError, UserError, stay
 from megatron_salt.parallel.collectives import first_problem, from_rank_0
-from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-TOKENIZER = "tokenizer"
 
 
 @dataclass
@@ -91,22 +86,22 @@ class Checkpointer:
         self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
         self._save = None if config.save is None else Path(config.save)
         self._owner = owner
-        self._lineage = lineage.fresh()  # until `load`; rank 0's is written
+        self._lineage = retention.fresh()  # until `load`; rank 0's is written
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
         self._newest: tuple[int, Path] | None = None  # this run's newest whole checkpoint under --save
-        self._evaluated: Progress | None = None  # what the evaluation after the pending save's step came to
+        self._evaluated: RunState | None = None  # after the evaluation at the pending save's step
         if self._save is not None:
             prepare_directory(self._save)
 
     # ---- saving -------------------------------------------------------------------------------------------------------
 
     def save(
-        self, progress: Progress, probe: dict[str, Any] | None = None, name: str | None = None, final: bool = False
+        self, run: RunState, reference_losses: ReferenceLosses | None = None, name: str | None = None, final: bool = False
     ) -> None:
         """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout. `probe`: the losses
-        by which a run that takes this model as its teacher recognises it (train/reference_loss.py).
+        by which a run that takes this model as its teacher recognises it (train/evaluate.py).
 
         Returns when it is whole; under --async-save as soon as it has been copied (call `poll` every step, and `finish` at the
         end). When saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error
@@ -115,44 +110,44 @@ class Checkpointer:
         assert self._save is not None, "save without --save"
         self.finish()
         reshardable = final or name is not None or self._config.dist_ckpt_optim_fully_reshardable
-        if name is None and (self._complete == (progress.step, True) or self._complete == (progress.step, reshardable)):
+        if name is None and (self._complete == (run.step, True) or self._complete == (run.step, reshardable)):
             return
-        directory = save_directory.partial_of(self._save, progress.step)
+        directory = save_directory.partial_of(self._save, run.step)
         sums: dict[str, integrity.FileSum] = {}
         started = time.monotonic()
         with sharded_state.settled(self._chunks), async_writer.sheltered():
-            state, facts = self._state_to_save(progress, probe, name, reshardable)
-            problem = async_writer.on_rank_0(partial(self._write_companions, directory, facts, sums))
+            tensors, state = self._state_to_save(run, reference_losses, name, reshardable)
+            problem = async_writer.on_rank_0(partial(self._write_companions, directory, state, sums))
             if problem is not None:
-                self._failed(progress.step, problem)
+                self._failed(run.step, problem)
                 return
-            write = async_writer.plan(state, directory, self._mesh.groups)
-            self._pending = _Pending(progress.step, write, sums, reshardable, started)
+            write = async_writer.plan(tensors, directory, self._mesh.groups)
+            self._pending = _Pending(run.step, write, sums, reshardable, started)
             if self._config.async_save:
                 async_writer.write_later(write, self._queue, self._publish)
             else:
                 async_writer.write_now(write)
         if self._config.async_save:
-            log.info("step %d: copied for saving in %.2f s", progress.step, time.monotonic() - started)
+            log.info("step %d: copied for saving in %.2f s", run.step, time.monotonic() - started)
         else:
             self._publish()
 
-    def add_evaluation(self, progress: Progress) -> None:
+    def add_evaluation(self, run: RunState) -> None:
         """Let the checkpoint of this step know what the evaluation after it decided, so that no resumed run repeats it. A save under
         way takes it along. A disk that cannot take it is told: the evaluation is then repeated."""
-        if self._pending is not None and self._pending.step == progress.step:
-            self._evaluated = progress
-        elif self._newest is not None and self._newest[0] == progress.step:
-            problem = async_writer.on_rank_0(partial(self._write_evaluation, self._newest[1], progress))
+        if self._pending is not None and self._pending.step == run.step:
+            self._evaluated = run
+        elif self._newest is not None and self._newest[0] == run.step:
+            problem = async_writer.on_rank_0(partial(self._write_evaluation, self._newest[1], run))
             if problem is not None:
                 log.warning(
-                    "step %d: its evaluation cannot be noted in --save (%s); a resumed run repeats it", progress.step, problem
+                    "step %d: its evaluation cannot be noted in --save (%s); a resumed run repeats it", run.step, problem
                 )
 
-    def _write_evaluation(self, directory: Path, progress: Progress) -> None:
+    def _write_evaluation(self, directory: Path, run: RunState) -> None:
         """Rank 0: beside the files that the checksums list."""
         self._check_owner()
-        evaluated.write(directory, progress)
+        state_file.write_evaluation(directory, run)
 
     def poll(self) -> None:
         """Complete an --async-save that every rank has finished writing; returns at once otherwise. Call it every step."""
@@ -165,37 +160,40 @@ class Checkpointer:
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def _state_to_save(
-        self, progress: Progress, probe: dict[str, Any] | None, name: str | None, reshardable: bool
-    ) -> tuple[sharded_state.State, dict[str, Any]]:
+        self, run: RunState, reference_losses: ReferenceLosses | None, name: str | None, reshardable: bool
+    ) -> tuple[sharded_state.State, CheckpointState]:
+        """This rank's tensors, and the rest of the checkpoint. Collective over all ranks."""
         names, vector = rng.capture()
         model = sharded_state.model_state(self._chunks, self._mesh.groups)
-        state: sharded_state.State = {**model, "rng": sharded_state.rng_state(vector, self._mesh.layout, self._mesh.rank)}
-        facts: dict[str, Any] = {
-            "format": compatibility.FORMAT,
-            "name": name,
-            "saved_at": time.time(),
-            "lineage": self._lineage,
-            "megatron_core": megatron_core_version(),
-            "torch": torch.__version__,
-            **asdict(progress),
-            **compatibility.identity_facts(self._run),
-            "probe": probe,
-            "layout": self._mesh.layout.sizes,
-            "chunks": len(self._chunks),
-            "rng": names,
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "optimizer": None,
-        }
+        tensors: sharded_state.State = {**model, "rng": sharded_state.rng_state(vector, self._mesh.layout, self._mesh.rank)}
+        optimizer = None
         if self._optimizer is not None:
-            form = compatibility.common_form(sharded_state.form_for(self._optimizer, reshardable))
-            plans = compatibility.bucket_plans(sharded_state.bucket_plan(self._chunks, model), self._mesh)
-            facts["optimizer"] = {"form": form, "step": sharded_state.optimizer_step(self._optimizer), "bucket_plans": plans}
-            state["optimizer"] = sharded_state.optimizer_state(self._optimizer, model, form, is_loading=False)
+            form = sharded_state.common_form(sharded_state.form_for(self._optimizer, reshardable))
+            plans = sharded_state.all_bucket_plans(sharded_state.bucket_plan(self._chunks, model), self._mesh)
+            optimizer = OptimizerState(form, sharded_state.optimizer_step(self._optimizer), plans)
+            tensors["optimizer"] = sharded_state.optimizer_state(self._optimizer, model, form, is_loading=False)
         if scales := fp8_scales.state_to_save(self._chunks, self._mesh.groups):
-            state["fp8"] = scales
-        return state, facts
+            tensors["fp8"] = scales
+        state = CheckpointState(
+            name=name,
+            saved_at=time.time(),
+            lineage=self._lineage,
+            megatron_core=megatron_core_version(),
+            torch=torch.__version__,
+            run=run,
+            architecture=self._run.architecture,
+            tokenizer=self._run.tokenizer_fingerprint,
+            data_fingerprint=self._run.data_fingerprint,
+            reference_losses=reference_losses,
+            layout=self._mesh.layout,
+            chunks=len(self._chunks),
+            rng=names,
+            scheduler=None if self._scheduler is None else self._scheduler.state_dict(),
+            optimizer=optimizer,
+        )
+        return tensors, state
 
-    def _write_companions(self, directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> None:
+    def _write_companions(self, directory: Path, state: CheckpointState, sums: dict[str, integrity.FileSum]) -> None:
         """Rank 0: everything but the shards."""
         self._check_owner()
         if os.path.lexists(directory):
@@ -205,10 +203,8 @@ class Checkpointer:
         for path in sorted((directory / TOKENIZER).iterdir()):
             sums[f"{TOKENIZER}/{path.name}"] = integrity.sum_of_file(path)
         sums[RUN_YAML] = integrity.write_whole(directory / RUN_YAML, self._run.yaml.encode())
-        sums[save_directory.STATE] = integrity.write_whole(
-            directory / save_directory.STATE, json.dumps(facts, indent=1).encode()
-        )
-        sums |= compatibility.write_core_files(directory)
+        sums[save_directory.STATE] = state_file.write_state(directory, state)
+        sums |= async_writer.write_core_files(directory)
 
     def _publish(self) -> None:
         """Complete the pending save after every rank has written."""
@@ -276,72 +272,39 @@ class Checkpointer:
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self, found: compatibility.Found | None = None) -> Progress | None:
-        """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Where training continues.
+    def load(self, opened: OpenedCheckpoint | None = None, look: Look = stay) -> RunState | None:
+        """Put --load's checkpoint into model, optimizer, schedule and generators, as the flags say. Returns where training continues.
 
-        None: there is nothing to load, so the run starts at step 0. found: what `compatibility.open_checkpoint` found before.
-        Raises UserError (also DamagedCheckpoint, UnsafePickle).
+        None: there is nothing to load, so the run starts at step 0. opened: what `loading.open_checkpoint` returned earlier.
+        look: called between the files that are verified. Raises UserError (also DamagedCheckpoint, UnsafePickle).
         """
         config = self._config
         if config.load is None:
             self._begin(None)
             return None
-        found = found or compatibility.open_checkpoint(Path(config.load), config.load_fallback)
-        if found is None:
+        opened = opened or loading.open_checkpoint(Path(config.load), config.load_fallback, look=look)
+        if opened is None:
             compatibility.refuse_empty(config.load, config.save)
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        progress = from_rank_0(partial(compatibility.take_over, found, self._run, config))
-        self._begin(None if config.finetune else found)
-        self._load_tensors(found)
-        if not config.finetune and self._scheduler is not None and found.facts["scheduler"] is not None:
-            compatibility.load_schedule(self._scheduler, self._optimizer, found, self._run.schedule_follows_run)
-        beside = self._save is not None and os.path.realpath(found.directory.parent) == os.path.realpath(self._save)
-        if beside and not found.directory.is_symlink():  # what a link points to may be another run's
-            self._newest = (found.facts["step"], found.directory)
-        return progress
+        state = from_rank_0(partial(compatibility.take_over, opened, self._run, config))
+        self._begin(None if config.finetune else opened)
+        loading.load_tensors(opened, config, self._run.seed, self._mesh, self._chunks, self._optimizer)
+        if not config.finetune and self._scheduler is not None and opened.state.scheduler is not None:
+            compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._run.schedule_follows_run)
+        beside = self._save is not None and os.path.realpath(opened.directory.parent) == os.path.realpath(self._save)
+        if beside and not opened.directory.is_symlink():  # a link may point to another run's checkpoint
+            self._newest = (opened.state.run.step, opened.directory)
+        return state
 
-    def _begin(self, found: compatibility.Found | None) -> None:
-        """Decide whose checkpoints this run's are; found: what it goes on from. Collective. Raises UserError where --save is another's."""
+    def _begin(self, opened: OpenedCheckpoint | None) -> None:
+        """Decide this run's lineage; opened: what it goes on from. Collective. Raises UserError where --save is another run's."""
         if self._save is not None:
-            place = None if found is None else (found.directory, found.facts)
-            self._lineage = from_rank_0(partial(retention.begin, self._config, place))
-
-    def _load_tensors(self, found: compatibility.Found) -> None:
-        facts = found.facts
-        model = sharded_state.model_state(self._chunks, self._mesh.groups)
-        state: sharded_state.State = dict(model)
-        optimizer = None if self._config.finetune or self._config.no_load_optim else self._optimizer
-        if optimizer is not None:
-            plan = sharded_state.bucket_plan(self._chunks, model)
-            form = compatibility.loadable_form(found, optimizer, plan, self._mesh, len(self._chunks))
-            state["optimizer"] = sharded_state.optimizer_state(optimizer, model, form, is_loading=True)
-        with_rng = not (self._config.finetune or self._config.no_load_rng)
-        names, vector = rng.capture()
-        same_generators = facts["layout"] == self._mesh.layout.sizes and facts["rng"] == [list(name) for name in names]
-        if with_rng and same_generators:
-            state["rng"] = sharded_state.rng_state(torch.empty_like(vector), self._mesh.layout, self._mesh.rank)
-        if scales := fp8_scales.state_to_load(self._chunks, self._mesh.groups, found.sizes):
-            state["fp8"] = scales
-        compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
-        loaded = sharded_state.load(state, found.directory, self._mesh.groups)
-        sharded_state.load_model(self._chunks, loaded)
-        fp8_scales.load_state(self._chunks, loaded.get("fp8", {}))
-        if optimizer is not None:
-            sharded_state.load_optimizer(optimizer, loaded["optimizer"], facts["optimizer"]["step"])
-        elif self._optimizer is not None:
-            self._optimizer.reload_model_params()
-        if with_rng and same_generators:
-            rng.restore(names, loaded["rng"].flatten())
-        elif with_rng:
-            seed_everything(self._run.seed + facts["step"], self._mesh)
-            log.warning(
-                "%s has random state for %s, this run is %s: generators are seeded anew from --seed and the step",
-                found.directory,
-                facts["layout"],
-                self._mesh.layout.sizes,
-            )
+            origin = None
+            if opened is not None:
+                origin = retention.Origin(opened.directory, opened.state.run.step, opened.state.lineage)
+            self._lineage = from_rank_0(partial(retention.begin, self._config, origin))
 
 
 def prepare_directory(save: Path) -> None:
@@ -352,27 +315,12 @@ def prepare_directory(save: Path) -> None:
         for line in save_directory.tidy(save):
             log.warning("--save %s: %s", save, line)
 
-    problem = async_writer.on_rank_0(prepare) or first_problem(_probe(save))
+    problem = async_writer.on_rank_0(prepare) or first_problem(_try_to_write(save))
     if problem is not None:
         raise UserError(f"--save {save} cannot be written: {problem}")
 
 
-def load_weights(load: Path, chunks: Sequence[nn.Module], mesh: Mesh) -> dict[str, Any]:
-    """Put the weights alone of a checkpoint into model chunks of any layout; returns its state.json.
-
-    `load` is a directory of checkpoints, or one iter_* directory. Raises UserError where there is none, it is damaged, or
-    shapes differ.
-    """
-    found = compatibility.open_checkpoint(load, fallback=False)
-    if found is None:
-        raise UserError(f"{load} holds no checkpoint")
-    state = sharded_state.model_state(chunks, mesh.groups)
-    compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
-    sharded_state.load_model(chunks, sharded_state.load(state, found.directory, mesh.groups))
-    return found.facts
-
-
-def _probe(save: Path) -> str | None:
+def _try_to_write(save: Path) -> str | None:
     path = save / f".probe-{dist.get_rank()}"
     try:
         integrity.write_whole(path, b"probe")

@@ -1,21 +1,63 @@
-"""Which checkpoints of --save a run may delete, and whether it may start there at all.
+"""Which checkpoints of --save belong to a run: which it may delete, and whether it may start there at all.
 
---keep-last goes by step and lineage (lineage.py) alone. Other runs' checkpoints, abandoned branches, named ones and those that
-cannot be read are never deleted. Standard library only; rank 0 calls.
+Every checkpoint records its lineage. A fresh start has a random id, and whoever resumes goes on under it. A start that would continue a
+checkpoint a second time, after a rewind or into another --save, branches off with an id of its own. So `[["a", 0], ["b", 10]]` in the
+checkpoint of step 30 says: run a up to step 10, then run b. Steps of a after 10 are an abandoned branch. Neither clocks nor names of
+directories count. --keep-last deletes by lineage and step alone: never another run's checkpoint, an abandoned branch, a named
+one, or one that cannot be read. Standard library only; rank 0 calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_salt.checkpoint import lineage, save_directory
-from megatron_salt.checkpoint.lineage import Lineage
+from megatron_salt.checkpoint import save_directory
+from megatron_salt.checkpoint.run_state import UNNAMED, Lineage, lineage_in
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json
+
+# ---- lineages ----------------------------------------------------------------------------------------------------------
+
+
+def fresh() -> Lineage:
+    """The lineage of a run that starts at step 0."""
+    return ((uuid.uuid4().hex, 0),)
+
+
+def is_ancestor(saved: Lineage, step: int, own: Lineage, reached: int) -> bool:
+    """Whether the run with lineage `own` wrote or resumed from this checkpoint on its way to step `reached`.
+
+    `saved` and `step` are the checkpoint's.
+    """
+    if not saved or saved != own[: len(saved)]:
+        return False
+    return step <= (own[len(saved)][1] if len(saved) < len(own) else reached)
+
+
+def resumed(saved: Lineage, step: int, in_place: bool, others: Iterable[tuple[Lineage, int]]) -> Lineage:
+    """The lineage of a run that goes on from a checkpoint; `saved` and `step` are the checkpoint's.
+
+    in_place: --save is where the checkpoint lies; `others` are lineage and step of everything else there. Checkpoints without a
+    lineage count as the run's own only where it resumed from one of them in place.
+    """
+    if in_place and saved not in ((), UNNAMED) and not any(_goes_on(saved, step, *other) for other in others):
+        return saved
+    if not in_place:
+        saved = tuple(entry for entry in saved if entry[0])
+        saved = (*((name, 0) for name, _ in saved[:1]), *saved[1:])
+    return (*saved, (uuid.uuid4().hex, step if saved else 0))
+
+
+def _goes_on(saved: Lineage, step: int, other: Lineage, reached: int) -> bool:
+    """Whether `other`, at step `reached`, continued the same branch beyond `step`."""
+    return other[: len(saved)] == saved and (other[len(saved)][1] if len(other) > len(saved) else reached) > step
+
+
+# ---- what lies in --save -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -28,51 +70,60 @@ class Saved:
     lineage: Lineage
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from."""
+
+    directory: Path
+    step: int
+    lineage: Lineage
+
+
 def saved_under(root: Path) -> list[Saved]:
-    """Every whole checkpoint, by step; nobody's where its state cannot be read."""
+    """Every whole checkpoint, by step; without a lineage where its state cannot be read."""
     return [_saved(path, step) for step, path in save_directory.whole_checkpoints(root).items()]
 
 
-def surplus(saved: Sequence[Saved], keep_last: int, latest: int, mine: Lineage) -> list[int]:
+def surplus(saved: Sequence[Saved], keep_last: int, latest: int, own: Lineage) -> list[int]:
     """The steps to delete so that `keep_last` routine checkpoints of this run stay. latest: the step just saved. Pure."""
-    own = sorted(one.step for one in saved if one.name is None and lineage.is_ancestor(one.lineage, one.step, mine, latest))
-    return [step for step in own[:-keep_last] if step != latest]
+    steps = sorted(one.step for one in saved if one.name is None and is_ancestor(one.lineage, one.step, own, latest))
+    return [step for step in steps[:-keep_last] if step != latest]
 
 
-def look(checkpoint: CheckpointConfig) -> None:
-    """Refuse what `begin` will, before anything is loaded or written. What is wrong with --load itself is for the loading to tell."""
+def refuse_foreign(checkpoint: CheckpointConfig) -> None:
+    """Raise UserError where `begin` will, before anything is loaded or written. A damaged --load is left for the loading to report."""
     if checkpoint.save is None:
         return
-    found = None
+    origin = None
     if checkpoint.load is not None and not checkpoint.finetune:
         paths = save_directory.candidates(Path(checkpoint.load), checkpoint.load_fallback)
         if paths:
             try:
-                facts = read_json(paths[0] / save_directory.STATE, nan=True)
-                found = (paths[0], {"step": int(facts["step"]), "lineage": facts.get("lineage", lineage.UNNAMED)})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                content = read_json(paths[0] / save_directory.STATE, nan=True)
+                origin = Origin(paths[0], int(content["step"]), lineage_in(content))
+            except (OSError, ValueError, KeyError, TypeError):
                 return
-    begin(checkpoint, found)
+    begin(checkpoint, origin)
 
 
-def begin(checkpoint: CheckpointConfig, found: tuple[Path, Mapping[str, Any]] | None) -> Lineage:
-    """The lineage of a run that starts into --save. found: the checkpoint that it goes on from and its facts; None: it starts at step 0.
+def begin(checkpoint: CheckpointConfig, origin: Origin | None) -> Lineage:
+    """The lineage of a run that starts into --save; no origin: it starts at step 0.
 
     Raises UserError where --save holds checkpoints that the run does not come from, and no flag says that this is meant.
     """
     assert checkpoint.save is not None
     save = Path(checkpoint.save)
-    there = saved_under(save)
-    in_place = found is not None and found[0].parent.resolve() == save.resolve()
-    if found is None:
-        mine, at = lineage.fresh(), 0
+    present = saved_under(save)
+    in_place = origin is not None and origin.directory.parent.resolve() == save.resolve()
+    if origin is None:
+        own, reached = fresh(), 0
     else:
-        at = found[1]["step"]
-        mine = lineage.resumed(lineage.lineage_in(found[1]), at, in_place, ((one.lineage, one.step) for one in there))
-    foreign = [one.step for one in there if not lineage.is_ancestor(one.lineage, one.step, mine, at)]
+        reached = origin.step
+        own = resumed(origin.lineage, reached, in_place, ((one.lineage, one.step) for one in present))
+    foreign = [one.step for one in present if not is_ancestor(one.lineage, one.step, own, reached)]
     if foreign and not in_place and not checkpoint.overwrite_save:
-        raise UserError(_refusal(checkpoint, foreign, found is not None))
-    return mine
+        raise UserError(_refusal(checkpoint, foreign, origin is not None))
+    return own
 
 
 def of_one_run(candidates: Sequence[Path]) -> list[Path]:
@@ -84,14 +135,15 @@ def of_one_run(candidates: Sequence[Path]) -> list[Path]:
     return [
         path
         for path, one in zip(candidates, saved, strict=True)
-        if one is first or not one.lineage or lineage.is_ancestor(one.lineage, one.step, first.lineage, first.step)
+        if one is first or not one.lineage or is_ancestor(one.lineage, one.step, first.lineage, first.step)
     ]
 
 
 def _saved(path: Path, step: int) -> Saved:
+    """More lenient than `state_file.read_state`: a checkpoint of any release has a name and a lineage, or is left alone."""
     try:
-        state = read_json(path / save_directory.STATE, nan=True)
-        return Saved(step, state["name"], lineage.lineage_in(state))
+        content = read_json(path / save_directory.STATE, nan=True)
+        return Saved(step, content["name"], lineage_in(content))
     except (OSError, ValueError, KeyError, TypeError):
         return Saved(step, None, ())
 
@@ -102,9 +154,9 @@ def _refusal(checkpoint: CheckpointConfig, foreign: Sequence[int], resumed: bool
         "" if first == last else f" to {save_directory.directory_of(save, last).name}"
     )
     whose = f"that the one of --load {checkpoint.load} does not come from" if resumed else "of another run"
-    fresh = "" if resumed else ", and this one starts at step 0"
+    at_start = "" if resumed else ", and this one starts at step 0"
     go_on = f"--load {save}{' without --finetune' if checkpoint.finetune else ''} goes on from them"
     return (
-        f"--save {save} holds checkpoints {whose} ({len(foreign)}: {names}){fresh}: {go_on}, another --save leaves them alone, and "
+        f"--save {save} holds checkpoints {whose} ({len(foreign)}: {names}){at_start}: {go_on}, another --save leaves them alone, and "
         "--overwrite-save lets this run replace those whose steps it reaches"
     )

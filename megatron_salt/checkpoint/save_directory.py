@@ -22,6 +22,9 @@ from megatron_salt.small_files import read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "state.json"
+RUN_YAML = "run.yaml"
+TOKENIZER = "tokenizer"
+"""A directory in a checkpoint: the files of the run's tokenizer."""
 _TRACKER_BYTES = 64
 
 _PARTIAL, _REPLACED, _DELETING = ".partial", ".replaced", ".deleting"

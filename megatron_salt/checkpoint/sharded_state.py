@@ -17,9 +17,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
@@ -42,10 +43,11 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
+from megatron_salt.checkpoint.run_state import OptimizerForm
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mcore_compat import quiet_checkpointing
+from megatron_salt.parallel.mesh import Mesh
 
-Form = Literal["dp_reshardable", "fully_reshardable", "plain"]
 State = dict[str, Any]
 """Nested dicts and lists whose leaves are megatron-core's ShardedTensor, ShardedTensorFactory and LocalNonpersistentObject."""
 
@@ -90,7 +92,7 @@ def model_state(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> 
     return states
 
 
-def optimizer_state(optimizer: MegatronOptimizer, model: State, form: Form, is_loading: bool) -> State:
+def optimizer_state(optimizer: MegatronOptimizer, model: State, form: OptimizerForm, is_loading: bool) -> State:
     """The sharded optimizer state that goes with `model_state`. Form fully_reshardable is collective over dp and cp."""
     if not is_loading:
         _allocate(optimizer)
@@ -139,7 +141,7 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: State, step: int) -> No
                 group["step"] = step
 
 
-def form_for(optimizer: MegatronOptimizer, reshardable: bool) -> Form:
+def form_for(optimizer: MegatronOptimizer, reshardable: bool) -> OptimizerForm:
     """The form in which this rank can save: see the module's docstring. Ranks may differ; `dp_reshardable` needs all of them.
 
     A data-parallel rank whose share of some bucket is nothing but padding cannot describe it in buckets (tiny models).
@@ -165,6 +167,25 @@ def bucket_plan(chunks: Sequence[nn.Module], model: State) -> str:
         for chunk in chunks if isinstance(chunk, DistributedDataParallel) for buffer in chunk.buffers
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+
+
+def common_form(form: OptimizerForm) -> OptimizerForm:
+    """The form that every rank can save in. Collective over all ranks."""
+    forms: list[OptimizerForm] = [form] * dist.get_world_size()
+    dist.all_gather_object(forms, form)
+    return "fully_reshardable" if "fully_reshardable" in forms else form
+
+
+def all_bucket_plans(plan: str, mesh: Mesh) -> dict[str, str]:
+    """Every model-parallel rank's `bucket_plan`, by `model_parallel_place`. Collective over all ranks."""
+    plans: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(plans, (model_parallel_place(mesh), plan))
+    return dict(plans)
+
+
+def model_parallel_place(mesh: Mesh) -> str:
+    """The name of this rank's part of the model: "pp0.tp0" and so on."""
+    return f"pp{mesh.at.pp}.tp{mesh.at.tp}"
 
 
 def rng_state(vector: torch.Tensor, layout: Layout, rank: int) -> ShardedTensor:

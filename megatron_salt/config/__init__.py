@@ -1,10 +1,9 @@
-"""What a run is: one tree of frozen dataclasses, one leaf a flag.
+"""The configuration of a run: a tree of frozen dataclasses, in which each leaf field is a flag.
 
-Precedence is defaults < `--config file.yaml` < flags (`cli.py` does the reading). Flags are flat and carry
-Megatron-LM's names, so leaf names are unique over the whole tree; a field's docstring is its help text:
-one sentence a line, because --help keeps the lines.
-`__post_init__` checks what one section knows by itself; what needs two sections is checked where they first meet.
-Architecture defaults are Megatron-LM's, except for dropout, which is off.
+Precedence: defaults < `--config file.yaml` < flags; `cli.py` reads them. Flags are flat and have Megatron-LM's names,
+so leaf names are unique in the whole tree. The docstring of a field is its help text; --help keeps its lines.
+`__post_init__` checks one section by itself. What needs two sections is checked where they first meet.
+The architecture defaults are Megatron-LM's, except for dropout, which is off.
 """
 
 from __future__ import annotations

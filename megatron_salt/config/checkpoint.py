@@ -9,58 +9,63 @@ from megatron_salt.config.checks import at_least, flag, representable
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept, where, and what a resumed run takes from it."""
+    """Which checkpoints are kept, where, and what a resumed run takes from one."""
 
     save: str | None = None
     """Directory for checkpoints."""
 
     load: str | None = None
-    """Directory to resume from: its latest checkpoint, or one iter_* directory.
-    A --load without a checkpoint starts afresh when it equals --save, and is refused otherwise."""
+    """Directory of the checkpoint to resume from: its latest checkpoint, or one iter_* directory.
+    Without a checkpoint in it the run starts at step 0 if --load equals --save, and is refused otherwise."""
 
     save_interval: int | None = None
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
 
     save_at: tuple[int, ...] = ()
-    """Steps whose checkpoint is kept for good, whatever --keep-last says, and loads under any layout: an early teacher to score data with, say."""
+    """Steps whose checkpoint is kept for ever, whatever --keep-last is, and loads with any layout.
+    For example, an early teacher that scores data."""
 
     keep_last: int | None = None
-    """Keep this many routine checkpoints and delete older ones; default: keep all."""
+    """Keep this many routine checkpoints and delete older ones. Default: keep all."""
 
     async_save: bool = False
-    """Write checkpoints from a background process while training goes on."""
+    """Write checkpoints in a background process while training continues."""
 
     take_over_save: bool = False
-    """Take --save away from a run that seems to be writing there.
-    That run sees it within ten seconds and ends after its step."""
+    """Take --save away from another run that seems to write there.
+    That run notices within ten seconds and exits after its step."""
 
     overwrite_save: bool = False
-    """Start into a --save that holds checkpoints which this run does not go on from.
-    It replaces those whose steps it reaches and becomes the latest; the others stay, for --keep-last deletes a run's own alone."""
+    """Start with a --save that holds checkpoints of another run.
+    Checkpoints of equal steps are replaced, and this run's become the latest.
+    All other checkpoints stay: --keep-last deletes only those of its own run."""
 
     dist_ckpt_optim_fully_reshardable: bool = False
-    """Write routine checkpoints' optimizer state so that it loads under any layout, as the save at the run's last step always is.
-    Slower: every data-parallel rank gathers its group's state in host memory, 12 bytes a parameter of its tp and pp share."""
+    """Write the optimizer state of routine checkpoints so that it loads with any layout, as at the last step.
+    Slower: each data-parallel rank gathers the state of its group in host memory.
+    That takes 12 bytes for each parameter of its tp and pp share."""
 
     load_fallback: bool = False
     """When the newest checkpoint is damaged, report it and resume from the one before."""
 
     finetune: bool = False
-    """Take the weights alone from --load: step 0, fresh optimizer, data from the start."""
+    """Take only the weights from --load: step 0, a new optimizer, data from the start."""
 
     new_data: bool = False
-    """Resume on other data than the checkpoint's: optimizer and step stay, the new data starts at its beginning, and the change is recorded."""
+    """Resume with other data than the checkpoint's. Optimizer and step stay; the data starts at its beginning.
+    The checkpoint records the change."""
 
     no_load_optim: bool = False
-    """Resume without the optimizer's state; the schedule goes on at the checkpoint's step."""
+    """Resume without the optimizer state. The schedule continues at the checkpoint's step."""
 
     no_load_rng: bool = False
-    """Resume without the random state."""
+    """Resume without the state of random generators."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What a failed save (a full disk, say) does to the run. The last good checkpoint stands either way."""
+    """Whether a failed save, for example on a full disk, ends the run.
+    The last good checkpoint stays in both cases."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "save_interval", "keep_last")

@@ -1,4 +1,7 @@
-"""Checks that several sections of the configuration share, and the spelling of a flag. Each raises UserError with the flag's name."""
+"""Checks that the sections of the configuration share, and the spelling of a flag.
+
+Each check raises UserError, which names the flag.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ from megatron_salt.errors import UserError
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field."""
+    """The command-line flag of a field: --num-layers for num_layers."""
     return "--" + name.replace("_", "-")
 
 
 def at_least(section: object, minimum: float, *names: str) -> None:
+    """Refuse values below `minimum`, infinity and NaN; None is allowed."""
     for name in names:
         value = getattr(section, name)
-        if value is not None and not value >= minimum:  # so phrased, it refuses nan too
+        if value is not None and not value >= minimum:  # not (value >= minimum) also rejects NaN
             raise UserError(f"{flag(name)} must be at least {minimum}, got {value}")
         if value == inf:
             raise UserError(f"{flag(name)} must be finite, got {value}")
 
 
 def above_zero(section: object, *names: str) -> None:
+    """Refuse values that are not positive, infinity and NaN; None is allowed."""
     for name in names:
         value = getattr(section, name)
         if value is not None and not 0 < value < inf:
@@ -31,6 +36,7 @@ def above_zero(section: object, *names: str) -> None:
 
 
 def within(section: object, low: float, high: float, *names: str) -> None:
+    """Refuse values outside [low, high] and NaN; None is allowed."""
     for name in names:
         value = getattr(section, name)
         if value is not None and not low <= value <= high:
@@ -38,6 +44,7 @@ def within(section: object, low: float, high: float, *names: str) -> None:
 
 
 def from_zero_to_below_one(section: object, *names: str) -> None:
+    """Refuse values outside [0, 1) and NaN."""
     for name in names:
         value = getattr(section, name)
         if not 0.0 <= value < 1.0:
@@ -49,7 +56,7 @@ _LARGEST_COUNT = 2**62
 
 
 def representable(section: Any) -> None:
-    """Refuse numbers that the calculation cannot hold: floats outside float32, counts that do not fit into int64."""
+    """Refuse numbers that a run cannot represent: floats outside float32, counts that do not fit into int64."""
     for leaf in fields(section):
         value = getattr(section, leaf.name)
         for number in value if isinstance(value, tuple) else (value,):

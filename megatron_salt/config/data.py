@@ -9,39 +9,39 @@ from megatron_salt.config.checks import representable, within
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which tokens, cut and masked how."""
+    """The training and held-out data, and how documents are masked."""
 
     data_path: tuple[str, ...] = ()
-    """Prefixes of .bin/.idx pairs, or weight prefix pairs: `0.7 web 0.3 code`.
+    """Prefixes of .bin/.idx pairs, or pairs of weight and prefix: `0.7 web 0.3 code`.
     Without weights every window of every dataset is visited once an epoch."""
 
     valid_data_path: tuple[str, ...] = ()
     """Held-out data, in the same form as --data-path."""
 
     valid_share: float = 0.0
-    """Share of each dataset's last windows that is held out from training when there is no --valid-data-path."""
+    """Share of each dataset that is held out from training: its last windows. Only without --valid-data-path."""
 
     allow_valid_in_train: bool = False
-    """Take a --valid-data-path that holds the data of a --data-path, in the same file, as a copy, or made of the same text."""
+    """Allow a --valid-data-path with data of a --data-path: the same file, a copy, or made of the same text."""
 
     eod_mask_loss: bool = False
-    """No loss where the input token is the end-of-document id."""
+    """Compute no loss where the input token is the end-of-document id."""
 
     reset_position_ids: bool = False
-    """Positions start again after each end-of-document id."""
+    """Restart positions after each end-of-document id."""
 
     reset_attention_mask: bool = False
-    """Tokens attend inside their own document alone."""
+    """Let tokens attend only to their own document."""
 
     verify_data: bool = False
-    """Hash every byte of the data at start instead of a fixed sample of blocks.
-    Data without a manifest has another fingerprint with it: give it from the start of a run or not at all."""
+    """Hash every byte of the data at start, instead of a fixed sample of blocks.
+    This changes the fingerprint of data without a manifest: use it from the first start of a run, or never."""
 
     allow_duplicate_inputs: bool = False
-    """Take datasets that are the same data twice: one under two names, a copy, or two made of one file.
-    Each then counts as one of its own."""
+    """Allow datasets with the same data: one under two names, a copy, or two made of one file.
+    Each then counts as a dataset of its own."""
 
     def __post_init__(self) -> None:
         within(self, 0.0, 0.5, "valid_share")
@@ -52,25 +52,25 @@ class DataConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """What turned text into ids."""
+    """The tokenizer that turned text into ids."""
 
     tokenizer_type: (
         Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteLevelTokenizer"] | None
     ) = None
-    """Kind of tokenizer.
-    None: the one named in the dataset's manifest or in the checkpoint; to turn text into ids it has to be given."""
+    """Kind of tokenizer. A tool that turns text into ids needs it.
+    Default: the one that the dataset's manifest or the checkpoint names."""
 
     tokenizer_model: str | None = None
-    """SentencePiece model file, or Hugging Face tokenizer.json."""
+    """SentencePiece model file, or tokenizer.json of Hugging Face."""
 
     vocab_file: str | None = None
-    """GPT-2 vocabulary (encoder.json)."""
+    """Vocabulary of GPT-2 (encoder.json)."""
 
     merge_file: str | None = None
-    """GPT-2 merges (vocab.bpe)."""
+    """Merges of GPT-2 (vocab.bpe)."""
 
     eod_token: str | None = None
-    """The token that ends documents, by its text.
-    Default: the special token whose name or declaration says so; where several do, this is needed."""
+    """Text of the token that ends documents. Needed where the tokenizer has several such tokens.
+    Default: the special token whose name or declaration says so."""

@@ -1,4 +1,4 @@
-"""The decoder's architecture."""
+"""Architecture of the decoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron_salt.config.checks import above_zero, at_least, from_zero_to_below
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder's architecture. Saved in every checkpoint; a checkpoint of another architecture is refused."""
+    """The architecture of the decoder. Every checkpoint records it; a checkpoint of another architecture is refused."""
 
     num_layers: int = 12
     """Transformer layers in the whole model."""
@@ -20,61 +20,63 @@ class ModelConfig:
     """Width of the residual stream."""
 
     ffn_hidden_size: int | None = None
-    """Width of the MLP; default 4 x hidden size, and with --swiglu 8/3 x hidden size rounded up to a multiple of 64."""
+    """Width of the MLP.
+    Default: 4 x hidden size; with --swiglu 8/3 x hidden size, rounded up to a multiple of 64."""
 
     num_attention_heads: int = 12
     """Query heads."""
 
     num_query_groups: int | None = None
-    """Key/value heads (grouped-query attention); default: as many as query heads."""
+    """Key/value heads (grouped-query attention). Default: as many as query heads."""
 
     kv_channels: int | None = None
-    """Width of one head; default: hidden size / query heads."""
+    """Width of one head. Default: hidden size / query heads."""
 
     max_position_embeddings: int | None = None
-    """Longest context; the size of the table of learned positions. Default: --seq-length."""
+    """Longest context: the rows of the table of learned positions. Default: --seq-length."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
-    """How a token knows its place."""
+    """How the model encodes positions: a learned table, rotary embeddings (rope), or not at all."""
 
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 
     rotary_percent: float = 1.0
-    """Share of each head's channels that are rotated."""
+    """Share of each head's channels that are rotated, from 0 to 1."""
 
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    """Normalisation before attention, before the MLP and at the end."""
+    """Kind of norm before attention, before the MLP and at the end of the model."""
 
     norm_epsilon: float = 1e-5
-    """Added to the variance inside a norm."""
+    """Added to the variance inside a norm, so that it is never divided by 0."""
 
     qk_layernorm: bool = False
-    """Normalise queries and keys per head before attention."""
+    """Normalise the queries and keys of each head before attention."""
 
     swiglu: bool = False
-    """Gated MLP with SiLU. Default without this and --squared-relu: GELU."""
+    """Use a gated MLP with SiLU. Without --swiglu and --squared-relu the MLP uses GELU."""
 
     squared_relu: bool = False
-    """Squared ReLU in the MLP."""
+    """Use squared ReLU in the MLP."""
 
     disable_bias_linear: bool = False
-    """No bias in the linear layers."""
+    """Leave out the biases of linear layers."""
 
     untie_embeddings_and_output_weights: bool = False
-    """Give the output layer a weight of its own instead of the word embeddings."""
+    """Give the output layer a weight of its own. Default: it shares the word embeddings."""
 
     init_method_std: float = 0.02
-    """Standard deviation of initial weights; output projections are scaled down by sqrt(2 x layers)."""
+    """Standard deviation of initial weights.
+    Output projections are scaled down by sqrt(2 x layers)."""
 
     hidden_dropout: float = 0.0
-    """Dropout after embedding, attention and MLP."""
+    """Dropout after the embedding, attention and the MLP."""
 
     attention_dropout: float = 0.0
     """Dropout of attention weights."""
 
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this, whatever the tensor-parallel size, so that checkpoints reshard.
+    """Pad the vocabulary to a multiple of this, for every tensor-parallel size, so that checkpoints reshard.
     Must be a multiple of the tensor-parallel size. Padded ids take no part in the loss."""
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class ModelConfig:
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
@@ -118,12 +120,12 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        """Channels of the MLP."""
+        """Channels of the MLP's inner layer."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.swiglu else 4 * self.hidden_size
 
     def padded_vocabulary_size(self, vocabulary_size: int) -> int:
-        """Rows of the embedding for a tokenizer with `vocabulary_size` ids."""
+        """Rows of the embedding weight for a tokenizer with `vocabulary_size` ids."""
         multiple = self.make_vocab_size_divisible_by
         return -(-vocabulary_size // multiple) * multiple

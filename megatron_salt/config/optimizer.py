@@ -9,24 +9,24 @@ from megatron_salt.config.checks import above_zero, at_least, flag, from_zero_to
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its schedule and its clipping, with Megatron's meanings."""
+    """AdamW, its learning-rate schedule and gradient clipping, as in Megatron-LM."""
 
     lr: float = 3e-4
     """Peak learning rate."""
 
     min_lr: float = 0.0
-    """Learning rate that the decay ends at."""
+    """Learning rate at the end of the decay."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """Shape of the learning rate after warm-up."""
+    """Shape of the learning rate after the warm-up."""
 
     lr_decay_iters: int | None = None
-    """Steps until --min-lr is reached; default: the whole run."""
+    """Step at which --min-lr is reached. Default: the last step."""
 
     lr_decay_samples: int | None = None
-    """The same in samples, for runs given in --train-samples."""
+    """The same in samples, for a run with --train-samples."""
 
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
@@ -35,10 +35,10 @@ class OptimizerConfig:
     """The same in samples."""
 
     lr_warmup_fraction: float | None = None
-    """Warm-up as a share of the decay's length, instead of a count."""
+    """Warm-up as a share of the length of the decay, instead of a number of steps."""
 
     lr_warmup_init: float = 0.0
-    """Learning rate that warm-up starts at."""
+    """Learning rate at the start of the warm-up."""
 
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of WSD's final decay."""
@@ -50,34 +50,34 @@ class OptimizerConfig:
     """The same in samples."""
 
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; biases and norms have none."""
+    """Decoupled weight decay of matrices. Biases and norms have none."""
 
     start_weight_decay: float | None = None
-    """Weight decay at the start under a --weight-decay-incr-style other than constant; default: --weight-decay."""
+    """Weight decay at the start, for a --weight-decay-incr-style that is not constant. Default: --weight-decay."""
 
     end_weight_decay: float | None = None
-    """Weight decay at the end under a --weight-decay-incr-style other than constant; default: --weight-decay."""
+    """Weight decay at the end, for a --weight-decay-incr-style that is not constant. Default: --weight-decay."""
 
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How weight decay moves from start to end."""
+    """How weight decay changes from start to end."""
 
     adam_beta1: float = 0.9
-    """Decay of the gradient's average."""
+    """Decay rate of the average of gradients."""
 
     adam_beta2: float = 0.999
-    """Decay of the squared gradient's average."""
+    """Decay rate of the average of squared gradients."""
 
     adam_eps: float = 1e-8
-    """Added to the root of the squared gradient's average."""
+    """Added to the square root of the average of squared gradients."""
 
     clip_grad: float = 1.0
-    """Global gradient norm that gradients are scaled down to; 0: no clipping."""
+    """Scale gradients down to this global norm when theirs is larger. 0: no clipping."""
 
     override_opt_param_scheduler: bool = False
-    """On resume take the schedule from the flags, not from the checkpoint."""
+    """On resume, take the schedule from the flags and not from the checkpoint."""
 
     use_checkpoint_opt_param_scheduler: bool = False
-    """On resume take the schedule from the checkpoint whatever the flags say."""
+    """On resume, take the schedule from the checkpoint, even where the flags differ."""
 
     def __post_init__(self) -> None:
         at_least(

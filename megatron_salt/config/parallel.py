@@ -1,4 +1,4 @@
-"""How the model and the batch are spread over ranks."""
+"""How the model and the batch are divided among ranks."""
 
 from __future__ import annotations
 
@@ -9,63 +9,65 @@ from megatron_salt.config.checks import above_zero, at_least, representable
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model and the batch are spread over ranks."""
+    """How the model and the batch are divided among ranks."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that split each layer."""
 
     pipeline_model_parallel_size: int = 1
-    """Ranks that each hold a run of layers."""
+    """Pipeline stages: each holds consecutive layers."""
 
     num_virtual_stages_per_pipeline_rank: int = 1
-    """Model chunks a pipeline rank holds (interleaved schedule when above 1)."""
+    """Model chunks on each pipeline rank. Above 1 the schedule is interleaved."""
 
     context_parallel_size: int = 1
     """Ranks that split each sequence."""
 
     sequence_parallel: bool = False
-    """Split activations outside attention and MLP along the sequence, over the tensor-parallel ranks."""
+    """Split activations outside attention and the MLP along the sequence, over the tensor-parallel ranks."""
 
     decoder_first_pipeline_num_layers: int | None = None
-    """Layers in the first pipeline stage; the others share the rest evenly."""
+    """Layers in the first pipeline stage. The other stages share the rest evenly."""
 
     decoder_last_pipeline_num_layers: int | None = None
-    """Layers in the last pipeline stage; the others share the rest evenly."""
+    """Layers in the last pipeline stage. The other stages share the rest evenly."""
 
     account_for_embedding_in_pipeline_split: bool = False
-    """Count the embedding as one layer when layers are spread over stages."""
+    """Count the embedding as one layer when layers are divided among stages."""
 
     account_for_loss_in_pipeline_split: bool = False
-    """Count the output head and loss as one layer when layers are spread over stages."""
+    """Count the output head and the loss as one layer when layers are divided among stages."""
 
     use_distributed_optimizer: bool = False
-    """Shard optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks."""
 
     overlap_grad_reduce: bool = False
-    """Reduce gradients while backward is still running."""
+    """Reduce gradients while the backward pass is still running."""
 
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward is already running; needs the distributed optimizer and --overlap-grad-reduce."""
+    """Gather updated parameters while the next forward pass is already running.
+    Needs --use-distributed-optimizer and --overlap-grad-reduce."""
 
     ddp_bucket_size: int | None = None
-    """Parameters per gradient bucket under --overlap-grad-reduce; default: megatron-core's choice."""
+    """Parameters in one gradient bucket under --overlap-grad-reduce. Default: megatron-core's choice."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in backward: whole layers, or core attention alone."""
+    """Recompute activations in the backward pass: of whole layers (full), or of core attention alone (selective)."""
 
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full recompute: equal chunks of layers, or the first layers of each stage."""
+    """With full recompute: equal chunks of layers (uniform), or the first layers of each stage (block)."""
 
     recompute_num_layers: int | None = None
-    """With full recompute: layers per chunk (uniform) or recomputed layers per stage (block)."""
+    """With full recompute: layers in a chunk (uniform), or recomputed layers in a stage (block)."""
 
     distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer than this ends the run."""
+    """End the run when a collective operation waits longer than this."""
 
     rendezvous_timeout_minutes: float = 10.0
-    """A run whose ranks have not all joined after this ends; the missing ranks are named every 30 seconds."""
+    """End the run when some ranks have not joined after this time.
+    The missing ranks are named every 30 seconds."""
 
     def __post_init__(self) -> None:
         at_least(

@@ -1,4 +1,4 @@
-"""FP8 and FP4 of the student's layers."""
+"""FP8 and FP4 in the student's layers."""
 
 from __future__ import annotations
 
@@ -9,46 +9,50 @@ from megatron_salt.config.checks import at_least, flag, representable
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """Matrix products of the student's layers in 8 or 4 bits, by Transformer Engine.
-    Nothing of it without --fp8-format or --fp4-format."""
+    """FP8 and FP4 matrix products in the student's layers, by Transformer Engine.
+    These flags have no effect without --fp8-format or --fp4-format."""
 
     fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """Multiply in FP8: e4m3 throughout, or hybrid, which has e5m2 for gradients.
+    """Multiply in FP8: e4m3 everywhere, or hybrid, which uses e5m2 for gradients.
     Needs --bf16 and --transformer-impl transformer_engine.
-    Embedding, norms, attention, output head and loss stay as they are."""
+    Embedding, norms, attention, output head and loss do not change."""
 
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = None
-    """How scales are chosen: one a tensor from its present maximum (tensorwise) or from those of earlier steps (delayed), or one for each block of 128 (blockwise) or 32 (mxfp8) values.
+    """How the scales of FP8 numbers are chosen.
+    tensorwise: one for each tensor, from its current maximum. delayed: one for each tensor, from the maxima of earlier steps.
+    blockwise: one for each block of 128 values. mxfp8: one for each block of 32 values.
     Default: mxfp8 on GPUs of compute capability 10, else tensorwise."""
 
     fp8_amax_history_len: int = 1
-    """Maxima that --fp8-recipe delayed remembers of each tensor."""
+    """Number of earlier maxima that --fp8-recipe delayed keeps for each tensor."""
 
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """Which of the remembered maxima --fp8-recipe delayed scales by."""
+    """Which of the kept maxima --fp8-recipe delayed uses for the scale."""
 
     fp8_margin: int = 0
-    """--fp8-recipe delayed leaves this many powers of two of room above the maximum."""
+    """Powers of two that --fp8-recipe delayed leaves free above the maximum."""
 
     fp8_param_gather: bool = False
-    """Keep the layers' weights in FP8 alone (main parameters stay float32 in the distributed optimizer) and gather them so: half the weights' memory and traffic."""
+    """Keep the layers' weights in FP8 only, and gather them in FP8: half the memory and traffic of weights.
+    The distributed optimizer keeps float32 main parameters."""
 
     first_last_layers_bf16: bool = False
-    """Leave the first --num-layers-at-start-in-bf16 and the last --num-layers-at-end-in-bf16 layers of the model out of FP8 and FP4."""
+    """Keep the first and last layers of the model in bfloat16.
+    See --num-layers-at-start-in-bf16 and --num-layers-at-end-in-bf16."""
 
     num_layers_at_start_in_bf16: int = 1
-    """Layers at the start that --first-last-layers-bf16 leaves in bfloat16."""
+    """Layers at the start that --first-last-layers-bf16 keeps in bfloat16."""
 
     num_layers_at_end_in_bf16: int = 1
-    """Layers at the end that --first-last-layers-bf16 leaves in bfloat16."""
+    """Layers at the end that --first-last-layers-bf16 keeps in bfloat16."""
 
     fp4_format: Literal["e2m1"] | None = None
-    """Multiply in FP4, which takes the place of --fp8-format. For GPUs of compute capability 10 and above."""
+    """Multiply in FP4, instead of --fp8-format. Needs a GPU of compute capability 10 or higher."""
 
     fp4_recipe: Literal["nvfp4"] = "nvfp4"
-    """How FP4's scales are chosen."""
+    """How the scales of FP4 numbers are chosen."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "fp8_amax_history_len")
@@ -65,7 +69,8 @@ class QuantizationConfig:
             raise UserError("--first-last-layers-bf16 needs --fp8-format or --fp4-format")
         if self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
             raise UserError(
-                "--first-last-layers-bf16 cannot be combined with --fp8-recipe delayed, whose maxima are reduced over ranks once for all layers"
+                "--first-last-layers-bf16 cannot be combined with --fp8-recipe delayed, whose maxima are reduced over ranks "
+                "once for all layers"
             )
         if self.fp8_recipe != "delayed" and (
             self.fp8_amax_history_len != 1 or self.fp8_amax_compute_algo != "most_recent" or self.fp8_margin

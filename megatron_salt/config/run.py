@@ -1,4 +1,4 @@
-"""The whole configuration of a run: one section for each module of this folder."""
+"""The whole configuration of a run, and its sections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_salt.config.salt import SaltConfig
 from megatron_salt.config.training import TrainingConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run."""
+    """The configuration of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -9,84 +9,93 @@ from megatron_salt.config.checks import above_zero, at_least, representable, wit
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SaltConfig:
-    """The teacher, and how long and how strongly it teaches (SALT, arXiv 2410.18779).
-    Nothing of it without --teacher-load or --stage1-selection."""
+    """The teacher, and for how long and how strongly it teaches (SALT, arXiv 2410.18779).
+    These flags have no effect without --teacher-load or --stage1-selection."""
 
     teacher_load: str | None = None
-    """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory.
-    Its architecture, tokenizer and padding come from there.
+    """Directory of the teacher's checkpoints, of which the latest is taken, or one iter_* directory.
+    It also gives the teacher's architecture, tokenizer and padding.
     Default: no teacher, plain pretraining."""
 
     teacher_tensor_model_parallel_size: int = 1
-    """Ranks that split each of the teacher's layers; independent of the student's."""
+    """Ranks that split each layer of the teacher. Independent of the student's."""
 
     teacher_pipeline_model_parallel_size: int = 1
     """Pipeline stages of the teacher.
-    With the tensor-parallel size it must divide the ranks of one student replica (tp x cp x pp)."""
+    Its tensor x pipeline size must divide the ranks of one student replica (tp x cp x pp)."""
 
     teacher_micro_batch_size: int | None = None
-    """Samples of one forward pass of the teacher: a multiple of --micro-batch-size, whose consecutive microbatches it merges.
-    Default: --micro-batch-size."""
+    """Samples in one forward pass of the teacher, which merges consecutive microbatches.
+    A multiple of --micro-batch-size. Default: --micro-batch-size."""
 
     teacher_fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """Multiply in FP8 in the teacher's layers (forward alone, where both formats are e4m3), and keep their weights in FP8 alone.
-    Needs --bf16 and --transformer-impl transformer_engine.
-    Default: bfloat16."""
+    """Multiply in FP8 in the teacher's layers, and keep their weights in FP8 only.
+    Both formats use e4m3 in the forward pass, and a teacher has no other.
+    Needs --bf16 and --transformer-impl transformer_engine. Default: bfloat16."""
 
     teacher_fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = None
-    """How the teacher's scales are chosen, see --fp8-recipe; delayed is refused for a teacher.
+    """How the scales of the teacher's FP8 numbers are chosen, see --fp8-recipe. A teacher cannot use delayed.
     Default: mxfp8 on GPUs of compute capability 10, else tensorwise."""
 
     teacher_fp8_max_kl: float = 0.01
-    """Refuse an FP8 teacher whose distributions are further than this from its own in bfloat16: mean KL divergence, nats a token, at --kd-teacher-temperature or at 1, whichever is larger, on the run's first samples.
-    In emulated FP8 trained models of 3 and 12 layers had 0.0002 to 0.0005 by every recipe; with one linear zeroed or at twice its scale, half of those of 12 layers had more than 0.006 and all of those of 3 more than 0.03.
-    Larger models may need more room; the figure is told either way."""
+    """Refuse an FP8 teacher that differs more than this from the same teacher in bfloat16.
+    Measured: mean KL divergence in nats a token, on the first samples of the run.
+    Temperature: the larger of --kd-teacher-temperature and 1. The figure is always logged.
+    In emulated FP8, trained models of 3 and 12 layers had 0.0002 to 0.0005 with every recipe.
+    With one linear layer zeroed or doubled, half of the models of 12 layers had more than 0.006,
+    and all models of 3 layers more than 0.03. Larger models may need a larger limit."""
 
     teacher_exchange_max_gib: float = 8.0
-    """Refuse a run whose teacher hidden states would take more than this on a rank of the student's last stage in one step."""
+    """Refuse a run whose teacher hidden states take more than this in one step, in GiB.
+    It counts one rank of the student's last stage."""
 
     kd_weight: float = 0.667
-    """Weight w of the teacher's soft labels in stage 1: the loss of a token is (1 - w) x cross entropy with the label + w x cross entropy with the teacher's distribution."""
+    """Weight w of the teacher in stage 1. The loss of a token is
+    (1 - w) x cross entropy with the label + w x cross entropy with the teacher's distribution."""
 
     kd_teacher_temperature: float = 0.25
-    """The teacher's distribution is softmax(logits / T); the student has no temperature, and no factor T^2 is applied.
-    Below 1 it sharpens.
-    The paper gives 0.25 and does not say which way it reads it; division sharpens, and did best in our runs."""
+    """The teacher's distribution is softmax(logits / T). Below 1 it is sharper.
+    The student has no temperature, and there is no factor T^2.
+    The paper gives 0.25 and does not say whether it divides or multiplies. Division was better in our runs."""
 
     kd_steps: int | None = None
-    """Steps of stage 1, n_KD.
-    From the next step on training is plain and the teacher is freed; as many as the run has, or more: it teaches to the end (reverse KD)."""
+    """Steps of stage 1 (n_KD). After them training is plain, and the teacher is freed.
+    With as many as the run has, or more, the teacher teaches to the end (reverse KD)."""
 
     kd_transition: Literal["step", "linear", "ratio"] = "step"
-    """How w ends: at once, or over the last --kd-transition-steps of stage 1 linearly in w, or linearly in w / (1 - w)."""
+    """How w ends. step: at once. linear: w falls linearly over the last --kd-transition-steps of stage 1.
+    ratio: w / (1 - w) falls linearly over these steps."""
 
     kd_transition_steps: int = 0
-    """Length of a linear or ratio transition; it lies inside stage 1."""
+    """Steps of a linear or ratio transition. They belong to stage 1."""
 
     kd_stop: Literal["steps", "crossover"] = "steps"
-    """What ends stage 1: --kd-steps alone, or also the student's held-out next-token accuracy passing the teacher's, asked at each evaluation (accuracy and not loss, because a sharpened teacher inflates the student's loss).
-    After a crossover the transition still takes place."""
+    """What ends stage 1. steps: --kd-steps.
+    crossover: also an evaluation in which the student's next-token accuracy on held-out data passes the teacher's.
+    Accuracy and not loss, because a sharpened teacher raises the student's loss.
+    The transition still takes place after a crossover."""
 
     kd_stop_margin: float = 0.0
-    """How far, as a share of tokens, the student's accuracy must be above the teacher's for --kd-stop crossover.
-    May be negative: stop that much before."""
+    """By how much the student's accuracy must exceed the teacher's for --kd-stop crossover, as a share of tokens.
+    A negative margin ends stage 1 earlier."""
 
     stage1_selection: str | None = None
-    """What tools/select_data.py wrote: stage 1 draws from these samples alone (SALT_DS), each once before any comes again.
-    With --kd-weight 0 no teacher is needed."""
+    """Sample ids that salt-select (tools/select_data.py) wrote. Stage 1 draws only from these samples (SALT_DS).
+    Each is drawn once before any is drawn again. With --kd-weight 0 no teacher is needed."""
 
     stage2_data: Literal["all", "unseen"] = "all"
-    """What stage 2 draws from after a --stage1-selection: everything, from the beginning of an order of its own, or what stage 1 did not visit."""
+    """What stage 2 draws from after --stage1-selection.
+    all: all samples, in a new order. unseen: the samples that stage 1 did not visit."""
 
     stage2_micro_batch_size: int | None = None
-    """--micro-batch-size from the end of stage 1 on, when the teacher's memory is free.
-    The global batch stays, so the mathematics does.
-    Default: no change."""
+    """--micro-batch-size of stage 2, when the teacher's memory is free. Default: no change.
+    The global batch stays, and so does the mathematics."""
 
     override_kd_schedule: bool = False
-    """On resume inside stage 1 take the kd flags as they are now, where the checkpoint has others; the change is recorded in the checkpoint."""
+    """On resume in stage 1, take the kd flags as they are now and not the checkpoint's.
+    The checkpoint records the change."""
 
     def __post_init__(self) -> None:
         at_least(

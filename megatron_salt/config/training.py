@@ -1,4 +1,4 @@
-"""Length, batch, precision and ends of a run."""
+"""Length, batch size, implementation and end of a run."""
 
 from __future__ import annotations
 
@@ -9,89 +9,93 @@ from megatron_salt.config.checks import at_least, representable
 from megatron_salt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, on how much at a time, in which precision."""
+    """Length, batch size, implementation and end of a run."""
 
     seq_length: int = 1024
     """Tokens of one sample."""
 
     micro_batch_size: int = 1
-    """Samples of one forward pass on one replica."""
+    """Samples in one forward pass of one replica."""
 
     global_batch_size: int | None = None
-    """Samples of one step over all replicas; default: one microbatch a replica."""
+    """Samples in one step, over all replicas. Default: one microbatch for each replica."""
 
     train_iters: int | None = None
-    """Steps of the run."""
+    """Number of steps of the run."""
 
     train_samples: int | None = None
-    """Samples of the run, instead of --train-iters; must be a multiple of --global-batch-size."""
+    """Number of samples of the run, instead of --train-iters. Must be a multiple of --global-batch-size."""
 
     seed: int = 1234
-    """Seeds initial weights, dropout and the order of samples."""
+    """Seed of initial weights, dropout and the order of samples."""
 
     bf16: bool = False
-    """Train in bfloat16, with float32 main parameters and gradient reduction; default: float32."""
+    """Train in bfloat16. Main parameters and gradient reduction stay float32. Default: float32."""
 
     transformer_impl: Literal["torch", "transformer_engine"] | None = None
-    """Implementation of the student's and the teacher's layers: plain torch modules with scaled-dot-product attention, or Transformer Engine's.
+    """Implementation of the layers of student and teacher.
+    torch: plain torch modules with scaled-dot-product attention. transformer_engine: Transformer Engine's modules.
     Default: transformer_engine with --bf16 on a GPU where it is installed, else torch.
-    Checkpoints interchange."""
+    Checkpoints load with either."""
 
     loss_chunk_tokens: int | None = None
-    """Tokens whose logits exist at one time in the output head; default: what fits --loss-chunk-mib."""
+    """Tokens whose logits exist at one time in the output head. Default: as many as fit --loss-chunk-mib."""
 
     loss_chunk_mib: int = 256
-    """Memory budget from which --loss-chunk-tokens is derived."""
+    """Memory for logits, in MiB. It sets the default of --loss-chunk-tokens."""
 
     eval_interval: int = 1000
     """Steps between evaluations on held-out data."""
 
     eval_iters: int = 0
-    """Global batches of one evaluation; 0 turns evaluation off."""
+    """Global batches in one evaluation. 0: no evaluation."""
 
     skip_samples: tuple[str, ...] = ()
-    """Ranges A:B of consumed samples to jump over, such as 51200:56320 after a loss spike.
-    Pure: the same flags give the same order."""
+    """Skip these ranges A:B of consumed samples, such as 51200:56320 after a loss spike.
+    The same flags always give the same order of samples."""
 
     exit_interval: int | None = None
-    """Save and leave when the step is a multiple of this."""
+    """Save and exit at a step that is a multiple of this."""
 
     exit_duration_in_mins: float | None = None
-    """Save and leave after this many minutes."""
+    """Save and exit after this many minutes."""
 
     exit_signal_handler: bool = False
-    """Save and leave when SIGTERM or SIGUSR1 arrives."""
+    """Save and exit when SIGTERM or SIGUSR1 arrives."""
 
     exit_file: str | None = None
-    """Save and leave when this file appears, from whatever hand. It is not deleted, and a start that finds it is refused."""
+    """Save and exit when this file appears; anybody may create it.
+    The run does not delete it, and refuses to start while it exists."""
 
     outcome_file: str | None = None
-    """For a launcher: file that gets one line when the run ends, "done", "left" (it saved and wants to go on), "refused" (a mistake that another start would repeat), "unsaved" (the last checkpoint is not on disk) or "nonfinite", the step, the Slurm job (- without one) and its restart, and the reason.
-    None appears where the run died."""
+    """For a launcher: a file that gets one line when the run ends. It does not appear when the run dies.
+    The line has a word, the step, the Slurm job (- without one), the job's restart count, and the reason.
+    done: the run is complete. left: it saved, and another start goes on. refused: another start would repeat the error.
+    unsaved: the last checkpoint is not on disk. nonfinite: loss or parameters are not finite."""
 
     max_nonfinite_steps: int = 10
-    """So many steps in a row with a non-finite gradient norm end the run.
-    Each such step leaves parameters and optimizer untouched."""
+    """End the run after this many steps in a row with a non-finite gradient norm.
+    Such a step changes neither parameters nor optimizer."""
 
     manual_gc: bool = False
-    """Collect Python garbage at the same step on every rank instead of whenever Python likes."""
+    """Collect Python's garbage at the same step on every rank, instead of whenever Python decides."""
 
     manual_gc_interval: int = 100
-    """Steps between collections under --manual-gc; 0: never."""
+    """Steps between collections under --manual-gc. 0: never."""
 
     profile: bool = False
-    """Write a torch profiler trace of --profile-step-start to --profile-step-end to --tensorboard-dir."""
+    """Write a torch profiler trace of steps --profile-step-start to --profile-step-end into --tensorboard-dir."""
 
     profile_step_start: int = 10
     """First profiled step."""
 
     profile_step_end: int = 12
-    """First step that is no longer profiled."""
+    """First step that is not profiled any more."""
 
     profile_ranks: tuple[int, ...] = (0,)
-    """Ranks that profile."""
+    """Ranks that write a trace."""
 
     def __post_init__(self) -> None:
         at_least(

@@ -1,7 +1,7 @@
 """A run's configuration as YAML text, and back.
 
-YAML is nested by section, with the leaf names of the fields. What it does not know it refuses, with a suggestion.
-Types are checked here; the sections' own checks run when they are built.
+YAML is nested by section and uses the names of the fields. Unknown names are refused, with a suggestion.
+Types are checked here. The sections' own checks run when the sections are constructed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_salt.errors import UserError, did_you_mean
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole tree as YAML; `from_yaml` reads it back to an equal RunConfig."""
+    """The whole configuration as YAML; `from_yaml` reads it back to an equal RunConfig."""
     tree = {name: {key: _listed(value) for key, value in vars(getattr(config, name)).items()} for name in sections()}
     return yaml_core.dump(tree)
 
 
 def from_yaml(text: str, source: str) -> RunConfig:
-    """The checked run that a YAML text describes, defaults where it is silent. `source` names it in errors (UserError)."""
+    """The checked configuration in a YAML text, with defaults for what it does not set. `source` names the text in a UserError."""
     values = read_sections(text, source)
     try:
         return RunConfig(**{name: section(**values.get(name, {})) for name, section in sections().items()})
@@ -32,7 +32,7 @@ def from_yaml(text: str, source: str) -> RunConfig:
 
 
 def read_sections(text: str, source: str) -> dict[str, dict[str, Any]]:
-    """{section: {leaf: value}} of what a YAML text sets, types checked, sections' own checks not yet run."""
+    """{section: {field: value}} of what a YAML text sets. Types are checked; the sections' own checks have not run."""
     tree = _load(text, source)
     for name in tree:
         if name not in sections():
@@ -69,7 +69,7 @@ def _section_values(name: str, section: type, entries: Any, source: str) -> dict
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; an int is taken for a float, a list for a tuple. `where` starts the error."""
+    """`value` as the type `hint`; an int may stand for a float, a list for a tuple. `where` begins the error message."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         inner = next(choice for choice in choices if choice is not type(None))
@@ -96,7 +96,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def _as_word(item: Any, kind: type) -> Any:
-    """Weights beside prefixes ([0.7, web, 0.3, code]) are words on a command line, so they may be numbers in YAML."""
+    """A number in a list of strings as a string: YAML may have [0.7, web, 0.3, code], as a command line has."""
     return str(item) if kind is str and type(item) in (int, float) else item
 
 
@@ -111,7 +111,7 @@ def _listed(value: Any) -> Any:
 
 
 def unchecked(section: type, values: Mapping[str, Any]) -> Any:
-    """A section with `values` over its defaults whose checks have not run: flags may still complete it."""
+    """A section with `values` over its defaults, without its checks: flags may still complete it."""
     instance: Any = object.__new__(section)
     for field in fields(section):
         assert field.name in values or field.default is not MISSING, f"{section.__name__}.{field.name} has no default"

@@ -1,6 +1,6 @@
 """A batch that never changes, by whose loss a model is recognised.
 
-Every checkpoint records its model's loss on it (`train/reference_loss.py`), and a run that takes the model as its teacher compares: weights
+Every checkpoint records its model's loss on it (`train/evaluate.py`), and a run that takes the model as its teacher compares: weights
 that arrived half, or zeroed, or in the wrong place give another loss. Tokens are a pure function of (vocabulary_size, microbatch,
 position), so the batch of a shorter context is the beginning of the longer one's, and by causality so are its losses: microbatch
 j counts its first 16 * 4^j positions alone.

@@ -72,7 +72,7 @@ def refuse_without_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: boo
         )
 
 
-def told_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> str:
+def describe_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> str:
     """A line for the start of a run: what stands between documents."""
     names = {i: repr(name) for name, i in tokenizer.special.items()}
     end = "nothing ends documents" + ("" if append_eod else ", --append-eod does")

@@ -25,7 +25,7 @@ from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.order import PoolProgress
 from megatron_salt.data.subsets import IdRanges, Members
-from megatron_salt.data.windows import Windows, num_held_out
+from megatron_salt.data.windows import Windows, first_ids, locate, num_held_out
 from megatron_salt.errors import UserError
 
 
@@ -55,7 +55,8 @@ class Samples:
         """Of each dataset, how many windows of it this split has."""
         self._weights = None if weights is None else list(weights)
         self._seed = seed
-        self._offsets = np.cumsum([0, *(len(w) for w in self.windows)], dtype=np.int64)
+        self.first_ids = first_ids(len(w) for w in self.windows)
+        """int64 [datasets + 1]: the id of each dataset's first window, and the number of all windows."""
         self._draw_from(split, self.id_ranges)
         self.vocabulary_size = vocabulary_size
         """Ids of the tokenizer."""
@@ -73,7 +74,7 @@ class Samples:
     def id_ranges(self) -> list[IdRanges]:
         """Ids of all samples of this split, by pool."""
         ranges = [
-            (int(offset) + first, size) for offset, first, size in zip(self._offsets, self.first, self.sizes, strict=False)
+            (int(offset) + first, size) for offset, first, size in zip(self.first_ids, self.first, self.sizes, strict=False)
         ]
         if self.weighted:
             return [IdRanges((first,), (size,)) for first, size in ranges]
@@ -132,12 +133,11 @@ class Samples:
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, window in its file) of global ids: int64 [n] -> int64 [n], int64 [n]."""
-        assert sample_ids.size == 0 or (sample_ids.min() >= 0 and sample_ids.max() < self._offsets[-1]), (
+        assert sample_ids.size == 0 or (sample_ids.min() >= 0 and sample_ids.max() < self.first_ids[-1]), (
             sample_ids,
-            self._offsets[-1],
+            self.first_ids[-1],
         )
-        dataset = np.searchsorted(self._offsets, sample_ids, side="right") - 1
-        return dataset, sample_ids - self._offsets[dataset]
+        return locate(self.first_ids, sample_ids)
 
     def tokens(self, sample_ids: np.ndarray) -> np.ndarray:
         """int64 [n] global ids -> int64 [n, L + 1]. UserError if a token is not in the vocabulary."""

@@ -6,10 +6,24 @@ of window i+1. So there are (N-1)//L windows, whatever the seed, batch size or n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
+
+
+def first_ids(sizes: Iterable[int]) -> np.ndarray:
+    """Global ids number the windows of all datasets, in their order. -> int64 [datasets + 1]: the id of each dataset's first window, and
+    last the number of all windows. sizes: windows of each dataset."""
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def locate(firsts: np.ndarray, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(dataset, window in it) of global ids: int64 [n] -> int64 [n], int64 [n]. firsts: `first_ids`."""
+    dataset = np.searchsorted(firsts, sample_ids, side="right") - 1
+    return dataset, sample_ids - firsts[dataset]
 
 
 class Windows:

@@ -1,7 +1,7 @@
-"""A run as its JSONL tells it, after the run: curves, and what became of stage 1. Pure.
+"""Reads the JSONL of a run: its curves, and the end of stage 1. Pure.
 
-Reads what `RunLog` and `sinks.Jsonl` wrote. Of a step told twice, by a run that was resumed, the later counts; a line that is not
-JSON is counted and left out.
+`RunLog` and `sinks.Jsonl` write the file. Where a resumed run wrote a step again, the later entry counts. A line that is not JSON is
+counted and left out.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ _LARGEST_LOG = 4 << 30
 
 @dataclass(frozen=True)
 class Switch:
-    """The end of stage 1, on the rank that wrote the log."""
+    """The end of stage 1, as the rank that wrote the log saw it."""
 
     step: int
-    """The last one of stage 1."""
+    """The last step of stage 1."""
     gib_before: float | None
-    """Memory in use before the teacher was freed; None: there was none, stage 1 had a selection of the data alone."""
+    """Memory in use before the teacher was freed; None: stage 1 had a selection of the data and no teacher."""
     gib_after: float | None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run, as its log tells it. Losses are nats a token; a step without a finite loss is nan."""
+    """The curves of one run. Losses are nats a token; a step without a finite loss has nan."""
 
     name: str
     steps: np.ndarray
-    """int64 [n], rising"""
+    """int64 [n], ascending"""
     losses: np.ndarray
-    """float64 [n], training: cross entropy with the data"""
+    """float64 [n], training loss: cross entropy with the data"""
     tokens: np.ndarray
     """int64 [n], read since the log began"""
     seconds: np.ndarray
-    """float64 [n], of steps alone, since the log began"""
+    """float64 [n], sum of the step times since the log began; evaluations and saves do not count"""
     held_out: dict[int, float]
     """{step: held-out loss}"""
     accuracy: float | None
-    """Of the last evaluation: share of held-out tokens whose likeliest next token was the right one"""
+    """Share of held-out tokens that the model predicts, in the last evaluation"""
     teacher: tuple[float, float] | None
-    """Held-out loss and accuracy of the run's teacher"""
+    """Held-out loss and accuracy of the teacher"""
     switch: Switch | None
-    """None: no teacher, or it teaches to the end"""
+    """None: no stage 1, or it lasts to the end"""
     peak_gib: float
-    """Most memory of the rank that wrote the log"""
+    """Peak memory of the rank that wrote the log"""
     unread_lines: int
-    """Lines that are not JSON: a crash tears at most the last one."""
+    """Lines that are not JSON: a crash cuts off at most the last one."""
 
     @property
     def final(self) -> float | None:
@@ -62,14 +62,14 @@ class Curve:
         return self.held_out[max(self.held_out)] if self.held_out else None
 
     def axis(self, x: Axis) -> np.ndarray:
-        """Where each step stands on the chosen axis: [n]."""
+        """Position of each step on the chosen axis: [n]."""
         return {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}[x]
 
 
 def read_curve(name: str, path: Path) -> Curve:
-    """A run's JSONL. UserError where the file cannot be read or no step is in it."""
+    """Read a run's JSONL. UserError where it cannot be read or has no step."""
     entries, unread = _entries(path)
-    steps = {entry["step"]: entry for entry in entries if entry["kind"] == "step"}  # of a step told twice, the later
+    steps = {entry["step"]: entry for entry in entries if entry["kind"] == "step"}  # the later of two entries
     if not steps:
         raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
     evaluations = {entry["step"]: entry for entry in entries if entry["kind"] == "eval"}
@@ -96,7 +96,7 @@ def read_curve(name: str, path: Path) -> Curve:
 
 
 def _loss(row: dict[str, Any]) -> float:
-    """Cross entropy with the data: in stage 1 it stands beside the loss, which is that with a mixture of data and teacher."""
+    """Cross entropy with the data. In stage 1 it is `ce`, beside `loss`, which is against the mixed target."""
     loss = row.get("ce", row["loss"])
     return np.nan if loss is None else float(loss)
 

@@ -1,6 +1,6 @@
-"""Two small things a long run needs: garbage collected at the same step on every rank, and a profiler trace of chosen steps.
+"""Python's garbage collection at the same steps on every rank, and a profiler trace of chosen steps.
 
-Both count steps as the log does: step n is the n-th of the run.
+Steps count from 1, as in the log.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from megatron_salt.errors import UserError
 
 
 class GarbageSchedule:
-    """Under --manual-gc Python's collector is off between `start` and `stop`, and runs after every interval-th step: a rank
-    that collects while the others wait for it costs all of them, so all collect at once."""
+    """Under --manual-gc, turns Python's collector off between `start` and `stop` and runs it after every interval-th step.
+
+    A rank that collects makes all others wait for it, so all ranks collect at the same step.
+    """
 
     def __init__(self, training: TrainingConfig) -> None:
         self._manual = training.manual_gc
@@ -38,10 +40,10 @@ class GarbageSchedule:
 
 
 class Profiler:
-    """Under --profile, on --profile-ranks: a trace of steps [--profile-step-start, --profile-step-end)."""
+    """Under --profile, traces steps [--profile-step-start, --profile-step-end) on --profile-ranks."""
 
     def __init__(self, training: TrainingConfig, rank: int, directory: Path | None) -> None:
-        """directory: TensorBoard's, where its profile plugin looks for traces. Every rank calls: UserError where it is None."""
+        """directory: of TensorBoard, whose profile plugin reads traces there. Every rank calls; UserError where it is None."""
         if training.profile and directory is None:
             raise UserError("--profile has nowhere to write its trace; give --tensorboard-dir or --save")
         self._steps = range(training.profile_step_start, training.profile_step_end)
@@ -52,7 +54,7 @@ class Profiler:
         self._first_step = 0
 
     def before_step(self, step: int) -> None:
-        """Start or end the trace, where `step` is the one about to run. A run resumed inside the range profiles the rest."""
+        """Start or end the trace before `step` runs. A run that resumes inside the range traces the rest of it."""
         if self._profile is not None and step not in self._steps:
             self.stop(step)
         elif self._profile is None and self._wanted and step in self._steps:
@@ -61,7 +63,7 @@ class Profiler:
             self._profile.start()
 
     def stop(self, next_step: int) -> None:
-        """Write the running trace, if there is one, as rankR.stepsA-B.pt.trace.json.gz."""
+        """Write the trace, if one is running, to rankR.stepsA-B.pt.trace.json.gz."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
@@ -69,6 +71,6 @@ class Profiler:
         assert self._directory is not None
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"rank{self._rank}.steps{self._first_step}-{next_step - 1}.pt.trace.json.gz"
-        tmp = path.with_name("tmp." + path.name)  # the exporter compresses by the name's end
+        tmp = path.with_name("tmp." + path.name)  # the exporter compresses where the name ends in .gz
         profile.export_chrome_trace(str(tmp))
         os.replace(tmp, path)

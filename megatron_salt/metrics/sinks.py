@@ -1,9 +1,10 @@
 """Where a run's numbers go: a JSONL file, TensorBoard, Weights & Biases.
 
-A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. After a crash the run
-resumes at an earlier step; every sink then drops what it holds of later steps, so that a curve has one value a step.
-Opened on one rank alone. A missing package or a path that can never be written is a UserError; a disk that is full or read-only, or a
-server that does not answer, may raise anything, and retrying_sink.py tries again. An entry was taken if its write returned.
+A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. A run that crashed resumes at an earlier
+step. Every sink then drops its entries of later steps, so that a curve has one value a step.
+
+One rank alone opens sinks. A missing package, or a path that can never be written, is a UserError. A disk that is full or read-only, or a
+server that does not answer, may raise anything; retrying_sink.py tries again. An entry is written once `write` has returned.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from megatron_salt.small_files import parse_json
 Entry = Mapping[str, Any]
 
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
-"""Errors that may be over later; others mean that the path is wrong."""
+"""Errors that may be over later. Any other error means that the path is wrong."""
 
-
-_LONGEST_LINE = 1 << 24  # bytes; an entry of all ranks has some hundred thousand
+_LONGEST_LINE = 1 << 24  # bytes; the longest entries have some hundred thousand
 
 
 class Sink(Protocol):
@@ -44,12 +44,12 @@ class Sink(Protocol):
 
 
 class Jsonl:
-    """One JSON object a line, each line one append. nan and inf are null."""
+    """One JSON object a line, each line appended by one write. nan and inf become null."""
 
     name = "--jsonl"
 
     def __init__(self, path: Path, start_step: int) -> None:
-        """Continue `path` after `start_step`; a run from step 0 keeps an older log as PATH.old."""
+        """Continue `path` after `start_step`. A run from step 0 renames an older log to PATH.old. Raises UserError, OSError."""
         self._unwritten = b""
         try:
             look_at_jsonl(path)
@@ -64,7 +64,7 @@ class Jsonl:
             raise unusable(f"--jsonl {path}", error) from error
 
     def write(self, entry: Entry) -> None:
-        self.flush()  # the rest of a line that a disk took in part
+        self.flush()  # the rest of a line of which the disk took a part
         line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
         self._unwritten = line[self._file.write(line) :]
 
@@ -77,8 +77,10 @@ class Jsonl:
 
 
 def look_at_jsonl(path: Path) -> None:
-    """Raise UserError where there is something at `path` that no run wrote, or in the way to it; OSError where that cannot be read.
-    Nothing is written."""
+    """Raise UserError where `path` holds something that no run wrote, or where a file is in the way to it.
+
+    Raises OSError where it cannot be read. Nothing is written.
+    """
     refuse_in_the_way(path.parent, f"--jsonl {path}")
     if not path.exists():
         return
@@ -92,7 +94,10 @@ def look_at_jsonl(path: Path) -> None:
 
 
 def drop_later_steps(path: Path, last_step: int) -> None:
-    """Rewrite a run's JSONL file without entries of steps after `last_step` and without lines that a crash tore; whole or not at all."""
+    """Remove entries of steps after `last_step`, and lines that a crash cut off, from a run's JSONL file.
+
+    The file is replaced as a whole, or stays as it was.
+    """
     tmp = path.with_name(path.name + ".tmp")
     with open(path, "rb") as old, open(tmp, "wb") as new:
         for line in old:
@@ -120,10 +125,10 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(entry: Entry) -> dict[str, float]:
-    """An entry's numbers under the names of its curves: train/loss, time/data, valid/loss ...
+    """{name of a curve: value} for an entry's numbers: train/loss, time/data, valid/loss ...
 
-    train/loss is the cross entropy against the data in both stages, so that the curve does not jump where a teacher leaves;
-    the loss that stage 1 minimises, of the mixed target, is train/mixed_loss.
+    train/loss is the cross entropy with the data in both stages, so the curve does not jump at the end of stage 1. The loss that
+    stage 1 minimises, against the mixed target, is train/mixed_loss.
     """
     prefix = {"step": "train", "eval": entry.get("name"), "event": "event"}[entry["kind"]]
     curves = {
@@ -163,7 +168,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Scalars in a Weights & Biases run; with a name, a resumed run continues it."""
+    """Scalars in a Weights & Biases run. A resumed run with a name continues the run of that name."""
 
     name = "--wandb-project"
 
@@ -177,21 +182,21 @@ class Wandb:
         self._run.log(scalars(entry), step=entry["step"])
 
     def flush(self) -> None:
-        """Its own process has everything already."""
+        """Nothing to do: the process of Weights & Biases has every entry already."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def wandb_id(run_name: str) -> str:
-    """The id that a run's name stands for: the name itself where W&B takes it, else its sound characters and a hash of it."""
+    """The run id for a name: the name itself where Weights & Biases takes it, else its valid characters and a hash."""
     if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", run_name):
         return run_name
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', run_name)[:48]}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
 
 
 def make_directory(directory: Path, flag_name: str) -> None:
-    """Make a directory where there is none. Raises UserError, or an OSError that may be over later."""
+    """Make a directory unless it exists. Raises UserError, or an OSError that may be over later."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -199,18 +204,18 @@ def make_directory(directory: Path, flag_name: str) -> None:
 
 
 def refuse_in_the_way(directory: Path, what: str) -> None:
-    """Raise UserError where `directory` cannot be made, because a file lies in its place or in that of a parent. Nothing is written."""
-    there = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UserError(f"{what} cannot be written: {there} is not a directory")
+    """Raise UserError where a file stands in the place of `directory` or of one of its parents. Nothing is written."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"{what} cannot be written: {existing} is not a directory")
 
 
 def unusable(what: str, error: OSError) -> Exception:
-    """The error itself where it may be over later, else the UserError that stands for it."""
+    """The error itself where it may be over later, else a UserError that says what cannot be written."""
     return error if error.errno in PASSING else UserError(f"{what} cannot be written: {error}")
 
 
 def require_package(package: str, flag_name: str) -> None:
-    """Raise UserError where `package` is not importable. Cheap: every rank asks, so that all refuse together."""
+    """Raise UserError where `package` cannot be imported. Cheap, so every rank calls it and all refuse together."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{flag_name} needs the package {package}, which is not installed; try: pip install {package}")

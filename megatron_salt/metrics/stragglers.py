@@ -1,9 +1,10 @@
-"""Signs of life for whoever watches a run: a heartbeat that a launcher can see, and which rank is the slowest.
+"""A heartbeat file for launchers, and a report of the slowest rank.
 
-Neither costs a step anything that can be measured: the heartbeat is a clock's reading, and every ten seconds a small file from one rank;
-the report is a few matrix products and one gather of two numbers a rank, once in --straggler-report-interval steps. In a step all ranks
-wait for the slowest, so that their step times are alike; what differs is what each does alone, and that is what is compared: reading
-its data, and a fixed piece of arithmetic, which a throttled GPU or a core that others use does more slowly.
+Step times are equal on all ranks, because ranks wait for each other. So the report times what a rank does alone: reading its data, and a
+fixed set of matrix products, which take longer on a throttled GPU or a core that others use.
+
+Neither costs a step a measurable time. One rank writes the heartbeat every ten seconds. The report takes a few matrix products and one
+gather of two numbers a rank, once in --straggler-report-interval steps.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from megatron_salt.parallel.device import current_device
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-_PRODUCTS = 16  # of one timing
+_PRODUCTS = 16  # matrix products in one timing
 
 
 class Heartbeat:
-    """Shows on disk that steps go by: `path` holds the step of the last beat, and changes while the run moves."""
+    """Shows on disk that the run moves: `path` holds the step of the last beat."""
 
     def __init__(self, path: str | None, active: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        """active: on the one rank that writes."""
+        """active: True on the one rank that writes."""
         self._path = Path(path) if path is not None and active else None
         self._clock = clock
         self._written: float | None = None
-        self._told = False
+        self._reported = False
 
     def beat(self, step: int) -> None:
-        """After every step; writes when the last writing is ten seconds old. A disk that cannot take it is told once."""
+        """Call after every step; writes at most every ten seconds. An error of the disk is logged once."""
         if self._path is None or (self._written is not None and self._clock() - self._written < BEAT_SECONDS):
             return
         self._written = self._clock()
@@ -49,36 +50,39 @@ class Heartbeat:
         try:
             tmp.write_text(f"{step}\n", encoding="ascii")
             os.replace(tmp, self._path)
-            self._told = False
+            self._reported = False
         except OSError as error:
-            if not self._told:
+            if not self._reported:
                 log.warning("--heartbeat-file %s cannot be written (%s); the run goes on, and tries again", self._path, error)
-            self._told = True
+            self._reported = True
             with contextlib.suppress(OSError):
                 tmp.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Slowest:
-    """The slowest of all ranks at one thing."""
+    """The slowest of all ranks in one measurement."""
 
     rank: int
     seconds: float
     median: float
-    """Of all ranks, seconds."""
+    """Seconds, over all ranks."""
 
     @classmethod
     def of(cls, seconds: list[float]) -> Slowest:
-        """By rank. Pure."""
+        """The slowest of `seconds`, one value a rank. Pure."""
         rank = max(range(len(seconds)), key=seconds.__getitem__)
         return cls(rank, seconds[rank], statistics.median(seconds))
 
 
 class StragglerReport:
-    """Every `interval` steps: which rank read its data, and which calculated, more slowly than the others."""
+    """Names, every `interval` steps, the ranks that read their data and that calculated most slowly."""
 
     def __init__(self, interval: int | None, arithmetic: Callable[[], float] | None = None) -> None:
-        """arithmetic: seconds of a fixed piece of it on this rank; default `time_products`. Collective where `interval` is not None."""
+        """arithmetic: times a fixed calculation on this rank, in seconds; default `time_products`. interval: None turns the report off.
+
+        Collective over all ranks unless `interval` is None.
+        """
         self._interval = interval
         self._arithmetic = arithmetic or time_products
         self._data_seconds = 0.0
@@ -87,17 +91,17 @@ class StragglerReport:
             dist.all_gather_object(self._hosts, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
 
     def after_step(self, step: int, data_seconds: float) -> tuple[str, dict[str, Any]] | None:
-        """A sentence and its facts where a report is due, the same on every rank; else None. Collective over all ranks.
+        """Message and facts where a report is due, the same on every rank; else None. Collective over all ranks.
 
-        data_seconds: what this rank took to read its microbatches in this step.
+        data_seconds: how long this rank took to read its microbatches in this step.
         """
         self._data_seconds += data_seconds
         if self._interval is None or step % self._interval:
             return None
-        mine = torch.tensor([self._arithmetic(), self._data_seconds], dtype=torch.float32, device=current_device())
+        own = torch.tensor([self._arithmetic(), self._data_seconds], dtype=torch.float32, device=current_device())
         self._data_seconds = 0.0
-        everyone = [torch.empty_like(mine) for _ in self._hosts]
-        dist.all_gather(everyone, mine)
+        everyone = [torch.empty_like(own) for _ in self._hosts]
+        dist.all_gather(everyone, own)
         arithmetic, data = (Slowest.of(column) for column in torch.stack(everyone).T.tolist())
         message = (
             f"slowest of {len(self._hosts)} ranks: arithmetic {self._place(arithmetic.rank)} {1e3 * arithmetic.seconds:.2f} ms "
@@ -112,7 +116,7 @@ class StragglerReport:
 
 
 def time_products() -> float:
-    """Seconds of a fixed number of matrix products on this rank's device, after one that warms it up. Draws no random number."""
+    """Seconds of a fixed number of matrix products on this rank's device, after a warm-up. Draws no random number."""
     device = current_device()
     size, dtype = (256, torch.float32) if device.type == "cpu" else (4096, torch.bfloat16)
     matrix = torch.full((size, size), 1.0 / size, dtype=dtype, device=device)
@@ -127,4 +131,4 @@ def time_products() -> float:
 
 
 def _nothing() -> None:
-    """The CPU does not run ahead."""
+    """The CPU runs nothing asynchronously."""

@@ -1,8 +1,8 @@
 """Core attention of the torch layer spec: torch's scaled-dot-product attention, grouped queries, context parallelism.
 
-Under context parallelism a rank holds chunks r and 2n-1-r of 2n of each sequence (megatron-core's zigzag) and gathers keys and
-values from the others. Right everywhere, quick on one rank; for long contexts on GPU clusters Transformer Engine's ring attention
-is the better choice.
+With context parallelism rank r of n holds chunks r and 2n-1-r of the 2n chunks of each sequence (megatron-core's zigzag). It
+gathers keys and values from the other ranks. That is correct on any machine and fast on one rank. For long contexts on GPU
+clusters Transformer Engine's ring attention is faster.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_salt.parallel.layout import context_slice
 
 
 def positions_of(length: int, context: int, rank: int, device: torch.device) -> Tensor:
-    """int64 [length / context]: the positions of a sequence that a context-parallel rank holds, in its order."""
+    """The positions of a sequence that a context-parallel rank holds, in its order: int64 [length / context]."""
     return torch.cat([torch.arange(part.start, part.stop, device=device) for part in context_slice(length, context, rank)])
 
 
 def attention_mask(documents: Tensor | None, length: int, cp_group: ProcessGroup, device: torch.device) -> Tensor | None:
-    """Who may look at whom: bool [b or 1, 1, length / cp, length], True where a query attends; None for plain causal attention.
+    """Which keys each query sees: bool [b or 1, 1, length / cp, length], True where it attends; None for plain causal attention.
 
-    documents: int64 [b, length], the number of the document that each token of the *whole* sequence belongs to, or None where
-    attention crosses documents. Keys stand in the order in which `CoreAttention` gathers them, rank after rank.
+    documents: int64 [b, length], for each token of the *whole* sequence the number of its document. None: attention crosses
+    documents. Keys are in the order in which `CoreAttention` gathers them: rank 0's, rank 1's, and so on.
     """
     context = cp_group.size()
     if documents is None and context == 1:
@@ -47,7 +47,7 @@ def attention_mask(documents: Tensor | None, length: int, cp_group: ProcessGroup
 
 
 class CoreAttention(MegatronModule):
-    """Attention over query [s, b, heads, d] and key, value [s, b, groups, d] of this rank's heads and positions."""
+    """Attention of query [s, b, heads, d] over key and value [s, b, groups, d], for this rank's heads and positions."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        **_: object,  # names that later releases of megatron-core add
+        **_: object,  # arguments that later releases of megatron-core add
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None and attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.cp_group = pg_collection.cp
-        # MegatronModule.sharded_state_dict asks parallel_state for a tensor-parallel group where a module names none.
+        # Without tp_group MegatronModule.sharded_state_dict would take the group of parallel_state.
         self.tp_group = pg_collection.tp
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -80,15 +80,15 @@ class CoreAttention(MegatronModule):
         packed_seq_params: object | None = None,
         **_: object,
     ) -> Tensor:
-        """-> [s, b, heads * d]. attention_mask as `attention_mask()` makes it; None means causal."""
+        """[s, b, heads * d]. attention_mask: what `attention_mask()` returns; None: causal."""
         assert attention_bias is None and packed_seq_params is None
         if self.cp_group.size() > 1:
             assert attention_mask is not None, "context parallelism needs attention_mask()"
             key = gather_from_sequence_parallel_region(key, tensor_parallel_output_grad=True, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, tensor_parallel_output_grad=True, group=self.cp_group)
         dropout = self.dropout if self.training else 0.0
-        # Heads differ between tensor-parallel ranks, and so must their random numbers. Under sequence parallelism the transformer
-        # block has forked the tracker for the whole layer; a fork inside a fork would draw the same numbers twice.
+        # Tensor-parallel ranks have different heads, so they need different random numbers. With sequence parallelism the
+        # transformer block has forked the tracker for the whole layer. A second fork would draw the same numbers again.
         if dropout > 0 and not self.config.sequence_parallel:
             with get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, attention_mask, dropout)

@@ -1,6 +1,6 @@
-"""Arithmetic of a model, counted as Megatron-LM counts it: matrix multiplications alone, a multiply-add as two. Pure.
+"""FLOPs and parameters of a model, counted as Megatron-LM does: only matrix products, a multiply-add as two FLOPs. Pure.
 
-All figures are FLOPs of one token's forward pass where nothing else is said; backward takes twice as many. Parameters are counted too.
+Figures are FLOPs of the forward pass of one token, unless the docstring says otherwise. The backward pass takes twice as many.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from megatron_salt.config import ModelConfig
 
 @dataclass(frozen=True)
 class HeadCost:
-    """Elementwise work of the head, forward and backward, in FLOPs a logit."""
+    """Elementwise work of the output head, forward and backward, in FLOPs for each logit."""
 
     plain: float
-    """Against the data alone."""
+    """Loss against the data."""
 
     distilled: float
-    """Against the data and a teacher, whose logits are work too."""
+    """Loss against the data and a teacher, the work on the teacher's logits included."""
 
 
 def core_attention_flops(model: ModelConfig, seq_length: int) -> float:
-    """One layer's scores and weighted sums over half the sequence, as causal masks leave it: 2 * 2 d H s/2 (H heads of width d)."""
+    """Scores and weighted sums of one layer: 2 * 2 d H s/2, with H heads of width d. A causal mask leaves half of the sequence."""
     return 2.0 * 2 * model.head_width * model.num_attention_heads * seq_length / 2
 
 
 def layer_flops(model: ModelConfig, seq_length: int) -> float:
-    """One layer with h hidden, H heads and G groups of width d, f MLP, s sequence:
-    2 * (h d (H + 2G) + d H h + 2 d H s/2 + (3 if gated else 2) h f)."""
+    """One layer: 2 * (h d (H + 2G) + d H h + 2 d H s/2 + (3 if gated else 2) h f).
+
+    h: hidden size. H, G: heads and key/value heads of width d. f: width of the MLP. s: sequence length.
+    """
     hidden, width, heads = model.hidden_size, model.head_width, model.num_attention_heads
     projections = hidden * width * (heads + 2 * model.query_groups) + width * heads * hidden
     mlp = (3 if model.swiglu else 2) * hidden * model.ffn_width
@@ -41,17 +43,17 @@ def head_flops(model: ModelConfig, padded_vocabulary_size: int) -> float:
 
 
 def forward_flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size: int) -> float:
-    """FLOPs of a forward pass for one token, output layer included: what a teacher costs."""
+    """FLOPs of the forward pass of one token, output layer included: the cost of a teacher."""
     return model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary_size)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size: int) -> float:
-    """Model FLOPs of forward and backward for one token: recomputation does not count."""
+    """Model FLOPs of forward and backward pass of one token, without recomputation."""
     return 3.0 * forward_flops_per_token(model, seq_length, padded_vocabulary_size)
 
 
 def num_parameters(model: ModelConfig, padded_vocabulary_size: int, seq_length: int) -> int:
-    """Parameters of the whole model, embedding and head included, as megatron-core makes them; a tied weight counts once."""
+    """Parameters of the whole model, embedding and head included. A tied weight counts once."""
     hidden, width, bias = model.hidden_size, model.head_width, not model.disable_bias_linear
     norm = 2 if model.normalization == "LayerNorm" else 1  # weight and bias, or a weight
     wide_qkv, wide_fc1 = (

@@ -1,10 +1,11 @@
-"""Running a model with FP8 or without, from the same weights; and a model that is only run forward with weights in FP8 alone.
+"""FP8 in a model that only runs forward, and a switch to bfloat16 for any model. Nothing in this module communicates.
 
-`with in_bfloat16(model)` runs any model's layers in bfloat16. For a teacher, this may be relied on: a GPT whose `Precision` is
-`forward_only` with an `fp8_format` is built and loaded with bfloat16 weights and runs its layers inside `GPT.forward_context()`, which
-is `fp8_products` over a group of its own mesh; `in_bfloat16` runs them as a model without FP8 does, bit for bit. Then
-`keep_fp8_alone(model)` gives the layers' linears FP8 weights, in the one orientation that a forward product reads, and frees the
-bfloat16 ones. In all other models `forward_context` is `nullcontext`. Nothing here communicates.
+Contract for teachers (a `Precision` that is `forward_only` and has an `fp8_format`):
+- The GPT is built and loaded with bfloat16 weights.
+- `GPT.forward` runs the layers inside `forward_context()`, which is `fp8_products` over a group of the teacher's mesh. Inside
+  `in_bfloat16(model)` it runs them exactly, bit for bit, as a model without FP8. Other models have `nullcontext`.
+- `keep_fp8_alone(model)` replaces the weights of the layers' linears by FP8 ones, in the one orientation that a forward product
+  reads, and frees the bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ ForwardContext = Callable[[], AbstractContextManager]
 
 
 def fp8_products(precision: Precision, amax_group: ProcessGroup) -> ForwardContext:
-    """Transformer Engine's context for a model's products, to be entered for each forward. amax_group: where a recipe reduces maxima
-    over ranks; without one Transformer Engine would take the world."""
+    """Transformer Engine's context for FP8 products. Enter it for each forward pass.
+
+    amax_group: the ranks over which a recipe reduces maxima. Without it Transformer Engine would take all ranks.
+    """
     import transformer_engine.pytorch as te
 
     recipe = te_recipe(precision)
@@ -39,7 +42,7 @@ def fp8_products(precision: Precision, amax_group: ProcessGroup) -> ForwardConte
 
 
 def te_recipe(precision: Precision) -> Any:
-    """Transformer Engine's recipe object of a model that is only run forward."""
+    """Transformer Engine's recipe object for a model that only runs forward."""
     from transformer_engine.common import recipe as recipes
 
     formats = {"e4m3": recipes.Format.E4M3, "hybrid": recipes.Format.HYBRID}
@@ -50,7 +53,7 @@ def te_recipe(precision: Precision) -> Any:
 
 @contextmanager
 def in_bfloat16(model: GPT) -> Iterator[None]:
-    """Run a model's layers without FP8 and FP4 while the block runs. A teacher's must still be there in bfloat16."""
+    """Run the layers of a model without FP8 and FP4 inside the block. A teacher must still have its bfloat16 weights."""
     assert not model.fp8_alone, "the bfloat16 weights have been dropped"
     config, context = model.config, model.forward_context
     formats = config.fp8, config.fp4
@@ -65,10 +68,10 @@ def in_bfloat16(model: GPT) -> Iterator[None]:
 
 @torch.no_grad()
 def keep_fp8_alone(model: GPT) -> None:
-    """Turn the weights of the layers' linears into FP8 and free their bfloat16 form, one after the other. No rank talks to another.
+    """Convert the weights of the layers' linears to FP8 and free their bfloat16 copies, one linear at a time. Not collective.
 
-    What Transformer Engine does to a weight that is created under `quantized_model_init`, with the loaded values in place of initial
-    ones. Its form for backward products, the transpose, is never made. Does nothing to a model without FP8.
+    The result is what Transformer Engine makes under `quantized_model_init`, with the loaded values instead of initial ones. The
+    transpose, which backward products need, is never made. A model without FP8 does not change.
     """
     precision = model.precision
     if precision.fp8_format is None or model.fp8_alone:
@@ -84,17 +87,17 @@ def keep_fp8_alone(model: GPT) -> None:
             quantizer.set_usage(rowwise=True, columnwise=False)
             quantizer.internal = False
             linear.weight = nn.Parameter(quantizer(linear.weight), requires_grad=False)
-            linear._fp8_workspaces.clear()  # FP8 copies that forwards have cached beside the bfloat16 weights
+            linear._fp8_workspaces.clear()  # FP8 copies that forward passes have cached beside the bfloat16 weights
     model.fp8_alone = True
 
 
 def linears(model: nn.Module) -> Iterator[Any]:
-    """Transformer Engine's linears of a model, which are those that FP8 changes."""
+    """The linears of a model that FP8 changes: Transformer Engine's."""
     return (module for module in model.modules() if isinstance(module, TE_LINEAR_TYPES))
 
 
 def raw_tensors(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold a parameter's bytes: itself, or the data of one in FP8."""
+    """The plain tensors that hold the bytes of a parameter: the parameter itself, or the data of an FP8 parameter."""
     if not is_float8tensor(tensor):
         return [tensor]
     data: Any = tensor

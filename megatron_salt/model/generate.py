@@ -1,7 +1,7 @@
 """Sampling text from a model, token by token.
 
-Every token runs the whole context through the model again, nothing is cached: made for looking at what a model learned, not
-for serving it. Tensor parallelism is allowed, pipeline and context parallelism are not.
+Each token runs the whole context through the model again; nothing is cached. This is for looking at what a model learned, not
+for serving it. Tensor parallelism is allowed; pipeline and context parallelism are not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from megatron_salt.parallel.device import current_device
 
 @torch.no_grad()
 def next_logits(model: GPT, ids: list[int], vocabulary_size: int) -> Tensor:
-    """Logits of the token after `ids`: float32 [vocabulary_size], on the CPU. Collective over the tensor-parallel group; all receive."""
+    """Logits of the token after `ids`: float32 [vocabulary_size], on the CPU.
+
+    Collective over the tensor-parallel group; all its ranks receive.
+    """
     tokens = torch.tensor([ids], device=current_device())
     positions = torch.arange(len(ids), device=current_device())[None]
     hidden = model(tokens, positions, None)
@@ -28,7 +31,7 @@ def next_logits(model: GPT, ids: list[int], vocabulary_size: int) -> Tensor:
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One id from float32 logits [vocabulary_size]: the likeliest at temperature 0, else at random among the `top_k` likeliest."""
+    """One id from float32 logits [vocabulary_size]: at temperature 0 the most likely id, else a random one of the `top_k` most likely."""
     if temperature == 0:
         return int(logits.argmax())
     kept = logits.topk(min(top_k or logits.numel(), logits.numel()))
@@ -40,10 +43,10 @@ def generate(
     model: GPT, prompt: list[int], num_tokens: int, context: int, vocabulary_size: int, eod: int | None, temperature: float,
     top_k: int | None, seed: int,
 ) -> list[int]:  # fmt: skip
-    """Up to `num_tokens` ids that follow `prompt`, ending before `eod`. Collective over the tensor-parallel group; all receive.
+    """Up to `num_tokens` ids that follow `prompt`; it stops before `eod`. Collective over the tensor-parallel group; all its ranks receive.
 
-    prompt: at least one id; the model sees the last `context` ids. The same seed gives the same ids, on any number of ranks
-    up to rounding: every rank draws by itself from the same logits.
+    prompt: at least one id. The model sees the last `context` ids. The same seed gives the same ids on any number of ranks,
+    up to rounding: each rank draws from the same logits.
     """
     assert prompt, "nothing to continue"
     model.eval()

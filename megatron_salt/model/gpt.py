@@ -1,7 +1,7 @@
 """The decoder: megatron-core's embedding, rotary table and transformer block, and our output head.
 
-The one place that speaks TransformerConfig. `GPT.forward` returns hidden states on every stage; on the last one `GPT.loss`
-turns them into a loss. State-dict keys are those of megatron-core's GPTModel, so its checkpoints and ours interchange.
+The only module that makes a TransformerConfig. `GPT.forward` returns hidden states on every stage; on the last stage
+`GPT.loss` turns them into a loss. State-dict keys are those of megatron-core's GPTModel: each loads the other's checkpoints.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from megatron_salt.parallel.mesh import Mesh
 
 
 def squared_relu(activations: Tensor) -> Tensor:
-    """max(x, 0)^2. megatron-core's own is compiled when first called, which takes a C++ compiler and half a minute on a CPU."""
+    """max(x, 0)^2. megatron-core's own function is compiled at its first call: a C++ compiler and half a minute on a CPU."""
     return F.relu(activations).square()
 
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, precision: Precision = TORCH
 ) -> TransformerConfig:
-    """megatron-core's configuration of one model at one layout. dtype: float32 or bfloat16, of parameters and activations."""
+    """megatron-core's configuration of one model in one layout. dtype of parameters and activations: float32 or bfloat16."""
     interleaved = parallel.virtual_stages is not None
     engine = precision.implementation == "transformer_engine"
     fp8 = None if precision.forward_only else precision.fp8_format  # see precision.py
@@ -82,14 +82,14 @@ def transformer_config(
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         calculate_per_token_loss=True,
-        # Transformer Engine's linears add to main_grad by themselves, megatron-core's need apex's kernel.
+        # Transformer Engine's linears add to main_grad by themselves; megatron-core's need the kernel of apex.
         gradient_accumulation_fusion=engine or tensor_parallel_layers._grad_accum_fusion_available,
-        # One batch of point-to-point operations must not hold two between the same ranks, which interleaving makes.
+        # A batch of point-to-point operations must not have two between the same ranks. Interleaving would make such batches.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=SENDS_COPY,
         masked_softmax_fusion=False,
-        # Compiled by torch when first called, for which a GPU is worth the wait. GELU without a bias has no fused form.
+        # torch compiles it at the first call; only a GPU is worth that wait. GELU without a bias has no fused form.
         bias_activation_fusion=engine and (model.swiglu or not (model.squared_relu or model.disable_bias_linear)),
         bias_dropout_fusion=engine,
         apply_rope_fusion=engine and model.position_embedding_type == "rope",
@@ -109,15 +109,17 @@ def transformer_config(
 
 
 class GPT(LanguageModule):
-    """One chunk of the decoder: the layers of one (virtual) pipeline stage, with embedding and head where they belong."""
+    """One model chunk: the layers of one (virtual) pipeline stage, with the embedding on the first and the head on the last."""
 
     def __init__(
         self, config: TransformerConfig, model: ModelConfig, vocabulary_size: int, seq_length: int, chunk_tokens: int,
         groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None, has_head: bool = True,
         precision: Precision = TORCH,
     ) -> None:  # fmt: skip
-        """has_head: without one (a teacher's body) the last stage ends with the final norm, and a tied weight is the embedding alone.
-        precision: the one that `config` was made with."""
+        """has_head: False for the body of a teacher. Then the last stage ends with the final norm, and a tied weight is only the embedding.
+
+        precision: the same that `config` was made with.
+        """
         super().__init__(config=config, pg_collection=groups)
         self.precision = precision
         self.forward_context: ForwardContext = nullcontext
@@ -135,7 +137,7 @@ class GPT(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config=config, vocab_size=self.padded_vocabulary_size, max_sequence_length=self.max_sequence_length,
                 position_embedding_type=model.position_embedding_type, tp_group=groups.tp,
-            ).to(config.params_dtype)  # fmt: skip  # learned positions are float32 whatever the config says
+            ).to(config.params_dtype)  # fmt: skip  # megatron-core makes learned positions in float32, whatever the config says
         self.rotary_pos_emb = None
         if model.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
@@ -158,7 +160,7 @@ class GPT(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
-        """Called by the schedules with the hidden states of the stage before."""
+        """Take the hidden states of the previous stage. The pipeline schedules call it."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def inputs(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -167,15 +169,20 @@ class GPT(LanguageModule):
         return batch.tokens, batch.position_ids, self.attention_mask(batch.documents, length, batch.tokens.device)
 
     def attention_mask(self, documents: Tensor | None, length: int, device: torch.device) -> Tensor | None:
-        """The mask that `forward` takes for sequences of `length` tokens, see attention.py. None for Transformer Engine's attention,
-        which is causal by itself, also over context-parallel ranks."""
+        """The mask that `forward` takes for sequences of `length` tokens, see attention.py.
+
+        None for Transformer Engine's attention: it is causal without a mask, over context-parallel ranks too.
+        """
         if not self.precision.torch_attention:
             assert documents is None, "a model whose data has document masks is built with `document_masks`"
             return None
         return attention_mask(documents, length, self.cp_group, device)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """tokens, position_ids: int64 [b, s/cp]; attention_mask: of `attention_mask()` -> hidden states [s/cp (/tp under sp), b, h]."""
+        """Hidden states [s/cp, b, h], with sequence parallelism [s/cp/tp, b, h].
+
+        tokens, position_ids: int64 [b, s/cp]. attention_mask: what `attention_mask()` returns.
+        """
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         rotary = None
         if self.rotary_pos_emb is not None:
@@ -187,25 +194,28 @@ class GPT(LanguageModule):
     def loss(
         self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None
     ) -> tuple[Tensor, Tensor]:
-        """On the last stage: hidden states of `forward`, labels and loss_mask [b, s/cp] -> (summed loss, metric sums), see head.py."""
+        """On the last stage: (summed loss, metric sums), see head.py, of the hidden states that `forward` returned.
+
+        labels, loss_mask: [b, s/cp].
+        """
         return self.output_layer(hidden, labels, loss_mask, weight=self._tied_weight(), teacher=teacher)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """On the last stage: logits [s/cp, b, padded_vocabulary_size / tp] of hidden states, for generation and for oracles."""
+        """On the last stage: logits [s/cp, b, padded_vocabulary_size / tp] of hidden states, for generation and tests."""
         return self.output_layer(hidden, weight=self._tied_weight())[0]
 
     def _tied_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The word embedding on the first stage, the head's copy of it on the last, None between. megatron-core asks."""
+        """The word embedding on the first stage, the head's copy on the last stage, None between. megatron-core calls this."""
         if self.pre_process:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight if self.post_process else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """megatron-core's sharded state dict, without the head's empty extra state, as GPTModel's."""
-        if not self.has_head:  # LanguageModule's goes on to look for one
+        """megatron-core's sharded state dict without the empty extra state of the head, as GPTModel has it."""
+        if not self.has_head:  # LanguageModule's method would look for a head
             return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         extra = state.pop(f"{prefix}output_layer._extra_state", None)
@@ -217,9 +227,9 @@ def build_model(
     model: ModelConfig, parallel: ParallelConfig, seq_length: int, vocabulary_size: int, dtype: torch.dtype, chunk_tokens: int, mesh: Mesh,
     precision: Precision = TORCH,
 ) -> list[GPT]:  # fmt: skip
-    """This rank's model chunks on its device, one per virtual stage. Collective over the embedding group where weights are tied.
+    """This rank's model chunks on its device, one for each virtual stage. Collective over the embedding group if weights are tied.
 
-    vocabulary_size: real ids of the tokenizer; chunk_tokens: tokens whose logits exist at one time in the head.
+    vocabulary_size: ids of the tokenizer, without padding. chunk_tokens: tokens whose logits exist at one time in the head.
     """
     check_shapes(model, parallel, seq_length)
     config = transformer_config(model, parallel, dtype, precision)

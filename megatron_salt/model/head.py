@@ -1,7 +1,7 @@
-"""The output layer: hidden states, and perhaps a teacher's, to the loss; or to logits.
+"""The output layer: from hidden states, the student's and perhaps a teacher's, to the loss; or to logits.
 
-A ColumnParallelLinear whose forward, given labels, is the fused cross entropy of `loss.py`. It is a submodule of the model
-and is called as `head(...)`, never `head.forward(...)`: DDP's hooks on the call wait for the weight's parameter gather.
+It is a ColumnParallelLinear; when it gets labels, its forward is the fused cross entropy of `loss.py`. It is a submodule of
+the model. Call `head(...)`, never `head.forward(...)`: the hooks of DDP on the call wait for the gather of the weight.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -26,9 +26,9 @@ from megatron_salt.model.vocab_parallel import VocabularyShard
 class OutputHead(ColumnParallelLinear):
     """`head(hidden, labels, loss_mask, teacher=...)` -> (sum of the loss, metrics); `head(hidden)` -> (logits, None).
 
-    The weight is [padded_vocabulary_size / tp, hidden_size]; with `skip_weight_param_allocation` (tied embeddings) it is given
-    with each call. `vocabulary_size` ids are real, the rest is padding. `chunk_tokens` tokens have logits at one time.
-    Raises UserError for float16 and ValueError for features that would bypass the weight gradient made here.
+    The weight is [padded_vocabulary_size / tp, hidden_size]. With `skip_weight_param_allocation` (tied embeddings) each call gets
+    it as an argument. `vocabulary_size` ids are real; the other rows are padding. `chunk_tokens` tokens have logits at one time.
+    Raises UserError for float16, and ValueError for features of megatron-core that would bypass this weight gradient.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class OutputHead(ColumnParallelLinear):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Collective over the tensor-parallel group.
 
-        hidden [s, b, h] ([s/tp, b, h] with sequence parallelism), labels int64 [b, s], loss_mask [b, s] (None: all ones),
-        weight [V/tp, h] where tied, the teacher's part of the target where there is one. Returns a float32 scalar and float32
-        [len(METRICS)], with a teacher [len(KD_METRICS)], the same on every rank of the group.
-        Without labels: logits [s, b, V/tp] of this rank's ids, padding included, with megatron-core's own gradients.
+        hidden: [s, b, h], with sequence parallelism [s/tp, b, h]. labels: int64 [b, s]. loss_mask: [b, s]; None: all ones.
+        weight: [V/tp, h] if embeddings are tied. teacher: the teacher's part of the target; None without a teacher.
+        Returns a float32 scalar and float32 [len(METRICS)], with a teacher [len(KD_METRICS)], the same on all ranks of the group.
+        Without labels it returns logits [s, b, V/tp] of this rank's rows, padding included, with megatron-core's gradients.
         """
         if labels is None:
             return super().forward(hidden, weight=weight)
@@ -84,7 +84,7 @@ class OutputHead(ColumnParallelLinear):
         return fused_linear_cross_entropy(hidden, weight, labels_sb, mask_sb, self.shard, self.chunk_tokens, teacher)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The weight alone: the parent's `_extra_state` is empty and only there for Transformer Engine."""
+        """The weight without `_extra_state`: the parent's is empty, and exists only for Transformer Engine."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}_extra_state", None)
         return state

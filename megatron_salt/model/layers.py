@@ -1,7 +1,7 @@
-"""The modules that a model's layers are built from: plain torch ones, or Transformer Engine's.
+"""The modules that the layers of a model are built from: plain torch modules, or Transformer Engine's.
 
-Both are megatron-core's TransformerLayer with the same keys in a checkpoint: Transformer Engine keeps a norm inside the linear that
-follows it, and the torch layers save theirs under those keys. Transformer Engine is imported where its layers are asked for.
+Both build megatron-core's TransformerLayer, with the same keys in a checkpoint. Transformer Engine keeps a norm inside the linear
+layer after it; the torch layers save their norms under those keys. Transformer Engine is imported only when its layers are built.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_salt.parallel.mcore_compat import mlp_of_layer
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm that allows sequence parallelism: its weight is marked, so that its gradient is summed over tp."""
+    """torch's RMSNorm with sequence parallelism: its weight is marked, so that megatron-core sums its gradient over tp."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -39,7 +39,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm that allows sequence parallelism."""
+    """torch's LayerNorm with sequence parallelism, see RMSNorm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -47,35 +47,42 @@ class LayerNorm(nn.LayerNorm):
         self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The classes that differ between implementations."""
+@dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """The module classes that differ between the implementations."""
 
     norm_before: Any
-    """In front of attention and of the MLP."""
+    """Norm before attention and before the MLP."""
     norm: Any
-    """Of queries and keys, and at the model's end."""
+    """Norm of queries and keys, and at the end of the model."""
     column: Any
-    """The linear behind `norm_before`, split over its outputs."""
+    """Linear layer after `norm_before`, split over its outputs."""
     row: Any
-    """Split over its inputs."""
+    """Linear layer split over its inputs."""
     attention: Any
     saved_as: dict[str, str] = field(default_factory=dict)
-    """Prefixes of keys in a layer that a checkpoint has under another name."""
+    """{prefix of keys in a layer: their prefix in a checkpoint}, where the two differ."""
 
 
-def torch_parts(config: TransformerConfig) -> Parts:
+def torch_parts(config: TransformerConfig) -> LayerParts:
     """Plain torch modules and megatron-core's parallel linears."""
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     saved_as = {
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
     }
-    return Parts(norm, norm, ColumnParallelLinear, RowParallelLinear, CoreAttention, saved_as)
+    return LayerParts(
+        norm_before=norm,
+        norm=norm,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        attention=CoreAttention,
+        saved_as=saved_as,
+    )
 
 
-def transformer_engine_parts(torch_attention: bool) -> Parts:
-    """Transformer Engine's modules, in the places of megatron-core's `get_gpt_layer_with_transformer_engine_spec`."""
+def transformer_engine_parts(torch_attention: bool) -> LayerParts:
+    """Transformer Engine's modules, as in megatron-core's `get_gpt_layer_with_transformer_engine_spec`."""
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,
@@ -83,14 +90,19 @@ def transformer_engine_parts(torch_attention: bool) -> Parts:
         TERowParallelLinear,
     )
 
-    attention = CoreAttention if torch_attention else TEDotProductAttention
-    return Parts(IdentityOp, TENorm, TELayerNormColumnParallelLinear, TERowParallelLinear, attention)
+    return LayerParts(
+        norm_before=IdentityOp,
+        norm=TENorm,
+        column=TELayerNormColumnParallelLinear,
+        row=TERowParallelLinear,
+        attention=CoreAttention if torch_attention else TEDotProductAttention,
+    )
 
 
 def block_spec(
     config: TransformerConfig, precision: Precision, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk."""
+    """megatron-core's spec of the layers of one model chunk."""
     engine = precision.implementation == "transformer_engine"
     parts = transformer_engine_parts(precision.torch_attention) if engine else torch_parts(config)
     qk_norm = parts.norm if config.qk_layernorm else IdentityOp

@@ -1,15 +1,15 @@
-"""Cross entropy straight from hidden states, against the data and a teacher: no logits outlive a chunk of tokens.
+"""Cross entropy computed from hidden states, against the data and a teacher. No logits outlive a chunk of tokens.
 
 With the teacher's distribution p = softmax(teacher logits / T) over the real ids, label y and weight w, the target is the mixture
 q = (1-w) onehot(y) + w p. `fused_linear_cross_entropy` equals `cross_entropy(hidden @ weight.T, q)`, summed over the mask, for
-weights sharded over the vocabulary; without a teacher w = 0. Forward makes the gradients as well, for a loss of scale 1, and
-only where they are wanted; backward multiplies them by the incoming gradient. So one pass over the logits serves loss and
-gradients, and nothing of the teacher is kept for backward.
+weights that are sharded over the vocabulary. Without a teacher w = 0. The forward pass also computes the gradients, for a loss of
+scale 1, if they are needed; the backward pass multiplies them by the incoming gradient. So one pass over the logits gives the loss
+and the gradients, and nothing of the teacher is kept for the backward pass.
 
-Rounding: logits (both models') and their gradient are rounded to the model's dtype, as megatron-core's output layer does;
-everything between is float32. Each chunk's weight gradient is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has
-float32 output) the chunk's product is rounded to bfloat16 first, as in megatron-core's layers, and then added in float32; a CPU
-without bfloat16 products multiplies in float32 and adds that unrounded, see products.py.
+Rounding: the logits of both models and their gradient are rounded to the model's dtype, as in megatron-core's output layer.
+Everything between is float32. The weight gradient of each chunk is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has
+a float32 result) the product of the chunk is first rounded to bfloat16, as in megatron-core's layers, and then added in float32. A
+CPU without bfloat16 products multiplies in float32 and adds the product without rounding, see products.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.tensor_parallel import layers
 
@@ -30,35 +30,35 @@ from megatron_salt.model import products
 from megatron_salt.model.vocab_parallel import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
 
 METRICS = ("tokens", "loss", "accuracy")
-"""The sums over valid tokens that come with the loss, in this order: weight of the mask, loss, top-1 hits (a tie counts as its share)."""
+"""Sums over valid tokens that come with the loss, in this order: mask, loss, top-1 hits. Of n tied ids the label counts as 1/n."""
 
 KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement")
-"""The same with a teacher. loss is of the mixed target; ce the student's cross entropy against the labels; kl of the teacher at its
-temperature from the student; the teacher's own figures are at temperature 1; agreement: how often both choose the same id."""
+"""The same sums with a teacher. loss: against the mixed target. ce: the student's cross entropy against the labels. kl: KL(teacher at its
+temperature || student). teacher_ce, teacher_accuracy: the teacher's own, at temperature 1. agreement: both choose the same id."""
 
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """What a teacher says about a batch, before it is turned into logits."""
+    """A teacher's part of the target of a batch: its hidden states, which become logits chunk by chunk."""
 
     hidden: Tensor
-    """[s/tp, b, h_t]: this rank's slice of the sequence, with and without sequence parallelism; the student's dtype."""
+    """[s/tp, b, h_t] in the student's dtype: this rank's slice of the sequence, also without sequence parallelism."""
 
     weight: Tensor
-    """[V/tp, h_t]: the teacher's output weight for the student's rows, padding included; the student's dtype."""
+    """[V/tp, h_t] in the student's dtype: the teacher's output weight for the student's rows, padding included."""
 
     temperature: float
-    """The teacher's logits are divided by it, the student's are not."""
+    """The teacher's logits are divided by it; the student's are not."""
 
     kd_weight: float
     """w, the teacher's share of the target, from 0 to 1."""
 
 
 def chunk_tokens_for_budget(mib: int, vocabulary_per_rank: int, dtype: torch.dtype) -> int:
-    """Tokens whose logits fit in `mib` MiB: a multiple of 128 where so many fit, else of 8, at least 1.
+    """Tokens whose logits fit in `mib` MiB: a multiple of 128 if so many fit, else of 8, at least 1.
 
-    Two sets of logits count, a student's and a teacher's, also where there is no teacher: the size of a chunk decides how
-    sums are rounded, and training without a teacher must equal, bit for bit, what follows when a teacher is freed.
+    It counts two sets of logits, the student's and the teacher's, also without a teacher. The chunk size decides how sums are
+    rounded, and training without a teacher must equal, bit for bit, training after a teacher is freed.
     """
     tokens = (mib << 20) // (2 * vocabulary_per_rank * dtype.itemsize)
     for multiple in (128, 8):
@@ -68,7 +68,7 @@ def chunk_tokens_for_budget(mib: int, vocabulary_per_rank: int, dtype: torch.dty
 
 
 def weight_gradient_bytes(vocabulary_per_rank: int, hidden_size: int) -> int:
-    """Bytes of the float32 weight gradient that lives between the head's forward and its backward; one at a time."""
+    """Bytes of the float32 weight gradient that exists between forward and backward pass of the head. There is one at a time."""
     return 4 * vocabulary_per_rank * hidden_size
 
 
@@ -76,16 +76,16 @@ def fused_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int,
     teacher: SoftTarget | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The masked sum of the loss, and `METRICS` (`KD_METRICS` with a teacher). Collective over the tensor-parallel group; all its
-    ranks get both.
+    """The masked sum of the loss, and `METRICS` (`KD_METRICS` with a teacher).
 
-    hidden [s, b, h] (with sequence parallelism [s/tp, b, h]), weight [V/tp, h], both float32 or both bfloat16; labels int64
-    [s*b] and mask float32 [s*b], s-major, not negative. Returns a float32 scalar and float32 [metrics] without a gradient.
-    A token of mask 0 may hold anything, NaN and ids of no vocabulary included, the teacher's hidden states too; a label outside
-    the vocabulary where the mask is not 0 gives NaN. A teacher of weight 0 changes no bit of the loss and its gradients.
+    Collective over the tensor-parallel group; all its ranks receive. hidden: [s, b, h], with sequence parallelism [s/tp, b, h].
+    weight: [V/tp, h]. Both are float32 or both bfloat16. labels: int64 [s*b]. mask: float32 [s*b], not negative. Both are s-major.
+    Returns a float32 scalar and float32 [metrics] without a gradient. A token of mask 0 may hold anything in all inputs, NaN and ids
+    outside the vocabulary included. A label outside the vocabulary where the mask is not 0 gives NaN. A teacher of weight 0 changes
+    no bit of the loss and its gradients.
 
-    A weight with `main_grad` gets its gradient there in backward, by the protocol of megatron-core's
-    tensor_parallel/layers.py; another one through autograd. Backward runs once. The teacher gets no gradient.
+    If the weight has `main_grad`, the backward pass adds the gradient there, with the protocol of megatron-core's
+    tensor_parallel/layers.py; otherwise autograd gets it. The backward pass runs once. The teacher gets no gradient.
     """
     assert hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16), (hidden.dtype, weight.dtype)
     assert weight.size(0) == shard.rows and chunk_tokens > 0
@@ -94,7 +94,7 @@ def fused_linear_cross_entropy(
         assert teacher.weight.size(0) == shard.rows and teacher.temperature > 0 and 0 <= teacher.kd_weight <= 1
         num_tokens = teacher.hidden.size(0) * shard.group.size() * teacher.hidden.size(1)
         assert num_tokens == labels.numel(), (teacher.hidden.shape, labels.shape)
-    # Asked here because inside a Function grad mode is always off, and needs_input_grad does not know about no_grad.
+    # Read here: inside a Function grad mode is always off, and needs_input_grad ignores no_grad.
     wanted = torch.is_grad_enabled()
     return _FusedLinearCrossEntropy.apply(hidden, weight, labels, mask, shard, chunk_tokens, teacher, wanted)
 
@@ -140,7 +140,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         ctx.d_hidden, ctx.d_weight, ctx.weight = d_hidden, d_weight, weight
         ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
-        return sums[METRICS.index("loss")].clone(), sums  # mcore's schedule frees outputs and refuses a view
+        return sums[METRICS.index("loss")].clone(), sums  # megatron-core's schedule frees outputs and refuses a view
 
     @staticmethod
     @once_differentiable
@@ -149,7 +149,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         ctx.d_hidden = ctx.d_weight = ctx.weight = None
         if d_hidden is None and d_weight is None:
             raise RuntimeError("the output head's backward runs once: its gradients are gone")
-        if d_hidden is not None:  # by way of float32: a bfloat16 product would round the factor too
+        if d_hidden is not None:  # through float32: a bfloat16 product would round the factor too
             d_hidden = (d_hidden.float() * grad_loss).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = _deliver(weight, d_weight, grad_loss)
@@ -157,7 +157,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
-    """What backward returns for the weight, after adding its gradient to `main_grad` where it has one."""
+    """The gradient that backward returns for the weight, after adding it to `main_grad` if the weight has one."""
     if not hasattr(weight, "main_grad"):
         return d_weight.mul_(scale).to(weight.dtype)
     if weight.main_grad.dtype == torch.float32:
@@ -166,15 +166,15 @@ def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
         weight.main_grad.add_(d_weight.mul_(scale))
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    # mcore's DDP hook runs when a gradient arrives, so one has to. It adds it to main_grad only where zero_out_wgrad says that
-    # the weight is used elsewhere too (tied embeddings): there this one must be zero, elsewhere its contents are never read.
+    # The DDP hook of megatron-core runs when a gradient arrives, so one must be returned. The hook adds it to main_grad only if
+    # zero_out_wgrad is set, because the weight is used elsewhere too (tied embeddings). Then it must be zero; else nobody reads it.
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)
 
 
 def _even_chunk(num_tokens: int, chunk_tokens: int) -> int:
-    """At most `chunk_tokens`, so that as many chunks as that needs are about equal; a multiple of 16 where that fits."""
+    """Tokens of a chunk, at most `chunk_tokens`: the fewest chunks of about equal size; a multiple of 16 if that fits."""
     num_chunks = max(1, -(-num_tokens // chunk_tokens))
     return min(chunk_tokens, -(-num_tokens // (16 * num_chunks)) * 16)
 
@@ -189,7 +189,7 @@ class _TeacherLogits:
         self.buffer = self.weight.new_empty((size, shard.real_rows))
 
     def of(self, chunk: slice) -> Tensor:
-        """[n, real ids of this rank]; 0 where the mask is. The next call overwrites it."""
+        """Logits [n, real ids of this rank]; 0 where the mask is 0. The next call overwrites them."""
         mask_n = self.mask[chunk]
         hidden_nh = torch.where(mask_n[:, None] > 0, self.hidden[chunk], 0)
         return products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])
@@ -197,7 +197,7 @@ class _TeacherLogits:
 
 @dataclass(frozen=True)
 class _Soft:
-    """The teacher's part in a chunk."""
+    """The teacher's part of the target of one chunk."""
 
     logits_nv: Tensor
     comparison: Comparison
@@ -212,7 +212,7 @@ class _Soft:
 def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | None) -> None:
     """sums [metrics] += the chunk's `METRICS`, or `KD_METRICS`."""
 
-    def masked(*terms_n: Tensor) -> Tensor:  # two sums, so that the first does not depend, in any bit, on a teacher
+    def masked(*terms_n: Tensor) -> Tensor:  # two calls, so that a teacher changes no bit of the first
         return (torch.where(mask_n > 0, torch.stack(terms_n), 0) * mask_n).sum(-1)
 
     ce = -student.log_p
@@ -226,7 +226,7 @@ def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | N
 def _into_gradient(
     logits_nv: Tensor, label: Label, mask_n: Tensor, student: Softmax, soft: _Soft | None, blocks: Blocks
 ) -> Tensor:
-    """mask * (softmax(logits) - (1-w) onehot(label) - w p), over the logits in place."""
+    """mask * (softmax(logits) - (1-w) onehot(label) - w p), written over the logits."""
     if not logits_nv.size(1):
         return logits_nv
     shift = student.largest + student.log_sum - mask_n.log()  # so that exp() gives mask * softmax
@@ -238,15 +238,17 @@ def _into_gradient(
         teacher_factor = mask_n * soft.weight / soft.comparison.sum_exp
     for rows in blocks.over(logits_nv):
         in_place = logits_nv.dtype == torch.float32
-        block = torch.sub(logits_nv[rows], shift[rows, None], out=logits_nv[rows] if in_place else blocks.room(0, rows)).exp_()
+        block = torch.sub(
+            logits_nv[rows], shift[rows, None], out=logits_nv[rows] if in_place else blocks.buffer(0, rows)
+        ).exp_()
         if soft is not None:
             largest = soft.comparison.teacher.largest[rows, None]
-            teacher_block = torch.sub(soft.logits_nv[rows], largest, out=blocks.room(1, rows)).div_(soft.temperature).exp_()
+            teacher_block = torch.sub(soft.logits_nv[rows], largest, out=blocks.buffer(1, rows)).div_(soft.temperature).exp_()
             block.addcmul_(teacher_block, teacher_factor[rows, None], value=-1)
         if not in_place:
             logits_nv[rows] = block
     at_label = (mask_n * at_label).to(logits_nv.dtype)
-    # Not scatter_, which on a CPU in bfloat16 goes by way of a float32 copy of the whole chunk.
+    # Not scatter_: on a CPU in bfloat16 it makes a float32 copy of the whole chunk.
     return logits_nv.index_put_(label_ids, torch.where(label.here, at_label, logits_nv[label_ids]))
 
 
@@ -256,7 +258,7 @@ def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
         total.addmm_(gradient_nv.t(), hidden_nh)
     elif total.is_cuda and layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden_nh, gradient_nv, total)
-    elif total.is_cuda:  # from torch 2.10 on; before, only apex has it
+    elif total.is_cuda:  # needs torch 2.10; before that only apex has such a product
         torch.addmm(total, gradient_nv.t(), hidden_nh, out_dtype=torch.float32, out=total)
     else:
         products.add_weight_gradient(total, gradient_nv, hidden_nh)

@@ -1,8 +1,8 @@
-"""What one model's layers are made of, and in which precision they multiply: a value that `transformer_config` and `GPT` take.
+"""The implementation of one model's layers and the number format of their products: an argument of `transformer_config` and `GPT`.
 
-The student's FP8 is megatron-core's own: its configuration says so, and its transformer block opens Transformer Engine's context over
-`parallel_state`'s amax group. The teacher's is not: it has a mesh that `parallel_state` does not know, so its configuration says
-bfloat16 and `GPT.forward` opens the context itself (see `fp8_teacher.py`). Pure.
+The student uses megatron-core's FP8: its transformer block enters Transformer Engine's context over the amax group of `parallel_state`.
+The teacher cannot: `parallel_state` does not know its mesh. So its TransformerConfig says bfloat16, and `GPT.forward` enters the
+context itself (see `fp8_teacher.py`). Pure.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Implementation = Literal["torch", "transformer_engine"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Of one model. As it stands: plain torch layers in the model's dtype."""
+    """Layers and number formats of one model. Default: plain torch layers in the model's dtype."""
 
     implementation: Implementation = "torch"
-    """Of linears and norms; of attention too, unless `document_masks`."""
+    """Implementation of linear layers and norms, and of attention unless `document_masks`."""
 
     fp8_format: Fp8Format | None = None
     """None: no FP8."""
@@ -34,10 +34,10 @@ class Precision:
     margin: int = 0
 
     fp8_params: bool = False
-    """Weights are created in FP8 and have no other form in the model."""
+    """Weights are created in FP8, and the model has no other copy of them."""
 
     bf16_layers: tuple[int, int] = (0, 0)
-    """Layers at the model's start and end that stay in bfloat16."""
+    """Number of layers at the start and at the end of the model that stay in bfloat16."""
 
     fp4_format: Literal["e2m1"] | None = None
     """None: no FP4."""
@@ -45,19 +45,19 @@ class Precision:
     fp4_recipe: Literal["nvfp4"] = "nvfp4"
 
     forward_only: bool = False
-    """A teacher's: `GPT.forward` opens the context for FP8 products, over a group of its own mesh."""
+    """True for a teacher: `GPT.forward` enters the context for FP8 products, over a group of its own mesh."""
 
     document_masks: bool = False
-    """Attention is torch's whatever the implementation: Transformer Engine's fast kernels take no mask of documents."""
+    """Attention is torch's with either implementation: Transformer Engine's fast kernels take no document masks."""
 
     @property
     def quantized(self) -> bool:
-        """Whether products are made in fewer than 16 bits."""
+        """Whether products use fewer than 16 bits."""
         return self.fp8_format is not None or self.fp4_format is not None
 
     @property
     def torch_attention(self) -> bool:
-        """Whether attention is torch's, which is given masks."""
+        """Whether attention is torch's, which takes masks."""
         return self.implementation == "torch" or self.document_masks
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ TORCH = Precision()
 
 
 def default_recipe(capability: Capability | None) -> Fp8Recipe:
-    """mxfp8 where Transformer Engine has it for all products (compute capability 10.x, 11.x), else tensorwise."""
+    """mxfp8 if Transformer Engine has it for all products (compute capability 10.x, 11.x), else tensorwise."""
     return "mxfp8" if capability is not None and (10, 0) <= capability < (12, 0) else "tensorwise"
 
 
@@ -84,7 +84,7 @@ def student_precision(
     quantization: QuantizationConfig, implementation: Implementation, capability: Capability | None,
     document_masks: bool,
 ) -> Precision:  # fmt: skip
-    """The student's by its flags. capability: the device's; None without a GPU."""
+    """The student's precision according to its flags. capability: compute capability of the GPU; None without a GPU."""
     first_last = (quantization.num_layers_at_start_in_bf16, quantization.num_layers_at_end_in_bf16)
     return Precision(
         implementation=implementation,
@@ -104,7 +104,7 @@ def student_precision(
 def teacher_precision(
     salt: SaltConfig, implementation: Implementation, capability: Capability | None, document_masks: bool
 ) -> Precision:
-    """The teacher's by its flags. Its weights are loaded in bfloat16; `fp8.keep_fp8_alone` drops that form."""
+    """The teacher's precision according to its flags. Weights are loaded in bfloat16; `fp8_teacher.keep_fp8_alone` drops that copy."""
     return Precision(
         implementation=implementation,
         fp8_format=salt.teacher_fp8_format,

@@ -1,8 +1,9 @@
-"""Whether this machine and these shapes can do what the precision flags ask: told before ranks join or anything is allocated.
+"""Whether this machine and these shapes allow the precision flags. Checked before ranks join and before anything is allocated.
 
-What Transformer Engine (2.20) asserts in the middle of the first step, or not at all, from its own sources: compute capability and CUDA
-release of each recipe (`quantization.py`, `_compute_*_support`), the release that brought a recipe (megatron-core's `fp8_utils.py`),
-the multiples that a quantized product's dimensions must be. Pure; every refusal is a UserError with flag, numbers and what would do.
+Transformer Engine (2.20) would fail in the middle of the first step, or not at all. From its sources come the compute capability and
+the CUDA release of each recipe (`quantization.py`, `_compute_*_support`) and the multiples that dimensions of a quantized product must
+be. From megatron-core's `fp8_utils.py` comes the release of Transformer Engine that added a recipe. Pure. Each refusal is a UserError
+with the flag, the numbers, and what would work.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from megatron_salt.parallel.hardware import Capability, Hardware, Version, dotte
 
 @dataclass(frozen=True)
 class Requirement:
-    """Of a way to quantize."""
+    """What one FP8 or FP4 recipe needs."""
 
     capability: Capability
+    """Lowest compute capability."""
     below: Capability | None
-    """First compute capability that does not have it."""
+    """First compute capability that does not have the recipe; None: no limit."""
     cuda: Version
+    """Lowest CUDA release of torch."""
     transformer_engine: Version
+    """Lowest release of Transformer Engine."""
     multiple: int
-    """Of every dimension of a product."""
+    """Every dimension of a product must be a multiple of this."""
 
 
 REQUIREMENTS = {
@@ -38,7 +42,7 @@ REQUIREMENTS = {
 
 
 def refuse_machine(hardware: Hardware) -> None:
-    """Raise UserError where nothing can train, whatever the flags."""
+    """Raise UserError if this machine cannot train at all."""
     if hardware.capability is None and hardware.transformer_engine is not None:
         raise UserError(
             f"Transformer Engine {dotted(hardware.transformer_engine)} is installed and this process sees no NVIDIA GPU, which "
@@ -47,8 +51,11 @@ def refuse_machine(hardware: Hardware) -> None:
 
 
 def choose_implementation(asked: Implementation | None, hardware: Hardware, bf16: bool) -> Implementation:
-    """--transformer-impl, or its default: Transformer Engine in bfloat16 on a GPU where it is installed. Raises UserError where it cannot
-    be. In float32 its attention has no kernel but the one that writes all scores to memory."""
+    """--transformer-impl or its default: Transformer Engine in bfloat16 on a GPU where it is installed, else torch.
+
+    Raises UserError if Transformer Engine is asked for and cannot be used. In float32 its only attention kernel writes all scores to
+    memory.
+    """
     if asked is None:
         usable = hardware.capability is not None and hardware.transformer_engine is not None and bf16
         return "transformer_engine" if usable else "torch"
@@ -67,7 +74,7 @@ def choose_implementation(asked: Implementation | None, hardware: Hardware, bf16
 
 
 def refuse_precision(precision: Precision, hardware: Hardware, bf16: bool, distributed_optimizer: bool) -> None:
-    """Raise UserError where the flags contradict each other or the machine cannot carry them out."""
+    """Raise UserError if the flags contradict each other or the machine does not support them."""
     if not precision.quantized:
         return
     name, asked, recipe = _names(precision)
@@ -109,7 +116,7 @@ def refuse_precision(precision: Precision, hardware: Hardware, bf16: bool, distr
 
 
 def refuse_bf16_layers(precision: Precision, num_layers: int) -> None:
-    """Raise UserError where --first-last-layers-bf16 leaves no layer to quantize."""
+    """Raise UserError if --first-last-layers-bf16 leaves no layer to quantize."""
     first, last = precision.bf16_layers
     if precision.quantized and first + last >= num_layers:
         raise UserError(
@@ -119,7 +126,7 @@ def refuse_bf16_layers(precision: Precision, num_layers: int) -> None:
 
 
 def product_dimensions(model: ModelConfig, tensor: int) -> dict[str, int]:
-    """Every width that a layer's products have on one of `tensor` tensor-parallel ranks, by what it is."""
+    """{description: size} of each dimension that a layer's products have on one of `tensor` tensor-parallel ranks."""
     of_ranks = "" if tensor == 1 else f" / {tensor} tensor-parallel ranks"
     heads = model.num_attention_heads * model.head_width
     return {
@@ -134,8 +141,11 @@ def product_dimensions(model: ModelConfig, tensor: int) -> dict[str, int]:
 def refuse_shapes(
     precision: Precision, model: ModelConfig, parallel: ParallelConfig, seq_length: int, micro_batch: int
 ) -> None:
-    """Raise UserError where a dimension of a product is no multiple of what the recipe's blocks need: widths after the tensor-parallel
-    split, tokens of a microbatch (`micro_batch` samples) after those of context and sequence parallelism."""
+    """Raise UserError if a dimension of a product is not a multiple of the recipe's block size.
+
+    Dimensions: widths after the tensor-parallel split, and the tokens of a microbatch (`micro_batch` samples) after context and sequence
+    parallelism have split the sequence.
+    """
     if not precision.quantized:
         return
     name, _, recipe = _names(precision)
@@ -156,7 +166,7 @@ def refuse_shapes(
 
 
 def _names(precision: Precision) -> tuple[str, str, str]:
-    """(flag, its value, recipe) that asked for the precision."""
+    """(flag, its value, recipe) of the precision."""
     if precision.fp8_format is not None:
         field = "teacher_fp8_format" if precision.forward_only else "fp8_format"
         return flag(field), precision.fp8_format, precision.fp8_recipe

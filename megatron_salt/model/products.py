@@ -1,9 +1,9 @@
-"""The output head's matrix products, and how a CPU makes those of bfloat16 numbers.
+"""The matrix products of the output head, and how a CPU computes them in bfloat16.
 
-A CPU without bfloat16 products emulates them, several times slower than it multiplies float32. There operands are widened to float32
-band by band, multiplied, and the sum is rounded to bfloat16 once. `widens` alone decides. MEGATRON_SALT_BFLOAT16_PRODUCTS set to
-`native` or `widened` overrides it. The two forms differ in the order of sums; and a widened product that is added to a float32 sum
-is not rounded before, as on a GPU. No operand has a whole float32 copy, but hidden states of one chunk.
+A CPU without bfloat16 products emulates them, several times slower than float32 products. On such a CPU operands are widened to
+float32 band by band and multiplied, and the sum is rounded to bfloat16 once. Only `widens` decides; MEGATRON_SALT_BFLOAT16_PRODUCTS
+set to `native` or `widened` overrides it. The two forms differ in the order of sums. A widened product that is added to a float32 sum
+is not rounded before, as on a GPU. Only the hidden states of one chunk have a whole float32 copy.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from megatron_salt.model.vocab_parallel import slices
 
 FORM = "MEGATRON_SALT_BFLOAT16_PRODUCTS"
 BAND = 1 << 20
-"""Numbers of an operand that are float32 at one time: a CPU's cache holds them."""
+"""Numbers of an operand that are float32 at one time: they fit into the cache of a CPU."""
 _WITHOUT_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of ONEDNN_MAX_CPU_ISA under which oneDNN uses no bfloat16 product."""
+"""Values of ONEDNN_MAX_CPU_ISA with which oneDNN uses no bfloat16 products."""
 
 
 def widens(dtype: torch.dtype, device: torch.device, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether products of such numbers are made in float32: bfloat16, on an x86 CPU that has no bfloat16 products or may not use them."""
+    """Whether products of this dtype are computed in float32.
+
+    True for bfloat16 on an x86 CPU that has no bfloat16 products or may not use them.
+    """
     if dtype != torch.bfloat16 or device.type != "cpu":
         return False
     form = environment.get(FORM, "")
@@ -66,9 +69,9 @@ def hidden_gradient(gradient_nv: Tensor, weight_vh: Tensor, out: Tensor, band: i
 
 
 def add_weight_gradient(total_vh: Tensor, gradient_nv: Tensor, hidden_nh: Tensor, band: int = BAND) -> None:
-    """total (float32 [v, h]) += gradient^T @ hidden, of bfloat16 numbers on a CPU, band by band.
+    """total (float32 [v, h]) += gradient^T @ hidden, in bfloat16 on a CPU, band by band.
 
-    A native product is bfloat16 and is still in the cache when it is added.
+    A native product is bfloat16; it is still in the cache when it is added.
     """
     if widens(gradient_nv.dtype, gradient_nv.device):
         wide_nh = hidden_nh.float()
@@ -83,5 +86,5 @@ def add_weight_gradient(total_vh: Tensor, gradient_nv: Tensor, hidden_nh: Tensor
 
 
 def _band_rows(num_rows: int, width: int, band: int) -> int:
-    """Rows of the vocabulary at one time, at least 1."""
+    """Rows of the vocabulary in one band, at least 1."""
     return max(1, min(num_rows, band // max(1, width)))

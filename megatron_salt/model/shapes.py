@@ -1,4 +1,4 @@
-"""Whether a model fits a layout: pure arithmetic on the flags, asked before anything is allocated or started."""
+"""Whether a model fits a layout: pure arithmetic on the flags, before anything is allocated or started."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _divides(what: str, size: int, why: str, parts: int) -> None:
 
 
 def check_shapes(model: ModelConfig, parallel: ParallelConfig, seq_length: int) -> None:
-    """Raise UserError where the model cannot be cut as the flags say; names both flags and the numbers."""
+    """Raise UserError if the model cannot be divided as the flags say. The message names both flags and the numbers."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     tp_flag, cp_flag = flag("tensor_model_parallel_size"), flag("context_parallel_size")
     _divides("--num-attention-heads", model.num_attention_heads, tp_flag, tensor)
@@ -29,7 +29,7 @@ def check_shapes(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
 
 
 def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
-    """Layers of each pipeline rank, all its virtual stages together. Raises UserError where they do not come out even."""
+    """Layers of each pipeline rank, over all its virtual stages. Raises UserError if they cannot be divided evenly."""
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
@@ -70,7 +70,7 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 
 
 def check_masking(model: ModelConfig, data: DataConfig) -> None:
-    """Refuse document masking that the position embedding cannot see."""
+    """Raise UserError for document masking that has no effect on this position embedding."""
     if data.reset_position_ids and not data.reset_attention_mask and model.position_embedding_type == "rope":
         raise UserError(
             "--reset-position-ids has no effect with --position-embedding-type rope, which sees only distances; "

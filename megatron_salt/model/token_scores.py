@@ -1,8 +1,8 @@
-"""What a model thinks of each token, and of each window: the last step of scoring data with a teacher.
+"""Scores of each token and of each window: the last step of scoring data with a teacher.
 
-The same forward pass as distillation, with another reduction at its end: hidden states to each label's loss, its rank among all ids and
-the entropy, chunk by chunk (no logits outlive a chunk), then sorted and counted into the columns of `selection/score_format.py`. Logits are
-float32, so that ranks are not decided by rounding; a model in bfloat16 is multiplied with float32 results.
+The forward pass is that of distillation; only the reduction at its end differs. It turns hidden states into the loss of each label, its
+rank among all ids and the entropy, chunk by chunk (no logits outlive a chunk). `window_scores` sorts and counts these into the columns of
+`selection/score_format.py`. Logits are float32, so that rounding does not decide a rank; products of bfloat16 have float32 results.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from megatron_salt.model.vocab_parallel import Label, VocabularyShard, judge, sl
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of every token, float32 [n] each; where the mask is 0 anything but NaN."""
+    """Scores of each token, float32 [n] each. Where the mask is 0 they are arbitrary, but not NaN."""
 
     loss: Tensor
     """-log p of the label, nats."""
     rank: Tensor
-    """How many ids the model thinks likelier than the label: it is among the top k where rank < k."""
+    """How many ids are more likely than the label. The label is among the top k if rank < k."""
     entropy: Tensor
-    """Of the model's distribution, nats."""
+    """Entropy of the model's distribution, nats."""
 
 
 class TokenScorer:
-    """The output weight of a model, ready to score tokens; and room for the logits of one chunk, kept from call to call."""
+    """Scores tokens with the output weight of a model. It keeps one buffer for the logits of a chunk."""
 
     def __init__(self, weight: Tensor, shard: VocabularyShard, chunk_tokens: int) -> None:
-        """weight: [V/tp, h], this rank's rows. chunk_tokens: how many tokens have logits at one time."""
+        """weight: [V/tp, h], this rank's rows. chunk_tokens: tokens that have logits at one time."""
         self.logits = Fp32Logits(weight, shard, chunk_tokens)
         self._shard, self._chunk_tokens = shard, chunk_tokens
 
     @torch.no_grad()
     def score(self, hidden_sbh: Tensor, labels_sb: Tensor, mask_sb: Tensor) -> TokenScores:
-        """Collective over the tensor-parallel group; all its ranks get all.
+        """The scores of all tokens. Collective over the tensor-parallel group; all its ranks receive.
 
         hidden_sbh: [s, b, h], the whole sequence on every rank; labels_sb: int64 [s*b], s-major; mask_sb: [s*b].
         """
@@ -54,10 +54,10 @@ class TokenScorer:
 
 
 def window_scores(scores: TokenScores, mask_bs: Tensor, top_k: Sequence[int]) -> Tensor:
-    """The score columns of each window but "content", in the order of `data.scores.columns`: float64 [columns, b].
+    """The score columns of each window except "content", in the order of `selection.score_format.columns`: float64 [columns, b].
 
-    scores: of the windows' tokens, [b, s] each; mask_bs [b, s]: 1 where a token counts. Tokens that do not count take part in nothing. A
-    window in which none does has 0 everywhere. Medians are numpy's: the mean of the two middle values where their number is even.
+    scores: [b, s] each, of the windows' tokens. mask_bs [b, s]: 1 where a token counts; other tokens have no influence. A window without
+    such a token has 0 in all columns. Medians are numpy's: the mean of the two middle values if their number is even.
     """
     valid = mask_bs > 0
     num_valid = valid.sum(-1)
@@ -86,20 +86,20 @@ def window_scores(scores: TokenScores, mask_bs: Tensor, top_k: Sequence[int]) ->
 
 
 def _median(ascending_bs: Tensor, count_b: Tensor, zeros_b: Tensor) -> Tensor:
-    """Of each row's first `count` values, of which `zeros` are zeros that stand before those of `ascending`; 0 of none: float64 [b].
+    """The median of `zeros` zeros followed by the first values of `ascending`, `count` values in all; 0 if count is 0: float64 [b].
 
-    Losses are never below 0, so the zeros of the zeroed reading come first, and one sorting serves both readings.
+    Losses are never below 0, so zeros come first. One sort therefore serves both kinds of columns, with and without zeros.
     """
 
     def value(place_b: Tensor) -> Tensor:
         behind = place_b - zeros_b
-        found = ascending_bs.gather(1, behind.clamp(0, ascending_bs.size(1) - 1)[:, None])[:, 0].double()
-        return torch.where(behind < 0, 0.0, found)
+        values = ascending_bs.gather(1, behind.clamp(0, ascending_bs.size(1) - 1)[:, None])[:, 0].double()
+        return torch.where(behind < 0, 0.0, values)
 
     middle = (value((count_b - 1).clamp(min=0) // 2) + value(count_b // 2)) / 2
     return torch.where(count_b > 0, middle, 0.0)
 
 
 def _ratio(total_b: Tensor, count_b: Tensor) -> Tensor:
-    """total / count, 0 of nothing: float64 [b]."""
+    """total / count, 0 where count is 0: float64 [b]."""
     return torch.where(count_b > 0, total_b.double() / count_b.clamp(min=1), 0.0)

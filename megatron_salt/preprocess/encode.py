@@ -17,7 +17,7 @@ from megatron_salt.preprocess.indexed_writer import token_dtype
 from megatron_salt.preprocess.parse import Parsed, Parser
 from megatron_salt.preprocess.readers import Chunk
 from megatron_salt.preprocess.tokenizer_backends import Backend, encode_with
-from megatron_salt.tokenizer.special_tokens import Finder, Found
+from megatron_salt.tokenizer.special_tokens import SpecialTokenCounts, SpecialTokenFinder
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
 _MOST_TOKENS = (1 << 31) - 2  # of a document; the end-of-document id comes on top
@@ -59,7 +59,7 @@ class EncodedChunk:
     """Number of documents without a token, per key."""
     digests: list[np.ndarray]
     """Hash of each text, per key: uint64 [documents, 2]. Empty unless asked for."""
-    special: list[Found]
+    special: list[SpecialTokenCounts]
     """Special tokens in the texts, per key."""
 
 
@@ -74,7 +74,7 @@ class Encoder:
         self._dtype = token_dtype(tokenizer.vocabulary_size)
         self._eod = tokenizer.eod if settings.append_eod else None
         self._bos = tokenizer.bos if settings.prepend_bos else None
-        self._find = Finder(tokenizer.special)
+        self._find = SpecialTokenFinder(tokenizer.special)
         self._is_forbidden = np.zeros(tokenizer.vocabulary_size, np.bool_)
         self._is_forbidden[list(tokenizer.forbidden)] = True
         assert self._eod is not None or not settings.append_eod

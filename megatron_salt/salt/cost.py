@@ -97,7 +97,7 @@ def predict(
 
 
 def _largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
-    """Microbatches of the busiest teacher replica, forwards dealt out as `routing.Plan.forwards_of` does."""
+    """Microbatches of the busiest teacher replica, forwards dealt out as `ExchangePlan.forwards_of` (routing.py) does."""
     sizes = [min(merge, num_microbatches - first) for first in range(0, num_microbatches, merge)]
     return max(sum(sizes[replica::replicas]) for replica in range(replicas))
 

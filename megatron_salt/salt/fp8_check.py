@@ -10,6 +10,7 @@ two: a low temperature makes differences larger where a teacher hesitates, and h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,30 +18,46 @@ from torch import Tensor
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError, stay
-from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import in_bfloat16
 from megatron_salt.model.fp32_logits import divergence
-from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
-from megatron_salt.parallel.mesh import Mesh
-from megatron_salt.salt.teacher import Fidelity, Teacher
+from megatron_salt.salt.teacher import Teacher, TeacherHead
 
 SAMPLES = 4
 """Sequences that are compared, each of the run's --seq-length."""
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a teacher in FP8 is to itself in bfloat16, on a fixed batch; the worst of its replicas."""
+
+    kl: float
+    """Mean over tokens of KL(bfloat16 || FP8), nats."""
+    agreement: float
+    """Share of tokens whose likeliest id is the same."""
+    tokens: int
+    """Of the batch."""
+    max_kl: float
+    """--teacher-fp8-max-kl, which kl is not above."""
+
+    def __str__(self) -> str:
+        return (
+            f"teacher in FP8: KL(bfloat16 || FP8) {self.kl:.2e} nats a token on {self.tokens} fixed tokens (--teacher-fp8-max-kl "
+            f"{self.max_kl:g}), the same first choice on {self.agreement:.1%}"
+        )
+
+
 def refuse_unfaithful(
-    teacher: Teacher, max_kl: float, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int,
-    look: Look = stay,
-) -> Fidelity:  # fmt: skip
+    teacher: Teacher, max_kl: float, text: Sequence[Microbatch], head: TeacherHead, look: Look = stay
+) -> Fidelity:
     """How near the teacher in FP8 is to itself in bfloat16. Raises UserError, on every rank, where a replica's mean divergence is
     above max_kl (nats a token) or not a number. Collective over all ranks; all get the same. Changes nothing.
 
-    text: the same samples on every rank, one a microbatch; tokens of loss mask 0 do not count. shard: how the student's output weight,
-    and so the teacher's, is cut. The teacher's body still has its bfloat16 weights. look: called before each forward.
+    text: the same samples on every rank, one a microbatch; tokens of loss mask 0 do not count. The teacher's body still has its bfloat16
+    weights. look: called before each forward.
     """
-    sums = _divergences(teacher, text, student, shard, chunk_tokens, look)
+    sums = _divergences(teacher, text, head, look)
     tokens, kl, kl_at_1, agreement = sums.unbind(-1)
     kl, agreement = torch.maximum(kl, kl_at_1) / tokens, agreement / tokens  # nan stays nan
     worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # so phrased, nan is wrong
@@ -59,9 +76,7 @@ def refuse_unfaithful(
 
 
 @torch.no_grad()
-def _divergences(
-    teacher: Teacher, text: Sequence[Microbatch], student: Mesh, shard: VocabularyShard, chunk_tokens: int, look: Look
-) -> Tensor:
+def _divergences(teacher: Teacher, text: Sequence[Microbatch], head: TeacherHead, look: Look) -> Tensor:
     """float64 [replicas of the block, 4]: tokens, and sums over them for each of the block's teachers: of the divergence at the run's
     temperature, of that at 1, of the agreement. Tokens are counted once a tp rank of the student, like the sums. Collective over all
     ranks; all of a block receive."""
@@ -73,20 +88,16 @@ def _divergences(
             hidden.append(teacher.hidden_states([sample] * teacher.replicas, merge=1))
         return hidden
 
-    assert teacher.body is not None, "the teacher has been freed"
     with in_bfloat16(teacher.body):
         in_bf16 = passes()
     in_fp8 = passes()
     sums = torch.zeros(teacher.replicas, 4, dtype=torch.float64, device=current_device())
-    gathering = VocabularyShard(
-        shard.group, shard.rows, shard.vocabulary_size, sequence_parallel=True
-    )  # hidden states come in slices
-    here = positions_of(text[0].tokens.size(1), student.layout.context, student.at.cp, torch.device("cpu"))
+    positions = head.own_positions()
     for sample, of_sample_bf16, of_sample_fp8 in zip(text, in_bf16, in_fp8, strict=True):
-        counts = sample.loss_mask[0, here].to(current_device())
+        counts = sample.loss_mask[0, positions].to(current_device())
         for replica, (reference, other) in enumerate(zip(of_sample_bf16, of_sample_fp8, strict=True)):
             if reference is not None and other is not None and teacher.weight is not None:
-                passed = (reference, other, teacher.weight, counts, gathering, chunk_tokens)
+                passed = (reference, other, teacher.weight, counts, head.shard, head.chunk_tokens)
                 kl, agreement = divergence(*passed, teacher.temperature)
                 kl_at_1, _ = divergence(*passed, 1.0)
                 sums[replica] += torch.stack([counts.sum(dtype=torch.float64), kl, kl_at_1, agreement])

@@ -23,25 +23,23 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_salt.checkpoint import compatibility, rng, save_directory, sharded_state
-from megatron_salt.checkpoint.state import model_of
+from megatron_salt.checkpoint import loading, rng, save_directory, sharded_state
+from megatron_salt.checkpoint.state_file import model_of, read_state
 from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
 from megatron_salt.errors import Look, UserError, stay
-from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import in_bfloat16, keep_fp8_alone, raw_tensors
 from megatron_salt.model.gpt import GPT, transformer_config
 from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
-from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
-from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
-from megatron_salt.salt.fp8_check import refuse_unfaithful
-from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
+from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.teacher import Teacher, TeacherHead
 
 log = logging.getLogger(__name__)
 
@@ -84,28 +82,29 @@ def read_teacher(load: str) -> TeacherCheckpoint:
             "--save, one iter_* directory or several; examples/teacher_1p5b.sh trains one"
         )
     try:
-        facts, fingerprint = compatibility.read_facts(paths[0]), compatibility.checkpoint_fingerprint(paths[0])
+        saved, fingerprint = read_state(paths[0]), loading.checkpoint_fingerprint(paths[0])
     except UserError as error:
         raise UserError(f"--teacher-load: {error}") from None
-    architecture, probe = facts["architecture"], facts["probe"]
-    if probe is None or None in probe["losses"]:
+    recorded = saved.reference_losses
+    losses = () if recorded is None else tuple(loss for loss in recorded.losses if loss is not None)
+    if recorded is None or len(losses) < len(recorded.losses):
         raise UserError(
             f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
             "release saved it); save it again from a run that resumes it"
         )
-    if not {"vocabulary", "seq_length"} <= architecture.keys():
+    if saved.vocabulary_size is None or saved.seq_length is None:
         raise UserError(f"--teacher-load {paths[0] / save_directory.STATE}: its architecture lacks vocabulary or seq_length")
     return TeacherCheckpoint(
         directory=paths[0],
-        model=model_of(architecture),
-        vocabulary_size=architecture["vocabulary"],
-        seq_length=architecture["seq_length"],
-        tokenizer_fingerprint=facts["tokenizer"],
+        model=model_of(saved.architecture),
+        vocabulary_size=saved.vocabulary_size,
+        seq_length=saved.seq_length,
+        tokenizer_fingerprint=saved.tokenizer,
         fingerprint=fingerprint,
-        lengths=tuple(probe["lengths"]),
-        losses=tuple(probe["losses"]),
-        dtype=probe["dtype"],
-        step=facts["step"],
+        lengths=recorded.lengths,
+        losses=losses,
+        dtype=recorded.dtype,
+        step=saved.run.step,
     )
 
 
@@ -150,40 +149,56 @@ def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
 
 
 def admit(
-    checkpoint: TeacherCheckpoint, salt: SaltConfig, layout: Layout, student: Mesh, shard: VocabularyShard, seq_length: int,
-    chunk_tokens: int, dtype: torch.dtype, microbatches_per_forward: int, timeout: timedelta, precision: Precision = TORCH,
-    text: Sequence[Microbatch] = (), look: Look = stay,
-) -> Teacher:  # fmt: skip
-    """Build, load and verify the teacher. Collective over all ranks. Raises UserError. Draws no random number of the student's.
+    checkpoint: TeacherCheckpoint,
+    salt: SaltConfig,
+    head: TeacherHead,
+    *,
+    dtype: torch.dtype,
+    microbatches_per_forward: int,
+    timeout: timedelta,
+    precision: Precision = TORCH,
+    text: Sequence[Microbatch] = (),
+    look: Look = stay,
+) -> tuple[Teacher, Fidelity | None]:
+    """Build, load and verify the teacher; a teacher in FP8 comes with its fidelity. Collective over all ranks. Raises UserError.
 
-    layout: `routing.teacher_layout`. shard: how the student's output weight is cut. chunk_tokens: the student head's. text: what a teacher
-    in FP8 is tried on, the same samples on every rank. look: called between the phases and between the microbatches of each check.
+    text: samples by which a teacher in FP8 is compared with itself in bfloat16, the same on every rank. look: called between the phases
+    and between the microbatches of each check. The student's random numbers stay as they are.
     """
-    found = compatibility.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load")
+    student = head.student
+    layout = teacher_layout(student.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
+    found = loading.open_checkpoint(checkpoint.directory, fallback=False, flag_name="--teacher-load", look=look)
     assert found is not None, checkpoint.directory
     look("reading the teacher's checkpoint")
     mesh = make_teacher_mesh(layout, timeout)
     block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout)
     dist.all_reduce(torch.zeros(1, device=current_device()), group=block_group)  # see Mesh.warm_up
-    body = build_body(checkpoint, salt, mesh, seq_length, dtype, precision)
+    body = build_body(checkpoint, salt, mesh, dtype, precision)
     state = sharded_state.model_state([body], mesh.groups)
-    compatibility.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
+    loading.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
     sharded_state.load_model([body], sharded_state.load(state, found.directory, mesh.groups))
     look("loading the teacher")
-    weight = load_output_weight(checkpoint, student, shard, dtype)
-    teacher = Teacher(body, weight, mesh, student, block_group, microbatches_per_forward, salt.kd_teacher_temperature)
+    weight = load_output_weight(checkpoint, head, dtype)
+    teacher = Teacher(
+        body,
+        weight,
+        mesh,
+        student,
+        block_group,
+        microbatches_per_forward=microbatches_per_forward,
+        temperature=salt.kd_teacher_temperature,
+    )
     with in_bfloat16(body):
-        verify(teacher, checkpoint, student, shard, seq_length, chunk_tokens, dtype, look)
+        verify(teacher, checkpoint, head, dtype, look)
+    fidelity = None
     if body.precision.fp8_format is not None:
-        teacher.fidelity = refuse_unfaithful(teacher, salt.teacher_fp8_max_kl, text, student, shard, chunk_tokens, look)
+        fidelity = refuse_unfaithful(teacher, salt.teacher_fp8_max_kl, text, head, look)
         keep_fp8_alone(body)
     look("checking the teacher")
-    return teacher
+    return teacher, fidelity
 
 
-def build_body(
-    checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, seq_length: int, dtype: torch.dtype, precision: Precision
-) -> GPT:
+def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtype: torch.dtype, precision: Precision) -> GPT:
     """This rank's stage of the teacher without its output head, its weights undefined. The random state stays as it is."""
     names, before = rng.capture()
     config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype, precision)
@@ -196,17 +211,15 @@ def build_body(
     return body
 
 
-def load_output_weight(
-    checkpoint: TeacherCheckpoint, student: Mesh, shard: VocabularyShard, dtype: torch.dtype
-) -> Tensor | None:
+def load_output_weight(checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: torch.dtype) -> Tensor | None:
     """The teacher's output weight [V/tp, h_t] cut like the student's, on ranks of the student's last stage; None elsewhere.
 
     Rows that only one of the two paddings has are zeros or left out. Collective over all ranks; read once and spread over dp x cp.
     """
-    weight, state = None, {}
+    student, weight, state = head.student, None, {}
     if student.is_last_stage:
         untied = checkpoint.model.untie_embeddings_and_output_weights
-        weight = torch.zeros(shard.rows, checkpoint.model.hidden_size, dtype=dtype, device=current_device())
+        weight = torch.zeros(head.shard.rows, checkpoint.model.hidden_size, dtype=dtype, device=current_device())
         state["weight"] = ShardedTensor.from_rank_offsets(
             "output_layer.weight" if untied else "embedding.word_embeddings.weight", weight, (0, student.at.tp, student.layout.tensor),
             replica_id=dist.get_rank(student.groups.dp_cp), allow_shape_mismatch=True,
@@ -215,20 +228,17 @@ def load_output_weight(
     return loaded["weight"] if student.is_last_stage else None
 
 
-def verify(
-    teacher: Teacher, checkpoint: TeacherCheckpoint, student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
-    dtype: torch.dtype, look: Look = stay,
-) -> None:  # fmt: skip
+def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: torch.dtype, look: Look = stay) -> None:
     """Raise UserError unless the teacher, run as in a training step, has the losses that its checkpoint recorded. Collective."""
-    lengths = [length for length in checkpoint.lengths if length <= seq_length]
-    losses = losses_of(teacher, checkpoint.vocabulary_size, lengths, student, shard, seq_length, chunk_tokens, look)
+    lengths = [length for length in checkpoint.lengths if length <= head.seq_length]
+    losses = losses_of(teacher, checkpoint.vocabulary_size, lengths, head, look)
     dtypes = {checkpoint.dtype, str(dtype).removeprefix("torch.")}
     tolerance = max(TOLERANCE[name] for name in dtypes)
     wrong = [
         f"{recorded:.5f} over {length} tokens when saved, {loss:.5f} here"
         for length, recorded, of_replicas in zip(lengths, checkpoint.losses, losses, strict=False)
         for loss in of_replicas
-        if not math.isclose(loss, recorded, rel_tol=tolerance)  # so phrased, nan is wrong
+        if not math.isclose(loss, recorded, rel_tol=tolerance)  # not isclose() also rejects NaN
     ]
     problem = first_problem("; ".join(wrong) or None)
     if problem is not None:
@@ -247,22 +257,19 @@ def verify(
 
 @torch.no_grad()
 def losses_of(
-    teacher: Teacher, vocabulary_size: int, lengths: list[int], student: Mesh, shard: VocabularyShard, seq_length: int, chunk_tokens: int,
-    look: Look = stay,
-) -> list[list[float]]:  # fmt: skip
+    teacher: Teacher, vocabulary_size: int, lengths: list[int], head: TeacherHead, look: Look = stay
+) -> list[list[float]]:
     """[lengths][replicas of the block]: the mean cross entropy over the first `lengths` tokens of each fixed microbatch, as each of the
     block's teachers has it: phases A and B, then the teacher's own head. Collective over all ranks; all of a block receive."""
     sums = torch.zeros(len(lengths), teacher.replicas, len(METRICS), dtype=torch.float64, device=current_device())
-    gathering = VocabularyShard(
-        shard.group, shard.rows, shard.vocabulary_size, sequence_parallel=True
-    )  # its hidden states come in slices
-    here = positions_of(seq_length, student.layout.context, student.at.cp, torch.device("cpu"))
-    for number, microbatch in enumerate(fixed_batch(vocabulary_size, seq_length, lengths)):
+    positions = head.own_positions()
+    for number, microbatch in enumerate(fixed_batch(vocabulary_size, head.seq_length, lengths)):
         look("checking the teacher")
-        labels, mask = microbatch.labels[0, here].to(current_device()), microbatch.loss_mask[0, here].to(current_device())
+        labels = microbatch.labels[0, positions].to(current_device())
+        mask = microbatch.loss_mask[0, positions].to(current_device())
         for replica, hidden in enumerate(teacher.hidden_states([microbatch] * teacher.replicas, merge=1)):
             if hidden is not None and teacher.weight is not None:
-                metrics = fused_linear_cross_entropy(hidden, teacher.weight, labels, mask, gathering, chunk_tokens)[1]
+                metrics = fused_linear_cross_entropy(hidden, teacher.weight, labels, mask, head.shard, head.chunk_tokens)[1]
                 sums[number, replica] = metrics
     dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
     return (sums[..., METRICS.index("loss")] / sums[..., METRICS.index("tokens")]).tolist()
@@ -270,7 +277,6 @@ def losses_of(
 
 def refuse_trainable(teacher: Teacher, optimized: Iterable[Tensor]) -> None:
     """Assert that nothing of the teacher requires a gradient or shares memory with a tensor that the optimizer moves."""
-    assert teacher.body is not None
     own = [*teacher.body.parameters(), *teacher.body.buffers(), *([] if teacher.weight is None else [teacher.weight])]
     assert not any(tensor.requires_grad for tensor in own), "a parameter of the teacher requires a gradient"
     storages = {raw.untyped_storage().data_ptr() for tensor in own for raw in raw_tensors(tensor) if raw.numel()}

@@ -8,7 +8,7 @@ Arithmetic on ints: every rank computes the same plan, once, and only carries it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def teacher_layout(student: Layout, tensor: int, pipeline: int) -> Layout:
     return Layout(tensor, 1, ranks.shape[1] * ranks.shape[2], pipeline, tuple(ranks.ravel().tolist()))
 
 
-def warnings(student: Layout, teacher: Layout, num_forwards: int) -> list[str]:
+def layout_warnings(student: Layout, teacher: Layout, num_forwards: int) -> list[str]:
     """What is allowed and costs time. num_forwards: teacher forwards of a block in one step."""
     told, replicas = [], teacher.data // student.data
     if num_forwards % replicas:
@@ -74,7 +74,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExchangePlan:
     """What one block does in one step; the same in every block, on every rank and in every step."""
 
     num_microbatches: int
@@ -129,7 +129,8 @@ class Plan:
         return table
 
 
-def plan(student: Layout, teacher: Layout, num_microbatches: int, merge: int, seq_length: int) -> Plan:
+@cache
+def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge: int, seq_length: int) -> ExchangePlan:
     """The plan of every block. Raises UserError, naming --seq-length, where the sequence cannot be cut.
 
     merge: microbatches of one teacher forward. Forward f = microbatches [f * merge, (f + 1) * merge) runs on replica f mod R. The
@@ -148,7 +149,7 @@ def plan(student: Layout, teacher: Layout, num_microbatches: int, merge: int, se
         )
         for microbatch in range(num_microbatches) for c in range(cp) for j in range(tp)
     ]  # fmt: skip
-    return Plan(
+    return ExchangePlan(
         num_microbatches, merge, replicas, tp * cp * student.pipeline, seq_length // (tp * cp),
         tuple(sorted(pieces, key=lambda piece: (piece.source, piece.target, piece.microbatch))),
     )  # fmt: skip

@@ -1,16 +1,26 @@
-"""How strongly the teacher teaches at each step, and where stage 1 ends.
+"""How strongly the teacher teaches at each step, where stage 1 ends, and whether a resumed run may go on under these flags.
 
 Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps.
 E beyond the run is allowed: the teacher teaches to the end (RKD in the paper). Pure: the same answer on every rank and after a resume.
+
+A run that was left in stage 1 goes on with the same teacher and schedule, or not at all. One that was left in stage 2 needs neither.
+Only --override-kd-schedule changes the schedule, and the change is recorded. Stage 1 may have a selection of the data and no teacher.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from megatron_salt.config import SaltConfig
+from megatron_salt.checkpoint.run_state import RunState, SaltState
+from megatron_salt.config import SaltConfig, flag
+from megatron_salt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Events = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -65,3 +75,98 @@ class Schedule:
     def stage1_end_after(self, crossover_step: int) -> int:
         """The end of stage 1 where the student is first found, after a step, to have passed the teacher: the fade still takes place."""
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
+
+
+def salt_at_start(
+    resumed: RunState | None, schedule: Schedule | None, teacher: str | None, directory: str | None, override: bool
+) -> tuple[SaltState | None, Events]:
+    """The state of SALT with which a start begins, and the events to record. Raises UserError, naming both sides.
+
+    resumed: what the checkpoint says; None for a run from step 0 (--finetune too). schedule: of the flags; None without --kd-steps.
+    directory: --teacher-load; None without it. teacher: the fingerprint of the checkpoint there; None where none was read.
+    override: --override-kd-schedule. A changed schedule ends stage 1 where its flags say, but never before the step reached. A
+    crossover stays a fact while --kd-stop asks for one.
+    """
+    # 1) a new run begins as its flags say
+    if resumed is None:
+        if schedule is None:
+            return None, ()
+        assert (teacher is None) == (directory is None)
+        return SaltState(
+            stage1_end=schedule.kd_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
+        ), ()
+    saved, step = resumed.salt, resumed.step
+    # 2) stage 2 and plain runs go on without a teacher
+    if saved is None and schedule is not None:
+        lacks, asks = (
+            ("stage 1", f"--kd-steps {schedule.kd_steps}") if directory is None else ("teacher", f"--teacher-load {directory}")
+        )
+        raise UserError(
+            f"--load: the run was trained without a {lacks} up to step {step}, and {asks} asks for one; "
+            "--finetune takes the weights alone"
+        )
+    if saved is None or saved.stage_after(step) == 2:
+        if saved is not None and schedule is not None and saved.resumes_in(step, resumed.evaluation_due) == 2:
+            log.info(
+                "step %d is in stage 2, since step %d: --teacher-load and the kd flags are not used", step, saved.stage1_end + 1
+            )
+        return saved, ()
+    # 3) stage 1 goes on with the same teacher
+    schedule = _schedule_of_same_teacher(saved, step, schedule, teacher, directory)
+    # 4) and the same schedule
+    return _under_schedule(saved, step, schedule, override)
+
+
+def _schedule_of_same_teacher(
+    saved: SaltState, step: int, schedule: Schedule | None, teacher: str | None, directory: str | None
+) -> Schedule:
+    """The schedule of the flags, in a run resumed inside stage 1. Raises UserError where the flags lack it or name another teacher."""
+    if schedule is None and saved.teacher is None:
+        raise UserError(
+            f"--load: step {step} is in stage 1, which ends after step {saved.stage1_end}: give --stage1-selection and the "
+            "kd flags"
+        )
+    if schedule is None or (directory is None and saved.teacher is not None):
+        raise UserError(
+            f"--load: step {step} is in stage 1, which ends after step {saved.stage1_end}: it needs its teacher, "
+            f"{saved.teacher} (then in {saved.teacher_directory}); give --teacher-load and the kd flags"
+        )
+    if directory is not None and saved.teacher is None:
+        raise UserError(
+            f"--load: step {step} is in a stage 1 without a teacher, and --teacher-load {directory} asks for one; "
+            "--finetune takes the weights alone"
+        )
+    if directory is not None and teacher is None:
+        # --load-fallback chose an older checkpoint in stage 1; the newest is in stage 2, so no teacher was read.
+        raise UserError(
+            f"--load: step {step} is in stage 1, the newest checkpoint in stage 2, so that the teacher in --teacher-load "
+            f"{directory} was not read: give the iter_* directory of step {step} to --load"
+        )
+    if teacher != saved.teacher:
+        raise UserError(
+            f"--load: step {step} is in stage 1 of a run with teacher {saved.teacher} (then in {saved.teacher_directory}), "
+            f"--teacher-load {directory} is {teacher}"
+        )
+    return schedule
+
+
+def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: bool) -> tuple[SaltState, Events]:
+    """The state of a run resumed inside stage 1, under the schedule of the flags. UserError where that is another one than the
+    checkpoint's, unless `override`."""
+    current = schedule.facts()
+    differences = [
+        f"{flag(name)} is {saved.schedule.get(name)} there and {value} here"
+        for name, value in current.items()
+        if saved.schedule.get(name) != value
+    ]
+    if not differences:
+        return saved, ()
+    if not override:
+        raise UserError(
+            f"--load: step {step} is in stage 1 under another schedule: {'; '.join(differences)}. "
+            "--override-kd-schedule goes on with the flags"
+        )
+    change = {"event": "kd_schedule", "step": step, "from": saved.schedule, "to": current}
+    crossover = saved.crossover if schedule.kd_stop == "crossover" else None
+    end = schedule.kd_steps if crossover is None else schedule.stage1_end_after(crossover)
+    return replace(saved, schedule=current, crossover=crossover, stage1_end=max(end, step)), (change,)

@@ -8,6 +8,7 @@ changes its shape; replicas take turns. The last one is filled up by repeating i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -29,7 +30,7 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit
-from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.teacher import TeacherHead
 from megatron_salt.selection.score_format import IndexManifest, columns, content_hashes, samples_of
 
 Rows = dict[str, np.ndarray]
@@ -164,9 +165,14 @@ def make_scorer(
     rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
     shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
     chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
-    admitted = admit(
-        teacher, teacher_flags(layout), teacher_layout(layout, layout.tensor, layout.pipeline), mesh, shard,
-        samples.windows[0].seq_length, chunk_tokens, getattr(torch, dtype), 1, timeout, look=look,
-    )  # fmt: skip
-    assert admitted.body is not None and admitted.mesh is not None
+    head = TeacherHead(mesh, replace(shard, sequence_parallel=True), samples.windows[0].seq_length, chunk_tokens)
+    admitted, _ = admit(
+        teacher,
+        teacher_flags(layout),
+        head,
+        dtype=getattr(torch, dtype),
+        microbatches_per_forward=1,
+        timeout=timeout,
+        look=look,
+    )
     return Scorer(admitted.body, admitted.weight, admitted.mesh, shard, samples, micro_batch_size, top_k, chunk_tokens)

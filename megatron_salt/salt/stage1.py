@@ -1,74 +1,102 @@
-"""The two stages of a run: what is said of stage 1 when it starts, when it ends, and what happens then.
+"""SALT's switch: in which stage a run is, when the student has passed its teacher, and what stage 2 draws from. Pure.
 
-Where stage 1 ends is a fact in `Progress.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
-samples, the optimizer, the learning rate and the random state know nothing of the stages.
+Where stage 1 ends is a fact in `RunState.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
+samples, the optimizer, the learning rate and the random state know nothing of the stages. What a run does at the switch (free the
+teacher, log) is in train/state.py; the weight of the teacher and the check of a resumed schedule are in schedule.py.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
-from megatron_salt.checkpoint.run_state import Progress
-from megatron_salt.metrics.run_log import RunLog, memory_in_use_gib
-from megatron_salt.parallel.collectives import from_rank_0, largest
-from megatron_salt.salt.schedule import Schedule
+from megatron_salt.checkpoint.run_state import RunState, SaltState
+from megatron_salt.config import SaltConfig
+from megatron_salt.data.batch import Batches
+from megatron_salt.salt.fp8_check import Fidelity
+from megatron_salt.salt.load_teacher import TeacherCheckpoint
+from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
+from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Stage1:
-    """A teacher at work, or a selection of the data alone."""
+    """What stage 1 has and stage 2 has not: a teacher, or a selection of the data alone."""
 
     teacher: Teacher | None
-    """None: the data is selected, and nothing else."""
+    """None: stage 1 has a selection of the data and no teacher."""
     schedule: Schedule
     teacher_flops: float = 0.0
-    """The teacher's FLOPs for an input token, output layer included; 0 without a teacher."""
+    """FLOPs of the teacher for an input token, output layer included; 0 without a teacher."""
+    fidelity: Fidelity | None = None
+    """How near a teacher in FP8 is to itself in bfloat16; None for any other teacher, and without one."""
 
-    def goes_on(self, step: int, progress: Progress) -> bool:
-        """Whether a step is still of stage 1. Pure."""
-        assert progress.salt is not None
-        return self.schedule.in_stage1(step, progress.salt.stage1_end)
+    def contains(self, step: int, progress: RunState) -> bool:
+        """Whether a step belongs to stage 1."""
+        return self.schedule.in_stage1(step, _salt_of(progress).stage1_end)
 
-    def kd_weight(self, step: int, progress: Progress) -> float:
-        """The teacher's weight in the loss of a step. Pure."""
-        assert progress.salt is not None
-        return self.schedule.at(step, progress.salt.stage1_end)
+    def kd_weight(self, step: int, progress: RunState) -> float:
+        """The teacher's weight in the loss of a step."""
+        return self.schedule.at(step, _salt_of(progress).stage1_end)
+
+    def accuracy_to_pass(self, progress: RunState) -> float:
+        """The student's held-out accuracy must be above this for a crossover: the teacher's plus --kd-stop-margin."""
+        held_out = _salt_of(progress).teacher_held_out
+        assert held_out is not None
+        return held_out["accuracy"] + self.schedule.kd_stop_margin
+
+    def may_cross_over(self, progress: RunState) -> bool:
+        """Whether a crossover would still change the run. It is decided once."""
+        return self.schedule.kd_stop == "crossover" and _salt_of(progress).crossover is None
+
+    def after_crossover(self, progress: RunState) -> RunState:
+        """`progress` with a crossover at its step, which moves the end of stage 1."""
+        end = self.schedule.stage1_end_after(progress.step)
+        return replace(progress, salt=replace(_salt_of(progress), crossover=progress.step, stage1_end=end))
 
 
-def pass_crossover(stage1: Stage1, progress: Progress, accuracy: float, log: RunLog) -> Progress:
-    """Decide, after an evaluation, whether the student has passed its teacher. Collective over all ranks; all get the same answer.
+def schedule_of(salt: SaltConfig) -> Schedule | None:
+    """The schedule that the flags ask for; None in a run without a stage 1."""
+    return None if salt.kd_steps is None else Schedule.of(salt)
 
-    accuracy: the student's, next-token, on held-out data. A crossover is decided once, and moves the end of stage 1.
+
+def decide_salt(
+    salt: SaltConfig, resumed: RunState | None, teacher: TeacherCheckpoint | None
+) -> tuple[SaltState | None, Events]:
+    """`salt_at_start` for these flags. resumed: None in a run from step 0. teacher: None where none was read. Raises UserError."""
+    fingerprint = None if teacher is None else teacher.fingerprint
+    directory = salt.teacher_load if teacher is None else str(teacher.directory)
+    return salt_at_start(resumed, schedule_of(salt), fingerprint, directory, salt.override_kd_schedule)
+
+
+def starts_in_stage2(
+    state: SaltState, progress: RunState, schedule: Schedule | None, teacher: TeacherCheckpoint | None, evaluates: bool
+) -> bool:
+    """Whether a start begins in stage 2. schedule, teacher: of the flags. evaluates: an evaluation that is due will be made.
+
+    An evaluation that is due at the end of stage 1 belongs to stage 1. It goes without the teacher where the flags no longer name it.
     """
-    salt = progress.salt
-    assert salt is not None and salt.teacher_held_out is not None
-    margin = stage1.schedule.kd_stop_margin
-    needed = salt.teacher_held_out["accuracy"] + margin
-    passed = from_rank_0(lambda: accuracy > needed)
-    if stage1.schedule.kd_stop != "crossover" or salt.crossover is not None or not passed:
-        return progress
-    end = stage1.schedule.stage1_end_after(progress.step)
-    log.event(
-        progress.step,
-        f"the student's held-out accuracy {accuracy:.4f} has passed the teacher's {salt.teacher_held_out['accuracy']:.4f} by more than "
-        f"--kd-stop-margin {margin:g}: stage 1 ends after step {end}",
-        {"crossover": progress.step, "stage1_end": end},
-    )
-    return replace(progress, salt=replace(salt, crossover=progress.step, stage1_end=end))
+    same_teacher = schedule is not None and (None if teacher is None else teacher.fingerprint) == state.teacher
+    return state.resumes_in(progress.step, evaluates and progress.evaluation_due and same_teacher) == 2
 
 
-def free_teacher(teacher: Teacher, progress: Progress, micro_batch_size: int, log: RunLog) -> None:
-    """End stage 1: give up the teacher, and log what that was worth. micro_batch_size: of stage 2. Collective over all ranks."""
-    started, before = time.perf_counter(), memory_in_use_gib()
-    teacher_gib = teacher.num_bytes / 2**30
-    teacher.free()
-    after = memory_in_use_gib()
-    most = largest(round((before - after) * 2**20)) / 2**20
-    log.event(
-        progress.step,
-        f"stage 2: the teacher ({teacher_gib:.3f} GiB here) is gone in {time.perf_counter() - started:.2f} s; memory in use "
-        f"{before:.3f} GiB before, {after:.3f} GiB after ({most:.3f} GiB less on the rank that gained most)",
-        {"stage": 2, "memory_gib_before": before, "memory_gib_after": after, "micro_batch_size": micro_batch_size},
-    )
+def resumes_in_stage2(saved: RunState, evaluates: bool) -> bool:
+    """Whether a run that was saved like this needs no teacher. evaluates: an evaluation that is due will be made."""
+    return saved.salt is not None and saved.salt.resumes_in(saved.step, evaluates and saved.evaluation_due) == 2
+
+
+def data_of_stage2(train: Batches, stage_samples: StageSamples | None, progress: RunState) -> tuple[Batches, RunState]:
+    """The data of stage 2, and the progress that records where stage 2 began: at its position, unless it says so already.
+
+    train: the data of stage 1. stage_samples: None in a run without a selection, which goes on in one order.
+    """
+    if stage_samples is None:
+        return train, progress
+    since = progress.position if progress.stage2_since is None else progress.stage2_since
+    train = train.going_on_with(stage_samples.stage2(train.position(since)), since)
+    return train, replace(progress, stage2_since=since)
+
+
+def _salt_of(progress: RunState) -> SaltState:
+    assert progress.salt is not None, "a run in stage 1 knows where it ends"
+    return progress.salt

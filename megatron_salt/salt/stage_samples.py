@@ -1,8 +1,8 @@
-"""What each stage draws from, in a run whose stage 1 has a selection (SALT_DS).
+"""The samples of each stage, in a run whose stage 1 has a selection (SALT_DS).
 
-Stage 1 visits the selection in its own keyed order, each sample once an epoch. Stage 2 begins the order of another pool: of everything,
-or of what stage 1 did not visit. With weights each dataset is a pool of its own in both stages. Where stage 2 begins depends on
-nothing but how far the order of stage 1 had got, an integer that checkpoints hold.
+Stage 1 visits the selection in a keyed order of its own, each sample once an epoch. Stage 2 begins the order of another pool: of all
+samples, or of those that stage 1 did not visit. With weights, each dataset is a pool of its own in both stages. Where stage 2 begins
+depends on one integer that checkpoints hold: how many samples of its order stage 1 has passed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megatron_salt.data.windows import Windows
 from megatron_salt.errors import UserError
 from megatron_salt.selection.selection_file import Selection
 
-COUNTED = 1 << 20  # samples of stage 2 that are held against stage 1, one by one
+COUNTED = 1 << 20  # samples of stage 2 that are looked up in stage 1, at most
 
 
 @dataclass(frozen=True)
-class StagedSamples:
+class StageSamples:
     """The training data of a run with a selection."""
 
     everything: Samples
@@ -33,24 +33,25 @@ class StagedSamples:
     stage2_data: Literal["all", "unseen"]
 
     def stage1(self) -> Samples:
-        """The selection. Where it is everything, its order is that of a run without one."""
+        """The samples of stage 1: the selection. A selection of all samples has the order of a run without a selection."""
         return self._stage1
 
     def stage2(self, passed: int) -> Samples:
-        """What stage 2 draws from, after `passed` samples in the order of stage 1."""
+        """The samples of stage 2, after stage 1 has passed `passed` samples of its order."""
         if self.stage2_data == "all":
             return self.everything.drawing_from(f"{self.everything.split}/all", self.everything.id_ranges)
         return self.everything.drawing_from(f"{self.everything.split}/unseen", self._unseen(passed))
 
     @property
     def fingerprint(self) -> str:
-        """Names which samples each stage draws from."""
+        """Names the samples of both stages."""
         return f"stage 1 from {self.selection.fingerprint}, stage 2 from --stage2-data {self.stage2_data}"
 
     def repeats(self, passed: int, num_samples: int) -> str | None:
-        """What to tell the user where the first epoch of stage 2's order brings samples again that stage 1 has visited.
+        """A message where stage 2 draws samples in its first epoch that stage 1 has visited; None where it draws none.
 
-        passed: in the order of stage 1. num_samples: that stage 2 will draw. Of very many draws a part is counted.
+        passed: samples that stage 1 has passed in its order. num_samples: samples that stage 2 will draw. Above `COUNTED` samples the
+        number is an estimate.
         """
         if self.stage2_data != "all":
             return None
@@ -65,7 +66,7 @@ class StagedSamples:
         return f"{about}{count} of the {num_samples} samples of stage 2 were in stage 1 too (--stage2-data unseen avoids that)"
 
     def refuse_unfit(self, global_batch_size: int, passed: int, has_stage2: bool) -> None:
-        """Raise UserError where a stage could not be fed. passed: in the order of stage 1, by the end of --kd-steps."""
+        """Raise UserError where a stage has too few samples. passed: samples that stage 1 passes in its order by --kd-steps."""
         name, ids, samples = f"--stage1-selection {self.selection.path}", self.selection.ids, self.everything
         if len(ids) < global_batch_size:
             raise UserError(f"{name} has {len(ids)} samples, fewer than one --global-batch-size {global_batch_size}")
@@ -98,22 +99,22 @@ class StagedSamples:
 
     @cached_property
     def _chosen(self) -> list[Selected]:
-        """By pool."""
+        """The selected ids of each pool."""
         ids = self.selection.ids
         if not self.everything.weighted:
             return [Selected(ids)]
-        return [Selected(ids[self.selection.between(first, end)]) for first, end in itertools.pairwise(self._offsets)]
+        return [Selected(ids[self.selection.between(first, end)]) for first, end in itertools.pairwise(self._first_ids)]
 
-    @cached_property
-    def _offsets(self) -> list[int]:
-        """First id of each dataset, and the number of all samples."""
-        return [0, *itertools.accumulate(len(windows) for windows in self.everything.windows)]
+    @property
+    def _first_ids(self) -> list[int]:
+        """Id of each dataset's first window, and the number of all windows."""
+        return self.everything.first_ids.tolist()
 
     @property
     def _held_out(self) -> list[tuple[Windows, int, int]]:
-        """(windows, first held-out id, how many) of each dataset."""
+        """(windows, first held-out id, number of held-out ids) of each dataset."""
         samples = self.everything
-        ends = zip(samples.windows, self._offsets, samples.first, samples.sizes, strict=False)
+        ends = zip(samples.windows, self._first_ids, samples.first, samples.sizes, strict=False)
         return [(windows, offset + first + size, len(windows) - first - size) for windows, offset, first, size in ends]
 
     def _unseen(self, passed: int) -> list[Unseen]:
@@ -122,7 +123,7 @@ class StagedSamples:
         return [Unseen(ranges, chosen, pool, progress.drawn) for ranges, chosen, pool, progress in parts]
 
     def _of_pool(self, number: int, ids: np.ndarray) -> np.ndarray:
-        """Which of the ids are of a pool: bool [n]."""
+        """Which of the ids belong to a pool: bool [n]."""
         if not self.everything.weighted:
             return np.ones(len(ids), bool)
-        return (ids >= self._offsets[number]) & (ids < self._offsets[number + 1])
+        return (ids >= self._first_ids[number]) & (ids < self._first_ids[number + 1])

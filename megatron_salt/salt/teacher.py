@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -22,16 +21,15 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_salt.data.batch import Microbatch, merge_microbatches
+from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
+from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
-from megatron_salt.salt import routing
-
-plan_exchange = cache(routing.plan)
-
+from megatron_salt.salt.routing import ExchangePlan, Piece, plan_exchange
 
 _ForwardInput = tuple[Microbatch, list[tuple[slice, slice]]]
 """Microbatches of the student, merged into one on this rank's device; and what this rank sends of their hidden states: (positions,
@@ -39,27 +37,37 @@ samples) of each piece, in the order of the pieces."""
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """How near a teacher in FP8 is to itself in bfloat16, on a fixed batch; the worst of its replicas."""
+class TeacherHead:
+    """How the teacher's output head is computed: by the student's last stage, cut as the student's own head is."""
 
-    kl: float
-    """Mean over tokens of KL(bfloat16 || FP8), nats."""
-    agreement: float
-    """Share of tokens whose likeliest id is the same."""
-    tokens: int
-    """Of the batch."""
-    max_kl: float
-    """--teacher-fp8-max-kl, which kl is not above."""
+    student: Mesh
+    shard: VocabularyShard
+    """Rows of the output weight on each rank. sequence_parallel: hidden states come as one slice of the sequence a rank."""
+    seq_length: int
+    """Tokens of a sample."""
+    chunk_tokens: int
+    """Tokens whose logits are computed at a time."""
 
-    def __str__(self) -> str:
-        return (
-            f"teacher in FP8: KL(bfloat16 || FP8) {self.kl:.2e} nats a token on {self.tokens} fixed tokens (--teacher-fp8-max-kl "
-            f"{self.max_kl:g}), the same first choice on {self.agreement:.1%}"
-        )
+    def __post_init__(self) -> None:
+        assert self.shard.sequence_parallel
+
+    def own_positions(self) -> Tensor:
+        """int64 [s/cp], on the CPU: the positions of a sequence that this rank's context-parallel coordinate holds."""
+        return positions_of(self.seq_length, self.student.layout.context, self.student.at.cp, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What `free` gives up."""
+
+    body: GPT
+    weight: Tensor | None
+    mesh: Mesh
+    block_group: dist.ProcessGroup
 
 
 class Teacher:
-    """What this rank holds of the teacher. Invariant: nothing of it has a gradient, and after `free` nothing of it is left."""
+    """This rank's part of the teacher. Invariant: none of its tensors has a gradient, and after `free` it holds no tensor and no group."""
 
     def __init__(
         self,
@@ -68,46 +76,71 @@ class Teacher:
         mesh: Mesh,
         student: Mesh,
         block_group: dist.ProcessGroup,
+        *,
         microbatches_per_forward: int,
         temperature: float,
     ) -> None:
         """body: this rank's stage, without output head. weight: output weight [V/tp, h_t], the student's rows of it, on ranks of the
         student's last stage; None elsewhere. block_group: the ranks of this rank's student replica, in rank order."""
-        self.body: GPT | None = body.eval().requires_grad_(False)
-        self.weight = weight
-        self.mesh: Mesh | None = mesh
-        self.block_group: dist.ProcessGroup | None = block_group
-        self.fidelity: Fidelity | None = None  # of a teacher in FP8, once it is known
+        self._parts: _Parts | None = _Parts(body.eval().requires_grad_(False), weight, mesh, block_group)
         self._student, self._merge, self.temperature = student, microbatches_per_forward, temperature
         self._place = dist.get_rank(block_group)
+
+    @property
+    def _held(self) -> _Parts:
+        assert self._parts is not None, "the teacher has been freed"
+        return self._parts
+
+    @property
+    def body(self) -> GPT:
+        """This rank's stage, without output head."""
+        return self._held.body
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Output weight [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere."""
+        return self._held.weight
+
+    @property
+    def mesh(self) -> Mesh:
+        """The teacher's own groups, over the student's ranks."""
+        return self._held.mesh
+
+    @property
+    def block_group(self) -> dist.ProcessGroup:
+        """The ranks of this rank's student replica, in rank order."""
+        return self._held.block_group
 
     @torch.no_grad()
     def annotate(self, microbatches: Sequence[Microbatch], kd_weight: float) -> list[SoftTarget | None]:
         """The teacher's part of each of this student replica's microbatches, all of one shape. Collective over all ranks, both phases;
         only ranks of the student's last stage receive, the others get None for each."""
         return [
-            None if hidden is None else SoftTarget(hidden, self._weight, self.temperature, kd_weight)
+            None if hidden is None else self._soft_target(hidden, kd_weight)
             for hidden in self.hidden_states(microbatches, self._merge)
         ]
+
+    def _soft_target(self, hidden: Tensor, kd_weight: float) -> SoftTarget:
+        assert self.weight is not None, "the teacher's output weight is on the student's last stage"
+        return SoftTarget(hidden, self.weight, self.temperature, kd_weight)
 
     @torch.no_grad()
     def hidden_states(self, microbatches: Sequence[Microbatch], merge: int) -> list[Tensor | None]:
         """Last hidden states [s/(cp*tp), b, h_t] of each microbatch, this rank's share of the sequence, on ranks of the student's last
         stage; None elsewhere. `merge` microbatches are one of the teacher's. Collective over all ranks."""
         samples, length = microbatches[0].tokens.shape
-        plan = plan_exchange(self._student.layout, self._mesh.layout, len(microbatches), merge, length)
+        plan = plan_exchange(self._student.layout, self.mesh.layout, len(microbatches), merge, length)
         inputs = [
             _forward_input(microbatches, plan, forward, self._place, samples) for forward in plan.forwards_of(self._replica)
         ]
         outputs: list[Tensor] = []
         if inputs:  # on the teacher's last stage, what is to be sent of each forward
-            outputs = run_pipeline([self._body], _forward_step, inputs, self._mesh, length, merge * samples, forward_only=True)
+            outputs = run_pipeline([self.body], _forward_step, inputs, self.mesh, length, merge * samples, forward_only=True)
         return self._exchange(plan, outputs, len(microbatches), samples)
 
-    def _exchange(self, plan: routing.Plan, outputs: list[Tensor], count: int, samples: int) -> list[Tensor | None]:
+    def _exchange(self, plan: ExchangePlan, outputs: list[Tensor], count: int, samples: int) -> list[Tensor | None]:
         """Phase B. outputs: of each of this rank's forwards its pieces end to end."""
-        assert self.block_group is not None
-        config = self._body.config
+        config = self.body.config
         width, dtype = config.hidden_size, config.params_dtype
         size = plan.piece_length * samples * width
         made = [piece for forward in plan.forwards_of(self._replica) for piece in _pieces(plan, forward, self._place)]
@@ -135,11 +168,11 @@ class Teacher:
         Nothing of the teacher's may be under way on any rank when the first group goes, hence the barrier; groups go in the order in
         which they were made, the same on all their members.
         """
-        groups = [*teacher_groups(self._mesh), self.block_group]
+        groups = [*teacher_groups(self.mesh), self.block_group]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         dist.barrier()
-        self.body = self.weight = self.mesh = self.block_group = None
+        self._parts = None
         RotaryEmbedding.forward.cache_clear()  # an lru_cache on a method, which keeps the module and its groups; the student's refills
         gc.collect()
         while groups:
@@ -151,33 +184,20 @@ class Teacher:
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights and buffers on this rank; 0 once it is freed."""
-        return (0 if self.body is None else tensor_bytes(self.body)) + (0 if self.weight is None else self.weight.nbytes)
-
-    @property
-    def _body(self) -> GPT:
-        assert self.body is not None, "the teacher has been freed"
-        return self.body
-
-    @property
-    def _mesh(self) -> Mesh:
-        assert self.mesh is not None, "the teacher has been freed"
-        return self.mesh
-
-    @property
-    def _weight(self) -> Tensor:
-        assert self.weight is not None, "the teacher's output weight is on the student's last stage"
-        return self.weight
+        """Bytes of the teacher's weights and buffers on this rank; 0 once it is freed."""
+        if self._parts is None:
+            return 0
+        return tensor_bytes(self.body) + (0 if self.weight is None else self.weight.nbytes)
 
     @property
     def _replica(self) -> int:
-        """Of the teacher's replicas in this block, the one that this rank belongs to."""
-        return self._mesh.at.dp % self.replicas
+        """Number, in this block, of the teacher's replica that this rank belongs to."""
+        return self.mesh.at.dp % self.replicas
 
     @property
     def replicas(self) -> int:
-        """Of the teacher, in each block."""
-        return self._mesh.layout.data // self._student.layout.data
+        """Replicas of the teacher in each block."""
+        return self.mesh.layout.data // self._student.layout.data
 
 
 def tensor_bytes(module: nn.Module) -> int:
@@ -185,14 +205,14 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(raw.nbytes for tensor in [*module.parameters(), *module.buffers()] for raw in raw_tensors(tensor))
 
 
-def _pieces(plan: routing.Plan, forward: int, place: int) -> list[routing.Piece]:
+def _pieces(plan: ExchangePlan, forward: int, place: int) -> list[Piece]:
     """What a place sends of a forward."""
     microbatches = plan.microbatches_of(forward)
     return [piece for piece in plan.sent_by(place) if piece.microbatch in microbatches]
 
 
 def _forward_input(
-    microbatches: Sequence[Microbatch], plan: routing.Plan, forward: int, place: int, samples: int
+    microbatches: Sequence[Microbatch], plan: ExchangePlan, forward: int, place: int, samples: int
 ) -> _ForwardInput:
     numbers = plan.microbatches_of(forward)
     cuts = []

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_salt.bitmap import bits_at, bits_between, new_bitmap, set_bits
-from megatron_salt.data.windows import num_held_out
+from megatron_salt.data.windows import first_ids, num_held_out
 from megatron_salt.selection.score_format import IndexManifest
 from megatron_salt.selection.score_reader import CHUNK, ScoreIndex
 
 _HASHES = 1 << 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Eligible:
     """The samples that may be chosen, and why others may not: each of those counts once, for the first reason that it has."""
 
@@ -70,13 +70,18 @@ def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | 
             num_repeated += int(np.count_nonzero(may & again))
             may &= ~again
         packed[first // 8 : -(-end // 8)] = np.packbits(may, bitorder="little")
-    return Eligible(packed, sum(stop - start for start, stop in held_out), empty, num_repeated, unscored)
+    return Eligible(
+        packed=packed,
+        held_out=sum(stop - start for start, stop in held_out),
+        empty=empty,
+        duplicates=num_repeated,
+        unscored=unscored,
+    )
 
 
 def dataset_ranges(manifest: IndexManifest) -> list[tuple[int, int]]:
     """(first id, end) of each dataset."""
-    ends = list(itertools.accumulate(dataset.samples for dataset in manifest.datasets))
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(itertools.pairwise(first_ids(dataset.samples for dataset in manifest.datasets).tolist()))
 
 
 def held_out_ranges(manifest: IndexManifest, valid_share: float) -> list[tuple[int, int]]:

@@ -93,10 +93,10 @@ def tie_shares(choice: Choice, size: int = SAMPLED) -> dict[str, float]:
     for name, scores in columns.items():
         if name != choice.column and not np.isnan(scores).any():
             tied = count = 0
-            for pool in choice.pools:
-                keys = np.sort(order_keys(scores[slice(*np.searchsorted(ids, [pool.first, pool.end]))]))
+            for part in choice.ranges:
+                keys = np.sort(order_keys(scores[slice(*np.searchsorted(ids, [part.first, part.end]))]))
                 keys = keys if choice.rule.name == "bottom" else keys[::-1]
-                taken = round(pool.count * len(keys) / max(pool.eligible, 1))
+                taken = round(part.count * len(keys) / max(part.eligible, 1))
                 skip = min(int(choice.rule.skip * len(keys) + 0.5), len(keys) - taken)
                 edges = np.concatenate([keys[:skip][-1:], keys[skip + taken :][:1]])
                 tied, count = tied + int(np.isin(keys[skip : skip + taken], edges).sum()), count + taken
@@ -118,7 +118,7 @@ def report(choice: Choice, selection: Selection, sampled: Sampled, num_examples:
 
 def _summary(choice: Choice, selection: Selection) -> list[str]:
     scores, rule, eligible = selection.manifest.scores, selection.manifest.rule, choice.eligible
-    there = sum(pool.eligible for pool in choice.pools)
+    there = sum(part.eligible for part in choice.ranges)
     shown = ", ".join(f"{name} {value}" for name, value in rule.items() if value is not None and value is not False)
     doubles = f"{eligible.duplicates} duplicates" if rule["exclude_duplicates"] else "duplicates were not looked for"
     share, tokens = f"{choice.count / there:.2%} of the {there} eligible ones", choice.count * scores.seq_length
@@ -138,8 +138,8 @@ def _datasets(choice: Choice, selection: Selection) -> list[str]:
     for dataset, (first, end) in zip(selection.manifest.scores.datasets, dataset_ranges(choice.index.manifest), strict=True):
         places, eligible = selection.between(first, end), choice.eligible.count(first, end)
         chosen = places.stop - places.start
-        pool = next(pool for pool in choice.pools if pool.first <= first < pool.end)
-        at = " to ".join(f"{cut:.6g}" for cut in cuts(choice, pool))
+        part = next(part for part in choice.ranges if part.first <= first < part.end)
+        at = " to ".join(f"{cut:.6g}" for cut in cuts(choice, part))
         lines.append(
             f"{end - first:12}{eligible:12}{chosen:12}{chosen / max(eligible, 1):9.2%}  {at or 'none':20}  {dataset.prefix}"
         )
@@ -147,7 +147,7 @@ def _datasets(choice: Choice, selection: Selection) -> list[str]:
 
 
 def _all_cuts(choice: Choice) -> list[float]:
-    return sorted({cut for pool in choice.pools for cut in cuts(choice, pool)})
+    return sorted({cut for part in choice.ranges for cut in cuts(choice, part)})
 
 
 def _edges(scores: np.ndarray) -> np.ndarray:
@@ -193,8 +193,8 @@ def overlaps(choice: Choice, sampled: Sampled) -> dict[str, float]:
     for name, scores in sampled.scores.items():
         if (name != choice.column or rule.name == "random") and not np.isnan(scores).any():
             both = 0
-            for pool in choice.pools:
-                here = slice(*np.searchsorted(sampled.ids, [pool.first, pool.end]))
+            for part in choice.ranges:
+                here = slice(*np.searchsorted(sampled.ids, [part.first, part.end]))
                 chosen, keys = sampled.chosen[here], order_keys(scores[here])
                 order = np.lexsort((tie_ranks(sampled.ids[here], rule.tie_seed), keys if rule.name == "bottom" else ~keys))
                 count = int(chosen.sum())
@@ -220,10 +220,10 @@ def examples(choice: Choice, sampled: Sampled, num: int) -> dict[str, np.ndarray
     """Places in `sampled` of up to `num` samples each: the highest and lowest scores, and those next to the cut on either side."""
     keys = order_keys(sampled.scores[choice.column]).astype(np.int64)
     order = np.argsort(-keys, kind="stable")
-    distance = np.full(len(keys), -1)  # from the cut of the sample's pool
-    for pool in choice.pools:
-        here = slice(*np.searchsorted(sampled.ids, [pool.first, pool.end]))
-        for cut in cuts(choice, pool)[:1]:
+    distance = np.full(len(keys), -1)  # from the cut of the sample's range
+    for part in choice.ranges:
+        here = slice(*np.searchsorted(sampled.ids, [part.first, part.end]))
+        for cut in cuts(choice, part)[:1]:
             distance[here] = np.abs(keys[here] - int(order_keys(np.array([cut], np.float32))[0]))
     nearest = order[np.argsort(distance[order], kind="stable")]
     nearest = nearest[distance[nearest] >= 0]

@@ -32,7 +32,6 @@ from megatron_salt.errors import UserError
 FORMAT = 1
 SAMPLED_FORMAT = 2  # of the index.json of an index of a part of the samples
 INDEX, SHARD, JOURNAL = "index.json", "shard.json", "blocks.journal"
-_DIGEST_BYTES = 16
 _SHARD_NAME = re.compile(r"samples-(\d{15})-(\d{15})")
 
 
@@ -67,7 +66,7 @@ def content_hashes(tokens: np.ndarray) -> np.ndarray:
     return np.frombuffer(digests, "<u8")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexManifest:
     """What the scores are of: the contents of `index.json`. Two jobs with equal manifests write the same rows."""
 

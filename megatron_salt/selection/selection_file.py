@@ -34,7 +34,7 @@ FORMAT = 2
 _WITHOUT_TIES = 1  # a format that is read too: ties went to the lower id, and nobody counted them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SelectionManifest:
     """The contents of `PREFIX.json`."""
 
@@ -151,9 +151,16 @@ def refuse_other_data(
 
 
 def write_selection(
-    prefix: str, chunks: Iterable[np.ndarray], num_selected: int, scores: IndexManifest, rule: dict[str, Any], valid_share: float,
-    tie_seed: int | None = None, tie_share: float = 0.0,
-) -> SelectionManifest:  # fmt: skip
+    prefix: str,
+    chunks: Iterable[np.ndarray],
+    *,
+    num_selected: int,
+    scores: IndexManifest,
+    rule: dict[str, Any],
+    valid_share: float,
+    tie_seed: int | None = None,
+    tie_share: float = 0.0,
+) -> SelectionManifest:
     """Write PREFIX.npy and PREFIX.json, each whole or not at all; what is there stays until both are on disk.
 
     chunks: the `num_selected` ids, ascending, int64 [n] each.
@@ -173,9 +180,18 @@ def write_selection(
             os.fsync(stream.fileno())
         assert count == len(npy_header(dtype, num_selected)) + num_selected * dtype.itemsize, (count, num_selected)
         manifest = SelectionManifest(
-            scores.num_samples, num_selected, dtype.name, count, digest.hexdigest(), sampled_hash(temporary), scores, rule, valid_share,
-            tie_seed, tie_share,
-        )  # fmt: skip
+            num_samples=scores.num_samples,
+            num_selected=num_selected,
+            dtype=dtype.name,
+            npy_bytes=count,
+            npy_hash=digest.hexdigest(),
+            sampled=sampled_hash(temporary),
+            scores=scores,
+            rule=rule,
+            valid_share=valid_share,
+            tie_seed=tie_seed,
+            tie_share=tie_share,
+        )
         write_record({**asdict(manifest), "scores": manifest_to_json(scores)}, described, FORMAT)
         description.unlink(missing_ok=True)
         os.replace(temporary, npy)

@@ -8,7 +8,7 @@ only those near the expected place are kept and sorted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from megatron_salt.selection.score_reader import ScoreIndex
 
 TIE_SEED = 1234
 _RANKS = 1 << 64
+_PIECE = 1 << 14  # samples whose ranks stay in cache
 _DEVIATIONS = 8.0  # half the width of a bracket, in standard deviations of where the limit lies
 
 
@@ -38,32 +39,53 @@ def tie_ranks(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def tie_limits(
-    index: ScoreIndex, column: str, eligible: Eligible, pool: tuple[int, int], groups: Sequence[Ties], seed: int, size: int,
+    index: ScoreIndex, column: str, eligible: Eligible, bounds: tuple[int, int], groups: Sequence[Ties], seed: int, size: int,
     deviations: float = _DEVIATIONS,
 ) -> list[int]:  # fmt: skip
-    """For each group of samples [first, end) the limit below which exactly `taken` of its ranks lie.
+    """For each group of samples [bounds[0], bounds[1]) the limit below which exactly `taken` of its ranks lie.
 
     size: samples that are read together. deviations: the width to begin with; a limit outside its bracket costs another pass.
     """
     brackets = [_bracket(group, deviations) for group in groups]
     below = [0] * len(groups)
     inside: list[list[np.ndarray]] = [[] for _ in groups]
-    for first, scores in index.chunks(column, *pool, size):
+    for first, scores in index.chunks(column, *bounds, size):
         for number, (group, (low, high)) in enumerate(zip(groups, brackets, strict=True)):
             equal = scores == np.float32(group.score)
             if not equal.any():
                 continue
-            ranks = tie_ranks(first + np.flatnonzero(equal & eligible.of(first, first + len(scores))), seed)
-            below[number] += int(np.count_nonzero(ranks < np.uint64(low)))
-            inside[number].append(ranks[(ranks >= np.uint64(low)) & (ranks <= np.uint64(high))])
+            equal &= eligible.of(first, first + len(scores))
+            for _, members, ranks in _ranks_of(first, equal, seed):
+                below[number] += int(np.count_nonzero((ranks < np.uint64(low)) & members))
+                inside[number].append(ranks[(ranks - np.uint64(low) <= np.uint64(high - low)) & members])
     limits = []
     for number, group in enumerate(groups):
         near, place = np.concatenate(inside[number]), group.taken - below[number]
         if 0 <= place < len(near):
             limits.append(int(np.partition(near, place)[place]))
         else:
-            limits += tie_limits(index, column, eligible, pool, [group], seed, size, 4 * deviations)
+            limits += tie_limits(index, column, eligible, bounds, [group], seed, size, 4 * deviations)
     return limits
+
+
+def below_limit(first: int, equal: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Which samples of a group have a tie rank below `limit`. equal: bool [n], the group's samples among first, first + 1, ...
+    -> bool [n]."""
+    taken = np.zeros(len(equal), bool)
+    for place, members, ranks in _ranks_of(first, equal, seed):
+        taken[place] = (ranks < np.uint64(limit)) & members
+    return taken
+
+
+def _ranks_of(first: int, equal: np.ndarray, seed: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(slice of `equal`, which of its samples are of the group, their ranks) of every piece that has such samples.
+
+    Ranks of all samples of a piece are computed, whether they are of the group or not: pieces stay in cache, and nothing is gathered."""
+    for start in range(0, len(equal), _PIECE):
+        members = equal[start : start + _PIECE]
+        if members.any():
+            ids = np.arange(first + start, first + start + len(members))
+            yield slice(start, start + len(members)), members, tie_ranks(ids, seed)
 
 
 def _bracket(group: Ties, deviations: float) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import fingerprint, read_manifest
-from megatron_salt.data.windows import Windows
+from megatron_salt.data.windows import Windows, first_ids, locate
 from megatron_salt.errors import UserError
 from megatron_salt.selection.score_format import IndexManifest
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -27,9 +27,7 @@ class WindowText:
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, window in it) of samples: int64 [n] each."""
-        offsets = np.cumsum([0, *(len(windows) for windows in self.windows)])
-        dataset = np.searchsorted(offsets, ids, side="right") - 1
-        return dataset, ids - offsets[dataset]
+        return locate(first_ids(len(windows) for windows in self.windows), ids)
 
     def of(self, ids: np.ndarray) -> list[str]:
         """The text of each sample, int64 [n]: of its L inputs, with an empty line where a document ends inside it."""

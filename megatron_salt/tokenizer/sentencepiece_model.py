@@ -1,7 +1,7 @@
-"""A SentencePiece model's file, which is a protocol buffer, with a piece made a control piece: one that no text gives. Pure.
+"""Edits the file of a SentencePiece model, a protocol buffer: makes a piece a control piece, which no text gives. Pure.
 
-SentencePiece always matches a user-defined piece, and a normal one where it fits; a control piece it never does. All else of the file stays
-as it is, so other texts keep their ids.
+SentencePiece always matches a user-defined piece in a text, may match a normal piece, and never matches a control piece. The rest of the
+file stays as it is, so other texts keep their ids.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def with_control_piece(model: bytes, piece: int) -> bytes:
-    """The model with piece number `piece` as a control piece. ValueError where it has no such piece."""
+    """The model, with piece number `piece` as a control piece. ValueError where it has no such piece."""
     parts, number = [], -1
     for field, start, value, end in _fields(model):
         number += field == _PIECES
@@ -30,18 +30,18 @@ def with_control_piece(model: bytes, piece: int) -> bytes:
 
 
 def user_defined_pieces(model: bytes) -> list[str]:
-    """The pieces that SentencePiece matches wherever they stand in a text."""
-    found = []
+    """User-defined pieces: SentencePiece matches them anywhere in a text."""
+    pieces = []
     for field, _, value, end in _fields(model):
         if field == _PIECES:
             inner = {number: model[at:until] for number, _, at, until in _fields(model, value, end)}
             if inner.get(_TYPE) == bytes([_USER_DEFINED]):
-                found.append(inner[_PIECE].decode("utf-8", errors="replace"))
-    return found
+                pieces.append(inner[_PIECE].decode("utf-8", errors="replace"))
+    return pieces
 
 
 def _fields(buffer: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int, int, int]]:
-    """(number, start, start of the value, end) of each field in buffer[start:end]."""
+    """(field number, start, start of the value, end) of each field in buffer[start:end]."""
     at, end = start, len(buffer) if end is None else end
     while at < end:
         first = at
@@ -60,6 +60,7 @@ def _fields(buffer: bytes, start: int = 0, end: int | None = None) -> Iterator[t
 
 
 def _read_varint(buffer: bytes, at: int) -> tuple[int, int]:
+    """(value, end) of the variable-length integer at `at`."""
     result = shift = 0
     while True:
         byte = buffer[at]

@@ -1,10 +1,9 @@
 """Text to ids and back: SentencePiece, Hugging Face tokenizer.json, GPT-2's vocabulary and merges, or plain bytes.
 
-`encode` adds nothing (no BOS, no EOS) and reads text as text: a document that contains the characters `</s>` or
-`<|endoftext|>` gets the ids of those characters, never the special id, so text cannot forge a document's end. (A Tokenizer that
-`matches_special` reads it as its library does instead.) Text is normalised only as
-the tokenizer's own file says: SentencePiece's rule, prefix space and white space handling, a tokenizer.json's normalizer;
-GPT-2 and bytes keep every byte. A Tokenizer holds the bytes it was made of, so it can be saved beside what it made.
+`encode` adds no BOS and no EOS, and reads special tokens in a text as ordinary characters. So a document that contains `</s>` cannot
+forge the end of a document. A Tokenizer that `matches_special` gives special ids instead, as its library does.
+Text is normalised only as the tokenizer's own file says; GPT-2's and bytes keep every byte. A Tokenizer holds the bytes of its files, so
+it can be saved beside the data that it made.
 """
 
 from __future__ import annotations
@@ -19,62 +18,72 @@ from pathlib import Path
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json, read_small
-from megatron_salt.tokenizer.document_ends import Beside, Declared, Ends, in_words, read_beside
-from megatron_salt.tokenizer.libraries import Library, open_library
+from megatron_salt.tokenizer.document_ends import ConfigEnds, DeclaredEnds, Ends, in_words, read_config_ends
+from megatron_salt.tokenizer.hugging_face_library import open_gpt2, open_tokenizer_json
+from megatron_salt.tokenizer.library import Library, open_byte_level
+from megatron_salt.tokenizer.sentencepiece_library import open_sentencepiece
 
 DESCRIPTION = "tokenizer_description.json"
-"""The file by which `load_tokenizer` knows a saved tokenizer."""
+"""File that `load_tokenizer` reads first."""
+
+
+_OPENERS: Mapping[str, Callable[[Mapping[str, bytes], str], Library]] = {
+    "SentencePieceTokenizer": open_sentencepiece,
+    "HuggingFaceTokenizer": open_tokenizer_json,
+    "GPT2BPETokenizer": open_gpt2,
+    "ByteLevelTokenizer": open_byte_level,
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tokenizer:
-    """A tokenizer of any kind. Made by `build_tokenizer`, `load_tokenizer` or `tokenizer_from_files`."""
+    """A tokenizer of any kind. `build_tokenizer`, `load_tokenizer` and `tokenizer_from_files` make one."""
 
     kind: str
     """The --tokenizer-type."""
     vocabulary_size: int
     """Largest id + 1."""
     eod: int | None
-    """End-of-document id; None: this tokenizer has none."""
+    """End-of-document id; None: the tokenizer has none."""
     bos: int | None
-    """The id that --prepend-bos puts before a document; None: the tokenizer declares none."""
+    """Id that --prepend-bos puts before a document; None: the tokenizer declares none."""
     special: Mapping[str, int]
-    """Texts that stand for special tokens, the end of a document among them, and their ids."""
+    """Special tokens as they would be written in a text, and their ids. The end-of-document token is among them."""
     forbidden: frozenset[int]
-    """Ids that no text gives: special ones; none where it matches them."""
+    """Ids that no text gives: the special ones. Empty if `matches_special`."""
     matches_special: bool
-    """Whether special tokens in a text become their ids, as the tokenizer's own library has it."""
+    """Whether special tokens in a text become their ids, as in the tokenizer's own library."""
     fingerprint: str
-    """Hash of the kind and of the contents of its files, wherever and under whatever name they lie, and of the end of a document
-    where it is not the one that the first versions took from these files."""
+    """Hash of the kind and of the contents of the files; their paths do not count. The end-of-document id is hashed too, unless it is
+    the one that the first releases took from these files."""
     files: Mapping[str, bytes] = field(repr=False)
-    """What it was made of, under the names that `save` uses."""
+    """Contents of its files, under the names that `save` uses."""
     encode_ids: Callable[[list[str]], list[list[int]]] = field(repr=False)
     decode_ids: Callable[[list[int]], str] = field(repr=False)
     id_of: Callable[[str], int | None] = field(repr=False)
+    """Token -> id; None: there is no such token."""
     as_json: Callable[[], bytes] | None = field(default=None, repr=False)
-    """The same as a tokenizer.json, for other libraries; None: there is none."""
+    """Gives the same tokenizer as a tokenizer.json, for other libraries; None: it has no such form."""
 
     @property
     def ends(self) -> Ends:
         return Ends(self.eod, self.bos)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, nothing added."""
+        """The ids of one text; nothing is added."""
         return self.encode_ids([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, in order: `encode` of each, in the tokenizer's native code.
-        Texts must be valid Unicode (no lone surrogates)."""
+        """The ids of several texts, in order. Texts must be valid Unicode (no lone surrogates)."""
         return self.encode_ids(list(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids in [0, vocabulary_size). Special ids, eod among them, give nothing; invalid UTF-8 gives U+FFFD."""
+        """The text of ids in [0, vocabulary_size). Special ids and eod give no text; invalid UTF-8 gives U+FFFD."""
         assert all(0 <= i < self.vocabulary_size for i in ids), f"an id outside [0, {self.vocabulary_size})"
         return self.decode_ids([int(i) for i in ids if i != self.eod])
 
     def save(self, directory: Path) -> None:
-        """Write its files and a description into `directory` (made when missing); the description comes last."""
+        """Write the files and a description into `directory`, which is made if missing. The description comes last."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             _write(directory / name, content)
@@ -90,8 +99,10 @@ class Tokenizer:
 
 
 def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> Tokenizer:
-    """The tokenizer that the flags ask for. UserError when files are missing, damaged, or belong to another kind, and when they
-    leave open which token ends documents."""
+    """The tokenizer that the flags ask for.
+
+    UserError when files are missing, damaged or of another kind, and when they leave open which token ends documents.
+    """
     kind = config.tokenizer_type
     if kind is None:
         raise UserError(
@@ -106,23 +117,23 @@ def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> T
             )
     contents = {name: _read(flag, given[flag], kind) for flag, name in names.items()}
     origin = ", ".join(f"{flag} {given[flag]}" for flag in names) or f"--tokenizer-type {kind}"
-    library = open_library(kind, contents, origin)
-    beside = Beside()
+    library = _OPENERS[kind](contents, origin)
+    config_ends = ConfigEnds()
     if kind == "HuggingFaceTokenizer" and (folder := _folder_of(Path(str(config.tokenizer_model)))) is not None:
-        beside = read_beside(folder, "--tokenizer-model")
-    ends = _ends(library, config.eod_token, beside, origin)
+        config_ends = read_config_ends(folder, "--tokenizer-model")
+    ends = _ends(library, config.eod_token, config_ends, origin)
     return _tokenizer(kind, contents, library, ends, matches_special)
 
 
 def _folder_of(model: Path) -> Path | None:
-    """The folder whose configuration files belong to --tokenizer-model; None: a file by itself."""
+    """The folder whose configuration files belong to --tokenizer-model; None: the file stands alone."""
     if model.is_dir():
         return model
     return model.parent if model.name == "tokenizer.json" else None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into `directory`. UserError when files are missing or were changed since."""
+    """The tokenizer that `save` wrote into `directory`. UserError when files are missing or have changed since."""
     path = Path(directory) / DESCRIPTION
     try:
         description = read_json(path)
@@ -130,7 +141,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if not isinstance(kind, str) or set(names) != set(_file_names(kind).values()):
             raise ValueError(f"it lists the files {names}")
         contents = {name: read_small(Path(directory) / name) for name in names}
-        ends = Ends(description["eod"], description.get("bos"))  # older ones do not know of bos
+        ends = Ends(description["eod"], description.get("bos"))  # descriptions of older releases lack bos
         if any(type(i) is not int and i is not None for i in (ends.eod, ends.bos)):
             raise ValueError(f"its ids are {ends}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -147,9 +158,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def tokenizer_from_files(
     kind: str, files: Mapping[str, bytes], origin: str, ends: Ends | None = None, matches_special: bool = False
 ) -> Tokenizer:
-    """A tokenizer of `kind` from its files' contents; `origin` names them in errors (UserError when they are damaged).
-    ends: known from before; None: what the files say, no end of a document where they leave it open."""
-    library = open_library(kind, files, origin)
+    """A tokenizer of `kind` from the contents of its files. UserError, which names `origin`, when they are damaged.
+
+    ends: as recorded earlier. None: as the files say; without an end of a document where they leave it open.
+    """
+    library = _OPENERS[kind](files, origin)
     for i in () if ends is None else (ends.eod, ends.bos):
         if i is not None and not 0 <= i < library.vocabulary_size:
             raise UserError(f"{origin}: id {i} lies outside of its vocabulary of {library.vocabulary_size}")
@@ -158,12 +171,12 @@ def tokenizer_from_files(
     return _tokenizer(kind, files, library, ends, matches_special)
 
 
-def _ends(library: Library, eod_token: str | None, beside: Beside, origin: str) -> Ends:
-    """The ends that the flags and files say. UserError where they leave it open or name what is not there."""
-    found = Declared(_ids(library, beside.eos), _ids(library, beside.bos))
-    bos = library.declared.bos or found.bos
+def _ends(library: Library, eod_token: str | None, config_ends: ConfigEnds, origin: str) -> Ends:
+    """The ends that flags and files ask for. UserError where they leave it open or name a token that does not exist."""
+    declared = DeclaredEnds(_ids(library, config_ends.eos), _ids(library, config_ends.bos))
+    bos = library.declared.bos or declared.bos
     if eod_token is None:
-        eod = library.eod(found, origin)
+        eod = library.eod(declared, origin)
     else:
         eod = library.id_of(eod_token)
         if eod is None:
@@ -214,7 +227,7 @@ def _tokenizer(kind: str, files: Mapping[str, bytes], library: Library, ends: En
 
 
 def _file_names(kind: str) -> dict[str, str]:
-    """{flag that names a file of this kind of tokenizer: the name it is saved under}."""
+    """Files of a kind of tokenizer: {flag that names the file: name under which it is saved}."""
     names = {
         "SentencePieceTokenizer": {"--tokenizer-model": "tokenizer.model"},
         "HuggingFaceTokenizer": {"--tokenizer-model": "tokenizer.json"},
@@ -237,7 +250,7 @@ def _read(flag: str, path: str | None, kind: str) -> bytes:
     if path is None:
         raise UserError(f"--tokenizer-type {kind} needs {flag}: {_FILES.get(kind, kind)}")
     file = Path(path)
-    if kind == "HuggingFaceTokenizer" and file.is_dir():  # what save_pretrained leaves
+    if kind == "HuggingFaceTokenizer" and file.is_dir():  # a directory that save_pretrained wrote
         file = file / "tokenizer.json"
     try:
         content = read_small(file)

@@ -96,7 +96,7 @@ def newest_checkpoint(load: Path) -> Path:
 
 def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
     """Configuration of the run that wrote a checkpoint, and its tokenizer. Raises UserError. Not collective."""
-    from megatron_salt.checkpoint.checkpointer import RUN_YAML, TOKENIZER
+    from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 
     path = directory / RUN_YAML
     try:
@@ -134,7 +134,7 @@ def continue_prompt(
     import torch
     import torch.distributed as dist
 
-    from megatron_salt.checkpoint.checkpointer import load_weights
+    from megatron_salt.checkpoint.loading import load_weights
     from megatron_salt.model.generate import generate
     from megatron_salt.model.gpt import build_model
     from megatron_salt.parallel.launch import distributed, seed_everything

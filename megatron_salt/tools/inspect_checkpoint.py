@@ -11,10 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_salt.checkpoint import integrity, save_directory
-from megatron_salt.checkpoint.run_state import SaltProgress
+from megatron_salt.checkpoint.run_state import CheckpointState, ReferenceLosses, RunState
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.cli import run_tool
 from megatron_salt.config import flag
 from megatron_salt.errors import UserError
@@ -23,7 +24,6 @@ from megatron_salt.small_files import read_small
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-RUN_YAML = "run.yaml"
 _NOT_THE_MODEL = ("optimizer.", "chained_", "rng", "fp8.")
 
 
@@ -67,20 +67,17 @@ def inspect_checkpoint(config: InspectConfig) -> int:
 
 def _report(directory: Path, sums: dict[str, integrity.FileSum], config: InspectConfig) -> list[str]:
     """Lines of the report. Raises UserError that names the file, before anything is printed."""
-    from megatron_salt.checkpoint import compatibility, safe_unpickle
+    from megatron_salt.checkpoint import safe_unpickle
 
-    facts, metadata = compatibility.read_facts(directory), safe_unpickle.read_metadata(directory)
-    try:
-        lines = _about(directory, facts, sums)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise integrity.DamagedCheckpoint(f"{directory / save_directory.STATE}: cannot be read: {error!r}") from None
+    state, metadata = read_state(directory), safe_unpickle.read_metadata(directory)
+    lines = _about(directory, state, sums)
     try:
         lines += _sizes(metadata)
         lines += _table(metadata) if config.tensors else []
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise integrity.DamagedCheckpoint(f"{directory / integrity.METADATA}: cannot be read: {error!r}") from None
     if config.print_config:
-        lines += _run_yaml(directory / RUN_YAML)
+        lines += _run_yaml(directory / save_directory.RUN_YAML)
     return lines
 
 
@@ -93,42 +90,43 @@ def _run_yaml(path: Path) -> list[str]:
         raise integrity.DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
 
-def _about(directory: Path, facts: dict[str, Any], sums: dict[str, integrity.FileSum]) -> list[str]:
-    layout, optimizer = facts["layout"], facts["optimizer"]
-    name = "" if facts["name"] is None else f" ({facts['name']})"
+def _about(directory: Path, state: CheckpointState, sums: dict[str, integrity.FileSum]) -> list[str]:
+    run, optimizer = state.run, state.optimizer
+    name = "" if state.name is None else f" ({state.name})"
+    since = {} if run.stage2_since is None else {"stage2_since": run.stage2_since}
     lines = [
         f"checkpoint   {directory}{name}",
-        f"step         {facts['step']}, {facts['consumed_samples']} samples",
+        f"step         {run.step}, {run.consumed_samples} samples",
         f"files        {len(sums)}, {_bytes(sum(entry.size for entry in sums.values()))}",
-        f"layout       {', '.join(f'{axis} {size}' for axis, size in layout.items())}, {facts['chunks']} chunks a rank",
-        "optimizer    " + ("none" if optimizer is None else f"{optimizer['form']}, {optimizer['step']} updates"),
-        f"tokenizer    {facts['tokenizer']}",
-        f"data         {facts['data_fingerprint']}, position {json.dumps(facts['data'])}",
-        f"written by   megatron-core {facts['megatron_core']}, torch {facts['torch']}",
-        "model        " + ", ".join(f"{field} {value}" for field, value in facts["architecture"].items() if value is not None),
-        "own loss     " + _own_loss(facts.get("probe")),
-        *_stages(facts),
+        f"layout       {', '.join(f'{axis} {size}' for axis, size in state.layout.sizes.items())}, {state.chunks} chunks a rank",
+        "optimizer    " + ("none" if optimizer is None else f"{optimizer.form}, {optimizer.step} updates"),
+        f"tokenizer    {state.tokenizer}",
+        f"data         {state.data_fingerprint}, position {json.dumps({'position': run.position} | since)}",
+        f"written by   megatron-core {state.megatron_core}, torch {state.torch}",
+        "model        " + ", ".join(f"{field} {value}" for field, value in state.architecture.items() if value is not None),
+        "own loss     " + _own_loss(state.reference_losses),
+        *_stages(run),
     ]
-    lines += [f"event        {json.dumps(event)}" for event in facts["events"]]
+    lines += [f"event        {json.dumps(event)}" for event in run.events]
     return lines
 
 
-def _own_loss(probe: dict[str, Any] | None) -> str:
-    """The checkpoint's loss on the reference batch (data/reference_batch.py), by which a run verifies a teacher."""
-    if probe is None:
+def _own_loss(recorded: ReferenceLosses | None) -> str:
+    """The model's losses on the reference batch (data/reference_batch.py), by which a run recognises it as its teacher."""
+    if recorded is None:
         return "not recorded: it cannot be a teacher"
     losses = [
         f"{'not finite' if loss is None else format(loss, '.5f')} over {length}"
-        for length, loss in zip(probe["lengths"], probe["losses"], strict=True)
+        for length, loss in zip(recorded.lengths, recorded.losses, strict=True)
     ]
-    return f"{', '.join(losses)} tokens, {probe['dtype']}"
+    return f"{', '.join(losses)} tokens, {recorded.dtype}"
 
 
-def _stages(facts: dict[str, Any]) -> list[str]:
-    salt = SaltProgress.from_facts(facts.get("salt"))
+def _stages(run: RunState) -> list[str]:
+    salt = run.salt
     if salt is None:
         return ["stage        no teacher"]
-    stage = salt.stage_after(facts["step"])
+    stage = salt.stage_after(run.step)
     ends = f"stage 1 {'ends' if stage == 1 else 'ended'} after step {salt.stage1_end}"
     crossover = "" if salt.crossover is None else f", because the student had passed its teacher at step {salt.crossover}"
     held_out = salt.teacher_held_out or {}

@@ -23,7 +23,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.data.manifest import (
     tokenizer_directory,
 )
-from megatron_salt.data.run_tokenizer import refuse_without_ends, told_ends
+from megatron_salt.data.run_tokenizer import describe_ends, refuse_without_ends
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.preprocess.dedup_shuffle import finish_arranged
@@ -37,7 +37,7 @@ from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
 from megatron_salt.preprocess.staging import StagingArea, begin, journal_path, leftovers, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
 from megatron_salt.preprocess.worker_pool import chunk_size, encode_chunks
-from megatron_salt.tokenizer.special_tokens import Finder, refuse_special, told_at_end, told_of_sample
+from megatron_salt.tokenizer.special_tokens import SpecialTokenFinder, describe_dataset, describe_sample, refuse_special
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
 from megatron_salt.tools.preprocess_manifest import (
@@ -138,10 +138,10 @@ def make_encoder(config: PreprocessConfig, files: list[str], forms: list[Form], 
         sample = sample_texts(files, forms, config.json_keys, config.max_document_mib << 20)
     backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
     print(f"tokenizer backend: {why}", flush=True)
-    print(told_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
+    print(describe_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
     if sample:
-        special = Finder(tokenizer.special)(sample)
-        print(told_of_sample(special, len(sample), config.special_tokens_in_text), flush=True)
+        special = SpecialTokenFinder(tokenizer.special)(sample)
+        print(describe_sample(special, len(sample), config.special_tokens_in_text), flush=True)
     settings = EncoderSettings(
         backend=backend,
         keys=config.json_keys,
@@ -194,7 +194,7 @@ def write_datasets(
                 f"wrote {prefixes[i]}.bin .idx .manifest.json .tokenizer: {manifest.documents} documents, "
                 f"{manifest.tokens} tokens, {text_bytes / source.tokens:.2f} bytes a token"
                 + (f"; {duplicates} duplicates left out" if config.dedup == "exact" else "")
-                + told_at_end(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text)
+                + describe_dataset(manifest.special_documents, manifest.special_tokens, config.special_tokens_in_text)
             )
     return lines
 

@@ -52,6 +52,9 @@ class ReportConfig:
     below: tuple[str, ...] = ()
     """NAME:OTHER, one or several pairs of runs. Exit with status 1 unless the last held-out loss of NAME is below that of OTHER."""
 
+    below_margin: float = 0.0
+    """With --below: let the loss of NAME end up to this much above that of OTHER. One seed cannot show small differences."""
+
     def __post_init__(self) -> None:
         if not self.run:
             raise UserError("--run names no run; give NAME=FILE")
@@ -61,6 +64,10 @@ class ReportConfig:
             raise UserError(f"--below-unigram {self.below_unigram} needs --unigram-of")
         if self.below_unigram is not None and not 0 < self.below_unigram < math.inf:
             raise UserError(f"--below-unigram must be above 0 and finite, got {self.below_unigram}")
+        if not 0 <= self.below_margin < math.inf:
+            raise UserError(f"--below-margin must be 0 or more and finite, got {self.below_margin}")
+        if self.below_margin and not self.below:
+            raise UserError(f"--below-margin {self.below_margin} needs --below")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +95,7 @@ def report(config: ReportConfig) -> int:
         good = require_below_unigram(curves, config.below_unigram, unigram)
     by_name = {curve.name: curve for curve in curves}
     for name, other in pairs:
-        good &= require_below(by_name[name], by_name[other])
+        good &= require_below(by_name[name], by_name[other], config.below_margin)
     return 0 if good else 1
 
 
@@ -149,15 +156,16 @@ def require_below_unigram(curves: Sequence[Curve], share: float, unigram: float)
     return all(verdicts)
 
 
-def require_below(curve: Curve, other: Curve) -> bool:
-    """Print whether the last held-out loss of `curve` is below that of `other`, and from which step on. Returns whether it is."""
+def require_below(curve: Curve, other: Curve, margin: float) -> bool:
+    """Print whether the last held-out loss of `curve` is below that of `other` plus `margin`, and when it passed it. Returns whether."""
     if curve.final is None or other.final is None:
         print(f"FAILED: {curve.name if curve.final is None else other.name} has no held-out loss (--eval-iters)")
         return False
-    good = curve.final < other.final
+    good = curve.final < other.final + margin
+    allowed = f" ({margin:g} above it is allowed)" if margin else ""
     print(
         f"{'ok' if good else 'FAILED'}: held-out loss of {curve.name} is {curve.final:.4f}, {abs(other.final - curve.final):.4f} "
-        f"{'below' if good else 'not below'} {other.name}'s {other.final:.4f}",
+        f"{'below' if curve.final < other.final else 'not below'} {other.name}'s {other.final:.4f}{allowed}",
         end="",
     )
     passed = min((step for step, loss in curve.held_out.items() if loss < other.final), default=None)

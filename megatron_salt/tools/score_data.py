@@ -72,7 +72,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # "no apex", from every rank
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
-    from megatron_salt.checkpoint.checkpointer import TOKENIZER
+    from megatron_salt.checkpoint.save_directory import TOKENIZER
     from megatron_salt.data.run_tokenizer import tokenizer_of_run
     from megatron_salt.data.samples import open_training_data
     from megatron_salt.salt.load_teacher import read_teacher, refuse_unfit

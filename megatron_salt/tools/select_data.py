@@ -87,12 +87,12 @@ def write_outputs(config: SelectConfig, choice: Choice, outputs: Sequence[Path],
     write_selection(
         selection_prefix(config),
         choice.ids(),
-        choice.count,
-        choice.index.manifest,
-        facts,
-        config.valid_share,
-        tie_seed,
-        choice.tie_share,
+        num_selected=choice.count,
+        scores=choice.index.manifest,
+        rule=facts,
+        valid_share=config.valid_share,
+        tie_seed=tie_seed,
+        tie_share=choice.tie_share,
     )
     for path in outputs[2:]:
         path.unlink(missing_ok=True)  # they describe the selection that was replaced
@@ -147,7 +147,7 @@ def rule_of(config: SelectConfig) -> Rule:
     """Rule that the flags describe."""
     seed = (1234 if config.seed is None else config.seed) if config.rule == "random" else None
     return Rule(
-        name=config.rule,
+        config.rule,
         fraction=config.fraction,
         num_samples=config.num_samples,
         per_dataset=config.per_dataset,
@@ -173,7 +173,7 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
     windows = open_windows(manifest, prefixes)
     tokenizer = find_tokenizer(manifest.tokenizer, [tokenizer_directory(prefix) for prefix in prefixes])
     if tokenizer is None and os.path.isdir(manifest.teacher_directory):
-        from megatron_salt.checkpoint.checkpointer import TOKENIZER  # imports torch
+        from megatron_salt.checkpoint.save_directory import TOKENIZER
 
         tokenizer = find_tokenizer(manifest.tokenizer, [Path(manifest.teacher_directory) / TOKENIZER])
     if tokenizer is None:

@@ -1,6 +1,6 @@
-"""What can be known of a run before it has ranks: --dry-run N. One process, without torch.distributed and without a GPU.
+"""--dry-run N: what one process can find out about a run of N ranks, without torch.distributed and without a GPU.
 
-Everything that a start reads is read: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `find_beginning`
+It reads everything that a start reads: tokenizer, data, selection, teacher, the whole checkpoint to resume from. `decide_start`
 (start.py) then refuses what it refuses at a start. Nothing is written.
 """
 
@@ -12,21 +12,20 @@ from pathlib import Path
 
 import torch
 
-from megatron_salt.checkpoint.compatibility import open_checkpoint
+from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build import read_inputs
+from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
-from megatron_salt.train.precisions import choose_precisions
-from megatron_salt.train.start import find_beginning
+from megatron_salt.train.start import choose_precisions, decide_start
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
-    """Print what the run would be. Raises UserError for what a start would refuse, as far as one process can see it."""
+    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
@@ -49,23 +48,23 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     else:
         print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
     load = config.checkpoint.load
-    found = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
-    beginning = find_beginning(config, layout, plan, inputs, found)
-    if found is not None:
-        print(f"checkpoint: {found.directory}, every byte as it was written")
-    print(f"run: {beginning.plan.total_steps} steps, starting after step {beginning.progress.step}")
-    for line in beginning.told:
+    opened = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
+    start = decide_start(config, layout, plan, inputs, opened)
+    if opened is not None:
+        print(f"checkpoint: {opened.directory}, every byte as it was written")
+    print(f"run: {start.plan.total_steps} steps, starting after step {start.progress.step}")
+    for line in start.messages:
         print(line)
     print("dry run: nothing found that would stop this run")
 
 
 def versions() -> list[str]:
-    """Interpreter, machine, packages and GPUs, as they are here."""
-    found = [f"Python {platform.python_version()} on {platform.node()}"]
+    """Versions of Python and the main packages, this machine's name, and its GPUs."""
+    lines = [f"Python {platform.python_version()} on {platform.node()}"]
     for name in PACKAGES:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {name}")
+            lines.append(f"no {name}")
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return [*found, f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"]
+    return [*lines, f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"]

@@ -1,8 +1,8 @@
 """When a run saves and leaves before its end: a signal, a time limit, a file, a step.
 
-Signals and clocks differ between ranks, so the decision is made in common: each rank turns what it knows into a small
-integer, the largest over all ranks counts, and every rank answers the same. The reduction is passed in; this module
-imports the standard library alone, so that signals can be caught before the slow imports begin.
+Signals and clocks differ between ranks, so all ranks decide together: each rank turns what it knows into a small integer, the largest
+over all ranks counts, and every rank gives the same answer. The reduction is passed in. This module imports the standard library alone,
+so that signals can be caught before the slow imports begin.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 from megatron_salt.errors import LeftEarly, UserError
 
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm sends: SIGTERM on requeue and preemption, SIGUSR1 as --signal=USR1@seconds asks ahead of the time limit."""
+"""Signals of Slurm: SIGTERM at requeue and preemption; SIGUSR1 ahead of the time limit with --signal=USR1@seconds."""
 
 _NONE, _TIME, _FILE, _TAKEN = 0, 1, 2, 1000  # a signal is _FILE + its number
 
 
 class SignalWatch:
-    """Notes the arrival of a leave signal; the run goes on until it asks. Main thread only.
+    """Records that a leave signal has arrived; the run goes on until it asks. Main thread only.
 
-    Any number of signals is like one. A forked child (a background writer, say) dies of the signal as if nobody watched.
+    Several signals count as one. A forked child, such as a background writer, dies of the signal as it would without this class.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the first signal; 0: none yet
+        self.received = 0  # number of the first signal; 0: none
         self._owner = os.getpid()
         self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in LEAVE_SIGNALS}
 
@@ -39,7 +39,7 @@ class SignalWatch:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A handler does the least it can: the main thread may be anywhere, inside a lock of the logger too.
+        # The handler does no more than this: the main thread may be anywhere, even inside a lock of the logger.
         if os.getpid() != self._owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -61,12 +61,11 @@ class ExitPlan:
         clock: Callable[[], float] = time.monotonic,
         exit_file: str | None = None,
         looks: bool = True,
-        taken: Callable[[], bool] | None = None,
     ) -> None:
         """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. looks: whether this
-        rank looks for the file. taken: whether this rank knows that --save is another run's by now; None: nothing is saved.
+        rank looks for the file.
 
-        What is configured, and so whether `agree` is called, is the same on every rank.
+        The configuration, and so whether `agree` is called, is the same on every rank.
         """
         self._exit_interval = exit_interval
         self._exit_duration_in_mins = exit_duration_in_mins
@@ -75,13 +74,19 @@ class ExitPlan:
         self._started = started
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
-        self.taken = taken
+        self._is_taken: Callable[[], bool] | None = None
         self.reason: str | None = None
-        """What was last found as a reason to leave; None: nothing yet."""
+        """The last reason to leave; None: there was none."""
+
+    def leave_where(self, is_taken: Callable[[], bool]) -> None:
+        """From now on also leave where `is_taken` says, on any rank, that another run has taken --save. All ranks call, or none."""
+        self._is_taken = is_taken
 
     def reason_to_leave(self, step: int) -> str | None:
-        """Why the run leaves after `step` steps, None to go on; the same on every rank. Collective unless nothing is saved and only
-        --exit-interval (or nothing) is configured."""
+        """Why the run leaves after `step` steps; None: it goes on. The same on every rank.
+
+        Collective over all ranks, unless nothing is saved and no reason but --exit-interval is configured.
+        """
         if (reason := self.reason_to_stop_now()) is not None:
             return reason
         if self._exit_interval is not None and step % self._exit_interval == 0:
@@ -90,9 +95,11 @@ class ExitPlan:
         return None
 
     def reason_to_stop_now(self) -> str | None:
-        """A signal, the file or the time limit, which do not wait for the end of an evaluation; the same on every rank. Collective
-        likewise."""
-        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self.taken)
+        """The reasons that do not wait for the end of an evaluation: a signal, the file, the time limit, a --save that was taken.
+
+        The same on every rank. Collective as `reason_to_leave` is.
+        """
+        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._is_taken)
         code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
         if code == _NONE:
             return None
@@ -100,9 +107,10 @@ class ExitPlan:
         return self.reason
 
     def look(self, doing: str) -> None:
-        """Before the first step: raise LeftEarly, on every rank, where a signal or the file is a reason to leave. Collective likewise.
+        """Before the first step: raise LeftEarly on every rank where a signal or the file is a reason to leave. Collective.
 
-        The time limit is none: at least one step is made, or a chain of jobs that are too short would never get anywhere."""
+        The time limit is no reason here. At least one step is made; else a chain of jobs that are too short would make no progress.
+        """
         if self._watch is None and self._exit_file is None:
             return
         code = self._agree(self._local_code(timed=False))
@@ -119,8 +127,8 @@ class ExitPlan:
         return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
 
     def _local_code(self, timed: bool = True) -> int:
-        if self.taken is not None and self.taken():
-            return _TAKEN  # whatever else there is: nothing can be saved
+        if self._is_taken is not None and self._is_taken():
+            return _TAKEN  # before any other reason, since nothing can be saved
         if self._watch is not None and self._watch.received:
             return _FILE + self._watch.received
         if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):
@@ -130,7 +138,7 @@ class ExitPlan:
 
 
 def reason_alone(watch: SignalWatch | None, exit_file: str | None) -> str | None:
-    """A signal or the file, as far as this rank sees them: for the time in which it cannot ask the others."""
+    """A signal or the file, as this rank alone sees them: for the time in which it cannot ask the others."""
     if watch is not None and watch.received:
         return _received(watch.received)
     return _appeared(exit_file) if exit_file is not None and os.path.lexists(exit_file) else None
@@ -145,6 +153,6 @@ def _appeared(exit_file: str | None) -> str:
 
 
 def refuse_exit_file(path: str | None) -> None:
-    """Raise UserError where --exit-file is there already: the run would leave at once, and a launcher start it again and again."""
+    """Raise UserError where --exit-file exists: the run would leave at once, and a launcher would start it again and again."""
     if path is not None and os.path.lexists(path):
         raise UserError(f"--exit-file {path} is there, so this would leave at once; delete it to go on")

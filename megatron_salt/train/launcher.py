@@ -10,8 +10,8 @@
 | `nonfinite` | 4 | gradients (--max-nonfinite-steps), the last loss, parameters or the optimizer's state are not finite |
 | `machine`   | 5 | reserved: a host that a run cannot use; nothing writes it yet |
 
-No file: the run died. A launcher decides by this line and not by exit codes, which torch, Slurm and signals make up too. It names a new
-file at each start, so that no other job's word can be taken for this one's. Standard library alone.
+Without a file the run died. A launcher decides by this line and not by the exit code, which torch, Slurm and signals set as well. It
+names a new file at each start, so that it never reads the line of another job. Standard library alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -> None:
-    """Leave the line; it appears whole or not at all, and of several processes' lines one stays. step: reached; None before the first.
+    """Write the line, as a whole or not at all. Where several processes write, one line stays. step: the last one done; None: none.
 
-    Nothing is written where `path` is None. Where the disk has no room for a new file, a file that is there already (a launcher can put
-    blanks there) takes the line. A disk that cannot take it is told and ends nothing: the run then counts as one that died.
+    Nothing is written where `path` is None. On a full disk the line replaces blanks in a file that exists; a launcher can prepare one.
+    An error of the disk is logged and raises nothing: the run then counts as one that died.
     """
     if path is None:
         return
@@ -51,7 +51,7 @@ def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -
 
 
 def _written_in_place(path: Path, line: bytes) -> bool:
-    """Put the line where blanks are, in one write; whether that went well."""
+    """Replace the blanks in a file by the line, in one write. Returns whether that succeeded."""
     try:
         with open(path, "r+b", buffering=0) as file:
             room = os.fstat(file.fileno()).st_size

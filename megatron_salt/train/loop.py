@@ -1,60 +1,56 @@
-"""The training loop: fetch, step, tell, and at times evaluate, save or leave.
+"""The training loop: fetch, step, log, and at times evaluate, save or leave.
 
-The loop knows no parallelism. What it needs to continue is in `Progress`, which every checkpoint holds.
+The loop knows no parallelism. All that it needs to continue is in `RunState`, which every checkpoint holds.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.checkpoint.run_state import EVALUATION_DUE, Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, TrainingConfig
-from megatron_salt.data.batch import Batches
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
 from megatron_salt.metrics.run_log import PhaseTimer, RunLog, StepRecord
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
-from megatron_salt.parallel.collectives import from_rank_0
-from megatron_salt.salt.stage1 import Stage1, free_teacher, pass_crossover
-from megatron_salt.train.build import Run, in_stage2
-from megatron_salt.train.evaluate import CutShort, evaluate, named_means
+from megatron_salt.train.evaluate import evaluate_run, named_means, reference_losses
 from megatron_salt.train.exit import ExitPlan
 from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, refuse_nonfinite, refuse_nonfinite_losses
-from megatron_salt.train.reference_loss import probe
+from megatron_salt.train.state import Run, announce, enter_stage2
 from megatron_salt.train.step import StepOutcome, train_step
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
-"""What stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
+"""Metrics that stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
-    run: Run, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan, profiler: Profiler,
-    heartbeat: Heartbeat, stragglers: StragglerReport,
-) -> Progress:  # fmt: skip
-    """Train from run.progress to the end, or until there is a reason to leave. Collective over all ranks. Returns where it stopped."""
-    progress, total = run.progress, run.plan.total_steps
+    run: Run, start: RunState, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan,
+    profiler: Profiler, heartbeat: Heartbeat, stragglers: StragglerReport,
+) -> RunState:  # fmt: skip
+    """Train from `start` to the end, or until there is a reason to leave. Collective over all ranks. Returns where it stopped."""
+    progress, total = start, run.plan.total_steps
     timer, garbage = PhaseTimer(), GarbageSchedule(training)
-    nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.extra.get("nonfinite_in_a_row", 0))
-    _announce(run, progress, log)
+    nonfinite = NonFiniteWatch(training.max_nonfinite_steps, progress.nonfinite_in_a_row)
+    announce(run, progress, log)
     garbage.start()
     reason = None
     if run.valid is not None and training.eval_iters and progress.evaluation_due:
         with timer.phase("eval"):
-            progress, reason = _evaluate(run, run.valid, training.eval_iters, progress, log, exit_plan)
+            progress, reason = evaluate_run(run, run.valid, training.eval_iters, progress, log, exit_plan)
         if reason is None:
             run.checkpointer.add_evaluation(progress)
     while progress.step < total and reason is None:
         step = progress.step + 1
-        if run.stage1 is not None and not run.stage1.goes_on(step, progress):
-            run, progress = _enter_stage2(run, run.stage1, progress, log)
+        if run.stage1 is not None and not run.stage1.contains(step, progress):
+            run, progress = enter_stage2(run, run.stage1, progress, log)
         stage1 = run.stage1
         profiler.before_step(step)
         started, learning_rate = time.perf_counter(), run.student.learning_rate
         with timer.phase("data"):
-            position = progress.data.get("position", 0)
+            position = progress.position
             microbatches = run.train.fetch(position)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
         outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
@@ -67,8 +63,8 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            data={**progress.data, "position": position + run.plan.global_batch_size},
-            extra={**progress.extra, "nonfinite_in_a_row": nonfinite.in_a_row},
+            position=position + run.plan.global_batch_size,
+            nonfinite_in_a_row=nonfinite.in_a_row,
         )
         seconds = time.perf_counter() - started
         record = _record(run, progress, outcome, learning_rate, kd_weight, seconds, timer)
@@ -79,14 +75,14 @@ def train(
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
         valid = run.valid if training.eval_iters and (step % training.eval_interval == 0 or step == total) else None
-        progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: valid is not None})
+        progress = replace(progress, evaluation_due=valid is not None)
         with timer.phase("save"):
             run.checkpointer.poll()
-        # What is saved first is safe from whatever ends a long evaluation, with which a resumed run then begins.
+        # Save before evaluating: should anything end the evaluation, a resumed run begins with it.
         saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
         if valid is not None:
             with timer.phase("eval"):
-                progress, cut = _evaluate(run, valid, training.eval_iters, progress, log, exit_plan)
+                progress, cut = evaluate_run(run, valid, training.eval_iters, progress, log, exit_plan)
             reason = reason or cut
             if cut is None:
                 run.checkpointer.add_evaluation(progress)
@@ -96,8 +92,8 @@ def train(
     garbage.stop()
     run.checkpointer.finish()
     if progress.step >= total:
-        stands = _way_out(run, checkpoint, progress.data.get("position", 0))
-        if progress.step == run.progress.step:  # nothing was trained, so nothing was looked at
+        stands = _way_out(run, checkpoint, progress.position)
+        if progress.step == start.step:  # nothing was trained, so nothing was checked
             refuse_nonfinite(run.student, progress.step, stands)
         nonfinite.refuse_end(progress.step, stands)
     if reason is not None:
@@ -108,29 +104,30 @@ def train(
 def _save_if_due(
     run: Run,
     checkpoint: CheckpointConfig,
-    progress: Progress,
+    progress: RunState,
     timer: PhaseTimer,
     log: RunLog,
     leaving: bool = False,
     final: bool = False,
 ) -> bool:
-    """Save at an interval, at a step of --save-at, or where the run leaves or ends; whether it was. Collective over all ranks.
+    """Save at --save-interval, at a step of --save-at, and where the run leaves or ends. Returns whether it saved. Collective.
 
-    Raises NonFiniteError where the model is not fit to be saved; where the run leaves or ends also without --save."""
+    Raises NonFiniteError where the model is not finite; where the run leaves or ends, also without --save.
+    """
     step = progress.step
     due = checkpoint.save_interval is not None and step % checkpoint.save_interval == 0
     name = "save-at" if step in checkpoint.save_at else None
     if not (due or name is not None or leaving or final):
         return False
-    stands = _way_out(run, checkpoint, progress.data.get("position", 0))
+    stands = _way_out(run, checkpoint, progress.position)
     with timer.phase("save"):
         refuse_nonfinite(run.student, step, stands)
         if checkpoint.save is None:
             return False
         log.flush()
-        recognise_by = probe(run.student, run.train.samples.vocabulary_size)
-        refuse_nonfinite_losses(recognise_by, step, stands)
-        run.checkpointer.save(progress, recognise_by, name, final=final)
+        recorded = reference_losses(run.student, run.train.samples.vocabulary_size)
+        refuse_nonfinite_losses(recorded, step, stands)
+        run.checkpointer.save(progress, recorded, name, final=final)
     return True
 
 
@@ -138,46 +135,9 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
     return find_way_out(run.checkpointer, checkpoint, position, run.plan.global_batch_size)
 
 
-def _announce(run: Run, progress: Progress, log: RunLog) -> None:
-    """Say what the reader of the log should know about the steps to come, where they draw from one order."""
-    step, total = progress.step, run.plan.total_steps
-    if step >= total:
-        log.event(step, f"nothing to train: {step} steps are done, and the run has {total}")
-        return
-    if run.stage1 is not None and run.stage1.teacher is not None and (fidelity := run.stage1.teacher.fidelity) is not None:
-        log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
-    if run.staged is not None and run.stage1 is not None and progress.salt is not None:
-        total = min(total, progress.salt.stage1_end)
-    drawn = progress.data.get("position", 0) + (total - step) * run.plan.global_batch_size
-    if told := run.train.samples.repeats(run.train.position(drawn)):
-        log.event(step, told)
-
-
-def _enter_stage2(run: Run, stage1: Stage1, progress: Progress, log: RunLog) -> tuple[Run, Progress]:
-    """Give up the teacher, and go on with the data of stage 2. Collective over all ranks."""
-    if stage1.teacher is not None:
-        free_teacher(stage1.teacher, progress, run.plan.stage2_micro_batch_size, log)
-    in_stage1 = run.train
-    run, progress = in_stage2(run, progress)
-    staged = run.staged
-    if staged is None:
-        return run, progress
-    passed = in_stage1.position(run.train.since)
-    to_come = (run.plan.total_steps - progress.step) * run.plan.global_batch_size
-    repeats = from_rank_0(lambda: staged.repeats(passed, to_come))
-    log.event(
-        progress.step,
-        f"stage 2 draws {to_come} samples from {run.train.samples.num_members} (--stage2-data {staged.stage2_data}); stage 1 drew "
-        f"{passed} from the {in_stage1.samples.num_members} of the selection{'' if repeats is None else f'; {repeats}'}",
-        {"stage2_since": run.train.since} | ({"stage": 2} if stage1.teacher is None else {}),
-    )
-    _announce(run, progress, log)
-    return run, progress
-
-
 def _record(
     run: Run,
-    progress: Progress,
+    progress: RunState,
     outcome: StepOutcome,
     learning_rate: float,
     kd_weight: float,
@@ -204,34 +164,3 @@ def _record(
         if run.stage1 is None
         else {"kd_weight": kd_weight} | {name: figures[name] for name in SHOWN if name in figures},
     )
-
-
-def _evaluate(
-    run: Run, valid: Batches, num_batches: int, progress: Progress, log: RunLog, exit_plan: ExitPlan
-) -> tuple[Progress, str | None]:
-    """Loss and accuracy on held-out data; in stage 1 also the teacher's, once, since it is frozen, and whether it has been passed.
-
-    The reason to leave, where one cut it short: it is told, decides nothing, and stays due."""
-    started, student, stage1, salt = time.perf_counter(), run.student, run.stage1, progress.salt
-    teacher = None if stage1 is None else stage1.teacher
-    ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
-    try:
-        figures = evaluate(
-            student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
-            teacher if ask_teacher else None, exit_plan.reason_to_stop_now,
-        )  # fmt: skip
-    except CutShort as cut:
-        log.event(progress.step, str(cut))
-        return progress, cut.reason
-    progress = replace(progress, extra={**progress.extra, EVALUATION_DUE: False})
-    if ask_teacher:
-        assert salt is not None
-        salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
-        progress = replace(progress, salt=salt)
-    beside = {"accuracy": figures["accuracy"]}
-    if teacher is not None and salt is not None and salt.teacher_held_out is not None:
-        beside |= {f"teacher_{name}": value for name, value in salt.teacher_held_out.items()}
-    log.evaluation(progress.step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started, beside)
-    if stage1 is None or teacher is None:
-        return progress, None
-    return pass_crossover(stage1, progress, figures["accuracy"], log), None

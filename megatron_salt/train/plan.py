@@ -1,32 +1,38 @@
-"""The arithmetic of a run: how many steps, how many microbatches. Pure."""
+"""What flags alone decide, and everything that they alone can get wrong beyond one section: layout, steps, microbatches, schedules.
+
+Pure: no torch, no file, no other rank. A start and a --dry-run both call `check`, so that they refuse the same with the same words,
+before anything is written.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_salt.config import OptimizerConfig, ParallelConfig, SaltConfig, TrainingConfig, flag
+from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig, flag
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.layout import Layout
+from megatron_salt.model.shapes import check_masking, check_shapes
+from megatron_salt.parallel.layout import Layout, student_layout
 from megatron_salt.salt.routing import check_sequence, teacher_layout
 
 MOST_SAMPLES = 2**62  # positions in an order are int64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """Counts that hold for the whole run, or with a teacher for stage 1 of it."""
+    """Counts of a run: of the whole run, or of one stage where the stages differ (`in_stage2`)."""
 
     total_steps: int
     global_batch_size: int
     micro_batch_size: int
     num_microbatches: int
-    """Of one replica in one step."""
+    """Microbatches of one replica in one step."""
 
     stage2_micro_batch_size: int
     """Micro-batch size from the end of stage 1 on."""
 
     teacher_merge: int = 1
-    """Consecutive microbatches of one teacher forward."""
+    """Consecutive microbatches that one forward pass of the teacher takes together."""
 
     @property
     def total_samples(self) -> int:
@@ -35,17 +41,35 @@ class RunPlan:
 
     @property
     def num_teacher_forwards(self) -> int:
-        """Of one replica's block in one step of stage 1."""
+        """Forward passes of the teacher for one replica of the student in one step of stage 1."""
         return self.num_microbatches // self.teacher_merge
 
     def in_stage2(self) -> RunPlan:
-        """The plan from the end of stage 1 on: the same samples in each step, cut otherwise."""
+        """The plan of stage 2: the same samples in each step, cut into microbatches of another size."""
         samples, micro = self.num_microbatches * self.micro_batch_size, self.stage2_micro_batch_size
         return replace(self, micro_batch_size=micro, num_microbatches=samples // micro)
 
 
+def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
+    """The layout and the plan that the flags ask for. Raises UserError."""
+    layout = student_layout(config.parallel, world_size)
+    check_shapes(config.model, config.parallel, config.training.seq_length)
+    check_masking(config.model, config.data)
+    check_teacher(config.salt, config.training, layout)
+    plan = plan_run(config.training, config.parallel, layout, config.salt)
+    schedule_lengths(config.optimizer, plan.total_samples, plan.global_batch_size)
+    parse_skip_samples(config.training.skip_samples)
+    _check_saves(config.checkpoint)
+    if config.training.profile:
+        _check_profile(config, layout)
+    # With --train-samples a checkpoint may change the number of steps, so `rest_of_run` (start.py) asks again.
+    if config.training.train_iters is not None or config.checkpoint.load is None:
+        refuse_steps_beyond(config, plan.total_steps)
+    return layout, plan
+
+
 def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout, salt: SaltConfig) -> RunPlan:
-    """Raise UserError, naming flags and numbers, where the batch cannot be cut as asked or the run has no length."""
+    """The counts that the flags ask for. Raises UserError where a batch cannot be cut as asked, or the run has no length."""
     micro, replicas = training.micro_batch_size, layout.data
     global_batch = training.global_batch_size or micro * replicas
     microbatches = _num_microbatches(global_batch, micro, replicas, parallel, flag("micro_batch_size"))
@@ -71,11 +95,18 @@ def plan_run(training: TrainingConfig, parallel: ParallelConfig, layout: Layout,
         raise UserError(
             f"{steps} steps of --global-batch-size {global_batch} are more samples than can be counted, {MOST_SAMPLES}"
         )
-    return RunPlan(steps, global_batch, micro, microbatches, stage2_micro, teacher_micro // micro)
+    return RunPlan(
+        total_steps=steps,
+        global_batch_size=global_batch,
+        micro_batch_size=micro,
+        num_microbatches=microbatches,
+        stage2_micro_batch_size=stage2_micro,
+        teacher_merge=teacher_micro // micro,
+    )
 
 
 def _num_microbatches(global_batch: int, micro: int, replicas: int, parallel: ParallelConfig, micro_flag: str) -> int:
-    """Of one replica in one step."""
+    """Microbatches of one replica in one step. micro_flag: the flag that gives `micro`. Raises UserError."""
     if global_batch % (micro * replicas):
         raise UserError(
             f"--global-batch-size {global_batch} is not divisible by {micro_flag} {micro} x {replicas} data-parallel replicas"
@@ -91,7 +122,7 @@ def _num_microbatches(global_batch: int, micro: int, replicas: int, parallel: Pa
 
 
 def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -> None:
-    """What flags alone can get wrong of stage 1: a teacher that does not fit the student's layout, a stop that is never asked for."""
+    """Raise UserError where the teacher does not fit the student's layout, or where a crossover could never end stage 1."""
     if salt.teacher_load is None:
         return
     assert salt.kd_steps is not None
@@ -109,17 +140,17 @@ def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -
 
 @dataclass(frozen=True)
 class ScheduleLengths:
-    """Lengths of the learning rate's phases, in samples."""
+    """Lengths of the phases of the learning rate, in samples."""
 
     warmup: int
     decay: int
-    """Warm-up included."""
+    """From the first sample to the end of the decay, warm-up included."""
     wsd_decay: int | None
-    """None but for WSD's own flags."""
+    """The final decay of --lr-decay-style WSD; None: its flags are not given."""
 
 
 def schedule_lengths(optimizer: OptimizerConfig, train_samples: int, global_batch_size: int) -> ScheduleLengths:
-    """Raise UserError, naming flags and numbers, where the phases do not fit into a run of `train_samples`."""
+    """The phases that the flags ask for. Raises UserError where they do not fit into a run of `train_samples`."""
 
     def in_samples(iters: int | None, samples: int | None) -> int | None:
         return samples if samples is not None else None if iters is None else iters * global_batch_size
@@ -144,16 +175,26 @@ def schedule_lengths(optimizer: OptimizerConfig, train_samples: int, global_batc
     return ScheduleLengths(warmup, decay, wsd_decay)
 
 
-def check_save_at(save_at: tuple[int, ...], total_steps: int) -> None:
-    """Refuse steps that the run does not have. Steps that a resumed run has behind it are fine."""
-    beyond = [step for step in save_at if step > total_steps]
+def refuse_steps_beyond(config: RunConfig, total_steps: int) -> None:
+    """Raise UserError where --save-at or --profile-step-start is beyond the last step. Steps that a resumed run has already done are
+    allowed."""
+    beyond = [step for step in config.checkpoint.save_at if step > total_steps]
     if beyond:
         raise UserError(f"--save-at {' '.join(map(str, beyond))} lies beyond the run's last step, {total_steps}")
+    training = config.training
+    if training.profile and training.profile_step_start > total_steps:
+        raise UserError(
+            f"--profile-step-start {training.profile_step_start} lies beyond the run's last step, {total_steps}: nothing would be "
+            "profiled"
+        )
 
 
 def plan_the_rest(plan: RunPlan, training: TrainingConfig, step: int, consumed_samples: int) -> RunPlan:
-    """The plan of a run that goes on after `step`. --train-samples is a length in samples: where the steps so far were of another
-    --global-batch-size, the run has another number of them. Raises UserError where what is left does not come out even."""
+    """The plan of a run that goes on after `step`.
+
+    --train-samples gives a length in samples. Where the steps so far had another --global-batch-size, the number of steps changes.
+    Raises UserError where the remaining samples are not a whole number of steps.
+    """
     if training.train_samples is None:
         return plan
     left = max(0, training.train_samples - consumed_samples)
@@ -163,3 +204,27 @@ def plan_the_rest(plan: RunPlan, training: TrainingConfig, step: int, consumed_s
             f"which is not a multiple of --global-batch-size {plan.global_batch_size}"
         )
     return replace(plan, total_steps=step + left // plan.global_batch_size)
+
+
+def _check_saves(checkpoint: CheckpointConfig) -> None:
+    """Raise UserError for flags about saves in a run without --save. (CheckpointConfig allows them: a shared YAML file may hold them.)"""
+    if checkpoint.save is not None:
+        return
+    if checkpoint.keep_last is not None:
+        raise UserError(
+            f"--keep-last {checkpoint.keep_last} needs --save: without it nothing is saved, so there is nothing to keep"
+        )
+    for name in ("async_save", "dist_ckpt_optim_fully_reshardable"):
+        if getattr(checkpoint, name):
+            raise UserError(f"{flag(name)} needs --save: without it nothing is saved")
+    if checkpoint.on_save_error != "stop":
+        raise UserError(f"--on-save-error {checkpoint.on_save_error} needs --save: without it nothing is saved")
+
+
+def _check_profile(config: RunConfig, layout: Layout) -> None:
+    """Raise UserError for a profile that no rank would write."""
+    if config.logging.tensorboard_dir is None and config.checkpoint.save is None:
+        raise UserError("--profile has nowhere to write its trace; give --tensorboard-dir or --save")
+    absent = [rank for rank in config.training.profile_ranks if rank >= layout.world_size]
+    if absent:
+        raise UserError(f"--profile-ranks {' '.join(map(str, absent))}: the run has ranks 0 to {layout.world_size - 1}")

@@ -13,31 +13,45 @@ import torch.distributed as dist
 
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, glance_at_checkpoint, open_checkpoint
+from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
-from megatron_salt.config import RunConfig, flag
-from megatron_salt.errors import LeftEarly, SaveError, UserError
+from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
+from megatron_salt.config import RunConfig, TrainingConfig, flag
+from megatron_salt.data.skip_samples import parse_skip_samples
+from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
-from megatron_salt.metrics.run_log import RunLog, tensorboard_directory
+from megatron_salt.metrics.run_log import RunLog
+from megatron_salt.metrics.run_sinks import tensorboard_directory
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.collectives import first_problem, from_rank_0, gathered, largest
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build import Inputs, Run, build, count_parameters, read_inputs
+from megatron_salt.train.build import build
+from megatron_salt.train.build_model import count_parameters
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone
-from megatron_salt.train.launcher import write_outcome
+from megatron_salt.train.inputs import Inputs, read_inputs
+from megatron_salt.train.launcher import Word, write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
-from megatron_salt.train.precisions import choose_precisions
-from megatron_salt.train.start import find_beginning
+from megatron_salt.train.start import choose_precisions, decide_start
 
 log = logging.getLogger(__name__)
 
+PATHS = (
+    "save", "load", "exit_file", "teacher_load", "stage1_selection", "tokenizer_model", "vocab_file", "merge_file",
+)  # fmt: skip
+LISTS_OF_PATHS = ("data_path", "valid_data_path")
+FOR_THE_LAUNCHER = ("outcome_file",)
+
 
 def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalWatch | None, started: float) -> None:
-    """Carry out a checked run. Every rank calls. Raises UserError."""
+    """Carry out a run whose flags are checked. Every rank calls. Raises UserError.
+
+    watch: notes signals; None without --exit-signal-handler. started: time.monotonic() when the program began.
+    """
     hardware = find_hardware()
     refuse_connections(layout.tensor, layout.context, hardware.capability)
     inputs = read_inputs(config)
@@ -58,95 +72,134 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         )  # fmt: skip
         try:
             exit_plan.look("reading the data")
-            identity, found = begin(config, plan, layout, inputs)
-            run = build(config, plan, layout, inputs, identity, timeout, precisions, held, found, watch, exit_plan.look)
+            identity, opened = decide_together(config, plan, layout, inputs, exit_plan.look)
+            run, start = build(
+                config, plan, layout, inputs, identity, timeout=timeout, precisions=precisions, held=held, opened=opened, watch=watch,
+                look=exit_plan.look,
+            )  # fmt: skip
         except LeftEarly as left:
             leave_before_a_step(config.training.outcome_file, left)
             return
-        exit_plan.taken = None if config.checkpoint.save is None else run.checkpointer.is_taken
+        if config.checkpoint.save is not None:
+            exit_plan.leave_where(run.checkpointer.is_taken)
         parameters = count_parameters(run.student)
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
-        with open_log(
-            config, run, flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
-        ) as run_log:
-            run_log.event(
-                run.progress.step,
-                f"{parameters / 1e6:.2f}M parameters on {world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
-                f"cp {layout.context}, dp {layout.data}; "
-                f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
-                {"parameters": parameters, "layout": layout.sizes},
-            )
-            for event in run.progress.events:
-                if event["event"] == CHANGED and event["step"] == run.progress.step:
-                    run_log.event(run.progress.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
+        flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
+        with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
+            log_start(config, plan, layout, start, parameters, run_log)
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
-            progress = train(run, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers)
-        if config.checkpoint.save is not None and progress.step > run.progress.step:
+            progress = train(
+                run, start, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers
+            )
+        if config.checkpoint.save is not None and progress.step > start.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)
     if rank == 0:  # after the last barrier: every rank has saved
-        done = progress.step >= run.plan.total_steps and not (progress.evaluation_due and config.training.eval_iters)
-        short = (
-            f"before its last step, {run.plan.total_steps}"
-            if progress.step < run.plan.total_steps
-            else "before its last evaluation"
-        )
-        short += f": {exit_plan.reason}" if exit_plan.reason is not None else ""
-        write_outcome(
-            config.training.outcome_file, "done" if done else "left", progress.step, "after its last step" if done else short
-        )
+        write_end(config.training, run.plan.total_steps, progress, exit_plan.reason)
 
 
 def refuse_other_flags(config: RunConfig) -> None:
     """Raise UserError where ranks were started with different flags, before they wait for each other in vain. Collective.
 
-    Paths may differ from node to node; whether --save, --load and --exit-file are given may not."""
-    paths = {"save": config.checkpoint.save, "load": config.checkpoint.load, "exit_file": config.training.exit_file}
-    mine: dict[str, object] = {f"given {name}": path is not None for name, path in paths.items()}
-    for section in (config.model, config.parallel, config.training, config.quantization, config.optimizer, config.checkpoint):
-        mine |= {
-            name: value for name, value in vars(section).items() if name not in ("save", "load") and not name.endswith("_file")
-        }
-    everyone = gathered(mine)
+    Paths may differ from node to node. Whether a path is given may not, nor how many words --data-path has. Files that a launcher
+    alone reads (--outcome-file, --heartbeat-file) and the flags of the log may differ.
+    """
+    own = compared_flags(config)
+    everyone = gathered(own)
     for rank, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs[name] != value:
-                what = f"whether {flag(name.split()[-1])} is given" if name.startswith("given") else flag(name)
+        for what, value in everyone[0].items():
+            if theirs[what] != value:
                 raise UserError(
-                    f"{what} is {value} on rank 0 and {theirs[name]} on rank {rank}: start every rank with the same flags"
+                    f"{what} is {value} on rank 0 and {theirs[what]} on rank {rank}: start every rank with the same flags"
                 )
 
 
-def begin(config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs) -> tuple[RunIdentity, Found | None]:
-    """The run's identity, and --load's checkpoint where it is not in --save; what can be refused before --save is made, is. Collective.
+def compared_flags(config: RunConfig) -> dict[str, object]:
+    """What every rank must have in common, each under the words that name it in a message. Pure."""
+    compared: dict[str, object] = {}
+    for section in (
+        config.model, config.parallel, config.training, config.quantization, config.optimizer, config.checkpoint, config.salt,
+        config.data, config.tokenizer,
+    ):  # fmt: skip
+        for name, value in vars(section).items():
+            if name in PATHS:
+                compared[f"whether {flag(name)} is given"] = value is not None
+            elif name in LISTS_OF_PATHS:
+                compared[f"the number of words in {flag(name)}"] = len(value)
+            elif name not in FOR_THE_LAUNCHER:
+                compared[flag(name)] = value
+    return compared
 
-    A checkpoint in --save is opened when that is this run's own; here one look at it must do."""
+
+def decide_together(
+    config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, look: Look
+) -> tuple[RunIdentity, OpenedCheckpoint | None]:
+    """Decide the start on rank 0 and raise its UserError on every rank, before --save is made. Collective over all ranks.
+
+    Returns the identity of the run, and the checkpoint of --load where that is not in --save. A checkpoint in --save is opened later,
+    once that directory is this run's own; until then its state.json must do. look: called while files are verified.
+    """
     checkpoint, load = config.checkpoint, None if config.checkpoint.load is None else Path(config.checkpoint.load)
 
-    def find(found: Found | None) -> RunIdentity:
-        logging.disable(logging.ERROR)  # what this would tell, the load of the checkpoint tells
+    def decide(opened: OpenedCheckpoint | None) -> RunIdentity:
+        logging.disable(logging.ERROR)  # loading the checkpoint logs the same again
         try:
-            if load is not None and found is None:
-                found = glance_at_checkpoint(load, checkpoint.load_fallback)
-            return find_beginning(config, layout, plan, inputs, found).identity
+            if load is not None and opened is None:
+                opened = glance_at_checkpoint(load, checkpoint.load_fallback)
+            return decide_start(config, layout, plan, inputs, opened).identity
         finally:
             logging.disable(logging.NOTSET)
 
-    found = None
+    opened = None
     if load is not None and (
         checkpoint.save is None or Path(checkpoint.save).resolve() not in (load.resolve(), load.resolve().parent)
     ):
-        found = open_checkpoint(load, checkpoint.load_fallback)
+        opened = open_checkpoint(load, checkpoint.load_fallback, look=look)
     try:
-        return from_rank_0(lambda: find(found)), found
+        return from_rank_0(lambda: decide(opened)), opened
     except DamagedCheckpoint:
         assert load is not None
-        open_checkpoint(load, checkpoint.load_fallback)  # says all that is damaged
+        open_checkpoint(load, checkpoint.load_fallback)  # names everything that is damaged
         raise
 
 
+def log_start(config: RunConfig, plan: RunPlan, layout: Layout, start: RunState, parameters: int, run_log: RunLog) -> None:
+    """Log the size of the run, and every flag that changes what it goes on with."""
+    run_log.event(
+        start.step,
+        f"{parameters / 1e6:.2f}M parameters on {layout.world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
+        f"cp {layout.context}, dp {layout.data}; "
+        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
+        {"parameters": parameters, "layout": layout.sizes},
+    )
+    for event in start.events:
+        if event["event"] == CHANGED and event["step"] == start.step:
+            run_log.event(start.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
+    if ranges := parse_skip_samples(config.training.skip_samples):
+        left_out = sum(end - first for first, end in ranges)
+        run_log.event(
+            start.step,
+            f"--skip-samples {' '.join(config.training.skip_samples)} leaves {left_out} samples of the order out",
+            {"skip_samples": ranges},
+        )
+
+
+def write_end(training: TrainingConfig, total_steps: int, progress: RunState, reason: str | None) -> None:
+    """Write --outcome-file's line after a run that ended well. reason: to leave before the end. Rank 0 calls."""
+    word: Word = "left"
+    if progress.step < total_steps:
+        message = f"before its last step, {total_steps}"
+    elif progress.evaluation_due and training.eval_iters:
+        message = "before its last evaluation"
+    else:
+        word, message = "done", "after its last step"
+    if word == "left" and reason is not None:
+        message += f": {reason}"
+    write_outcome(training.outcome_file, word, progress.step, message)
+
+
 def leave_before_a_step(outcome_file: str | None, left: LeftEarly) -> None:
-    """Say that there is nothing to save, and why. Every rank calls."""
+    """Log, and write to --outcome-file, that the run leaves with nothing to save, and why. Every rank calls."""
     where = "before the first step of this start" if left.step is None else f"before step {left.step + 1}"
     log.info("left %s: %s", where, left)
     if dist.get_rank() == 0:
@@ -154,11 +207,11 @@ def leave_before_a_step(outcome_file: str | None, left: LeftEarly) -> None:
 
 
 def refuse_unsaved(save: Path, step: int) -> None:
-    """Raise SaveError unless the checkpoint of `step`, the last one of this start, is whole under --save. Collective over all ranks.
+    """Raise SaveError unless --save holds the whole checkpoint of `step`, the last step of this start. Collective over all ranks.
 
-    A tracker that was damaged meanwhile is told, and written anew: the checkpoint is there."""
+    A damaged tracker is logged and written anew, since the checkpoint itself is whole."""
 
-    def look() -> str | None:
+    def problem_on_disk() -> str | None:
         whole = save_directory.whole_checkpoints(save)
         if step in whole:
             try:
@@ -172,13 +225,13 @@ def refuse_unsaved(save: Path, step: int) -> None:
         stands = f"{whole[max(whole)]} stands" if whole else "there is no earlier checkpoint"
         return f"the run ended at step {step}, which is not saved in --save {save}; {stands}; --load {save} goes on from it"
 
-    problem = from_rank_0(look)
+    problem = from_rank_0(problem_on_disk)
     if problem is not None:
         raise SaveError(problem)
 
 
 def _mended_tracker(save: Path, step: int) -> int:
-    """The step that the tracker names; one that names none is told, and written anew. Raises OSError where it cannot be."""
+    """The step that the tracker names. A tracker that names none is logged, and written anew with `step`. Raises OSError."""
     try:
         latest = save_directory.read_tracker(save, "--save")
         damage = f"{save / save_directory.TRACKER} is gone"
@@ -191,14 +244,14 @@ def _mended_tracker(save: Path, step: int) -> int:
     return step
 
 
-def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:
+def open_log(config: RunConfig, start_step: int, total_steps: int, flops: float) -> RunLog:
     """The run's log, active on the last rank, which holds the loss. Collective: where that rank cannot write, all raise UserError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     log, problem = None, None
     try:
         log = RunLog(
-            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=run.progress.step,
-            total_steps=run.plan.total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
+            config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=start_step,
+            total_steps=total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
         )  # fmt: skip
     except UserError as error:
         problem = str(error)
@@ -210,7 +263,14 @@ def open_log(config: RunConfig, run: Run, flops: float) -> RunLog:
 
 
 def start_logging(rank: int, world_size: int) -> None:
-    """The last rank, which holds the loss, tells what happens; rank 0 warns. The others would only say the same."""
+    """Set up `logging`. A run speaks by two ways, and every module keeps to this rule.
+
+    stdout: what the run was asked to tell. These are the lines of RunLog, on the last rank, which holds the loss, and the report of
+    --dry-run. A program may read them.
+    stderr: everything about how it goes, for people. `logging` has information from the last rank and warnings from rank 0, since all
+    ranks would say the same. What one rank alone knows is printed there by that rank (metrics/retrying_sink.py), and so is the one
+    line of an error that ends the program (cli.py).
+    """
     last = rank == world_size - 1
     handler = logging.StreamHandler()
     if last and rank > 0:

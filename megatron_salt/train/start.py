@@ -1,7 +1,7 @@
-"""Where a run begins, and everything that its flags and its files together can get wrong. Not collective; nothing is written.
+"""Where a run starts, and everything that its flags and its files together can get wrong. Not collective; nothing is written.
 
-A start asks on rank 0 before --save is made, and a --dry-run asks too: both refuse the same with the same words. What needs several
-ranks, or memory, a start alone can tell.
+A start calls `decide_start` on rank 0 before --save is made, and a --dry-run calls it too: both refuse the same with the same words.
+What needs several ranks, or memory, only a start can find.
 """
 
 from __future__ import annotations
@@ -9,119 +9,208 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from megatron_salt.checkpoint import compatibility, owner, retention
 from megatron_salt.checkpoint.changes import CHANGED, tell
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
-from megatron_salt.config import CheckpointConfig, RunConfig
+from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
+from megatron_salt.cli import to_yaml
+from megatron_salt.config import CheckpointConfig, ModelConfig, RunConfig
+from megatron_salt.data.batch import passed_positions
 from megatron_salt.data.held_out import refuse_training_data
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
-from megatron_salt.metrics.run_log import look_at_logs
-from megatron_salt.metrics.sinks import require_package
+from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages
 from megatron_salt.model.flops import num_parameters
-from megatron_salt.parallel.hardware import GIB
+from megatron_salt.model.precision import TORCH, Precision, student_precision, teacher_precision
+from megatron_salt.model.precision_checks import (
+    choose_implementation,
+    refuse_bf16_layers,
+    refuse_machine,
+    refuse_precision,
+    refuse_shapes,
+)
+from megatron_salt.parallel.hardware import GIB, Hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build import Inputs, dtype_of, identify, name_data, refuse_large_exchange, stage_of
-from megatron_salt.train.optim import build_scheduler
-from megatron_salt.train.plan import RunPlan, check_save_at, plan_the_rest
+from megatron_salt.salt.load_teacher import teacher_parallel
+from megatron_salt.salt.stage1 import decide_salt
+from megatron_salt.selection.selection_file import refuse_other_data
+from megatron_salt.train.build_model import build_scheduler, dtype_of
+from megatron_salt.train.build_teacher import refuse_large_exchange
+from megatron_salt.train.inputs import Inputs
+from megatron_salt.train.plan import RunPlan, plan_the_rest, refuse_steps_beyond
 
 OPTIMIZER_BYTES = 12  # of a parameter: float32 main parameter and both moments
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a run begins."""
+class Precisions:
+    """How student and teacher compute."""
+
+    student: Precision = TORCH
+    teacher: Precision = TORCH
+    """Set also where there is no teacher."""
+
+
+PLAIN = Precisions()
+"""Plain torch layers for both."""
+
+
+def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | None, hardware: Hardware) -> Precisions:
+    """The precisions that flags and machine give. teacher: its architecture; None without one. Pure. Raises UserError."""
+    refuse_machine(hardware)
+    implementation = choose_implementation(config.training.transformer_impl, hardware, config.training.bf16)
+    masks = config.data.reset_attention_mask
+    precisions = Precisions(
+        student_precision(config.quantization, implementation, hardware.capability, masks),
+        teacher_precision(config.salt, implementation, hardware.capability, masks),
+    )
+    sharded = config.parallel.use_distributed_optimizer
+    refuse_precision(precisions.student, hardware, config.training.bf16, sharded)
+    refuse_bf16_layers(precisions.student, config.model.num_layers)
+    for micro_batch in {plan.micro_batch_size, plan.stage2_micro_batch_size}:
+        refuse_shapes(precisions.student, config.model, config.parallel, config.training.seq_length, micro_batch)
+    if teacher is not None:
+        refuse_precision(precisions.teacher, hardware, config.training.bf16, sharded)
+        for micro_batch in (1, plan.micro_batch_size * plan.teacher_merge):  # verification; training
+            refuse_shapes(precisions.teacher, teacher, teacher_parallel(config.salt), config.training.seq_length, micro_batch)
+    return precisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts."""
 
     identity: RunIdentity
-    progress: Progress
+    progress: RunState
     plan: RunPlan
-    """Of the whole run, steps that are done included."""
-    told: tuple[str, ...]
-    """What a user may want to know of changed flags and of --save, a line each."""
+    """Counts of the whole run, steps that are done included."""
+    messages: tuple[str, ...]
+    """Lines for the user about changed flags and --save."""
 
 
-def find_beginning(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, found: Found | None) -> Beginning:
-    """Where the run begins, if it can. found: the checkpoint that --load means, None where it has none. Raises UserError."""
+def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, opened: OpenedCheckpoint | None) -> Start:
+    """Where the run starts, if it can. opened: the checkpoint that --load means, None where it has none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
-    if config.logging.wandb_project is not None:
-        require_package("wandb", "--wandb-project")
+    require_packages(config.logging)
     if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
         train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
         refuse_training_data(train, valid)
     identity = identify(config, inputs, name_data(config, plan, inputs))
-    progress = _progress(config, layout, plan, identity, found)
-    plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
-    check_save_at(checkpoint.save_at, plan.total_steps)
-    if found is not None and progress.step >= plan.total_steps:
-        refuse_done_elsewhere(checkpoint, found, plan.total_steps)
-    salt, _ = stage_of(config.salt, progress if progress.step > 0 else None, teacher)
+    progress = _progress(config, layout, plan, identity, opened)
+    plan = rest_of_run(config, plan, progress)
+    if opened is not None and progress.step >= plan.total_steps:
+        refuse_done_elsewhere(checkpoint, opened, plan.total_steps)
+    salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
-    told = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
+    messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     if checkpoint.save is not None and progress.step < plan.total_steps:
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         size = num_parameters(config.model, padded_vocabulary_size, config.training.seq_length) * (
             dtype_of(config.training).itemsize + OPTIMIZER_BYTES
         )
-        told += check_save(checkpoint, size / GIB)
-    look_at_logs(config.logging, checkpoint.save)
-    return Beginning(identity, progress, plan, told)
+        messages += check_save(checkpoint, size / GIB)
+    refuse_unusable(config.logging, checkpoint.save)
+    return Start(identity=identity, progress=progress, plan=plan, messages=messages)
 
 
-def _progress(config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, found: Found | None) -> Progress:
-    """What the checkpoint says, if the run can go on with it: `Checkpointer.load` without the tensors."""
+def rest_of_run(config: RunConfig, plan: RunPlan, progress: RunState) -> RunPlan:
+    """The plan of a run that goes on from `progress`. Raises UserError where flags name steps that it does not have. Pure."""
+    plan = plan_the_rest(plan, config.training, progress.step, progress.consumed_samples)
+    refuse_steps_beyond(config, plan.total_steps)
+    return plan
+
+
+def identify(config: RunConfig, inputs: Inputs, data: str) -> RunIdentity:
+    """The facts that a checkpoint must share with this run. data: from `name_data`. Pure."""
+    return RunIdentity(
+        yaml=to_yaml(config),
+        architecture=asdict(config.model)
+        | {"seq_length": config.training.seq_length, "vocabulary": inputs.tokenizer.vocabulary_size},
+        tokenizer_fingerprint=inputs.tokenizer.fingerprint,
+        data_fingerprint=data,
+        seed=config.training.seed,
+        schedule_follows_run=schedule_follows_run(config.optimizer),
+    )
+
+
+def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
+    """Names the data of the run and their order. Not collective; reads blocks of each dataset.
+
+    Raises UserError where a selection was made for other data, or is too small.
+    """
+    name = f"{inputs.train.fingerprint} in the order of --seed {config.training.seed}"
+    stage_samples, kd_steps = inputs.stage_samples, config.salt.kd_steps
+    if stage_samples is None:
+        return name
+    assert kd_steps is not None
+    datasets = list(inputs.train.dataset_facts())
+    refuse_other_data(stage_samples.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
+    drawn = np.array([min(kd_steps, plan.total_steps) * plan.global_batch_size])
+    passed = int(passed_positions(drawn, parse_skip_samples(config.training.skip_samples))[0])
+    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
+    return f"{name}, {stage_samples.fingerprint}"
+
+
+def _progress(
+    config: RunConfig, layout: Layout, plan: RunPlan, identity: RunIdentity, opened: OpenedCheckpoint | None
+) -> RunState:
+    """The state that the run starts from: what `Checkpointer.load` does, without the tensors. Raises UserError."""
     checkpoint = config.checkpoint
-    if found is None:
+    if opened is None:
         if checkpoint.load is not None:
             compatibility.refuse_empty(checkpoint.load, checkpoint.save)
-        return Progress(0, 0)
-    progress = compatibility.take_over(found, identity, checkpoint)
+        return RunState()
+    progress = compatibility.take_over(opened, identity, checkpoint)
     if checkpoint.finetune:
         return progress
     if not checkpoint.no_load_optim:
         stages = config.parallel.num_virtual_stages_per_pipeline_rank
-        compatibility.refuse_other_form(found, config.parallel.use_distributed_optimizer, layout, stages)
-    if found.facts["scheduler"] is not None:
-        groups: Any = SimpleNamespace(param_groups=[])  # a schedule of nothing
+        compatibility.refuse_other_form(opened, config.parallel.use_distributed_optimizer, layout, stages)
+    if opened.state.scheduler is not None:
+        groups: Any = SimpleNamespace(param_groups=[])  # the schedule alone, without an optimizer
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
-        compatibility.schedule_to_load(schedule, found, identity.schedule_follows_run)
+        compatibility.schedule_to_load(schedule, opened, identity.schedule_follows_run)
     return progress
 
 
-def refuse_done_elsewhere(checkpoint: CheckpointConfig, found: Found, total: int) -> None:
-    """Raise UserError where --load has the run's last step and --save is elsewhere: such a run would be done with nothing in --save."""
-    if checkpoint.save is not None and os.path.realpath(found.directory.parent) != os.path.realpath(checkpoint.save):
+def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:
+    """Raise UserError where --load has the run's last step and --save is another directory, which would stay empty."""
+    if checkpoint.save is not None and os.path.realpath(opened.directory.parent) != os.path.realpath(checkpoint.save):
         raise UserError(
-            f"nothing to train: {found.directory} is after step {found.facts['step']} and the run has {total}, so --save "
+            f"nothing to train: {opened.directory} is after step {opened.state.run.step} and the run has {total}, so --save "
             f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out"
         )
 
 
 def check_save(checkpoint: CheckpointConfig, gib: float) -> tuple[str, ...]:
-    """Who owns --save, and what it has room for; `gib` is what one checkpoint takes, about.
+    """Messages about the owner of --save and its free space. gib: about what one checkpoint takes.
 
-    Raises UserError where another run surely writes there or has checkpoints there, where it cannot be written or has too little room."""
+    Raises UserError where another run writes there or has checkpoints there, where it cannot be written, or has too little room.
+    """
     assert checkpoint.save is not None
     line = None if checkpoint.take_over_save else owner.refuse_living(Path(checkpoint.save))
-    retention.look(checkpoint)
+    retention.refuse_foreign(checkpoint)
     return (*([] if line is None else [f"save: {line}"]), check_room(checkpoint, gib))
 
 
 def check_room(checkpoint: CheckpointConfig, gib: float) -> str:
-    """What --save has room for; `gib` is what one checkpoint takes, about. Raises UserError where it cannot be written or holds none."""
+    """A message about the free space of --save. gib: about what one checkpoint takes. Raises UserError where that does not fit."""
     assert checkpoint.save is not None
     save = Path(os.path.abspath(checkpoint.save))
-    place = next(path for path in (save, *save.parents) if path.exists())
+    existing = next(path for path in (save, *save.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free / GIB
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free / GIB
     except OSError as error:
-        raise UserError(f"--save {checkpoint.save} cannot be written: {place}: {error.strerror}") from None
+        raise UserError(f"--save {checkpoint.save} cannot be written: {existing}: {error.strerror}") from None
     if free < gib:
         raise UserError(f"--save {checkpoint.save} has {free:.1f} GiB free, and one checkpoint takes about {gib:.1f} GiB")
     kept = None if checkpoint.keep_last is None else (checkpoint.keep_last + 1) * gib  # one more while the next is written

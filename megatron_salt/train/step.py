@@ -1,7 +1,7 @@
-"""One optimizer step: microbatches through the pipeline, gradients made one, parameters moved.
+"""One optimizer step: microbatches through the pipeline, gradients reduced over ranks, parameters updated.
 
 The forward step is a stateless function of (chunk, microbatch). A step whose global gradient norm is not finite leaves parameters and
-optimizer untouched on every rank; learning rate and data advance all the same.
+optimizer unchanged on every rank; learning rate and data still advance.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.teacher import Teacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Student:
-    """The model being trained, as this rank holds it."""
+    """This rank's part of the model being trained, with its optimizer."""
 
     chunks: list[DistributedDataParallel]
     """One per virtual stage."""
@@ -45,7 +45,7 @@ class Student:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
 
@@ -80,16 +80,16 @@ def forward_step(chunk: nn.Module, taught: ForwardInput) -> tuple[Tensor, LossFu
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step came to."""
+    """The result of a step."""
 
     grad_norm: float
-    """Global, before clipping; the same on every rank."""
+    """Global gradient norm before clipping; the same on every rank."""
 
     applied: bool
-    """Whether parameters moved: the gradient norm was finite."""
+    """Whether parameters were updated, because the gradient norm was finite."""
 
     sums: Tensor | None
-    """float32 [microbatches, metrics] of this replica's share, on its device; None but on the last stage."""
+    """float32 [microbatches, metrics], sums over this replica's share, on its device; None except on the last stage."""
 
 
 def train_step(
@@ -120,14 +120,14 @@ def train_step(
             student.micro_batch_size,
             forward_only=False,
         )
-        del batches, targets  # the teacher's part of them, before the optimizer needs memory
+        del batches, targets  # frees the teacher's hidden states before the optimizer needs memory
     with timer.phase("optimizer"):
         grad_norm = finish_step(student)
     return StepOutcome(grad_norm, math.isfinite(grad_norm), torch.stack(sums) if sums else None)
 
 
 def finish_step(student: Student) -> float:
-    """Clip, move parameters where the gradient norm is finite, advance the schedule. Returns the norm. Collective over all ranks.
+    """Clip, update parameters where the gradient norm is finite, advance the schedule. Returns the norm. Collective over all ranks.
 
     megatron-core's own `optimizer.step()` applies a NaN in bfloat16 without a loss scaler, so its parts are called one by one.
     """

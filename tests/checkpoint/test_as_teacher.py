@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.checkpoint import compatibility, integrity, save_directory
-from megatron_salt.checkpoint.run_state import SaltProgress
+from megatron_salt.checkpoint import integrity, loading, save_directory
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.errors import UserError
 from megatron_salt.salt.load_teacher import read_teacher
 from tests.support.checkpoint_runs import SHARDED, TINY, Run, flip, job, rewrite
@@ -27,24 +27,25 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_fingerprint_is_of_the_contents_wherever_they_lie(saved: Path, tmp_path: Path) -> None:
-    one, two = (compatibility.checkpoint_fingerprint(save_directory.directory_of(saved, step)) for step in (1, 2))
+    one, two = (loading.checkpoint_fingerprint(save_directory.directory_of(saved, step)) for step in (1, 2))
     assert one != two and one.startswith("sha256:")
     copy = shutil.copytree(save_directory.directory_of(saved, 2), tmp_path / "elsewhere" / "iter_0000002")
-    assert compatibility.checkpoint_fingerprint(copy) == two
+    assert loading.checkpoint_fingerprint(copy) == two
     sums = integrity.read_checksums(copy)
     for name in ("__0_0.distcp", "run.yaml", save_directory.STATE):  # weights, configuration, facts
         other = integrity.FileSum(sums[name].size, "0" * 64)
         integrity.write_checksums(copy, sums | {name: other})
-        assert compatibility.checkpoint_fingerprint(copy) not in (one, two)
+        assert loading.checkpoint_fingerprint(copy) not in (one, two)
 
 
 def test_what_an_earlier_release_did_not_record_is_none(saved: Path, tmp_path: Path) -> None:
-    facts = compatibility.read_facts(save_directory.directory_of(saved, 2))
-    assert {"probe", "salt"} <= facts.keys()
-    old = {name: value for name, value in facts.items() if name not in ("probe", "salt")}
+    content = json.loads((save_directory.directory_of(saved, 2) / save_directory.STATE).read_bytes())
+    assert {"probe", "salt"} <= content.keys()
+    old = {name: value for name, value in content.items() if name not in ("probe", "salt")}
     (tmp_path / save_directory.STATE).write_text(json.dumps(old))
-    assert compatibility.read_facts(tmp_path) == old | {"probe": None, "salt": None}
-    assert SaltProgress.from_facts(compatibility.read_facts(tmp_path)["salt"]) is None
+    state = read_state(tmp_path)
+    assert state.reference_losses is None and state.run.salt is None
+    assert state == read_state(save_directory.directory_of(saved, 2))
 
 
 def unreadable(directory: Path) -> str:
@@ -72,7 +73,7 @@ def test_facts_that_cannot_be_read_are_a_users_error(tmp_path: Path, spoil: Call
     (tmp_path / save_directory.STATE).write_text("{}")
     message = spoil(tmp_path)
     with pytest.raises(UserError) as caught:
-        compatibility.read_facts(tmp_path)
+        read_state(tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and message in str(caught.value)
 
 
@@ -80,7 +81,7 @@ def test_facts_that_cannot_be_read_are_a_users_error(tmp_path: Path, spoil: Call
 
 
 def open_as_teacher(directory: Path) -> bool:
-    return compatibility.open_checkpoint(directory, fallback=False, flag_name="--teacher-load") is not None
+    return loading.open_checkpoint(directory, fallback=False, flag_name="--teacher-load") is not None
 
 
 def truncated_shard(root: Path) -> str:
@@ -150,7 +151,7 @@ def test_a_teacher_is_what_its_checkpoint_says(saved: Path, tmp_path: Path) -> N
     assert (
         teacher.directory == directory and teacher.model == TINY and (teacher.vocabulary_size, teacher.seq_length) == (250, 32)
     )
-    assert teacher.tokenizer_fingerprint == "tokenizer:aaaa" and teacher.fingerprint == compatibility.checkpoint_fingerprint(
+    assert teacher.tokenizer_fingerprint == "tokenizer:aaaa" and teacher.fingerprint == loading.checkpoint_fingerprint(
         directory
     )
     assert (teacher.lengths, teacher.losses, teacher.dtype) == ((16, 32), (5.5, 5.75), "float32")

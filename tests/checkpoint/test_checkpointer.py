@@ -76,7 +76,7 @@ def test_what_is_saved_beside_the_tensors_comes_back(tmp_path: Path) -> None:
     (left,) = run_ranks(1, job, Run(load=str(tmp_path)), 1, 2)
     progress = left.progress
     assert progress.step == 2 and progress.consumed_samples == 2 * GLOBAL_BATCH
-    assert progress.data == {"pools": {"all": 2 * GLOBAL_BATCH}} and progress.extra == {"note": 1.5}
+    assert progress.position == 2 * GLOBAL_BATCH and progress.nonfinite_in_a_row == 1
     assert progress.events == ({"event": "start", "step": 0},)
     directory = save_directory.directory_of(tmp_path, 2)
     assert (directory / "run.yaml").read_text() == "seed: 1234\n"

@@ -1,9 +1,8 @@
-"""What a run takes over from a checkpoint's facts, without ranks."""
+"""What a run takes over from a checkpoint's state, without ranks."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +14,14 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.checkpoint import compatibility
-from megatron_salt.checkpoint.run_state import Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint
+from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.config import OptimizerConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.optim import build_scheduler
+from megatron_salt.train.build_model import build_scheduler
 
 BATCH = 10
+SAVED = read_state(Path(__file__).parent / "old" / "iter_0000004")
 FLAGS = OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=2)
 
 
@@ -30,12 +31,12 @@ def schedule(flags: OptimizerConfig, iters: int) -> tuple[OptimizerParamSchedule
     return build_scheduler(optimizer, flags, iters * BATCH, BATCH), optimizer  # type: ignore[arg-type]
 
 
-def found_after(flags: OptimizerConfig, iters: int, steps: int) -> compatibility.Found:
+def found_after(flags: OptimizerConfig, iters: int, steps: int) -> OpenedCheckpoint:
     """The checkpoint of a run after some steps."""
     scheduler, _ = schedule(flags, iters)
     for _ in range(steps):
         scheduler.step(increment=BATCH)
-    return compatibility.Found(Path("checkpoint"), {"scheduler": scheduler.state_dict()}, {})
+    return OpenedCheckpoint(Path("checkpoint"), replace(SAVED, scheduler=scheduler.state_dict()), {})
 
 
 def learning_rate(flags: OptimizerConfig, iters: int, steps: int) -> float:
@@ -46,7 +47,7 @@ def learning_rate(flags: OptimizerConfig, iters: int, steps: int) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def resumed(flags: OptimizerConfig, iters: int, found: compatibility.Found) -> float:
+def resumed(flags: OptimizerConfig, iters: int, found: OpenedCheckpoint) -> float:
     """The learning rate with which a run goes on, after its optimizer took the groups of the checkpoint."""
     scheduler, optimizer = schedule(flags, iters)
     optimizer.param_groups[0].update(max_lr=FLAGS.lr, min_lr=FLAGS.min_lr)
@@ -54,19 +55,16 @@ def resumed(flags: OptimizerConfig, iters: int, found: compatibility.Found) -> f
     return optimizer.param_groups[0]["lr"]
 
 
-SALT = SaltProgress(40, {"kd_steps": 50, "kd_weight": 0.667}, "sha256:aaaa", "teacher", 38, {"loss": 3.25, "accuracy": 0.5})
-
-
-@pytest.mark.parametrize("salt", [None, SALT, replace(SALT, crossover=None, teacher_held_out=None)])
-def test_progress_comes_back_from_its_file(salt: SaltProgress | None) -> None:
-    """With --new-data too, but for the positions in the data."""
-    progress = Progress(7, 70, {"position": 70}, ({"event": "start", "step": 0},), {"nonfinite_in_a_row": 2}, salt)
-    run = compatibility.RunIdentity("", {}, "tokenizer:aaaa", "data:aaaa", 1)
-    facts = json.loads(json.dumps(asdict(progress) | compatibility.identity_facts(run)))
-    found = compatibility.Found(Path("checkpoint"), facts, {})
-    assert compatibility.progress_from(found, run, new_data=False) == progress
-    other = compatibility.progress_from(found, replace(run, data_fingerprint="data:bbbb"), new_data=True)
-    assert other == replace(progress, data={}, events=(*progress.events, other.events[-1]))
+def test_a_run_goes_on_where_its_checkpoint_is_and_with_new_data_at_their_beginning() -> None:
+    run = compatibility.RunIdentity(
+        yaml="", architecture={}, tokenizer_fingerprint=SAVED.tokenizer, data_fingerprint=SAVED.data_fingerprint, seed=1
+    )
+    opened = OpenedCheckpoint(Path("checkpoint"), SAVED, {})
+    assert compatibility.state_from(opened, run, new_data=False) == SAVED.run
+    state = compatibility.state_from(opened, replace(run, data_fingerprint="data:bbbb"), new_data=True)
+    assert (SAVED.run.position, SAVED.run.stage2_since) == (32, 24) and SAVED.run.consumed_samples == 32
+    assert state == replace(SAVED.run, position=0, stage2_since=None, events=(*SAVED.run.events, state.events[-1]))
+    assert state.events[-1] == {"event": "new_data", "step": 4, "from": SAVED.data_fingerprint, "to": "data:bbbb"}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])

@@ -64,7 +64,7 @@ def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
     """In every rank: the messages for one flipped byte in each of the files."""
     import torch.distributed as dist
 
-    from megatron_salt.checkpoint import compatibility
+    from megatron_salt.checkpoint import loading
 
     messages = []
     assert run.load is not None
@@ -76,7 +76,7 @@ def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
             flip(path, len(whole) // 2)
         dist.barrier()
         with pytest.raises(integrity.DamagedCheckpoint) as caught:
-            compatibility.open_checkpoint(Path(run.load), fallback=False)
+            loading.open_checkpoint(Path(run.load), fallback=False)
         messages.append(str(caught.value))
         dist.barrier()
         if dist.get_rank() == 0:
@@ -336,11 +336,11 @@ def test_new_data_keeps_optimizer_and_step_and_is_recorded_once(tmp_path: Path, 
     left = run_ranks(2, job, run, 2, 2)
     assert same(left, run_ranks(2, job, Run(load=str(routine)), 2, 2))
     progress = left[0].progress
-    assert progress.step == 2 and progress.data == {}
+    assert progress.step == 2 and progress.position == 0
     assert progress.events[-1] == {"event": "new_data", "step": 2, "from": "content:aaaa", "to": "content:bbbb"}
     run_ranks(2, job, run, 2, 3, (3,))
     again = run_ranks(2, job, replace(run, load=str(tmp_path)), 2, 3)[0].progress
-    assert again.data == at(3).data and again.events == at(3).events, "the flag may stay: the data is no longer new"
+    assert again.position == at(3).position and again.events == at(3).events, "the flag may stay: the data is no longer new"
 
 
 def test_random_state_of_another_layout_is_not_reused(routine: Path, tmp_path: Path) -> None:

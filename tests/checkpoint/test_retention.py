@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.checkpoint import lineage, retention, save_directory
-from megatron_salt.checkpoint.lineage import UNNAMED, Lineage, is_ancestor, lineage_in
-from megatron_salt.checkpoint.retention import Saved
+from megatron_salt.checkpoint import retention, save_directory
+from megatron_salt.checkpoint.retention import Saved, is_ancestor
+from megatron_salt.checkpoint.run_state import UNNAMED, Lineage, lineage_in
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
 
@@ -21,11 +21,11 @@ C: Lineage = (("a", 0), ("b", 10), ("c", 20))
 OTHER: Lineage = (("x", 0),)
 
 
-def put(root: Path, step: int, **facts: Any) -> Path:
-    """A checkpoint without tensors, the latest; facts: of state.json."""
+def put(root: Path, step: int, **values: Any) -> Path:
+    """A checkpoint without tensors, the latest; values: of state.json."""
     directory = save_directory.directory_of(root, step)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / save_directory.STATE).write_text(json.dumps({"step": step, "name": None} | facts))
+    (directory / save_directory.STATE).write_text(json.dumps({"step": step, "name": None} | values))
     save_directory.write_tracker(root, step)
     return directory
 
@@ -78,22 +78,22 @@ def test_a_lineage_that_says_nonsense_is_nobodys(said: Any) -> None:
 
 def test_a_resumed_run_goes_on_under_its_id_and_a_second_continuation_branches_off() -> None:
     others = [(A, 5), (A, 10), (OTHER, 30)]
-    assert lineage.resumed(A, 10, True, others) == A
+    assert retention.resumed(A, 10, True, others) == A
     for branch in (
-        lineage.resumed(A, 10, True, [*others, (A, 15)]),
-        lineage.resumed(A, 10, True, [*others, ((*A, ("b", 15)), 30)]),
-        lineage.resumed(A, 10, False, others),
+        retention.resumed(A, 10, True, [*others, (A, 15)]),
+        retention.resumed(A, 10, True, [*others, ((*A, ("b", 15)), 30)]),
+        retention.resumed(A, 10, False, others),
     ):
         assert branch[:-1] == A and branch[-1][1] == 10 and len({name for name, _ in branch}) == 2
-    assert lineage.resumed(A, 20, True, [(B, 30)]) == A  # that one left before
-    (mine,) = lineage.resumed((), 10, True, [])
+    assert retention.resumed(A, 20, True, [(B, 30)]) == A  # that one left before
+    (mine,) = retention.resumed((), 10, True, [])
     assert mine[1] == 0
 
 
 def test_unnamed_checkpoints_are_own_only_where_the_run_resumed_from_one_of_them_in_place() -> None:
-    assert lineage.resumed(UNNAMED, 10, True, [])[:-1] == UNNAMED
-    assert len(lineage.resumed(UNNAMED, 10, False, [])) == 1
-    elsewhere = lineage.resumed((*UNNAMED, ("a", 10), ("b", 20)), 30, False, [])
+    assert retention.resumed(UNNAMED, 10, True, [])[:-1] == UNNAMED
+    assert len(retention.resumed(UNNAMED, 10, False, [])) == 1
+    elsewhere = retention.resumed((*UNNAMED, ("a", 10), ("b", 20)), 30, False, [])
     assert elsewhere[:-1] == (("a", 0), ("b", 20)) and lineage_in({"lineage": elsewhere}) == elsewhere
 
 
@@ -146,12 +146,13 @@ def config(save: Path, load: Path | None = None, **flags: Any) -> CheckpointConf
 
 def begin(flags: CheckpointConfig) -> Lineage:
     """As a start does it, twice: before anything is loaded and after."""
-    retention.look(flags)
-    found = None
+    retention.refuse_foreign(flags)
+    origin = None
     if flags.load is not None and not flags.finetune:
         path = save_directory.candidates(Path(flags.load))[0]
-        found = path, json.loads((path / save_directory.STATE).read_text())
-    return retention.begin(flags, found)
+        state = json.loads((path / save_directory.STATE).read_text())
+        origin = retention.Origin(path, state["step"], lineage_in(state))
+    return retention.begin(flags, origin)
 
 
 def test_a_fresh_run_into_a_used_directory_is_refused_unless_a_flag_says_so(tmp_path: Path) -> None:

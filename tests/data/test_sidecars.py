@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_salt.checkpoint.compatibility import Found, RunIdentity, progress_from, read_facts
-from megatron_salt.checkpoint.run_state import Progress, SaltProgress
-from megatron_salt.checkpoint.state import model_of
+from megatron_salt.checkpoint.compatibility import RunIdentity, state_from
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint, SaltState
+from megatron_salt.checkpoint.state_file import model_of, read_state
 from megatron_salt.config import ModelConfig
 from megatron_salt.data.manifest import DatasetFacts, Manifest, Source, manifest_path, read_manifest, write_manifest
 from megatron_salt.errors import UserError
@@ -28,8 +28,20 @@ from megatron_salt.tools.inspect_checkpoint import _about
 from tests.support.selections import write_index
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
-SCORES = IndexManifest((DatasetFacts("web", "content:1", 12),), 8, 256, "t", "sha256:0", 10, "teacher", (2,), {"eod_mask_loss": False},
-                       "float32", micro_batch_size=1, block_samples=4)  # fmt: skip
+SCORES = IndexManifest(
+    datasets=(DatasetFacts("web", "content:1", 12),),
+    seq_length=8,
+    vocabulary=256,
+    tokenizer="t",
+    teacher="sha256:0",
+    teacher_step=10,
+    teacher_directory="teacher",
+    top_k=(2,),
+    masking={"eod_mask_loss": False},
+    dtype="float32",
+    micro_batch_size=1,
+    block_samples=4,
+)
 
 
 def mutations(tree: Any) -> Iterator[Any]:
@@ -110,7 +122,8 @@ def score_shard(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def selection(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    write_selection(str(folder / "chosen"), [np.array([1, 3, 5], np.int64)], 3, SCORES, {"rule": "by hand"}, 0.0)
+    ids = np.array([1, 3, 5], np.int64)
+    write_selection(str(folder / "chosen"), [ids], num_selected=3, scores=SCORES, rule={"rule": "by hand"}, valid_share=0.0)
     return folder / "chosen.json", lambda: Selection.open(str(folder / "chosen"))
 
 
@@ -122,30 +135,35 @@ def log(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 def checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
     schedule = Schedule(5, 0.5, 1.0, "step", 0, "never", 0.0)
-    salt = SaltProgress(5, schedule.facts(), "sha256:0", "/teacher", 3, {"loss": 2.5, "accuracy": 0.5})
-    extra = {"nonfinite_in_a_row": 0, "evaluation_due": True}
-    progress = Progress(4, 32, {"position": 32}, ({"event": "new_data", "step": 0},), extra, salt)
-    facts = {
-        "format": 1, "name": None, "saved_at": 1.5, "megatron_core": "0.16.1", "torch": "2.13", **asdict(progress),
+    salt = SaltState(
+        stage1_end=5, schedule=schedule.facts(), teacher="sha256:0", teacher_directory="/teacher", crossover=3,
+        teacher_held_out={"loss": 2.5, "accuracy": 0.5},
+    )  # fmt: skip
+    content = {
+        "format": 1, "name": None, "saved_at": 1.5, "megatron_core": "0.16.1", "torch": "2.13", "step": 4,
+        "consumed_samples": 32, "data": {"position": 32}, "events": [{"event": "new_data", "step": 0}],
+        "extra": {"nonfinite_in_a_row": 0, "evaluation_due": True}, "salt": asdict(salt),
         "architecture": asdict(ModelConfig()) | {"vocabulary": 257, "seq_length": 16}, "tokenizer": "t", "data_fingerprint": "content:1",
         "probe": {"lengths": [8, 16], "losses": [5.5, None], "dtype": "float32"},
         "layout": {"tensor": 1, "context": 1, "data": 1, "pipeline": 1}, "chunks": 1, "rng": [["cpu", 16]],
         "scheduler": {"num_steps": 4, "max_lr": 0.1, "lr_decay_style": "cosine"},
         "optimizer": {"form": "plain", "step": 4, "bucket_plans": {"pp0.tp0": "0"}},
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(facts))
+    (folder / "state.json").write_text(json.dumps(content))
     return folder / "state.json", lambda: go_on_from(folder)
 
 
 def go_on_from(directory: Path) -> None:
-    """Use every fact of state.json that a run uses, with the arithmetic that it does on them."""
-    facts = read_facts(directory)
-    run = RunIdentity("", facts["architecture"], facts["tokenizer"], facts["data_fingerprint"], 1)
-    progress = progress_from(Found(directory, facts, {}), run, new_data=False)
-    assert progress.step >= 0 and progress.data.get("position", 0) >= 0 and progress.extra.get("nonfinite_in_a_row", 0) >= 0
-    assert progress.salt is None or progress.salt.stage_after(progress.step) in (1, 2)
-    assert model_of(facts["architecture"]).head_width >= 1
-    assert "\n" not in "".join(_about(directory, facts, {})), "what inspect_checkpoint prints"
+    """Use every value of state.json that a run uses, with the arithmetic that it does on them."""
+    saved = read_state(directory)
+    identity = RunIdentity(
+        yaml="", architecture=saved.architecture, tokenizer_fingerprint=saved.tokenizer, data_fingerprint=saved.data_fingerprint, seed=1
+    )  # fmt: skip
+    state = state_from(OpenedCheckpoint(directory, saved, {}), identity, new_data=False)
+    assert state.step >= 0 and state.position >= 0 and state.nonfinite_in_a_row >= 0
+    assert state.salt is None or state.salt.stage_after(state.step) in (1, 2)
+    assert model_of(saved.architecture).head_width >= 1
+    assert "\n" not in "".join(_about(directory, saved, {})), "what inspect_checkpoint prints"
 
 
 @pytest.mark.parametrize("make", [dataset, score_index, part_of_scores, score_shard, selection, log, checkpoint])

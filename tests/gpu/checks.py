@@ -100,7 +100,6 @@ def exchange(lesson: Lesson, world_size: int) -> Exchanged:
     assert lesson.teacher == (1, 1)
     student = build_student(lesson.case, world_size)
     teacher = admit(lesson, student)
-    assert teacher.body is not None
     batch = fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH] * 4)
     received = teacher.hidden_states(batch, merge=1)
     device = current_device()

@@ -1,4 +1,4 @@
-"""Garbage at fixed steps, traces of chosen steps."""
+"""Garbage is collected at fixed steps, and chosen steps are traced."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_interval_0_collects_at_the_start_alone_and_without_manual_gc_nothing_ch
 
 
 def run_steps(training: TrainingConfig, directory: Path, rank: int = 0, first: int = 1, last: int = 6) -> dict[str, list[int]]:
-    """{trace file: the steps it saw}, where step n runs a named region of its own."""
+    """{trace file: the steps in it}. Step n runs a region named after it."""
     profiler = Profiler(training, rank, directory)
     for step in range(first, last + 1):
         profiler.before_step(step)

@@ -1,4 +1,4 @@
-"""Logs that fail: told once, tried again later and later, every entry handed on once and in order, never the end of a run."""
+"""Sinks that fail: reported once, tried again after growing pauses, every entry written once and in order, never the end of a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 from megatron_salt.errors import UserError
 from megatron_salt.metrics import sinks
-from megatron_salt.metrics.retrying_sink import FIRST_PAUSE, KEPT, LONGEST_PAUSE, Patient
+from megatron_salt.metrics.retrying_sink import FIRST_PAUSE, KEPT, LONGEST_PAUSE, RetryingSink
 from megatron_salt.metrics.sinks import Entry
 from tests.support.logs import Clock, entries, open_log, record
 
 
 class Server:
-    """Where a sink's entries go. It answers from `up_at` on, by the clock; opening and writing raise `error` before."""
+    """Takes the entries of a sink. It answers when the clock is at `up_at` or later; before, opening and writing raise `error`."""
 
     def __init__(self, clock: Clock, error: Exception) -> None:
         self.clock, self.error, self.up_at = clock, error, 0.0
@@ -48,7 +48,7 @@ class Server:
 
 
 class Rude(Exception):
-    """What a library raises that is no OSError."""
+    """An exception of a library, and no OSError."""
 
 
 @pytest.fixture(
@@ -59,15 +59,17 @@ def server(request: pytest.FixtureRequest) -> Server:
     return Server(Clock(), request.param)
 
 
-def steps(sink: Patient, clock: Clock, first: int, last: int, seconds: float) -> None:
+def steps(sink: RetryingSink, clock: Clock, first: int, last: int, seconds: float) -> None:
     for step in range(first, last + 1):
         clock.now += seconds
         sink.write({"kind": "step", "step": step})
 
 
-@pytest.mark.parametrize("anew", [True, False])
-def test_what_came_while_a_sink_did_not_answer_is_handed_on_once_and_in_order(server: Server, anew: bool, capsys: Any) -> None:
-    sink = Patient("--server", server.open, 0, anew=anew, clock=server.clock)
+@pytest.mark.parametrize("reopen", [True, False])
+def test_what_came_while_a_sink_did_not_answer_is_handed_on_once_and_in_order(
+    server: Server, reopen: bool, capsys: Any
+) -> None:
+    sink = RetryingSink("--server", server.open, 0, reopen=reopen, clock=server.clock)
     steps(sink, server.clock, 1, 3, 1.0)
     server.up_at = server.clock.now + 100
     steps(sink, server.clock, 4, 90, 1.0)
@@ -75,18 +77,18 @@ def test_what_came_while_a_sink_did_not_answer_is_handed_on_once_and_in_order(se
     steps(sink, server.clock, 91, 300, 1.0)
     sink.close()
     assert server.taken == list(range(1, 301))
-    assert server.opened_after == ([0, 3] if anew else [0])
-    told = capsys.readouterr().err.splitlines()
+    assert server.opened_after == ([0, 3] if reopen else [0])
+    lines = capsys.readouterr().err.splitlines()
     assert (
-        len(told) == 2
-        and told[0].startswith("warning: --server cannot be written (")
-        and told[1] == "--server is written again"
+        len(lines) == 2
+        and lines[0].startswith("warning: --server cannot be written (")
+        and lines[1] == "--server is written again"
     )
 
 
 def test_one_that_does_not_open_is_opened_later(server: Server, capsys: Any) -> None:
     server.up_at = server.clock.now + 50
-    sink = Patient("--server", server.open, 7, anew=False, clock=server.clock)
+    sink = RetryingSink("--server", server.open, 7, reopen=False, clock=server.clock)
     steps(sink, server.clock, 8, 200, 1.0)
     sink.close()
     assert server.taken == list(range(8, 201)) and server.opened_after == [7]
@@ -94,7 +96,7 @@ def test_one_that_does_not_open_is_opened_later(server: Server, capsys: Any) -> 
 
 
 def test_attempts_become_rarer_up_to_a_bound(server: Server) -> None:
-    sink = Patient("--server", server.open, 0, anew=False, clock=server.clock)
+    sink = RetryingSink("--server", server.open, 0, reopen=False, clock=server.clock)
     server.up_at, server.tries = float("inf"), []
     steps(sink, server.clock, 1, 10_000, 1.0)
     pauses = [later - sooner for sooner, later in zip(server.tries, server.tries[1:], strict=False)]
@@ -103,7 +105,7 @@ def test_attempts_become_rarer_up_to_a_bound(server: Server) -> None:
 
 
 def test_what_never_arrives_is_counted_at_the_end_and_bounded_on_the_way(server: Server, capsys: Any) -> None:
-    sink = Patient("--server", server.open, 0, anew=False, clock=server.clock)
+    sink = RetryingSink("--server", server.open, 0, reopen=False, clock=server.clock)
     server.up_at = float("inf")
     steps(sink, server.clock, 1, KEPT + 5, 1e-3)
     assert len(sink._waiting) == KEPT
@@ -113,7 +115,7 @@ def test_what_never_arrives_is_counted_at_the_end_and_bounded_on_the_way(server:
 
 def test_the_end_is_a_last_attempt_whatever_the_time(server: Server) -> None:
     server.up_at = server.clock.now + 0.5
-    sink = Patient("--server", server.open, 0, anew=False, clock=server.clock)
+    sink = RetryingSink("--server", server.open, 0, reopen=False, clock=server.clock)
     steps(sink, server.clock, 1, 2, 0.1)
     server.up_at = 0.0
     sink.close()
@@ -125,13 +127,13 @@ def test_a_users_mistake_at_the_start_is_refused_and_later_is_a_failure_like_oth
         raise UserError("--server is a file")
 
     with pytest.raises(UserError, match="--server is a file"):
-        Patient("--server", refuse, 0, anew=False)
+        RetryingSink("--server", refuse, 0, reopen=False)
     errors: list[Exception] = [OSError(errno.ENOSPC, "full"), UserError("--server is a file")]
 
     def fail(_: int) -> Server:
         raise errors.pop(0)
 
-    sink = Patient("--server", fail, 0, anew=False, clock=lambda: 0.0)
+    sink = RetryingSink("--server", fail, 0, reopen=False, clock=lambda: 0.0)
     sink.write({"kind": "step", "step": 1})
     sink._next_try = 0.0
     sink.write({"kind": "step", "step": 2})
@@ -170,6 +172,6 @@ def test_wandb_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for step in (1, 2, 3):
             log.step(record(step))
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
-    told = capsys.readouterr().err
-    assert told.count("warning: --wandb-project cannot be written (api key not configured)") == 1
-    assert ("3 entries could not be written" in told) == (fails != "finish")
+    err = capsys.readouterr().err
+    assert err.count("warning: --wandb-project cannot be written (api key not configured)") == 1
+    assert ("3 entries could not be written" in err) == (fails != "finish")

@@ -1,4 +1,4 @@
-"""What a run says of itself: times that add up, lines and entries, no waiting in between."""
+"""The log of a run: times that add up, lines and entries, no wait for the device between log steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_salt.config import LoggingConfig
-from megatron_salt.metrics import run_log
 from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.run_sinks import jsonl_path, tensorboard_directory
 from tests.support.logs import Clock, entries, open_log, record
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_the_device_is_waited_for_only_on_request_and_then_at_both_ends():
 
 
 class Late:
-    """A number on a device: remembers whether somebody waited for it."""
+    """A number on a device that records whether it was read."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -193,8 +193,8 @@ def test_a_device_that_died_does_not_hide_the_error_that_ends_the_run(tmp_path):
 
 def test_files_go_beside_the_checkpoints_unless_placed_and_nowhere_without_either():
     placed = LoggingConfig(jsonl="a/b.jsonl", tensorboard_dir="c")
-    assert run_log.jsonl_path(placed, "save") == Path("a/b.jsonl")
-    assert run_log.tensorboard_directory(placed, "save") == Path("c")
-    assert run_log.jsonl_path(LoggingConfig(), "save") == Path("save/train.jsonl")
-    assert run_log.tensorboard_directory(LoggingConfig(), "save") == Path("save/tensorboard")
-    assert run_log.jsonl_path(LoggingConfig(), None) is None and run_log.tensorboard_directory(LoggingConfig(), None) is None
+    assert jsonl_path(placed, "save") == Path("a/b.jsonl")
+    assert tensorboard_directory(placed, "save") == Path("c")
+    assert jsonl_path(LoggingConfig(), "save") == Path("save/train.jsonl")
+    assert tensorboard_directory(LoggingConfig(), "save") == Path("save/tensorboard")
+    assert jsonl_path(LoggingConfig(), None) is None and tensorboard_directory(LoggingConfig(), None) is None

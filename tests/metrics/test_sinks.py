@@ -1,4 +1,4 @@
-"""Where a run's numbers go: one value a step after any crash, nothing foreign touched, no run ended by a full disk."""
+"""Sinks: one value a step after any crash, no file of others touched, no run ended by a full disk."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_unusable_path_is_refused_by_flag(tmp_path, name):
 
 def test_a_full_disk_does_not_end_the_run_and_loses_nothing_once_there_is_room(tmp_path, capsys):
     class FillingFile:
-        """Takes half a line, then nothing, then everything."""
+        """A file on a disk that takes half a line, then nothing, then everything."""
 
         def __init__(self) -> None:
             self.kept, self.room = b"", 50
@@ -139,7 +139,7 @@ def test_tensorboard_has_one_value_a_step_after_a_crash(tmp_path):
 
 
 def test_what_is_flushed_survives_a_kill_and_a_run_that_starts_over_replaces_it(tmp_path):
-    """With a log interval that is never reached: the log is left open, as kill -9 leaves it."""
+    """The log interval is never reached, and the log is left open, as after kill -9."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = str(tmp_path / "board")

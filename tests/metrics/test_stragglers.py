@@ -1,4 +1,4 @@
-"""A heartbeat that moves with the steps, and the rank that is slower than the others."""
+"""The heartbeat moves with the steps, and the report names the slowest rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_heartbeat_moves_with_the_steps_and_is_written_at_most_every_ten_sec
 def test_other_ranks_and_runs_without_a_launcher_write_nothing(tmp_path: Path) -> None:
     Heartbeat(str(tmp_path / "beat"), active=False).beat(1)
     Heartbeat(None, active=True).beat(1)
-    Heartbeat(str(tmp_path / "not there" / "beat"), active=True).beat(1)  # a disk that cannot take it ends no run
+    Heartbeat(str(tmp_path / "not there" / "beat"), active=True).beat(1)  # an error of the disk ends no run
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,8 +66,8 @@ def test_reports_are_in_the_log_and_change_no_number(tmp_path: Path) -> None:
     flags = dict(data_path=write_tokens(tmp_path / "words"), train_iters=4, hidden_dropout=0.1)
     train(2, **flags, save=tmp_path / "watched", straggler_report_interval=2, heartbeat_file=tmp_path / "beat")
     train(2, **flags, save=tmp_path / "alone")
-    told = [entry for entry in entries(tmp_path / "watched", "event") if "slowest" in entry]
-    assert [entry["step"] for entry in told] == [2, 4]
+    reports = [entry for entry in entries(tmp_path / "watched", "event") if "slowest" in entry]
+    assert [entry["step"] for entry in reports] == [2, 4]
     assert numbers(tmp_path / "watched") == numbers(tmp_path / "alone")
     assert (tmp_path / "beat").read_text() == "1\n"
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_salt.config import ModelConfig
 from megatron_salt.model.flops import flops_per_token, num_parameters
-from megatron_salt.train.build import count_parameters
+from megatron_salt.train.build_model import count_parameters
 from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student
 

@@ -20,7 +20,7 @@ from megatron_salt.model.precision_checks import (
 from megatron_salt.parallel.hardware import Hardware, order_launches, refuse_connections, release
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.train.plan import plan_run
-from megatron_salt.train.precisions import choose_precisions
+from megatron_salt.train.start import choose_precisions
 
 HOPPER = Hardware((9, 0), (13, 0), (2, 20, 2))
 BLACKWELL = replace(HOPPER, capability=(10, 0))

@@ -181,6 +181,7 @@ def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) 
     [
         (dict(train_iters=3), "--train-iters is 2 on rank 0 and 3 on rank 1"),
         (dict(save="save"), "whether --save is given is False on rank 0"),
+        (dict(valid_share=0.1), "--valid-share is 0.0 on rank 0 and 0.1 on rank 1"),
     ],
 )
 def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(

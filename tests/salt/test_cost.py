@@ -105,7 +105,7 @@ def test_the_body_takes_as_long_as_its_busiest_replica(microbatches, merge, busi
     parallel = pipeline_of(2, tensor=2)
     assert prediction(parallel, microbatches=microbatches, merge=merge).times.body == pytest.approx(busiest * 4 * T)
     student = Layout(tensor=2, pipeline=2)
-    plan = routing.plan(student, routing.teacher_layout(student, 1, 1), microbatches, merge, LENGTH)
+    plan = routing.plan_exchange(student, routing.teacher_layout(student, 1, 1), microbatches, merge, LENGTH)
     loads = [sum(len(plan.microbatches_of(forward)) for forward in plan.forwards_of(replica)) for replica in range(4)]
     assert max(loads) == busiest
 

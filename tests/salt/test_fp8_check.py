@@ -26,7 +26,7 @@ from megatron_salt.train.step import Student, train_step
 from tests.support.fp8_emulation import Emulation, Quantized, Recipe, emulate
 from tests.support.ranks import run_ranks
 from tests.support.small import SEQ_LENGTH, VOCABULARY, Case, build_student
-from tests.support.teaching import CHUNK_TOKENS, TEACHER, TIED_TEACHER, Lesson, admit, lessons, save_teacher, shard_of
+from tests.support.teaching import TEACHER, TIED_TEACHER, Lesson, admit, head_of, lessons, save_teacher
 
 DEFAULT = SaltConfig().teacher_fp8_max_kl
 TP2PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
@@ -83,7 +83,6 @@ def succession(step: int) -> Microbatch:
 def in_fp8(lesson: Lesson, student: Student, recipe: Recipe) -> tuple[Teacher, Emulation]:
     """The lesson's teacher, admitted as it is, whose linears then multiply in FP8 wherever a forward-only model's do."""
     teacher = admit(lesson, student)
-    assert teacher.body is not None
     emulation = emulate(teacher.body, recipe)
     teacher.body.forward_context = emulation.products
     return teacher, emulation
@@ -96,7 +95,7 @@ def text() -> list[Microbatch]:
 
 def gate(lesson: Lesson, student: Student, teacher: Teacher, max_kl: float = DEFAULT) -> Fidelity:
     """What an admission asks of an FP8 teacher."""
-    return refuse_unfaithful(teacher, max_kl, text(), student.mesh, shard_of(student, lesson.case), CHUNK_TOKENS)
+    return refuse_unfaithful(teacher, max_kl, text(), head_of(student, lesson.case))
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------------------
@@ -183,8 +182,8 @@ def by_full_logits(lesson: Lesson, sureness: float) -> tuple[float, list[float]]
     """(the gate's figure, the same from full logits in float64 at the temperature and at 1), on one rank."""
     student = build_student(lesson.case, 1)
     teacher, _ = in_fp8(lesson, student, Recipe())
-    assert teacher.body is not None and teacher.weight is not None
-    teacher.weight *= sureness
+    assert teacher.weight is not None
+    teacher.weight.mul_(sureness)
     weight = teacher.weight[:VOCABULARY].double()
     with torch.no_grad():
         exact = torch.zeros(2, dtype=torch.float64)
@@ -234,7 +233,6 @@ def test_the_gate_sees_spoiled_weights_of_one_layer(school: Path, damage: Any, r
 
 def scaled_up(teacher: Teacher, factor: float) -> None:
     """The same function by other numbers: each MLP's inner activations are larger and its output weight smaller."""
-    assert teacher.body is not None
     with torch.no_grad():
         for layer in teacher.body.decoder.layers:
             fc1, fc2 = layer.mlp.linear_fc1.weight, layer.mlp.linear_fc2.weight
@@ -307,7 +305,6 @@ def same_in_bfloat16(lesson: Lesson) -> tuple[bool, bool]:
     batch = fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH])
     teacher = admit(lesson, student)
     [before] = teacher.hidden_states(batch, merge=1)
-    assert teacher.body is not None
     teacher.body.forward_context = emulate(teacher.body, Recipe()).products
     [outside] = teacher.hidden_states(batch, merge=1)
     with in_bfloat16(teacher.body):

@@ -26,7 +26,7 @@ from megatron_salt.salt.load_teacher import TeacherCheckpoint, refuse_trainable,
 from megatron_salt.salt.teacher import Teacher
 from tests.support.ranks import run_ranks
 from tests.support.small import SEQ_LENGTH, Case, build_student
-from tests.support.teaching import CHUNK_TOKENS, TEACHER, TIED_TEACHER, Lesson, admit, make_teacher, shard_of
+from tests.support.teaching import TEACHER, TIED_TEACHER, Lesson, admit, head_of, make_teacher
 
 EVERYWHERE = (0, 1, 2, 3)
 TP2PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
@@ -77,7 +77,6 @@ def untouched(teacher: Teacher) -> None:
 
 
 def body(teacher: Teacher) -> torch.nn.Module:
-    assert teacher.body is not None
     return teacher.body
 
 
@@ -90,9 +89,7 @@ def gate(lesson: Lesson, world_size: int, damage: Callable[[Teacher], None], dam
             damage(teacher)
     checkpoint = load_teacher.read_teacher(lesson.load)
     try:
-        load_teacher.verify(
-            teacher, checkpoint, student.mesh, shard_of(student, lesson.case), SEQ_LENGTH, CHUNK_TOKENS, lesson.case.dtype
-        )
+        load_teacher.verify(teacher, checkpoint, head_of(student, lesson.case), lesson.case.dtype)
     except UserError as error:
         return str(error)
     return None

@@ -9,39 +9,38 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.checkpoint.run_state import Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig
 from megatron_salt.errors import UserError
-from megatron_salt.salt.resumption import salt_from
-from megatron_salt.salt.schedule import Schedule
+from megatron_salt.salt.schedule import Schedule, salt_at_start
 
 FLAGS = SaltConfig(teacher_load="teacher", kd_steps=100, kd_transition="linear", kd_transition_steps=10, kd_stop="crossover")
 SCHEDULE = Schedule.of(FLAGS)
-SALT = SaltProgress(100, SCHEDULE.facts(), "sha256:aaaa", "teacher")
+SALT = SaltState(stage1_end=100, schedule=SCHEDULE.facts(), teacher="sha256:aaaa", teacher_directory="teacher")
 CROSSED = replace(SALT, crossover=40, stage1_end=50, teacher_held_out={"loss": 3.0, "accuracy": 0.4})
 
 
-def resumed(step: int, salt: SaltProgress | None) -> Progress:
+def resumed(step: int, salt: SaltState | None) -> RunState:
     """What a checkpoint of that step says, by way of its file."""
-    facts = json.loads(json.dumps(asdict(Progress(step, 8 * step, salt=salt))))
-    return Progress(facts["step"], facts["consumed_samples"], salt=SaltProgress.from_facts(facts["salt"]))
+    saved = None if salt is None else SaltState(**json.loads(json.dumps(asdict(salt))))
+    return RunState(step=step, consumed_samples=8 * step, salt=saved)
 
 
 def taken(
-    found: Progress | None, teacher: str | None = "sha256:aaaa", override: bool = False, **flags: Any
-) -> tuple[SaltProgress | None, tuple[dict[str, Any], ...]]:
+    found: RunState | None, teacher: str | None = "sha256:aaaa", override: bool = False, **flags: Any
+) -> tuple[SaltState | None, tuple[dict[str, Any], ...]]:
     """With --teacher-load and these changes to the flags."""
-    return salt_from(found, Schedule.of(replace(FLAGS, **flags)), teacher, "moved", override)
+    return salt_at_start(found, Schedule.of(replace(FLAGS, **flags)), teacher, "moved", override)
 
 
 def test_a_new_run_is_in_stage_1_with_a_teacher_and_plain_without() -> None:
     assert taken(None) == (replace(SALT, teacher_directory="moved"), ())
-    assert salt_from(None, None, None, None, False) == (None, ())
+    assert salt_at_start(None, None, None, None, False) == (None, ())
 
 
 @pytest.mark.parametrize("salt", [SALT, CROSSED])
 @pytest.mark.parametrize("step", [1, 48, 49])
-def test_inside_stage_1_the_same_teacher_and_flags_go_on_where_the_checkpoint_was(salt: SaltProgress, step: int) -> None:
+def test_inside_stage_1_the_same_teacher_and_flags_go_on_where_the_checkpoint_was(salt: SaltState, step: int) -> None:
     """A crossover is a fact: it is not asked for again. A copy of the teacher is the same teacher."""
     assert taken(resumed(step, salt)) == (salt, ())
     assert taken(resumed(step, salt), override=True) == (salt, ())
@@ -49,9 +48,9 @@ def test_inside_stage_1_the_same_teacher_and_flags_go_on_where_the_checkpoint_wa
 
 @pytest.mark.parametrize("step, salt", [(100, SALT), (101, SALT), (50, CROSSED), (99, CROSSED)])
 def test_from_the_last_step_of_stage_1_on_no_teacher_is_needed_and_none_used(
-    step: int, salt: SaltProgress, caplog: pytest.LogCaptureFixture
+    step: int, salt: SaltState, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert salt_from(resumed(step, salt), None, None, None, False) == (salt, ())
+    assert salt_at_start(resumed(step, salt), None, None, None, False) == (salt, ())
     assert caplog.messages == []
     with caplog.at_level(logging.INFO):
         for teacher in (None, "sha256:bbbb"):
@@ -62,7 +61,7 @@ def test_from_the_last_step_of_stage_1_on_no_teacher_is_needed_and_none_used(
 
 
 def test_a_run_without_a_teacher_gets_none_later() -> None:
-    assert salt_from(resumed(7, None), None, None, None, False) == (None, ())
+    assert salt_at_start(resumed(7, None), None, None, None, False) == (None, ())
     with pytest.raises(
         UserError, match="without a teacher up to step 7, and --teacher-load moved .*--finetune takes the weights alone"
     ):
@@ -77,7 +76,7 @@ def test_inside_stage_1_another_teacher_or_none_is_refused_naming_both() -> None
     with pytest.raises(
         UserError, match=r"step 99 .* ends after step 100.*sha256:aaaa \(then in teacher\); give --teacher-load"
     ):
-        salt_from(resumed(99, SALT), None, None, None, False)
+        salt_at_start(resumed(99, SALT), None, None, None, False)
     with pytest.raises(UserError, match=r"--teacher-load moved was not read: give the iter_\* directory of step 99 to --load"):
         taken(resumed(99, SALT), None)
 
@@ -119,7 +118,7 @@ def test_another_schedule_is_refused_flag_by_flag_unless_it_is_meant(change: dic
     ],
 )
 def test_a_changed_schedule_ends_stage_1_where_its_flags_say_and_never_in_the_past(
-    step: int, salt: SaltProgress, change: dict[str, Any], end: int
+    step: int, salt: SaltState, change: dict[str, Any], end: int
 ) -> None:
     found, (event,) = taken(resumed(step, salt), override=True, **change)
     assert found is not None and found.stage1_end == end and event["step"] == step
@@ -129,15 +128,15 @@ def test_a_changed_schedule_ends_stage_1_where_its_flags_say_and_never_in_the_pa
 
 
 SELECTED = SaltConfig(stage1_selection="chosen.npy", kd_steps=100, kd_weight=0.0)
-ALONE = SaltProgress(100, Schedule.of(SELECTED).facts(), None, None)
+ALONE = SaltState(stage1_end=100, schedule=Schedule.of(SELECTED).facts(), teacher=None, teacher_directory=None)
 
 
 def test_a_stage_1_with_a_selection_alone_starts_and_goes_on_without_a_teacher() -> None:
     schedule = Schedule.of(SELECTED)
-    assert salt_from(None, schedule, None, None, False) == (ALONE, ())
+    assert salt_at_start(None, schedule, None, None, False) == (ALONE, ())
     for step in (1, 99, 100, 101):
-        assert salt_from(resumed(step, ALONE), schedule, None, None, False) == (ALONE, ())
-    assert salt_from(resumed(100, ALONE), None, None, None, False) == (ALONE, ())
+        assert salt_at_start(resumed(step, ALONE), schedule, None, None, False) == (ALONE, ())
+    assert salt_at_start(resumed(100, ALONE), None, None, None, False) == (ALONE, ())
 
 
 def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
@@ -160,9 +159,9 @@ def test_a_stage_1_neither_gets_nor_loses_its_teacher_on_the_way() -> None:
         ),
     ]:
         with pytest.raises(UserError, match=told):
-            salt_from(resumed(99, found), *flags, False)
+            salt_at_start(resumed(99, found), *flags, False)
     with pytest.raises(UserError, match="trained without a stage 1 up to step 7, and --kd-steps 100 asks for one"):
-        salt_from(resumed(7, None), schedule, None, None, False)
+        salt_at_start(resumed(7, None), schedule, None, None, False)
 
 
 @pytest.mark.parametrize("due", [False, True])
@@ -172,9 +171,9 @@ def test_an_evaluation_that_is_due_at_the_end_of_stage_1_still_belongs_to_it(
 ) -> None:
     """With the teacher where flags name it, and it is not said then that they are not used; they may be gone with the stage."""
     assert CROSSED.resumes_in(step, due) == (1 if due and end_of_stage_1 else stage)
-    found = replace(resumed(step, CROSSED), extra={"evaluation_due": due})
+    found = replace(resumed(step, CROSSED), evaluation_due=due)
     with caplog.at_level(logging.INFO):
         assert taken(found) == (CROSSED, ())
     assert bool(caplog.messages) == (stage == 2 and not (due and end_of_stage_1))
     if stage == 2:
-        assert salt_from(found, None, None, None, False) == (CROSSED, ())
+        assert salt_at_start(found, None, None, None, False) == (CROSSED, ())

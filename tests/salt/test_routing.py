@@ -35,7 +35,7 @@ def length_for(student: Layout) -> int:
 
 def plans(num_microbatches: int, merge: int = 1, layouts: list[tuple[Layout, Layout]] = LAYOUTS):
     for student, teacher in layouts:
-        yield student, teacher, routing.plan(student, teacher, num_microbatches, merge, length_for(student))
+        yield student, teacher, routing.plan_exchange(student, teacher, num_microbatches, merge, length_for(student))
 
 
 def positions(piece: routing.Piece) -> list[int]:
@@ -147,7 +147,7 @@ def test_buffers_are_in_the_order_of_their_split_sizes():
 def test_a_plan_by_hand():
     """tp 2, cp 2, pp 2: places 4 to 7 are the last stage; teacher 2 x 1: replicas on places (0, 1), (2, 3), (4, 5), (6, 7)."""
     student = Layout(tensor=2, context=2, pipeline=2)
-    plan = routing.plan(student, routing.teacher_layout(student, 2, 1), num_microbatches=2, merge=1, seq_length=16)
+    plan = routing.plan_exchange(student, routing.teacher_layout(student, 2, 1), num_microbatches=2, merge=1, seq_length=16)
     first, second = [slice(0, 4)], [slice(12, 16)]  # cp rank 0 holds chunks 0 and 3 of 4, cp rank 1 the two in the middle
     third, fourth = [slice(4, 8)], [slice(8, 12)]
     assert [(piece.microbatch, piece.source, piece.target, list(piece.positions)) for piece in plan.pieces] == [
@@ -159,7 +159,7 @@ def test_a_plan_by_hand():
 
 def test_a_slice_may_straddle_the_two_chunks_of_a_context_rank():
     student = Layout(tensor=3, context=2)
-    plan = routing.plan(student, routing.teacher_layout(student, 1, 1), num_microbatches=1, merge=1, seq_length=12)
+    plan = routing.plan_exchange(student, routing.teacher_layout(student, 1, 1), num_microbatches=1, merge=1, seq_length=12)
     assert [piece.positions for piece in plan.pieces] == [
         (slice(0, 2),), (slice(2, 3), slice(9, 10)), (slice(10, 12),), (slice(3, 5),), (slice(5, 6), slice(6, 7)), (slice(7, 9),),
     ]  # fmt: skip
@@ -188,26 +188,26 @@ def test_every_pair_is_either_a_layout_or_refused():
 def test_a_sequence_that_cannot_be_cut_is_refused():
     student = Layout(tensor=4, context=2)
     with pytest.raises(UserError, match=r"--seq-length 36 is not divisible by .*--tensor-model-parallel-size .* = 8$"):
-        routing.plan(student, routing.teacher_layout(student, 1, 1), 1, 1, seq_length=36)
+        routing.plan_exchange(student, routing.teacher_layout(student, 1, 1), 1, 1, seq_length=36)
 
 
 def test_idle_replicas_are_told():
     student = Layout(tensor=2, pipeline=2)
     teacher = routing.teacher_layout(student, 1, 1)
-    assert routing.warnings(student, teacher, 8) == []
-    [told] = routing.warnings(student, teacher, 6)
+    assert routing.layout_warnings(student, teacher, 8) == []
+    [told] = routing.layout_warnings(student, teacher, 6)
     assert "6 teacher forwards" in told and "4 teacher replicas" in told
-    assert routing.warnings(student, routing.teacher_layout(student, 2, 2), 5) == []
+    assert routing.layout_warnings(student, routing.teacher_layout(student, 2, 2), 5) == []
 
 
 def test_a_torn_tensor_parallel_group_is_told_by_its_ranks():
     """tp 2, dp 2, pp 2: blocks (0, 1, 4, 5) and (2, 3, 6, 7). A teacher of tp 4 joins both stages of each."""
     student = Layout(tensor=2, data=2, pipeline=2)
-    [told] = routing.warnings(student, routing.teacher_layout(student, 4, 1), 2)
+    [told] = routing.layout_warnings(student, routing.teacher_layout(student, 4, 1), 2)
     assert "[0, 1, 4, 5]" in told and "1 more" in told and "--teacher-tensor-model-parallel-size 4" in told
-    assert routing.warnings(student, routing.teacher_layout(student, 2, 2), 2) == []
+    assert routing.layout_warnings(student, routing.teacher_layout(student, 2, 2), 2) == []
     wide = Layout(tensor=2, context=2, data=2)
-    assert routing.warnings(wide, routing.teacher_layout(wide, 4, 1), 2) == []
+    assert routing.layout_warnings(wide, routing.teacher_layout(wide, 4, 1), 2) == []
 
 
 def test_exchanged_memory_is_what_a_last_stage_rank_receives():

@@ -13,7 +13,7 @@ from megatron_salt.config import DataConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
-from megatron_salt.salt.stage_samples import StagedSamples
+from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.selection.selection_file import Selection
 from tests.support.datasets import WriteDataset
 from tests.support.selections import write_ids
@@ -40,9 +40,9 @@ def prefixes(data: DataConfig) -> tuple[str, ...]:
     return data.data_path[1::2] if len(data.data_path) == 4 else data.data_path
 
 
-def staged(data: DataConfig, tmp_path, ids: list[int], stage2: Stage2 = "all") -> StagedSamples:
+def samples_of_stages(data: DataConfig, tmp_path, ids: list[int], stage2: Stage2 = "all") -> StageSamples:
     path = write_ids(tmp_path / "chosen", prefixes(data), LENGTH, ids)
-    return StagedSamples(open_training_data(data, LENGTH, 1234, 100, EOD)[0], Selection.open(path), stage2)
+    return StageSamples(open_training_data(data, LENGTH, 1234, 100, EOD)[0], Selection.open(path), stage2)
 
 
 def drawn(samples: Samples, count: int) -> list[int]:
@@ -55,12 +55,12 @@ CHOSEN = [0, 3, 4, 11, 12, 29, 30, 31, 35, 42]  # six of web's 30 windows, four 
 @pytest.mark.parametrize("mix", [False, True])
 def test_everything_selected_is_the_order_of_a_run_without_a_selection(data: DataConfig, tmp_path, mix: bool) -> None:
     data = weighted(data) if mix else data
-    stages = staged(data, tmp_path, list(range(43)))
+    stages = samples_of_stages(data, tmp_path, list(range(43)))
     assert drawn(stages.stage1(), 300) == drawn(stages.everything, 300)
 
 
 def test_stage_1_visits_the_selection_once_before_any_repeat(data: DataConfig, tmp_path) -> None:
-    stage1 = staged(data, tmp_path, CHOSEN).stage1()
+    stage1 = samples_of_stages(data, tmp_path, CHOSEN).stage1()
     order = drawn(stage1, 30)
     assert [sorted(order[epoch : epoch + 10]) for epoch in (0, 10, 20)] == [CHOSEN] * 3
     assert order[:10] not in (order[10:20], CHOSEN)
@@ -69,7 +69,7 @@ def test_stage_1_visits_the_selection_once_before_any_repeat(data: DataConfig, t
 
 
 def test_with_weights_each_datasets_selection_is_a_pool_of_its_own(data: DataConfig, tmp_path) -> None:
-    order = drawn(staged(weighted(data), tmp_path, CHOSEN).stage1(), 1000)
+    order = drawn(samples_of_stages(weighted(data), tmp_path, CHOSEN).stage1(), 1000)
     counts = Counter(order)
     assert set(counts) == set(CHOSEN)
     of_web = [number for number in order if number < 30]
@@ -86,7 +86,7 @@ def test_unseen_is_every_sample_that_stage_1_did_not_visit(
     if mix and len(chosen) == 42:
         chosen = chosen[:-1]  # of the smaller dataset too something is left
     data = weighted(data) if mix else data
-    stages = staged(data, tmp_path, chosen, "unseen")
+    stages = samples_of_stages(data, tmp_path, chosen, "unseen")
     seen = set(drawn(stages.stage1(), passed))
     stage2 = stages.stage2(passed)
     assert stage2.num_members == 43 - len(seen)
@@ -100,7 +100,7 @@ def test_unseen_is_every_sample_that_stage_1_did_not_visit(
 @pytest.mark.parametrize("mix", [False, True])
 def test_all_begins_an_order_of_its_own_and_counts_what_stage_1_saw(data: DataConfig, tmp_path, mix: bool) -> None:
     data = weighted(data) if mix else data
-    stages = staged(data, tmp_path, CHOSEN, "all")
+    stages = samples_of_stages(data, tmp_path, CHOSEN, "all")
     for passed, to_come in ((4, 20), (10, 43), (30, 17), (0, 43)):
         seen = set(drawn(stages.stage1(), passed))
         order = drawn(stages.stage2(passed), to_come)
@@ -114,7 +114,7 @@ def test_all_begins_an_order_of_its_own_and_counts_what_stage_1_saw(data: DataCo
 
 def test_batches_go_on_with_the_order_of_stage_2_from_its_beginning(data: DataConfig, tmp_path) -> None:
     """Whatever the replicas, and with samples that are jumped over before, at and after the change."""
-    stages = staged(data, tmp_path, CHOSEN, "unseen")
+    stages = samples_of_stages(data, tmp_path, CHOSEN, "unseen")
     skip = ((2, 4), (8, 9), (12, 15))
     first = Batches(stages.stage1(), global_batch_size=4, micro_batch_size=1, replica=0, num_replicas=1, skip=skip)
     assert first.position(8) == 10  # 8 and the two that were jumped over
@@ -147,12 +147,12 @@ def test_a_selection_that_cannot_feed_a_stage_is_refused(
     data: DataConfig, tmp_path, ids: list[int], stage2: Stage2, changes: dict, batch: int, told: str
 ) -> None:
     data = weighted(data) if changes.pop("mix", False) else data
-    stages = staged(dataclasses.replace(data, **changes), tmp_path, ids, stage2)
+    stages = samples_of_stages(dataclasses.replace(data, **changes), tmp_path, ids, stage2)
     with pytest.raises(UserError, match=f"^--(stage1-selection .*chosen|stage2-data unseen).*{told}"):
         stages.refuse_unfit(batch, passed=43, has_stage2=True)
 
 
 def test_one_that_can_is_not(data: DataConfig, tmp_path) -> None:
-    staged(data, tmp_path, CHOSEN, "unseen").refuse_unfit(10, 1000, has_stage2=True)
-    staged(data, tmp_path, list(range(43)), "unseen").refuse_unfit(4, 42, has_stage2=True)
-    staged(data, tmp_path, list(range(43)), "unseen").refuse_unfit(4, 1000, has_stage2=False)
+    samples_of_stages(data, tmp_path, CHOSEN, "unseen").refuse_unfit(10, 1000, has_stage2=True)
+    samples_of_stages(data, tmp_path, list(range(43)), "unseen").refuse_unfit(4, 42, has_stage2=True)
+    samples_of_stages(data, tmp_path, list(range(43)), "unseen").refuse_unfit(4, 1000, has_stage2=False)

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.bitmap import bits_between
 from megatron_salt.errors import UserError
-from megatron_salt.selection import eligibility
-from megatron_salt.selection.eligibility import Eligible, dataset_ranges, duplicates, find_eligible, held_out_ranges
+from megatron_salt.selection import rules
+from megatron_salt.selection.eligibility import Eligible, dataset_ranges, find_eligible, held_out_ranges
 from megatron_salt.selection.rules import Choice, Rule, choose, cuts, order_keys, score_of_key
-from megatron_salt.selection.score_format import IndexManifest, npy_header
+from megatron_salt.selection.score_format import npy_header
 from megatron_salt.selection.score_reader import ScoreIndex, Shard
-from megatron_salt.selection.ties import TIE_SEED, Ties, tie_limits, tie_ranks
-from tests.support.selections import manifest_of
+from megatron_salt.selection.ties import TIE_SEED, tie_ranks
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 SIZES = (37, 2, 100, 3, 58)  # 200 samples
@@ -31,19 +30,6 @@ RULES = [
     Rule("random", fraction=0.4, seed=5), Rule("random", num_samples=3, seed=0),
     Rule("threshold", minimum=1.0), Rule("threshold", minimum=-1.5, maximum=1.5), Rule("threshold", minimum=0.0, maximum=0.0),
 ]  # fmt: skip
-
-
-def write_columns(directory: Path, manifest: IndexManifest, num_shards: int = 1, **columns: np.ndarray) -> ScoreIndex:
-    """An index of which only these columns can be read."""
-    bounds = [manifest.num_samples * number // num_shards for number in range(num_shards + 1)]
-    shards = []
-    for first, end in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
-        path = directory / f"samples-{first:015d}-{end:015d}"
-        path.mkdir(parents=True)
-        for name, values in columns.items():
-            (path / f"{name}.npy").write_bytes(npy_header(values.dtype, end - first) + values[first:end].tobytes())
-        shards.append(Shard(path, first, end, {}))
-    return ScoreIndex(manifest, tuple(shards), "--scores")
 
 
 def random_index(tmp_path: Path, seed: int, num_shards: int = 3) -> tuple[ScoreIndex, np.ndarray, np.ndarray]:
@@ -162,7 +148,7 @@ def test_a_choice_has_its_cuts(tmp_path: Path) -> None:
 
     def at(rule: Rule) -> list[tuple[float, ...]]:
         choice = choose(index, SCORE, rule, may)
-        return [cuts(choice, pool) for pool in choice.pools]
+        return [cuts(choice, part) for part in choice.ranges]
 
     chosen = scores[by_sorting(Rule("top", fraction=0.3), scores, may.of(0, 200))]
     assert at(Rule("top", fraction=0.3)) == [(chosen.min(),)]
@@ -203,130 +189,15 @@ def test_what_ties_decided_is_what_a_look_at_each_sample_says(tmp_path: Path, ru
     assert any(counts) or rule.fraction == 1.0 or rule.name in ("random", "threshold")
 
 
-def test_no_part_of_the_file_is_preferred_where_all_scores_are_equal(tmp_path: Path) -> None:
-    num = 40_000
-    columns = {SCORE: np.zeros(num, np.float32), "tokens": np.ones(num, np.uint16)}
-    index = write_columns(tmp_path, manifest_of((num,)), **columns)
-    may = find_eligible(index, 0.0, None)
-    found = [np.array(the_ids(choose(index, SCORE, Rule("top", fraction=0.5, tie_seed=seed), may))) for seed in (0, 0, 1)]
-    for ids in found:
-        tenths = np.bincount(ids * 10 // num, minlength=10)
-        assert np.abs(tenths - 2000).max() < 5 * 1000**0.5
-        assert abs(int((ids % 2).sum()) - 10_000) < 5 * 100
-    assert np.array_equal(found[0], found[1])
-    assert abs(len(np.intersect1d(found[0], found[2])) - 10_000) < 5 * 100
-
-
-@pytest.mark.parametrize("deviations", [8.0, 0.1, 1e-6])
-def test_a_limit_counts_exactly_as_many_wherever_it_is_first_looked_for(tmp_path: Path, deviations: float) -> None:
-    num = 5000
-    scores = np.random.default_rng(0).integers(0, 3, num).astype(np.float32)
-    index = write_columns(tmp_path, manifest_of((num,)), 2, **{SCORE: scores})
-    packed = np.packbits(np.random.default_rng(1).random(num) < 0.7, bitorder="little")
-    may = Eligible(packed, 0, 0, 0)
-    ids = 100 + np.flatnonzero((scores == 1)[100:] & bits_between(packed, 100, num))
-    groups = [Ties(1.0, taken, len(ids)) for taken in (1, 2, len(ids) // 3, len(ids) - 1)]
-    limits = tie_limits(index, SCORE, may, (100, num), groups, 3, 64, deviations)
-    assert [int((tie_ranks(ids, 3) < np.uint64(limit)).sum()) for limit in limits] == [group.taken for group in groups]
-
-
-# --- who may be chosen ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5])
-def test_held_out_windows_are_the_last_of_each_dataset(tmp_path: Path, share: float) -> None:
-    sizes = (30, 2, 100)
-    index = write_columns(tmp_path, manifest_of(sizes), tokens=np.ones(132, np.uint16))
-    may = find_eligible(index, share, None)
-    expected: list[bool] = []
-    for size in sizes:
-        held_out = max(1, int(size * share)) if share else 0
-        expected += [True] * (size - held_out) + [False] * held_out
-    assert may.of(0, 132).tolist() == expected
-    assert (may.held_out, may.count(0, 132), may.count(30, 32)) == (
-        expected.count(False),
-        expected.count(True),
-        sum(expected[30:32]),
-    )
-
-
-def test_what_was_not_scored_is_not_chosen_and_counted_once(tmp_path: Path) -> None:
-    """Held out comes first, then not scored, then without tokens."""
-    manifest = manifest_of((300, 700), sample=0.3, sample_seed=5)
-    scored = manifest.scored(0, 1000)
-    tokens = np.where(scored, np.arange(1000) % 7, 0).astype(np.uint16)
-    index = write_columns(
-        tmp_path, manifest, 2, **{SCORE: np.where(scored, np.arange(1000), 0).astype(np.float32), "tokens": tokens}
-    )
-    may = find_eligible(index, 0.1, None)
-    in_split = np.ones(1000, bool)
-    for first, end in held_out_ranges(manifest, 0.1):
-        in_split[first:end] = False
-    assert may.of(0, 1000).tolist() == (in_split & scored & (tokens > 0)).tolist()
-    assert (may.held_out, may.unscored, may.empty) == (
-        100,
-        (in_split & ~scored).sum(),
-        (in_split & scored & (tokens == 0)).sum(),
-    )
-    for rule in RULES:
-        if rule.name != "threshold" or rule.maximum is None:
-            assert set(the_ids(choose(index, SCORE, rule, may))) <= set(np.flatnonzero(scored).tolist())
-
-
-def test_the_scored_part_is_its_seeds_and_the_same_however_it_is_asked() -> None:
-    manifest = manifest_of((40_000,), sample=0.25, sample_seed=1)
-    scored = manifest.scored(0, 40_000)
-    assert (
-        np.concatenate([manifest.scored(0, 7), manifest.scored(7, 123), manifest.scored(123, 40_000)]).tolist()
-        == scored.tolist()
-    )
-    assert np.abs(np.bincount(np.flatnonzero(scored) // 4000, minlength=10) - 1000).max() < 5 * 750**0.5
-    other = replace(manifest, sample_seed=2).scored(0, 40_000)
-    assert abs(int((scored & other).sum()) - 2500) < 5 * 2344**0.5
-    assert (scored <= replace(manifest, sample=0.5).scored(0, 40_000)).all()
-    assert manifest_of((10,)).scored(2, 9).tolist() == [True] * 7
-
-
-def test_a_dataset_of_one_window_cannot_be_held_out_from(tmp_path: Path) -> None:
-    index = write_columns(tmp_path, manifest_of((30, 1)), tokens=np.ones(31, np.uint16))
-    with pytest.raises(UserError, match="--valid-share 0.1: d1 has 1 window of --seq-length 16"):
-        find_eligible(index, 0.1, None)
-
-
-def test_each_sample_that_may_not_be_chosen_counts_once(tmp_path: Path) -> None:
-    tokens = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 1], np.uint16)
-    repeated = np.packbits(np.array([0, 1, 1, 0, 0, 0, 0, 1, 1, 1], bool), bitorder="little")
-    may = find_eligible(write_columns(tmp_path, manifest_of((10,)), tokens=tokens), 0.2, repeated)
-    assert np.flatnonzero(may.of(0, 10)).tolist() == [0, 4, 5]
-    assert (may.held_out, may.empty, may.duplicates) == (2, 3, 2)
-
-
-def seen_before(values: list[int]) -> list[bool]:
-    """The oracle of duplicates."""
-    seen: set[int] = set()
-    return [value in seen or bool(seen.add(value)) for value in values]
-
-
-@pytest.mark.parametrize("distinct", [1, 3, 300, 10**6])
-@pytest.mark.parametrize("max_bytes", [0, 9 * 40, 9 * 200, 1 << 30])
-@pytest.mark.parametrize("chunk", [8, 104, 1 << 20])
-def test_duplicates_are_what_a_set_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distinct: int, max_bytes: int, chunk: int
-) -> None:
-    monkeypatch.setattr(eligibility, "CHUNK", chunk)
-    random = np.random.default_rng(distinct)
-    kinds = random.integers(0, 1 << 64, distinct, np.uint64)
-    kinds[:3] = [0, (1 << 64) - 1, 1 << 63][:distinct]
-    content = random.choice(kinds, 1001)
-    index = write_columns(tmp_path, manifest_of((1001,)), 3, content=content)
-    assert bits_between(duplicates(index, max_bytes), 0, 1001).tolist() == seen_before(content.tolist())
-
-
-def test_hashes_that_crowd_are_taken_in_smaller_ranges(tmp_path: Path) -> None:
-    """All within 2^10 of 2^64: every range but the last is empty, and that one is split until it fits."""
-    content = np.random.default_rng(0).integers((1 << 64) - 1024, 1 << 64, 3000, np.uint64)
-    index = write_columns(tmp_path, manifest_of((3000,)), content=content)
-    assert bits_between(duplicates(index, 9 * 64), 0, 3000).tolist() == seen_before(content.tolist())
+@pytest.mark.parametrize("common", [0.0, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("wanted", [0.0, 0.3, 0.9, 1.0])
+def test_digits_are_counted_whether_or_not_most_samples_have_the_same(common: float, wanted: float) -> None:
+    random = np.random.default_rng(0)
+    digits = np.where(random.random(10_000) < common, 77, random.integers(0, 1 << 16, 10_000)).astype(np.uint32)
+    may = random.random(10_000) < wanted
+    counts = np.ones(1 << 16, np.int64)
+    rules._tally(counts, digits, may)
+    assert np.array_equal(counts - 1, np.bincount(digits[may], minlength=1 << 16))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -375,7 +246,7 @@ def test_where_nothing_may_be_chosen_it_says_why(tmp_path: Path) -> None:
 
 
 def everything(num: int) -> Eligible:
-    return Eligible(np.full(-(-num // 8), 255, np.uint8), 0, 0, 0)
+    return Eligible(packed=np.full(-(-num // 8), 255, np.uint8), held_out=0, empty=0, duplicates=0)
 
 
 @pytest.mark.long

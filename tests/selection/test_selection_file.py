@@ -26,7 +26,9 @@ IDS = np.unique(np.random.default_rng(0).integers(0, 3001, 700))
 
 def write(prefix: Path, ids: np.ndarray = IDS, pieces: int = 3, **facts: object) -> Selection:
     chunks = np.array_split(ids, pieces)
-    write_selection(str(prefix), chunks, len(ids), dataclasses.replace(SCORES, **facts), RULE, 0.01)
+    write_selection(
+        str(prefix), chunks, num_selected=len(ids), scores=dataclasses.replace(SCORES, **facts), rule=RULE, valid_share=0.01
+    )
     return Selection.open(str(prefix))
 
 
@@ -116,11 +118,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        write_selection(str(tmp_path / "a"), failing(), 20, SCORES, RULE, 0.0)
+        write_selection(str(tmp_path / "a"), failing(), num_selected=20, scores=SCORES, rule=RULE, valid_share=0.0)
     with pytest.raises(AssertionError):
-        write_selection(str(tmp_path / "a"), [IDS], len(IDS) - 1, SCORES, RULE, 0.0)
+        write_selection(str(tmp_path / "a"), [IDS], num_selected=len(IDS) - 1, scores=SCORES, rule=RULE, valid_share=0.0)
     with pytest.raises(AssertionError, match="ascend"):
-        write_selection(str(tmp_path / "a"), [IDS[5:], IDS[:5]], len(IDS), SCORES, RULE, 0.0)
+        write_selection(
+            str(tmp_path / "a"), [IDS[5:], IDS[:5]], num_selected=len(IDS), scores=SCORES, rule=RULE, valid_share=0.0
+        )
     assert Selection.open(str(tmp_path / "a")).fingerprint == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npy"]
 
@@ -134,7 +138,7 @@ def test_the_description_goes_first_and_comes_last(tmp_path: Path, monkeypatch: 
         os, "unlink", lambda path, **rest: (calls.append(f"delete {os.path.basename(path)}"), unlink(path, **rest))
     )
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(f"rename {os.path.basename(old)}"), replace(old, new)))
-    write_selection(str(tmp_path / "a"), [IDS], len(IDS), SCORES, RULE, 0.0)
+    write_selection(str(tmp_path / "a"), [IDS], num_selected=len(IDS), scores=SCORES, rule=RULE, valid_share=0.0)
     assert calls == ["rename a.json.tmp.tmp", "delete a.json", "rename a.npy.tmp", "rename a.json.tmp"]
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from megatron_salt.checkpoint import compatibility, integrity, save_directory, sharded_state
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.checkpoint import integrity, save_directory, sharded_state
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
 from megatron_salt.train.step import Student
@@ -53,16 +55,19 @@ class Left:
     optimizer: str
     rng: str
     learning_rate: float
-    progress: Progress | None
+    progress: RunState | None
     """What `load` returned."""
     losses: list[float]
 
 
-def start(run: Run, world_size: int) -> tuple[Student, Checkpointer, Progress | None]:
+def start(run: Run, world_size: int) -> tuple[Student, Checkpointer, RunState | None]:
     """Build, and load where the run says so."""
     student = build_student(run.case, world_size, seed=run.seed)
     follows = schedule_follows_run(OptimizerConfig())
-    identity = RunIdentity("seed: 1234\n", asdict(run.model), run.tokenizer, run.data, run.seed, follows)
+    identity = RunIdentity(
+        yaml="seed: 1234\n", architecture=asdict(run.model), tokenizer_fingerprint=run.tokenizer, data_fingerprint=run.data,
+        seed=run.seed, schedule_follows_run=follows,
+    )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     config = CheckpointConfig(save=run.save, load=run.load, **run.flags)
     checkpointer = Checkpointer(config, identity, tokenizer, student.mesh, student.chunks, student.optimizer, student.scheduler)
@@ -82,13 +87,14 @@ def job(run: Run, world_size: int, until: int, save_at: tuple[int, ...] = (), fi
     return left(student, progress, losses)
 
 
-def at(step: int) -> Progress:
+def at(step: int) -> RunState:
     """A run's progress after a step."""
     samples = step * GLOBAL_BATCH
-    return Progress(step, samples, {"pools": {"all": samples}}, ({"event": "start", "step": 0},), {"note": 1.5})
+    events = ({"event": "start", "step": 0},)
+    return RunState(step=step, consumed_samples=samples, position=samples, nonfinite_in_a_row=1, events=events)
 
 
-def left(student: Student, progress: Progress | None, losses: list[float]) -> Left:
+def left(student: Student, progress: RunState | None, losses: list[float]) -> Left:
     """Hashes of everything that training continues from, on this rank."""
     with sharded_state.settled(student.chunks):
         weights = _hash(param for chunk in student.chunks for _, param in sorted(chunk.named_parameters()))
@@ -115,9 +121,9 @@ def flip(path: Path, offset: int) -> None:
 
 
 def rewrite(directory: Path, **changes: object) -> None:
-    """Change facts of a checkpoint, its checksums with them; ... takes one out."""
-    facts = compatibility.read_facts(directory) | changes
-    content = json.dumps({name: value for name, value in facts.items() if value is not ...}).encode()
+    """Change values in a checkpoint's state.json, and its checksums with them; ... takes a value out."""
+    state = json.loads((directory / save_directory.STATE).read_bytes()) | changes
+    content = json.dumps({name: value for name, value in state.items() if value is not ...}).encode()
     sums = integrity.read_checksums(directory)
     integrity.write_checksums(
         directory, sums | {save_directory.STATE: integrity.write_whole(directory / save_directory.STATE, content)}

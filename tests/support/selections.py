@@ -13,8 +13,8 @@ from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import DatasetFacts, fingerprint, tokenizer_directory
 from megatron_salt.data.windows import Windows
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
-from megatron_salt.selection.score_format import IndexManifest, claim, columns, content_hashes, shard_blocks
-from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.selection.score_format import IndexManifest, claim, columns, content_hashes, npy_header, shard_blocks
+from megatron_salt.selection.score_reader import ScoreIndex, Shard
 from megatron_salt.selection.score_writer import ShardWriter
 from megatron_salt.selection.selection_file import Selection, write_selection
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
@@ -87,15 +87,45 @@ def files_in(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+def write_columns(directory: Path, manifest: IndexManifest, num_shards: int = 1, **columns: np.ndarray) -> ScoreIndex:
+    """An index of which only these columns can be read."""
+    bounds = [manifest.num_samples * number // num_shards for number in range(num_shards + 1)]
+    shards = []
+    for first, end in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
+        path = directory / f"samples-{first:015d}-{end:015d}"
+        path.mkdir(parents=True)
+        for name, values in columns.items():
+            (path / f"{name}.npy").write_bytes(npy_header(values.dtype, end - first) + values[first:end].tobytes())
+        shards.append(Shard(path, first, end, {}))
+    return ScoreIndex(manifest, tuple(shards), "--scores")
+
+
 def write_ids(prefix: object, data_path: Sequence[str], seq_length: int, ids: Sequence[int], valid_share: float = 0.0) -> str:
     """Write PREFIX.npy and PREFIX.json for byte-level data; returns PREFIX.npy."""
     datasets = tuple(DatasetFacts(one, fingerprint(one), len(Windows(TokenFile.open(one), seq_length))) for one in data_path)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     scores = IndexManifest(
-        datasets, seq_length, tokenizer.vocabulary_size, tokenizer.fingerprint, "sha256:0", 10, "teacher/iter_0000010", (10,), {},
-        "float32", micro_batch_size=1, block_samples=1,
-    )  # fmt: skip
-    write_selection(str(prefix), [np.array(sorted(ids), np.int64)], len(ids), scores, {"rule": "by hand"}, valid_share)
+        datasets=datasets,
+        seq_length=seq_length,
+        vocabulary=tokenizer.vocabulary_size,
+        tokenizer=tokenizer.fingerprint,
+        teacher="sha256:0",
+        teacher_step=10,
+        teacher_directory="teacher/iter_0000010",
+        top_k=(10,),
+        masking={},
+        dtype="float32",
+        micro_batch_size=1,
+        block_samples=1,
+    )
+    write_selection(
+        str(prefix),
+        [np.array(sorted(ids), np.int64)],
+        num_selected=len(ids),
+        scores=scores,
+        rule={"rule": "by hand"},
+        valid_share=valid_share,
+    )
     return f"{prefix}.npy"
 
 

@@ -21,8 +21,8 @@ from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
+from megatron_salt.train.build_model import build_optimizer, build_scheduler, install_pipeline_hooks, wrap_in_ddp
 from megatron_salt.train.evaluate import means, sums_over_replicas
-from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_salt.train.step import Student, train_step, unwrap
 
 VOCABULARY = 250  # padded to 256, so that the last tensor-parallel rank owns ids that do not exist
@@ -75,8 +75,12 @@ def build_student(case: Case, world_size: int, weights: Path | None = None, seed
         lr=case.learning_rate, weight_decay=0.1, adam_beta2=0.95, adam_eps=case.adam_eps, lr_decay_style="constant"
     )
     optimizer = build_optimizer(ddp_chunks, flags, case.parallel, case.dtype, mesh, case.precision)
+    install_pipeline_hooks(ddp_chunks, optimizer, case.parallel.overlap_grad_reduce)
     scheduler = build_scheduler(optimizer, flags, train_samples=100 * GLOBAL_BATCH, global_batch_size=GLOBAL_BATCH)
-    student = Student(ddp_chunks, optimizer, scheduler, mesh, SEQ_LENGTH, case.micro_batch_size, GLOBAL_BATCH)
+    student = Student(
+        chunks=ddp_chunks, optimizer=optimizer, scheduler=scheduler, mesh=mesh, seq_length=SEQ_LENGTH,
+        micro_batch_size=case.micro_batch_size, global_batch_size=GLOBAL_BATCH,
+    )  # fmt: skip
     if weights is not None:
         load_weights(student, weights)
     return student

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, TokenizerConfig
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.vocab_parallel import VocabularyShard
-from megatron_salt.salt import load_teacher, routing
-from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt import load_teacher
+from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
-from megatron_salt.train.reference_loss import probe
+from megatron_salt.train.evaluate import reference_losses
 from megatron_salt.train.step import Student, train_step
 from tests.support.small import SEQ_LENGTH, SMALL, VOCABULARY, Case, batch, build_student, train_student
 
@@ -45,13 +45,14 @@ def make_teacher(directory: Path, model: ModelConfig = TEACHER, steps: int = 2, 
 def save_teacher(student: Student, directory: Path, model: ModelConfig, steps: int) -> None:
     """Save a model that one rank has trained."""
     identity = RunIdentity(
-        "", asdict(model) | {"seq_length": SEQ_LENGTH, "vocabulary": VOCABULARY}, "tokenizer:aaaa", "data:aaaa", 1
-    )
+        yaml="", architecture=asdict(model) | {"seq_length": SEQ_LENGTH, "vocabulary": VOCABULARY},
+        tokenizer_fingerprint="tokenizer:aaaa", data_fingerprint="data:aaaa", seed=1,
+    )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     checkpointer = Checkpointer(
         CheckpointConfig(save=str(directory)), identity, tokenizer, student.mesh, student.chunks, None, None
     )
-    checkpointer.save(Progress(steps, 0), final=True, probe=probe(student, VOCABULARY))
+    checkpointer.save(RunState(step=steps), final=True, reference_losses=reference_losses(student, VOCABULARY))
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,26 @@ class Lesson:
         )  # fmt: skip
 
 
-def shard_of(student: Student, case: Case) -> VocabularyShard:
-    """How the case's vocabulary is cut, on any stage."""
+def head_of(student: Student, case: Case) -> TeacherHead:
+    """How the student's last stage computes the teacher's head."""
     rows = case.model.padded_vocabulary_size(VOCABULARY) // student.mesh.layout.tensor
-    return VocabularyShard(student.mesh.groups.tp, rows, VOCABULARY, case.parallel.sequence_parallel)
+    shard = VocabularyShard(student.mesh.groups.tp, rows, VOCABULARY, sequence_parallel=True)
+    return TeacherHead(student.mesh, shard, SEQ_LENGTH, CHUNK_TOKENS)
 
 
 def admit(lesson: Lesson, student: Student) -> Teacher:
     """The lesson's teacher over the student's ranks."""
     checkpoint = load_teacher.read_teacher(lesson.load)
     load_teacher.refuse_unfit(checkpoint, lesson.salt, "tokenizer:aaaa", VOCABULARY, SEQ_LENGTH)
-    layout = routing.teacher_layout(student.mesh.layout, *lesson.teacher)
-    return load_teacher.admit(
-        checkpoint, lesson.salt, layout, student.mesh, shard_of(student, lesson.case), SEQ_LENGTH, CHUNK_TOKENS, lesson.case.dtype,
-        lesson.merge, timedelta(minutes=1),
-    )  # fmt: skip
+    teacher, _ = load_teacher.admit(
+        checkpoint,
+        lesson.salt,
+        head_of(student, lesson.case),
+        dtype=lesson.case.dtype,
+        microbatches_per_forward=lesson.merge,
+        timeout=timedelta(minutes=1),
+    )
+    return teacher
 
 
 @dataclass(frozen=True)

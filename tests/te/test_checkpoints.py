@@ -18,7 +18,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron_salt.checkpoint import safe_unpickle, save_directory, sharded_state
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.model.fp8_teacher import linears
 from megatron_salt.model.gpt import GPT
@@ -49,7 +49,9 @@ class Side:
 def checkpointer(side: Side, chunks: list[GPT], mesh, save: Path | None = None, load: Path | None = None) -> Checkpointer:
     where = {name: str(path) for name, path in (("save", save), ("load", load)) if path is not None}
     config = CheckpointConfig(**where, no_load_rng=load is not None)
-    identity = RunIdentity("", asdict(side.model), "tokenizer", "data", 1234)
+    identity = RunIdentity(
+        yaml="", architecture=asdict(side.model), tokenizer_fingerprint="tokenizer", data_fingerprint="data", seed=1234
+    )
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     return Checkpointer(config, identity, tokenizer, mesh, chunks, None, None)
 
@@ -97,7 +99,7 @@ def saving(side: Side, directory: Path) -> tuple[list, Scales]:
     chunks, mesh = engine.build(side.model, side.parallel, side.precision, side.world_size)
     if side.precision.fp8_recipe == "delayed":
         scaled(chunks)
-    checkpointer(side, chunks, mesh, save=directory).save(Progress(1, 16))
+    checkpointer(side, chunks, mesh, save=directory).save(RunState(step=1, consumed_samples=16))
     return weights_of(chunks, mesh), scales_of(chunks)
 
 
@@ -107,7 +109,7 @@ def loading(side: Side, directory: Path) -> tuple[list, Scales]:
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         torch.nn.init.constant_(parameter, 7.0)
     with engine.capability_seen():
-        assert checkpointer(side, chunks, mesh, load=directory).load() == Progress(1, 16)
+        assert checkpointer(side, chunks, mesh, load=directory).load() == RunState(step=1, consumed_samples=16)
     return weights_of(chunks, mesh), scales_of(chunks)
 
 

@@ -18,14 +18,14 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.fp8_teacher import linears, raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
-from megatron_salt.train.optim import build_optimizer, build_scheduler, wrap_in_ddp
+from megatron_salt.train.build_model import build_optimizer, build_scheduler, wrap_in_ddp
 from tests.support.ranks import run_ranks
 from tests.support.small import SMALL
 from tests.te import engine
@@ -51,7 +51,9 @@ def start(precision: Precision, **where: str) -> Started:
     scheduler = build_scheduler(optimizer, OptimizerConfig(), 100, 1)
     config = CheckpointConfig(**where, no_load_rng="load" in where)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
-    identity = RunIdentity("", asdict(SMALL), "tokenizer", "data", 1234)
+    identity = RunIdentity(
+        yaml="", architecture=asdict(SMALL), tokenizer_fingerprint="tokenizer", data_fingerprint="data", seed=1234
+    )
     return Started(model, ddp, optimizer, Checkpointer(config, identity, tokenizer, mesh, [ddp], optimizer, scheduler))
 
 
@@ -89,7 +91,7 @@ def saved(precision: Precision, directory: Path, final: bool) -> State:
         assert all(is_fp8(linear.weight) == precision.fp8_params for linear in linears(student.model))
         dtypes = {buffer.param_data.dtype for buffer in student.ddp.buffers}
         assert dtypes == ({torch.uint8, torch.bfloat16} if precision.fp8_params else {torch.bfloat16})
-        student.checkpointer.save(Progress(1, 16), final=final)
+        student.checkpointer.save(RunState(step=1, consumed_samples=16), final=final)
         return state_of(student)
 
 
@@ -101,7 +103,7 @@ def loaded(precision: Precision, directory: Path) -> State:
             *mains_of(student),
         ]:
             tensor.data.fill_(3)
-        assert student.checkpointer.load() == Progress(1, 16)
+        assert student.checkpointer.load() == RunState(step=1, consumed_samples=16)
         return state_of(student)
 
 

@@ -14,7 +14,7 @@ from tokenizers import models, processors
 from megatron_salt.config import DataConfig, TokenizerConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
-from megatron_salt.tokenizer.document_ends import Declared, find_eod, of_template
+from megatron_salt.tokenizer.document_ends import DeclaredEnds, ends_of_post_processor, find_eod
 from megatron_salt.tokenizer.tokenizer import DESCRIPTION, build_tokenizer, load_tokenizer, tokenizer_from_files
 from tests.tokenizer.test_tokenizer import sentencepiece_model
 
@@ -34,7 +34,7 @@ def saved(folder: Path, model: tokenizers.Tokenizer, **beside: object) -> Tokeni
     model.save(str(folder / "tokenizer.json"))
     for name, content in beside.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    return TokenizerConfig("HuggingFaceTokenizer", str(folder))
+    return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
 
 
 def eod_text(config: TokenizerConfig, model: tokenizers.Tokenizer) -> str | None:
@@ -84,7 +84,7 @@ def test_names_then_the_files_beside_it_decide_or_the_candidates_are_named(tmp_p
         with pytest.raises(UserError, match="--eod-token") as error:
             build_tokenizer(config)
         assert all(f"{token!r} (id {model.token_to_id(token)})" in str(error.value) for token in special[:2])
-        config = TokenizerConfig("HuggingFaceTokenizer", str(tmp_path), eod_token=special[1])
+        config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path), eod_token=special[1])
         assert eod_text(config, model) == special[1]
     else:
         assert eod_text(config, model) == expected
@@ -99,16 +99,26 @@ def test_what_the_post_processor_appends_decides_too(tmp_path):
     config = saved(tmp_path, model)
     assert (eod_text(config, model), build_tokenizer(config).bos) == ("<|endoftext|>", ids[0][1])
     model.post_processor = processors.BertProcessing(("</s>", 5), ("<s>", 6))
-    assert of_template(json.loads(model.post_processor.__getstate__())) == Declared(frozenset([5]), frozenset([6]))
-    assert of_template(None) == of_template({"type": "Other"}) == Declared()
+    assert ends_of_post_processor(json.loads(model.post_processor.__getstate__())) == DeclaredEnds(
+        frozenset([5]), frozenset([6])
+    )
+    assert ends_of_post_processor(None) == ends_of_post_processor({"type": "Other"}) == DeclaredEnds()
 
 
 def test_files_beside_a_file_of_another_name_are_not_its_own(tmp_path):
     model = tokenizer_json(["<fin>"])
     saved(tmp_path, model, tokenizer_config={"eos_token": "<fin>"})
     model.save(str(tmp_path / "other.json"))
-    assert eod_text(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path / "other.json")), model) is None
-    assert eod_text(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json")), model) == "<fin>"
+    assert (
+        eod_text(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "other.json")), model)
+        is None
+    )
+    assert (
+        eod_text(
+            TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json")), model
+        )
+        == "<fin>"
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\udcff"])
@@ -123,27 +133,36 @@ def test_a_damaged_file_beside_it_is_named(tmp_path, content):
     "make, token",
     [
         (lambda home: saved(home, tokenizer_json(["</s>"])), "<fin>"),
-        (lambda home: TokenizerConfig("SentencePieceTokenizer", str(sentencepiece_model(home / "m"))), "<fin>"),
-        (lambda home: TokenizerConfig("ByteLevelTokenizer"), "</s>"),
+        (
+            lambda home: TokenizerConfig(
+                tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(sentencepiece_model(home / "m"))
+            ),
+            "<fin>",
+        ),
+        (lambda home: TokenizerConfig(tokenizer_type="ByteLevelTokenizer"), "</s>"),
     ],
 )
 def test_a_token_that_is_not_there_is_refused_with_the_special_ones(tmp_path, make, token):
     config = make(tmp_path)
     with pytest.raises(UserError, match=rf"--eod-token '{token}': .* has no such token"):
-        build_tokenizer(TokenizerConfig(config.tokenizer_type, config.tokenizer_model, eod_token=token))
+        build_tokenizer(
+            TokenizerConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model, eod_token=token)
+        )
 
 
 @pytest.mark.parametrize("token", ["<unk>", "<0x0A>"])
 def test_what_any_text_gives_ends_no_document(tmp_path, token):
     model = str(sentencepiece_model(tmp_path / "m"))
     with pytest.raises(UserError, match=f"--eod-token '{token}' .* ordinary text gives"):
-        build_tokenizer(TokenizerConfig("SentencePieceTokenizer", model, eod_token=token))
+        build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model, eod_token=token))
 
 
 def test_a_single_letter_ends_no_document_where_text_needs_it(tmp_path):
     config = saved(tmp_path, tokenizer_json(["</s>"]))
     with pytest.raises(UserError, match="--eod-token 'q': .* cannot spell text"):
-        build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", config.tokenizer_model, eod_token="q"))
+        build_tokenizer(
+            TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=config.tokenizer_model, eod_token="q")
+        )
 
 
 def test_fingerprints_stay_where_the_end_is_the_one_that_was_always_taken(tmp_path):
@@ -153,7 +172,9 @@ def test_fingerprints_stay_where_the_end_is_the_one_that_was_always_taken(tmp_pa
     unknown = saved(tmp_path / "unknown", tokenizer_json(["<fin>"]))  # none was
 
     def fingerprint(config: TokenizerConfig, eod_token: str | None) -> str:
-        return build_tokenizer(TokenizerConfig(config.tokenizer_type, config.tokenizer_model, eod_token=eod_token)).fingerprint
+        return build_tokenizer(
+            TokenizerConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model, eod_token=eod_token)
+        ).fingerprint
 
     def of_the_files(config: TokenizerConfig) -> str:
         """As the first versions computed it."""
@@ -170,7 +191,9 @@ def test_fingerprints_stay_where_the_end_is_the_one_that_was_always_taken(tmp_pa
 
 def test_a_saved_tokenizer_keeps_the_end_that_was_named_and_one_of_an_older_version_its_own(tmp_path):
     config = saved(tmp_path / "from", tokenizer_json(["<eos>", "<bos>"], ["</s>"]), tokenizer_config={"bos_token": "<bos>"})
-    named = build_tokenizer(TokenizerConfig(config.tokenizer_type, config.tokenizer_model, eod_token="</s>"))
+    named = build_tokenizer(
+        TokenizerConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model, eod_token="</s>")
+    )
     named.save(tmp_path / "kept")
     loaded = load_tokenizer(tmp_path / "kept")
     assert (loaded.eod, loaded.bos, loaded.fingerprint) == (named.eod, named.bos, named.fingerprint) and named.bos is not None

@@ -19,7 +19,7 @@ from megatron_salt.preprocess.readers import Chunk
 from megatron_salt.preprocess.tokenizer_backends import choose_backend, encode_with, first_difference
 from megatron_salt.tokenizer.document_ends import Ends
 from megatron_salt.tokenizer.sentencepiece_model import user_defined_pieces, with_control_piece
-from megatron_salt.tokenizer.special_tokens import Finder, Found, told
+from megatron_salt.tokenizer.special_tokens import SpecialTokenCounts, SpecialTokenFinder, counts_in_words
 from megatron_salt.tokenizer.tokenizer import Tokenizer, tokenizer_from_files
 
 TEXT = ["the cat sat on the mat and the dog ran", "le chat dort; ça va? <b>12</b>", "def f(x):\n\treturn x  # ."] * 30
@@ -46,19 +46,19 @@ def test_occurrences_are_those_of_a_search_at_each_place(names):
             found += name is not None
             at += len(name) if name is not None else 1
         documents += found > 0
-    found = Finder(names)(texts)
+    found = SpecialTokenFinder(names)(texts)
     assert (found.documents, found.tokens) == (documents, {name: count for name, count in expected.items() if count})
 
 
 def test_the_first_is_shown_with_what_stands_around_it():
-    found = Finder(["<eod>", "</s>"])(["none", "a tag <eod> in the text </s>"])
-    assert found == Found(1, {"<eod>": 1, "</s>": 1}, (1, "<eod>", "'a tag <eod> in the text </s>'"))
-    assert Finder([])(["a"]) == Finder([""])(["a"]) == Found()
+    found = SpecialTokenFinder(["<eod>", "</s>"])(["none", "a tag <eod> in the text </s>"])
+    assert found == SpecialTokenCounts(1, {"<eod>": 1, "</s>": 1}, (1, "<eod>", "'a tag <eod> in the text </s>'"))
+    assert SpecialTokenFinder([])(["a"]) == SpecialTokenFinder([""])(["a"]) == SpecialTokenCounts()
 
 
 def test_the_most_frequent_tokens_are_told():
-    assert told({"a": 1, "b": 3}) == "'b' 3 times, 'a' once"
-    assert told({str(i): 9 - i for i in range(8)}).endswith("and 3 other tokens")
+    assert counts_in_words({"a": 1, "b": 3}) == "'b' 3 times, 'a' once"
+    assert counts_in_words({str(i): 9 - i for i in range(8)}).endswith("and 3 other tokens")
 
 
 # --- SentencePiece ----------------------------------------------------------------------------------------------------

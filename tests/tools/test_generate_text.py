@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_salt.checkpoint.checkpointer import Checkpointer, load_weights
+import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
-from megatron_salt.checkpoint.run_state import Progress
+from megatron_salt.checkpoint.loading import load_weights
+from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.errors import UserError
@@ -44,8 +47,12 @@ def build(parallel: ParallelConfig, world_size: int) -> tuple[list[GPT], object]
 def write_checkpoint(directory: str, parallel: ParallelConfig, world_size: int) -> None:
     """In every rank: what a run with random weights would leave."""
     chunks, mesh = build(parallel, world_size)
-    identity = RunIdentity(to_yaml(RUN), asdict(RUN.model), BYTES.fingerprint, "content:none", 7)
-    Checkpointer(CheckpointConfig(save=directory), identity, BYTES, mesh, chunks, None, None).save(Progress(1, 1), final=True)
+    identity = RunIdentity(
+        yaml=to_yaml(RUN), architecture=asdict(RUN.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
+        seed=7,
+    )  # fmt: skip
+    checkpointer = Checkpointer(CheckpointConfig(save=directory), identity, BYTES, mesh, chunks, None, None)
+    checkpointer.save(RunState(step=1, consumed_samples=1), final=True)
 
 
 def greedy(directory: str, tensor: int) -> list[int]:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_salt.checkpoint import save_directory
-from megatron_salt.checkpoint.run_state import Progress, SaltProgress
+from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState, SaltState
 from megatron_salt.errors import UserError
 from megatron_salt.tools.inspect_checkpoint import InspectConfig, inspect_checkpoint
 from tests.support.checkpoint_runs import TINY, Run, flip, job, start
@@ -44,9 +43,12 @@ def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
 ) -> None:
     schedule = {"kd_steps": 5, "kd_weight": 0.5, "kd_transition": "step"}
     held_out = None if crossover is None else {"loss": 3.25, "accuracy": 0.5}
-    salt = SaltProgress(end, schedule, "sha256:abcd", "/teachers/one", crossover, held_out)
-    probe = {"lengths": [16, 32], "losses": [5.5, None], "dtype": "bfloat16"}
-    run_ranks(1, save_in_stage, Run(save=str(tmp_path)), Progress(step, 8 * step, salt=salt), probe)
+    salt = SaltState(
+        stage1_end=end, schedule=schedule, teacher="sha256:abcd", teacher_directory="/teachers/one", crossover=crossover,
+        teacher_held_out=held_out,
+    )  # fmt: skip
+    recorded = ReferenceLosses((16, 32), (5.5, None), "bfloat16")
+    run_ranks(1, save_in_stage, Run(save=str(tmp_path)), RunState(step=step, consumed_samples=8 * step, salt=salt), recorded)
     assert inspect_checkpoint(InspectConfig(load=str(tmp_path))) == 0
     report = capsys.readouterr().out
     assert f"stage        {told}" in report and "own loss     5.50000 over 16, not finite over 32 tokens, bfloat16" in report
@@ -55,9 +57,9 @@ def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
     assert ("held out     the teacher's loss 3.25, accuracy 0.5" in report) == (held_out is not None)
 
 
-def save_in_stage(run: Run, progress: Progress, probe: dict[str, Any]) -> None:
+def save_in_stage(run: Run, state: RunState, recorded: ReferenceLosses) -> None:
     _, checkpointer, _ = start(run, 1)
-    checkpointer.save(progress, probe)
+    checkpointer.save(state, recorded)
 
 
 def test_damage_is_one_line_that_names_each_file(saved: Path) -> None:

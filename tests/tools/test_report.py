@@ -148,10 +148,12 @@ def test_runs_are_compared_by_their_names_even_with_a_colon() -> None:
         {"run": tuple("abcdefg")},
         {"run": ("a",), "below_unigram": 0.5},
         {"run": ("a",), "unigram_of": "p", "below_unigram": math.nan},
+        {"run": ("a", "b"), "below_margin": 0.05},
+        {"run": ("a", "b"), "below": ("a:b",), "below_margin": math.nan},
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags: dict) -> None:
-    with pytest.raises(UserError, match="--run|--below-unigram"):
+    with pytest.raises(UserError, match="--run|--below-unigram|--below-margin"):
         ReportConfig(**flags)
 
 
@@ -259,3 +261,11 @@ def test_a_run_is_held_to_end_below_another(
     salt = write_taught_log(tmp_path / "salt", [5.0, 4.0, 3.0], 1, held_out)
     assert report(ReportConfig((f"plain={plain}", f"salt={salt}"), below=("salt:plain",))) == status
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("last, status", [(2.04, 0), (2.06, 1), (1.9, 0)])
+def test_a_margin_lets_a_run_end_a_little_above_another(tmp_path: Path, last: float, status: int) -> None:
+    plain = write_log(tmp_path / "plain", [5.0, 4.0, 3.0], {3: 2.0})
+    salt = write_taught_log(tmp_path / "salt", [5.0, 4.0, 3.0], 1, {3: last})
+    runs = (f"plain={plain}", f"salt={salt}")
+    assert report(ReportConfig(run=runs, below=("salt:plain",), below_margin=0.05)) == status

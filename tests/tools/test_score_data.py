@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_salt.checkpoint.checkpointer import load_weights
+from megatron_salt.checkpoint.loading import load_weights
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.windows import Windows

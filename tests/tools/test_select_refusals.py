@@ -126,7 +126,7 @@ def test_a_full_disk_keeps_the_selection_that_is_there_and_leaves_no_remains(ind
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_salt.data.manifest.json.dump", full)
+        patch.setattr("megatron_salt.data.json_records.json.dump", full)
         assert select(index, "--fraction", "0.25", "--overwrite") == 2
     assert "No space left" in capsys.readouterr().err
     assert files_in(index.parent) == before

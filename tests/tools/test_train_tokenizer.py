@@ -41,7 +41,7 @@ def run(inputs: list[Path], output: Path, *flags: str) -> int:
 
 
 def load(output: Path) -> Tokenizer:
-    return build_tokenizer(TokenizerConfig("SentencePieceTokenizer", str(output)))
+    return build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(output)))
 
 
 @pytest.fixture

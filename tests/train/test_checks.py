@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from megatron_salt import pretrain
+from megatron_salt.config import CheckpointConfig, DataConfig, RunConfig, SaltConfig, TokenizerConfig, TrainingConfig
 from megatron_salt.train import dry_run
 from megatron_salt.train import run as run_module
 from tests.support.program import argv, the_error
@@ -44,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(save=None, dist_ckpt_optim_fully_reshardable=True), "--dist-ckpt-optim-fully-reshardable needs --save"),
     (dict(save=None, profile=True), "--profile has nowhere to write its trace; give --tensorboard-dir or --save"),
     (dict(profile=True, profile_ranks=[0, 5]), "--profile-ranks 5: the run has ranks 0 to 0"),
+    (dict(save="SAVE", profile=True, profile_step_start=7), "--profile-step-start 7 lies beyond the run's last step, 6"),
     (dict(teacher_load="nowhere", kd_steps=3, teacher_micro_batch_size=3), "--teacher-micro-batch-size 3 is not a multiple"),
     (dict(teacher_load="nowhere", kd_steps=3, kd_stop="crossover"), "--kd-stop crossover compares held-out accuracies"),
     (dict(teacher_load="nowhere", kd_steps=3, teacher_tensor_model_parallel_size=2), "--teacher-tensor-model-parallel-size"),
@@ -54,7 +56,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], reason: str
 ) -> None:
-    """Neither comes as far as reading data: what follows the checks is replaced by an error."""
+    """Neither reads data: what follows the checks is replaced by an error."""
     monkeypatch.chdir(tmp_path)
     words = argv(**dict(data_path="words", train_iters=6, save="SAVE") | flags)
     said = []
@@ -72,10 +74,28 @@ def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
 
 
 def test_flags_that_belong_together_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else everything above could pass for the wrong reason."""
+    """Without this test, the tests above could pass for the wrong reason."""
     monkeypatch.chdir(tmp_path)
-    flags = dict(WSD, lr_wsd_decay_iters=6, skip_samples=["0:8", "9:12"], keep_last=2, async_save=True, profile=True, save_at=6)
+    flags = dict(WSD, lr_wsd_decay_iters=6, skip_samples=["0:8", "9:12"], keep_last=2, async_save=True, save_at=6) | dict(
+        profile=True, profile_step_start=6
+    )
     with mock.patch.object(run_module, "run_session") as started, mock.patch.object(dry_run, "dry_run") as rehearsed:
         for more in ([], ["--dry-run", "1"]):
             assert pretrain.main([*argv(data_path="words", train_iters=6, save="SAVE", **flags), *more]) == 0
     assert started.call_count == rehearsed.call_count == 1
+
+
+def test_ranks_compare_what_their_flags_say_and_not_where_files_lie() -> None:
+    def flags(where: str, *data: str, **salt: Any) -> dict[str, object]:
+        return run_module.compared_flags(RunConfig(
+            data=DataConfig(data_path=tuple(f"{where}/{name}" for name in data)), tokenizer=TokenizerConfig(tokenizer_model=where),
+            salt=SaltConfig(teacher_load=where, kd_steps=3, **salt), training=TrainingConfig(outcome_file=where),
+            checkpoint=CheckpointConfig(save=where),
+        ))  # fmt: skip
+
+    own = flags("/here", "web", "code")
+    assert own == flags("/there", "web", "code")
+    for other in (flags("/here", "web"), flags("/here", "web", "code", kd_weight=0.5)):
+        assert [what for what, value in own.items() if other[what] != value] in (
+            ["the number of words in --data-path"], ["--kd-weight"]
+        )  # fmt: skip

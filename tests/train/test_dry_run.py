@@ -1,4 +1,4 @@
-"""--dry-run: finds what a start would refuse, without ranks, and leaves nothing behind."""
+"""--dry-run refuses what a start would refuse, needs no ranks, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
-    """A run of 2 steps: a teacher, or a run to go on with."""
+    """A run of 2 steps, as a teacher or to be resumed."""
     save = tmp_path_factory.mktemp("trained")
     train(data_path=data, train_iters=2, save=save)
     return save

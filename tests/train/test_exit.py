@@ -1,4 +1,4 @@
-"""When a run leaves: the same answer on every rank, whichever rank knows."""
+"""When a run leaves: every rank gives the same answer, whichever rank knows the reason."""
 
 from __future__ import annotations
 
@@ -50,15 +50,9 @@ def test_a_run_whose_save_is_taken_leaves_whichever_rank_knows() -> None:
         return max(code, max(asked))
 
     def of_rank(taken: bool) -> ExitPlan:
-        return ExitPlan(
-            exit_interval=None,
-            exit_duration_in_mins=0.0,
-            watch=None,
-            agree=agree,
-            started=1000.0,
-            clock=Clock(),
-            taken=lambda: taken,
-        )
+        leaving = plan(agree, minutes=0.0)
+        leaving.leave_where(lambda: taken)
+        return leaving
 
     assert "--exit-duration-in-mins" in (of_rank(False).reason_to_leave(1) or "")
     assert of_rank(True).reason_to_leave(2) == of_rank(False).reason_to_leave(2) == "--save was taken over"
@@ -83,7 +77,7 @@ def test_the_previous_handlers_come_back():
 
 @pytest.mark.parametrize("number", LEAVE_SIGNALS)
 def test_a_forked_child_dies_of_the_signal(number):
-    """A background writer that its parent terminates must not live on. In a Python of its own: this one has threads."""
+    """A background writer that its parent terminates must not live on. In another Python process, because this one has threads."""
     code = (
         "import os; from megatron_salt.train.exit import SignalWatch; watch = SignalWatch(); child = os.fork()\n"
         f"if child == 0: os.kill(os.getpid(), {number}); os._exit(0)\n"
@@ -144,7 +138,7 @@ def test_the_interval_needs_no_collective():
 @pytest.mark.parametrize("times", [(0.0, 0.0, 0.0), (0.0, 61.0, 0.0)])
 @pytest.mark.parametrize("step", [4, 5])
 def test_ranks_that_know_different_things_give_the_same_answer(monkeypatch, received, times, step):
-    """Oracle: the maximum, taken here over the codes that the ranks offer when asked alone."""
+    """Oracle: the maximum over the codes that the ranks offer when each is asked alone."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     offered: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A student that trains in emulated FP8, on the ranks and by the step of a real run: how near its curve is to the one without."""
+"""A student that trains in emulated FP8, with ranks and steps of a real run, has nearly the losses of one without FP8."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def plain(weights: Path) -> Callable[[torch.dtype], Curve]:
 
 
 def furthest(one: Curve, other: Curve) -> float:
-    """Largest distance between the losses of a step, nats."""
+    """Largest difference between the losses of the same step, nats."""
     return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
 
 
 def mean_distance(one: Curve, other: Curve) -> float:
-    """Between the losses of a step, nats."""
+    """Mean difference between the losses of the same step, nats."""
     return sum(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)) / len(one.losses)
 
 
@@ -68,7 +68,7 @@ def mean_distance(one: Curve, other: Curve) -> float:
 def test_the_loss_follows_the_one_without_fp8(
     weights: Path, plain: Callable[[torch.dtype], Curve], recipe: Recipe, dtype: torch.dtype
 ) -> None:
-    """While it falls by more than two nats."""
+    """The loss falls by more than two nats meanwhile."""
     without = plain(dtype)
     [fp8] = run_ranks(1, curve, replace(CASE, dtype=dtype), 1, weights, recipe)
     assert without.losses[0] - without.losses[-1] > 2

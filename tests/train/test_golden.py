@@ -1,4 +1,4 @@
-"""Losses of fixed runs, as text in golden/: what a change of the arithmetic, of the data's order or of the initial weights moves.
+"""Losses of fixed runs, as text in golden/. A change of the arithmetic, of the order of data or of the initial weights changes them.
 
 On one machine a run repeats bit for bit. Against the files, which another CPU and another torch may have written, losses agree
 within TOLERANCE: kernels of other instruction sets add in another order, and training amplifies that from step to step.

@@ -1,4 +1,4 @@
-"""The last word of a run, for a launcher."""
+"""--outcome-file: the line by which a launcher knows how a run ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop does besides stepping: evaluate, log, save, leave, profile, survive gradients that are not finite. Whole program."""
+"""What the loop does besides steps: evaluate, log, save, leave, profile, survive gradients that are not finite. Whole program."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_salt.checkpoint import sharded_state
+from megatron_salt.config import RunConfig
 from megatron_salt.data.batch import Batches, Microbatch
 from megatron_salt.metrics.run_log import STEP_KEYS
 from megatron_salt.salt import load_teacher
 from megatron_salt.train import build, evaluate, loop
+from megatron_salt.train import run as run_module
+from megatron_salt.train.inputs import Inputs
 from tests.support.program import (
     DROPOUT,
     GLOBAL_BATCH,
@@ -145,7 +148,7 @@ def test_checkpoints_come_at_the_interval_and_at_the_end_and_the_last_ones_stay(
 @pytest.mark.long
 @pytest.mark.parametrize("async_save", [pytest.param(True, marks=pytest.mark.full), False])
 def test_a_step_of_save_at_stays_and_loads_under_any_layout(tmp_path: Path, data: str, async_save: bool) -> None:
-    """Also where a save is due anyway, which is then this one."""
+    """Where a save is due at that step anyway, there is one save."""
     flags = dict(data_path=data, train_iters=5, use_distributed_optimizer=True)
     ended = train(**flags, save=tmp_path / "kept", save_interval=2, save_at=[1, 2], keep_last=1, async_save=async_save)
     assert checkpoints(tmp_path / "kept") == [1, 2, 5]
@@ -178,7 +181,7 @@ def test_a_run_that_leaves_early_has_saved(
 
 @contextlib.contextmanager
 def signal_to_rank_1_in_step_3() -> Iterator[None]:
-    """As if only one of the ranks had been told to leave."""
+    """Only one of the ranks gets the signal."""
     steps = iter(range(1, 100))
 
     def train_step(*arguments: Any) -> Any:
@@ -204,7 +207,7 @@ def test_all_ranks_leave_when_one_gets_a_signal_and_the_run_goes_on_later(tmp_pa
 
 @contextlib.contextmanager
 def signal_to_rank_1_while(module: Any, name: str) -> Iterator[None]:
-    """As if only one of the ranks had been told to leave, before the first step."""
+    """Only one of the ranks gets the signal, before the first step."""
 
     def action(*arguments: Any) -> Any:
         if dist.get_rank() == 1:
@@ -235,7 +238,7 @@ def signal_while_the_teacher_is_checked() -> Iterator[None]:
 
 
 def test_all_ranks_leave_before_the_first_step_when_one_gets_a_signal_by_then(tmp_path: Path, data: str) -> None:
-    """Nothing is saved, logged or lost; it is told where it was, and the next start goes on."""
+    """Nothing is saved, logged or lost. --outcome-file names the step, and the next start goes on."""
     flags = dict(data_path=data, exit_signal_handler=True, outcome_file=tmp_path / "outcome")
     flags |= dict(save=tmp_path / "run", load=tmp_path / "run")
     train(2, **flags, train_iters=2)
@@ -286,8 +289,37 @@ def test_all_ranks_leave_when_the_exit_file_appears_and_a_start_that_finds_it_is
 
 
 @contextlib.contextmanager
+def a_file_appears_while_the_data_is_opened(file: Path) -> Iterator[None]:
+    """The exit file appears in the first seconds of the program."""
+    original = run_module.read_inputs
+
+    def read_inputs(config: RunConfig) -> Inputs:
+        file.touch()
+        return original(config)
+
+    with mock.patch.object(run_module, "read_inputs", read_inputs):
+        yield
+
+
+def test_an_exit_file_that_appears_while_the_run_starts_is_a_reason_to_leave_and_no_mistake(tmp_path: Path, data: str) -> None:
+    file, outcome = tmp_path / "leave", tmp_path / "outcome"
+    flags = dict(data_path=data, train_iters=4, exit_file=file, save=tmp_path / "save", outcome_file=outcome)
+    train(1, **flags, within=partial(a_file_appears_while_the_data_is_opened, file))
+    assert outcome.read_text().startswith("left - ") and f"--exit-file {file} has appeared" in outcome.read_text()
+    assert not (tmp_path / "save").exists()
+
+
+def test_samples_that_are_left_out_are_logged(tmp_path: Path, data: str) -> None:
+    ended = train(data_path=data, train_iters=2, save=tmp_path, skip_samples=["8:16", "16:17"])
+    line = "--skip-samples 8:16 16:17 leaves 9 samples of the order out"
+    assert ended.out.count(line) == 1
+    [event] = [event for event in entries(tmp_path, "event") if event["message"] == line]
+    assert event["skip_samples"] == [[8, 16], [16, 17]] and event["step"] == 0
+
+
+@contextlib.contextmanager
 def signal_to_rank_1_in_the_evaluation() -> Iterator[None]:
-    """As if only one of the ranks had been told to leave, in the third batch of its first evaluation."""
+    """Only one of the ranks gets the signal, in the third batch of its first evaluation."""
     batches = iter(range(1, 100))
 
     def forward_input(*arguments: Any) -> Any:
@@ -317,7 +349,7 @@ def test_a_signal_cuts_an_evaluation_short_and_a_resumed_run_begins_with_it(tmp_
 
 
 def decided(save: Path, step: int) -> Path:
-    """What a checkpoint is told of the evaluation after it."""
+    """The file in which a checkpoint holds the result of the evaluation after it."""
     return save / f"iter_{step:07d}" / "evaluated.json"
 
 
@@ -325,7 +357,7 @@ def decided(save: Path, step: int) -> Path:
 def test_every_save_comes_before_the_evaluation_and_is_told_of_it_afterwards(
     tmp_path: Path, data: str, async_save: bool
 ) -> None:
-    """Also the last one. A finished run that was killed before its last evaluation makes it when it is started again, once."""
+    """Also the last one. A run that was killed between its last save and last evaluation evaluates once at the next start."""
     flags = dict(data_path=data, train_iters=4, valid_share=0.2, eval_interval=2, eval_iters=1, async_save=async_save)
     flags |= dict(save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
     save = tmp_path / "run"
@@ -394,7 +426,7 @@ def nan_from_step_3_on() -> Iterator[None]:
     "flags", [dict(OVERLAP), dict(OVERLAP, bf16=True), dict(bf16=True), dict(tensor_model_parallel_size=2, bf16=True)]
 )
 def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, data: str, flags: dict[str, Any]) -> None:
-    """The next step's loss is that of a run that never saw the batch. LR and data advance."""
+    """The loss of the next step is that of a run that never saw the batch. Learning rate and data advance."""
     flags = dict(flags, data_path=data, train_iters=5)
     train(2, **flags, save=tmp_path / "nan", within=nan_in_step_3)
     train(2, **flags, save=tmp_path / "skip", skip_samples=f"{2 * GLOBAL_BATCH}:{3 * GLOBAL_BATCH}")
@@ -409,7 +441,7 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, d
 
 
 def test_too_many_of_them_in_a_row_end_the_run_naming_step_rank_and_microbatch(tmp_path: Path, data: str) -> None:
-    """Counted across a resume, too; the checkpoint before stands."""
+    """Steps are counted across a resume too, and the checkpoint before them stays."""
     flags = dict(OVERLAP, data_path=data, train_iters=9, max_nonfinite_steps=3, save=tmp_path)
     ended = run(2, **flags, save_interval=2, within=nan_from_step_3_on)
     message = the_error(ended[0].err)

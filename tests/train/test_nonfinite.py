@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite, on whichever rank, never happened to parameters and optimizer; N in a row end the run.
+"""A step whose gradient is not finite on any rank leaves parameters and optimizer unchanged; N in a row end the run.
 
 A microbatch of one rank is poisoned: a label that is no id, which the head answers with NaN, or a mask or a gradient that is not finite.
 """
@@ -37,7 +37,7 @@ CASES = [
 
 
 def poisoned(student: Student, case: Case, step: int, how: str = "label") -> list[Microbatch]:
-    """The step's microbatches; the second one of the last replica has a token that does not add up."""
+    """The microbatches of a step; the second one of the last replica has a token that makes its loss not finite."""
     microbatches = batch(student, case, step)
     if student.mesh.at.dp == student.mesh.layout.data - 1:
         bad = microbatches[1]
@@ -71,7 +71,7 @@ def same(one: Left, other: Left) -> bool:
 @pytest.mark.long
 @pytest.mark.parametrize("world_size, case", CASES)
 def test_a_bad_step_leaves_parameters_and_optimizer_bit_for_bit_and_the_run_goes_on(world_size, case):
-    """Oracle: a run that never saw the bad batch. Learning rate and data move on, so the schedule is the one thing that differs."""
+    """Oracle: a run that never saw the bad batch. Learning rate and data advance, so the schedule alone differs."""
     never = run_ranks(world_size, step_through, case, world_size, None, False)
     for look in (False, True):  # looking gathers parameters, so a run that is not looked at counts too
         ranks = run_ranks(world_size, step_through, case, world_size, "label", look)

@@ -1,4 +1,4 @@
-"""What is not finite is not saved, and no run that ends with it says `done`. Whole program; a number is spoilt on one rank alone."""
+"""Numbers that are not finite are never saved, and a run that ends with them never says `done`. Whole program; one rank has them."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def infinite_moment(student: Student) -> None:
 
 
 def infinite_loss(student: Student) -> None:
-    """Parameters that are finite and good for nothing."""
+    """Parameters that are finite and so large that every loss overflows."""
     with torch.no_grad():
         list(student.chunks[0].parameters())[-1].fill_(3e38)
 
 
 @contextlib.contextmanager
 def spoilt_after(step: int, spoil: Spoil) -> Iterator[None]:
-    """In the last rank, as if this start's step had made it so."""
+    """Spoils a number on the last rank, as if the step had done it."""
     steps = iter(range(1, 100))
 
     def train_step(student: Student, *arguments: Any) -> Any:
@@ -64,7 +64,7 @@ def spoilt_after(step: int, spoil: Spoil) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nan_in_step(step: int) -> Iterator[None]:
-    """A loss that is not finite, and so a gradient; parameters stay as they are."""
+    """A loss that is not finite, so that the gradient is not either; parameters stay as they are."""
 
     def fetch(self: Batches, consumed: int) -> list[Microbatch]:
         microbatches = original(self, consumed)
@@ -78,7 +78,7 @@ def nan_in_step(step: int) -> Iterator[None]:
 
 
 def nonfinite(world_size: int = 1, **flags: Any) -> str:
-    """Of a run that every rank must end with status 4 and one line; that line."""
+    """The line of a run that every rank must end with status 4 and one line."""
     ended = run(world_size, **flags)
     for one in ended:
         assert one.status == 4 and one.err.count("error: ") == 1 and "Traceback" not in one.err, one
@@ -110,7 +110,7 @@ def test_a_run_that_leaves_or_keeps_nothing_does_not_hide_it(tmp_path: Path, dat
 
 
 def test_a_run_whose_last_loss_is_not_finite_is_not_done_however_often_it_is_started(tmp_path: Path, data: str) -> None:
-    """Its parameters are those of the step before, so that it may go on."""
+    """The parameters are those of the step before, so the run may go on."""
     flags = dict(data_path=data, save=tmp_path, save_interval=2)
     told = (
         "1 of them up to step 3",

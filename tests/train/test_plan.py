@@ -1,4 +1,4 @@
-"""The arithmetic of a run: counts agree with each other, and a batch that cannot be cut is refused by flag and number."""
+"""Counts of a run agree with each other, and a batch that cannot be cut is refused by flag and number."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.config import ParallelConfig, SaltConfig, TrainingConfig
+from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.plan import RunPlan, check_save_at, check_teacher, plan_run
+from megatron_salt.train.plan import RunPlan, check_teacher, plan_run, refuse_steps_beyond
 
 INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=4, num_virtual_stages_per_pipeline_rank=2)
 
@@ -31,14 +31,22 @@ def teaching(**flags: Any) -> SaltConfig:
 @pytest.mark.parametrize("micro, data, microbatches, steps", [(1, 1, 1, 1), (2, 3, 4, 5), (4, 2, 8, 10)])
 def test_a_step_has_the_samples_asked_for_however_it_is_cut(micro, data, microbatches, steps):
     size = micro * data * microbatches
-    expected = RunPlan(steps, size, micro, microbatches, stage2_micro_batch_size=micro)
+    expected = RunPlan(
+        total_steps=steps,
+        global_batch_size=size,
+        micro_batch_size=micro,
+        num_microbatches=microbatches,
+        stage2_micro_batch_size=micro,
+    )
     assert plan(Layout(data=data), micro_batch_size=micro, global_batch_size=size, train_iters=steps) == expected
     assert plan(Layout(data=data), micro_batch_size=micro, global_batch_size=size, train_samples=steps * size) == expected
     assert expected.total_samples == steps * size
 
 
 def test_without_a_global_batch_each_replica_has_one_microbatch():
-    assert plan(Layout(data=3, tensor=2), micro_batch_size=4, train_iters=1) == RunPlan(1, 12, 4, 1, 4)
+    assert plan(Layout(data=3, tensor=2), micro_batch_size=4, train_iters=1) == RunPlan(
+        total_steps=1, global_batch_size=12, micro_batch_size=4, num_microbatches=1, stage2_micro_batch_size=4
+    )
 
 
 @pytest.mark.parametrize("given, layout, parallel, message", [
@@ -136,6 +144,16 @@ def test_teachers_that_can_be():
 
 
 def test_checkpoints_to_keep_lie_inside_the_run():
-    check_save_at((1, 5, 10), 10)
+    refuse_steps_beyond(RunConfig(checkpoint=CheckpointConfig(save="run", save_at=(1, 5, 10))), 10)
     with pytest.raises(UserError, match="^--save-at 11 20 lies beyond the run's last step, 10$"):
-        check_save_at((5, 11, 20), 10)
+        refuse_steps_beyond(RunConfig(checkpoint=CheckpointConfig(save="run", save_at=(5, 11, 20))), 10)
+
+
+def test_a_profile_begins_inside_the_run():
+    flags = dict(profile_step_start=10, profile_step_end=12)
+    refuse_steps_beyond(RunConfig(training=TrainingConfig(profile=True, **flags)), 10)
+    refuse_steps_beyond(RunConfig(training=TrainingConfig(profile=False, **flags)), 9)
+    with pytest.raises(
+        UserError, match="^--profile-step-start 10 lies beyond the run's last step, 9: nothing would be profiled$"
+    ):
+        refuse_steps_beyond(RunConfig(training=TrainingConfig(profile=True, **flags)), 9)

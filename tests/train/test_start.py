@@ -1,4 +1,4 @@
-"""What flags and files together get wrong: a start and a --dry-run refuse it with the same line, before anything is written."""
+"""Mistakes of flags and files together: a start and a --dry-run refuse them with the same line, before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
-    """plain: 3 steps; salt: left inside stage 1, with plain as its teacher; sharded: a routine save; the others: plain, damaged."""
+    """plain: 3 steps; salt: left inside stage 1, its teacher is plain; sharded: a routine save; the others: damaged copies of plain."""
     root = tmp_path_factory.mktemp("runs")
     train(data_path=data, train_iters=3, save=root / "plain", save_interval=2)
     train(data_path=data, train_iters=6, save=root / "salt", exit_interval=2, teacher_load=root / "plain", kd_steps=4)
@@ -125,7 +125,7 @@ def test_a_start_and_a_dry_run_refuse_alike_and_write_nothing(
     ],
 )
 def test_neither_refuses_what_flags_allow(tmp_path: Path, data: str, runs: Path, flags: dict[str, Any]) -> None:
-    """Else everything above could pass for the wrong reason."""
+    """Without this test, the tests above could pass for the wrong reason."""
     named = {name: runs / value if name in ("load", "teacher_load") else value for name, value in flags.items()}
     [rehearsed] = run(data_path=data, train_iters=4, save=tmp_path / "new", dry_run=1, **named)
     assert rehearsed.status == 0 and "nothing found that would stop this run" in rehearsed.out, rehearsed
@@ -135,7 +135,7 @@ def test_neither_refuses_what_flags_allow(tmp_path: Path, data: str, runs: Path,
 
 
 def files(root: Path) -> dict[str, tuple[int, int]]:
-    """Everything below a directory: size and time of change."""
+    """{path: (size, time of change)} of every file below a directory."""
     return {
         str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in root.rglob("*")

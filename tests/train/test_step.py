@@ -1,4 +1,4 @@
-"""A step: dropout survives recomputation, evaluation leaves no trace, a batch without a token does no harm."""
+"""A step: recomputation repeats dropout, evaluation changes nothing, a batch without a token does no harm."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def evaluate_weights(case: Case, world_size: int, weights: Any) -> dict[str, flo
 
 
 def slow_mean(case: Case, weights: Any) -> dict[str, float]:
-    """The mean over the tokens of both batches, from what training steps of no size tell."""
+    """The mean over the tokens of both batches, from the losses of training steps at learning rate 0."""
     student = build_student(replace(case, learning_rate=0.0), 1, weights)
     outcomes = [train_step(student, batch(student, case, step), PhaseTimer()) for step in (20, 21)]
     sums = [outcome.sums.double().sum(0) for outcome in outcomes if outcome.sums is not None]
@@ -90,7 +90,7 @@ def slow_mean(case: Case, weights: Any) -> dict[str, float]:
     (replace(TP2, pipeline_model_parallel_size=2), 4),
 ])  # fmt: skip
 def test_evaluation_is_the_mean_per_token_without_dropout_under_any_layout(tmp_path, parallel, world_size):
-    """Every rank receives it."""
+    """Every rank receives the mean."""
     case = Case(PLAIN, MODELS["tied"])
     run_ranks(1, make_weights, case, tmp_path / "w")
     expected = run_ranks(1, slow_mean, case, tmp_path / "w")[0]
@@ -114,7 +114,7 @@ def train_and_look(case: Case, world_size: int, look: bool) -> tuple[Curve, Any]
 @pytest.mark.long
 @pytest.mark.parametrize("parallel, world_size", [(PLAIN, 1), (replace(OVERLAP, ddp_bucket_size=2_000), 2), (INTERLEAVED, 2)])
 def test_evaluation_leaves_no_trace(parallel, world_size):
-    """Not in parameters, optimizer or random state, nor in a parameter gather that is under way; dropout is on again after it."""
+    """It changes no parameter, optimizer or random state, and no parameter gather under way. Dropout is on again after it."""
     case = Case(parallel, DROPOUT)
     assert run_ranks(world_size, train_and_look, case, world_size, True) == run_ranks(
         world_size, train_and_look, case, world_size, False

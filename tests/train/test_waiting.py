@@ -1,4 +1,4 @@
-"""What makes the host wait for the device inside a step: the gradient norm, by which the step is applied or not, and nothing else.
+"""Inside a step the host waits for the device once: for the gradient norm, which decides whether the step is applied.
 
 Seen are the operations that need an answer from the device, or the size of one, before the host can go on. On the CPU they are the
 same operations, and cost nothing.
@@ -27,10 +27,10 @@ SHARDED = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=Tru
 
 
 class Waits(TorchDispatchMode):
-    """The functions in which operations would wait, as a set. Indexing by a mask is one of them: its result's size is in the data."""
+    """Collects the functions in which operations would wait. Indexing by a mask is one: the size of its result depends on the data."""
 
     def __init__(self, functions: tuple[str, ...]) -> None:
-        """functions: names by which a wait is told; others are told by operation and line."""
+        """functions: their names stand for a wait; any other wait is named by operation and line."""
         super().__init__()
         self.functions, self.found = functions, set[str]()
 

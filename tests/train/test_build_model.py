@@ -10,7 +10,7 @@ import pytest
 
 from megatron_salt.config import OptimizerConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.optim import build_scheduler
+from megatron_salt.train.build_model import build_scheduler
 from megatron_salt.train.step import unwrap
 from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, Case, build_student
@@ -21,13 +21,13 @@ PEAK, LOW = 3e-3, 2e-4
 
 @dataclass
 class Groups:
-    """As much of an optimizer as a schedule moves."""
+    """The part of an optimizer that a schedule changes."""
 
     param_groups: list[dict[str, Any]] = field(default_factory=lambda: [dict(wd_mult=1.0), dict(wd_mult=0.0)])
 
 
 def schedule(**flags: Any) -> tuple[list[float], list[list[float]]]:
-    """Learning rate, and weight decay of matrices and of the rest, of each step of a run of STEPS, and of some after it."""
+    """Learning rate, weight decay of matrices and weight decay of the rest, for each step of a run and some steps after it."""
     groups = Groups()
     scheduler = build_scheduler(groups, OptimizerConfig(lr=PEAK, min_lr=LOW, **flags), STEPS * BATCH, BATCH)
     rates, decays = [], []
@@ -40,7 +40,7 @@ def schedule(**flags: Any) -> tuple[list[float], list[list[float]]]:
 
 
 def decayed(step: int, warmup: int, end: int, shape: Any, start: float = 0.0) -> float:
-    """Slow formula: a line from `start` up to the peak, then shape(share of the decay done) from the peak down to the lowest rate."""
+    """Oracle: a line from `start` to the peak, then shape(share of the decay done) from the peak to the lowest rate."""
     if warmup and step <= warmup:
         return start + (PEAK - start) * step / warmup
     if step > end:

@@ -1,0 +1,100 @@
+"""Builds the teacher of a run over the student's ranks, and says what it costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_salt.config import RunConfig, SaltConfig, TrainingConfig
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.errors import Look, UserError
+from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.precision import Precision
+from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.mesh import new_group_of
+from megatron_salt.salt.cost import predict
+from megatron_salt.salt.fp8_check import Fidelity
+from megatron_salt.salt.head_cost import measure_head
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, refuse_trainable
+from megatron_salt.salt.routing import exchange_gib, layout_warnings, teacher_layout
+from megatron_salt.salt.teacher import Teacher, TeacherHead
+from megatron_salt.train.build_model import dtype_of
+from megatron_salt.train.plan import RunPlan
+from megatron_salt.train.step import Student
+
+log = logging.getLogger(__name__)
+
+
+def refuse_large_exchange(
+    salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint
+) -> float:
+    """GiB of the teacher's hidden states that a rank of the student's last stage receives in a step. Pure.
+
+    Raises UserError where that is above --teacher-exchange-max-gib.
+    """
+    size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
+    exchange = exchange_gib(layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length, hidden, size)
+    if exchange > salt.teacher_exchange_max_gib:
+        raise UserError(
+            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
+            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
+            f"{hidden} x {size} bytes / tp {layout.tensor} / cp {layout.context}), more than "
+            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
+        )
+    return exchange
+
+
+def build_teacher(
+    config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
+    precision: Precision, text: Sequence[Microbatch], look: Look,
+) -> tuple[Teacher, Fidelity | None]:  # fmt: skip
+    """The teacher over the student's ranks, after logging what it will cost; a teacher in FP8 comes with its fidelity. Collective over
+    all ranks. Raises UserError.
+
+    text: samples on which a teacher in FP8 is tried, the same on every rank. look: raises LeftEarly between the phases.
+    """
+    salt, mesh, training = config.salt, student.mesh, config.training
+    dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
+    layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
+    exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
+    for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
+        log.warning("%s", line)
+    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
+    prediction = predict(
+        config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
+        teacher_pipeline=salt.teacher_pipeline_model_parallel_size,
+        padded_vocabulary_size=config.model.padded_vocabulary_size(vocabulary_size),
+        num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
+        head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
+    )  # fmt: skip
+    dist.destroy_process_group(alone)
+    for line in prediction.lines():
+        log.info("%s", line)
+    shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)
+    teacher, fidelity = admit(
+        checkpoint,
+        salt,
+        TeacherHead(mesh, shard, training.seq_length, chunk_tokens),
+        dtype=dtype,
+        microbatches_per_forward=plan.teacher_merge,
+        timeout=timeout,
+        precision=precision,
+        text=text,
+        look=look,
+    )
+    groups = student.optimizer.param_groups
+    refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
+    log.info(
+        "teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage",
+        checkpoint.directory,
+        layout.tensor,
+        layout.pipeline,
+        layout.data,
+        exchange,
+    )
+    return teacher, fidelity

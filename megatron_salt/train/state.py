@@ -1,0 +1,107 @@
+"""The parts of a run, and how they change from stage 1 to stage 2.
+
+`Run` stands still within a stage. `RunState` (checkpoint/run_state.py) moves with every step and is what a checkpoint holds. Both are
+values: the loop replaces them, and nobody changes one in place.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+
+from megatron_salt.checkpoint.checkpointer import Checkpointer
+from megatron_salt.checkpoint.run_state import RunState
+from megatron_salt.data.batch import Batches
+from megatron_salt.metrics.memory import memory_in_use_gib
+from megatron_salt.metrics.run_log import RunLog
+from megatron_salt.parallel.collectives import from_rank_0, largest
+from megatron_salt.salt.stage1 import Stage1, data_of_stage2
+from megatron_salt.salt.stage_samples import StageSamples
+from megatron_salt.salt.teacher import Teacher
+from megatron_salt.train.plan import RunPlan
+from megatron_salt.train.step import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the loop needs and does not move: the parts of the run in its present stage."""
+
+    student: Student
+    plan: RunPlan
+    """Counts of the whole run, steps that are done included; batch sizes of the present stage."""
+
+    train: Batches
+    valid: Batches | None
+    checkpointer: Checkpointer
+    stage1: Stage1 | None
+    """None in stage 2, and in a run without a stage 1."""
+
+    stage_samples: StageSamples | None
+    """The samples of both stages; None: the whole run draws from one order."""
+
+
+def in_stage2(run: Run, progress: RunState) -> tuple[Run, RunState]:
+    """The run in stage 2: no teacher, --stage2-micro-batch-size and --stage2-data. Pure."""
+    plan = run.plan.in_stage2()
+    train, progress = data_of_stage2(run.train.in_microbatches_of(plan.micro_batch_size), run.stage_samples, progress)
+    run = replace(
+        run,
+        stage1=None,
+        plan=plan,
+        student=replace(run.student, micro_batch_size=plan.micro_batch_size),
+        train=train,
+        valid=None if run.valid is None else run.valid.in_microbatches_of(plan.micro_batch_size),
+    )
+    return run, progress
+
+
+def enter_stage2(run: Run, stage1: Stage1, progress: RunState, log: RunLog) -> tuple[Run, RunState]:
+    """Free the teacher, and go on with the data of stage 2. Collective over all ranks."""
+    if stage1.teacher is not None:
+        free_teacher(stage1.teacher, progress, run.plan.stage2_micro_batch_size, log)
+    in_stage1 = run.train
+    run, progress = in_stage2(run, progress)
+    stage_samples = run.stage_samples
+    if stage_samples is None:
+        return run, progress
+    passed = in_stage1.position(run.train.since)
+    to_come = (run.plan.total_steps - progress.step) * run.plan.global_batch_size
+    repeats = from_rank_0(lambda: stage_samples.repeats(passed, to_come))
+    log.event(
+        progress.step,
+        f"stage 2 draws {to_come} samples from {run.train.samples.num_members} (--stage2-data {stage_samples.stage2_data}); stage 1 drew "
+        f"{passed} from the {in_stage1.samples.num_members} of the selection{'' if repeats is None else f'; {repeats}'}",
+        {"stage2_since": run.train.since} | ({"stage": 2} if stage1.teacher is None else {}),
+    )
+    announce(run, progress, log)
+    return run, progress
+
+
+def free_teacher(teacher: Teacher, progress: RunState, micro_batch_size: int, log: RunLog) -> None:
+    """Free the teacher, and log the memory that this gave back. micro_batch_size: of stage 2. Collective over all ranks."""
+    started, before = time.perf_counter(), memory_in_use_gib()
+    teacher_gib = teacher.num_bytes / 2**30
+    teacher.free()
+    after = memory_in_use_gib()
+    most = largest(round((before - after) * 2**20)) / 2**20
+    log.event(
+        progress.step,
+        f"stage 2: the teacher ({teacher_gib:.3f} GiB here) is gone in {time.perf_counter() - started:.2f} s; memory in use "
+        f"{before:.3f} GiB before, {after:.3f} GiB after ({most:.3f} GiB less on the rank that gained most)",
+        {"stage": 2, "memory_gib_before": before, "memory_gib_after": after, "micro_batch_size": micro_batch_size},
+    )
+
+
+def announce(run: Run, progress: RunState, log: RunLog) -> None:
+    """Log what a reader should know about the steps to come, as far as they draw from one order."""
+    step, total = progress.step, run.plan.total_steps
+    if step >= total:
+        log.event(step, f"nothing to train: {step} steps are done, and the run has {total}")
+        return
+    if run.stage1 is not None and (fidelity := run.stage1.fidelity) is not None:
+        log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
+    if run.stage_samples is not None and run.stage1 is not None and progress.salt is not None:
+        total = min(total, progress.salt.stage1_end)
+    drawn = progress.position + (total - step) * run.plan.global_batch_size
+    if message := run.train.samples.repeats(run.train.position(drawn)):
+        log.event(step, message)

@@ -1,0 +1,140 @@
+"""The files around the code: package data, changelog, workflow, hook, templates and `.ci/run` agree with the code."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import megatron_salt
+
+ROOT = Path(__file__).parents[1]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+
+
+def read_yaml(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def test_the_version_is_the_newest_of_the_changelog_and_the_citation() -> None:
+    [newest, *_] = re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)
+    citation = read_yaml("CITATION.cff")
+    assert newest == citation["version"] == megatron_salt.__version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def formats_of_the_code() -> set[tuple[str, int]]:
+    """(module, number) of every format number that a module of the package defines."""
+    formats = set()
+    for path in (ROOT / "megatron_salt").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for number in re.findall(r"^(?:[A-Z_]*FORMAT|_WITHOUT_TIES) = (\d+)", path.read_text(), re.MULTILINE):
+            formats.add((module, int(number)))
+    return formats
+
+
+def test_the_changelog_names_every_format_number_of_the_code() -> None:
+    newest = CHANGELOG.split("\n## ")[1]
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \| ([\d, ]*) *\| `([\w.]+)` \|$", newest, re.MULTILINE)
+    named = {(module, int(number)) for written, read, module in rows for number in (written, *re.findall(r"\d+", read))}
+    token_index = ("megatron_salt.data.windows", 1)  # Megatron's own format: the code compares its header with 1
+    assert formats_of_the_code() == named - {token_index} and token_index in named
+
+
+def test_the_package_tells_type_checkers_that_it_is_typed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (ROOT / "megatron_salt/py.typed").exists()
+    assert project["tool"]["setuptools"]["package-data"]["megatron_salt"] == ["py.typed"]
+    assert project["project"]["urls"] and project["project"]["authors"] and project["project"]["keywords"]
+
+
+def test_every_console_script_is_a_function_without_arguments() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for target in project["scripts"].values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_workflow_runs_what_anybody_can_run() -> None:
+    """It checks the repository out, installs both Pythons, and calls `.ci/run`."""
+    jobs = read_yaml(".github/workflows/ci.yml")["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    [versions] = [step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")]
+    assert set(versions.split()) == {"3.11", "3.12"}
+
+
+def test_the_hook_is_make_lint_and_fetches_nothing() -> None:
+    [repository] = read_yaml(".pre-commit-config.yaml")["repos"]
+    [hook] = repository["hooks"]
+    assert repository["repo"] == "local" and hook["language"] == "system"
+    assert hook["entry"] == "make --no-print-directory lint"
+
+
+def test_lint_checks_rules_format_and_types() -> None:
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    for command in ("ruff check .", "ruff format --check .", "mypy"):
+        assert f"python -m {command}\n" in recipe[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.stem)
+def test_issue_forms_have_what_the_site_asks_of_them(path: Path) -> None:
+    form = yaml.safe_load(path.read_text())
+    assert form["name"] and form["description"]
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def continuous_integration(tmp_path: Path, **environment: str) -> str:
+    """What `.ci/run` prints when `make` only says what it was called with, by a user who is not root and has a Python 3.12."""
+    copy = tmp_path / "home/repository/.ci/run"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text((ROOT / ".ci/run").read_text())
+    programs = tmp_path / "bin"
+    executable(programs / "make", 'echo "make $* [${PIP_FIND_LINKS:-}]"')
+    executable(programs / "id", "echo 1000")
+    executable(programs / "python3.12", "exit 0")
+    ended = subprocess.run(
+        ["bash", str(copy)], env={"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)} | environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return ended.stdout
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["PIP_FIND_LINKS", "sibling"])
+def test_ci_takes_a_built_extension_where_there_is_one(tmp_path: Path, given: bool) -> None:
+    wheels = tmp_path / "home/shared/wheels"
+    wheels.mkdir(parents=True)
+    (wheels / "transformer_engine_torch-2.20.2-cp312-cp312-linux_x86_64.whl").touch()
+    environment = {"PIP_FIND_LINKS": "https://wheels.example"} if given else {}
+    sources = f"https://wheels.example {wheels}" if given else str(wheels)
+    said = continuous_integration(tmp_path, **environment)
+    assert f"make test-te PYTHON=python3.12, with built extensions from: {sources} (" in said
+    assert f"make test-te PYTHON=python3.12 [{sources}]" in said
+
+
+def test_ci_compiles_where_there_is_no_built_extension(tmp_path: Path) -> None:
+    said = continuous_integration(tmp_path)
+    assert "from: nowhere, so it is compiled" in said and "make test-te PYTHON=python3.12 []" in said
+    assert "left out: make test-slurm, which needs root" in said
+
+
+def test_contributing_names_paths_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = set(re.findall(r"`((?:megatron_salt|tests|examples)/[\w./]*)", text)) | set(re.findall(r"\]\(([\w./]+)\)", text))
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
