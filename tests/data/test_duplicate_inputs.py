@@ -24,7 +24,7 @@ from megatron_salt.tools.merge_scores import merge_scores
 from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
 from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from tests.support.datasets import WriteDataset
-from tests.support.score_files import files_in, manifest_of, random_rows, write_index, write_shard
+from tests.support.selections import files_in, manifest_of, random_rows, write_index, write_shard
 
 ALLOW = "--allow-duplicate-inputs"
 AGAIN: dict[str, Callable[[Path, Path], object]] = {

@@ -25,7 +25,7 @@ from megatron_salt.selection.score_format import IndexManifest, columns
 from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.selection.selection_file import Selection, write_selection
 from megatron_salt.tools.inspect_checkpoint import _about
-from tests.support.score_files import write_index
+from tests.support.selections import write_index
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
 SCORES = IndexManifest(

@@ -13,7 +13,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.selection import eligibility
 from megatron_salt.selection.eligibility import duplicates, find_eligible, held_out_ranges
 from megatron_salt.selection.rules import Rule, choose
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 

@@ -30,7 +30,7 @@ from megatron_salt.selection.score_format import (
 )
 from megatron_salt.selection.score_reader import ScoreIndex, merge
 from megatron_salt.selection.score_writer import ShardWriter
-from tests.support.score_files import files_in, manifest_of, random_rows, write_blocks, write_index, write_shard
+from tests.support.selections import files_in, manifest_of, random_rows, write_blocks, write_index, write_shard
 
 MANIFEST = manifest_of([45, 1, 57])  # 103 samples in 13 blocks, the last of 7
 ROWS = random_rows(MANIFEST)
