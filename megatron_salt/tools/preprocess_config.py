@@ -49,7 +49,7 @@ class PreprocessConfig:
     """reference: the tokenizer's own library. auto: gigatoken, if it is installed and gives the same ids for a sample of the input."""
 
     max_memory: float | None = None
-    """GiB that all processes together may take; documents of many MB come on top (--max-document-mib). Default: about 200 MB a process."""
+    """GiB of memory for all processes together. It also lowers --max-document-mib where needed. Default: about 200 MB a process."""
 
     max_document_mib: int = 256
     """Largest document in MiB; a longer one is refused. A document is held in memory as a whole, several times over."""

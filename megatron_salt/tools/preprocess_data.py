@@ -36,7 +36,7 @@ from megatron_salt.preprocess.readers import Chunk, Form, chunks, form_of
 from megatron_salt.preprocess.sharding import files_of_shard, parse_shard
 from megatron_salt.preprocess.staging import StagingArea, begin, journal_path, leftovers, publish, remove
 from megatron_salt.preprocess.tokenizer_backends import choose_backend
-from megatron_salt.preprocess.worker_pool import chunk_size, encode_chunks
+from megatron_salt.preprocess.worker_pool import SizeLimits, encode_chunks, fit_memory
 from megatron_salt.tokenizer.special_tokens import SpecialTokenFinder, describe_dataset, describe_sample, refuse_special
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools.preprocess_config import PreprocessConfig
@@ -71,7 +71,7 @@ def preprocess(config: PreprocessConfig) -> None:
     if config.resume and not journal_path(config.shard_prefix).exists() and is_complete(config, prefixes, tokenizer, facts):
         print(f"{', '.join(prefixes)}: already whole")
         return
-    chunk_bytes = chunk_size(config.max_memory, config.workers, CHUNK_BYTES)
+    limits = fit_memory(SizeLimits(CHUNK_BYTES, config.max_document_mib << 20), config.max_memory, config.workers)
     try:
         with ExitStack() as stack:
             os.makedirs(os.path.dirname(config.output_prefix) or ".", exist_ok=True)
@@ -84,8 +84,8 @@ def preprocess(config: PreprocessConfig) -> None:
             if journal.records[1:] and "finished" in journal.records[-1]:
                 written = journal.records[-1]["finished"]
             else:
-                encoder = make_encoder(config, files, forms, tokenizer)
-                written = write_datasets(config, files, forms, tokenizer, encoder, journal, prefixes, chunk_bytes)
+                encoder = make_encoder(config, files, forms, tokenizer, limits)
+                written = write_datasets(config, files, forms, tokenizer, encoder, journal, prefixes, limits)
                 journal.append({"finished": written})
             for prefix in prefixes:
                 publish(finished_prefix(config, prefix), prefix)
@@ -131,11 +131,13 @@ def file_form(config: PreprocessConfig, file: str) -> Form:
     return form
 
 
-def make_encoder(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> Encoder:
+def make_encoder(
+    config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer, limits: SizeLimits
+) -> Encoder:
     """Choose the tokenizer backend. Print it, the ids at document ends, and the special tokens in a sample of the input."""
     sample = []
     if tokenizer.as_json is not None:
-        sample = sample_texts(files, forms, config.json_keys, config.max_document_mib << 20)
+        sample = sample_texts(files, forms, config.json_keys, limits.document)
     backend, why = choose_backend(config.tokenizer_backend, tokenizer, sample)
     print(f"tokenizer backend: {why}", flush=True)
     print(describe_ends(tokenizer, config.append_eod, config.prepend_bos), flush=True)
@@ -160,7 +162,7 @@ def write_datasets(
     encoder: Encoder,
     journal: Journal,
     prefixes: list[str],
-    chunk_bytes: int,
+    limits: SizeLimits,
 ) -> list[str]:
     """Encode the remaining input, finish the files and write their manifests, all under temporary names.
 
@@ -174,7 +176,7 @@ def write_datasets(
     with closing(staging):
         for prefix in prefixes:
             tokenizer.save(tokenizer_directory(finished_prefix(config, prefix)))
-        write_documents(config, staging, forms, encoder, chunk_bytes)
+        write_documents(config, staging, forms, encoder, limits)
         lines = []
         for i, key in enumerate(config.json_keys):
             if staging.writers[i].documents == 0:
@@ -200,7 +202,7 @@ def write_datasets(
 
 
 def write_documents(
-    config: PreprocessConfig, staging: StagingArea, forms: list[Form], encoder: Encoder, chunk_bytes: int
+    config: PreprocessConfig, staging: StagingArea, forms: list[Form], encoder: Encoder, limits: SizeLimits
 ) -> None:
     """Encode the documents that the staging area does not have yet, and add them to it."""
     if staging.file or staging.position:
@@ -215,7 +217,7 @@ def write_documents(
     )
     bad_lines = BadLines(config.max_bad_lines, staging.bad_lines)
     with closing(
-        encode_chunks(remaining(config, staging, forms, chunk_bytes), encoder, config.workers, staging.writers[0].dtype)
+        encode_chunks(remaining(config, staging, forms, limits), encoder, config.workers, staging.writers[0].dtype)
     ) as encoded:
         for each in encoded:
             chunk = each.chunk
@@ -233,11 +235,9 @@ def write_documents(
     print(f"read {progress.close()}; {bad_lines.count} bad lines, {empty} empty documents", flush=True)
 
 
-def remaining(config: PreprocessConfig, staging: StagingArea, forms: list[Form], chunk_bytes: int) -> Iterator[Chunk]:
+def remaining(config: PreprocessConfig, staging: StagingArea, forms: list[Form], limits: SizeLimits) -> Iterator[Chunk]:
     """Chunks of the input that the staging area does not have yet."""
     start = staging.position
     for number in range(staging.file, len(staging.files)):
-        yield from chunks(
-            number, staging.files[number], forms[number], config.json_keys, start, chunk_bytes, config.max_document_mib << 20
-        )
+        yield from chunks(number, staging.files[number], forms[number], config.json_keys, start, limits.chunk, limits.document)
         start = 0
