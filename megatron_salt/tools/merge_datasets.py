@@ -102,6 +102,8 @@ def merge_datasets(config: MergeConfig) -> None:
                     merged_manifest(known, written, sampled_fingerprint(writer.prefix)), manifest_path(writer.prefix)
                 )
             publish(writer.prefix, output)
+    except BrokenPipeError:
+        raise UserError("standard output was closed before the end (| head?), so nothing was published") from None
     except OSError as error:
         raise UserError(
             f"--output-prefix {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})"

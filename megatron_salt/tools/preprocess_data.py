@@ -91,6 +91,8 @@ def preprocess(config: PreprocessConfig) -> None:
                 publish(finished_prefix(config, prefix), prefix)
             refuse_missing(prefixes, journal)
             clean(prefixes, journal)
+    except BrokenPipeError:
+        raise UserError("standard output was closed before the end (| head?), so nothing was published") from None
     except OSError as error:
         raise UserError(
             f"--output-prefix {config.output_prefix} cannot be written: {error.strerror} ({error.filename or 'while writing'})"

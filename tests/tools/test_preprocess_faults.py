@@ -42,6 +42,25 @@ def test_after_a_full_disk_a_run_resumes(tmp_path, corpus, out):
     assert files_in(out) == files_in(tmp_path / "whole")
 
 
+def test_a_closed_standard_output_is_one_line_and_leaves_nothing(corpus, out):
+    """`preprocess_data ... | head`: the reader of the pipe is gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [
+        sys.executable,
+        str(ROOT / "tools/preprocess_data.py"),
+        "--input",
+        str(corpus),
+        "--output-prefix",
+        str(out / "d"),
+        *BYTES,
+    ]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert done.returncode == 2 and not files_in(out)
+    assert done.stderr == "error: standard output was closed before the end (| head?), so nothing was published\n"
+
+
 def test_a_terminal_sees_a_bar(corpus, out):
     parent, child = os.openpty()
     assert tool("--input", str(corpus), "--output-prefix", str(out / "d"), *BYTES, stderr=child).wait(timeout=60) == 0
