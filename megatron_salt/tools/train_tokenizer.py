@@ -2,8 +2,8 @@
 
 The tokenizer is lossless: text is not normalised, white space and line feeds are kept, and characters without a piece become byte
 pieces. (U+2581, SentencePiece's sign for a space, is decoded as a space.) Each digit is a piece of its own. Id 0 is <unk>. Id 1 is
-<eod>, which ends documents and which no text can produce. There is no BOS and no padding piece. The same text and flags give the same
-bytes.
+<eod>, which ends documents and which no text can produce. There is no padding piece, and no BOS without --bos. The same text and
+flags give the same bytes.
 
     python tools/train_tokenizer.py --input 'corpus/*.jsonl' --output web.model --vocab-size 32000
 """
@@ -52,6 +52,9 @@ class TrainTokenizerConfig:
     json_keys: tuple[str, ...] = ("text",)
     """JSON keys or table columns whose strings are read."""
 
+    bos: bool = False
+    """Add the piece <bos> as id 2, for --prepend-bos of preprocess_data.py. No text can produce it."""
+
     byte_fallback: bool = True
     """Encode characters without a piece as bytes, so that nothing is lost. Without this flag they become <unk>."""
 
@@ -75,7 +78,7 @@ class TrainTokenizerConfig:
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("vocab-size", self.vocab_size, 3),
+            ("vocab-size", self.vocab_size, 4 if self.bos else 3),
             ("max-sentences", self.max_sentences, 1),
             ("max-bad-lines", self.max_bad_lines, 0),
         ):
@@ -164,6 +167,8 @@ def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
+    # The model file records each option that is given, so bos_piece is given only with --bos.
+    bos = {"bos_id": 2, "bos_piece": "<bos>"} if config.bos else {"bos_id": -1}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -180,7 +185,7 @@ def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
             unk_id=0,
             eos_id=1,
             eos_piece="<eod>",
-            bos_id=-1,
+            **bos,
             pad_id=-1,
             num_threads=THREADS,
             minloglevel=2,
