@@ -14,7 +14,7 @@ import pytest
 
 from megatron_salt.errors import UserError
 from megatron_salt.metrics import sinks
-from tests.support.logs import entries, open_log, record
+from tests.metrics.logs import entries, open_log, record
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt import routing
 from megatron_salt.salt.cost import Prediction, predict, scoring_flops, scoring_line
-from tests.support.score_files import manifest_of
+from tests.support.selections import manifest_of
 
 STUDENT = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4)
 TEACHER = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4)

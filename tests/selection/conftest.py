@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.support.score_files import MANIFEST, ROWS, files_in, write_shard
+from tests.support.selections import MANIFEST, ROWS, files_in, write_shard
 
 
 @pytest.fixture(autouse=True)

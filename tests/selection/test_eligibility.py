@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.bitmap import bits_between
+from megatron_salt.data.bitmap import bits_between
 from megatron_salt.errors import UserError
 from megatron_salt.selection import eligibility
 from megatron_salt.selection.eligibility import duplicates, find_eligible, held_out_ranges
 from megatron_salt.selection.rules import Rule, choose
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 

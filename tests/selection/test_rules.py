@@ -18,7 +18,7 @@ from megatron_salt.selection.rules import Choice, Rule, choose, cuts, order_keys
 from megatron_salt.selection.score_format import npy_header
 from megatron_salt.selection.score_reader import ScoreIndex, Shard
 from megatron_salt.selection.ties import TIE_SEED, tie_ranks
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 SIZES = (37, 2, 100, 3, 58)  # 200 samples

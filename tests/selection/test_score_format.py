@@ -21,7 +21,7 @@ from megatron_salt.selection.score_format import (
     shard_blocks,
 )
 from megatron_salt.selection.score_reader import ScoreIndex, merge
-from tests.support.score_files import MANIFEST, ROWS, files_in, write_index, write_shard
+from tests.support.selections import MANIFEST, ROWS, files_in, write_index, write_shard
 
 FIRST, SECOND, THIRD = MANIFEST.datasets
 

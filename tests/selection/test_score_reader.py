@@ -22,7 +22,7 @@ from megatron_salt.selection.score_format import (
 )
 from megatron_salt.selection.score_reader import ScoreIndex, merge
 from megatron_salt.selection.score_writer import ShardWriter
-from tests.support.score_files import MANIFEST, ROWS, manifest_of, write_index, write_shard
+from tests.support.selections import MANIFEST, ROWS, manifest_of, write_index, write_shard
 
 
 def opened(*directories: Path) -> ScoreIndex:

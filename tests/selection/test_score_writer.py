@@ -17,7 +17,7 @@ from megatron_salt.selection.score_format import (
     claim,
 )
 from megatron_salt.selection.score_writer import ShardWriter
-from tests.support.score_files import MANIFEST, ROWS, files_in, write_blocks, write_shard
+from tests.support.selections import MANIFEST, ROWS, files_in, write_blocks, write_shard
 
 
 def test_a_finished_block_is_not_repeated_and_an_unfinished_one_is(tmp_path: Path, unsharded: dict[str, bytes]) -> None:

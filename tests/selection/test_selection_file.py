@@ -17,7 +17,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.selection.score_format import npy_header
 from megatron_salt.selection.selection_file import Selection, refuse_other_data, selection_paths, write_selection
 from tests.support.datasets import bytes_read
-from tests.support.score_files import manifest_of
+from tests.support.selections import manifest_of
 
 SCORES = manifest_of([1000, 1, 2000])
 RULE = {"score": "median_zeroed_10", "name": "top", "fraction": 0.25, "maximum": None}

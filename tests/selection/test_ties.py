@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.bitmap import bits_between
+from megatron_salt.data.bitmap import bits_between
 from megatron_salt.selection.eligibility import Eligible, find_eligible
 from megatron_salt.selection.rules import Rule, choose
 from megatron_salt.selection.ties import Ties, below_limit, tie_limits, tie_ranks
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 

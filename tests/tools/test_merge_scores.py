@@ -10,7 +10,7 @@ import pytest
 
 from megatron_salt.cli import run_tool
 from megatron_salt.tools.merge_scores import MergeConfig, merge_scores
-from tests.support.score_files import files_in, manifest_of, random_rows, write_index, write_shard
+from tests.support.selections import files_in, manifest_of, random_rows, write_index, write_shard
 
 MANIFEST = manifest_of([45, 1, 57])
 ROWS = random_rows(MANIFEST)

@@ -12,21 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_salt.errors import UserError
+from megatron_salt.metrics.history import Axis, read_curve
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
-from megatron_salt.tools import report as module
-from megatron_salt.tools.report import (
-    HEIGHT,
-    ReportConfig,
-    chart,
-    named_pairs,
-    named_runs,
-    read_curve,
-    report,
-    smoothed,
-    table,
-    unigram_entropy,
-)
-from tests.support.logs import open_log, record
+from megatron_salt.tools.report import ReportConfig, named_pairs, named_runs, report, unigram_entropy
+from megatron_salt.tools.report_figures import HEIGHT, chart, smoothed, table
+from tests.metrics.logs import open_log, record
 
 
 def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
@@ -169,7 +159,7 @@ def test_flags_that_make_no_sense_are_refused(flags: dict) -> None:
 
 @pytest.mark.parametrize("block", [3, 1 << 22])
 def test_unigram_entropy_is_that_of_the_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr("megatron_salt.tools.report.BLOCK", block)
     uniform = write_dataset(tmp_path / "uniform", [[5, 9, 1], [700]])
     assert unigram_entropy(uniform) == pytest.approx(math.log(4))
     skewed = write_dataset(tmp_path / "skewed", [[2, 2, 2, 0], [2, 2, 0, 2]])
@@ -223,7 +213,7 @@ def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("x", ["steps", "tokens", "seconds"])
-def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: module.Axis) -> None:
+def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: Axis) -> None:
     taught = write_taught_log(tmp_path / "c", [5.0, 4.0, 3.0], 1, {2: 4.5})
     runs = [f"{name}={write_log(tmp_path / name, [5.0, 4.0, 3.0], {2: 4.5})}" for name in "ab"] + [f"c={taught}"]
     picture = tmp_path / "new" / "loss.png"

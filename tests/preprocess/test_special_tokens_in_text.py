@@ -15,9 +15,9 @@ from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from megatron_salt.tools import preprocess_data
+from tests.support.preprocessing import BYTES, dataset, files_in, run, write_lines
 from tests.tokenizer.test_document_ends import saved, tokenizer_json
 from tests.tools.test_merge_datasets import merge
-from tests.tools.test_preprocess_data import BYTES, dataset, files_in, run, write_lines
 
 TEXTS = ["plain text", "", "a tag <eod> in <eod> the text", "one more <eod>", "plain again"]
 
@@ -144,10 +144,13 @@ def test_a_run_with_another_end_than_its_data_is_refused_with_both(tmp_path, cor
     words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model, "--eod-token", "</s>"]
     assert run(corpus, tmp_path / "d", "--append-eod", tokenizer=words) == 0
     data = DataConfig(data_path=(f"{tmp_path / 'd'}_text_document",))
-    for same in (TokenizerConfig(), TokenizerConfig("HuggingFaceTokenizer", model, eod_token="</s>")):
+    for same in (
+        TokenizerConfig(),
+        TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model, eod_token="</s>"),
+    ):
         assert tokenizer_of_run(same, data, None).eod == 32
     with pytest.raises(UserError, match=r"\(end of a document 32\).*\(end of a document 31\).*--eod-token"):
-        tokenizer_of_run(TokenizerConfig("HuggingFaceTokenizer", model), data, None)
+        tokenizer_of_run(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model), data, None)
 
 
 @pytest.mark.parametrize("flag", [["--special-tokens-in-text", "refuse"], ["--prepend-bos"]])
