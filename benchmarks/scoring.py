@@ -71,7 +71,16 @@ def measure(folder: Path, pairs: int) -> list[tuple[float, float]]:
     samples, _ = open_training_data(data, stage1_overhead.SEQ_LENGTH, 0, stage1_overhead.VOCABULARY, None)
     teacher, timeout = read_teacher(str(folder / "teacher")), timedelta(minutes=5)
     with distributed(timeout):
-        scorer = make_scorer(teacher, Layout(), samples, teacher.dtype, MICRO_BATCH, (1, 10, 50, 100), 256, timeout)
+        scorer = make_scorer(
+            teacher,
+            Layout(),
+            samples,
+            dtype=teacher.dtype,
+            micro_batch_size=MICRO_BATCH,
+            top_k=(1, 10, 50, 100),
+            chunk_mib=256,
+            timeout=timeout,
+        )
         found = []
         for pair in range(pairs + 1):
             scoring, bare = (lambda: scorer.score(np.arange(WINDOWS))), (lambda: bare_forward(scorer))

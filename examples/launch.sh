@@ -20,7 +20,7 @@
 # shellcheck disable=SC2034 # precision, teacher_precision and data are for the scripts
 set -uo pipefail
 
-[ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
+source examples/container.sh
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 HANG_MINUTES=${HANG_MINUTES:-30}    # longer than --distributed-timeout-minutes (10), after which a stuck collective ends by itself;
                                     # and longer than start-up, any evaluation and any save, for these take no step
@@ -36,10 +36,6 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # keeps the last collectives,
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # and writes them when one times out
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not read the other name
-
-container=()
-[ -z "${CONTAINER:-}" ] || container=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$PWD}" --container-workdir="$PWD")
-read -ra wrap <<<"${WRAP:-}" # a command that runs a command: apptainer exec --nv image.sif
 
 # FP8 in the layers of the student and of the teacher, for GPUs that have it (H100 and later); FP8=0 for A100.
 precision=() teacher_precision=() data=()

@@ -14,7 +14,9 @@ set -euo pipefail
 cd "${REPO:-$(dirname "$0")/..}"
 export OUTPUT=${OUTPUT:-data} NAME=${NAME:-pile} SHARDS=${SHARDS:-16} SCORES=${SCORES:-runs/scores} SELECTION=${SELECTION:-runs/selection}
 export TEACHER=${TEACHER:-runs/teacher_1p5b} TOKENIZER=${TOKENIZER:-data/tokenizer.model} DATA=$OUTPUT/${NAME}_text_document
-[ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
+source examples/container.sh
+[ ${#container[@]} = 0 ] || container=(srun "${container[@]}") # a job's own shell is outside the container
+inside=("${container[@]}" "${wrap[@]}" "$PYTHON")
 everywhere=("$@")
 before=() # options of jobs that have no script with #SBATCH lines
 unset RUN_DIR # each job has one of its own
@@ -41,7 +43,7 @@ submit_tool() { # submit_tool NAME AFTER COMMAND
 
 submit preprocess "" CPU_OPTIONS --array="0-$((SHARDS - 1))" examples/preprocess.sh
 printf -v parts "'%s-*-of-%05d_text_document'" "$OUTPUT/$NAME" "$SHARDS"
-submit_tool merge "$job" "$PYTHON tools/merge_datasets.py --overwrite --input $parts --output-prefix $DATA"
+submit_tool merge "$job" "${inside[*]} tools/merge_datasets.py --overwrite --input $parts --output-prefix $DATA"
 merged=$job
 words TEACHER_FLAGS
 submit teacher "$merged" TEACHER_OPTIONS --export="ALL,RUN_DIR=$TEACHER" examples/teacher_1p5b.sh "${list[@]}"
@@ -54,6 +56,6 @@ if [ "${SELECT:-1}" = 0 ]; then
 fi
 words SCORE_FLAGS
 submit score "$teacher" SCORE_OPTIONS --array="0-$((SHARDS - 1))" examples/score.sh "${list[@]}"
-select="$PYTHON tools/select_data.py --overwrite --scores $SCORES --output $SELECTION --score median_dropped_10 --fraction 0.5 --valid-share 0.0005 ${SELECT_FLAGS:-}"
+select="${inside[*]} tools/select_data.py --overwrite --scores $SCORES --output $SELECTION --score median_dropped_10 --fraction 0.5 --valid-share 0.0005 ${SELECT_FLAGS:-}"
 submit_tool select "$job" "$select"
 submit salt_ds "$job" STUDENT_OPTIONS --export="ALL,RUN_DIR=${STUDENT:-runs/salt_ds_2p8b}" examples/salt_ds_2p8b.sh "${student_flags[@]}"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what `argv` asks for; returns the exit status. SIGUSR2 prints the stack of every thread to stderr."""
     started = time.monotonic()
     faulthandler.register(signal.SIGUSR2, file=2)
-    return exit_status(
-        lambda: with_one_voice(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started))
-    )
+    return exit_status(lambda: fail_together(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started)))
 
 
 def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> None:

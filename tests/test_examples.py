@@ -37,9 +37,7 @@ def model_run(name: str) -> RunConfig:
 
 def run_of(script: Path, tmp_path: Path, *flags: str, **environment: str) -> tuple[RunConfig, int]:
     """The run that a script comes to, and its ranks by its header: outside Slurm it starts `PYTHON ... --dry-run RANKS`."""
-    echo = tmp_path / "echo"
-    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    echo.chmod(0o755)
+    echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
     told = subprocess.run(["bash", str(script), *flags], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(echo)} | environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
     module, program, *words, dry_run, ranks = told.stdout.splitlines()
@@ -90,6 +88,78 @@ def test_environment_and_trailing_flags_win(tmp_path: Path) -> None:
     assert run.data.data_path == ("0.7", "a", "0.3", "b") and run.salt.teacher_load == "t" and run.salt.kd_steps == 5
     assert run.training.train_iters == 7 and run.salt.kd_weight == 0.5 and not run.training.bf16
     assert run.checkpoint.save == run.checkpoint.load == "here"
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+APPTAINER = """
+printf '%s\\n' "apptainer $*" >&2
+while [ "$1" != image.sif ]; do shift; done
+exec "${@:2}"
+"""
+"""A program of that name which says how it was called, and runs the command outside of any container."""
+
+
+def test_a_sif_image_runs_the_command_in_apptainer_and_wrap_inside_it(tmp_path: Path) -> None:
+    executable(tmp_path / "apptainer", APPTAINER)
+    echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(echo), "CONTAINER": "image.sif", "WRAP": "env ANY=thing"}
+    ended = subprocess.run(
+        ["bash", "examples/salt_2p8b.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    called = f"apptainer exec --nv --bind {ROOT} --pwd {ROOT} image.sif env ANY=thing {echo} -m megatron_salt.pretrain "
+    assert ended.stderr.startswith(called), ended.stderr
+    assert ended.stdout.splitlines()[:2] == ["-m", "megatron_salt.pretrain"] and ended.stdout.splitlines()[-2] == "--dry-run"
+
+
+@pytest.mark.parametrize(
+    "container, step",
+    [
+        (dict(CONTAINER="image.sqsh", CONTAINER_MOUNTS="/shared:/shared"),
+         f"--container-image=image.sqsh --container-mounts=/shared:/shared --container-workdir={ROOT} python3 -m x"),
+        (dict(CONTAINER="image.sif", CONTAINER_MOUNTS="/shared:/shared"),
+         f"apptainer exec --nv --bind /shared:/shared --pwd {ROOT} image.sif python3 -m x"),
+        (dict(WRAP="numactl --all", PYTHON="python"), "numactl --all python -m x"),
+    ],
+    ids=["pyxis", "apptainer", "wrap"],
+)  # fmt: skip
+def test_a_step_runs_inside_the_container(tmp_path: Path, container: dict[str, str], step: str) -> None:
+    """With a program `srun` that says how it was called; the interpreter is that of the image, not of .venv."""
+    executable(tmp_path / "srun", 'echo "srun $*"')
+    script = 'source examples/launch.sh; leaving="" logs=.; command=("$PYTHON" -m x); preflight'
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_NTASKS": "4"} | container
+    ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {step} --dry-run 4\n"
+
+
+@pytest.mark.parametrize(
+    "container, inside",
+    [
+        ({}, "python3"),
+        (dict(CONTAINER="image.sqsh"), f"srun --container-image=image.sqsh --container-mounts={ROOT} --container-workdir={ROOT} python3"),
+        (dict(CONTAINER="image.sif"), f"apptainer exec --nv --bind {ROOT} --pwd {ROOT} image.sif python3"),
+    ],
+    ids=["none", "pyxis", "apptainer"],
+)  # fmt: skip
+def test_the_pipelines_own_tools_run_inside_the_container(tmp_path: Path, container: dict[str, str], inside: str) -> None:
+    text, tokenizer = tmp_path / "a.jsonl", tmp_path / "tokenizer.model"
+    text.touch(), tokenizer.touch()
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": "python3",
+        "DRY_RUN": "1",
+        "INPUT": str(text),
+        "TOKENIZER": str(tokenizer),
+    } | container
+    ended = subprocess.run(
+        ["bash", "examples/pipeline.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    for tool in ("merge_datasets.py", "select_data.py"):
+        assert f"--wrap {inside} tools/{tool} " in ended.stdout, ended.stdout
 
 
 def test_save_is_refused_because_the_launcher_must_know_it() -> None:

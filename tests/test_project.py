@@ -34,7 +34,7 @@ def formats_of_the_code() -> set[tuple[str, int]]:
     formats = set()
     for path in (ROOT / "megatron_salt").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for number in re.findall(r"^(?:[A-Z_]*FORMAT|_WITHOUT_TIES) = (\d+)", path.read_text(), re.MULTILINE):
+        for number in re.findall(r"^(?:[A-Z_]*FORMAT|_WITHOUT_TIES|VERSION) = (\d+)", path.read_text(), re.MULTILINE):
             formats.add((module, int(number)))
     return formats
 
@@ -43,8 +43,7 @@ def test_the_changelog_names_every_format_number_of_the_code() -> None:
     newest = CHANGELOG.split("\n## ")[1]
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| ([\d, ]*) *\| `([\w.]+)` \|$", newest, re.MULTILINE)
     named = {(module, int(number)) for written, read, module in rows for number in (written, *re.findall(r"\d+", read))}
-    token_index = ("megatron_salt.data.windows", 1)  # Megatron's own format: the code compares its header with 1
-    assert formats_of_the_code() == named - {token_index} and token_index in named
+    assert formats_of_the_code() == named
 
 
 def test_the_package_tells_type_checkers_that_it_is_typed() -> None:
@@ -138,3 +137,24 @@ def test_contributing_names_paths_that_exist() -> None:
     paths = set(re.findall(r"`((?:megatron_salt|tests|examples)/[\w./]*)", text)) | set(re.findall(r"\]\(([\w./]+)\)", text))
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_files_that_the_makefile_names_exist() -> None:
+    """`addprefix` joins the names of tests/model/; a moved test must not fall out of `make test-isa`."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Makefile").read_text())
+    joined = [prefix + name for prefix, rest in re.findall(r"addprefix ([\w/]+),([\w. ]+)\)", text) for name in rest.split()]
+    named = re.findall(r"(?<![\w./$])(?:tests|benchmarks|examples|docs)/[\w./]+\w\.\w+", text)
+    assert len(joined) > 5 and len(named) > 5
+    assert [path for path in (*joined, *named) if not (ROOT / path).exists()] == []
+
+
+def test_clean_removes_what_git_ignores_but_runs_and_downloads() -> None:
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    recipe = re.search(r"^clean:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    variables = dict(re.findall(r"^(\w+_VENV) := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    words = {variables.get(word.strip("$()"), word) for word in recipe[1].split()}
+    environments = {word for word in words if word.startswith(".venv")}
+    assert {".venv", ".venv-3.*", *variables.values()} == environments and ".venv*" in ignored
+    kept = {"runs", "*.log", ".tokenizers", "*.py[cod]", ".venv*"}
+    assert ignored - kept <= words

@@ -1,7 +1,7 @@
-"""From the number of consumed samples to this replica's microbatches.
+"""From the number of consumed samples to the microbatches of one replica.
 
-`Batches` cuts global batches out of the order of `Samples`. Which samples a step sees, and in which order, depends on the consumed
-count alone: not on replicas, micro-batch size or restarts. Any rank may read any microbatch, so tokens are never shipped.
+`Batches` cuts global batches out of the order of `Samples`. The samples of a step, and their order, depend on the consumed count alone:
+not on replicas, micro-batch size or restarts. Any rank can read any microbatch, so no rank sends tokens to another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Microbatch:
     position_ids: Tensor
     """int64 [b, L]"""
     documents: Tensor | None
-    """int64 [b, L]: number of the token's document inside the sample, from 0; None without --reset-attention-mask"""
+    """int64 [b, L]: index of the token's document in the sample, from 0; None without --reset-attention-mask"""
     sample_ids: np.ndarray
     """int64 [b]: global ids"""
 
@@ -106,7 +106,7 @@ class Batches:
         skip: SkipRanges = (),
         since: int = 0,
     ) -> None:
-        """since: the consumed count at which the order of `samples` begins."""
+        """since: consumed count at which the order of `samples` begins."""
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
@@ -122,7 +122,7 @@ class Batches:
         return self._like(self.samples, micro_batch_size=size, since=self.since)
 
     def going_on_with(self, samples: Samples, since: int) -> Batches:
-        """From the consumed count `since` on the order of other samples, from its beginning."""
+        """The same, but from the consumed count `since` on it takes the order of other samples from its beginning."""
         return self._like(samples, micro_batch_size=self.micro_batch_size, since=since)
 
     def _like(self, samples: Samples, *, micro_batch_size: int, since: int) -> Batches:
@@ -137,11 +137,11 @@ class Batches:
         )
 
     def position(self, consumed: int) -> int:
-        """How much of the order has passed when the count stands at `consumed`: samples drawn, and those jumped over on the way."""
+        """Position in the order after `consumed` samples: samples drawn plus samples that --skip-samples jumped over."""
         return int(passed_positions(np.array([consumed]), self._skip, self.since)[0])
 
     def fetch(self, consumed: int) -> list[Microbatch]:
-        """This replica's microbatches of the step that starts after `consumed` samples."""
+        """Microbatches of this replica in the step that starts after `consumed` samples."""
         counts = np.arange(consumed + self._first, consumed + self._first + self._share)
         sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip, self.since))
         size, masking = self.micro_batch_size, self.samples.masking
@@ -151,23 +151,23 @@ class Batches:
         ]
 
     def first(self, count: int) -> list[Microbatch]:
-        """The first samples of the order, each a microbatch of its own: the same on every replica, whatever has been consumed."""
+        """The first `count` samples of the order, one sample a microbatch: the same on every replica, at any consumed count."""
         sample_ids, tokens = self.samples.read(np.arange(count))
         masking = self.samples.masking
         return [make_microbatch(sample_ids[one : one + 1], tokens[one : one + 1], masking) for one in range(count)]
 
 
 def stream_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:
-    """Position in the order of the sample that each consumed count (int [n]) takes -> int64 [n]. The order begins at `since`.
+    """Position in the order of the sample that follows each consumed count: int [n] -> int64 [n]. The order begins at count `since`.
 
-    A:B means: when the consumed count, as logged, has reached A, jump over the next B - A samples. So the
-    order before A stays what it was, and the numbers of a later spike can be given as the log shows them.
+    A:B means: when the consumed count, as logged, has reached A, jump over the next B - A samples. So the order before A does not
+    change, and the numbers of a later loss spike can be taken from the log as they are.
     """
     return passed_positions(consumed + 1, skip, since) - 1
 
 
 def passed_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:
-    """Positions from the order's beginning to the last one that each consumed count has taken; jumps at or after it do not count."""
+    """Positions of the order that have passed at each consumed count. Jumps that begin at or after the count are not included."""
     starts = np.array([start for start, _ in skip], np.int64)
     jumped = np.cumsum([0, *(end - start for start, end in skip)], dtype=np.int64)
     of_earlier_orders = jumped[np.searchsorted(starts, since)]

@@ -24,21 +24,21 @@ BLOCK = 1 << 30
 
 
 class Blend(Protocol):
-    """A total function from positions to samples of pools."""
+    """A function from every position to a sample of a pool."""
 
     @property
     def pools(self) -> tuple[Pool, ...]:
-        """What takes turns."""
+        """The pools that take turns."""
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(pool, sample of that pool) at each position: int [n] >= 0 -> int64 [n], int64 [n]."""
 
     def progress(self, position: int) -> list[PoolProgress]:
-        """Where each pool stands after the first `position` samples."""
+        """How much of each pool the first `position` samples have drawn."""
 
 
 def make_blend(name: str, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> Blend:
-    """The stream `name` over pools of these many samples (each at least 1); weights are relative, None: there is one pool."""
+    """The stream `name`. sizes: number of samples of each pool, at least 1. weights: relative; None: there is one pool."""
     if weights is None:
         (size,) = sizes
         return SinglePool(Pool(name, size, seed))
@@ -48,7 +48,7 @@ def make_blend(name: str, sizes: Sequence[int], weights: Sequence[float] | None,
 
 @dataclass(frozen=True)
 class SinglePool:
-    """A pool that has every turn."""
+    """One pool that has every turn."""
 
     pool: Pool
 
@@ -66,7 +66,7 @@ class SinglePool:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Pools that take turns by share.
+    """Pools that take turns by their shares.
 
     The turns come from a binary tree over the pools. A node that has seen p samples has sent round(p * left share)
     of them to its left child, so the position inside a pool is a closed form, and the positions of a pool appear
@@ -97,18 +97,18 @@ class Mixture:
         return blocks * left + (rest * left + total // 2) // np.maximum(total, 1)  # below 2^60: rest, left < 2^30
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        place = np.array(positions, np.int64)  # position among the samples of the current node
-        node = np.ones_like(place)
+        seen = np.array(positions, np.int64)  # position among the samples of the current node
+        node = np.ones_like(seen)
         for _ in range(self._depth):
-            left = self._sent_left(place, node)
-            goes_right = self._sent_left(place + 1, node) == left
-            place = np.where(goes_right, place - left, left)
+            left = self._sent_left(seen, node)
+            goes_right = self._sent_left(seen + 1, node) == left
+            seen = np.where(goes_right, seen - left, left)
             node = 2 * node + goes_right
         pool = node - (1 << self._depth)
-        sample = np.empty_like(place)
+        sample = np.empty_like(seen)
         for index in np.unique(pool).tolist():
-            here = pool == index
-            sample[here] = self.pools[index].ids(place[here])
+            in_pool = pool == index
+            sample[in_pool] = self.pools[index].ids(seen[in_pool])
         return pool, sample
 
     def progress(self, position: int) -> list[PoolProgress]:
@@ -120,7 +120,7 @@ class Mixture:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Samples of each pool in a BLOCK: BLOCK * weight / sum of weights, by largest remainder, ties to the first."""
+    """Samples of each pool in a BLOCK: BLOCK * weight / sum of weights, rounded by largest remainder; ties go to the first."""
     total = math.fsum(weights)
     exact = [BLOCK * (weight / total) for weight in weights]
     counts = [int(count) for count in exact]

@@ -1,8 +1,7 @@
-"""Whether several inputs are the same data twice: under two names, through a link, or as a copy.
+"""Refuses inputs that are the same data twice: under two names, through a link, or as a copy.
 
-Files are told apart by device and inode, then by their bytes, which are read only of files of one size. Datasets are told apart by their
-.bin file, by what they hold, and by the files that their manifests say they were made of. What is found is a UserError
-that names the first pair, unless --allow-duplicate-inputs is given. Pure.
+Files are compared by device and inode, and files of equal size by their bytes. Datasets are compared by their .bin file, by their contents,
+and by the source files in their manifests. A UserError names the first pair of equals, unless --allow-duplicate-inputs is given. Pure.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ WAY_OUT = "leave one out, or allow it with --allow-duplicate-inputs"
 
 
 def refuse_repeated_files(flag_name: str, paths: Sequence[str], compare_bytes: Callable[[str], bool]) -> None:
-    """UserError where two paths are one file, or two regular files with the same bytes. compare_bytes: of which paths."""
+    """UserError where two paths are one file, or regular files with the same bytes. compare_bytes: path -> whether its bytes count."""
     _refuse(flag_name, _first_pair(paths, lambda path: path), "names {0} twice")
     _refuse(flag_name, _first_pair(paths, _identity), "names one file twice, as {0} and as {1}")
     copied = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) and compare_bytes(path)]
@@ -39,7 +38,10 @@ def refuse_repeated_directories(flag_name: str, paths: Sequence[str]) -> None:
 
 
 def refuse_repeated_datasets(flag_name: str, prefixes: Sequence[str]) -> None:
-    """UserError where two prefixes are of one dataset, of two with the same tokens, or made of one source file. Their files are there."""
+    """UserError where two prefixes name one dataset, datasets with the same tokens, or datasets made of one source file.
+
+    Their files must exist.
+    """
     _refuse(flag_name, _first_pair(prefixes, lambda prefix: prefix), "names {0} twice")
     _refuse(
         flag_name,
@@ -51,7 +53,10 @@ def refuse_repeated_datasets(flag_name: str, prefixes: Sequence[str]) -> None:
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
     for group in _groups(prefixes, lambda prefix: (os.path.getsize(prefix + ".bin"), os.path.getsize(prefix + ".idx"))):
         pairs = (
-            (one, other) for found in _groups(group, sampled_fingerprint) for i, other in enumerate(found) for one in found[:i]
+            (one, other)
+            for equals in _groups(group, sampled_fingerprint)
+            for i, other in enumerate(equals)
+            for one in equals[:i]
         )
         same = next((pair for pair in pairs if not _differ(manifests[pair[0]], manifests[pair[1]])), None)
         _refuse(flag_name, same, "names {0} and {1}, which hold the same tokens")
@@ -68,39 +73,39 @@ def _refuse_shared_sources(flag_name: str, manifests: dict[str, Manifest | None]
                 raise UserError(f"{flag_name} names {other} and {prefix}, which were both made of {source.file}; {WAY_OUT}")
 
 
-def _refuse(flag_name: str, pair: tuple[str, str] | None, found: str) -> None:
+def _refuse(flag_name: str, pair: tuple[str, str] | None, message: str) -> None:
     if pair is not None:
-        raise UserError(f"{flag_name} {found.format(*pair)}; {WAY_OUT}")
+        raise UserError(f"{flag_name} {message.format(*pair)}; {WAY_OUT}")
 
 
 def _identity(path: str) -> Hashable:
-    """What all names of a file have in common."""
+    """Equal for all names of one file: its device and inode."""
     try:
         state = os.stat(path)
-    except OSError:  # whoever opens it will say what is wrong
+    except OSError:  # opening it will give the error
         return os.path.realpath(path)
     return state.st_dev, state.st_ino
 
 
 def _first_pair(names: Iterable[str], key: Callable[[str], Hashable]) -> tuple[str, str] | None:
-    """The first two names with one key."""
+    """The first two names with the same key."""
     seen: dict[Hashable, str] = {}
     for name in names:
-        found = key(name)
-        if found in seen:
-            return seen[found], name
-        seen[found] = name
+        value = key(name)
+        if value in seen:
+            return seen[value], name
+        seen[value] = name
     return None
 
 
 def _groups(names: Iterable[str], key: Callable[[str], Hashable]) -> list[list[str]]:
-    """Names with one key, wherever there are several."""
-    found: dict[Hashable, list[str]] = {}
+    """Groups of two or more names with the same key."""
+    groups: dict[Hashable, list[str]] = {}
     for name in names:
-        found.setdefault(key(name), []).append(name)
-    return [group for group in found.values() if len(group) > 1]
+        groups.setdefault(key(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _differ(one: Manifest | None, other: Manifest | None) -> bool:
-    """Whether manifests tell apart what the samples of blocks do not."""
+    """Whether the manifests show that two datasets differ, although their sampled blocks are equal."""
     return one is not None and other is not None and one.fingerprint != other.fingerprint

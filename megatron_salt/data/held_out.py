@@ -1,7 +1,7 @@
-"""Whether held-out data is training data: the same file under any name, a copy of it, or a dataset made of the same source.
+"""Refuses held-out data that is training data: the same file under any name, a copy, or a dataset made of the same source.
 
-Datasets are told apart by their .bin file, then by what they hold, then by the files that their manifests say they were made of. Few
-bytes are read, and only of datasets of one size. Parts that --valid-share cuts off one dataset are no matter of this. Pure.
+Datasets are compared by their .bin file, then by their contents, then by the source files in their manifests. Few bytes are read, and
+only where two datasets have the same size. Windows that --valid-share holds out of a dataset are not looked at. Pure.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_salt.errors import UserError
 
 
 def refuse_training_data(train: Sequence[str], valid: Sequence[str]) -> None:
-    """Raise UserError, with both names, where a prefix of `valid` holds the data of one of `train`. Their files are there."""
+    """UserError, with both names, where a dataset of `valid` has the data of one of `train`. Their files must exist."""
     manifests = {prefix: read_manifest(prefix) for prefix in (*train, *valid)}
     for held_out in valid:
         for other in train:
@@ -27,6 +27,7 @@ def refuse_training_data(train: Sequence[str], valid: Sequence[str]) -> None:
 
 
 def _overlap(one: str, manifest: Manifest | None, other: str, others: Manifest | None) -> str | None:
+    """How dataset `other` repeats dataset `one`, in words; None: it does not."""
     files = [os.stat(prefix + ".bin") for prefix in (one, other)]
     if os.path.samestat(*files):
         return "is the same file as"
@@ -40,7 +41,7 @@ def _overlap(one: str, manifest: Manifest | None, other: str, others: Manifest |
 
 
 def _sources(manifest: Manifest) -> set[tuple[Hashable, ...]]:
-    """What a dataset was made of, where it is recorded."""
+    """Source files of a dataset, as far as they are recorded."""
     return {
         (source.file, source.size_bytes, source.lines, source.text_bytes, manifest.json_key, manifest.shard)
         for source in manifest.sources

@@ -52,7 +52,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, prefix: str, flag: str = "--data-path") -> TokenFile:
-        """Open PREFIX.bin and PREFIX.idx, O(1) in their size. UserError if they are not one sound dataset."""
+        """Open PREFIX.bin and PREFIX.idx, at a cost that does not grow with them. UserError if they are not one sound dataset."""
         refuse_missing(prefix, flag)
         try:
             num_tokens, num_documents, dtype = _read_index(f"{prefix}.idx", f"{flag} {prefix}")
@@ -67,11 +67,11 @@ class TokenFile:
             flag=flag,
             descriptor=descriptor,
         )
-        promised, found = num_tokens * dtype.itemsize, os.fstat(descriptor).st_size
-        if found != promised:
-            how = "truncated" if found < promised else "longer than its index says"
+        promised, actual = num_tokens * dtype.itemsize, os.fstat(descriptor).st_size
+        if actual != promised:
+            how = "truncated" if actual < promised else "longer than its index says"
             raise UserError(
-                f"{flag} {prefix}: {prefix}.bin is {how}: it has {found} bytes, "
+                f"{flag} {prefix}: {prefix}.bin is {how}: it has {actual} bytes, "
                 f"{prefix}.idx speaks of {num_tokens} {dtype.name} tokens, {promised} bytes"
             )
         return file
@@ -84,9 +84,10 @@ class TokenFile:
         return raw.astype(np.int64)
 
     def _fill(self, row: np.ndarray, offset: int) -> None:
+        """Read all of `row` from byte `offset` on."""
         try:
             done = os.preadv(self.descriptor, [row.data], offset)
-            while done < row.nbytes:  # a network file system may return less than was asked for
+            while done < row.nbytes:  # a network file system may return fewer bytes
                 more = os.preadv(self.descriptor, [row.data.cast("B")[done:]], offset + done)
                 if more == 0:
                     raise UserError(
@@ -99,30 +100,31 @@ class TokenFile:
 
 
 def refuse_missing(prefix: str, flag: str) -> None:
-    """UserError, with the way out, where PREFIX.bin and PREFIX.idx are not two files."""
+    """UserError, with advice, unless PREFIX.bin and PREFIX.idx are regular files."""
     for path in (f"{prefix}.idx", f"{prefix}.bin"):
         if not os.path.isfile(path):
             problem = "is not a regular file" if os.path.exists(path) else "does not exist"
-            raise UserError(f"{flag} {prefix}: {path} {problem}{_way_out(prefix)}")
+            raise UserError(f"{flag} {prefix}: {path} {problem}{_advice(prefix)}")
 
 
-def _way_out(prefix: str) -> str:
+def _advice(prefix: str) -> str:
+    """End of the message: the datasets in the folder of `prefix`, or how to make one."""
     folder = prefix if os.path.isdir(prefix) else os.path.dirname(prefix) or "."
     try:
-        there = sorted(
+        present = sorted(
             (name.removesuffix(".idx") for name in os.listdir(folder) if name.endswith(".idx")),
             key=lambda name: (not name.startswith(os.path.basename(prefix)), name),
         )  # PREFIX_text_document for PREFIX first
     except OSError:
-        there = []
-    if there:
-        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
-        return f"; {folder} holds the datasets {', '.join(there[:3])}{more}"
+        present = []
+    if present:
+        more = f" and {len(present) - 3} more" if len(present) > 3 else ""
+        return f"; {folder} holds the datasets {', '.join(present[:3])}{more}"
     return "; tools/preprocess_data.py makes a dataset of text, examples/preprocess.sh on a cluster"
 
 
 def _read_index(path: str, context: str) -> tuple[int, int, np.dtype]:
-    """(number of tokens, number of documents, dtype) of an .idx file; UserError, opened by `context`, if it is damaged."""
+    """(number of tokens, number of documents, dtype) of an .idx file. UserError, which begins with `context`, if it is damaged."""
     with Path(path).open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size < HEADER.size:
@@ -136,7 +138,7 @@ def _read_index(path: str, context: str) -> tuple[int, int, np.dtype]:
         if dtype.kind not in "iu":
             raise UserError(f"{context}: {path} has dtype code {code} ({DTYPES.get(code, 'unknown')}); token ids are integers")
         promised = HEADER.size + (LENGTH_BYTES + POINTER_BYTES) * num_sequences + BOUNDARY_BYTES * num_boundaries
-        if size not in (promised, promised + num_sequences):  # the second: with modes, which text does not need
+        if size not in (promised, promised + num_sequences):  # the second size: with modes
             how = "truncated" if size < promised else "longer than its header says"
             raise UserError(
                 f"{context}: {path} is {how}: it has {size} bytes, {num_sequences} sequences and "

@@ -1,9 +1,9 @@
-"""What a tokenised dataset is: its manifest, and the fingerprint by which runs and scores name it.
+"""The manifest of a tokenised dataset, and the fingerprint by which runs and scores name the dataset.
 
-Preprocessing writes `<prefix>.manifest.json` beside `<prefix>.bin` and `<prefix>.idx`: counts, tokenizer, sources, and hashes
-of every byte, taken while the files were written. A dataset with a manifest has a `content:` fingerprint. Files that
-other tools wrote have none and get a `sampled:` one, a hash of sizes, index header and a fixed sample of blocks: cheap,
-and blind to changes between the blocks. Start-up reads the same small sample either way; verify=True reads everything.
+Preprocessing writes `<prefix>.manifest.json` beside `<prefix>.bin` and `<prefix>.idx`: counts, tokenizer, sources, and hashes of all bytes.
+A dataset with a manifest has a `content:` fingerprint. A dataset of another tool has no manifest and gets a `sampled:` fingerprint: a
+hash of sizes, index header and a fixed sample of blocks. It is cheap, and does not see changes between the blocks. Start-up reads the
+same sample in both cases; verify=True reads everything.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _TOKEN_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
 
 
 def content_hash() -> hashlib.blake2b:
-    """A fresh hash of the kind that manifests hold: feed it a file's bytes in order."""
+    """A new hash object of the kind that manifests hold: update it with the bytes of a file, in order."""
     return hashlib.blake2b(digest_size=32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What one input file gave."""
+    """One input file of preprocessing, and what became of it."""
 
     file: str
     """The path as it was given to preprocessing."""
@@ -42,17 +42,17 @@ class Source:
     documents: int
     """Documents written."""
     empty_documents: int
-    """Texts without a token, left out."""
+    """Texts without a token; they are left out."""
     rejected_lines: int
-    """Lines that could not be used: --max-bad-lines."""
+    """Lines that were left out as bad (--max-bad-lines)."""
     text_bytes: int = 0
     """Size in UTF-8 of the texts that were encoded; 0: not recorded."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """How many lines were rejected for which reason."""
+    """Reason -> number of rejected lines."""
     form: str = ""
-    """How it was read: jsonl, text, file or columns; empty: not recorded."""
+    """How the file was read: jsonl, text, file or columns; empty: not recorded."""
     sampled: str = ""
-    """The `sampled:` hash of the file; empty: of a pipe, or not recorded."""
+    """The `sampled:` hash of the file; empty: it was a pipe, or not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +79,19 @@ class Manifest:
     json_key: str
     sources: tuple[Source, ...]
     shard: str | None = None
-    """i/n: what it holds is the i-th of n parts of its input; None: all of it."""
+    """i/n: the dataset is the i-th of n parts of its input; None: it is all of it."""
     duplicates: int = 0
     """Documents left out because an equal text came before (--dedup)."""
     shuffle_seed: int | None = None
     """--shuffle-documents; None: documents lie in input order."""
     tokenizer_backends: tuple[str, ...] = ()
-    """What encoded (--tokenizer-backend): more than one where a run was resumed with another or parts were merged; empty: not recorded."""
+    """Backends that encoded (--tokenizer-backend); several after a resumed run or a merge. Empty: not recorded."""
     bos: int | None = None
-    """The id that every document begins with (--prepend-bos); None: none was put there."""
+    """The id at the beginning of every document (--prepend-bos); None: there is none."""
     special_tokens_in_text: str = ""
     """encode, split or refuse; empty: not recorded."""
     special_documents: int = 0
-    """Documents read whose text has special tokens in it."""
+    """Documents whose text has special tokens."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """Token -> occurrences in texts."""
     dedup: str = ""
@@ -104,29 +104,29 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the texts that were encoded; 0: not recorded."""
+        """Bytes of encoded text a token; 0: not recorded."""
         return sum(source.text_bytes for source in self.sources) / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What names one dataset in a score index and in a run."""
+    """Facts by which a score index and a run recognise a dataset."""
 
     prefix: str
-    """Where it lay when it was scored: for people, and for tools that show its text."""
+    """Path at the time of scoring: for people, and for tools that show the text."""
     fingerprint: str
-    """See `fingerprint`."""
+    """Answer of the function `fingerprint`."""
     samples: int
-    """Its windows, held-out ones included."""
+    """Number of its windows, held-out ones included."""
 
 
 def manifest_path(prefix: str) -> Path:
-    """Where the manifest of a dataset lies."""
+    """Path of the manifest of a dataset."""
     return Path(prefix + ".manifest.json")
 
 
 def tokenizer_directory(prefix: str) -> Path:
-    """Where preprocessing leaves a copy of the tokenizer that made the dataset (`tokenizer.load_tokenizer` reads it)."""
+    """Directory with a copy of the tokenizer that made the dataset; `load_tokenizer` reads it."""
     return Path(prefix + ".tokenizer")
 
 
@@ -136,14 +136,14 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def read_manifest(prefix: str) -> Manifest | None:
-    """The dataset's manifest; None where there is none. UserError when it cannot be understood."""
+    """The manifest of a dataset; None where there is no file. UserError when it cannot be understood."""
     path = manifest_path(prefix)
     try:
         _, raw = read_record(path, (FORMAT,), "restore it, or delete it to use the dataset without one")
     except FileNotFoundError:
         return None
     added = {
-        name: getattr(Manifest, name)  # older ones lack them
+        name: getattr(Manifest, name)  # manifests of older releases lack these
         for name in ("shard", "duplicates", "shuffle_seed", "bos", "special_tokens_in_text", "special_documents", "dedup")
     }
     raw = {**added, "tokenizer_backends": [], "special_tokens": {}, **raw}
@@ -165,7 +165,7 @@ def read_manifest(prefix: str) -> Manifest | None:
 
 
 def sampled_fingerprint(prefix: str) -> str:
-    """`sampled:` and a hash of both sizes, the index header and up to 32 blocks of 4 KiB spread over each file."""
+    """`sampled:` and a hash of both sizes, of the index header and of up to 32 blocks of 4 KiB spread over each file."""
     digest = content_hash()
     for suffix in (".idx", ".bin"):
         size = _size(prefix, suffix)
@@ -178,7 +178,7 @@ def sampled_fingerprint(prefix: str) -> str:
 
 
 def sampled_hash(path: Path) -> str:
-    """The same of one file of any kind: `sampled:` and a hash of its size and of up to 32 blocks."""
+    """`sampled:` and a hash of the size and of up to 32 blocks of one file of any kind."""
     digest, size = content_hash(), path.stat().st_size
     digest.update(f"{size}\n".encode())
     with open(path, "rb") as stream:
@@ -187,10 +187,10 @@ def sampled_hash(path: Path) -> str:
 
 
 def fingerprint(prefix: str, verify: bool = False) -> str:
-    """The name of a dataset's contents: `content:<hash>` or `sampled:<hash>` (see the module's docstring).
+    """Names the contents of a dataset: `content:<hash>` or `sampled:<hash>` (see the docstring of the module).
 
-    With a manifest the files' sizes and sampled blocks must agree with it. verify=True (--verify-data) hashes both files
-    whole, compares with the manifest when there is one, and always answers with the `content:` kind.
+    If there is a manifest, the sizes and the sampled blocks must agree with it. verify=True (--verify-data) hashes all bytes of both
+    files, compares them with the manifest if there is one, and always gives the `content:` kind.
     UserError when files are missing or disagree with the manifest.
     """
     manifest = read_manifest(prefix)
@@ -209,10 +209,10 @@ def fingerprint(prefix: str, verify: bool = False) -> str:
         )
     if verify:
         for suffix, recorded in ((".bin", manifest.bin_hash), (".idx", manifest.idx_hash)):
-            found = _hash_file(prefix, suffix)
-            if found != recorded:
+            actual = _hash_file(prefix, suffix)
+            if actual != recorded:
                 raise UserError(
-                    f"--verify-data: {prefix}{suffix} has content hash {found}, its manifest {path} says {recorded}"
+                    f"--verify-data: {prefix}{suffix} has content hash {actual}, its manifest {path} says {recorded}"
                 )
     sampled = sampled_fingerprint(prefix)
     if sampled != manifest.sampled:
@@ -236,7 +236,7 @@ def _add_blocks(digest: hashlib.blake2b, stream: BinaryIO, size: int) -> None:
 
 
 def _block_offsets(size: int) -> list[int]:
-    """First, last and evenly spread blocks; all of a small file."""
+    """Offsets of the first, the last and evenly spread blocks; all blocks of a small file."""
     blocks = -(-size // _BLOCK_BYTES)
     chosen = min(blocks, _BLOCKS)
     if chosen < 2:

@@ -1,4 +1,4 @@
-"""What the end-of-document token means to loss, positions and attention."""
+"""How end-of-document tokens change the loss mask, position ids and attention of a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_salt.errors import UserError
 
 @dataclass(frozen=True)
 class Masking:
-    """What the end-of-document token means to loss, positions and attention."""
+    """The flags --eod-mask-loss, --reset-position-ids and --reset-attention-mask, and the token they look for."""
 
     eod: int | None
     eod_mask_loss: bool
@@ -25,10 +25,10 @@ class Masking:
                 raise UserError(f"{flag(name)} needs an end-of-document token, and the tokenizer has none")
 
     def of(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(loss mask float32, position ids int64, documents int64 or None), each of the shape of `tokens`, int64 [b, L].
+        """Masks for `tokens`, int64 [b, L] -> (loss mask float32, position ids int64, document indices int64 or None), each [b, L].
 
-        Megatron's meanings (megatron/core/datasets/gpt_dataset.py): an end-of-document token is the last of its document; with
-        --eod-mask-loss no loss is taken where it is the input.
+        As in megatron/core/datasets/gpt_dataset.py: an end-of-document token is the last token of its document. With --eod-mask-loss
+        the loss does not count where that token is the input.
         """
         loss_mask = np.ones(tokens.shape, np.float32)
         position_ids = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)

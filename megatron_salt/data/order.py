@@ -1,9 +1,9 @@
 """The order of samples: a keyed permutation of 0..size-1, computed one index at a time.
 
-Nothing is stored or shuffled: `ids(positions)` costs the same at 10 samples and at 10^11, and depends on nothing but
-seed, pool name and position. Each epoch of a pool has a key, so an order, of its own, and visits every sample exactly
-once. The permutation is a Feistel network over the cells of a rectangle a little larger than `size`, with cycle walking
-back into it (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It shuffles well; it is no cipher.
+Nothing is stored or shuffled: `ids(positions)` costs the same at 10 samples and at 10^11, and depends only on seed, pool name
+and position. Each epoch of a pool has its own key, hence its own order, and visits every sample exactly once. The permutation is a
+Feistel network over the cells of a rectangle a little larger than `size`, with cycle walking back into it (Black and Rogaway, "Ciphers
+with Arbitrary Finite Domains", 2002). It shuffles well; it is no cipher.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHIFT_29, _SHIFT_32 = np.uint64(29), np.uint64(32)
 
 
 def is_seed(number: int) -> bool:
-    """Whether a seed is one of SEEDS, which every file that records it can hold."""
+    """Whether a seed is in the range SEEDS: every file format that records a seed can hold it."""
     return 0 <= number < 1 << 63
 
 
@@ -42,7 +42,7 @@ def unpermute(image: np.ndarray, size: int, key: int) -> np.ndarray:
 def keyed_ranks(ids: np.ndarray, key: int) -> np.ndarray:
     """A permutation of 0..2^64-1, chosen by `key` (0 <= key < 2^64): int64 [n] -> uint64 [n], no two alike.
 
-    An xor with the key, and splitmix64's multiplications: each step can be undone. High bits are mixed best, and they decide an order.
+    An xor with the key, then splitmix64's multiplications: each step is invertible. The high bits, which decide an order, are mixed best.
     Ten times as fast as `permute`.
     """
     ranks = np.asarray(ids, np.int64).astype(np.uint64)
@@ -62,7 +62,7 @@ def key_of(text: str) -> int:
 
 @dataclass(frozen=True)
 class Pool:
-    """`size` samples that are visited once an epoch, in an order that depends on (seed, name, epoch) alone."""
+    """`size` samples. Each is visited once an epoch, in an order that depends only on (seed, name, epoch)."""
 
     name: str
     size: int
@@ -85,11 +85,11 @@ class Pool:
         return _permute(offsets, self.size, keys if distinct.size == 1 else keys[:, which])
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
-        """When the first epoch comes to each sample: int [n] -> int64 [n], each below `size`."""
+        """Position of each sample in the first epoch: int [n] -> int64 [n], each below `size`."""
         return _permute(np.asarray(ids, np.int64), self.size, _epoch_keys(self.seed, self.name, 0)[:, None], _feistel_back)
 
     def progress(self, drawn: int) -> PoolProgress:
-        """Where the pool stands after its first `drawn` samples."""
+        """The state of the pool after its first `drawn` samples."""
         return PoolProgress(self.name, self.size, drawn)
 
 
@@ -125,7 +125,7 @@ def _round_keys(key: int) -> np.ndarray:
 
 
 def _permute(index: np.ndarray, size: int, keys: np.ndarray, turn: Callable[..., np.ndarray] | None = None) -> np.ndarray:
-    """`keys`: uint64 [rounds, 1], or [rounds, n] where each element has its own permutation. `turn`: `_feistel`, or its inverse."""
+    """keys: uint64 [rounds, 1], or [rounds, n] where each element has its own permutation. turn: `_feistel` or its inverse."""
     turn = turn or _feistel
     assert 1 <= size <= MAX_SIZE, size
     assert index.size == 0 or (index.min() >= 0 and index.max() < size), (index.min(), index.max(), size)
@@ -138,7 +138,7 @@ def _permute(index: np.ndarray, size: int, keys: np.ndarray, turn: Callable[...,
     columns = -(-size // rows)
     cells = turn(index.astype(np.uint64), rows, columns, keys)
     outside = np.flatnonzero(cells >= size)
-    while outside.size:  # walk the cycle until it comes back inside
+    while outside.size:  # walk the cycle until it is back in [0, size)
         cells[outside] = turn(cells[outside], rows, columns, keys if keys.shape[1] == 1 else keys[:, outside])
         outside = outside[cells[outside] >= size]
     return cells.astype(np.int64)
@@ -157,7 +157,7 @@ def _feistel(cells: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np
 
 
 def _feistel_back(cells: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np.ndarray:
-    """The inverse of `_feistel`: its turns, the other way and the last one first."""
+    """The inverse of `_feistel`: the same turns backwards, the last one first."""
     num_rows, num_columns = np.uint64(rows), np.uint64(columns)
     row, column = np.divmod(cells, num_columns)
     for pair in range(_NUM_ROUNDS - 2, -1, -2):

@@ -1,4 +1,4 @@
-"""Which tokenizer a run has, and whether its data was made with that one."""
+"""The tokenizer of a run, and whether the data of the run was made with it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer, load_t
 
 
 def tokenizer_of_run(config: TokenizerConfig, data: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
-    """The tokenizer of the flags; without --tokenizer-type the one kept beside the data, else the checkpoint's.
+    """The tokenizer of the flags. Without --tokenizer-type the one beside the data, else the one of the checkpoint.
 
-    Raises UserError where there is none, or where a dataset's manifest names another one than the run has.
+    UserError where there is none, or where the manifest of a dataset names another one.
     """
     named = [
         (prefix, flag)
         for paths, flag in ((data.data_path, "--data-path"), (data.valid_data_path, "--valid-data-path"))
         for prefix in _prefixes(paths, flag)
     ]
-    for prefix, flag in named:  # data that is not there is why its tokenizer is not there
+    for prefix, flag in named:  # missing data is a better message than a missing tokenizer
         refuse_missing(prefix, flag)
     prefixes = [prefix for prefix, _ in named]
     kept = [tokenizer_directory(prefix) for prefix in prefixes if tokenizer_directory(prefix).is_dir()]
@@ -59,7 +59,7 @@ def tokenizer_of_run(config: TokenizerConfig, data: DataConfig, checkpoint_token
 
 
 def refuse_without_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> None:
-    """UserError where the tokenizer lacks an id that the flags ask for."""
+    """UserError where the tokenizer lacks an id that --append-eod or --prepend-bos asks for."""
     if append_eod and tokenizer.eod is None:
         special = in_words(tokenizer.special, tokenizer.special.values())
         raise UserError(
@@ -73,7 +73,7 @@ def refuse_without_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: boo
 
 
 def describe_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> str:
-    """A line for the start of a run: what stands between documents."""
+    """Line for the start of preprocessing: the tokens between documents."""
     names = {i: repr(name) for name, i in tokenizer.special.items()}
     end = "nothing ends documents" + ("" if append_eod else ", --append-eod does")
     if append_eod and tokenizer.eod is not None:
@@ -85,7 +85,7 @@ def describe_ends(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> 
 
 
 def refuse_other_eod(eod_token: str | None, tokenizer: Tokenizer, where: str) -> None:
-    """UserError where --eod-token asks for another end of a document than a tokenizer that was kept has."""
+    """UserError where --eod-token names another token than the end of a document of the tokenizer kept in `where`."""
     if eod_token is not None and (tokenizer.eod is None or tokenizer.id_of(eod_token) != tokenizer.eod):
         raise UserError(
             f"--eod-token {eod_token!r} is id {tokenizer.id_of(eod_token)}; with the tokenizer kept in {where} documents end "

@@ -45,14 +45,14 @@ class Samples:
         vocabulary_size: int,
         verify: bool,
     ) -> None:
-        """Dataset d contributes its windows [first[d], first[d] + sizes[d]). Token ids must be below `vocabulary_size`."""
+        """Dataset d gives its windows [first[d], first[d] + sizes[d]). Token ids must be below `vocabulary_size`."""
         self.split = split
         self.windows = list(windows)
         self.masking = masking
         self.first = list(first)
-        """Of each dataset, the first window of this split."""
+        """First window of this split, for each dataset."""
         self.sizes = list(sizes)
-        """Of each dataset, how many windows of it this split has."""
+        """Number of windows in this split, for each dataset."""
         self._weights = None if weights is None else list(weights)
         self._seed = seed
         self.first_ids = first_ids(len(w) for w in self.windows)
@@ -67,12 +67,12 @@ class Samples:
 
     @property
     def weighted(self) -> bool:
-        """Whether each dataset is a pool of its own, with its weight; else all of them are one."""
+        """Whether each dataset is a pool of its own, with a weight. Otherwise all datasets are one pool."""
         return self._weights is not None
 
     @property
     def id_ranges(self) -> list[IdRanges]:
-        """Ids of all samples of this split, by pool."""
+        """Ids of all samples of this split, for each pool."""
         ranges = [
             (int(offset) + first, size) for offset, first, size in zip(self.first_ids, self.first, self.sizes, strict=False)
         ]
@@ -82,11 +82,11 @@ class Samples:
 
     @property
     def num_members(self) -> int:
-        """Samples that the order draws from: all of the split, or fewer."""
+        """Number of samples that the order draws from: all of the split, or fewer."""
         return sum(pool.size for pool in self.members)
 
     def drawing_from(self, order: str, members: Sequence[Members]) -> Self:
-        """The same data in an order of its own, and of each pool these samples alone. order: its name, which chooses it."""
+        """The same data in another order, drawing only from these samples of each pool. order: a name, which determines the order."""
         other = copy(self)
         other._draw_from(order, members)
         return other
@@ -97,9 +97,9 @@ class Samples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the tokens, their cut into samples, weights and split; equal for equal data under other paths.
+        """Names the tokens, how they are cut into samples, the weights and the split. Paths do not count.
 
-        Reads sampled blocks of each dataset, with --verify-data every byte: call it on one rank.
+        Reads sampled blocks of each dataset, or every byte with --verify-data: call it on one rank.
         """
         facts = {
             "split": self.split,
@@ -114,7 +114,7 @@ class Samples:
         return f"{digest} ({self.split}: {len(self)} samples of --seq-length {facts['seq_length']} from {datasets})"
 
     def dataset_facts(self) -> tuple[DatasetFacts, ...]:
-        """What scores and selections know the datasets by, held-out windows included. Reads as much as `fingerprint` does."""
+        """Facts by which scores and selections recognise the datasets. Reads as much as `fingerprint` does."""
         return tuple(
             DatasetFacts(windows.file.prefix, manifest.fingerprint(windows.file.prefix, verify=self._verify), len(windows))
             for windows in self.windows
@@ -127,8 +127,8 @@ class Samples:
             return self.members[0].ids(number)
         ids = np.empty_like(number)
         for index in np.unique(pool).tolist():
-            here = pool == index
-            ids[here] = self.members[index].ids(number[here])
+            in_pool = pool == index
+            ids[in_pool] = self.members[index].ids(number[in_pool])
         return ids
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,12 +140,12 @@ class Samples:
         return locate(self.first_ids, sample_ids)
 
     def tokens(self, sample_ids: np.ndarray) -> np.ndarray:
-        """int64 [n] global ids -> int64 [n, L + 1]. UserError if a token is not in the vocabulary."""
+        """Tokens of samples: global ids int64 [n] -> int64 [n, L + 1]. UserError if a token is not in the vocabulary."""
         dataset, window = self.locate(sample_ids)
         tokens = np.empty((len(sample_ids), self.windows[0].seq_length + 1), np.int64)
         for index in np.unique(dataset).tolist():
-            here = dataset == index
-            tokens[here] = self.windows[index].read_many(window[here])
+            in_dataset = dataset == index
+            tokens[in_dataset] = self.windows[index].read_many(window[in_dataset])
         if tokens.size and (tokens.max() >= self.vocabulary_size or tokens.min() < 0):
             self._refuse(tokens, dataset, window)
         return tokens
@@ -156,19 +156,19 @@ class Samples:
         return sample_ids, self.tokens(sample_ids)
 
     def progress(self, position: int) -> list[PoolProgress]:
-        """Where each pool stands after the first `position` samples of the order."""
+        """How much of each pool the first `position` samples of the order have drawn."""
         return self.blend.progress(position)
 
     def repeats(self, num_samples: int) -> str | None:
-        """What to tell the user if `num_samples` samples are more than there are, else None."""
+        """A message if `num_samples` samples visit some samples again, else None."""
         names = [w.file.prefix for w in self.windows] if self.weighted else [f"the {self.split} data"]
-        told = [
+        messages = [
             f"{num_samples} samples take {pool.drawn} from {name}, which has {pool.size}: "
             f"{pool.num_repeats} are repeats, the last in epoch {(pool.drawn - 1) // pool.size + 1}"
             for name, pool in zip(names, self.progress(num_samples), strict=True)
             if pool.num_repeats
         ]
-        return "; ".join(told) or None
+        return "; ".join(messages) or None
 
     def _refuse(self, tokens: np.ndarray, dataset: np.ndarray, window: np.ndarray) -> None:
         row, column = np.argwhere((tokens >= self.vocabulary_size) | (tokens < 0))[0]
@@ -182,10 +182,10 @@ class Samples:
 def open_training_data(
     data: DataConfig, seq_length: int, seed: int, vocabulary_size: int, eod: int | None
 ) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None). Every rank calls; O(1) in the size of the data.
+    """(training samples, held-out samples or None). Every rank calls it; the cost does not grow with the data.
 
-    UserError, by flag, file and numbers, for data that cannot be used.
-    Held-out data has one order, whatever the seed: each evaluation that starts at 0 sees the same windows.
+    UserError, with flag, file and numbers, for data that cannot be used. Held-out data has one order for all seeds: every evaluation
+    that starts at 0 sees the same windows.
     """
     masking = Masking(eod, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
 

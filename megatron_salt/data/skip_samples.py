@@ -1,4 +1,4 @@
-"""What --skip-samples says, as ranges. Pure; a mistake in it is found before torch is imported."""
+"""The ranges of --skip-samples. Pure: mistakes are found before torch is imported."""
 
 from __future__ import annotations
 

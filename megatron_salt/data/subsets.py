@@ -1,8 +1,8 @@
-"""Which samples a pool has: from a number below its size to a global sample id.
+"""The samples of a pool: from a number below its size to a global sample id.
 
-`IdRanges` are whole stretches of consecutive ids, such as all windows that no one holds out; `Selected` is a selection; `Unseen` is what a
-stage that drew from a selection has left. A pool's order is another matter (`order.py`), and so is whose turn it is (`blend.py`).
-Pure, memory of O(1) or of a mapped file, and O(log size) an id at most.
+`IdRanges` are ranges of consecutive ids, such as all windows that are not held out. `Selected` is a selection. `Unseen` is the rest after
+stage 1 drew from a selection. `order.py` orders a pool, `blend.py` says which pool has its turn. Pure. Memory is O(1) or a mapped file;
+an id costs at most O(log size).
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from megatron_salt.data.order import Pool
 
 
 class Members(Protocol):
-    """The samples of a pool, in one fixed numbering."""
+    """The samples of a pool, numbered from 0 in a fixed way."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of samples."""
 
     def ids(self, numbers: np.ndarray) -> np.ndarray:
-        """Global ids of these: int64 [n] in [0, size) -> int64 [n]."""
+        """Global ids of samples: numbers int64 [n] in [0, size) -> int64 [n]."""
 
 
 @dataclass(frozen=True)
 class IdRanges:
-    """Stretches of consecutive ids, ascending."""
+    """Ranges of consecutive ids, ascending."""
 
     firsts: tuple[int, ...]
-    """First id of each."""
+    """First id of each range."""
     lengths: tuple[int, ...]
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """int64 [runs]: members up to the end of each run."""
+        """Number of members up to the end of each range: int64 [ranges]."""
         return np.cumsum(self.lengths, dtype=np.int64)
 
     @property
@@ -46,21 +46,21 @@ class IdRanges:
         return sum(self.lengths)
 
     def ids(self, numbers: np.ndarray) -> np.ndarray:
-        run = np.searchsorted(self._ends, numbers, side="right")
-        return numbers + (np.array(self.firsts, np.int64) - (self._ends - self.lengths))[run]
+        index = np.searchsorted(self._ends, numbers, side="right")
+        return numbers + (np.array(self.firsts, np.int64) - (self._ends - self.lengths))[index]
 
     def numbers(self, ids: np.ndarray) -> np.ndarray:
         """The inverse of `ids`, for ids that are members."""
-        run = np.searchsorted(np.array(self.firsts, np.int64), ids, side="right") - 1
-        return ids - (np.array(self.firsts, np.int64) - (self._ends - self.lengths))[run]
+        index = np.searchsorted(np.array(self.firsts, np.int64), ids, side="right") - 1
+        return ids - (np.array(self.firsts, np.int64) - (self._ends - self.lengths))[index]
 
 
 @dataclass(frozen=True)
 class Selected:
-    """Ids that a selection lists."""
+    """The ids of a selection."""
 
     sample_ids: np.ndarray
-    """Ascending integers [size], perhaps in a mapped file."""
+    """Ascending integers [size]; may be a mapped file."""
 
     @property
     def size(self) -> int:
@@ -70,25 +70,25 @@ class Selected:
         return self.sample_ids[numbers].astype(np.int64)
 
     def numbers(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(number int64 [n], whether it is a member bool [n]) of any ids."""
-        place = bisect(self.size, len(ids), lambda numbers, rows: self.ids(numbers) >= ids[rows])
-        inside = np.minimum(place, self.size - 1)
+        """(number int64 [n], whether it is a member bool [n]) of any ids, int64 [n]."""
+        insertion = bisect(self.size, len(ids), lambda numbers, rows: self.ids(numbers) >= ids[rows])
+        inside = np.minimum(insertion, self.size - 1)
         return inside, self.ids(inside) == ids
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """All of `everything` but the first `drawn` samples, in the order of `pool`, of what was `chosen` from it.
+    """All of `everything` except the first `drawn` of the `chosen` samples in the order of `pool`.
 
-    First those that were never chosen, then the chosen ones whose turn did not come.
+    The samples that were not chosen come first, then the chosen samples that were not drawn.
     """
 
     everything: IdRanges
     chosen: Selected
     pool: Pool
-    """The order in which the chosen were visited."""
+    """The order in which chosen samples were visited."""
     drawn: int
-    """How many visits there were, repeats included."""
+    """Number of visits, repeats included."""
 
     @property
     def size(self) -> int:
@@ -103,7 +103,7 @@ class Unseen:
         return ids
 
     def saw(self, ids: np.ndarray) -> np.ndarray:
-        """Whether each id, a member of `everything`, was among the visits: int64 [n] -> bool [n]."""
+        """Whether each id, a member of `everything`, was visited: int64 [n] -> bool [n]."""
         if not self.drawn:
             return np.zeros(len(ids), bool)
         numbers, chosen = self.chosen.numbers(ids)
@@ -112,7 +112,7 @@ class Unseen:
         return chosen
 
     def _never_chosen(self, numbers: np.ndarray) -> np.ndarray:
-        """Ids of those that were never chosen: before the i-th chosen one, at place p of everything, there are p - i of them."""
+        """Ids of samples that were not chosen. Before the i-th chosen sample, at position p of `everything`, there are p - i of them."""
 
         def enough(chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
             return self.everything.numbers(self.chosen.ids(chosen)) - chosen > numbers[rows]
@@ -121,9 +121,9 @@ class Unseen:
 
 
 def bisect(size: int, count: int, holds: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """For each of `count` rows the least number in [0, size] from which on `holds` is true: int64 [count].
+    """Smallest number in [0, size] from which on `holds` is true, for each of `count` rows: int64 [count].
 
-    holds(numbers, rows) -> bool: whether it is true of each number, in [0, size), for each row, int64 in [0, count).
+    holds(numbers, rows) -> bool [n]: whether it is true for each pair of a number in [0, size) and a row in [0, count), int64 [n].
     """
     low, high = np.zeros(count, np.int64), np.full(count, size, np.int64)
     rows = np.flatnonzero(low < high)

@@ -27,7 +27,7 @@ def locate(firsts: np.ndarray, sample_ids: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class Windows:
-    """The windows of one dataset: `len()` of them, each L + 1 tokens. UserError if the dataset is shorter than one."""
+    """The windows of one dataset, each L + 1 tokens. UserError if the dataset is shorter than one window."""
 
     def __init__(self, file: TokenFile, seq_length: int) -> None:
         self.file = file
@@ -53,8 +53,10 @@ class Windows:
 
 
 def num_held_out(num_windows: int, valid_share: float, prefix: str, seq_length: int) -> int:
-    """How many of a dataset's windows, the last ones, --valid-share holds out: at least one, unless the share is 0. UserError where none
-    would remain. prefix, seq_length: for the error alone."""
+    """Number of windows at the end of a dataset that --valid-share holds out: at least one, unless the share is 0.
+
+    UserError where no window would remain for training. prefix, seq_length: for the message.
+    """
     if not valid_share:
         return 0
     if num_windows < 2:

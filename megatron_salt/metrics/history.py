@@ -30,7 +30,7 @@ class Switch:
     gib_after: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """The curves of one run. Losses are nats a token; a step without a finite loss has nan."""
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSONL file, TensorBoard, Weights & Biases.
+"""The sinks of a run's numbers: a JSONL file, TensorBoard, Weights & Biases.
 
 A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. A run that crashed resumes at an earlier
 step. Every sink then drops its entries of later steps, so that a curve has one value a step.

@@ -1,7 +1,7 @@
 """A heartbeat file for launchers, and a report of the slowest rank.
 
 Step times are equal on all ranks, because ranks wait for each other. So the report times what a rank does alone: reading its data, and a
-fixed set of matrix products, which take longer on a throttled GPU or a core that others use.
+fixed set of matrix products. These take longer on a throttled GPU, or on a core that others use.
 
 Neither costs a step a measurable time. One rank writes the heartbeat every ten seconds. The report takes a few matrix products and one
 gather of two numbers a rank, once in --straggler-report-interval steps.

@@ -1,8 +1,8 @@
 """AdamW with the state layout of apex's and Transformer Engine's FusedAdam: one `step` a parameter group.
 
-torch's own AdamW keeps a step tensor per parameter, and megatron-core's distributed optimizer cannot resume from that. So where neither
-Transformer Engine nor apex is importable, on CPU or GPU, this one stands where megatron-core looks for apex's; its checkpoints
-and theirs interchange. Importing this module does so; `parallel/cpu_seam.py`, which every user of megatron-core imports first, imports it.
+torch's AdamW keeps a step tensor for each parameter, and megatron-core's distributed optimizer cannot resume from that. Without
+Transformer Engine and apex, on CPU or GPU, megatron-core therefore gets this optimizer instead of apex's. Each loads the other's
+checkpoints. Importing this module installs it; `parallel/cpu_seam.py`, which users of megatron-core import first, does so.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Decoupled weight decay Adam on torch's fused kernel; the constructor takes what megatron-core passes to apex's.
+    """Adam with decoupled weight decay, on torch's fused kernel. The constructor takes what megatron-core passes to apex's.
 
-    State: `exp_avg` and `exp_avg_sq` per parameter, shaped and typed like it; an int `step` per group, counted from 1.
+    State: for each parameter `exp_avg` and `exp_avg_sq`, of its shape and dtype; for each group an int `step`, counted from 1.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
@@ -77,7 +77,7 @@ def _importable(module: str) -> bool:
 
 
 def _stand_in_for_apex() -> None:
-    """Answer `from apex.optimizers import FusedAdam`. `import apex` still fails, so nothing else of apex is looked for."""
+    """Let `from apex.optimizers import FusedAdam` give ours. `import apex` still fails, so megatron-core uses nothing else of apex."""
     assert "megatron.core.optimizer" not in sys.modules, (
         "megatron_salt.parallel.adamw must be imported before megatron.core.optimizer"
     )

@@ -1,6 +1,6 @@
-"""Small agreements between ranks: one answer everywhere, and one error everywhere.
+"""Small collectives: the same answer, or the same error, on every rank.
 
-A process that has joined no world agrees with itself: a --dry-run asks what a start asks.
+They also work in a single process without torch.distributed, because --dry-run makes the checks of a start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def from_rank_0(action: Callable[[], T]) -> T:
 
 
 def from_rank(rank: int, action: Callable[[], T]) -> T:
-    """Another rank's, in the same way. `rank` is the same on all."""
+    """The result of `action` on one rank, on every rank, see `from_rank_0`. `rank` is the same on all ranks."""
     if not dist.is_initialized():
         return action()
     outcome: list[Any] = [None, None]
@@ -39,7 +39,7 @@ def from_rank(rank: int, action: Callable[[], T]) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's value, by rank. Collective over all ranks."""
+    """The values of all ranks, in the order of ranks. Collective over all ranks."""
     if not dist.is_initialized():
         return [value]
     everyone = [value] * dist.get_world_size()
@@ -48,14 +48,14 @@ def gathered(value: T) -> list[T]:
 
 
 def first_problem(problem: str | None) -> str | None:
-    """The first rank's problem on every rank; None where no rank has one. Collective over all ranks."""
+    """The problem of the first rank that has one, with its number, on every rank; None if no rank has one. Collective over all ranks."""
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, problem)
     return next((f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one is not None), None)
 
 
 def largest(value: int) -> int:
-    """The largest of every rank's int. Collective over all ranks."""
+    """The largest of the ints of all ranks. Collective over all ranks."""
     tensor = torch.tensor(value, dtype=torch.int64, device=current_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)

@@ -1,11 +1,10 @@
-"""What lets megatron-core's CUDA literals mean the CPU. The only file that patches torch or megatron-core.
+"""Lets megatron-core, which says "cuda" in its source, run on the CPU. The only module that patches torch or megatron-core.
 
-Importing this module, before any `megatron` import, applies the seam once (and lets `adamw.py` answer for apex's optimizer, with
-or without a GPU). Where `torch.cuda.is_available()` it changes nothing at all, so that a GPU runs megatron-core and torch
-untouched. Elsewhere: device="cuda" in factory calls, `.cuda()`, `Tensor.type()`, `torch.cuda.*`, autocast and the CUDA random
-generator are answered by the CPU, and the weight-gradient kernel of gradient-accumulation fusion gets a CPU stand-in. No
-function of megatron-core is replaced but the two random-state helpers in `tensor_parallel/random.py`, which end in torch's C
-code for CUDA.
+Import it before any `megatron` import: that applies the patches once, and installs `adamw.py` in place of apex's optimizer. With a
+GPU (`torch.cuda.is_available()`) it patches nothing else, so megatron-core and torch run unchanged. Without a GPU the CPU answers
+device="cuda" in factory calls, `.cuda()`, `Tensor.type()`, `torch.cuda.*`, autocast and the CUDA random generator, and
+gradient-accumulation fusion gets a CPU version of its weight-gradient kernel. Of megatron-core's functions only two are replaced:
+the random-state helpers in `tensor_parallel/random.py`, which call torch's C code for CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-import megatron_salt.parallel.adamw  # noqa: F401  (before megatron, which asks for apex's optimizer as it is imported)
+import megatron_salt.parallel.adamw  # noqa: F401  (before megatron, which imports apex's optimizer)
 
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
@@ -36,7 +35,7 @@ def _names_cuda(where: object) -> bool:
 
 
 def _map_factories() -> None:
-    """`torch.empty(..., device="cuda")` allocates on the CPU; pinning, which needs a driver, is dropped."""
+    """`torch.empty(..., device="cuda")` allocates on the CPU. Pinned memory, which needs a driver, becomes plain memory."""
 
     def on_the_cpu(factory: Callable) -> Callable:
         @functools.wraps(factory)
@@ -55,7 +54,7 @@ def _map_factories() -> None:
 
 
 def _map_tensors_and_modules() -> None:
-    """`.cuda()` stays put; `.type()` says torch.cuda.*, which megatron-core's optimizers compare strings with."""
+    """`.cuda()` returns the tensor or module itself. `.type()` says torch.cuda.*: megatron-core's optimizers compare this string."""
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
     torch.Tensor.record_stream = lambda self, stream: None
@@ -71,7 +70,7 @@ def _map_tensors_and_modules() -> None:
 
 
 class _Stream:
-    """Work on the CPU is synchronous: every stream is the same one, and done."""
+    """Work on the CPU is synchronous, so all streams are equal and their work is done."""
 
     cuda_stream = 0
 
@@ -94,7 +93,7 @@ class _Stream:
 
 
 class _Event:
-    """A wall-clock time."""
+    """An event is a wall-clock time."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.seconds = 0.0
@@ -112,7 +111,7 @@ class _Event:
 
 
 def _answer(value: Any) -> Callable:
-    """A function of its own that returns `value`: torch._dynamo refuses to meet one function under two names of torch's."""
+    """A new function that returns `value`. torch._dynamo refuses one function under two names of torch."""
     return lambda *_, **__: value
 
 
@@ -142,7 +141,7 @@ def _map_cuda_runtime() -> None:
 
 
 def _map_autocast() -> None:
-    """megatron-core's schedules open torch.autocast("cuda"), its layers bind custom_fwd and custom_bwd to "cuda"."""
+    """megatron-core's schedules enter torch.autocast("cuda"); its layers bind custom_fwd and custom_bwd to "cuda"."""
 
     def named(device_type: str) -> str:
         return "cpu" if _names_cuda(device_type) else device_type
@@ -163,7 +162,7 @@ def _map_autocast() -> None:
 
 
 def _map_generator() -> None:
-    """The CUDA generator is the default CPU generator: one kept apart would need every dropout to name it."""
+    """The default CPU generator is also the CUDA generator. With a separate one every dropout would have to name it."""
     generator = torch.random.default_generator
 
     def get_state(*_: object, **__: object) -> torch.Tensor:
@@ -180,15 +179,15 @@ def _map_generator() -> None:
     import megatron.core.tensor_parallel.random as tracker
 
     tracker._get_cuda_rng_state, tracker._set_cuda_rng_state = get_state, set_state
-    # fork() warns when the CPU generator moved inside it; here that generator is the one being forked.
+    # fork() warns when the CPU generator moved inside it; without a GPU that is the generator being forked.
     logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _stand_in_for_wgrad_kernel() -> None:
-    """apex's `fused_weight_gradient_mlp_cuda`: main_grad += grad_output^T @ input without a tensor in between."""
+    """apex's `fused_weight_gradient_mlp_cuda`: main_grad += grad_output^T @ input."""
 
     def accumulate(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-        if inputs.dtype != grad_output.dtype:  # under autocast the saved input is still float32
+        if inputs.dtype != grad_output.dtype:  # with autocast the saved input is still float32
             inputs = inputs.to(grad_output.dtype)
         if inputs.dtype == main_grad.dtype:
             main_grad.addmm_(grad_output.t(), inputs)

@@ -1,16 +1,16 @@
-"""The device that this process computes on, and tensors on their way to it."""
+"""The device of this process, and how a CPU tensor gets there."""
 
 from __future__ import annotations
 
 import torch
 
 SENDS_COPY = torch.cuda.is_available()
-"""Whether a tensor may be freed once its send was issued. On gloo it may not: megatron-core 0.16.1's interleaved schedule frees
-a pipeline stage's output while it is still being sent, and the losses are silently wrong."""
+"""Whether a tensor may be freed as soon as its send is issued. With gloo it may not: megatron-core 0.16.1's interleaved schedule would
+free the output of a pipeline stage before it is sent, and losses would be wrong without an error."""
 
 
 def current_device() -> torch.device:
-    """The device that this process computes on: its current CUDA device, or the CPU where there is none."""
+    """The device of this process: its current CUDA device, or the CPU without a GPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -1,8 +1,9 @@
-"""One rank's failure ends all of them within seconds, and stands in the log once.
+"""The failure of one rank ends all ranks within seconds, and is in the log once.
 
-A rank that raises writes that into the launch's store, before its connections close; the first to write speaks. A thread of every
-other rank looks there every two seconds, lets the main thread five to end by itself, and ends the process with the same status.
-A rank that was killed writes nothing: others see its connections close, and the ranks that do not confirm that are the dead ones.
+A rank that raises writes its failure into the launch's store before its connections close. Only the first writer prints its error. A
+thread of each other rank reads the store every two seconds. When it finds a failure, it gives the main thread five seconds to end, and
+then ends the process with the same status. A killed rank writes nothing: the others see its connections close, and write that they
+have seen it. Ranks that do not are the dead ones.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from megatron_salt.cli import exit_status
 from megatron_salt.errors import LeftEarly, LostRankError, UserError
 from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, launch_from_environment, listens, named
 
-LOOK_EVERY = 2.0  # seconds between looks at the store
-PATIENCE = 5.0  # seconds in which a main thread may end by itself, and in which a rank that failed looks for the store before it speaks
-TELL_FOR = 60.0  # seconds in which it goes on looking: rank 0, which hosts the store, may be late
-LINGER = 30.0  # seconds for which the store's own process waits until all others have read
-_FAILED, _ASKED = "failed", "asked"  # the first failure; set when every rank was asked whether it lives
+POLL_SECONDS = 2.0  # between reads of the store
+PATIENCE = (
+    5.0  # seconds that a main thread has to end by itself, and that a failed rank tries to reach the store before it prints
+)
+RETRY_SECONDS = 60.0  # a failed rank goes on trying: rank 0, which hosts the store, may be late
+LINGER = 30.0  # seconds that the process of the store waits until all other ranks have read the failure
+_FAILED, _ASKED = "failed", "asked"  # keys: the first failure; set when all ranks have been asked whether they live
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
          "remote process exited")  # fmt: skip
-"""What gloo and NCCL say when another process is gone."""
+"""Words of gloo's and NCCL's errors when another process is gone."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank that failed tells the others."""
+    """What a failed rank writes for the others."""
 
     rank: int
     host: str
@@ -46,15 +49,15 @@ class Failure:
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed, and has said so."""
+    """Another rank failed and has written its failure."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(str(failure))
         self.failure = failure
 
 
-def with_one_voice(action: Callable[[], int | None]) -> int | None:
-    """Run a rank's program. Where it fails, tell the other ranks; one of them speaks, and all end with its status."""
+def fail_together(action: Callable[[], int | None]) -> int | None:
+    """Run the program of a rank. If it fails, tell the other ranks. One rank prints the error, and all end with its status."""
     try:
         return action()
     except PeerFailed as error:
@@ -65,11 +68,11 @@ def with_one_voice(action: Callable[[], int | None]) -> int | None:
         launch = launch_from_environment()
         if launch is None or launch.world_size == 1:
             raise
-        return _tell(launch, error)
+        return _report(launch, error)
 
 
 def refuse_failed(connection: StoreConnection) -> None:
-    """Raise PeerFailed where another rank has failed."""
+    """Raise PeerFailed if another rank has failed."""
     if connection.store.check([_FAILED]):
         connection.store.set(f"seen/{connection.launch.rank}", "")
         raise PeerFailed(_read(connection))
@@ -77,11 +80,12 @@ def refuse_failed(connection: StoreConnection) -> None:
 
 @contextlib.contextmanager
 def watching(launch: Launch) -> Iterator[None]:
-    """While the block runs, a thread ends this process a few seconds after another rank failed. Raises PeerFailed, LostRankError
-    instead of whatever the block raises after that."""
-    watch = _Watch(
-        StoreConnection(launch)
-    )  # a connection of its own: a client serves one call at a time, and some wait for minutes
+    """Inside the block, a thread ends this process a few seconds after another rank failed.
+
+    If the block raises after that, PeerFailed or LostRankError is raised instead.
+    """
+    # A connection of its own: a client serves one call at a time, and some calls wait for minutes.
+    watch = _Watch(StoreConnection(launch))
     watch.start()
     try:
         yield
@@ -94,7 +98,7 @@ def watching(launch: Launch) -> Iterator[None]:
 
 
 class _Watch(threading.Thread):
-    """Looks for another rank's failure until `ended`. Invariant: who is noted in the store as having seen it has it in `seen`."""
+    """Polls for the failure of another rank until `ended`. Invariant: a rank with a key seen/RANK in the store has it in `seen`."""
 
     def __init__(self, connection: StoreConnection) -> None:
         super().__init__(name="watch of other ranks", daemon=True)
@@ -103,24 +107,24 @@ class _Watch(threading.Thread):
         self._connection = connection
 
     def run(self) -> None:
-        """The thread."""
+        """Poll, and end the process after a failure."""
         launch = self._connection.launch
-        while self.seen is None and not self.ended.wait(LOOK_EVERY):
-            with contextlib.suppress(RuntimeError):  # torch's DistError: the next look says whether the connection is cut
-                self._look()
-        # The store goes with rank 0 also at a normal end, which the main thread then has behind it soon.
+        while self.seen is None and not self.ended.wait(POLL_SECONDS):
+            with contextlib.suppress(RuntimeError):  # torch's DistError: the next poll shows whether the connection is cut
+                self._poll()
+        # At a normal end the store also goes with rank 0; then the main thread of this rank ends soon as well.
         if self.seen is None or self.ended.wait(PATIENCE):
             return
         if isinstance(self.seen, PeerFailed):
             status = _follow(launch, self._connection, self.seen.failure)
         else:
             status = self.seen.status
-            _speak_for_many(launch, self.seen)
+            _print_without_store(launch, self.seen)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         connection = self._connection
         if connection.is_cut():
             self.seen = LostRankError(gone(connection.launch))
@@ -129,56 +133,59 @@ class _Watch(threading.Thread):
             connection.store.set(f"seen/{connection.launch.rank}", "")
 
 
-def _tell(launch: Launch, error: Exception) -> int:
-    """Say what happened, unless another rank has; the status to exit with."""
+def _report(launch: Launch, error: Exception) -> int:
+    """Report this rank's error, unless another rank has reported one. Returns the exit status."""
     lost, left = isinstance(error, LostRankError) or _is_lost(error), isinstance(error, LeftEarly)
     status = LostRankError.status if lost else error.status if isinstance(error, UserError) else 1
-    mine = Failure(launch.rank, socket.gethostname(), status, _line(error))
+    own = Failure(launch.rank, socket.gethostname(), status, _line(error))
     begun = time.monotonic()
     connection = _reach(launch, 0.5 if lost or left else PATIENCE if launch.local_rank == 0 else 2 * PATIENCE)
     if connection is None and lost:
-        _speak_for_many(launch, error if isinstance(error, LostRankError) else LostRankError(gone(launch)))
+        _print_without_store(launch, error if isinstance(error, LostRankError) else LostRankError(gone(launch)))
         return status
     if connection is None:
-        _speak(error)
-        if left:  # whoever comes later is told to leave as this one was, or waits as long as it may
+        _print_error(error)
+        if left:  # a rank that joins later gets the same signal, or waits until its timeout
             return status
-        connection = _reach(launch, TELL_FOR - (time.monotonic() - begun))
+        connection = _reach(launch, RETRY_SECONDS - (time.monotonic() - begun))
         with contextlib.suppress(RuntimeError):
             if connection is not None:
-                _claim(connection, mine)
+                _write_first(connection, own)
         return status
     try:
-        first = _claim(connection, mine)
-    except RuntimeError:  # torch's DistError: the store went just now
-        first = mine
-    if first != mine:
+        first = _write_first(connection, own)
+    except RuntimeError:  # torch's DistError: the store has just gone
+        first = own
+    if first != own:
         return _follow(launch, connection, first)
     if _is_lost(error):
-        error = LostRankError(_silent(connection, error))
-    _speak(error)
+        error = LostRankError(_message_of_lost(connection, error))
+    _print_error(error)
     if launch.hosts:
-        _linger(connection, 2 * LOOK_EVERY if lost or left else LINGER)
+        _linger(connection, 2 * POLL_SECONDS if lost or left else LINGER)
     return status
 
 
 def _follow(launch: Launch, connection: StoreConnection | None, failure: Failure) -> int:
-    """End after another rank's failure, in one line where that rank's own is in another node's log; the status to exit with."""
+    """End after the failure of another rank. Returns the exit status.
+
+    One rank of each other node prints the failure in a line, because the full error is in the log of another node.
+    """
     if launch.local_rank == 0 and failure.host != socket.gethostname():
         print(failure, file=sys.stderr, flush=True)
     if launch.hosts:
         with contextlib.suppress(RuntimeError, OSError):
-            _linger(connection or StoreConnection(launch), 5 * LOOK_EVERY)
+            _linger(connection or StoreConnection(launch), 5 * POLL_SECONDS)
     return failure.status
 
 
-def _speak_for_many(launch: Launch, error: Exception) -> None:
-    """Without a store nobody can ask who speaks: rank 1 does, and one rank of each node."""
+def _print_without_store(launch: Launch, error: Exception) -> None:
+    """Print the error on rank 1 and on one rank of each node: without a store ranks cannot agree on one."""
     if launch.local_rank == 0 or launch.rank == 1:
-        _speak(error)
+        _print_error(error)
 
 
-def _speak(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     def again() -> None:
         raise error
 
@@ -190,10 +197,10 @@ def _speak(error: Exception) -> None:
         sys.stderr.flush()
 
 
-def _silent(connection: StoreConnection, error: Exception) -> str:
-    """Which ranks do not answer any more, after a connection was lost."""
+def _message_of_lost(connection: StoreConnection, error: Exception) -> str:
+    """The message that names the ranks that do not answer, after a connection was lost."""
     try:
-        dead = _unseen(connection, 3 * LOOK_EVERY)
+        dead = _unseen(connection, 3 * POLL_SECONDS)
         connection.store.set(_ASKED, "")
         hosts = sorted(
             {connection.store.get(f"host/{rank}").decode() for rank in dead if connection.store.check([f"host/{rank}"])}
@@ -206,7 +213,7 @@ def _silent(connection: StoreConnection, error: Exception) -> str:
 
 
 def _reach(launch: Launch, seconds: float) -> StoreConnection | None:
-    """The store, where it can be reached within `seconds`."""
+    """A connection to the store; None if it cannot be reached within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         if listens(launch):
@@ -217,11 +224,11 @@ def _reach(launch: Launch, seconds: float) -> StoreConnection | None:
         time.sleep(0.2)
 
 
-def _claim(connection: StoreConnection, mine: Failure) -> Failure:
-    """The first failure, which may be `mine`."""
-    found = connection.store.compare_set(_FAILED, "", json.dumps(asdict(mine)))
+def _write_first(connection: StoreConnection, own: Failure) -> Failure:
+    """Write `own` unless there is a failure. Returns the first failure, which may be `own`."""
+    first = connection.store.compare_set(_FAILED, "", json.dumps(asdict(own)))
     connection.store.set(f"seen/{connection.launch.rank}", "")
-    return Failure(**json.loads(found))
+    return Failure(**json.loads(first))
 
 
 def _read(connection: StoreConnection) -> Failure:
@@ -229,7 +236,7 @@ def _read(connection: StoreConnection) -> Failure:
 
 
 def _linger(connection: StoreConnection, seconds: float) -> None:
-    """In the process that hosts the store: wait until every other rank has seen the failure, or has been asked in vain."""
+    """In the process that hosts the store: wait until all other ranks have seen the failure, or one has asked for the silent ones."""
     deadline = time.monotonic() + seconds
     everybody = [f"seen/{rank}" for rank in connection.launch.others]
     while time.monotonic() < deadline and not connection.store.check(everybody) and not connection.store.check([_ASKED]):
@@ -237,7 +244,7 @@ def _linger(connection: StoreConnection, seconds: float) -> None:
 
 
 def _unseen(connection: StoreConnection, seconds: float) -> list[int]:
-    """Wait until every other rank has seen the failure; those that have not after `seconds`."""
+    """Wait up to `seconds` until all other ranks have seen the failure. Returns those that have not."""
     others = connection.launch.others
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not connection.store.check([f"seen/{rank}" for rank in others]):

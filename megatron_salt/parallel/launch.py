@@ -1,7 +1,7 @@
-"""torch.distributed up and down, the device of this rank and what is known of it, and its random seeds. NCCL with a GPU, gloo without.
+"""Start and end of torch.distributed, the device of this rank, and its random seeds. NCCL with a GPU, gloo without.
 
-Works under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and, with none of these
-set, as a single process. Who did not join, and who failed, is told by rendezvous.py and failure.py.
+Works under torchrun, or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. If none of these is
+set, it starts a single process. rendezvous.py names the ranks that did not join, failure.py reports the rank that failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 def find_hardware() -> Hardware:
-    """Bind this rank's GPU, and say what there is. No rank talks to another. Raises UserError."""
+    """Bind this rank's GPU, and return the hardware and versions that this process sees. Not collective. Raises UserError."""
     capability = torch.cuda.get_device_capability() if bind_device() else None
     cuda = None if torch.version.cuda is None else release(torch.version.cuda)
     try:
@@ -43,7 +43,7 @@ def find_hardware() -> Hardware:
 
 
 def bind_device() -> bool:
-    """Make the GPU of LOCAL_RANK this process's own; whether there is one. Raises UserError where there are fewer."""
+    """Make the GPU number LOCAL_RANK this process's device. False without any GPU. Raises UserError if there are too few GPUs."""
     if not torch.cuda.is_available():
         return False
     local_rank, shown = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -54,7 +54,7 @@ def bind_device() -> bool:
 
 
 def describe(hardware: Hardware) -> str:
-    """What the run computes and communicates with, in a line. Call it inside of `distributed`."""
+    """One line for the log: device, communication library and versions. Call it inside `distributed`."""
     if hardware.capability is None:
         return f"on the CPU: {dist.get_backend()}, torch {torch.__version__}"
     engine = (
@@ -73,11 +73,11 @@ def describe(hardware: Hardware) -> str:
 def distributed(
     timeout: timedelta, rendezvous_timeout: timedelta = RENDEZVOUS_TIMEOUT, leaving: Callable[[], str | None] = no_reason
 ) -> Iterator[None]:
-    """Bind this rank's device, join the world, and leave it at the end. Collective over all ranks.
+    """Bind this rank's device, join the other ranks, and leave them at the end. Collective over all ranks.
 
-    A collective that waits longer than `timeout` fails, and so does the start where a rank has not come after `rendezvous_timeout`
-    (LostRankError); `leaving`, a reason to give that wait up, ends it too (LeftEarly). While the block runs, another rank's failure
-    ends this process; a failure of its own is told by `with_one_voice`.
+    A collective that waits longer than `timeout` fails. The start fails if a rank has not joined after `rendezvous_timeout`
+    (LostRankError) or if `leaving` returns a reason to stop waiting (LeftEarly). Inside the block the failure of another rank ends
+    this process; `fail_together` reports a failure of this rank.
     """
     backend = "nccl" if bind_device() else "gloo"
     launch = launch_from_environment()
@@ -107,7 +107,7 @@ def distributed(
 
 
 def seed_everything(seed: int, mesh: Mesh) -> None:
-    """Seed initial weights and dropout as Megatron does: by pipeline stage, and inside the model-parallel tracker by tp rank."""
+    """Seed initial weights and dropout as Megatron-LM does: by pipeline stage, and in the model-parallel tracker by tp rank."""
     stage_seed = seed + 100 * mesh.at.pp
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)

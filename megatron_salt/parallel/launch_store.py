@@ -1,4 +1,4 @@
-"""One launch of several ranks, and the store that its ranks share: at MASTER_ADDR:MASTER_PORT, as torchrun and Slurm scripts set them.
+"""One launch of several ranks, and the store that its ranks share at MASTER_ADDR:MASTER_PORT.
 
 torchrun's agent hosts the store; without torchrun rank 0 does. Imports torch only when it connects.
 """
@@ -21,7 +21,7 @@ _CONNECT_SECONDS = 10.0  # for one connection to a store that listens
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """This process's place in a launch of several."""
+    """The place of this process in a launch of several ranks."""
 
     rank: int
     world_size: int
@@ -29,23 +29,23 @@ class Launch:
     address: str
     port: int
     agent_hosts: bool
-    """torchrun's agent hosts the store; otherwise rank 0 does."""
+    """Whether torchrun's agent hosts the store; otherwise rank 0 does."""
     attempt: str
-    """torchrun's restart count: a restart must not read what the attempt before it left in the store."""
+    """torchrun's restart count: a restart must not read what the previous attempt left in the store."""
 
     @property
     def hosts(self) -> bool:
-        """Whether the store lives in this process."""
+        """Whether this process hosts the store."""
         return self.rank == 0 and not self.agent_hosts
 
     @property
     def others(self) -> list[int]:
-        """Every rank but this one."""
+        """All ranks except this one."""
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
 
 def launch_from_environment() -> Launch | None:
-    """What the launcher has set; None without one, or where it names no meeting place. Raises UserError."""
+    """What the launcher has set; None without a launcher, or without MASTER_ADDR and MASTER_PORT. Raises UserError."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         return None
     return Launch(
@@ -60,10 +60,10 @@ def launch_from_environment() -> Launch | None:
 
 
 class StoreConnection:
-    """A connection to the store of a launch, and an idle one beside it, which shows quietly that the store's process is gone."""
+    """A connection to the store of a launch, and an idle second one, which shows when the process of the store is gone."""
 
     def __init__(self, launch: Launch) -> None:
-        """Connects once, hosting the store where this process does. Raises OSError, or torch's DistError."""
+        """Connect once; rank 0 without torchrun hosts the store. Raises OSError, or torch's DistError."""
         import torch.distributed as dist
 
         self.launch = launch
@@ -76,7 +76,7 @@ class StoreConnection:
         self._line.setblocking(False)
 
     def is_cut(self) -> bool:
-        """Whether the store's process has closed the connection, or died."""
+        """Whether the process of the store has closed the connection or died."""
         try:
             return self._line.recv(1) == b""
         except BlockingIOError:
@@ -85,29 +85,29 @@ class StoreConnection:
             return True
 
     def close(self) -> None:
-        """Close the idle connection; the store's own lasts as long as somebody uses it."""
+        """Close the idle connection. The other one lives as long as somebody uses the store."""
         self._line.close()
 
 
 def listens(launch: Launch) -> bool:
-    """Whether somebody can be reached at the meeting place. The process that hosts the store need not look."""
+    """Whether a store can be reached. Always true for the process that hosts it."""
     if launch.hosts:
         return True
     try:
         socket.create_connection((launch.address, launch.port), timeout=_CONNECT_SECONDS).close()
-    except OSError:  # a name that cannot be resolved may be known a little later
+    except OSError:  # a host name that cannot be resolved now may be known later
         return False
     return True
 
 
 def gone(launch: Launch) -> str:
-    """What can be said when the store's process has closed its connections."""
+    """The message when the process of the store has closed its connections."""
     who = "torchrun's agent" if launch.agent_hosts else "rank 0"
     return f"{who} at {launch.address}:{launch.port} does not answer any more (killed? out of memory?)"
 
 
 def named(ranks: list[int]) -> str:
-    """ "rank 3", or "ranks 3, 5"; at most twenty of them."""
+    """`rank 3` or `ranks 3, 5`; at most twenty ranks are listed."""
     shown = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 

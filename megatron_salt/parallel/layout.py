@@ -1,8 +1,8 @@
-"""Where each rank sits.
+"""The coordinates of each rank.
 
 A Layout maps global ranks to (pp, dp, cp, tp) coordinates, pp slowest and tp fastest: Megatron's order tp-cp-ep-dp-pp. It
-may also name the rank of each place, which is how a teacher lies over the ranks of its student (`salt/routing.py`).
-Arithmetic on ints: safe to call before torch.distributed exists, the same answer on every rank.
+may also name the rank of each place; so a teacher is laid over the ranks of its student (`salt/routing.py`).
+Arithmetic on ints: it needs no torch.distributed, and gives the same answer on every rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_salt.errors import UserError
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place in each dimension."""
+    """The index of a rank in each dimension."""
 
     tp: int
     cp: int
@@ -26,7 +26,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of the four dimensions; their product is the number of ranks."""
+    """The sizes of the four dimensions. Their product is the number of ranks."""
 
     tensor: int = 1
     context: int = 1
@@ -34,7 +34,7 @@ class Layout:
     pipeline: int = 1
 
     ranks: tuple[int, ...] | None = None
-    """The global rank at each place, places in Megatron's order; None: place n has rank n."""
+    """The global rank at each place, in Megatron's order of places. None: place n has rank n."""
 
     def __post_init__(self) -> None:
         assert min(self.tensor, self.context, self.data, self.pipeline) >= 1, self
@@ -47,23 +47,23 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """The number of ranks."""
         return self.tensor * self.context * self.data * self.pipeline
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a global rank sits."""
+        """The coordinates of a global rank."""
         assert 0 <= rank < self.world_size, (rank, self)
         return self._coordinates(rank if self.ranks is None else self.ranks.index(rank))
 
     def rank(self, at: Coordinates) -> int:
-        """The global rank at a place."""
+        """The global rank at these coordinates."""
         place = at.tp + self.tensor * (at.cp + self.context * (at.dp + self.data * at.pp))
         return place if self.ranks is None else self.ranks[place]
 
     def groups(self, *varying: str) -> list[list[int]]:
-        """The partition of all ranks into groups whose members differ in the named dimensions ("tp", "cp", "dp", "pp") alone.
+        """The partition of all ranks into groups whose members differ only in the named dimensions ("tp", "cp", "dp", "pp").
 
-        Groups and their members are in the order of places, as megatron-core's RankGenerator gives them.
+        Groups and their members are in the order of places, as in megatron-core's RankGenerator.
         """
         fixed = [name for name in ("tp", "cp", "dp", "pp") if name not in varying]
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -79,17 +79,17 @@ class Layout:
         return Coordinates(tp, cp, dp, pp)
 
     def replica(self, rank: int) -> list[int]:
-        """The ranks that hold one copy of the model together with `rank`."""
+        """The ranks that hold one copy of the model, `rank` among them."""
         return next(group for group in self.groups("tp", "cp", "pp") if rank in group)
 
 
 def world_size_from_environment() -> int:
-    """How many ranks the launcher started; 1 without a launcher. Needs no torch.distributed."""
+    """Number of ranks that the launcher started; 1 without a launcher. Needs no torch.distributed."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def student_layout(parallel: ParallelConfig, world_size: int) -> Layout:
-    """Spread `world_size` ranks as the flags say; what tp x pp x cp leaves over is data parallelism."""
+    """Arrange `world_size` ranks as the flags say. Data parallelism has world_size / (tp x pp x cp) ranks."""
     ranks = parallel.replica_ranks
     if world_size % ranks:
         raise UserError(
@@ -106,7 +106,7 @@ def student_layout(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def context_slice(length: int, context: int, rank: int) -> list[slice]:
-    """Which positions of a sequence a context-parallel rank holds: chunks r and 2n-1-r of 2n, which balances causal attention."""
+    """The positions of a sequence that context-parallel rank r of n holds: chunks r and 2n-1-r of 2n. It balances causal attention."""
     if context == 1:
         return [slice(0, length)]
     assert length % (2 * context) == 0, (length, context)

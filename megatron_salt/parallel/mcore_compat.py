@@ -1,4 +1,4 @@
-"""What differs between the supported megatron-core releases (0.16.1 to 0.19.x): asked here, and nowhere else."""
+"""Differences between the supported releases of megatron-core (0.16.1 to 0.19.x). No other module asks for the release."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def megatron_core_version() -> str:
-    """The installed release, without its local build tag."""
+    """The installed release without its local build tag."""
     return megatron.core.__version__.split("+")[0]
 
 
 def takes(function: Callable, parameter: str) -> bool:
-    """Whether a function of megatron-core has a parameter of that name."""
+    """Whether a function has a parameter of that name."""
     return parameter in inspect.signature(function).parameters
 
 
 def mlp_of_layer(submodules: MLPSubmodules) -> Any:
-    """The MLP in a layer's spec: a ModuleSpec, which 0.19.x warns of and wants a function instead."""
+    """The MLP in the spec of a layer: a ModuleSpec, or for 0.19.x, which warns of that, a function."""
     if hasattr(MLP, "as_mlp_submodule"):
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
@@ -37,7 +37,7 @@ def mlp_of_layer(submodules: MLPSubmodules) -> Any:
 
 @contextmanager
 def quiet_checkpointing() -> Iterator[None]:
-    """Keep megatron-core's checkpointing from announcing torch's and its own deprecations on every rank."""
+    """Hide deprecation warnings of torch and megatron-core while a checkpoint is written or read."""
     logger = logging.getLogger("megatron.core.dist_checkpointing")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -50,7 +50,7 @@ def quiet_checkpointing() -> Iterator[None]:
 
 
 def begin_sharded_save(strategy: Any, tensors: dict, directory: Path) -> Any:
-    """Plan a torch_dist save with megatron-core's own writer, which 0.19.x no longer takes by default. Its AsyncRequest."""
+    """Plan a torch_dist save with megatron-core's own writer, and return its AsyncRequest. 0.19.x has another default writer."""
     if takes(strategy.async_save, "async_strategy"):
         return strategy.async_save(tensors, directory, async_strategy="mcore")
     return strategy.async_save(tensors, directory)

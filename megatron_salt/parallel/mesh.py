@@ -1,7 +1,7 @@
-"""A layout made live: its process groups.
+"""The process groups of a layout.
 
-The student's mesh is the one registered with megatron-core's `parallel_state`, because megatron-core and Transformer Engine
-still read it; our own code never does. Whatever communicates takes the mesh, or the single group that it uses.
+The student's groups are registered with megatron-core's `parallel_state`, because megatron-core and Transformer Engine read it. Our
+own code never does: a function that communicates takes the mesh, or the one group that it uses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GROUPS = ("tp", "cp", "dp", "pp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "embd", "
 
 @dataclass(frozen=True)
 class Mesh:
-    """One model's layout with its groups, as seen from this rank."""
+    """The layout of one model, and the groups of this rank."""
 
     layout: Layout
     groups: ProcessGroupCollection
@@ -49,9 +49,9 @@ class Mesh:
         return self.at.pp == self.layout.pipeline - 1
 
     def warm_up(self) -> None:
-        """One small all-reduce in every group, in one fixed order. Collective over all ranks.
+        """One small all-reduce in each group, in a fixed order. Collective over all ranks.
 
-        A batched point-to-point exchange as a group's first NCCL operation can hang; after this none is.
+        A batched point-to-point exchange can hang if it is the first NCCL operation of its group. After this it never is.
         """
         token = torch.zeros(1, device=current_device())
         for name in _GROUPS:
@@ -61,15 +61,27 @@ class Mesh:
 
 
 def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
-    """Make a second model's groups over the same ranks, in one fixed order, without a word to `parallel_state`. Collective over all
-    ranks. For a forward-only model without its output head: there are no embedding groups."""
+    """Make the groups of a second model over the same ranks, in a fixed order; `parallel_state` does not change.
+
+    Collective over all ranks. For a model that only runs forward and has no output head: there are no embedding groups.
+    """
     assert layout.world_size == dist.get_world_size() and layout.context == 1, (layout, dist.get_world_size())
     groups, rank = ProcessGroupCollection(), dist.get_rank()
     groups.tp = groups.tp_cp = new_group_of(layout.groups("tp"), timeout)
     groups.pp = new_group_of(layout.groups("pp"), timeout)
     groups.dp = groups.dp_cp = new_group_of(layout.groups("dp"), timeout)
     groups.cp = dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
-    for name in ("mp", "tp_dp_cp", "embd", "pos_embd", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_ep_pp"):  # 0.16 asks for some
+    for name in (
+        "mp",
+        "tp_dp_cp",
+        "embd",
+        "pos_embd",
+        "ep",
+        "expt_tp",
+        "expt_dp",
+        "tp_ep",
+        "tp_ep_pp",
+    ):  # megatron-core 0.16 reads some
         setattr(groups, name, None)
     mesh = Mesh(layout, groups, rank)
     mesh.warm_up()
@@ -77,20 +89,20 @@ def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)
 
 
 def new_group_of(partition: Sequence[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup:
-    """This rank's group of a partition of all ranks. Collective over all ranks."""
+    """Make the groups of a partition of all ranks and return this rank's. Collective over all ranks."""
     group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition], timeout=timeout)
     return group
 
 
 def teacher_groups(mesh: Mesh) -> list[dist.ProcessGroup]:
-    """What `make_teacher_mesh` made, in that order."""
+    """The groups that `make_teacher_mesh` made, in that order."""
     return [mesh.groups.tp, mesh.groups.pp, mesh.groups.dp, mesh.groups.cp]
 
 
 def make_student_mesh(layout: Layout, virtual_stages: int | None = None, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
     """Make the student's groups and register them with megatron-core. Collective over all ranks.
 
-    `virtual_stages` is the number of model chunks a pipeline rank holds; None without interleaving.
+    virtual_stages: model chunks on each pipeline rank; None without interleaving.
     """
     assert layout.world_size == dist.get_world_size(), (layout, dist.get_world_size())
     parallel_state.initialize_model_parallel(

@@ -1,6 +1,6 @@
-"""Running microbatches through a pipeline, by megatron-core's schedules with explicit groups.
+"""Microbatches through megatron-core's pipeline schedules, with explicit groups.
 
-The forward step is a stateless function of (chunk, microbatch); everything that a microbatch needs rides on it.
+The forward step is a stateless function of (chunk, microbatch). A microbatch carries everything that it needs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def run_pipeline(
     micro_batch_size: int,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Forward, and unless forward_only backward, of all microbatches. Collective over the mesh's pipeline group, and over all of
-    its groups where gradients are finalised.
+    """Forward pass, and backward pass unless forward_only, of all microbatches.
 
-    forward_step(chunk, microbatch) -> (output, loss function); the loss function is called on the last stage alone and gives
-    (summed loss, int count of tokens, metric sums). seq_length: of the whole sequence, before cp and sp cut it.
-    Returns each microbatch's metric sums, in order, on ranks of the last stage; an empty list elsewhere.
+    Collective over the mesh's pipeline group, and over all its groups when gradients are finalised.
+    forward_step(chunk, microbatch) returns (output, loss function). Only the last stage calls the loss function; it returns
+    (summed loss, int count of tokens, metric sums). seq_length: length of the whole sequence, before cp and sp split it.
+    Returns the metric sums of each microbatch, in order, on ranks of the last stage; an empty list on other ranks.
     """
     config = get_model_config(chunks[0])
     virtual_stages = config.virtual_pipeline_model_parallel_size

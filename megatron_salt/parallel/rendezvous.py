@@ -15,26 +15,27 @@ from megatron_salt.errors import LeftEarly, LostRankError, UserError
 from megatron_salt.parallel.failure import refuse_failed
 from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, listens, named
 
-TELL_EVERY = 30.0  # seconds between lines about who is missing
-_SLACK = 10.0  # seconds that other ranks wait longer than the one that names the missing
+REPORT_EVERY = 30.0  # seconds between lines about missing ranks
+_SLACK = 10.0  # seconds that the other ranks wait longer than the rank that names the missing ones
 
 
 def no_reason() -> None:
-    """The reason to leave of a program that nobody tells to."""
+    """The `leaving` of a program that never exits early."""
 
 
 def meet(launch: Launch, timeout: timedelta, leaving: Callable[[], str | None] = no_reason) -> StoreConnection:
-    """Wait until every rank has come. Raises LostRankError after `timeout`, failure.PeerFailed where another rank failed or left.
+    """Wait until every rank has joined. Raises LostRankError after `timeout`, failure.PeerFailed if another rank failed or left.
 
-    leaving: the reason to give up waiting, None to go on; then LeftEarly is raised, and the other ranks end as well."""
+    leaving: returns a reason to stop waiting, or None. With a reason LeftEarly is raised, and the other ranks end as well.
+    """
     deadline = time.monotonic() + timeout.total_seconds()
     connection = _reach_host(launch, timeout, deadline, leaving)
     connection.store.set(f"host/{launch.rank}", socket.gethostname())
-    # Twice: whoever died while it waited is missed the second time.
+    # Twice: a rank that dies while it waits is missing the second time.
     for call in ("joined", "ready"):
         connection.store.set(f"{call}/{launch.rank}", "")
-        first = connection.store.add(call, 1) == 1  # this rank names the missing
-        begun = told = time.monotonic()
+        first = connection.store.add(call, 1) == 1  # the first rank names the missing ones
+        begun = reported = time.monotonic()
         pause = 0.005
         while not connection.is_cut() and connection.store.add(call, 0) < launch.world_size:
             refuse_failed(connection)
@@ -48,8 +49,8 @@ def meet(launch: Launch, timeout: timedelta, leaving: Callable[[], str | None] =
                     f"{missing} of {launch.world_size} did not join within {_given(timeout)}; look for its log, its node, "
                     f"and whether it reaches {launch.address}:{launch.port}"
                 )
-            if first and now - told >= TELL_EVERY:
-                told = now
+            if first and now - reported >= REPORT_EVERY:
+                reported = now
                 missing = named([rank for rank in range(launch.world_size) if not connection.store.check([f"{call}/{rank}"])])
                 _say(f"waiting for {missing} of {launch.world_size} for {now - begun:.0f} s")
             time.sleep(pause)
@@ -64,7 +65,7 @@ def _left(reason: str, missing: str) -> LeftEarly:
 
 
 def _reach_host(launch: Launch, timeout: timedelta, deadline: float, leaving: Callable[[], str | None]) -> StoreConnection:
-    begun = told = time.monotonic()
+    begun = reported = time.monotonic()
     while not listens(launch):
         now = time.monotonic()
         if now >= deadline:
@@ -74,8 +75,8 @@ def _reach_host(launch: Launch, timeout: timedelta, deadline: float, leaving: Ca
             )
         if (reason := leaving()) is not None:
             raise _left(reason, f"rank 0 of {launch.world_size}")
-        if launch.local_rank == 0 and now - told >= TELL_EVERY:
-            told = now
+        if launch.local_rank == 0 and now - reported >= REPORT_EVERY:
+            reported = now
             _say(f"waiting for rank 0 of {launch.world_size} at {launch.address}:{launch.port} for {now - begun:.0f} s")
         time.sleep(0.2)
     try:

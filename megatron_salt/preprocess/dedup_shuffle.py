@@ -1,9 +1,8 @@
-"""A finished stage of documents written again without repetitions, in a random order, or both; memory bounded, whatever their number.
+"""Writes a dataset again without repetitions, in a random order, or both. Memory is bounded, whatever the number of documents.
 
-Repetitions are found exactly among hashes of 128 bits, range by range of the first half. The order is a keyed permutation of the
-documents that are kept: number i goes to position permute(i, how many, seed), a pure function. Documents go through a scratch file
-in regions of consecutive positions, each small enough to be put in order in memory; a bitmap of an eighth of a byte a document comes
-on top. Pure.
+Repetitions are found exactly among hashes of 128 bits, one range of hashes at a time. The order is a keyed permutation of the documents
+that are kept: document i goes to position permute(i, kept, seed). Documents pass through a scratch file in regions of consecutive
+positions. A region is small enough to be put in order in memory. A bitmap takes an eighth of a byte a document more. Pure.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from megatron_salt.bitmap import bits_between, new_bitmap, set_bits
 from megatron_salt.data.order import permute
 from megatron_salt.preprocess.indexed_writer import DIGEST_BYTES, IndexedWriter, Written
 
-_CHUNK = 1 << 20  # documents whose numbers are in memory at a time
+_CHUNK = 1 << 20  # documents whose hashes are in memory at a time
 _SLICE = 1 << 20  # tokens that are put in order at a time
 
 
 def finish_arranged(source: IndexedWriter, prefix: str, dedup: bool, seed: int | None, budget: int) -> Written:
-    """Write the documents of `source`, which is closed by this, to a finished dataset at `prefix`. dedup: leave out repetitions.
-    seed: of the order; None: as they are. budget: bytes of memory."""
+    """Close `source`, and write its documents to a finished dataset at `prefix`.
+
+    dedup: leave out repetitions. seed: of the random order; None: keep the order. budget: bytes of memory.
+    """
     source.close()
     target = IndexedWriter(prefix, source.dtype)
     try:
@@ -36,29 +37,31 @@ def finish_arranged(source: IndexedWriter, prefix: str, dedup: bool, seed: int |
 
 
 def repeated(digests: Path, documents: int, budget: int) -> np.ndarray:
-    """Which documents are like an earlier one: uint8 [documents / 8], bits as np.packbits makes them, little.
-    digests: a file of uint64 [documents, 2]. budget: bytes of memory."""
-    passes = -(-documents * 64 // budget) or 1  # a hash, its number, and as much for sorting
-    found = new_bitmap(documents)
-    for turn in range(passes):
-        low, high = (np.uint64(min((1 << 64) * end // passes, (1 << 64) - 1)) for end in (turn, turn + 1))
+    """Bitmap of the documents whose hash an earlier document has: uint8 [ceil(documents / 8)].
+
+    digests: a file of uint64 [documents, 2]. budget: bytes of memory.
+    """
+    passes = -(-documents * 64 // budget) or 1  # 64 bytes: a hash, a document number, and as much again for sorting
+    repetitions = new_bitmap(documents)
+    for number in range(passes):
+        low, high = (np.uint64(min((1 << 64) * end // passes, (1 << 64) - 1)) for end in (number, number + 1))
         hashes, numbers = [], []
         for first, chunk in _digests(digests, documents):
-            inside = (chunk[:, 0] >= low) & ((chunk[:, 0] < high) | (turn == passes - 1))
+            inside = (chunk[:, 0] >= low) & ((chunk[:, 0] < high) | (number == passes - 1))
             hashes.append(chunk[inside])
             numbers.append(np.flatnonzero(inside) + first)
         if not hashes:
             continue
-        pairs, places = np.concatenate(hashes), np.concatenate(numbers)
-        order = np.lexsort((places, pairs[:, 1], pairs[:, 0]))
+        pairs, documents_of = np.concatenate(hashes), np.concatenate(numbers)
+        order = np.lexsort((documents_of, pairs[:, 1], pairs[:, 0]))
         same = (pairs[order][1:] == pairs[order][:-1]).all(axis=1)
-        again = places[order[1:][same]]
-        set_bits(found, again)
-    return found
+        again = documents_of[order[1:][same]]
+        set_bits(repetitions, again)
+    return repetitions
 
 
 def _digests(path: Path, documents: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first document, uint64 [some, 2])"""
+    """(number of the first document, hashes uint64 [n, 2]), _CHUNK documents at a time."""
     with open(path, "rb") as stream:
         for first in range(0, documents, _CHUNK):
             count = min(_CHUNK, documents - first)
@@ -68,14 +71,17 @@ def _digests(path: Path, documents: int) -> Iterator[tuple[int, np.ndarray]]:
 def arrange(
     source: IndexedWriter, target: IndexedWriter, scratch: Path, left_out: np.ndarray | None, seed: int | None, budget: int
 ) -> None:
-    """Append the documents of `source`, whose files are on disk, to `target`: without those in the bitmap `left_out`, and in the
-    order of `seed` unless that is None. scratch: a path for as many bytes again. budget: bytes of memory, long documents apart."""
+    """Append the documents of `source`, whose files are on disk, to `target`.
+
+    left_out: bitmap of documents to skip. seed: of the random order; None: keep the order. scratch: path of a file that takes
+    as many bytes again. budget: bytes of memory; a very long document may take more.
+    """
     if seed is None:
         for ids, lengths, _ in _kept(source, left_out, budget // 8):
             target.append(ids, lengths)
         return
     kept = source.documents if left_out is None else source.documents - int(np.bitwise_count(left_out).sum(dtype=np.int64))
-    regions = _Regions.plan(source, left_out, kept, seed, budget)
+    regions = _Regions.within(source, left_out, kept, seed, budget)
     try:
         with open(scratch, "w+b", buffering=0) as stream:
             for ids, lengths, numbers in _kept(source, left_out, budget // 16):
@@ -87,18 +93,18 @@ def arrange(
 
 
 class _Regions:
-    """The scratch file: of each region of `width` consecutive positions the documents' positions (int64), lengths (int32) and ids."""
+    """The scratch file. A region holds the documents of `width` consecutive positions: positions int64, lengths int32, then ids."""
 
     def __init__(self, dtype: np.dtype, width: int, documents: np.ndarray, tokens: np.ndarray) -> None:
-        """documents, tokens: int64 [regions], what comes into each."""
+        """documents, tokens: numbers for each region, int64 [regions]."""
         self.dtype, self.width, self.documents, self.tokens = dtype, width, documents, tokens
         sizes = 12 * documents + dtype.itemsize * tokens
         self.starts = np.cumsum(sizes) - sizes
         self.documents_done, self.tokens_done = np.zeros_like(documents), np.zeros_like(tokens)
 
     @classmethod
-    def plan(cls, source: IndexedWriter, left_out: np.ndarray | None, kept: int, seed: int, budget: int) -> _Regions:
-        """As many that one fits into the budget with what putting it in order takes."""
+    def within(cls, source: IndexedWriter, left_out: np.ndarray | None, kept: int, seed: int, budget: int) -> _Regions:
+        """Regions so small that one can be put in order with `budget` bytes of memory."""
         wanted = -(-(source.tokens * source.dtype.itemsize * 4 + kept * 64) // budget) or 1
         width = -(-kept // wanted) or 1
         documents = np.minimum(width, kept - np.arange(0, kept, width))
@@ -108,32 +114,32 @@ class _Regions:
         return cls(source.dtype, width, documents, tokens)
 
     def write(self, descriptor: int, ids: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> None:
-        """Put documents, ids end to end, where their positions belong."""
+        """Write documents into the regions of their positions. ids: end to end."""
         if len(lengths) == 0:
             return
-        homes = positions // self.width
-        order = np.argsort(homes, kind="stable")
+        regions = positions // self.width
+        order = np.argsort(regions, kind="stable")
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        ids, lengths, positions, homes = (
+        ids, lengths, positions, regions = (
             _gathered(ids, starts[order], lengths[order]),
             lengths[order],
             positions[order],
-            homes[order],
+            regions[order],
         )
-        present, firsts = np.unique(homes, return_index=True)
+        present, firsts = np.unique(regions, return_index=True)
         ends = np.cumsum(lengths, dtype=np.int64)
-        for home, first, last in zip(present.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(homes)], strict=True):
+        for region, first, last in zip(present.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(regions)], strict=True):
             begin, end = int(ends[first] - lengths[first]), int(ends[last - 1])
-            base, number = int(self.starts[home]), int(self.documents[home])
-            documents, tokens = int(self.documents_done[home]), int(self.tokens_done[home])
+            base, number = int(self.starts[region]), int(self.documents[region])
+            documents, tokens = int(self.documents_done[region]), int(self.tokens_done[region])
             _write(descriptor, positions[first:last], base + 8 * documents)
             _write(descriptor, lengths[first:last], base + 8 * number + 4 * documents)
             _write(descriptor, ids[begin:end], base + 12 * number + self.dtype.itemsize * tokens)
-            self.documents_done[home] += last - first
-            self.tokens_done[home] += end - begin
+            self.documents_done[region] += last - first
+            self.tokens_done[region] += end - begin
 
     def read(self, descriptor: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids end to end, int32 lengths) of all documents in the order of their positions, some at a time."""
+        """(ids end to end, int32 lengths) of all documents in the order of their positions, about _SLICE tokens at a time."""
         assert (self.documents_done == self.documents).all() and (self.tokens_done == self.tokens).all()
         for base, number, tokens in zip(self.starts.tolist(), self.documents.tolist(), self.tokens.tolist(), strict=True):
             positions = _read(descriptor, base, 8 * number).view(np.int64)
@@ -148,15 +154,15 @@ class _Regions:
 
 
 def _gathered(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ids of documents that begin at `starts`, end to end."""
+    """The ids of the documents that begin at `starts`, put end to end."""
     ends = np.cumsum(lengths, dtype=np.int64)
-    places = np.repeat(starts - (ends - lengths), lengths)
-    places += np.arange(len(places))
-    return ids[places]
+    indices = np.repeat(starts - (ends - lengths), lengths)
+    indices += np.arange(len(indices))
+    return ids[indices]
 
 
 def _numbered(source: IndexedWriter, left_out: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(which documents are kept, the kept ones' lengths, and their numbers among all that are kept), chunk after chunk."""
+    """(whether each document is kept, lengths of the kept ones, their numbers among all kept ones), chunk after chunk."""
     first = number = 0
     for lengths in source.stored_lengths():
         keep = np.ones(len(lengths), bool)
@@ -168,7 +174,7 @@ def _numbered(source: IndexedWriter, left_out: np.ndarray | None) -> Iterator[tu
 
 
 def _kept(source: IndexedWriter, left_out: np.ndarray | None, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(ids end to end, int32 lengths, numbers among all that are kept) of the documents that are kept, about `size` bytes at a time."""
+    """(ids end to end, int32 lengths, numbers among all kept ones) of the kept documents, about `size` bytes at a time."""
     with open(source.prefix + ".bin", "rb") as stream:
         for (keep, _, numbers), lengths in zip(_numbered(source, left_out), source.stored_lengths(), strict=True):
             ends, done = np.cumsum(lengths, dtype=np.int64), 0
@@ -181,13 +187,14 @@ def _kept(source: IndexedWriter, left_out: np.ndarray | None, size: int) -> Iter
 
 
 def _write(descriptor: int, values: np.ndarray, offset: int) -> None:
+    """Write all of an array at `offset`."""
     data, done = np.ascontiguousarray(values).data.cast("B"), 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 def _read(descriptor: int, offset: int, size: int) -> np.ndarray:
-    """uint8 [size]"""
+    """`size` bytes from `offset` on: uint8 [size]."""
     data, done = np.empty(size, np.uint8), 0
     while done < size:  # one call reads at most 2 GiB
         more = os.preadv(descriptor, [data[done:].data], offset + done)

@@ -1,8 +1,7 @@
-"""Megatron's .bin/.idx written and read through, in constant memory: byte for byte what mcore's IndexedDatasetBuilder writes.
+"""Writes and copies Megatron's .bin/.idx in constant memory: byte for byte what mcore's IndexedDatasetBuilder writes.
 
-.bin holds the ids of all documents end to end. .idx holds magic, version, dtype code, two counts, then int32 lengths, int64
-byte offsets and int64 document boundaries (0 .. number of documents; one sequence a document). Both are hashed while
-they are written. numpy and the standard library alone.
+data/indexed_dataset.py defines the format. One document is one sequence. Both files are hashed while they are written.
+numpy and the standard library alone.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from megatron_salt.data.manifest import content_hash
 from megatron_salt.errors import UserError
 
 _DTYPE_CODES = {name: code for code, name in DTYPES.items() if name in ("int32", "uint16")}
-DIGEST_BYTES = 16  # a document
+DIGEST_BYTES = 16  # of the hash of a document
 _READ_BYTES = 1 << 22
-_BATCH_DOCUMENTS, _BATCH_TOKENS = 1 << 16, 1 << 20  # that a reader holds at a time, long documents apart
+_BATCH_DOCUMENTS, _BATCH_TOKENS = 1 << 16, 1 << 20  # in memory of a reader at a time; one long document may be more
 _CHUNK = 1 << 20  # documents whose index entries are in memory at a time
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
-    """The type that Megatron stores ids of a vocabulary in: uint16 below 65,500 ids, else int32."""
+    """The type in which Megatron stores token ids: uint16 for a vocabulary below 65,500, else int32."""
     return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a finished writer left on disk."""
+    """The files that a finished writer left: sizes, and blake2b-256 hashes in hexadecimal."""
 
     documents: int
     tokens: int
@@ -47,21 +46,25 @@ class Written:
 
 @dataclass(frozen=True)
 class Mark:
-    """How far a writer is: what `IndexedWriter` needs to go on from there in another process."""
+    """How far a writer is. Another process can go on from there with a new IndexedWriter."""
 
     documents: int
     tokens: int
     hashes: tuple[str, ...]
-    """Of each of its files up to here."""
+    """Hash of each file up to here."""
 
 
 class IndexedWriter:
-    """Appends documents to PREFIX.bin and, in `finish`, writes PREFIX.idx. Document lengths wait in PREFIX.lengths, on disk, and
-    hashes of documents, where they are kept, in PREFIX.digests."""
+    """Appends documents to PREFIX.bin; `finish` writes PREFIX.idx.
+
+    Until then the lengths of the documents are in PREFIX.lengths. Hashes of documents, if kept, are in PREFIX.digests.
+    """
 
     def __init__(self, prefix: str, dtype: np.dtype, mark: Mark | None = None, digests: bool = False) -> None:
-        """mark: go on there, with the files of an earlier writer, whatever was written to them since.
-        UserError when they are not what the mark says."""
+        """mark: go on from there with the files of an earlier writer; what it wrote after the mark is cut off.
+
+        UserError when the files are not what the mark says.
+        """
         self.prefix = prefix
         self.dtype = dtype
         self.documents = mark.documents if mark else 0
@@ -76,8 +79,10 @@ class IndexedWriter:
         }
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, digests: np.ndarray | None = None) -> None:
-        """Add documents of `lengths` (int32 [documents], each at least 1), their ids end to end in `ids` (dtype [tokens]).
-        digests: uint64 [documents, 2], where they are kept."""
+        """Add documents. ids: of all of them end to end, dtype [tokens]. lengths: int32 [documents], each at least 1.
+
+        digests: uint64 [documents, 2], if they are kept.
+        """
         assert ids.dtype == self.dtype and lengths.dtype == np.int32 and len(ids) == lengths.sum(dtype=np.int64)
         self._files[".bin"].write(ids.tobytes())
         self._files[".lengths"].write(lengths.tobytes())
@@ -88,18 +93,18 @@ class IndexedWriter:
         self.tokens += len(ids)
 
     def mark(self) -> Mark:
-        """Bring everything to the disk; where it ends."""
+        """Bring everything to the disk; how far it is."""
         return Mark(self.documents, self.tokens, tuple(file.sync() for file in self._files.values()))
 
     def finish(self) -> Written:
-        """Write the index, flush both files to disk, close them, and delete what waited beside them."""
+        """Write the index, bring both files to the disk, close them, and delete the other files."""
         written = self.write_index()
         for suffix in self._files.keys() - {".bin"}:
             Path(self.prefix + suffix).unlink()
         return written
 
     def write_index(self) -> Written:
-        """The same, but what waited stays, so that it can be done once more."""
+        """The same, but keep the other files, so that another process can do it again."""
         hashes = {suffix: file.close() for suffix, file in self._files.items()}
         index = _HashedFile(Path(self.prefix + ".idx"))
         index.write(HEADER.pack(MAGIC, VERSION, _DTYPE_CODES[self.dtype.name], self.documents, self.documents + 1))
@@ -123,34 +128,34 @@ class IndexedWriter:
         )
 
     def discard(self) -> None:
-        """Close and delete everything, at any time."""
+        """Close and delete all files, at any time."""
         self.close()
         for suffix in (".bin", ".idx", ".lengths", ".digests"):
             Path(self.prefix + suffix).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close, and leave what there is to a later writer."""
+        """Close the files, and leave them to a later writer."""
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk: the buffer cannot be flushed, and is not wanted
+            with contextlib.suppress(OSError):  # a full disk: the buffer cannot be flushed, and nobody needs it
                 file.stream.close()
 
     def stored_lengths(self) -> Iterator[np.ndarray]:
-        """int32, some at a time, of a writer that is closed or marked."""
+        """Lengths of the documents up to the last mark, or all of a closed writer: int32, _CHUNK at a time."""
         with open(self.prefix + ".lengths", "rb") as stream:
             while len(chunk := np.fromfile(stream, dtype=np.int32, count=_CHUNK)):
                 yield chunk
 
 
 class IndexedReader:
-    """Reads PREFIX.bin and PREFIX.idx once, in order, in constant memory, and hashes both. One sequence a document."""
+    """Reads PREFIX.bin and PREFIX.idx once, in order, in constant memory, and hashes both. A document is one sequence."""
 
     def __init__(self, prefix: str, dtype: np.dtype, documents: int) -> None:
-        """dtype, documents: what the header says, see `TokenFile`. UserError when it cannot be written again."""
+        """dtype, documents: as `TokenFile` read them from the header. UserError for a dataset that an IndexedWriter cannot write."""
         self.prefix = prefix
         self.dtype = dtype
         self.documents = documents
         self.bin_hash, self.idx_hash = "", ""
-        """Of the files, once all was read."""
+        """Hashes of the files, after everything was read."""
         with open(prefix + ".idx", "rb") as stream:
             _, _, _, sequences, boundaries = HEADER.unpack(stream.read(HEADER.size))
         if dtype.name not in _DTYPE_CODES or sequences != documents or boundaries != documents + 1:
@@ -188,7 +193,7 @@ class IndexedReader:
             self.idx_hash = hashlib.file_digest(stream, content_hash).hexdigest()
 
     def _index(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """int32 lengths [n], int64 offsets [n] and boundaries [n + 1], for some documents at a time."""
+        """(int32 lengths [n], int64 offsets [n], int64 boundaries [n + 1]) of up to _BATCH_DOCUMENTS documents at a time."""
         pointers_at = HEADER.size + LENGTH_BYTES * self.documents
         boundaries_at = pointers_at + POINTER_BYTES * self.documents
         with open(self.prefix + ".idx", "rb") as stream:
@@ -209,7 +214,7 @@ class _HashedFile:
     """A file that is hashed while it is written."""
 
     def __init__(self, path: Path, size: int | None = None, expected: str | None = None) -> None:
-        """size: keep so much of a file that is there, whose hash must be `expected`."""
+        """size: keep so many bytes of an existing file; their hash must be `expected`. None: a new file."""
         self.size = 0
         self.stream: BinaryIO
         self._digest = content_hash()
@@ -235,13 +240,13 @@ class _HashedFile:
         self.size += len(data)
 
     def sync(self) -> str:
-        """Bring the file to the disk; its hash so far."""
+        """Bring the file to the disk; the hash of its bytes so far."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         return self._digest.hexdigest()
 
     def close(self) -> str:
-        """Bring the file to the disk; its hash."""
+        """Bring the file to the disk and close it; its hash."""
         digest = self.sync()
         self.stream.close()
         return digest

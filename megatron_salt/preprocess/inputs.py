@@ -1,7 +1,7 @@
-"""Which files --input names, and the texts on a line of JSON.
+"""The files that --input names, and the texts on a line of JSON.
 
-Files come in the order in which they were named, a pattern's matches sorted. Whatever is wrong with a line is said in words
-(BadLine), whatever is wrong with a file is a UserError. `readers.py` reads them. Pure.
+Files come in the order in which they were named; the matches of a pattern are sorted. A bad line is a BadLine with the reason, a bad
+file is a UserError. `readers.py` reads the files. Pure.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class BadLine(ValueError):
     """Why a line gives no document."""
 
     def __init__(self, kind: str, details: str) -> None:
-        """kind: the reason in two or three words, by which lines are counted."""
+        """kind: the reason in two or three words; bad lines are counted by kind."""
         super().__init__(details)
         self.kind = kind
 
 
 class BadLines:
-    """Counts bad lines, shows the first few on the way and ends the run above --max-bad-lines."""
+    """Counts bad lines, prints the first few and ends the run above --max-bad-lines."""
 
     def __init__(self, allowed: int, count: int = 0) -> None:
-        """count: found by an earlier run that this one resumes."""
+        """count: bad lines of an earlier run that this one resumes."""
         self.count = count
         self._allowed = allowed
         self._first: list[str] = []
 
-    def add(self, file: str, found: Sequence[tuple[int, str]]) -> None:
-        """`found`: (line number, reason). UserError once there are more than allowed."""
-        for number, reason in found:
+    def add(self, file: str, lines: Sequence[tuple[int, str]]) -> None:
+        """lines: (line number, reason). UserError once there are more than allowed."""
+        for number, reason in lines:
             self.count += 1
             if len(self._first) < _SHOWN:
                 self._first.append(f"{file}:{number}: {reason}")
@@ -55,9 +55,9 @@ class BadLines:
 def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_document: bool = False) -> list[str]:
     """The files that --input names. UserError for one that is missing, named twice, or of a form that cannot be read.
 
-    file_is_document: a plain text file is one document, of which two may be equal.
+    file_is_document: a plain text file is one document; two such files may be equal.
     """
-    found: list[str] = []
+    files: list[str] = []
     if STDIN in patterns and len(patterns) > 1:
         raise UserError(f"--input {' '.join(patterns)}: {STDIN}, standard input, comes alone")
     if STDIN in patterns:
@@ -66,8 +66,8 @@ def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_documen
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise UserError(f"--input {pattern}: no such file")
-        found.extend(path for path in matches if len(matches) == 1 or not os.path.isdir(path))
-    for path in found:
+        files.extend(path for path in matches if len(matches) == 1 or not os.path.isdir(path))
+    for path in files:
         if not os.path.exists(path):
             raise UserError(f"--input {path} is a link to {os.path.realpath(path)}, which does not exist")
         if not os.access(path, os.R_OK):
@@ -79,15 +79,15 @@ def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_documen
                 f"--input {path}: {os.path.splitext(path)[1]} files cannot be read; give plain, .gz, .zst or "
                 ".parquet files, or pipe the text into --input -"
             )
-    if not found:
+    if not files:
         raise UserError("--input names no file")
     if not allow_duplicates:
-        refuse_repeated_files("--input", found, lambda path: not file_is_document)
-    return found
+        refuse_repeated_files("--input", files, lambda path: not file_is_document)
+    return files
 
 
 def refuse_encoding(path: str, beginning: bytes, by_lines: bool) -> None:
-    """UserError where a file that begins so is not UTF-8, or has the line ends of old Macs. by_lines: a document is a line."""
+    """UserError where the `beginning` of a file shows another encoding, or line ends of old Macs. by_lines: a document is a line."""
     for name, mark in (
         ("UTF-32", b"\xff\xfe\0\0"),
         ("UTF-32", b"\0\0\xfe\xff"),
@@ -101,7 +101,7 @@ def refuse_encoding(path: str, beginning: bytes, by_lines: bool) -> None:
 
 
 def decode_line(line: bytes) -> str:
-    """A line as text, line feed kept. BadLine unless it is UTF-8."""
+    """A line as text; its line feed stays. BadLine unless it is UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -109,7 +109,7 @@ def decode_line(line: bytes) -> str:
 
 
 def json_texts(line: bytes, keys: Sequence[str]) -> list[str]:
-    """The strings under `keys` of a JSON object. BadLine when anything about it is not so."""
+    """The strings under `keys` of a JSON object. BadLine for anything else."""
     text = decode_line(line)
     try:
         entry = json.loads(text)
@@ -130,7 +130,7 @@ def json_texts(line: bytes, keys: Sequence[str]) -> list[str]:
 
 
 def refuse_lone_surrogates(key: str, text: str) -> None:
-    """JSON can spell half a character (\\ud800), which no tokenizer can encode."""
+    """BadLine for half a character: JSON can spell one (\\ud800), but no tokenizer can encode it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

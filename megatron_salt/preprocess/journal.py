@@ -1,6 +1,6 @@
-"""A file of records that survives a kill at any byte: what was appended is read back whole, and a torn end is not there.
+"""A file of records that survives a kill at any byte: records are read back whole, and a torn last one is dropped.
 
-A record is a line: a hash, and JSON. Appending returns when it is on disk, so whatever a record speaks of must be there before.
+A record is a line: a hash, and JSON. `append` returns when the record is on disk, so the data that it describes must be on disk before.
 One process at a time holds a journal. Standard library alone.
 """
 
@@ -19,19 +19,19 @@ from megatron_salt.small_files import parse_json
 
 
 class Journal:
-    """The journal at `path`, made where there is none."""
+    """The journal at `path`; the file is made if missing."""
 
     def __init__(self, path: Path) -> None:
-        """UserError while another process holds it, and where something else lies there."""
+        """UserError while another process holds it, and where `path` is not a regular file."""
         self.path = path
-        if path.exists() and not path.is_file():  # a pipe has no end, and a device may have none
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
             raise UserError(f"{path} is not a regular file; remove it, or give another --output-prefix")
         self._stream = open(path, "a+b")  # noqa: SIM115 (closed by close)
         if not try_lock(self._stream.fileno()):
             self._stream.close()
             raise UserError(f"{path} is held by another process, which writes the same output")
         self.records: list[dict[str, Any]] = []
-        """All there are, oldest first."""
+        """All records, the oldest first."""
         whole = 0
         self._stream.seek(0)
         for line in self._stream:
@@ -49,6 +49,7 @@ class Journal:
         self._stream.truncate(whole)
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record; on disk when this returns."""
         body = json.dumps(record).encode()
         self._stream.write(_digest(body) + b" " + body + b"\n")
         self._stream.flush()

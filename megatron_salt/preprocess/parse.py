@@ -1,8 +1,8 @@
 """Raw bytes of a chunk to texts: JSON lines, plain text, or the packed columns of a table.
 
-JSON is parsed by msgspec, which is fast and reads nothing but the keys that are asked for. A line that it does not take goes to
-the standard library's parser, `documents.json_texts`, whose verdict counts: what is accepted, and why a line is not, never
-depends on the fast parser. The exception is a malformed value of another key, which msgspec may pass over.
+msgspec parses JSON: it is fast and reads only the keys that are asked for. A line that it refuses goes to the standard library's parser,
+`inputs.json_texts`, whose verdict counts. So the fast parser never decides what is accepted, or why a line is bad. One exception:
+msgspec may pass over a malformed value of another key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Parsed:
     """The documents of a chunk."""
 
     texts: list[list[str]]
-    """Per key: one text a document."""
+    """Texts of all documents, per key."""
     lines: int = 0
     """Lines or rows, blank ones included."""
     documents: int = 0
@@ -56,18 +56,18 @@ class Parser:
         return parsed
 
     def _json_lines(self, data: bytes, parsed: Parsed) -> None:
-        fast = _is_utf8(data)  # msgspec does not look into the values that it passes over
+        fast = _is_utf8(data)  # msgspec does not check the encoding of values that it skips
         for number, line in enumerate(_lines(data)):
             parsed.lines += 1
             if not line or not line.strip():
                 continue
             parsed.documents += 1
             try:
-                found = self._texts(line) if fast else json_texts(line, self._keys)
+                texts = self._texts(line) if fast else json_texts(line, self._keys)
             except BadLine as reason:
                 parsed.bad.append((number, reason.kind, str(reason)))
                 continue
-            for column, text in zip(parsed.texts, found, strict=True):
+            for column, text in zip(parsed.texts, texts, strict=True):
                 column.append(text)
 
     def _texts(self, line: bytes) -> list[str]:
@@ -95,7 +95,7 @@ class Parser:
 
 
 def _add(parsed: Parsed, number: int, values: Sequence[bytes]) -> None:
-    """A document of the raw texts `values`, unless they are bad."""
+    """Add a document with the raw texts `values`, one per key, unless one of them is bad."""
     parsed.documents += 1
     try:
         texts = [decode_line(value) for value in values]
@@ -107,7 +107,7 @@ def _add(parsed: Parsed, number: int, values: Sequence[bytes]) -> None:
 
 
 def _lines(data: bytes) -> list[bytes]:
-    """Split after line feeds, which are dropped; nothing after the last one is no line."""
+    """Lines without their line feeds. An empty rest after the last line feed is not a line."""
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -123,7 +123,10 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def sample_texts(files: Sequence[str], forms: Sequence[Form], keys: Sequence[str], largest: int) -> list[str]:
-    """Different texts from all over the input, about _SAMPLE_CHARACTERS, long ones cut; of pipes none. largest: bytes of a document."""
+    """Different texts from all parts of the input, about _SAMPLE_CHARACTERS in all. Long texts are cut; pipes give none.
+
+    largest: bytes that a document may have.
+    """
     parse, texts = Parser(keys), []
     for chunk in sample_chunks(files, forms, keys, 16, 16 if len(files) == 1 else 2, _SAMPLE_CHUNK, largest):
         for column in parse(chunk.form, chunk.read()).texts:

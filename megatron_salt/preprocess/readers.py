@@ -1,9 +1,9 @@
-"""Input files to chunks: a bounded piece of a file that holds whole documents, raw.
+"""Input files to chunks. A chunk is a bounded piece of a file that holds whole documents, as raw bytes.
 
-A file's name, in lower or upper case, says how it is read: .gz and .zst are decompressed; below that .parquet is a table, .txt plain
-text, and everything else JSON lines. Plain files are not read here: a chunk is a range that whoever parses it reads itself. Others are
-read in order, in pieces, never whole. A position (bytes of the decompressed text, or rows) is all it takes to go on reading in
-the middle. Whatever is wrong with a file is a UserError.
+The name of a file, in lower or upper case, says how it is read. .gz and .zst are decompressed; then .parquet is a table, .txt plain text,
+and everything else JSON lines. A chunk of a plain file is only a range of bytes: the worker that parses it reads it. Other files are read
+in order, in pieces, never whole. A position (bytes of the decompressed text, or rows) is enough to go on in the middle of a file. A bad
+file is a UserError.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron_salt.preprocess.inputs import STDIN, refuse_encoding
 from megatron_salt.preprocess.tables import read_rows, unpack
 
 Form = Literal["jsonl", "text", "file", "columns"]
-"""JSON lines; text with a document a line; text that is one document; packed strings, of parquet."""
+"""JSON lines; text with one document a line; text that is one document; packed columns of a table."""
 
 LARGEST_DOCUMENT = 1 << 28
-"""Bytes of one document, which is in memory as a whole, several times over."""
+"""Default for the bytes that one document may have. It is in memory whole, several times."""
 _PIECE = 1 << 18  # bytes that are decompressed at a time
-_COMPRESSED_PIECE = 1 << 14  # of .zst, whose decompressor returns all that comes of what it is given
+_COMPRESSED_PIECE = 1 << 14  # bytes of .zst at a time; its decompressor returns all they decompress to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class Chunk:
     end: int
     """[start, end): bytes of the decompressed file, or rows of the table."""
     on_disk: int
-    """Bytes of the file as it lies on disk that were read to get here."""
+    """Bytes of the file on disk that were read up to `end`."""
     data: bytes | None
-    """The bytes; None where they are this range of the file itself."""
+    """The bytes; None: they are [start, end) of the file itself."""
 
     def read(self) -> bytes:
-        """The bytes, wherever they are. UserError when the file has changed."""
+        """The bytes, from `data` or from the file. UserError when the file has changed."""
         data = self.data
         if data is None:
             try:
@@ -84,8 +84,10 @@ def _is_compressed(path: str) -> bool:
 def chunks(
     number: int, path: str, form: Form, keys: Sequence[str], start: int, chunk_bytes: int, largest: int = LARGEST_DOCUMENT
 ) -> Iterator[Chunk]:
-    """The documents of a file from position `start` on, about `chunk_bytes` at a time (a longer document is a chunk).
-    number: the file's. keys: columns of a table. largest: bytes that a document may have. UserError when it cannot be read."""
+    """The documents of a file from position `start` on, about `chunk_bytes` at a time. A longer document is a chunk by itself.
+
+    number: of the file. keys: columns of a table. largest: bytes that a document may have. UserError when the file cannot be read.
+    """
     at = start
     try:
         if form == "columns":
@@ -110,11 +112,14 @@ def sample_chunks(
     forms: Sequence[Form],
     keys: Sequence[str],
     num_files: int,
-    places: int,
+    num_positions: int,
     chunk_bytes: int,
     largest: int = LARGEST_DOCUMENT,
 ) -> Iterator[Chunk]:
-    """Some chunks of up to `num_files` files: of plain ones from up to `places` places, of others the first. Pipes give none."""
+    """A sample of chunks from up to `num_files` files.
+
+    A plain file gives chunks from `num_positions` positions at most, another file its first chunk, a pipe none.
+    """
     step = max(len(files) / num_files, 1)
     for number in sorted({int(i * step) for i in range(min(num_files, len(files)))}):
         path, form = files[number], forms[number]
@@ -124,26 +129,25 @@ def sample_chunks(
         if form in ("jsonl", "text") and not _is_compressed(path):
             with open(path, "rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                starts |= {_line_end(path, stream.fileno(), size * i // places, size, largest) for i in range(1, places)} - {
-                    size
-                }
+                positions = [size * i // num_positions for i in range(1, num_positions)]
+                starts |= {_line_end(path, stream.fileno(), position, size, largest) for position in positions} - {size}
         for start in sorted(starts):
             for chunk in chunks(number, path, form, keys, start, chunk_bytes, largest):
                 yield chunk
                 break
 
 
-def _refuse_larger(path: str, place: str, size: int, largest: int) -> None:
-    """UserError where a document of at least `size` bytes is too large."""
+def _refuse_larger(path: str, position: str, size: int, largest: int) -> None:
+    """UserError where `size` bytes of a document, which begins at `position`, are more than allowed."""
     if size > largest:
         raise UserError(
-            f"--input {path}: a document at {place} has more than {largest} bytes; it would lie in memory whole: cut it (is "
+            f"--input {path}: a document at {position} has more than {largest} bytes; it would lie in memory whole: cut it (is "
             "a document on each line?), or allow more with --max-document-mib"
         )
 
 
 def _ranges(number: int, path: str, form: Form, start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
-    """Ranges of a plain file."""
+    """Chunks of a plain file: ranges of bytes."""
     with open(path, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         while start < size:
@@ -160,9 +164,9 @@ def _line_end(path: str, descriptor: int, position: int, size: int, largest: int
     while position < size:
         _refuse_larger(path, f"byte {begin}", position - begin, largest)
         block = os.pread(descriptor, 1 << 16, position)
-        found = block.find(b"\n")
-        if found >= 0 or not block:
-            end = position + found + 1 if block else size
+        line_feed = block.find(b"\n")
+        if line_feed >= 0 or not block:
+            end = position + line_feed + 1 if block else size
             _refuse_larger(path, f"byte {begin}", end - begin, largest)
             return end
         position += len(block)
@@ -170,11 +174,11 @@ def _line_end(path: str, descriptor: int, position: int, size: int, largest: int
 
 
 def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int, largest: int) -> Iterator[Chunk]:
-    """What a compressed file or a pipe holds, cut after line feeds."""
+    """Chunks of a compressed file or a pipe, cut after line feeds."""
     parts: list[bytes] = []
     held, skip, on_disk = 0, start, 0
     for piece, on_disk in _pieces(path, max(64, min(chunk_bytes, _PIECE))):
-        passed = min(skip, len(piece))  # of what an earlier run did
+        passed = min(skip, len(piece))  # bytes that an earlier run has done
         skip -= passed
         parts.append(piece[passed:])
         held += len(parts[-1])
@@ -193,7 +197,7 @@ def _stream(number: int, path: str, form: Form, start: int, chunk_bytes: int, la
 
 
 def _pieces(path: str, size: int) -> Iterator[tuple[bytes, int]]:
-    """(decompressed bytes, how much of the file on disk they took so far)."""
+    """(decompressed bytes, bytes of the file on disk that were read so far)."""
     if path == STDIN:
         yield from _read(sys.stdin.buffer, size, None)
         return
@@ -215,7 +219,7 @@ def _read(stream: BinaryIO, size: int, raw: BinaryIO | None) -> Iterator[tuple[b
 
 
 def _zstandard(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Frame after frame. zstandard's own file reader would take a file that ends in mid-frame for a whole one."""
+    """Decompress frame after frame. zstandard's own file reader would not notice that a file ends inside a frame."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)

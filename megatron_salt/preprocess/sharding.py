@@ -1,4 +1,4 @@
-"""Dividing files among independent jobs by their sizes. Pure."""
+"""--shard: divides files among independent jobs by their sizes. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def files_of_shard(sizes: Sequence[int], shard: tuple[int, int]) -> range:
-    """The files of shard i of n, at most as many as files: consecutive ones, at least one, so that shards in order hold all files in
-    order. A file goes where its middle lies when all bytes are cut into n equal parts, as far as every shard gets one."""
+    """The numbers of the files of shard i of n: consecutive, at least one. n is at most the number of files.
+
+    A file belongs to the shard that contains its midpoint when all files, end to end, are cut into n equal parts. It moves to a
+    neighbour where a shard would get no file.
+    """
     i, n = shard
     assert 0 <= i < n <= len(sizes), (shard, len(sizes))
-    total, before, home, homes = max(sum(sizes), 1), 0, -1, []
+    total, before, shard_of_file, shards = max(sum(sizes), 1), 0, -1, []
     for number, size in enumerate(sizes):
         wanted = (2 * before + size) * n // (2 * total)
-        home = min(
-            max(wanted, home, n - len(sizes) + number), home + 1, n - 1
-        )  # the files that are left must do for the shards that are
-        homes.append(home)
+        fewest = n - len(sizes) + number  # else later shards would have no file
+        shard_of_file = min(max(wanted, shard_of_file, fewest), shard_of_file + 1, n - 1)
+        shards.append(shard_of_file)
         before += size
-    return range(homes.index(i), homes.index(i) + homes.count(i))
+    return range(shards.index(i), shards.index(i) + shards.count(i))

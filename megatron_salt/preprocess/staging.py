@@ -1,9 +1,8 @@
-"""Datasets on their way: files under temporary names, counts of what went into them, and the journal by which a run resumes.
+"""Datasets that are being written: files under temporary names, counts of their contents, and the journal by which a run resumes.
 
-A stage takes encoded chunks in order. Every JOURNAL_SECONDS it brings its files to the disk and then notes in the journal how far
-they and the input are. After a kill at any byte the next run cuts the files back to the last note, makes sure by their hashes
-that they are what they were, and goes on there: nothing comes twice, nothing is lost. Publishing moves everything to its final
-name; the note before it makes a kill in the middle of that harmless too.
+Encoded chunks come in order. Every JOURNAL_SECONDS the files are brought to the disk; then the journal records how far they and the input
+are. After a kill at any byte the next run cuts the files back to the last record, checks their hashes and goes on there: nothing comes
+twice, nothing is lost. Publishing moves all files to their final names. The record before it makes a kill in the middle harmless.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ JOURNAL_SECONDS = 10.0
 
 @dataclass(kw_only=True)
 class Tally:
-    """Counts of one input file; per key where there is a list."""
+    """Counts of one input file. A list has one entry per key."""
 
     lines: int
-    """Or rows; blank ones included."""
+    """Lines or rows, blank ones included."""
     documents: int
     """Lines that are not blank."""
     rejected: dict[str, int]
-    """Kind of reason -> lines."""
+    """Kind of reason -> number of lines."""
     written: list[int]
     empty: list[int]
     text_bytes: list[int]
     special_documents: list[int]
-    """Documents with special tokens in their text."""
+    """Documents whose text has special tokens."""
     special_tokens: list[dict[str, int]]
     """Token -> occurrences in texts."""
 
@@ -63,18 +62,18 @@ class Tally:
 
 
 class StagingArea:
-    """Writers of one dataset a key, at `prefixes` + `.tmp`, with the tallies of `files` and a journal."""
+    """Writers of one dataset per key, at `prefixes` + `.tmp`, with counts of the input `files` and a journal."""
 
     def __init__(
         self, journal: Journal, prefixes: Sequence[str], files: Sequence[str], dtype: np.dtype, digests: bool, backend: str
     ) -> None:
-        """Go on where the journal says that an earlier run was, or begin. UserError when that run's files were changed."""
+        """Go on from the last record of the journal, or begin. UserError when the files of the earlier run have changed."""
         self.journal, self.prefixes, self.files = journal, prefixes, files
         self.tallies = [Tally.empty_of(len(prefixes)) for _ in files]
         self.file, self.position, self.on_disk = 0, 0, 0
-        """Where the input goes on: file number, position in it, bytes of it on disk before that."""
+        """Where the input goes on: number of the file, position in it, bytes of it on disk before that."""
         self.backends = {backend}
-        """What encoded, in this run and those that it resumes."""
+        """Backends that encoded, in this run and in the runs that it resumes."""
         marks: list[Mark | None] = [None] * len(prefixes)
         try:
             for record in journal.records:
@@ -120,7 +119,7 @@ class StagingArea:
             self.note()
 
     def note(self) -> None:
-        """Bring everything to the disk and write down how far it is."""
+        """Bring everything to the disk, then record in the journal how far it is."""
         marks = [asdict(writer.mark()) for writer in self.writers]
         self.journal.append(
             {
@@ -136,7 +135,7 @@ class StagingArea:
         self._noted = time.monotonic()
 
     def close(self) -> None:
-        """Close the files, and leave them to a run that resumes."""
+        """Close the files, and leave them to a later run."""
         for writer in self.writers:
             writer.close()
 
@@ -150,20 +149,20 @@ def journal_path(output_prefix: str) -> Path:
 
 
 def begin(journal: Journal, facts: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-    """Make the journal one of `facts`: what the datasets depend on, ready for JSON.
+    """Begin the journal with `facts`, on which the datasets depend, or go on with it. facts: ready for JSON.
 
-    UserError when it holds notes of another run, naming what differs, or of a killed one and `resume` is not asked for.
+    UserError when it has records of a killed run and neither `resume` nor `overwrite` is set, or when that run had other facts.
     """
-    notes = [record for record in journal.records[1:] if record]
-    if notes and not resume and not overwrite:
+    records = [record for record in journal.records[1:] if record]
+    if records and not resume and not overwrite:
         raise UserError(f"{journal.path} is of a run that was killed: --resume goes on where it was, --overwrite starts anew")
-    if notes and resume:
-        there = journal.records[0]
-        differing = [name for name in facts if there.get(name) != facts[name]]
+    if records and resume:
+        earlier = journal.records[0]
+        differing = [name for name in facts if earlier.get(name) != facts[name]]
         if differing:
             raise UserError(
                 f"--resume: {journal.path} is of a run with other {', '.join(differing)}: "
-                + "; ".join(f"{name} was {_short(there.get(name))}, is {_short(facts[name])}" for name in differing)
+                + "; ".join(f"{name} was {_short(earlier.get(name))}, is {_short(facts[name])}" for name in differing)
                 + "; give it those again, or begin anew with --overwrite instead of --resume"
             )
         return
@@ -172,12 +171,12 @@ def begin(journal: Journal, facts: Mapping[str, Any], resume: bool, overwrite: b
 
 
 def output_paths(prefix: str) -> list[Path]:
-    """All that belongs to a dataset, in the order in which it is published."""
+    """The files and directories of a dataset, in the order in which they are published."""
     return [Path(prefix + ".bin"), tokenizer_directory(prefix), Path(prefix + ".idx"), manifest_path(prefix)]
 
 
 def leftovers(prefix: str) -> list[Path]:
-    """All that a run may leave beside a dataset when it is killed."""
+    """The files and directories that a killed run may leave beside a dataset."""
     return [
         *output_paths(temporary(prefix)),
         *(Path(temporary(prefix) + suffix) for suffix in (".lengths", ".digests")),
@@ -188,10 +187,13 @@ def leftovers(prefix: str) -> list[Path]:
 
 
 def publish(source_prefix: str, prefix: str) -> None:
-    """Move a finished dataset to its name. What it replaces loses manifest and index first and gets them last, so a crash in
-    between leaves no index, or an index without a manifest, but never a mixture that looks whole. Once more does no harm."""
+    """Move a finished dataset to its final name. Doing it again does no harm.
+
+    An older dataset loses manifest and index first, and the new one gets them last. So a crash in between may leave no index, or an
+    index without a manifest, but never a mixture that looks whole.
+    """
     pairs = list(zip(output_paths(source_prefix), output_paths(prefix), strict=True))
-    pairs = [(source, target) for source, target in pairs if source.exists()]  # the others were moved by a run that was killed
+    pairs = [(source, target) for source, target in pairs if source.exists()]  # a killed run has moved the others
     for _, target in pairs:
         if target.is_dir() and not target.is_symlink() and target.suffix != ".tokenizer":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
@@ -201,7 +203,7 @@ def publish(source_prefix: str, prefix: str) -> None:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete files and directories; of a link the link alone."""
+    """Delete files and directories. A link is deleted, not its target."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""What encodes: the tokenizer's own library, or gigatoken (optional, many times faster) where it gives the same ids.
+"""Backends that encode: the tokenizer's own library, or gigatoken (optional, many times faster) where it gives the same ids.
 
-A backend other than the reference is used only after it gave the reference's ids for a sample of the user's own text and for texts
-that are known to be hard; and texts with code points whose class depends on a library's Unicode version (`code_points.py`) go to the
-reference in any case. Backends answer arrays: the ids of all texts end to end, and the texts' lengths.
+The tokenizer's own library is the reference. gigatoken is used only after it gave the reference's ids for a sample of the user's text and
+for texts that are known to be hard. Texts with code points that libraries may treat differently (`code_points.py`) always go to the
+reference. A backend returns arrays: the ids of all texts end to end, and the lengths of the texts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Backend = Literal["reference", "gigatoken"]
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 """Texts -> (ids end to end, int64 lengths)."""
 
-CACHE_BYTES = 56 << 20  # what gigatoken's caches, which grow with the text, may take before they are dropped
-_LOOK_EVERY = 1 << 20  # characters
+CACHE_BYTES = 56 << 20  # gigatoken's caches grow with the text; above this they are dropped
+_LOOK_EVERY = 1 << 20  # characters between two looks at the memory
 
 HARD = (
     "",
@@ -103,39 +103,39 @@ HARD = (
     "".join(map(chr, range(0x1F300, 0x1F700))),
     " ".join(map(chr, range(0x370, 0x700))),
 )
-"""Texts on which tokenizers have been seen to differ."""
+"""Texts that tokenizers have encoded differently."""
 
 
 def encode_with(tokenizer: Tokenizer, backend: Backend) -> Encode:
-    """How a backend encodes for a tokenizer."""
+    """The function by which a backend encodes for a tokenizer."""
     return _Gigatoken(tokenizer) if backend == "gigatoken" else reference(tokenizer)
 
 
 def choose_backend(
     wanted: Literal["auto", "reference", "gigatoken"], tokenizer: Tokenizer, sample: Sequence[str]
 ) -> tuple[Backend, str]:
-    """The backend to use, and a line on why. sample: texts of the user's; without any, auto takes the reference.
+    """(backend to use, a line that says why). sample: some of the user's texts; without any, auto takes the reference.
 
-    UserError where the one that is asked for is not installed, does not do this tokenizer, or gives other ids.
+    UserError where the wanted backend is not installed, cannot do this tokenizer, or gives other ids.
     """
     if wanted == "reference":
         return "reference", f"the {tokenizer.kind}'s own library"
     if wanted == "auto" and not sample and tokenizer.as_json is not None:
         return "reference", f"the {tokenizer.kind}'s own library (the input gives no sample to compare another one on)"
-    found = _fault(tokenizer, sample)
-    if found is None:
+    fault = _fault(tokenizer, sample)
+    if fault is None:
         size = sum(map(len, sample)) / 1e6
         return "gigatoken", (
             f"gigatoken, which gave the ids of the {tokenizer.kind}'s own library for {len(sample)} texts of the input "
             f"({size:.1f} million characters) and {len(HARD)} hard ones"
         )
     if wanted == "gigatoken":
-        raise UserError(f"--tokenizer-backend gigatoken: {found}")
-    return "reference", f"the {tokenizer.kind}'s own library ({found})"
+        raise UserError(f"--tokenizer-backend gigatoken: {fault}")
+    return "reference", f"the {tokenizer.kind}'s own library ({fault})"
 
 
 def _fault(tokenizer: Tokenizer, sample: Sequence[str]) -> str | None:
-    """Why gigatoken cannot stand in for the tokenizer; None: it can."""
+    """Why gigatoken cannot replace the tokenizer's own library; None: it can."""
     if tokenizer.as_json is None:
         return f"gigatoken has nothing for a {tokenizer.kind}"
     try:
@@ -157,24 +157,24 @@ def _fault(tokenizer: Tokenizer, sample: Sequence[str]) -> str | None:
 
 
 def first_difference(tokenizer: Tokenizer, encode: Encode, texts: Iterable[str]) -> str | None:
-    """The first text for which `encode` gives other ids than the tokenizer's own library, in words; None where all agree."""
+    """A message about the first text for which `encode` gives other ids than the tokenizer's own library; None: all agree."""
     for text in texts:
         expected = tokenizer.encode(text)
-        found = encode([text])[0].tolist()
-        if found != expected:
+        ids = encode([text])[0].tolist()
+        if ids != expected:
             same = next(
-                (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+                (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected))
             )
             at = len(tokenizer.decode(expected[:same]))
             return (
                 f"it gives other ids than the {tokenizer.kind}'s own library for {text[max(at - 30, 0) : at + 50]!r}: "
-                f"{found[same : same + 5]} after {same} equal ones instead of {expected[same : same + 5]}"
+                f"{ids[same : same + 5]} after {same} equal ones instead of {expected[same : same + 5]}"
             )
     return None
 
 
 def reference(tokenizer: Tokenizer) -> Encode:
-    """The tokenizer's own library."""
+    """Encode with the tokenizer's own library."""
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         documents = tokenizer.encode_batch(texts)
@@ -185,8 +185,10 @@ def reference(tokenizer: Tokenizer) -> Encode:
 
 
 class _Gigatoken:
-    """gigatoken made of the tokenizer's files, on the calling thread; the reference for texts that are not settled. Its memory stays
-    bounded: it is made anew when it grew."""
+    """Encodes with gigatoken on the calling thread; texts with unsettled code points go to the reference.
+
+    Its memory stays bounded: gigatoken is made anew when the process has grown.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.as_json is not None
@@ -215,40 +217,39 @@ class _Gigatoken:
     def _make(self) -> None:
         import gigatoken
 
-        self._encode: Callable[[str], np.ndarray] = lambda text: np.empty(
-            0, np.uint32
-        )  # the old one goes before the new one comes
+        # Free the old one before the new one is made.
+        self._encode: Callable[[str], np.ndarray] = lambda text: np.empty(0, np.uint32)
         _give_back()
         self._encode = gigatoken.Tokenizer.from_json(self._json).encode
         _give_back()
         self._since = 0
         if not self._limit:
             self._limit = resident_bytes() + CACHE_BYTES
-        self._limit = max(self._limit, resident_bytes() + CACHE_BYTES // 2)  # where the system does not take memory back
+        self._limit = max(self._limit, resident_bytes() + CACHE_BYTES // 2)  # where freed memory does not return to the system
 
 
 def without_special(tokenizer_json: bytes) -> bytes:
-    """A tokenizer.json that reads special tokens in the text as text, adds nothing, and neither pads nor cuts."""
+    """The tokenizer.json changed: special tokens in a text are ordinary text; nothing is added, padded or cut."""
     content = json.loads(tokenizer_json)
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     return texts_alone(json.dumps(content).encode())
 
 
 def texts_alone(tokenizer_json: bytes) -> bytes:
-    """A tokenizer.json that adds nothing, and neither pads nor cuts."""
+    """The tokenizer.json changed: nothing is added, padded or cut."""
     content = json.loads(tokenizer_json)
     content["post_processor"] = content["padding"] = content["truncation"] = None
     return json.dumps(content).encode()
 
 
 def resident_bytes() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     with open("/proc/self/statm") as stream:
         return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _give_back() -> None:
-    """Let the system have the memory that was freed; glibc alone needs to be asked."""
+    """Return freed memory to the system. Only glibc has to be asked."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

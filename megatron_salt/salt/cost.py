@@ -1,8 +1,9 @@
-"""How much longer a step of stage 1 takes than one of stage 2: by FLOPs, and the head's other work in their measure. Pure.
+"""What SALT costs: the time of a step of stage 1 over that of stage 2, and the FLOPs of scoring. Pure.
 
-The teacher's body is shared by all ranks of a block; its head is computed by the student's last stage, which therefore decides how
-long the pipeline takes when it has as many layers as the others. Left out are communication and the filling and draining of both
-pipelines. Hence no forecast of seconds, but what a step costs at least, and what a measured ratio is to be compared with.
+Times are counted in FLOPs, with the head's other work (`head_cost.py`) in the same measure. All ranks of a block share the teacher's body.
+The student's last stage computes the teacher's head, so this stage decides how long the pipeline takes if it has as many layers as the
+others. Communication, and the filling and draining of both pipelines, are left out. So the ratio is a lower bound, not a time
+forecast. Compare measurements with it.
 """
 
 from __future__ import annotations
@@ -11,28 +12,29 @@ from dataclasses import dataclass, replace
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.flops import HeadCost, core_attention_flops, head_flops, layer_flops
+from megatron_salt.model.flops import HeadCost, core_attention_flops, forward_flops_per_token, head_flops, layer_flops
 from megatron_salt.model.shapes import layers_per_stage
+from megatron_salt.selection.score_format import IndexManifest
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Time of a step of each stage, in FLOPs of its busiest rank per token of a microbatch."""
+    """Time of a step in each stage: FLOPs of the busiest rank, per token of a microbatch."""
 
     stage1: float
     stage2: float
     body: float
-    """The teacher's forward passes, a part of stage 1."""
+    """The part of stage 1 that the teacher's forward passes take."""
 
     @property
     def ratio(self) -> float:
-        """Stage 1 over stage 2, at least 1."""
+        """Time of a step of stage 1 over that of stage 2; at least 1."""
         return self.stage1 / self.stage2
 
 
 @dataclass(frozen=True)
 class Hint:
-    """Another number of layers in the student's last stage, with which a step of stage 1 takes least."""
+    """Another number of layers in the student's last pipeline stage, with which a step of stage 1 is fastest."""
 
     layers: int
     times: StepTimes
@@ -40,12 +42,12 @@ class Hint:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What start-up says of the cost of stage 1."""
+    """The cost of stage 1, as start-up tells it."""
 
     last_stage_layers: int
     times: StepTimes
     hint: Hint | None
-    """None: the present number is the best."""
+    """None where the present number of layers is the best."""
 
     @property
     def ratio(self) -> float:
@@ -53,25 +55,25 @@ class Prediction:
         return self.times.ratio
 
     def lines(self) -> list[str]:
-        """For the log."""
+        """Lines for the log."""
         now, body = self.times, self.times.body / self.times.stage2
-        told = [(f"a step of stage 1 takes at least {self.ratio:.3f} x one of stage 2, by FLOPs and the head's other work: "
+        lines = [(f"a step of stage 1 takes at least {self.ratio:.3f} x one of stage 2, by FLOPs and the head's other work: "
                  f"the teacher's body, on all ranks, adds {body:.3f}, "
                  f"its head and the mixed loss, on the last stage, {self.ratio - 1 - body:.3f}")]  # fmt: skip
         if self.hint is not None:
             then = self.hint.times
-            told.append(
+            lines.append(
                 f"--decoder-last-pipeline-num-layers {self.hint.layers} (now {self.last_stage_layers}) would change a step of stage 1 by "
                 f"{then.stage1 / now.stage1 - 1:+.1%}, of stage 2 by {then.stage2 / now.stage2 - 1:+.1%}"
             )
-        return told
+        return lines
 
 
 def predict(
     student: ModelConfig, parallel: ParallelConfig, teacher: ModelConfig, *, teacher_tensor: int, teacher_pipeline: int,
     padded_vocabulary_size: int, num_microbatches: int, merge: int, seq_length: int, head: HeadCost,
 ) -> Prediction:  # fmt: skip
-    """Compare the stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
+    """Compare the two stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
 
     padded_vocabulary_size: the student's, which the teacher's output weight is cut to as well. num_microbatches: of one replica in stage 1
     (another size in stage 2 makes for the same work). merge: microbatches of one teacher forward.
@@ -97,13 +99,13 @@ def predict(
 
 
 def _largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
-    """Microbatches of the busiest teacher replica, forwards dealt out as `ExchangePlan.forwards_of` (routing.py) does."""
+    """Microbatches of the busiest teacher replica. Forwards are dealt out as `ExchangePlan.forwards_of` (routing.py) does."""
     sizes = [min(merge, num_microbatches - first) for first in range(0, num_microbatches, merge)]
     return max(sum(sizes[replica::replicas]) for replica in range(replicas))
 
 
 def _stage_flops(student: ModelConfig, parallel: ParallelConfig, layers: int, seq_length: int) -> float:
-    """Forward, backward and recomputation of a stage's layers, per token."""
+    """FLOPs per token of a stage's layers: forward, backward and recomputation."""
     layer, again = layer_flops(student, seq_length), 0.0
     if parallel.recompute_granularity == "selective":
         again = layers * core_attention_flops(student, seq_length)
@@ -114,8 +116,9 @@ def _stage_flops(student: ModelConfig, parallel: ParallelConfig, layers: int, se
 
 
 def _other_last_stages(student: ModelConfig, parallel: ParallelConfig) -> list[tuple[int, ParallelConfig]]:
-    """Every number of layers that the last stage may have, the first stage's flag left as it is; none without a pipeline."""
-    found = []
+    """Every number of layers that the last stage may have, with the flags for it; the first stage's flag stays. Empty without a
+    pipeline."""
+    splits = []
     for layers in range(1, student.num_layers):
         other = replace(
             parallel, decoder_last_pipeline_num_layers=layers, account_for_embedding_in_pipeline_split=False,
@@ -125,5 +128,21 @@ def _other_last_stages(student: ModelConfig, parallel: ParallelConfig) -> list[t
             layers_per_stage(student, other)
         except UserError:
             continue
-        found.append((layers, other))
-    return found
+        splits.append((layers, other))
+    return splits
+
+
+# --- the scores of a selection ----------------------------------------------------------------------------------------
+
+
+def scoring_flops(scores: IndexManifest, teacher: ModelConfig) -> float:
+    """FLOPs of scoring an index: a forward pass of the teacher for every window that has scores."""
+    tokens = scores.num_samples * scores.seq_length * (scores.sample or 1.0)
+    padded_vocabulary_size = teacher.padded_vocabulary_size(scores.vocabulary)
+    return tokens * forward_flops_per_token(teacher, scores.seq_length, padded_vocabulary_size)
+
+
+def scoring_line(scoring: float, training: float) -> str:
+    """What start-up says of the scores behind --stage1-selection. Both figures are FLOPs, training those of the whole run."""
+    share = f"{scoring / training:.1%} of the {training:.3g} that this run takes"
+    return f"the scores behind --stage1-selection took {scoring:.3g} FLOPs, {share}"

@@ -1,10 +1,9 @@
-"""Whether a teacher may compute in FP8: by how far that takes its predictions from its own in bfloat16.
+"""Whether a teacher may compute in FP8: its predictions must stay near those that it makes in bfloat16.
 
-Both passes run from the same weights, by the path of a training step, on every replica, on the run's first samples: first without
-FP8, then with it. What they hand out are hidden states, and both share the output weight, which is never in FP8. The measure is the
-mean over tokens of KL(bfloat16 teacher || FP8 teacher), at the temperature that the student learns from and at 1, the larger of the
-two: a low temperature makes differences larger where a teacher hesitates, and hides them where it is sure. Above
---teacher-fp8-max-kl the run ends before it begins.
+Every replica reads the run's first samples twice, in the way of a training step: first without FP8, then with it. Both passes use the same
+weights. The output weight is never in FP8. The measure is the mean over tokens of KL(bfloat16 teacher || FP8 teacher). It is taken at
+--kd-teacher-temperature and at 1, and the larger value counts: a low temperature enlarges differences where the teacher hesitates, and
+hides them where it is sure. Where the measure is above --teacher-fp8-max-kl, the run is refused before its first step.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ SAMPLES = 4
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a teacher in FP8 is to itself in bfloat16, on a fixed batch; the worst of its replicas."""
+    """How near a teacher in FP8 is to itself in bfloat16, on fixed samples. The replica with the worst figure counts."""
 
     kl: float
     """Mean over tokens of KL(bfloat16 || FP8), nats."""
     agreement: float
     """Share of tokens whose likeliest id is the same."""
     tokens: int
-    """Of the batch."""
+    """Tokens that were compared."""
     max_kl: float
-    """--teacher-fp8-max-kl, which kl is not above."""
+    """--teacher-fp8-max-kl. kl is at most this."""
 
     def __str__(self) -> str:
         return (
@@ -52,15 +51,15 @@ def refuse_unfaithful(
     teacher: Teacher, max_kl: float, text: Sequence[Microbatch], head: TeacherHead, look: Look = stay
 ) -> Fidelity:
     """How near the teacher in FP8 is to itself in bfloat16. Raises UserError, on every rank, where a replica's mean divergence is
-    above max_kl (nats a token) or not a number. Collective over all ranks; all get the same. Changes nothing.
+    above max_kl (nats a token) or NaN. Collective over all ranks; all get the same result. The teacher does not change.
 
-    text: the same samples on every rank, one a microbatch; tokens of loss mask 0 do not count. The teacher's body still has its bfloat16
-    weights. look: called before each forward.
+    text: one sample a microbatch, the same on every rank; tokens of loss mask 0 do not count. The teacher's body must still have its
+    bfloat16 weights. look: called before each forward.
     """
     sums = _divergences(teacher, text, head, look)
     tokens, kl, kl_at_1, agreement = sums.unbind(-1)
-    kl, agreement = torch.maximum(kl, kl_at_1) / tokens, agreement / tokens  # nan stays nan
-    worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # so phrased, nan is wrong
+    kl, agreement = torch.maximum(kl, kl_at_1) / tokens, agreement / tokens  # NaN stays NaN
+    worst = next((value for value in kl.tolist() if not value <= max_kl), None)  # not (a <= b) also rejects NaN
     problem = first_problem(None if worst is None else f"{worst:.3g} nats a token")
     if problem is not None:
         raise UserError(
@@ -69,7 +68,7 @@ def refuse_unfaithful(
             f"{teacher.temperature:g} and at 1, above --teacher-fp8-max-kl {max_kl:g}; "
             "take another --teacher-fp8-recipe, or no --teacher-fp8-format"
         )
-    extremes = torch.stack([kl.max(), -agreement.min()])  # of this block's replicas; the worst block's for all
+    extremes = torch.stack([kl.max(), -agreement.min()])  # the worst of this block's replicas; then the worst of all blocks
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     counted = round(sum(float(sample.loss_mask.sum()) for sample in text))
     return Fidelity(kl=float(extremes[0]), agreement=-float(extremes[1]), tokens=counted, max_kl=max_kl)

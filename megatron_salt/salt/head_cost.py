@@ -1,8 +1,9 @@
-"""What the output head does beside its products, in the FLOPs that the device multiplies in the same time: measured at start.
+"""Measure the output head's work beside its matrix products, at start-up.
 
-The softmaxes, the metrics and the gradient over the logits do little arithmetic on much memory, so counting FLOPs leaves them out:
-with a small model, or on a fast device, they are a good part of the head. They are measured with the head's own function at a hidden
-width at which its products take no time worth counting. What is told of the cost of stage 1 rests on it, and nothing else does.
+Softmaxes, metrics and the gradient over the logits do little arithmetic on much memory, so a count of FLOPs leaves them out. With a small
+model, or on a fast device, they are a good part of the head's time. The head's own function is timed at a hidden width so small that its
+products take almost no time. The result is given in FLOPs: what the device multiplies in the same time. Only the predicted cost of
+stage 1 (`cost.py`) uses it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _ROWS, _NARROW, _WIDE, _REPEATS = 32768, 8, 1024, 3
 
 
 def measure_head(dtype: torch.dtype, rows: int, hidden_size: int, chunk_tokens: int, alone: dist.ProcessGroup) -> HeadCost:
-    """Measure a chunk of at most 2**20 logits (2**25 on a GPU) three times, the fastest counts; under half a second on a CPU core.
-    Collective over all ranks: all measure at once, as they train at once, and all get the mean. Draws no number of the run's.
+    """Time a chunk of at most 2**20 logits (2**25 on a GPU) three times; the fastest counts. Under half a second on a CPU core.
+    Collective over all ranks: all measure at the same time, as they train, and all get the mean. The run's random numbers stay as they are.
 
-    rows: of the weight on a rank. alone: a group of this rank only.
+    rows: rows of the output weight on a rank. alone: a process group of this rank only.
     """
     device = current_device()
     rows = max(1, min(rows, _ROWS))
@@ -57,13 +58,13 @@ def measure_head(dtype: torch.dtype, rows: int, hidden_size: int, chunk_tokens: 
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some calls, after one that warms up; on a CPU those that this process had it for."""
-    found = []
+    """Seconds of the fastest of some calls, after one that warms up. On a CPU these are seconds of the process, not of the clock."""
+    seconds = []
     for _ in range(1 + _REPEATS):
         start = _now()
         work()
-        found.append(_now() - start)
-    return min(found[1:])
+        seconds.append(_now() - start)
+    return min(seconds[1:])
 
 
 def _now() -> float:

@@ -1,9 +1,11 @@
-"""From --teacher-load to a Teacher that may teach: what its checkpoint says, whether that fits, its weights, and whether they arrived.
+"""From --teacher-load to a `Teacher`: read its checkpoint, refuse it where it does not fit, load its weights, and verify them.
 
-Cheapest first: facts are read and held against the run before ranks join; then the body is built on the teacher's own groups and
-loaded, its output weight goes straight to the student's last stage; last the teacher, through the very path of a training step,
-must reproduce the losses that its checkpoint recorded of itself, and if it is to compute in FP8 stay near them there (`fp8_check.py`).
-Whatever does not fit is a UserError that names both sides.
+Cheap checks come before expensive ones.
+1. Before ranks join: read the facts of the checkpoint, and compare them with the run's.
+2. Build the body on the teacher's own groups, and load it. Load the output weight straight to the student's last stage.
+3. Run the teacher in the way of a training step. It must reproduce the losses that its checkpoint recorded. In FP8 its predictions must
+   stay near those in bfloat16 (`fp8_check.py`).
+Everything that does not fit is a UserError that names both sides.
 """
 
 from __future__ import annotations
@@ -40,39 +42,40 @@ from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
 from megatron_salt.salt.routing import teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
+from megatron_salt.selection.score_format import IndexManifest
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-3}
-"""How far, as a share of it, a loss may be from the recorded one, by the coarser of both precisions. Small models differ
-by 1e-6 between layouts in float32, and by 3e-4 where either side is bfloat16."""
+"""Largest relative difference between a loss and the recorded one; the coarser of both precisions counts. Small models differ by 1e-6
+between layouts in float32, and by 3e-4 where either side is bfloat16."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherCheckpoint:
-    """What a teacher's checkpoint says of it."""
+    """The facts of a teacher's checkpoint."""
 
     directory: Path
     model: ModelConfig
     vocabulary_size: int
-    """Ids of its tokenizer."""
+    """Real ids of its tokenizer."""
     seq_length: int
-    """Context it was trained on."""
+    """--seq-length that it was trained with."""
     tokenizer_fingerprint: str
     fingerprint: str
-    """Of the checkpoint's contents, wherever it lies."""
+    """Fingerprint of the checkpoint's contents; the path does not matter."""
     lengths: tuple[int, ...]
-    """Of the fixed batch, see data/reference_batch.py."""
+    """Lengths of the fixed batch on which it recorded its loss, see data/reference_batch.py."""
     losses: tuple[float, ...]
-    """What it recorded for them."""
+    """The recorded loss for each length, nats a token."""
     dtype: str
-    """What it computed them in."""
+    """Precision of the recorded losses: float32 or bfloat16."""
     step: int
-    """Steps it was trained for."""
+    """Steps that it was trained for."""
 
 
 def read_teacher(load: str) -> TeacherCheckpoint:
-    """The facts of --teacher-load. Not collective, and without torch.distributed: every rank reads the same small files."""
+    """Read the facts of --teacher-load. Every rank reads the same small files, without torch.distributed. Raises UserError."""
     paths = save_directory.candidates(Path(load), flag_name="--teacher-load")
     if not paths:
         missing = "" if Path(load).is_dir() else " (there is no such directory)"
@@ -108,10 +111,21 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     )
 
 
+def model_that_scored(scores: IndexManifest, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
+    """The architecture of the teacher that made these scores, where it is the run's teacher or the checkpoint that the index names; else
+    None. Not collective."""
+    if teacher is None or teacher.fingerprint != scores.teacher:
+        try:
+            teacher = read_teacher(scores.teacher_directory)
+        except (UserError, OSError):
+            return None
+    return teacher.model if teacher.fingerprint == scores.teacher else None
+
+
 def refuse_unfit(
     teacher: TeacherCheckpoint, salt: SaltConfig, tokenizer_fingerprint: str, vocabulary_size: int, seq_length: int
 ) -> None:
-    """Raise UserError where the teacher cannot teach this run's student. The last three are the student's. Pure."""
+    """Raise UserError where the teacher cannot teach the student, whose tokenizer, vocabulary and length are given. Pure."""
     where = f"--teacher-load {teacher.directory}"
     if teacher.vocabulary_size != vocabulary_size:
         raise UserError(
@@ -141,7 +155,7 @@ def refuse_unfit(
 
 
 def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
-    """The teacher's layout as the flags of a model of its own."""
+    """The teacher's parallel sizes, as the flags of a model that is trained alone."""
     return ParallelConfig(
         tensor_model_parallel_size=salt.teacher_tensor_model_parallel_size,
         pipeline_model_parallel_size=salt.teacher_pipeline_model_parallel_size,
@@ -199,7 +213,7 @@ def admit(
 
 
 def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtype: torch.dtype, precision: Precision) -> GPT:
-    """This rank's stage of the teacher without its output head, its weights undefined. The random state stays as it is."""
+    """This rank's stage of the teacher, without output head and with undefined weights. The random state does not change."""
     names, before = rng.capture()
     config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype, precision)
     config.perform_initialization = False
@@ -212,7 +226,7 @@ def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtyp
 
 
 def load_output_weight(checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: torch.dtype) -> Tensor | None:
-    """The teacher's output weight [V/tp, h_t] cut like the student's, on ranks of the student's last stage; None elsewhere.
+    """The teacher's output weight [V/tp, h_t], cut like the student's, on ranks of the student's last stage; None elsewhere.
 
     Rows that only one of the two paddings has are zeros or left out. Collective over all ranks; read once and spread over dp x cp.
     """
@@ -229,7 +243,7 @@ def load_output_weight(checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: 
 
 
 def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: torch.dtype, look: Look = stay) -> None:
-    """Raise UserError unless the teacher, run as in a training step, has the losses that its checkpoint recorded. Collective."""
+    """Run the teacher as in a training step. Raise UserError unless its losses are those that its checkpoint recorded. Collective."""
     lengths = [length for length in checkpoint.lengths if length <= head.seq_length]
     losses = losses_of(teacher, checkpoint.vocabulary_size, lengths, head, look)
     dtypes = {checkpoint.dtype, str(dtype).removeprefix("torch.")}
@@ -259,8 +273,8 @@ def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, d
 def losses_of(
     teacher: Teacher, vocabulary_size: int, lengths: list[int], head: TeacherHead, look: Look = stay
 ) -> list[list[float]]:
-    """[lengths][replicas of the block]: the mean cross entropy over the first `lengths` tokens of each fixed microbatch, as each of the
-    block's teachers has it: phases A and B, then the teacher's own head. Collective over all ranks; all of a block receive."""
+    """Mean cross entropy over the first `lengths` tokens of each fixed microbatch, for each teacher replica of the block:
+    [lengths][replicas]. Phases A and B, then the teacher's own head. Collective over all ranks; all ranks of a block receive."""
     sums = torch.zeros(len(lengths), teacher.replicas, len(METRICS), dtype=torch.float64, device=current_device())
     positions = head.own_positions()
     for number, microbatch in enumerate(fixed_batch(vocabulary_size, head.seq_length, lengths)):
@@ -276,7 +290,7 @@ def losses_of(
 
 
 def refuse_trainable(teacher: Teacher, optimized: Iterable[Tensor]) -> None:
-    """Assert that nothing of the teacher requires a gradient or shares memory with a tensor that the optimizer moves."""
+    """Assert that no tensor of the teacher requires a gradient, or shares memory with a tensor that the optimizer changes."""
     own = [*teacher.body.parameters(), *teacher.body.buffers(), *([] if teacher.weight is None else [teacher.weight])]
     assert not any(tensor.requires_grad for tensor in own), "a parameter of the teacher requires a gradient"
     storages = {raw.untyped_storage().data_ptr() for tensor in own for raw in raw_tensors(tensor) if raw.numel()}

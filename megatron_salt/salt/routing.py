@@ -1,8 +1,8 @@
-"""Which rank runs the teacher on which microbatch, and who sends whom which positions of the hidden states.
+"""Which rank runs the teacher on which microbatch, and which positions of the hidden states each rank sends to which rank.
 
-The ranks of one student data-parallel replica are a block, in (pp, cp, tp) order, tp fastest; a rank's index in it is its place.
+The ranks of one student data-parallel replica are a block, in (pp, cp, tp) order, tp fastest. A rank's index in its block is its place.
 The block hosts R teacher replicas at coordinates (replica, pp, tp), tp fastest, over the same places. Nothing leaves a block.
-Arithmetic on ints: every rank computes the same plan, once, and only carries it out (`salt/teacher.py`).
+This is arithmetic on ints: every rank computes the same plan once, and `salt/teacher.py` carries it out.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def teacher_layout(student: Layout, tensor: int, pipeline: int) -> Layout:
 
 
 def layout_warnings(student: Layout, teacher: Layout, num_forwards: int) -> list[str]:
-    """What is allowed and costs time. num_forwards: teacher forwards of a block in one step."""
-    told, replicas = [], teacher.data // student.data
+    """Warnings about layouts that are allowed and cost time. num_forwards: teacher forwards of a block in one step."""
+    messages, replicas = [], teacher.data // student.data
     if num_forwards % replicas:
-        told.append(
+        messages.append(
             f"the {num_forwards} teacher forwards of a step are not a multiple of the {replicas} teacher replicas of a block: "
             f"some idle while others run the last of {-(-num_forwards // replicas)}"
         )
@@ -47,12 +47,12 @@ def layout_warnings(student: Layout, teacher: Layout, num_forwards: int) -> list
     torn = [group for group in teacher.groups("tp") if len({near[rank] for rank in group}) > 1]
     if torn:
         more = f" (and {len(torn) - 1} more such groups)" if torn[1:] else ""
-        told.append(
+        messages.append(
             f"the teacher's tensor-parallel group of ranks {torn[0]}{more} spans more than one tp x cp group of the student, "
             f"whose ranks may sit on several nodes: --teacher-tensor-model-parallel-size {teacher.tensor} against "
             f"--tensor-model-parallel-size {student.tensor} x --context-parallel-size {student.context}"
         )
-    return told
+    return messages
 
 
 def exchange_gib(
@@ -64,18 +64,18 @@ def exchange_gib(
 
 @dataclass(frozen=True)
 class Piece:
-    """One slice of one microbatch's hidden states on its way from a place of the block to another, or to itself."""
+    """A slice of one microbatch's hidden states, which one place of the block sends to another, or to itself."""
 
     microbatch: int
     source: int
     target: int
     positions: tuple[slice, ...]
-    """Positions of the sequence, to be concatenated in this order."""
+    """Positions of the sequence. The slice is their concatenation, in this order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExchangePlan:
-    """What one block does in one step; the same in every block, on every rank and in every step."""
+    """The teacher forwards and the exchange of one block in one step. The same in every block, on every rank and in every step."""
 
     num_microbatches: int
     merge: int
@@ -87,7 +87,7 @@ class ExchangePlan:
     piece_length: int
     """Positions of a piece: seq_length / (tp * cp) of the student."""
     pieces: tuple[Piece, ...]
-    """By source, then target, then microbatch: the order of the values in every send and receive buffer."""
+    """Sorted by source, then target, then microbatch: the order of the values in every send and receive buffer."""
 
     @property
     def num_forwards(self) -> int:
@@ -95,34 +95,34 @@ class ExchangePlan:
         return -(-self.num_microbatches // self.merge)
 
     def forwards_of(self, replica: int) -> list[int]:
-        """Numbers of the forwards that a teacher replica runs; possibly none."""
+        """Numbers of the forwards that a teacher replica runs. There may be none."""
         assert 0 <= replica < self.num_replicas, (replica, self.num_replicas)
         return list(range(replica, self.num_forwards, self.num_replicas))
 
     def microbatches_of(self, forward: int) -> range:
-        """The consecutive microbatches that a forward takes together; the last one may take fewer."""
+        """The consecutive microbatches of one forward. The last forward may have fewer than the others."""
         assert 0 <= forward < self.num_forwards, (forward, self.num_forwards)
         return range(forward * self.merge, min((forward + 1) * self.merge, self.num_microbatches))
 
     def sent_by(self, place: int) -> list[Piece]:
-        """In the order of the place's send buffer: by target, then microbatch."""
+        """The pieces that a place sends, in the order of its send buffer: by target, then microbatch."""
         return [piece for piece in self.pieces if piece.source == place]
 
     def received_by(self, place: int) -> list[Piece]:
-        """In the order of the place's receive buffer: by source, then microbatch."""
+        """The pieces that a place receives, in the order of its receive buffer: by source, then microbatch."""
         return [piece for piece in self.pieces if piece.target == place]
 
     def send_sizes(self, place: int) -> list[int]:
-        """Positions for each place of the block, in order; times samples times hidden size they are split sizes in elements."""
+        """How many positions a place sends to each place of the block. Times samples times hidden size: split sizes in elements."""
         return self._positions[place].tolist()
 
     def receive_sizes(self, place: int) -> list[int]:
-        """Positions from each place of the block, in order."""
+        """How many positions a place receives from each place of the block."""
         return self._positions[:, place].tolist()
 
     @cached_property
     def _positions(self) -> np.ndarray:
-        """[source, target] -> positions."""
+        """int64 [source, target]: positions that one place sends to another."""
         table = np.zeros((self.num_places, self.num_places), np.int64)
         for piece in self.pieces:
             table[piece.source, piece.target] += self.piece_length
@@ -133,9 +133,9 @@ class ExchangePlan:
 def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge: int, seq_length: int) -> ExchangePlan:
     """The plan of every block. Raises UserError, naming --seq-length, where the sequence cannot be cut.
 
-    merge: microbatches of one teacher forward. Forward f = microbatches [f * merge, (f + 1) * merge) runs on replica f mod R. The
-    student's last stage receives: its rank (tp j, cp c) slice j of tp equal ones of the positions that cp rank c holds, from the
-    teacher's last stage, whose tp ranks all hold everything and take turns in sending: tp rank (j + c * tp) mod ttp.
+    merge: microbatches of one teacher forward. Forward f takes microbatches [f * merge, (f + 1) * merge) and runs on replica f mod R.
+    Receiver: rank (tp j, cp c) of the student's last stage. It gets slice j, of tp equal slices, of the positions that cp rank c holds.
+    Sender: tp rank (j + c * tp) mod ttp of the teacher's last stage. All tp ranks there hold the full hidden states and take turns.
     """
     tp, cp, ttp, tpp = student.tensor, student.context, teacher.tensor, teacher.pipeline
     check_sequence(student, seq_length)
@@ -150,13 +150,17 @@ def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge
         for microbatch in range(num_microbatches) for c in range(cp) for j in range(tp)
     ]  # fmt: skip
     return ExchangePlan(
-        num_microbatches, merge, replicas, tp * cp * student.pipeline, seq_length // (tp * cp),
-        tuple(sorted(pieces, key=lambda piece: (piece.source, piece.target, piece.microbatch))),
-    )  # fmt: skip
+        num_microbatches=num_microbatches,
+        merge=merge,
+        num_replicas=replicas,
+        num_places=tp * cp * student.pipeline,
+        piece_length=seq_length // (tp * cp),
+        pieces=tuple(sorted(pieces, key=lambda piece: (piece.source, piece.target, piece.microbatch))),
+    )
 
 
 def check_sequence(student: Layout, seq_length: int) -> None:
-    """Raise UserError where a sequence does not fall into equal slices, one for each rank of a tp x cp group."""
+    """Raise UserError unless a sequence can be cut into equal slices, one for each rank of a tp x cp group."""
     if seq_length % (student.context * student.tensor):
         raise UserError(
             f"--seq-length {seq_length} is not divisible by --context-parallel-size x --tensor-model-parallel-size (with a teacher) "
@@ -165,12 +169,12 @@ def check_sequence(student: Layout, seq_length: int) -> None:
 
 
 def _cut(slices: list[slice], part: int, parts: int) -> list[slice]:
-    """Part `part` of `parts` equal ones of the slices' concatenation, as slices of what the slices index."""
+    """Cut the concatenation of the slices into `parts` equal parts, and return part `part` of it, as slices of the sequence."""
     length = sum(piece.stop - piece.start for piece in slices) // parts
-    begin, end, found = part * length, (part + 1) * length, []
+    begin, end, cut = part * length, (part + 1) * length, []
     for piece in slices:
         start, stop = piece.start + max(begin, 0), min(piece.start + end, piece.stop)
         if start < stop:
-            found.append(slice(start, stop))
+            cut.append(slice(start, stop))
         begin, end = begin - (piece.stop - piece.start), end - (piece.stop - piece.start)
-    return found
+    return cut

@@ -1,4 +1,4 @@
-"""How strongly the teacher teaches at each step, where stage 1 ends, and whether a resumed run may go on under these flags.
+"""The teacher's weight at each step, the end of stage 1, and whether a resumed run may go on under these flags.
 
 Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps.
 E beyond the run is allowed: the teacher teaches to the end (RKD in the paper). Pure: the same answer on every rank and after a resume.
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 Events = tuple[dict[str, Any], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The flags of stage 1 that shape the mathematics. Saved in every checkpoint of a run with a teacher."""
+    """The flags of stage 1 that change the loss. Saved in every checkpoint of a run with a stage 1."""
 
     kd_steps: int
     kd_weight: float
@@ -43,22 +43,22 @@ class Schedule:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
-        """What `facts` gave, read back from a checkpoint."""
-        return cls(*(facts[field.name] for field in fields(cls)))
+        """The schedule that a checkpoint holds, as `facts` gave it."""
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
     def facts(self) -> dict[str, Any]:
-        """Values by the names of their flags, plain enough for JSON."""
+        """Values by field name, as JSON takes them."""
         return asdict(self)
 
     def in_stage1(self, step: int, stage1_end: int) -> bool:
-        """Whether the teacher is still there, whatever its weight."""
+        """Whether a step belongs to stage 1, whatever the teacher's weight."""
         assert step >= 1, step
         return step <= stage1_end
 
     def at(self, step: int, stage1_end: int) -> float:
         """The teacher's weight w in the loss of a step. With K transition steps the fade's j-th step has factor 1 - j / (K + 1)."""
         assert step >= 1, step
-        faded = step - (stage1_end - self.kd_transition_steps)  # j, the number of a step of the fade
+        faded = step - (stage1_end - self.kd_transition_steps)  # j, the number of the step within the fade
         # 1) distil at full weight
         if faded <= 0:
             return self.kd_weight
@@ -73,7 +73,7 @@ class Schedule:
         return 0.0
 
     def stage1_end_after(self, crossover_step: int) -> int:
-        """The end of stage 1 where the student is first found, after a step, to have passed the teacher: the fade still takes place."""
+        """The end of stage 1 where the student passes the teacher after `crossover_step`. The fade still takes place."""
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
 
 

@@ -1,8 +1,8 @@
-"""The teacher reads the data: samples to rows of the score index.
+"""Scoring samples with the teacher: samples in, rows of the score index out.
 
-The teacher's forward pass of stage 1; its last stage reduces the hidden states to scores (`model/token_scores.py`).
-Microbatch m of a block is the m-th B of its samples that are scored, whatever the shard or the number of replicas, so that no matrix
-changes its shape; replicas take turns. The last one is filled up by repeating its last sample: of each block where a part is scored.
+The forward pass is that of stage 1. The last stage reduces the hidden states to scores (`model/token_scores.py`).
+The samples of a block that are scored are cut into microbatches in their order, whatever the shard and the number of replicas; replicas
+take turns. The last microbatch of a block is filled up by repeating its last sample, so that all matrices have the same shape.
 """
 
 from __future__ import annotations
@@ -34,22 +34,31 @@ from megatron_salt.salt.teacher import TeacherHead
 from megatron_salt.selection.score_format import IndexManifest, columns, content_hashes, samples_of
 
 Rows = dict[str, np.ndarray]
-"""The columns of consecutive samples, by name."""
+"""Columns of the score index, by name: one value for each of some samples."""
 
 
 PIECE = 2
-"""Microbatches of a replica between two looks at whether to leave; with a pipeline, which each look drains, 8 for each of its stages."""
+"""Microbatches of a replica between two checks for a reason to leave. A check drains the pipeline: with pipeline stages there are 8
+microbatches for each stage instead."""
 
 
 class Scorer:
-    """A teacher's part on this rank, and the data it reads."""
+    """This rank's part of a teacher that scores, and the data that it reads."""
 
     def __init__(
-        self, body: GPT, weight: Tensor | None, mesh: Mesh, shard: VocabularyShard, samples: Samples, micro_batch_size: int,
-        top_k: tuple[int, ...], chunk_tokens: int,
-    ) -> None:  # fmt: skip
-        """body: this rank's stage without output head. weight: this rank's rows of the output weight [V/tp, h], on the last stage; None
-        elsewhere."""
+        self,
+        body: GPT,
+        weight: Tensor | None,
+        mesh: Mesh,
+        *,
+        shard: VocabularyShard,
+        samples: Samples,
+        micro_batch_size: int,
+        top_k: tuple[int, ...],
+        chunk_tokens: int,
+    ) -> None:
+        """body: this rank's stage, without output head. weight: this rank's rows of the output weight [V/tp, h], on the last stage; None
+        elsewhere. shard: how these rows are cut. chunk_tokens: tokens whose logits are computed at a time."""
         self._body, self._mesh, self._samples = body.eval(), mesh, samples
         self._micro, self._top_k = micro_batch_size, top_k
         self._dtypes = columns(top_k, self.seq_length)
@@ -58,43 +67,43 @@ class Scorer:
 
     @property
     def seq_length(self) -> int:
-        """Of a sample."""
+        """Tokens of a sample."""
         return self._samples.windows[0].seq_length
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank gets the rows: the first replica's last stage, on its first tensor-parallel rank."""
+        """Whether this rank receives the rows: the first tensor-parallel rank of the first replica's last stage."""
         at = self._mesh.at
         return self._mesh.is_last_stage and at.tp == 0 and at.dp == 0
 
     @property
     def writer(self) -> int:
-        """The global rank that gets the rows."""
+        """The global rank that receives the rows."""
         layout = self._mesh.layout
         return layout.groups("tp", "cp", "dp")[layout.pipeline - 1][0]
 
     @torch.no_grad()
     def score(self, ids: np.ndarray, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
-        """The rows of these samples, int64 [n], n > 0. Collective over all ranks; the writer receives.
+        """The rows of these samples, int64 [n], n > 0. Collective over all ranks; the writer receives, the others get None.
 
-        reason_to_stop: asked before each piece, the same on every rank. Raises LeftEarly on every rank where there is one."""
+        reason_to_stop: asked before each piece; its answer is the same on every rank. A reason raises LeftEarly on every rank."""
         replicas, replica = self._mesh.layout.data, self._mesh.at.dp
         starts = range(0, len(ids), self._micro)
-        rounds, mine = -(-len(starts) // replicas), starts[replica::replicas]
-        found: list[Tensor] = []
+        rounds, own_starts = -(-len(starts) // replicas), starts[replica::replicas]
+        scored: list[Tensor] = []
         stages = self._mesh.layout.pipeline
         for turn in range(0, rounds, size := PIECE if stages == 1 else 8 * stages):
             if (reason := reason_to_stop()) is not None:
                 raise LeftEarly(reason)
-            if batches := [self._microbatch(ids[start : start + self._micro]) for start in mine[turn : turn + size]]:
-                found += run_pipeline(
+            if batches := [self._microbatch(ids[start : start + self._micro]) for start in own_starts[turn : turn + size]]:
+                scored += run_pipeline(
                     [self._body], self._step, batches, self._mesh, self.seq_length, self._micro, forward_only=True
                 )
         if not self._mesh.is_last_stage:
             return None
         own = torch.zeros(rounds, len(self._dtypes) - 1, self._micro, dtype=torch.float64, device=current_device())
-        if found:
-            own[: len(found)] = torch.stack(found)
+        if scored:
+            own[: len(scored)] = torch.stack(scored)
         every = own.new_empty((replicas * rounds, *own.shape[1:]))
         dist.all_gather_into_tensor(every, own, group=self._mesh.groups.dp)
         if not self.is_writer:
@@ -106,12 +115,12 @@ class Scorer:
         return rows | {"content": contents}
 
     def _microbatch(self, ids: np.ndarray) -> Microbatch:
-        """These samples on this rank's device, the last one repeated until they are a whole microbatch."""
+        """These samples on this rank's device. The last one is repeated until the microbatch is full."""
         ids = np.pad(ids, (0, self._micro - len(ids)), mode="edge")
         return make_microbatch(ids, self._samples.tokens(ids), self._samples.masking).to_device()
 
     def _step(self, body: nn.Module, batch: Microbatch) -> tuple[Tensor, LossFunction]:
-        """-> (hidden states, a "loss" that hands out the score columns as the microbatch's metrics)."""
+        """-> (hidden states, a "loss" function). Its metrics are the columns of the score index."""
         assert isinstance(body, GPT)
         hidden = body(*body.inputs(batch))
 
@@ -130,20 +139,21 @@ class Scorer:
 def score_block(
     scorer: Scorer, facts: IndexManifest, block: int, reason_to_stop: Callable[[], str | None] = lambda: None
 ) -> Rows | None:
-    """A block's rows, 0 in those that are not scored. Collective over all ranks; the writer receives. Raises LeftEarly."""
+    """The rows of a block, 0 for samples that are not scored. Collective over all ranks; the writer receives, the others get None. Raises
+    LeftEarly."""
     first, end = samples_of(facts, range(block, block + 1))
     scored = facts.scored(first, end)
-    found = scorer.score(first + np.flatnonzero(scored), reason_to_stop) if scored.any() else {}
-    if found is None or not scorer.is_writer:
+    scored_rows = scorer.score(first + np.flatnonzero(scored), reason_to_stop) if scored.any() else {}
+    if scored_rows is None or not scorer.is_writer:
         return None
     rows = {name: np.zeros(end - first, dtype) for name, dtype in columns(facts.top_k, facts.seq_length).items()}
-    for name, values in found.items():
+    for name, values in scored_rows.items():
         rows[name][scored] = values
     return rows
 
 
 def teacher_flags(layout: Layout) -> SaltConfig:
-    """A training run's flags for a teacher that lies as the scorer's does."""
+    """The flags of a training run whose teacher has this layout."""
     return SaltConfig(
         teacher_load="",
         kd_steps=1,
@@ -153,18 +163,28 @@ def teacher_flags(layout: Layout) -> SaltConfig:
 
 
 def make_scorer(
-    teacher: TeacherCheckpoint, layout: Layout, samples: Samples, dtype: str, micro_batch_size: int, top_k: tuple[int, ...],
-    chunk_mib: int, timeout: timedelta, look: Look = stay,
-) -> Scorer:  # fmt: skip
-    """The teacher over all ranks, admitted as to a training run. Collective over all ranks. Raises UserError.
+    teacher: TeacherCheckpoint,
+    layout: Layout,
+    samples: Samples,
+    *,
+    dtype: str,
+    micro_batch_size: int,
+    top_k: tuple[int, ...],
+    chunk_mib: int,
+    timeout: timedelta,
+    look: Look = stay,
+) -> Scorer:
+    """The teacher over all ranks, loaded and verified as in a training run. Collective over all ranks. Raises UserError.
 
-    chunk_mib: memory for logits. The teacher is its own student here, so to speak: in the same layout, with nobody to teach.
+    chunk_mib: memory for logits. There is no student: the layout that admission asks for is the teacher's own.
     """
     mesh = make_student_mesh(layout, timeout=timeout)
-    seed_everything(0, mesh)  # megatron-core's layers want generators, though nothing is drawn
+    seed_everything(0, mesh)  # megatron-core's layers need generators, though nothing is drawn
     rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
     shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
-    chunk_tokens = 2 * chunk_tokens_for_budget(chunk_mib, rows, torch.float32)  # which counts a student's logits too
+    chunk_tokens = 2 * chunk_tokens_for_budget(
+        chunk_mib, rows, torch.float32
+    )  # twice: the budget counts a student's logits too
     head = TeacherHead(mesh, replace(shard, sequence_parallel=True), samples.windows[0].seq_length, chunk_tokens)
     admitted, _ = admit(
         teacher,
@@ -175,4 +195,13 @@ def make_scorer(
         timeout=timeout,
         look=look,
     )
-    return Scorer(admitted.body, admitted.weight, admitted.mesh, shard, samples, micro_batch_size, top_k, chunk_tokens)
+    return Scorer(
+        admitted.body,
+        admitted.weight,
+        admitted.mesh,
+        shard=shard,
+        samples=samples,
+        micro_batch_size=micro_batch_size,
+        top_k=top_k,
+        chunk_tokens=chunk_tokens,
+    )

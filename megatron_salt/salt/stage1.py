@@ -1,8 +1,8 @@
 """SALT's switch: in which stage a run is, when the student has passed its teacher, and what stage 2 draws from. Pure.
 
 Where stage 1 ends is a fact in `RunState.salt`, which every checkpoint holds, so that a resumed run takes the same path. The order of
-samples, the optimizer, the learning rate and the random state know nothing of the stages. What a run does at the switch (free the
-teacher, log) is in train/state.py; the weight of the teacher and the check of a resumed schedule are in schedule.py.
+samples, the optimizer, the learning rate and the random state know nothing of the stages. What a run does at the switch, such as
+freeing the teacher, is in train/state.py. The teacher's weight and the check of a resumed schedule are in schedule.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_salt.salt.teacher import Teacher
 
 @dataclass(frozen=True)
 class Stage1:
-    """What stage 1 has and stage 2 has not: a teacher, or a selection of the data alone."""
+    """Stage 1 of a run: its teacher, or none where a selection of the data alone makes it."""
 
     teacher: Teacher | None
     """None: stage 1 has a selection of the data and no teacher."""
@@ -29,7 +29,7 @@ class Stage1:
     teacher_flops: float = 0.0
     """FLOPs of the teacher for an input token, output layer included; 0 without a teacher."""
     fidelity: Fidelity | None = None
-    """How near a teacher in FP8 is to itself in bfloat16; None for any other teacher, and without one."""
+    """Distance of a teacher in FP8 from itself in bfloat16; None for any other teacher, and without one."""
 
     def contains(self, step: int, progress: RunState) -> bool:
         """Whether a step belongs to stage 1."""
@@ -81,7 +81,7 @@ def starts_in_stage2(
 
 
 def resumes_in_stage2(saved: RunState, evaluates: bool) -> bool:
-    """Whether a run that was saved like this needs no teacher. evaluates: an evaluation that is due will be made."""
+    """Whether a run that resumes from this state needs no teacher. evaluates: an evaluation that is due will be made."""
     return saved.salt is not None and saved.salt.resumes_in(saved.step, evaluates and saved.evaluation_due) == 2
 
 

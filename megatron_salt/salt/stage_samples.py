@@ -107,7 +107,7 @@ class StageSamples:
 
     @property
     def _first_ids(self) -> list[int]:
-        """Id of each dataset's first window, and the number of all windows."""
+        """Id of each dataset's first window, and after them the number of all windows."""
         return self.everything.first_ids.tolist()
 
     @property

@@ -1,9 +1,11 @@
-"""The teacher in use: a frozen, forward-only model over the student's own ranks, and its end.
+"""The teacher in use: a frozen, forward-only model over the student's own ranks, and how it is freed.
 
-One step of stage 1 is A, B, C (design: hidden states travel, logits never do). A: each replica of the teacher runs its share of the
-microbatches through the teacher's own pipeline. B: one all-to-all inside a block (the ranks of one student replica) brings the
-last hidden states, cut as the student's last stage needs them, to that stage. C is the student's own schedule, on microbatches that
-carry a `SoftTarget`. Every rank goes through A, B and C in this order, and no phase begins before the one before it has ended here.
+One step of stage 1 has three phases. Hidden states travel between ranks, logits never do.
+A: each replica of the teacher runs its share of the microbatches through the teacher's own pipeline.
+B: one all-to-all inside a block (the ranks of one student replica) brings the last hidden states to the student's last stage, cut as
+that stage needs them.
+C: the student's own schedule runs on microbatches that carry a `SoftTarget`.
+Every rank goes through A, B and C in this order. On each rank a phase begins when the one before it has ended.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.routing import ExchangePlan, Piece, plan_exchange
 
 _ForwardInput = tuple[Microbatch, list[tuple[slice, slice]]]
-"""Microbatches of the student, merged into one on this rank's device; and what this rank sends of their hidden states: (positions,
-samples) of each piece, in the order of the pieces."""
+"""Microbatches of the student, merged into one on this rank's device; and the parts of their hidden states that this rank sends:
+(positions, samples) of each piece, in the order of the pieces."""
 
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """How the teacher's output head is computed: by the student's last stage, cut as the student's own head is."""
+    """How the teacher's output head is computed: on the student's last stage, cut over ranks as the student's own head is."""
 
     student: Mesh
     shard: VocabularyShard
-    """Rows of the output weight on each rank. sequence_parallel: hidden states come as one slice of the sequence a rank."""
+    """Which rows of the output weight each rank holds. Always sequence_parallel: each rank has its own slice of the sequence."""
     seq_length: int
     """Tokens of a sample."""
     chunk_tokens: int
@@ -52,7 +54,7 @@ class TeacherHead:
         assert self.shard.sequence_parallel
 
     def own_positions(self) -> Tensor:
-        """int64 [s/cp], on the CPU: the positions of a sequence that this rank's context-parallel coordinate holds."""
+        """Positions of a sequence that this rank holds under context parallelism: int64 [s/cp], on the CPU."""
         return positions_of(self.seq_length, self.student.layout.context, self.student.at.cp, torch.device("cpu"))
 
 
@@ -67,7 +69,7 @@ class _Parts:
 
 
 class Teacher:
-    """This rank's part of the teacher. Invariant: none of its tensors has a gradient, and after `free` it holds no tensor and no group."""
+    """This rank's part of the teacher. Invariants: none of its tensors has a gradient; after `free` it holds no tensor and no group."""
 
     def __init__(
         self,
@@ -113,8 +115,8 @@ class Teacher:
 
     @torch.no_grad()
     def annotate(self, microbatches: Sequence[Microbatch], kd_weight: float) -> list[SoftTarget | None]:
-        """The teacher's part of each of this student replica's microbatches, all of one shape. Collective over all ranks, both phases;
-        only ranks of the student's last stage receive, the others get None for each."""
+        """Phases A and B: the teacher's part of each microbatch of this student replica, all of one shape. Collective over all ranks. Ranks
+        of the student's last stage receive; the others get None for each microbatch."""
         return [
             None if hidden is None else self._soft_target(hidden, kd_weight)
             for hidden in self.hidden_states(microbatches, self._merge)
@@ -126,20 +128,20 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, microbatches: Sequence[Microbatch], merge: int) -> list[Tensor | None]:
-        """Last hidden states [s/(cp*tp), b, h_t] of each microbatch, this rank's share of the sequence, on ranks of the student's last
-        stage; None elsewhere. `merge` microbatches are one of the teacher's. Collective over all ranks."""
+        """Last hidden states of each microbatch, this rank's share of the sequence [s/(cp*tp), b, h_t], on ranks of the student's last
+        stage; None elsewhere. One forward of the teacher takes `merge` microbatches. Collective over all ranks."""
         samples, length = microbatches[0].tokens.shape
         plan = plan_exchange(self._student.layout, self.mesh.layout, len(microbatches), merge, length)
         inputs = [
             _forward_input(microbatches, plan, forward, self._place, samples) for forward in plan.forwards_of(self._replica)
         ]
         outputs: list[Tensor] = []
-        if inputs:  # on the teacher's last stage, what is to be sent of each forward
+        if inputs:  # on the teacher's last stage: for each forward the values to send
             outputs = run_pipeline([self.body], _forward_step, inputs, self.mesh, length, merge * samples, forward_only=True)
         return self._exchange(plan, outputs, len(microbatches), samples)
 
     def _exchange(self, plan: ExchangePlan, outputs: list[Tensor], count: int, samples: int) -> list[Tensor | None]:
-        """Phase B. outputs: of each of this rank's forwards its pieces end to end."""
+        """Phase B. outputs: for each forward of this rank the values of its pieces, concatenated."""
         config = self.body.config
         width, dtype = config.hidden_size, config.params_dtype
         size = plan.piece_length * samples * width
@@ -163,7 +165,7 @@ class Teacher:
         return hidden
 
     def free(self) -> None:
-        """Give up weights, buffers and process groups, once, without touching anything that the student has. Collective over all ranks.
+        """Free weights, buffers and process groups, once; nothing of the student changes. Collective over all ranks.
 
         Nothing of the teacher's may be under way on any rank when the first group goes, hence the barrier; groups go in the order in
         which they were made, the same on all their members.
@@ -201,12 +203,12 @@ class Teacher:
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters, in FP8 or not, and buffers."""
+    """Bytes of a module's parameters, in FP8 or not, and of its buffers."""
     return sum(raw.nbytes for tensor in [*module.parameters(), *module.buffers()] for raw in raw_tensors(tensor))
 
 
 def _pieces(plan: ExchangePlan, forward: int, place: int) -> list[Piece]:
-    """What a place sends of a forward."""
+    """The pieces of a forward that a place sends."""
     microbatches = plan.microbatches_of(forward)
     return [piece for piece in plan.sent_by(place) if piece.microbatch in microbatches]
 
@@ -223,7 +225,7 @@ def _forward_input(
 
 
 def _forward_step(body: nn.Module, merged: _ForwardInput) -> tuple[Tensor, LossFunction]:
-    """-> (hidden states, a "loss" that hands out, as the microbatch's metrics, the pieces of them that this rank sends)."""
+    """-> (hidden states, a "loss" function). Its metrics are the pieces of the hidden states that this rank sends."""
     assert isinstance(body, GPT)
     batch, cuts = merged
     hidden = body(*body.inputs(batch))

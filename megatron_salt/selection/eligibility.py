@@ -1,7 +1,7 @@
-"""Which samples of a score index may be chosen: scored, not held out, some token of them counts, and not a repetition of an earlier one.
+"""Which samples of a score index may be chosen: scored, not held out, with a token that counts, and no repetition of an earlier one.
 
-The answer is a bitmap, N/8 bytes in memory (125 MB at 10^9 samples), made in one pass over the `tokens` column and, for
-repetitions, a few over `content`. Pure.
+The answer is a bitmap, N/8 bytes in memory (125 MB at 10^9 samples). It takes one pass over the column `tokens`; the search for
+repetitions takes a few passes over the column `content`. Pure.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ _HASHES = 1 << 64
 
 @dataclass(frozen=True, kw_only=True)
 class Eligible:
-    """The samples that may be chosen, and why others may not: each of those counts once, for the first reason that it has."""
+    """The samples that may be chosen, and how many may not, by reason. A sample with several reasons counts once: held out, then
+    unscored, then empty, then duplicate."""
 
     packed: np.ndarray
     """uint8 [ceil(N / 8)]: a bitmap of the samples that may be chosen."""
     held_out: int
-    """Held out from training by --valid-share."""
+    """Samples that --valid-share holds out from training."""
     empty: int
-    """No token counts."""
+    """Samples without a token that counts."""
     duplicates: int
-    """A sample with a lower id has the same tokens."""
+    """Samples whose tokens are those of a sample with a lower id."""
     unscored: int = 0
-    """Not in the part of the samples that was scored."""
+    """Samples that were not scored."""
 
     def of(self, first: int, end: int) -> np.ndarray:
-        """bool [end - first]"""
+        """Which of samples [first, end) may be chosen: bool [end - first]."""
         return bits_between(self.packed, first, end)
 
     def have(self, ids: np.ndarray) -> np.ndarray:
-        """Which of these: int64 [n], in any order -> bool [n]."""
+        """Which of these samples may be chosen: int64 [n], in any order -> bool [n]."""
         return bits_at(self.packed, ids)
 
     def count(self, first: int, end: int) -> int:
-        """How many of samples [first, end)."""
+        """How many of samples [first, end) may be chosen."""
         return sum(int(np.count_nonzero(self.of(start, min(start + CHUNK, end)))) for start in range(first, end, CHUNK))
 
 
 def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | None) -> Eligible:
-    """repeated: the bitmap of `duplicates`; None: none is looked for. UserError where --valid-share leaves a dataset nothing."""
+    """The samples of an index that may be chosen. repeated: the bitmap that `duplicates` returns; None: duplicates may be chosen.
+    UserError where --valid-share leaves nothing of a dataset."""
     held_out = held_out_ranges(index.manifest, valid_share)
     packed = new_bitmap(index.num_samples)
     empty = num_repeated = unscored = 0
@@ -80,12 +82,13 @@ def find_eligible(index: ScoreIndex, valid_share: float, repeated: np.ndarray | 
 
 
 def dataset_ranges(manifest: IndexManifest) -> list[tuple[int, int]]:
-    """(first id, end) of each dataset."""
+    """(first id, end) of the samples of each dataset."""
     return list(itertools.pairwise(first_ids(dataset.samples for dataset in manifest.datasets).tolist()))
 
 
 def held_out_ranges(manifest: IndexManifest, valid_share: float) -> list[tuple[int, int]]:
-    """(first id, end) of the windows of each dataset that a run with this --valid-share holds out. UserError as in `num_held_out`."""
+    """(first id, end) of the windows that a run with this --valid-share holds out, for each dataset that has some. UserError as in
+    `num_held_out`."""
     held_out = [
         num_held_out(dataset.samples, valid_share, dataset.prefix, manifest.seq_length) for dataset in manifest.datasets
     ]
@@ -96,11 +99,12 @@ def held_out_ranges(manifest: IndexManifest, valid_share: float) -> list[tuple[i
 
 
 def duplicates(index: ScoreIndex, max_bytes: int) -> np.ndarray:
-    """Bitmap of the samples whose content hash a sample with a lower id has: uint8 [ceil(N / 8)]. Memory: the bitmap and `max_bytes`.
+    """Bitmap of the samples whose content hash equals that of a sample with a lower id: uint8 [ceil(N / 8)].
 
-    The hashes are taken in ranges, as many at a time as fit into memory; a range costs two passes over the column, one that collects its
-    hashes and one that marks those that come again. Every equal window is found. A window is called equal that is not, by the
-    collision of two hashes of 64 bits, N^2 / 2^65 times on average: 3e-6 times among 10^7 samples, 0.03 times among 10^9.
+    Memory: the bitmap and `max_bytes`. The hashes are split into ranges of values that fit into `max_bytes`. Each range takes two passes
+    over the column: one collects the hashes of the range, one marks the samples whose hash came before. All equal windows are found.
+    Different windows are called equal where two 64-bit hashes collide: N^2 / 2^65 times on average, that is 3e-6 times among 10^7 samples
+    and 0.03 times among 10^9.
     """
     packed = new_bitmap(index.num_samples)
     capacity = max(
@@ -121,14 +125,15 @@ def duplicates(index: ScoreIndex, max_bytes: int) -> np.ndarray:
 
 
 def _hashes_in(index: ScoreIndex, low: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(id, hash) of the samples whose hash is in [low, end), ascending ids: int64 [n], uint64 [n] a chunk."""
+    """(ids, hashes) of the samples whose hash is in [low, end), ids ascending, a chunk at a time: int64 [n], uint64 [n]."""
     for first, hashes in index.chunks("content", size=CHUNK):
         inside = (hashes >= np.uint64(low)) & (hashes <= np.uint64(end - 1))
         yield first + np.flatnonzero(inside), hashes[inside]
 
 
 def _repeated_hashes(index: ScoreIndex, low: int, end: int, collected: np.ndarray) -> np.ndarray | None:
-    """Hashes in [low, end) that occur more than once, ascending, at the front of `collected`. None where that is too small."""
+    """Hashes in [low, end) that occur more than once, ascending: a view of the front of `collected`. None where `collected` is too
+    small."""
     count = 0
     for _, hashes in _hashes_in(index, low, end):
         rest = hashes
@@ -145,15 +150,16 @@ def _repeated_hashes(index: ScoreIndex, low: int, end: int, collected: np.ndarra
 
 
 def _sort_and_keep_two(values: np.ndarray, count: int) -> int:
-    """Sort values[:count] in place and drop all but two of each; how many are left at the front."""
+    """Sort values[:count] in place and keep at most two of each value, at the front. Returns how many are left."""
     values[:count].sort()
     return _keep(values, count, lambda run: (run[2:] != run[1:-1]) | (run[1:-1] != run[:-2]))
 
 
 def _keep(values: np.ndarray, count: int, wanted: Callable[[np.ndarray], np.ndarray]) -> int:
-    """Move the wanted ones of values[:count] to the front; how many they are.
+    """Move the values of values[:count] that are `wanted` to the front. Returns how many they are.
 
-    wanted(run) -> bool [n]: of a run of n + 2 values, about the last n of them. The very first have two others before them.
+    wanted(run) -> bool [n]: whether each of the last n values of a run of n + 2 is wanted; the two before each are there to compare
+    with. Two values that differ from the first one stand before it.
     """
     kept, before = 0, ~values[:1].repeat(2)
     for start in range(0, count, CHUNK):
@@ -165,12 +171,12 @@ def _keep(values: np.ndarray, count: int, wanted: Callable[[np.ndarray], np.ndar
 
 
 def _mark(index: ScoreIndex, low: int, end: int, repeated: np.ndarray, packed: np.ndarray) -> None:
-    """Set the bits of all samples but the first with each of the hashes `repeated`, ascending, which are in [low, end)."""
+    """For each hash in `repeated` (ascending, in [low, end)) set the bits of all samples that have it, except the first one."""
     seen = np.zeros(len(repeated), bool)
     for ids, hashes in _hashes_in(index, low, end):
         place = np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)
-        found = repeated[place] == hashes
-        ids, place = ids[found], place[found]
+        matches = repeated[place] == hashes
+        ids, place = ids[matches], place[matches]
         distinct, at = np.unique(place, return_index=True)  # the first of each in this chunk
         again = np.ones(len(ids), bool)
         again[at] = seen[distinct]

@@ -1,7 +1,7 @@
-"""What a selection came to, for the eyes of whoever will train on it: PREFIX.txt and PREFIX.png.
+"""The report of a selection, for people who will train on it: PREFIX.txt and PREFIX.png.
 
-Counts are of all samples. The histogram of the score, the overlap with what other scores would have chosen, and the examples are
-of a random sample of 2^20 samples where there are more; the report says so. Which samples those are depends on their number alone.
+Counts are of all samples. The histogram of the score, the overlap with other scores, and the examples are of a random part of 2^20
+samples where there are more; the report says so. The random part depends on the number of samples alone.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from megatron_salt.selection.window_text import WindowText
 SAMPLED = 1 << 20
 BARS, WIDTH = 20, 60
 EXCERPT = 400  # characters of an example
-TIES_TOLD = 0.01  # share of the chosen samples from which on ties at a cut are told
-MAX_TIE_SHARE = 0.05  # above it a choice is refused unless --allow-ties
+TIES_TOLD = 0.01  # the report tells of ties that decided this share of the chosen samples, or more
+MAX_TIE_SHARE = 0.05  # a choice of which ties decide more is refused, unless --allow-ties
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Eligible samples out of the random sample (of all, where there are not more), ascending."""
+    """The eligible samples among a random part of all samples."""
 
     of: int
-    """Size of the random sample."""
+    """Size of the random part: 2^20, or all samples where they are fewer."""
     ids: np.ndarray
-    """int64 [n]"""
+    """int64 [n], ascending"""
     chosen: np.ndarray
     """bool [n]"""
     scores: dict[str, np.ndarray]
-    """Every column that is a score: float32 [n]."""
+    """float32 [n] for every column that is a score"""
 
     @property
     def name(self) -> str:
-        """What was looked at."""
+        """What the figures are of, for the report."""
         return (
             f"{len(self.ids)} eligible samples of a random sample of {self.of}"
             if self.of == SAMPLED
@@ -53,14 +53,14 @@ class Sampled:
 
 
 def sample(choice: Choice, selection: Selection, size: int = SAMPLED) -> Sampled:
-    """Look at up to `size` samples, the same ones for the same number of samples."""
-    num, ids, scores = _look(choice, size)
+    """A random part of at most `size` samples, always the same for the same number of samples."""
+    num, ids, scores = _sample_scores(choice, size)
     place = np.minimum(np.searchsorted(selection.ids, ids.astype(selection.ids.dtype)), len(selection.ids) - 1)
     return Sampled(num, ids, selection.ids[place] == ids, scores)
 
 
-def _look(choice: Choice, size: int) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
-    """(size of the random sample, the eligible ids of it, their scores), as in `Sampled`."""
+def _sample_scores(choice: Choice, size: int) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+    """(of, ids, scores) as in `Sampled`."""
     index = choice.index
     num = min(index.num_samples, size)
     ids = np.arange(num) if num == index.num_samples else np.sort(permute(np.arange(num), index.num_samples, 0))
@@ -69,7 +69,7 @@ def _look(choice: Choice, size: int) -> tuple[int, np.ndarray, dict[str, np.ndar
 
 
 def refuse_ties(choice: Choice, size: int = SAMPLED) -> None:
-    """Raise UserError where ties decide more than `MAX_TIE_SHARE` of a choice, and name the scores that do tell its samples apart."""
+    """Raise UserError where ties decide more than `MAX_TIE_SHARE` of a choice. The message names the scores by which they decide less."""
     if choice.tie_share <= MAX_TIE_SHARE:
         return
     shares = tie_shares(choice, size)
@@ -87,9 +87,10 @@ def refuse_ties(choice: Choice, size: int = SAMPLED) -> None:
 
 
 def tie_shares(choice: Choice, size: int = SAMPLED) -> dict[str, float]:
-    """{another score without NaN: share of the chosen that ties would decide, were the same rule to go by it}, of up to `size` samples."""
-    _, ids, columns = _look(choice, size)
-    found = {}
+    """For every other score without NaN: the share of the chosen samples that ties would decide if the same rule went by that score.
+    Measured on a random part of at most `size` samples."""
+    _, ids, columns = _sample_scores(choice, size)
+    shares = {}
     for name, scores in columns.items():
         if name != choice.column and not np.isnan(scores).any():
             tied = count = 0
@@ -100,12 +101,12 @@ def tie_shares(choice: Choice, size: int = SAMPLED) -> dict[str, float]:
                 skip = min(int(choice.rule.skip * len(keys) + 0.5), len(keys) - taken)
                 edges = np.concatenate([keys[:skip][-1:], keys[skip + taken :][:1]])
                 tied, count = tied + int(np.isin(keys[skip : skip + taken], edges).sum()), count + taken
-            found[name] = tied / max(count, 1)
-    return found
+            shares[name] = tied / max(count, 1)
+    return shares
 
 
 def report(choice: Choice, selection: Selection, sampled: Sampled, num_examples: int, text: WindowText | str) -> str:
-    """The whole text. text: where examples come from, or why there are none."""
+    """The text of PREFIX.txt. text: decodes the examples, or says why there are none."""
     parts = [
         _summary(choice, selection),
         _datasets(choice, selection),
@@ -118,10 +119,10 @@ def report(choice: Choice, selection: Selection, sampled: Sampled, num_examples:
 
 def _summary(choice: Choice, selection: Selection) -> list[str]:
     scores, rule, eligible = selection.manifest.scores, selection.manifest.rule, choice.eligible
-    there = sum(part.eligible for part in choice.ranges)
+    num_eligible = sum(part.eligible for part in choice.ranges)
     shown = ", ".join(f"{name} {value}" for name, value in rule.items() if value is not None and value is not False)
     doubles = f"{eligible.duplicates} duplicates" if rule["exclude_duplicates"] else "duplicates were not looked for"
-    share, tokens = f"{choice.count / there:.2%} of the {there} eligible ones", choice.count * scores.seq_length
+    share, tokens = f"{choice.count / num_eligible:.2%} of the {num_eligible} eligible ones", choice.count * scores.seq_length
     doubles += not_scored(eligible)
     held_out = f"{eligible.held_out} held out (--valid-share {selection.manifest.valid_share})"
     return [
@@ -133,7 +134,7 @@ def _summary(choice: Choice, selection: Selection) -> list[str]:
 
 
 def _datasets(choice: Choice, selection: Selection) -> list[str]:
-    """What each dataset gives, and the score at its cut."""
+    """A line for each dataset: its counts, and the score at its cut."""
     lines = [f"{'samples':>12}{'eligible':>12}{'chosen':>12}{'share':>9}  {'cut':20}  dataset"]
     for dataset, (first, end) in zip(selection.manifest.scores.datasets, dataset_ranges(choice.index.manifest), strict=True):
         places, eligible = selection.between(first, end), choice.eligible.count(first, end)
@@ -151,7 +152,7 @@ def _all_cuts(choice: Choice) -> list[float]:
 
 
 def _edges(scores: np.ndarray) -> np.ndarray:
-    """BARS + 1 edges over the finite scores."""
+    """The edges of BARS bars over the finite scores: float64 [BARS + 1]."""
     finite = scores[np.isfinite(scores)]
     return np.histogram_bin_edges(finite.astype(np.float64) if finite.size else np.zeros(1), BARS)
 
@@ -165,14 +166,14 @@ def _histogram(choice: Choice, sampled: Sampled) -> list[str]:
     for low, high, count, taken in zip(edges[:-1], edges[1:], all_of.tolist(), chosen.tolist(), strict=True):
         width = -(-count * WIDTH // max(int(all_of.max()), 1))
         marks = round(taken / max(count, 1) * width)
-        here = any(low <= cut < high or (cut == high == edges[-1]) for cut in at)
-        lines.append(f"{low:10.4f} {'>' if here else '|'}{'#' * marks}{'.' * (width - marks)} {taken} of {count}")
+        is_cut = any(low <= cut < high or (cut == high == edges[-1]) for cut in at)
+        lines.append(f"{low:10.4f} {'>' if is_cut else '|'}{'#' * marks}{'.' * (width - marks)} {taken} of {count}")
     infinite = int((~np.isfinite(scores)).sum())
     return [*lines, *([f"and {infinite} infinite ones"] if infinite else []), *_ties(choice)]
 
 
 def _ties(choice: Choice) -> list[str]:
-    """What should be known where the score does not tell the chosen ones from others."""
+    """Lines about ties, where they decided TIES_TOLD of the chosen samples or more."""
     if choice.tie_share < TIES_TOLD:
         return []
     taken = f"{choice.tied} of the {choice.count} chosen ones, {choice.tie_share:.2%},"
@@ -188,28 +189,29 @@ def _ties(choice: Choice) -> list[str]:
 
 
 def overlaps(choice: Choice, sampled: Sampled) -> dict[str, float]:
-    """{another score: share of the chosen ones that the same rule would choose by it}; with threshold and random, the highest as many."""
-    rule, found = choice.rule, {}
+    """For every other score without NaN: the share of the chosen samples that the same rule would choose by that score. For threshold and
+    random: the share that is among as many samples with the highest values of that score."""
+    rule, shares = choice.rule, {}
     for name, scores in sampled.scores.items():
         if (name != choice.column or rule.name == "random") and not np.isnan(scores).any():
             both = 0
             for part in choice.ranges:
-                here = slice(*np.searchsorted(sampled.ids, [part.first, part.end]))
-                chosen, keys = sampled.chosen[here], order_keys(scores[here])
-                order = np.lexsort((tie_ranks(sampled.ids[here], rule.tie_seed), keys if rule.name == "bottom" else ~keys))
+                own = slice(*np.searchsorted(sampled.ids, [part.first, part.end]))
+                chosen, keys = sampled.chosen[own], order_keys(scores[own])
+                order = np.lexsort((tie_ranks(sampled.ids[own], rule.tie_seed), keys if rule.name == "bottom" else ~keys))
                 count = int(chosen.sum())
                 skip = min(int(rule.skip * len(order) + 0.5), len(order) - count)
                 both += int(chosen[order[skip : skip + count]].sum())
-            found[name] = both / max(int(sampled.chosen.sum()), 1)
-    return found
+            shares[name] = both / max(int(sampled.chosen.sum()), 1)
+    return shares
 
 
 def _overlap(choice: Choice, sampled: Sampled) -> list[str]:
     chance = sampled.chosen.mean() if len(sampled.ids) else 0.0
     lines = [f"overlap with as many by another score, of {sampled.name} (by chance {chance:.1%}):"]
-    found = overlaps(choice, sampled)
-    lines += [f"{share:9.1%}  {name}" for name, share in found.items()]
-    unread = [name for name in sampled.scores if name not in found and name != choice.column]
+    shares = overlaps(choice, sampled)
+    lines += [f"{share:9.1%}  {name}" for name, share in shares.items()]
+    unread = [name for name in sampled.scores if name not in shares and name != choice.column]
     return [*lines, *([f"not compared, for some are NaN: {', '.join(unread)}"] if unread else [])]
 
 
@@ -217,14 +219,14 @@ def _overlap(choice: Choice, sampled: Sampled) -> list[str]:
 
 
 def examples(choice: Choice, sampled: Sampled, num: int) -> dict[str, np.ndarray]:
-    """Places in `sampled` of up to `num` samples each: the highest and lowest scores, and those next to the cut on either side."""
+    """Positions in `sampled` of examples, at most `num` of a kind: the highest and lowest scores, and those on either side of the cut."""
     keys = order_keys(sampled.scores[choice.column]).astype(np.int64)
     order = np.argsort(-keys, kind="stable")
     distance = np.full(len(keys), -1)  # from the cut of the sample's range
     for part in choice.ranges:
-        here = slice(*np.searchsorted(sampled.ids, [part.first, part.end]))
+        own = slice(*np.searchsorted(sampled.ids, [part.first, part.end]))
         for cut in cuts(choice, part)[:1]:
-            distance[here] = np.abs(keys[here] - int(order_keys(np.array([cut], np.float32))[0]))
+            distance[own] = np.abs(keys[own] - int(order_keys(np.array([cut], np.float32))[0]))
     nearest = order[np.argsort(distance[order], kind="stable")]
     nearest = nearest[distance[nearest] >= 0]
     return {
@@ -257,13 +259,14 @@ def _examples(choice: Choice, sampled: Sampled, num: int, text: WindowText | str
 
 
 def write_text(content: str, path: Path) -> None:
-    """The file appears whole or not at all."""
+    """Write a text file, which appears whole or not at all."""
     with whole(path) as tmp:
         tmp.write_text(content, encoding="utf-8")
 
 
 def draw(choice: Choice, sampled: Sampled, path: Path) -> None:
-    """The histogram of the score, the chosen ones in front, cuts as vertical lines. The file appears whole or not at all."""
+    """Draw the histogram of the score: all samples, the chosen ones in front, cuts as vertical lines. The file appears whole or not at
+    all."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,9 @@
-"""Which samples a rule chooses from their scores: exact, ties by a keyed order of the ids, in bounded memory, whatever the chunks.
+"""Which samples a rule chooses by a score. The choice is exact, and a keyed order of the ids decides between equal scores.
 
-Nothing is sorted. Scores become uint32 keys of the same order; two passes of 16 bits each count keys and find the one at the last
-rank that is taken, and how many samples with that very key are. Where that is a part of them, `ties.py` finds which. A last pass emits
-ids in ascending order. Four passes over one column of 4 bytes a sample, and a few MB besides the bitmap of `Eligible`.
+Nothing is sorted. Scores become uint32 keys of the same order. Two passes over the column, for 16 bits each, count the keys: they find
+the key of the last sample that is taken, and how many samples with that key are taken. Where that is a part of them, `ties.py` finds
+which. A last pass emits the ids, ascending. This makes four passes over a column of 4 bytes a sample. Memory: a few MB and the bitmap of
+`Eligible`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_salt.selection.ties import TIE_SEED, Ties, below_limit, tie_limits
 RuleName = Literal["top", "bottom", "band", "threshold", "random"]
 _DIGIT = 1 << 16
 _SOME = 64  # samples whose median shows a digit that most have
-_ALL = 1 << 62  # as many ties as there may be
+_ALL = 1 << 62  # more ties than there can be
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ class Rule:
     in [minimum, maximum]. random: any, a control."""
     _: KW_ONLY
     fraction: float | None = None
-    """Of the eligible samples; either this or num_samples, and neither with threshold."""
+    """Share of the eligible samples to choose. Either this or num_samples is given; neither with threshold."""
     num_samples: int | None = None
     per_dataset: bool = False
-    """Each dataset gives the same share of its eligible samples; else all are one pool."""
+    """Each dataset gives the same share of its eligible samples. Else the rule does not look at datasets."""
     skip: float = 0.0
     """Share of the eligible samples, the highest scores, that a band leaves out."""
     minimum: float | None = None
     maximum: float | None = None
     seed: int | None = None
-    """Chooses a random choice."""
+    """Seed of the random rule; None with the other rules."""
     tie_seed: int = TIE_SEED
-    """Orders samples of one score; with threshold and random there is nothing to order."""
+    """Orders samples of equal score. Not used with threshold and random."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class RangeChoice:
 
     @property
     def tied(self) -> int:
-        """How many of the chosen nothing but the order of ties tells from samples that are not chosen."""
+        """How many of the chosen samples ties decided: other samples of their score are not chosen."""
         if self.after is None or self.upto is None:
             return 0
         after, upto = self.after, self.upto
@@ -104,16 +105,16 @@ class Choice:
 
     @property
     def tied(self) -> int:
-        """How many of the chosen ties decided: samples of the score at a cut, where others of it are not chosen."""
+        """How many of the chosen samples ties decided: other samples of their score are not chosen."""
         return sum(part.tied for part in self.ranges)
 
     @property
     def tie_share(self) -> float:
-        """The same, as a share of the chosen."""
+        """Share of the chosen samples that ties decided."""
         return self.tied / max(self.count, 1)
 
     def ids(self, size: int = CHUNK) -> Iterator[np.ndarray]:
-        """The chosen ids, ascending, of `size` samples at a time: int64 [n]."""
+        """The chosen ids, ascending: int64 [n] for each `size` samples."""
         for part in self.ranges:
             yield from self._random(part, size) if self.rule.name == "random" else self._ranked(part, size)
 
@@ -124,7 +125,7 @@ class Choice:
             yield first + np.flatnonzero(best & ~left_out)
 
     def _random(self, part: RangeChoice, size: int) -> Iterator[np.ndarray]:
-        """The eligible samples, numbered as they come, whose number a keyed permutation takes below the count."""
+        """Number the eligible samples in order, permute the numbers by a key, and take the samples whose number comes out below `count`."""
         assert self.rule.seed is not None
         key, passed = key_of(f"{self.rule.seed}/{part.first}"), 0
         for first in range(part.first, part.end, size):
@@ -134,8 +135,8 @@ class Choice:
 
 
 def choose(index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, size: int = CHUNK) -> Choice:
-    """The rule's choice by a column of float32. UserError where a score is NaN, or the rule asks for more samples than there are, or
-    takes none."""
+    """What the rule chooses by a column of float32. UserError where an eligible sample has NaN, where the rule asks for more samples than
+    there are, or where it takes none."""
     assert index.dtype(column) == np.float32, column
     _refuse_nan(index, column, eligible, size)
     ranges = dataset_ranges(index.manifest) if rule.per_dataset else [(0, index.num_samples)]
@@ -157,14 +158,14 @@ def choose(index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, size:
 
 
 def not_scored(eligible: Eligible) -> str:
-    """What to add to the reasons why samples may not be chosen."""
+    """How many samples were not scored, for a list of reasons; empty where all were scored."""
     return f", {eligible.unscored} were not scored" if eligible.unscored else ""
 
 
 def order_keys(scores: np.ndarray) -> np.ndarray:
-    """uint32 keys in the order of the scores, equal where those are, -0.0 and 0.0 among them: float32 [n], no NaN -> uint32 [n]."""
+    """Keys in the order of the scores: float32 [n], no NaN -> uint32 [n]. Equal scores have equal keys, and so have -0.0 and 0.0."""
     raw = (scores + np.float32(0)).view(np.int32)  # -0.0 + 0.0 is 0.0
-    return (raw ^ ((raw >> 31) | np.int32(-(1 << 31)))).view(np.uint32)  # negative: all bits turn; else the sign's
+    return (raw ^ ((raw >> 31) | np.int32(-(1 << 31)))).view(np.uint32)  # flip all bits of a negative score, else the sign bit
 
 
 def score_of_key(key: int) -> float:
@@ -189,7 +190,7 @@ def cuts(choice: Choice, part: RangeChoice) -> tuple[float, ...]:
 def _keys(
     index: ScoreIndex, column: str, rule: Rule, eligible: Eligible, first: int, end: int, size: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first id, keys uint32 [n], eligible bool [n]) of samples [first, end), the best samples having the greatest keys."""
+    """(first id, keys uint32 [n], eligible bool [n]) of samples [first, end), by chunks. The best samples have the greatest keys."""
     for start, scores in index.chunks(column, first, end, size):
         keys = order_keys(scores)
         yield start, ~keys if rule.name == "bottom" else keys, eligible.of(start, start + len(scores))
@@ -279,7 +280,8 @@ def _tally(counts: np.ndarray, digits: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def _digit_at(counts: np.ndarray, rank: int) -> tuple[int, int]:
-    """(digit, how many of those with it) that, with all of greater digits, make the `rank` greatest: of int64 [65536] counts."""
+    """The `rank` greatest samples are all samples with a greater digit, and some with this one: (digit, how many with this one).
+    counts: int64 [65536], samples with each digit."""
     from_top = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_top, rank))
     digit = _DIGIT - 1 - place

@@ -1,11 +1,12 @@
 """The teacher-score index on disk: one row a sample, written in shards by independent jobs that may be killed at any byte.
 
-A sample is a window of the datasets in --data-path order; its id, 0..N-1 over all of them, is its row. An index is a directory:
-`index.json` says what the scores are of, and each shard is a directory `samples-<first>-<end>` with one plain numpy file
-a column, of full size from the start and filled block by block. `blocks.journal` holds a digest of each finished block, so
-that a resumed job trusts what is whole and repeats what is torn; `shard.json`, with every column's size and hash, comes last.
-An index may have scores of a keyed random part of the samples alone: its columns are as long, with 0 for the others.
-How it is read and merged: `score_reader.py`.
+A sample is a window of a dataset. Samples are numbered 0..N-1 over all datasets, in --data-path order; the number is the row.
+
+An index is a directory. `index.json` names the data and the teacher. Each shard is a directory `samples-<first>-<end>` with one numpy
+file a column; the file has its full size from the start and is filled block by block. `blocks.journal` holds a digest of each finished
+block: a resumed job keeps blocks that match their digest and scores the others again. `shard.json` is written last and holds the size
+and hash of every column. Where a random part of the samples is scored (--sample), the columns are as long, with 0 for the others.
+`score_writer.py` fills a shard, `score_reader.py` reads and merges an index.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ _SHARD_NAME = re.compile(r"samples-(\d{15})-(\d{15})")
 def columns(top_k: Sequence[int], seq_length: int) -> dict[str, np.dtype]:
     """The columns of an index, in their order on disk, with their types.
 
-    For each k, over the tokens of the window that count in the loss mask, l being the teacher's cross entropy of a token in nats:
+    For each k, over the tokens of the window that count in the loss mask; l is the teacher's cross entropy of a token in nats:
       median_zeroed_{k}, mean_zeroed_{k}: of l, with 0 in place of l where the true token is outside the teacher's top k (the
-        paper's formula, an indicator times the loss).
-      median_dropped_{k}, mean_dropped_{k}: of l over the tokens inside the top k alone (the paper's words, "filtered"); 0 where
-        there is none, and never NaN for that reason.
+        paper's formula: an indicator times the loss).
+      median_dropped_{k}, mean_dropped_{k}: of l over the tokens inside the top k alone (the paper's words, "filtered"); 0, and not
+        NaN, where no token is inside.
       share_{k}: share of the tokens that are inside the top k.
     Then `median`, `mean`: of l over all tokens; `entropy`: mean entropy of the teacher's distribution; `tokens`: how many tokens
-    count; `content`: hash of the window's L + 1 tokens, see `content_hashes`. A median is numpy's: of an even number of values the
-    mean of the middle two. A token is inside the top k when fewer than k logits are strictly greater than its own. A window
+    count; `content`: hash of the window's L + 1 tokens, see `content_hashes`. The median is numpy's: for an even number of values
+    the mean of the middle two. A token is inside the top k when fewer than k logits are strictly greater than its own. A window
     without a token that counts has 0 everywhere.
     """
     score, count = np.dtype("<f4"), np.dtype("<u2" if seq_length <= 65535 else "<u4")
@@ -60,7 +61,8 @@ def columns(top_k: Sequence[int], seq_length: int) -> dict[str, np.dtype]:
 
 
 def content_hashes(tokens: np.ndarray) -> np.ndarray:
-    """What tells equal windows: blake2b, 8 bytes, of the ids as little-endian int32: int64 [n, L + 1] -> uint64 [n]."""
+    """Hashes by which equal windows are found: blake2b, 8 bytes, of the token ids as little-endian int32.
+    int64 [n, L + 1] -> uint64 [n]."""
     rows = np.ascontiguousarray(tokens, "<i4")
     digests = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return np.frombuffer(digests, "<u8")
@@ -68,34 +70,34 @@ def content_hashes(tokens: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexManifest:
-    """What the scores are of: the contents of `index.json`. Two jobs with equal manifests write the same rows."""
+    """The contents of `index.json`: the data, the teacher and how it scored. Two jobs with equal manifests write the same rows."""
 
     datasets: tuple[DatasetFacts, ...]
-    """In --data-path order, which numbers the samples."""
+    """In --data-path order, by which samples are numbered."""
     seq_length: int
     vocabulary: int
-    """Ids of the tokenizer."""
+    """Number of real ids of the tokenizer."""
     tokenizer: str
-    """The tokenizer's fingerprint."""
+    """Fingerprint of the tokenizer."""
     teacher: str
-    """Fingerprint of the teacher's weights."""
+    """Fingerprint of the teacher's checkpoint."""
     teacher_step: int
-    """Steps the teacher was trained for."""
+    """Steps that the teacher was trained for."""
     teacher_directory: str
-    """The checkpoint it was read from; for people."""
+    """The teacher's checkpoint, where it lay when it scored."""
     top_k: tuple[int, ...]
     masking: dict[str, bool]
-    """eod_mask_loss, reset_position_ids, reset_attention_mask."""
+    """The flags eod_mask_loss, reset_position_ids and reset_attention_mask."""
     dtype: str
-    """What the teacher computed in: float32 or bfloat16."""
+    """The precision of the teacher's computation: float32 or bfloat16."""
     micro_batch_size: int
-    """Windows of one forward pass, which rounding may depend on."""
+    """Windows of one forward pass. Rounding may depend on it."""
     block_samples: int
-    """Windows that are written, and after a kill repeated, together."""
+    """Windows that are written together, and repeated together after a kill."""
     sample: float | None = None
-    """The chance of each window to be scored. None: all are."""
+    """Chance of each window to be scored. None: all windows are scored."""
     sample_seed: int | None = None
-    """Says which; None with `sample`."""
+    """Chooses the windows that are scored. None where `sample` is None."""
 
     def __post_init__(self) -> None:
         assert self.block_samples >= 1 and self.datasets and all(dataset.samples >= 1 for dataset in self.datasets), self
@@ -116,24 +118,24 @@ class IndexManifest:
 
     @property
     def fingerprint(self) -> str:
-        """`scores:` and a hash of all facts but paths."""
+        """`scores:` and a hash of all facts except paths."""
         facts = {**self._facts(), "datasets": [(dataset.fingerprint, dataset.samples) for dataset in self.datasets]}
         digest = content_hash()
         digest.update(json.dumps(facts, sort_keys=True).encode())
         return f"scores:{digest.hexdigest()}"
 
     def differences(self, other: IndexManifest) -> list[str]:
-        """`<fact> is <mine> there and <the other's> here`, of all facts but paths; none where both are of the same scores."""
-        there, here = self._facts(), other._facts()
-        found = [
-            f"{name} is {there.get(name)} there and {here.get(name)} here"
-            for name in dict.fromkeys([*there, *here])
-            if there.get(name) != here.get(name)
+        """What differs between this index, called "there", and another, called "here", a text for each fact. Paths do not count."""
+        own, others = self._facts(), other._facts()
+        differences = [
+            f"{name} is {own.get(name)} there and {others.get(name)} here"
+            for name in dict.fromkeys([*own, *others])
+            if own.get(name) != others.get(name)
         ]
-        return dataset_differences(self.datasets, other.datasets) + found
+        return dataset_differences(self.datasets, other.datasets) + differences
 
     def _facts(self) -> dict[str, object]:
-        """All but datasets and paths, under names for people."""
+        """All facts except datasets and paths, by readable names."""
         plain = [
             field.name
             for field in fields(self)
@@ -143,36 +145,36 @@ class IndexManifest:
 
 
 def dataset_differences(there: Sequence[DatasetFacts], here: Sequence[DatasetFacts]) -> list[str]:
-    """In what, prefixes apart, two lists of datasets differ, by number and name; empty where they number the same samples."""
-    found = []
-    for number, (mine, other) in enumerate(zip_longest(there, here), 1):
-        if mine is None or other is None:
-            found.append(
-                f"dataset {number}, {other.prefix}, is here alone"
-                if mine is None
-                else f"dataset {number}, {mine.prefix}, is there alone"
+    """What differs between two lists of datasets, a text for each fact. Paths do not count. Empty where both number the same samples."""
+    differences = []
+    for number, (first, second) in enumerate(zip_longest(there, here), 1):
+        if first is None or second is None:
+            differences.append(
+                f"dataset {number}, {second.prefix}, is here alone"
+                if first is None
+                else f"dataset {number}, {first.prefix}, is there alone"
             )
             continue
-        found += [
-            f"{name} of dataset {number}, {other.prefix}, is {getattr(mine, name)} there and {getattr(other, name)} here"
+        differences += [
+            f"{name} of dataset {number}, {second.prefix}, is {getattr(first, name)} there and {getattr(second, name)} here"
             for name in ("samples", "fingerprint")
-            if getattr(mine, name) != getattr(other, name)
+            if getattr(first, name) != getattr(second, name)
         ]
-    return found
+    return differences
 
 
 def manifest_to_json(manifest: IndexManifest) -> dict[str, object]:
-    """The inverse of `manifest_from_json`: without a word on samples where all are scored."""
+    """The inverse of `manifest_from_json`. `sample` and `sample_seed` are left out where all windows are scored."""
     return {name: value for name, value in asdict(manifest).items() if value is not None}
 
 
 def write_index_manifest(manifest: IndexManifest, path: Path) -> None:
-    """Write `index.json`, in a format of its own where a part of the samples is scored."""
+    """Write `index.json`. An index of a part of the samples has a format number of its own."""
     write_record(manifest_to_json(manifest), path, FORMAT if manifest.sample is None else SAMPLED_FORMAT)
 
 
 def manifest_from_json(raw: dict, path: Path) -> IndexManifest:
-    """The manifest that `asdict` and JSON made `raw` of, which lies in `path`. UserError if it is not one."""
+    """The manifest whose JSON, in the file `path`, is `raw`. UserError where it cannot be read."""
     if not isinstance(raw, dict):
         raise UserError(f"{path}: the description of its scores is {str(raw)[:80]!r}, no mapping")
     if not {"sample", "sample_seed"} & set(raw):
@@ -212,9 +214,9 @@ def read_index(directory: Path, flag_name: str) -> IndexManifest:
 
 
 def claim(directory: Path, manifest: IndexManifest) -> None:
-    """Make `directory` the index of `manifest`, or find that it is. Any number of jobs may call at once.
+    """Make `directory` the index of `manifest`, unless it is that already. Any number of jobs may call at once.
 
-    UserError when it holds an index of something else, naming what differs.
+    UserError, naming what differs, where it is another index.
     """
     path, temporary = directory / INDEX, directory / f"{INDEX}.{uuid.uuid4().hex}"
     try:
@@ -223,7 +225,7 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
             write_index_manifest(manifest, temporary)
             try:
                 with contextlib.suppress(FileExistsError):
-                    os.link(temporary, path)  # unlike a rename, it replaces nothing: the first job's stays
+                    os.link(temporary, path)  # a link, unlike a rename, replaces nothing: the file of the first job stays
             finally:
                 temporary.unlink()
     except OSError as error:
@@ -234,16 +236,16 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
 
 
 def shard_blocks(num_blocks: int, shard: tuple[int, int]) -> range:
-    """The blocks of shard i of n: sizes differ by at most one, and are 0 for some where there are fewer blocks than shards."""
+    """The blocks of shard i of n. Shards differ by at most one block; some have none where there are fewer blocks than shards."""
     i, n = shard
     assert 0 <= i < n, shard
     return range(num_blocks * i // n, num_blocks * (i + 1) // n)
 
 
 def shard_paths(directory: Path) -> list[tuple[int, int, Path]]:
-    """(first sample, end, path) of the shards in an index, finished or not, in the order of samples."""
-    found = [(_SHARD_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
-    return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
+    """(first sample, end, path) of every shard of an index, finished or not, in the order of samples."""
+    matches = [(_SHARD_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    return sorted((int(match[1]), int(match[2]), path) for match, path in matches if match)
 
 
 def samples_of(manifest: IndexManifest, blocks: range) -> tuple[int, int]:
@@ -253,13 +255,13 @@ def samples_of(manifest: IndexManifest, blocks: range) -> tuple[int, int]:
 
 
 def shard_path(directory: Path, manifest: IndexManifest, blocks: range) -> Path:
-    """Where the shard of `blocks` lies."""
+    """Directory of the shard with these blocks."""
     first, end = samples_of(manifest, blocks)
     return directory / f"samples-{first:015d}-{end:015d}"
 
 
 def is_finished(directory: Path, manifest: IndexManifest, blocks: range) -> bool:
-    """Whether nothing is left to do in the shard of `blocks`."""
+    """Whether the shard with these blocks is finished."""
     return (shard_path(directory, manifest, blocks) / SHARD).exists()
 
 
@@ -268,7 +270,7 @@ def column_path(shard: Path, column: str) -> Path:
 
 
 def npy_header(dtype: np.dtype, rows: int) -> bytes:
-    """What a .npy file of one column begins with."""
+    """Header of the .npy file of a column."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
@@ -277,6 +279,6 @@ def npy_header(dtype: np.dtype, rows: int) -> bytes:
 
 
 def write_shard_manifest(shard: Path, manifest: IndexManifest, first: int, end: int, hashes: Mapping[str, str]) -> None:
-    """Write `shard.json`, which says that the shard is finished. hashes: of each column's whole file."""
+    """Write `shard.json`, which marks the shard as finished. hashes: content hash of each column's file."""
     files = {name: {"bytes": column_path(shard, name).stat().st_size, "hash": digest} for name, digest in hashes.items()}
     write_record({"index": manifest.fingerprint, "first": first, "end": end, "columns": files}, shard / SHARD, FORMAT)

@@ -1,8 +1,8 @@
 """Reading a teacher-score index (`score_format.py`), and merging its shards into one.
 
-An index is opened whole or not at all: its shards, of one directory or of several with the same manifest, must be finished and cover
-every sample once. Opening reads a few small files a shard, whatever the number of samples. Columns are read with plain reads, not
-maps: a program that streams over 10^9 scores then has no more memory than its chunks.
+An index may be in one directory, or in several with the same manifest. It opens only where its shards are finished and cover every
+sample once. Opening reads a few small files a shard, whatever the number of samples. Columns are read, not mapped: so a program that
+streams over 10^9 scores takes no more memory than a chunk.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shard:
     first: int
     end: int
     hashes: dict[str, str]
-    """Hexadecimal blake2b-256 of each column's file."""
+    """blake2b-256 of each column's file, hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class ScoreIndex:
 
     manifest: IndexManifest
     shards: tuple[Shard, ...]
-    """In the order of samples, each beginning where the one before ends."""
+    """In the order of samples. Each begins where the one before ends."""
     flag_name: str
-    """The flag that named it, for error messages."""
+    """The flag that named the index, for error messages."""
 
     @classmethod
     def open(cls, directories: Sequence[str], flag_name: str = "--scores", allow_duplicates: bool = False) -> ScoreIndex:
-        """Open the shards in these directories. UserError where they are not, together, one whole index. allow_duplicates: of equal
-        shards one is taken."""
+        """Open the shards in these directories. UserError where they are not, together, one whole index. allow_duplicates: equal shards
+        are allowed, and one of them is read."""
         if not directories:
             raise UserError(f"{flag_name} is missing: it takes the directory of a score index, or several with its shards")
         if not allow_duplicates:
@@ -76,9 +76,9 @@ class ScoreIndex:
                     f"{flag_name} {other} (there) is an index of other scores than {directories[0]} (here): "
                     f"{'; '.join(differences)}"
                 )
-        found = [shard for directory in directories for shard in shard_paths(Path(directory))]
+        paths = [shard for directory in directories for shard in shard_paths(Path(directory))]
         shards = tuple(
-            sorted((_open_shard(path, first, end, manifest, flag_name) for first, end, path in found), key=lambda s: s.first)
+            sorted((_open_shard(path, first, end, manifest, flag_name) for first, end, path in paths), key=lambda s: s.first)
         )
         shards = _each_once(shards, flag_name, allow_duplicates)
         _refuse_gaps(shards, manifest, flag_name)
@@ -90,17 +90,17 @@ class ScoreIndex:
 
     @property
     def columns(self) -> dict[str, np.dtype]:
-        """Every column with its type."""
+        """The type of every column, by name."""
         return columns(self.manifest.top_k, self.manifest.seq_length)
 
     def dtype(self, column: str) -> np.dtype:
-        """UserError where there is no such column."""
+        """Type of a column. UserError where there is no such column."""
         if column not in self.columns:
             raise UserError(f"{self.flag_name} has no column {column}; its columns are {', '.join(self.columns)}")
         return self.columns[column]
 
     def read(self, column: str, first: int, end: int) -> np.ndarray:
-        """Values of samples [first, end): [end - first] of the column's type."""
+        """Values of samples [first, end) -> [end - first], of the column's type."""
         dtype = self.dtype(column)
         assert 0 <= first <= end <= self.num_samples, (first, end, self.num_samples)
         values = np.empty(end - first, dtype)
@@ -123,7 +123,9 @@ class ScoreIndex:
         return ((start, self.read(column, start, min(start + size, stop))) for start in range(first, stop, size))
 
     def rows(self, ids: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Values of any samples, int [n] in any order: each column [n]. Reads from disk what lies between neighbours, a chunk at most."""
+        """Values of any samples, int [n] in any order -> each column [n].
+
+        Samples of one chunk of ids are read together, with what lies between them."""
         ids = np.asarray(ids, np.int64)
         order = np.argsort(ids, kind="stable")
         ordered = ids[order]
@@ -137,15 +139,15 @@ class ScoreIndex:
         return rows
 
     def verify(self, column: str) -> None:
-        """Read a column whole. UserError, naming the file, where it is not what was written."""
+        """Read a whole column. UserError, naming the file, where its hash is not the recorded one."""
         self.dtype(column)
         for shard in self.shards:
             path = column_path(shard.path, column)
             with open(path, "rb") as stream:
-                found = hashlib.file_digest(stream, content_hash).hexdigest()
-            if found != shard.hashes[column]:
+                actual = hashlib.file_digest(stream, content_hash).hexdigest()
+            if actual != shard.hashes[column]:
                 raise UserError(
-                    f"{self.flag_name}: {path} has content hash {found}, {shard.path / SHARD} says {shard.hashes[column]}; "
+                    f"{self.flag_name}: {path} has content hash {actual}, {shard.path / SHARD} says {shard.hashes[column]}; "
                     f"delete {shard.path} and score its samples again"
                 )
 
@@ -153,12 +155,12 @@ class ScoreIndex:
 def merge(index: ScoreIndex, output: Path) -> None:
     """Make `output` an index of one shard, byte for byte what a single job would have written. In constant memory.
 
-    `output` appears whole or not at all; what was there before is deleted in the end. A kill between the two leaves it, or its
-    remains, at `output`.old.
+    `output` appears whole or not at all. An index that was there before is moved to `output`.old, and deleted at the end; a kill may
+    leave it there.
     """
     temporary, old = output.with_name(output.name + ".tmp"), output.with_name(output.name + ".old")
     if os.path.lexists(temporary):
-        _delete(temporary)  # of a merge that was killed
+        _delete(temporary)  # left by a merge that was killed
     if os.path.lexists(old):
         if not output.exists():
             raise UserError(
@@ -185,7 +187,7 @@ def merge(index: ScoreIndex, output: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a directory; of a link the link alone."""
+    """Delete a directory. Of a link, delete the link alone."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -193,7 +195,7 @@ def _delete(path: Path) -> None:
 
 
 def _merge_column(index: ScoreIndex, name: str, path: Path) -> str:
-    """Write a column's file and return its hash. Raises UserError where a shard's column is not what was written."""
+    """Write a column's file and return its hash. Raises UserError where a shard's column has not its recorded hash."""
     digest = content_hash()
     index.verify(name)
     with open(path, "wb") as stream:
@@ -207,7 +209,7 @@ def _merge_column(index: ScoreIndex, name: str, path: Path) -> str:
 
 
 def _open_shard(path: Path, first: int, end: int, manifest: IndexManifest, flag_name: str) -> Shard:
-    """UserError where a shard is unfinished, of other scores, or its columns have another size."""
+    """A shard of the index of `manifest`. UserError where it is unfinished, of another index, or a column has another size."""
     try:
         _, raw = read_record(path / SHARD, (FORMAT,), "delete the shard and score its samples again")
     except FileNotFoundError:
@@ -231,18 +233,18 @@ def _open_shard(path: Path, first: int, end: int, manifest: IndexManifest, flag_
         )
     for name, (size, _) in facts.items():
         file = column_path(path, name)
-        found = file.stat().st_size if file.exists() else 0
-        if found != size:
-            how = "truncated" if found < size else "longer than it was"
+        actual = file.stat().st_size if file.exists() else 0
+        if actual != size:
+            how = "truncated" if actual < size else "longer than it was"
             raise UserError(
-                f"{flag_name}: {file} is {how}: it has {found} bytes, {path / SHARD} says {size}; "
+                f"{flag_name}: {file} is {how}: it has {actual} bytes, {path / SHARD} says {size}; "
                 f"delete {path} and score its samples again"
             )
     return Shard(path, first, end, {name: digest for name, (_, digest) in facts.items()})
 
 
 def _each_once(shards: Sequence[Shard], flag_name: str, allow_duplicates: bool) -> tuple[Shard, ...]:
-    """The shards, ascending, without those that have the samples and the bytes of the one before; UserError unless they are allowed."""
+    """The shards, ascending, without those that repeat the samples and the bytes of the one before. UserError unless these are allowed."""
     kept: list[Shard] = []
     for shard in shards:
         if not kept or (shard.first, shard.end, shard.hashes) != (kept[-1].first, kept[-1].end, kept[-1].hashes):
@@ -277,7 +279,7 @@ def _refuse_gaps(shards: Sequence[Shard], manifest: IndexManifest, flag_name: st
 
 
 def _read_into(values: np.ndarray, path: Path, offset: int) -> None:
-    """Fill contiguous `values` from a file's bytes. UserError where it has become too short."""
+    """Fill contiguous `values` from a file's bytes. UserError where the file has become too short."""
     with open(path, "rb", buffering=0) as stream:
         stream.seek(offset)
         rest = values.data.cast("B")

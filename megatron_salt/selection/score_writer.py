@@ -1,4 +1,7 @@
-"""One job's part in a score index: a shard that is filled block by block and survives a kill at any byte. The format: `score_format.py`."""
+"""Writing one shard of a score index, block by block. A kill at any byte loses at most the block that was being written.
+
+The format is that of `score_format.py`.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,20 @@ _DIGEST_BYTES = 16
 
 
 class ShardWriter:
-    """Fills the shard of `blocks` in an index that `claim` made. One process a shard; what an earlier one finished stays.
+    """Fills the shard of `blocks` in an index that `claim` made. One process writes a shard. Blocks that an earlier job finished stay.
 
-    Errors of the disk are OSErrors with the file's name.
+    Disk errors are OSErrors that name the file.
     """
 
     def __init__(self, directory: Path, manifest: IndexManifest, blocks: range) -> None:
-        """UserError where another process is writing this shard, or the index has shards of another division that overlap it."""
+        """UserError where another process is writing this shard, or where the index has other shards that overlap it."""
         self._manifest, self._blocks = manifest, blocks
         self._columns = columns(manifest.top_k, manifest.seq_length)
         self._first, self._end = samples_of(manifest, blocks)
         self.path = shard_path(directory, manifest, blocks)
         self.todo: list[int] = []
         """Blocks that are not finished, ascending."""
-        self._files: dict[str, int] = {}  # descriptors, while there is something to write
+        self._files: dict[str, int] = {}  # open file descriptors, by column
         self._closing = contextlib.ExitStack()
         weakref.finalize(self, self._closing.close)
         if blocks:
@@ -52,7 +55,7 @@ class ShardWriter:
             self._open()
 
     def write(self, block: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Put a block's rows in their place, for good when this returns. rows: every column, a value for each sample of the block."""
+        """Write a block's rows; they are on disk when this returns. rows: every column, one value for each sample of the block."""
         first, end = samples_of(self._manifest, range(block, block + 1))
         assert block in self._blocks and set(rows) == set(self._columns), (block, self._blocks, sorted(rows))
         assert all(values.shape == (end - first,) for values in rows.values()), (
@@ -65,7 +68,7 @@ class ShardWriter:
             data = np.ascontiguousarray(rows[name], dtype).tobytes()
             digest.update(data)
             self._write(name, data, self._offset(name, first))
-        for name in (*self._columns, JOURNAL):  # the journal speaks of data that is on disk
+        for name in (*self._columns, JOURNAL):  # the journal comes last: its digest stands for data that is on disk
             if name == JOURNAL:
                 self._write(JOURNAL, digest.digest(), _DIGEST_BYTES * (block - self._blocks.start))
             with self._naming(name):
@@ -74,7 +77,7 @@ class ShardWriter:
             self.todo.remove(block)
 
     def finish(self) -> None:
-        """Hash the columns and declare the shard finished. Every block must have been written."""
+        """Hash the columns and mark the shard as finished. Every block must have been written."""
         assert not self.todo, self.todo
         if self._files:
             hashes = {}
@@ -86,7 +89,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Let another process have the shard."""
+        """Close the files and release the lock."""
         self._files.clear()
         self._closing.close()
 
@@ -99,11 +102,11 @@ class ShardWriter:
                 )
 
     def _open(self) -> None:
-        """Lock the shard, make its files unless they are there, and look which blocks are whole."""
+        """Lock the shard, make the files that are missing, and find the blocks that are not whole."""
         self.path.mkdir(exist_ok=True)
         self._open_file(JOURNAL, self.path / JOURNAL, b"", _DIGEST_BYTES * len(self._blocks))
         if (self.path / SHARD).exists():
-            (self.path / JOURNAL).unlink(missing_ok=True)  # of a job that was killed right at its end
+            (self.path / JOURNAL).unlink(missing_ok=True)  # left by a job that was killed right at its end
             self.close()
             return
         for name, dtype in self._columns.items():
@@ -114,7 +117,7 @@ class ShardWriter:
         self.todo = [block for block in self._blocks if not self._is_whole(block)]
 
     def _open_file(self, name: str, path: Path, header: bytes, size: int) -> None:
-        """Open a file, make it `size` bytes long (what was missing reads as zeros) and lock it if it is the journal."""
+        """Open a file, make it `size` bytes long (new bytes read as zeros), and lock it if it is the journal."""
         with self._naming(name):
             self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._closing.callback(os.close, self._files[name])
@@ -128,7 +131,7 @@ class ShardWriter:
             raise UserError(f"{self.path} is being written by another process: give each job a --shard of its own")
 
     def _is_whole(self, block: int) -> bool:
-        """Whether the journal holds the digest of what the columns hold."""
+        """Whether the columns match the digest that the journal holds."""
         recorded = os.pread(self._files[JOURNAL], _DIGEST_BYTES, _DIGEST_BYTES * (block - self._blocks.start))
         if recorded == bytes(_DIGEST_BYTES):
             return False
@@ -150,7 +153,7 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Name the file in an OSError that does not."""
+        """Add the file's path to an OSError."""
         try:
             yield
         except OSError as error:

@@ -1,9 +1,11 @@
-"""A selection on disk: which samples stage 1 draws from, and from which scores, by which rule, they were chosen.
+"""A selection on disk: the samples that stage 1 draws from, and the scores and the rule by which they were chosen.
 
-`PREFIX.npy` lists the chosen ids, ascending, as a plain numpy file; `PREFIX.json` says what they are and comes last. The list is
-mapped: opening it costs nothing, the j-th id is one read, membership and the j-th id that is *not* there are bisections, and all
-processes of a node share one copy in the page cache. A compressed bitmap would be smaller where much is chosen (10^9 samples, a
-tenth of them: 0.06 GB at best against 0.4 GB) but makes the j-th id a search, needs a decoder, and gives every process its own copy.
+`PREFIX.npy` is a plain numpy file of the chosen ids, ascending. `PREFIX.json` describes it and is written last.
+
+The list is mapped into memory. Opening it costs nothing, and all processes of a node share one copy in the page cache. The j-th id is
+one read; membership, and the j-th id that is *not* chosen, are bisections. A compressed bitmap would be smaller where much is chosen
+(a tenth of 10^9 samples: 0.06 GB at best instead of 0.4 GB). But then the j-th id would be a search, and every process would have a
+copy.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from megatron_salt.selection.score_format import (
 )
 
 FORMAT = 2
-_WITHOUT_TIES = 1  # a format that is read too: ties went to the lower id, and nobody counted them
+_WITHOUT_TIES = 1  # an older format, which is read too: of equal scores the lower id was taken, and ties were not counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +41,25 @@ class SelectionManifest:
     """The contents of `PREFIX.json`."""
 
     num_samples: int
-    """Samples that the ids are out of, held-out ones included."""
+    """Samples of all datasets, held-out ones included. Ids are below this."""
     num_selected: int
     dtype: str
-    """numpy's name of the ids' type: uint32 where it can number the samples, else int64."""
+    """numpy's name of the type of the ids: uint32 where that can hold every id, else int64."""
     npy_bytes: int
     npy_hash: str
-    """Hexadecimal blake2b-256 of `PREFIX.npy`."""
+    """blake2b-256 of `PREFIX.npy`, hexadecimal."""
     sampled: str
-    """The `sampled:` hash of the same file: a cheap check at every start."""
+    """The `sampled:` hash of `PREFIX.npy`, which is quick to check at every start."""
     scores: IndexManifest
-    """What the scores are of."""
+    """The index that the scores are from."""
     rule: dict[str, Any]
-    """How the ids were chosen, with every number."""
+    """The rule by which the ids were chosen, with every number."""
     valid_share: float
     """The --valid-share whose held-out windows were left out."""
     tie_seed: int | None
-    """Orders samples of one score; None where they are not ordered, and in files of format 1, where the lower id came first."""
+    """Orders samples of one score. None where the rule orders nothing, and in files of format 1 (the lower id came first)."""
     tie_share: float | None
-    """Share of the chosen that ties decided; None in files of format 1."""
+    """Share of the chosen samples that ties decided. None in files of format 1."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,16 @@ class Selection:
     """An open selection."""
 
     path: Path
-    """Of `PREFIX.npy`."""
+    """`PREFIX.npy`."""
     manifest: SelectionManifest
     ids: np.ndarray
     """uint32 or int64 [num_selected], ascending, in a mapped file."""
     flag_name: str
-    """The flag that named it, for error messages."""
+    """The flag that named the selection, for error messages."""
 
     @classmethod
     def open(cls, path: str, flag_name: str = "--stage1-selection") -> Selection:
-        """Open PREFIX, PREFIX.npy or PREFIX.json, O(1) in its size. UserError where a file is missing or is not what was written."""
+        """Open PREFIX, PREFIX.npy or PREFIX.json; O(1) in the number of ids. UserError where a file is missing or has changed."""
         npy, description = selection_paths(path)
         told = f"{flag_name} {path}"
         try:
@@ -107,20 +109,20 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """`selection:` and the hash of the ids' file: the same for equal ids, wherever they lie."""
+        """`selection:` and the hash of `PREFIX.npy`: the same for equal ids, whatever the path."""
         return f"selection:{self.manifest.npy_hash}"
 
     def between(self, first: int, end: int) -> slice:
-        """Positions of the ids in [first, end)."""
+        """Positions in the list of the ids in [first, end)."""
         return slice(bisect_left(self.ids, first), bisect_left(self.ids, end))
 
     def verify(self) -> None:
-        """Read every byte. UserError if the file is not what was written."""
+        """Read every byte of the list. UserError where its hash is not the recorded one."""
         with open(self.path, "rb") as stream:
-            found = hashlib.file_digest(stream, content_hash).hexdigest()
-        if found != self.manifest.npy_hash:
+            actual = hashlib.file_digest(stream, content_hash).hexdigest()
+        if actual != self.manifest.npy_hash:
             raise UserError(
-                f"{self.flag_name}: {self.path} has content hash {found}, its manifest says {self.manifest.npy_hash}"
+                f"{self.flag_name}: {self.path} has content hash {actual}, its manifest says {self.manifest.npy_hash}"
             )
 
 
@@ -133,15 +135,15 @@ def selection_paths(path: str) -> tuple[Path, Path]:
 def refuse_other_data(
     selection: Selection, datasets: Sequence[DatasetFacts], seq_length: int, tokenizer_fingerprint: str
 ) -> None:
-    """Raise UserError where the ids of a selection number other samples than those of these datasets, in this order."""
+    """Raise UserError where a selection was chosen from other samples than those of these datasets, in this order."""
     scores = selection.manifest.scores
     differences = [
-        f"{name} is {there} there and {here} here"
-        for name, there, here in (
+        f"{name} is {selected} there and {own} here"
+        for name, selected, own in (
             ("--seq-length", scores.seq_length, seq_length),
             ("the tokenizer", scores.tokenizer, tokenizer_fingerprint),
         )
-        if there != here
+        if selected != own
     ]
     differences += dataset_differences(scores.datasets, datasets)
     if differences:
@@ -161,9 +163,9 @@ def write_selection(
     tie_seed: int | None = None,
     tie_share: float = 0.0,
 ) -> SelectionManifest:
-    """Write PREFIX.npy and PREFIX.json, each whole or not at all; what is there stays until both are on disk.
+    """Write PREFIX.npy and PREFIX.json, each whole or not at all. Files that are there stay until both new ones are on disk.
 
-    chunks: the `num_selected` ids, ascending, int64 [n] each.
+    chunks: the `num_selected` ids, ascending, int64 [n] each. scores, rule, valid_share, tie_seed, tie_share: as in `SelectionManifest`.
     """
     npy, description = selection_paths(prefix)
     dtype = np.dtype("<u4" if scores.num_samples <= 1 << 32 else "<i8")

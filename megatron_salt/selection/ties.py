@@ -1,8 +1,8 @@
-"""Which samples of one and the same score are taken: those that come first in a pseudo-random order of all ids, keyed by a seed.
+"""Which samples of equal score are taken: those that come first in a pseudo-random order of all ids, keyed by a seed.
 
-Of a group of equal scores a rule takes some. They are the ones whose `keyed_ranks` lie below a limit, and the limit is the rank at
-which exactly as many do. One pass over the column finds it, in memory of the square root of the group: ranks are spread evenly, so
-only those near the expected place are kept and sorted.
+Each sample has a tie rank, a pseudo-random number of 64 bits. Where a rule takes n samples of a group of equal scores, it takes those
+whose rank is below a limit, and the limit is such that exactly n ranks are below it. One pass over the column finds the limit. Ranks are
+spread evenly, so only ranks near the expected limit are kept and sorted: memory grows with the square root of the group.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_salt.selection.score_reader import ScoreIndex
 TIE_SEED = 1234
 _RANKS = 1 << 64
 _PIECE = 1 << 14  # samples whose ranks stay in cache
-_DEVIATIONS = 8.0  # half the width of a bracket, in standard deviations of where the limit lies
+_DEVIATIONS = 8.0  # half the width of a bracket, in standard deviations of the limit
 
 
 @dataclass(frozen=True)
 class Ties:
-    """A group of eligible samples with one score, of which a part is taken."""
+    """A group of eligible samples of equal score, of which a part is taken."""
 
     score: float
     taken: int
@@ -34,7 +34,7 @@ class Ties:
 
 
 def tie_ranks(ids: np.ndarray, seed: int) -> np.ndarray:
-    """The place of samples among others of their score, the least first: int64 [n] -> uint64 [n], no two alike."""
+    """Tie ranks of samples; the least is taken first. int64 [n] -> uint64 [n], all different."""
     return keyed_ranks(ids, key_of(f"ties/{seed}"))
 
 
@@ -42,9 +42,9 @@ def tie_limits(
     index: ScoreIndex, column: str, eligible: Eligible, bounds: tuple[int, int], groups: Sequence[Ties], seed: int, size: int,
     deviations: float = _DEVIATIONS,
 ) -> list[int]:  # fmt: skip
-    """For each group of samples [bounds[0], bounds[1]) the limit below which exactly `taken` of its ranks lie.
+    """For each group the limit below which exactly `taken` of its tie ranks lie. The groups are of samples [bounds[0], bounds[1]).
 
-    size: samples that are read together. deviations: the width to begin with; a limit outside its bracket costs another pass.
+    size: samples that are read together. deviations: width of the first bracket; a limit outside it costs another pass.
     """
     brackets = [_bracket(group, deviations) for group in groups]
     below = [0] * len(groups)
@@ -89,6 +89,6 @@ def _ranks_of(first: int, equal: np.ndarray, seed: int) -> Iterator[tuple[slice,
 
 
 def _bracket(group: Ties, deviations: float) -> tuple[int, int]:
-    """The least and the greatest rank between which the limit is looked for."""
+    """The least and the greatest rank that the limit may have, almost surely."""
     middle, half = group.taken / group.size, deviations * (math.sqrt(group.size) + 1) / group.size
     return max(0, int((middle - half) * _RANKS)), min(_RANKS - 1, int((middle + half) * _RANKS))

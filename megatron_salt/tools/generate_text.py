@@ -18,7 +18,7 @@ from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes
-from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 from megatron_salt.small_files import read_small
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +69,7 @@ class GenerateConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
-    return run_tool(GenerateConfig, lambda config: with_one_voice(lambda: generate_text(config)), argv)
+    return run_tool(GenerateConfig, lambda config: fail_together(lambda: generate_text(config)), argv)
 
 
 def generate_text(config: GenerateConfig) -> None:

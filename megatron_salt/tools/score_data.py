@@ -27,9 +27,10 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
-from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
+from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
@@ -52,7 +53,7 @@ SAMPLE_SEED = 1234
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
-    return run_tool(ScoreConfig, lambda config: with_one_voice(lambda: score_data(config)), argv)
+    return run_tool(ScoreConfig, lambda config: fail_together(lambda: score_data(config)), argv)
 
 
 def score_data(config: ScoreConfig) -> int:
@@ -168,9 +169,16 @@ def score_shard(
         )  # fmt: skip
         try:
             scorer = make_scorer(
-                teacher, layout, samples, facts.dtype, config.micro_batch_size, config.score_top_k, config.loss_chunk_mib, timeout,
-                exit_plan.look,
-            )  # fmt: skip
+                teacher,
+                layout,
+                samples,
+                dtype=facts.dtype,
+                micro_batch_size=config.micro_batch_size,
+                top_k=config.score_top_k,
+                chunk_mib=config.loss_chunk_mib,
+                timeout=timeout,
+                look=exit_plan.look,
+            )
         except LeftEarly as left:
             if rank == 0:
                 say(config, f"left before the first window of this start: {left}; the same command goes on")
@@ -187,11 +195,8 @@ def why_nothing_to_do(output: Path, facts: IndexManifest, blocks: range) -> str 
 
 def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     """A line about the cost of the whole index, shown at start-up."""
-    from megatron_salt.model.flops import forward_flops_per_token
-
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
-    padded_vocabulary_size = teacher.model.padded_vocabulary_size(facts.vocabulary)
-    flops = tokens * forward_flops_per_token(teacher.model, facts.seq_length, padded_vocabulary_size)
+    flops = scoring_flops(facts, teacher.model)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
     advice = "; --sample scores a part" if facts.sample is None else ""
     return (

@@ -42,8 +42,9 @@ def build(
     precisions: Precisions = PLAIN, held: contextlib.ExitStack | None = None, opened: OpenedCheckpoint | None = None,
     watch: SignalWatch | None = None, look: Look = stay,
 ) -> tuple[Run, RunState]:  # fmt: skip
-    """Make the mesh, the student and its optimizer, load the checkpoint that --load means, and make the teacher. Returns the run, and
-    where it starts. Collective over all ranks. Raises UserError.
+    """Make mesh, student and optimizer, load the checkpoint that --load means, and make the teacher of stage 1.
+
+    Returns the run and the state that it starts from. Collective over all ranks. Raises UserError.
 
     identity: see `start.identify`. held: releases --save when the run ends; None: nobody else writes there. opened: the checkpoint, where
     it is open already. watch: a signal ends the wait for another run's --save. look: called between the phases and inside the longest;

@@ -52,8 +52,9 @@ def build_teacher(
     config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
     precision: Precision, text: Sequence[Microbatch], look: Look,
 ) -> tuple[Teacher, Fidelity | None]:  # fmt: skip
-    """The teacher over the student's ranks, after logging what it will cost; a teacher in FP8 comes with its fidelity. Collective over
-    all ranks. Raises UserError.
+    """The teacher over the student's ranks, after logging what it will cost; a teacher in FP8 comes with its fidelity.
+
+    Collective over all ranks. Raises UserError.
 
     text: samples on which a teacher in FP8 is tried, the same on every rank. look: raises LeftEarly between the phases.
     """

@@ -1,7 +1,7 @@
 """When a run saves and leaves before its end: a signal, a time limit, a file, a step.
 
-Signals and clocks differ between ranks, so all ranks decide together: each rank turns what it knows into a small integer, the largest
-over all ranks counts, and every rank gives the same answer. The reduction is passed in. This module imports the standard library alone,
+Signals and clocks differ between ranks, so all ranks decide together. Each rank turns what it knows into a small integer. The largest
+over all ranks counts, so every rank gives the same answer. The reduction is passed in. This module imports the standard library alone,
 so that signals can be caught before the slow imports begin.
 """
 

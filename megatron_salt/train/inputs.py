@@ -1,4 +1,4 @@
-"""What a run reads from disk before any rank talks to another: tokenizer, data, selection and the teacher's own record.
+"""Reads a run's inputs before any rank talks to another: tokenizer, data, selection and the record of the teacher.
 
 Every rank reads the same files. The time does not grow with the size of the data.
 """
@@ -71,9 +71,9 @@ def _read_some_windows(samples: Samples) -> None:
 
 
 def _needs_no_teacher(checkpoint: CheckpointConfig, evaluates: bool) -> bool:
-    """Whether the checkpoint that --load most likely means is in stage 2. Which one is loaded in the end decides (build.py).
+    """Whether --load's newest checkpoint is in stage 2, so that no teacher has to be read.
 
-    evaluates: an evaluation that is due will be made."""
+    build.py decides again, by the checkpoint that it loads. evaluates: an evaluation that is due will be made."""
     if checkpoint.load is None or checkpoint.finetune:
         return False
     for directory in save_directory.candidates(Path(checkpoint.load), fallback=True)[: None if checkpoint.load_fallback else 1]:

@@ -1,4 +1,4 @@
-"""How a run ended, in one line for whoever started it: --outcome-file.
+"""--outcome-file: one line that tells a launcher how a run ended.
 
     done 208000 job 4711.2 after its last step
 

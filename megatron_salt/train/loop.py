@@ -102,14 +102,9 @@ def train(
 
 
 def _save_if_due(
-    run: Run,
-    checkpoint: CheckpointConfig,
-    progress: RunState,
-    timer: PhaseTimer,
-    log: RunLog,
-    leaving: bool = False,
+    run: Run, checkpoint: CheckpointConfig, progress: RunState, timer: PhaseTimer, log: RunLog, leaving: bool = False,
     final: bool = False,
-) -> bool:
+) -> bool:  # fmt: skip
     """Save at --save-interval, at a step of --save-at, and where the run leaves or ends. Returns whether it saved. Collective.
 
     Raises NonFiniteError where the model is not finite; where the run leaves or ends, also without --save.
@@ -136,14 +131,9 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
 
 
 def _record(
-    run: Run,
-    progress: RunState,
-    outcome: StepOutcome,
-    learning_rate: float,
-    kd_weight: float,
-    seconds: float,
-    timer: PhaseTimer,
-) -> StepRecord:
+    run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, kd_weight: float, seconds: float, timer: PhaseTimer
+) -> StepRecord:  # fmt: skip
+    """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage."""
     figures: dict[str, Tensor] = {}
     if outcome.sums is not None:
         sums = outcome.sums.sum(0)

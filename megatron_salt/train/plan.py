@@ -1,4 +1,4 @@
-"""What flags alone decide, and everything that they alone can get wrong beyond one section: layout, steps, microbatches, schedules.
+"""Layout, steps, microbatches and schedules of a run, from its flags alone, and all checks that need flags of several sections.
 
 Pure: no torch, no file, no other rank. A start and a --dry-run both call `check`, so that they refuse the same with the same words,
 before anything is written.

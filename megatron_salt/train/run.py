@@ -1,4 +1,4 @@
-"""One process's part in a run: join the world, build, train, leave."""
+"""A rank's part in a run: join the other ranks, build, train, leave."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ from megatron_salt.parallel.collectives import first_problem, from_rank_0, gathe
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.salt.cost import scoring_flops, scoring_line
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, model_that_scored
+from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import count_parameters
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone
@@ -37,6 +40,7 @@ from megatron_salt.train.launcher import Word, write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import choose_precisions, decide_start
+from megatron_salt.train.state import Run
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +91,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
         with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
             log_start(config, plan, layout, start, parameters, run_log)
+            if run.stage1 is not None and run.stage_samples is not None:
+                log_cost_of_scores(run, run.stage1, inputs.teacher, start, flops, run_log)
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
             progress = train(
@@ -115,7 +121,7 @@ def refuse_other_flags(config: RunConfig) -> None:
 
 
 def compared_flags(config: RunConfig) -> dict[str, object]:
-    """What every rank must have in common, each under the words that name it in a message. Pure."""
+    """{words for a message: value} of everything that all ranks must have in common. Pure."""
     compared: dict[str, object] = {}
     for section in (
         config.model, config.parallel, config.training, config.quantization, config.optimizer, config.checkpoint, config.salt,
@@ -182,6 +188,22 @@ def log_start(config: RunConfig, plan: RunPlan, layout: Layout, start: RunState,
             f"--skip-samples {' '.join(config.training.skip_samples)} leaves {left_out} samples of the order out",
             {"skip_samples": ranges},
         )
+
+
+def log_cost_of_scores(
+    run: Run, stage1: Stage1, teacher: TeacherCheckpoint | None, start: RunState, flops: float, run_log: RunLog
+) -> None:
+    """Log what share of the run's FLOPs the scoring took, where the teacher that scored is known. flops: of the student, for a token."""
+    assert run.stage_samples is not None
+    scores = run.stage_samples.selection.manifest.scores
+    scored_by = model_that_scored(scores, teacher)
+    if scored_by is None:
+        return
+    length, plan = scores.seq_length, run.plan
+    taught = min(stage1.schedule.kd_steps, plan.total_steps) * plan.global_batch_size
+    training = length * (plan.total_samples * flops + taught * stage1.teacher_flops)
+    scoring = scoring_flops(scores, scored_by)
+    run_log.event(start.step, scoring_line(scoring, training), {"scoring_flops": scoring, "training_flops": training})
 
 
 def write_end(training: TrainingConfig, total_steps: int, progress: RunState, reason: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Where a run starts, and everything that its flags and its files together can get wrong. Not collective; nothing is written.
+"""Decides where a run starts, and refuses mistakes that flags and files make together. Not collective; nothing is written.
 
 A start calls `decide_start` on rank 0 before --save is made, and a --dry-run calls it too: both refuse the same with the same words.
 What needs several ranks, or memory, only a start can find.
@@ -51,7 +51,7 @@ OPTIMIZER_BYTES = 12  # of a parameter: float32 main parameter and both moments
 
 @dataclass(frozen=True)
 class Precisions:
-    """How student and teacher compute."""
+    """Precision of student and teacher."""
 
     student: Precision = TORCH
     teacher: Precision = TORCH
@@ -85,7 +85,7 @@ def choose_precisions(config: RunConfig, plan: RunPlan, teacher: ModelConfig | N
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run starts."""
+    """The start of a run."""
 
     identity: RunIdentity
     progress: RunState
@@ -96,7 +96,7 @@ class Start:
 
 
 def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, opened: OpenedCheckpoint | None) -> Start:
-    """Where the run starts, if it can. opened: the checkpoint that --load means, None where it has none. Raises UserError."""
+    """Decide where the run starts. opened: the checkpoint that --load means; None where there is none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
     require_packages(config.logging)
     if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:

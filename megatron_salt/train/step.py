@@ -34,7 +34,7 @@ class Student:
     """This rank's part of the model being trained, with its optimizer."""
 
     chunks: list[DistributedDataParallel]
-    """One per virtual stage."""
+    """The model chunks of this rank, one for each virtual stage."""
 
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler

@@ -134,7 +134,10 @@ def log(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    schedule = Schedule(5, 0.5, 1.0, "step", 0, "never", 0.0)
+    schedule = Schedule(
+        kd_steps=5, kd_weight=0.5, kd_teacher_temperature=1.0, kd_transition="step", kd_transition_steps=0, kd_stop="never",
+        kd_stop_margin=0.0,
+    )  # fmt: skip
     salt = SaltState(
         stage1_end=5, schedule=schedule.facts(), teacher="sha256:0", teacher_directory="/teacher", crossover=3,
         teacher_held_out={"loss": 2.5, "accuracy": 0.5},

@@ -24,7 +24,7 @@ from megatron_salt import pretrain
 from megatron_salt.cli import exit_status
 from megatron_salt.errors import UserError
 from megatron_salt.parallel import rendezvous
-from megatron_salt.parallel.failure import with_one_voice
+from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.launch import distributed
 from tests.support.program import argv, write_tokens
 from tests.support.ranks import run_ranks
@@ -74,15 +74,20 @@ def say(word: str) -> None:
 
 
 def alone(
-    rank: int, environment: dict[str, str], output: Path, tell_every: float, action: Callable[..., int | None], *arguments: Any
+    rank: int,
+    environment: dict[str, str],
+    output: Path,
+    report_every: float,
+    action: Callable[..., int | None],
+    *arguments: Any,
 ) -> None:
     """A rank in a process of its own."""
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
-    rendezvous.TELL_EVERY = rendezvous._SLACK = tell_every
+    rendezvous.REPORT_EVERY = rendezvous._SLACK = report_every
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}-{rank}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.exit(exit_status(lambda: with_one_voice(lambda: action(*arguments))))
+    sys.exit(exit_status(lambda: fail_together(lambda: action(*arguments))))
 
 
 def free_port() -> int:
@@ -93,20 +98,20 @@ def free_port() -> int:
 
 def run(
     tmp_path: Path, world_size: int, fails: int, where: str, how: str, come: list[int] | None = None, join: float = 60.0,
-    tell_every: float = 30.0,
+    report_every: float = 30.0,
 ) -> list[Ended]:  # fmt: skip
     """`work` on the ranks that come."""
     ranks = list(range(world_size)) if come is None else come
-    return launch(tmp_path, world_size, tell_every, {rank: (work, rank == fails, where, how, join) for rank in ranks})
+    return launch(tmp_path, world_size, report_every, {rank: (work, rank == fails, where, how, join) for rank in ranks})
 
 
-def launch(tmp_path: Path, world_size: int, tell_every: float, calls: dict[int, tuple[Any, ...]]) -> list[Ended]:
+def launch(tmp_path: Path, world_size: int, report_every: float, calls: dict[int, tuple[Any, ...]]) -> list[Ended]:
     """A function and its arguments on each rank, as srun would start it: no agent, one node."""
     run_ranks(1, os.getpid)  # the pool's fork server has made the imports
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     context = multiprocessing.get_context("forkserver")
     processes = [
-        context.Process(target=alone, args=(rank, environment, tmp_path / "rank", tell_every, *call))
+        context.Process(target=alone, args=(rank, environment, tmp_path / "rank", report_every, *call))
         for rank, call in calls.items()
     ]
     for process in processes:
@@ -121,9 +126,26 @@ def launch(tmp_path: Path, world_size: int, tell_every: float, calls: dict[int, 
     return [Ended(process.exitcode or 0, *text) for process, text in zip(processes, texts, strict=True)]
 
 
+OF_TORCH = re.compile(r"\[[EWIF]\d{4} |Exception raised from |frame #\d+: |<omitting python frames>|$")
+"""How each line of a message of torch's C++ begins: its head, then where it was raised (torch 2.15), and an empty line at the end."""
+
+
 def lines(ended: list[Ended]) -> list[str]:
-    """What all ranks said on stderr, without the lines of torch's C++."""
-    return [line for one in ended for line in one.err.splitlines() if not re.match(r"\[[EWIF]\d{4} ", line)]
+    """The lines that all ranks wrote to stderr, without those of torch's C++."""
+    return [line for one in ended for line in one.err.splitlines() if not OF_TORCH.match(line)]
+
+
+def test_messages_of_torch_are_left_out_whole() -> None:
+    """A rank whose store goes away while it waits there gets such a message before its own line."""
+    message = (
+        "[W1129 11:42:55.320532911 TCPStore.cpp:138] [c10d] recvValueWithTimeout failed on SocketImpl(fd=8): Connection reset by peer\n"
+        "Exception raised from recvBytes at /torch/csrc/distributed/c10d/Utils.hpp:783 (most recent call first):\n"
+        "frame #0: c10::Error::Error(c10::SourceLocation) + 0x9d (0x7f04c035c13d in libc10.so)\n"
+        "<omitting python frames>\n"
+        "frame #41: _start + 0x21 (0x556fcd33c081 in python)\n\n"
+    )
+    own = "error: rank 0 does not answer any more\n"
+    assert lines([Ended(1, "", message + own), Ended(1, "", message)]) == [own.strip()]
 
 
 @pytest.mark.parametrize("fails", [0, 1])
@@ -139,7 +161,7 @@ def test_a_mistake_on_one_rank_ends_all_with_its_status_and_is_told_once(tmp_pat
 def test_a_bug_on_one_rank_ends_all_and_its_traceback_stands_once(tmp_path: Path) -> None:
     ended = run(tmp_path, 3, 1, "training", "bug")
     assert [one.status for one in ended] == [1, 1, 1], ended
-    assert "KeyError: 'a bug'" in ended[1].err and ended[0].err == ended[2].err == ""
+    assert "KeyError: 'a bug'" in ended[1].err and lines([ended[0], ended[2]]) == []
 
 
 @pytest.mark.parametrize("fails", [1, 2])
@@ -162,7 +184,7 @@ def test_the_death_of_the_rank_that_hosts_the_store_ends_the_others(tmp_path: Pa
 
 
 def test_who_does_not_join_is_named_and_the_wait_ends(tmp_path: Path) -> None:
-    ended = run(tmp_path, 4, 3, "before", "kill", come=[0, 2, 3], join=5, tell_every=1)
+    ended = run(tmp_path, 4, 3, "before", "kill", come=[0, 2, 3], join=5, report_every=1)
     assert [one.status for one in ended] == [1, 1, -signal.SIGKILL], ended
     told = lines(ended)
     assert told[0] == "waiting for ranks 1, 3 of 4 for 1 s" and told[-1].startswith(
@@ -172,7 +194,7 @@ def test_who_does_not_join_is_named_and_the_wait_ends(tmp_path: Path) -> None:
 
 
 def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) -> None:
-    [ended] = run(tmp_path, 2, 0, "before", "mistake", come=[1], join=2, tell_every=1)
+    [ended] = run(tmp_path, 2, 0, "before", "mistake", come=[1], join=2, report_every=1)
     assert ended.status == 1 and "error: rank 0 did not join within --rendezvous-timeout-minutes" in ended.err, ended
 
 

@@ -16,7 +16,7 @@ import zstandard
 
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.tools import preprocess_data
-from tests.support.preprocessing import (
+from tests.support.datasets import (
     BYTES,
     ROOT,
     TEXTS,

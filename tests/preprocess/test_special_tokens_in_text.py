@@ -15,7 +15,7 @@ from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from megatron_salt.tools import preprocess_data
-from tests.support.preprocessing import BYTES, dataset, files_in, run, write_lines
+from tests.support.datasets import BYTES, dataset, files_in, run, write_lines
 from tests.tokenizer.test_document_ends import saved, tokenizer_json
 from tests.tools.test_merge_datasets import merge
 

@@ -15,7 +15,8 @@ from megatron_salt.model.flops import HeadCost, core_attention_flops, flops_per_
 from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt import routing
-from megatron_salt.salt.cost import Prediction, predict
+from megatron_salt.salt.cost import Prediction, predict, scoring_flops, scoring_line
+from tests.support.score_files import manifest_of
 
 STUDENT = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4)
 TEACHER = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
@@ -173,3 +174,12 @@ def test_start_up_says_it_with_flag_and_numbers():
     assert found.hint is not None
     assert f"--decoder-last-pipeline-num-layers {found.hint.layers} (now 4)" in second and "-" in second.split("stage 1 by")[1]
     assert len(prediction().lines()) == 1
+
+
+@pytest.mark.parametrize("sample, sample_seed, part", [(None, None, 1.0), (0.35, 1, 0.35)])
+def test_scoring_costs_a_forward_pass_of_the_teacher_for_each_window_that_is_scored(sample, sample_seed, part):
+    scores = manifest_of([600, 400], vocabulary=1000, seq_length=LENGTH, sample=sample, sample_seed=sample_seed)
+    padded = TEACHER.padded_vocabulary_size(1000)
+    flops = scoring_flops(scores, TEACHER)
+    assert flops == pytest.approx(part * 1000 * LENGTH * (4 * T + head_flops(TEACHER, padded)))
+    assert f"{flops:.3g} FLOPs, 25.0% of the {4 * flops:.3g} that this run takes" in scoring_line(flops, 4 * flops)

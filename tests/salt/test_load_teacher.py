@@ -131,8 +131,17 @@ def test_the_gate_lets_the_right_ones_pass(school: Path, kind: str, dtype: torch
 # ---- it fits -----------------------------------------------------------------------------------------------------------
 
 FITTING = TeacherCheckpoint(
-    Path("teachers/iter_0000100"), TEACHER, 250, 64, "tokenizer:aaaa", "sha256:1", (16, 64), (5.0, 5.0), "float32", 100
-)  # fmt: skip
+    directory=Path("teachers/iter_0000100"),
+    model=TEACHER,
+    vocabulary_size=250,
+    seq_length=64,
+    tokenizer_fingerprint="tokenizer:aaaa",
+    fingerprint="sha256:1",
+    lengths=(16, 64),
+    losses=(5.0, 5.0),
+    dtype="float32",
+    step=100,
+)
 
 
 @pytest.mark.parametrize(

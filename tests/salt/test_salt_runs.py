@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_salt.train import loop
+from megatron_salt.train import evaluate as evaluate_module
 from tests.support.program import DROPOUT, Ended, entries, losses, numbers, refused, state_of, tensors, train, write_tokens
 
 STEPS = 5
@@ -226,8 +226,8 @@ def telling_whom_it_evaluates() -> Iterator[None]:
         print("evaluated", "the student alone" if arguments[7] is None else "student and teacher")
         return original(*arguments)
 
-    original = loop.evaluate
-    with mock.patch.object(loop, "evaluate", evaluate):
+    original = evaluate_module.evaluate
+    with mock.patch.object(evaluate_module, "evaluate", evaluate):
         yield
 
 
@@ -300,6 +300,6 @@ def not_before_the_second_evaluation() -> Iterator[None]:
         figures = original(*arguments)
         return figures if count > 1 else figures | {"accuracy": -5.0}
 
-    original = loop.evaluate
-    with mock.patch.object(loop, "evaluate", evaluate):
+    original = evaluate_module.evaluate
+    with mock.patch.object(evaluate_module, "evaluate", evaluate):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,8 @@ import pytest
 
 from megatron_salt.data.batch import Batches
 from megatron_salt.metrics.history import read_curve
+from megatron_salt.model.flops import flops_per_token, forward_flops_per_token
+from megatron_salt.salt.load_teacher import read_teacher
 from tests.salt.test_salt_runs import OVERLAP, PP2, RATIO, STEPS, TEACHER_TP2, TP2, events, taught
 from tests.support.program import (
     DROPOUT,
@@ -144,6 +147,22 @@ def test_after_a_crossover_what_the_selection_had_left_is_unseen(
     assert set(steps[0]) < set(CHOSEN)
     later = [number for consumed in (8, 16, 24) for number in steps[consumed]]
     assert len(set(later)) == 24 and not set(later) & set(steps[0]) and set(later) & set(CHOSEN)
+
+
+def test_the_log_tells_what_share_of_the_compute_the_scores_took(tmp_path: Path, data: tuple[str, str], teacher: Path) -> None:
+    """Where the teacher that scored is the run's own, which teaches in three of five steps."""
+    facts = read_teacher(str(teacher))
+    chosen = write_ids(tmp_path / "chosen", data, SEQ_LENGTH, CHOSEN, teacher=facts.fingerprint)
+    train(**selected(data, chosen, teacher_load=teacher, kd_weight=0.5), save=tmp_path / "run")
+    [event] = events(tmp_path / "run", "scoring_flops")
+    padded = facts.model.padded_vocabulary_size(facts.vocabulary_size)
+    student = replace(facts.model, hidden_size=32, ffn_hidden_size=64)
+    taught = 3 * GLOBAL_BATCH * SEQ_LENGTH * forward_flops_per_token(facts.model, SEQ_LENGTH, padded)
+    learned = STEPS * GLOBAL_BATCH * SEQ_LENGTH * flops_per_token(student, SEQ_LENGTH, padded)
+    assert event["scoring_flops"] == pytest.approx(taught / (3 * GLOBAL_BATCH) * len(ALL))
+    assert event["training_flops"] == pytest.approx(taught + learned)
+    share = event["scoring_flops"] / event["training_flops"]
+    assert f"{share:.1%} of the {event['training_flops']:.3g} that this run takes" in event["message"]
 
 
 # ---- interrupted --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint import integrity, save_directory, sharded_state
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run

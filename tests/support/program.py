@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from megatron_salt import pretrain
 from megatron_salt.preprocess.indexed_writer import IndexedWriter, token_dtype
@@ -205,3 +206,12 @@ def tensors(save: str | Path, step: int) -> dict[str, str]:
     """Hashes of the files with weights, optimizer and random state: at one layout the same bits make the same files."""
     files = json.loads(Path(save, f"iter_{step:07d}", "checksums.json").read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
+
+
+def refused_at_once(capsys: pytest.CaptureFixture[str], save: Path, **flags: Any) -> str:
+    """The error message of a run that is refused before ranks join, in this process. Nothing is written, not even --save."""
+    assert pretrain.main(argv(save=save, **flags)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not save.exists()
+    return err

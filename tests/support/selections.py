@@ -100,8 +100,15 @@ def write_columns(directory: Path, manifest: IndexManifest, num_shards: int = 1,
     return ScoreIndex(manifest, tuple(shards), "--scores")
 
 
-def write_ids(prefix: object, data_path: Sequence[str], seq_length: int, ids: Sequence[int], valid_share: float = 0.0) -> str:
-    """Write PREFIX.npy and PREFIX.json for byte-level data; returns PREFIX.npy."""
+def write_ids(
+    prefix: object,
+    data_path: Sequence[str],
+    seq_length: int,
+    ids: Sequence[int],
+    valid_share: float = 0.0,
+    teacher: str = "sha256:0",
+) -> str:
+    """Write PREFIX.npy and PREFIX.json for byte-level data; returns PREFIX.npy. teacher: fingerprint of the one that scored."""
     datasets = tuple(DatasetFacts(one, fingerprint(one), len(Windows(TokenFile.open(one), seq_length))) for one in data_path)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     scores = IndexManifest(
@@ -109,7 +116,7 @@ def write_ids(prefix: object, data_path: Sequence[str], seq_length: int, ids: Se
         seq_length=seq_length,
         vocabulary=tokenizer.vocabulary_size,
         tokenizer=tokenizer.fingerprint,
-        teacher="sha256:0",
+        teacher=teacher,
         teacher_step=10,
         teacher_directory="teacher/iter_0000010",
         top_k=(10,),

@@ -143,7 +143,7 @@ def taught(recipe: str, tensor: int, pipeline: int) -> dict[str, object]:
         teacher_load="t", kd_steps=1, teacher_tensor_model_parallel_size=tensor, teacher_pipeline_model_parallel_size=pipeline
     )
     with engine.gpu_seen((10, 0)):
-        body = build_body(CHECKPOINT, salt, mesh, LENGTH, torch.bfloat16, precision).eval().requires_grad_(False)
+        body = build_body(CHECKPOINT, salt, mesh, torch.bfloat16, precision).eval().requires_grad_(False)
     engine.unfused(body)
     for parameter in body.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,18 @@ def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(
         if recipe is None
         else Precision("transformer_engine", "e4m3", recipe, forward_only=True)
     )  # type: ignore[arg-type]
-    facts = TeacherCheckpoint("", MODELS[name], VOCABULARY, LENGTH, "", "", (), (), "bfloat16", 0)  # type: ignore[arg-type]
+    facts = TeacherCheckpoint(
+        directory=Path(),
+        model=MODELS[name],
+        vocabulary_size=VOCABULARY,
+        seq_length=LENGTH,
+        tokenizer_fingerprint="",
+        fingerprint="",
+        lengths=(),
+        losses=(),
+        dtype="bfloat16",
+        step=0,
+    )
     salt = SaltConfig(
         teacher_load="t", kd_steps=1, teacher_tensor_model_parallel_size=tensor, teacher_pipeline_model_parallel_size=pipeline
     )
@@ -131,7 +143,7 @@ def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(
         seed_everything(1, student_mesh)
         mesh = make_teacher_mesh(Layout(tensor, 1, 16 // (tensor * pipeline), pipeline))
         with engine.gpu_seen((10, 0), meta=True):
-            body = build_body(facts, salt, mesh, LENGTH, torch.bfloat16, precision)
+            body = build_body(facts, salt, mesh, torch.bfloat16, precision)
         assert all(parameter.is_meta for parameter in body.parameters())
         assert body.config.fp8 is None
         assert all(linear.tp_group is mesh.groups.tp for linear in linears(body))

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from megatron_salt.selection.score_reader import ScoreIndex
-from tests.support.preprocessing import TEXTS, write_lines
+from tests.support.datasets import TEXTS, write_lines
 from tests.support.program import SEQ_LENGTH, train, write_tokens
 from tests.support.scoring import NUM_SAMPLES, score
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.loading import load_weights

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.support.preprocessing import (
+from tests.support.datasets import (
     BYTES,
     ROOT,
     as_bytes,

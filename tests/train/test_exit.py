@@ -127,13 +127,7 @@ def test_the_interval_needs_no_collective():
 
 
 @pytest.mark.parametrize(
-    "received",
-    [
-        (0, 0, 0),
-        (0, signal.SIGTERM, 0),
-        (signal.SIGUSR1, 0, signal.SIGTERM),
-        (signal.SIGUSR1,) * 3,
-    ],
+    "received", [(0, 0, 0), (0, signal.SIGTERM, 0), (signal.SIGUSR1, 0, signal.SIGTERM), (signal.SIGUSR1,) * 3]
 )
 @pytest.mark.parametrize("times", [(0.0, 0.0, 0.0), (0.0, 61.0, 0.0)])
 @pytest.mark.parametrize("step", [4, 5])

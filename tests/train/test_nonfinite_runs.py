@@ -14,14 +14,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_salt.checkpoint.run_state import ReferenceLosses
 from megatron_salt.data.batch import Batches, Microbatch
 from megatron_salt.errors import NonFiniteError
 from megatron_salt.train import loop
 from megatron_salt.train.nonfinite import no_way_out, refuse_nonfinite_losses
 from megatron_salt.train.step import Student
-from tests.support.program import GLOBAL_BATCH, checkpoints, run, the_error, train, write_tokens
+from tests.support.program import (
+    GLOBAL_BATCH,
+    checkpoints,
+    entries,
+    losses,
+    run,
+    the_error,
+    train,
+    write_tokens,
+)  # fmt: skip
 
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+
+
 Spoil = Callable[[Student], None]
 
 
@@ -126,6 +138,78 @@ def test_a_run_whose_last_loss_is_not_finite_is_not_done_however_often_it_is_sta
 
 
 def test_the_loss_on_the_fixed_batch_must_be_finite() -> None:
-    refuse_nonfinite_losses({"losses": [1.0, 2.0]}, 7, no_way_out)
+    refuse_nonfinite_losses(ReferenceLosses((8, 16), (1.0, 2.0), "float32"), 7, no_way_out)
     with pytest.raises(NonFiniteError, match="after step 7 the loss"):
-        refuse_nonfinite_losses({"losses": [1.0, None]}, 7, no_way_out)
+        refuse_nonfinite_losses(ReferenceLosses((8, 16), (1.0, None), "float32"), 7, no_way_out)
+
+
+# ---- gradients that are not finite --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nan_from(first: int, last: int) -> Iterator[None]:
+    """A NaN in the second microbatch of the last rank, in steps [first, last]."""
+
+    def fetch(self: Batches, consumed: int) -> list[Microbatch]:
+        microbatches = original(self, consumed)
+        if first <= consumed // GLOBAL_BATCH + 1 <= last and dist.get_rank() == dist.get_world_size() - 1:
+            microbatches[1].loss_mask[0, 3] = torch.nan
+        return microbatches
+
+    original = Batches.fetch
+    with mock.patch.object(Batches, "fetch", fetch):
+        yield
+
+
+@contextlib.contextmanager
+def nan_in_step_3() -> Iterator[None]:
+    with nan_from(3, 3):
+        yield
+
+
+@contextlib.contextmanager
+def nan_from_step_3_on() -> Iterator[None]:
+    with nan_from(3, 99):
+        yield
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(OVERLAP), dict(OVERLAP, bf16=True), dict(bf16=True), dict(tensor_model_parallel_size=2, bf16=True)]
+)
+def test_a_step_without_a_finite_gradient_changes_no_parameter(tmp_path: Path, data: str, flags: dict[str, Any]) -> None:
+    """The loss of the next step is that of a run that never saw the batch. Learning rate and data advance."""
+    flags = dict(flags, data_path=data, train_iters=5)
+    train(2, **flags, save=tmp_path / "nan", within=nan_in_step_3)
+    train(2, **flags, save=tmp_path / "skip", skip_samples=f"{2 * GLOBAL_BATCH}:{3 * GLOBAL_BATCH}")
+    curve, other = entries(tmp_path / "nan"), entries(tmp_path / "skip")
+    assert [entry["nonfinite"] for entry in curve] == [False, False, True, False, False]
+    assert curve[2]["loss"] is None and curve[2]["grad_norm"] is None
+    assert (curve[3]["loss"], curve[3]["grad_norm"]) == (other[2]["loss"], other[2]["grad_norm"])
+    assert [(entry["lr"], entry["consumed_samples"]) for entry in curve] == [
+        (entry["lr"], entry["consumed_samples"]) for entry in other
+    ]
+    assert math.isfinite(curve[4]["loss"])
+
+
+def test_too_many_of_them_in_a_row_end_the_run_naming_step_rank_and_microbatch(tmp_path: Path, data: str) -> None:
+    """Steps are counted across a resume too, and the checkpoint before them stays."""
+    flags = dict(OVERLAP, data_path=data, train_iters=9, max_nonfinite_steps=3, save=tmp_path)
+    ended = run(2, **flags, save_interval=2, within=nan_from_step_3_on)
+    message = the_error(ended[0].err)
+    assert [one.status for one in ended] == [4, 4]
+    told = (
+        "3 steps in a row",
+        "--max-nonfinite-steps 3",
+        "step 5",
+        "rank 1, microbatch 1 (samples ",
+        "Parameters are those of step 2",
+        f"{tmp_path}/iter_0000002 stands",
+        "--skip-samples 16:40",
+    )
+    assert all(word in message for word in told), message
+    assert "microbatch 0" not in message and checkpoints(tmp_path) == [2, 4]
+    ended = run(2, **flags, load=tmp_path, within=nan_from_step_3_on)
+    assert [one.status for one in ended] == [4, 4] and "step 5: rank 1" in the_error(ended[0].err)
+    assert losses(tmp_path).keys() == {1, 2, 3, 4}  # the log ends with the last step that was carried out
+    train(2, **flags, load=tmp_path)
+    assert [entry["nonfinite"] for entry in entries(tmp_path)] == [False, False, True, True] + 5 * [False]

@@ -82,6 +82,10 @@ REFUSED: list[Any] = [  # flags, what the line says
         ),
         "leaves 16",
     ),
+    (
+        dict(load="ROOT/plain", train_iters=None, train_samples=48, profile=True, profile_step_start=7),
+        "--profile-step-start 7 lies beyond the run's last step, 6",
+    ),
     # the teacher
     (dict(teacher_load="ROOT/nowhere", kd_steps=1), "--teacher-load ROOT/nowhere holds no checkpoint"),
     (dict(load="ROOT/plain", teacher_load="ROOT/plain", kd_steps=5), "the run was trained without a teacher up to step 3"),

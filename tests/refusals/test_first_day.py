@@ -15,7 +15,7 @@ from megatron_salt.tools import preprocess_data, score_data, select_data
 from megatron_salt.train import start as start_module
 from tests.support.program import refused, train, write_tokens
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_a_tool_does_so_too(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     argv = [word.replace("HOME", str(home)) for word in words.split()]
-    process = subprocess.run([sys.executable, str(Path(tool.__file__)), *argv], capture_output=True, text=True, timeout=120,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    program = ROOT / "tools" / Path(tool.__file__).name
+    process = subprocess.run([sys.executable, str(program), *argv], capture_output=True, text=True, timeout=120)
     assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, (
         process.stderr
     )

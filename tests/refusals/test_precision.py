@@ -12,7 +12,7 @@ import pytest
 from megatron_salt import pretrain
 from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.train import run as run_module
-from tests.support.program import argv, write_tokens
+from tests.support.program import argv
 from tests.support.ranks import run_ranks
 
 HOPPER = Hardware((9, 0), (13, 0), (2, 20, 2))
@@ -22,11 +22,6 @@ FP8: dict[str, Any] = dict(bf16=True, fp8_format="hybrid")
 
 class Joined(Exception):
     """The program went on to join the world."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_tokens(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture(scope="module")
