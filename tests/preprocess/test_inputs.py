@@ -1,4 +1,4 @@
-"""preprocess_data: the form of the input does not show in the dataset; what cannot be used is refused by name or left out and counted."""
+"""preprocess_data: the dataset does not depend on the form of the input; unusable input is refused by name, bad lines are counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.datasets import (
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """A directory that holds nothing but what the tool leaves."""
+    """An output directory. It holds only what the tool leaves."""
     return tmp_path / "out"
 
 

@@ -89,13 +89,13 @@ def json_lines(texts: list[str]) -> bytes:
 
 
 def run(inputs: Path | list[Path], prefix: Path, *flags: str, tokenizer: list[str] = BYTES) -> int:
-    """The tool's exit status."""
+    """Run preprocess_data in this process. Returns the exit status."""
     names = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
     return run_tool(PreprocessConfig, preprocess, ["--input", *names, "--output-prefix", str(prefix), *tokenizer, *flags])
 
 
 def dataset(prefix: Path, key: str = "text") -> list[list[int]]:
-    """The documents as mcore reads them."""
+    """Documents of a dataset, as megatron-core reads them."""
     return [document.tolist() for document in IndexedDataset(f"{prefix}_{key}_document")]
 
 
@@ -108,7 +108,7 @@ def as_bytes(texts: list[str]) -> list[list[int]]:
 
 
 def tool(*flags: str, limit_blocks: int | None = None, stderr: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """The tool as a user starts it, from the repository's root; `limit_blocks` KiB a file stand for a full disk."""
+    """Start preprocess_data as a user does. With `limit_blocks` a file may have that many KiB, as on a full disk."""
     command = [sys.executable, "tools/preprocess_data.py", *flags]
     if limit_blocks is not None:
         command = ["bash", "-c", f'ulimit -f {limit_blocks}; exec "$@"', "bash", *command]
