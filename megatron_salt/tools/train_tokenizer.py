@@ -10,10 +10,8 @@ padding piece. The same text and flags give the same file, byte for byte.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import refuse_present, sole_writer, whole_file
 from megatron_salt.preprocess.inputs import BadLines, input_files
 from megatron_salt.preprocess.parse import Parser
 from megatron_salt.preprocess.readers import chunks, form_of, uncompressed_name
@@ -120,15 +118,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
 
 def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -> int:
     """Train, and write the model whole or not at all; its bytes. Raises OSError, before training, where it cannot be written."""
-    tmp = output.with_name(output.name + ".tmp")
-    try:
-        with open(tmp, "wb") as stream:
-            size = stream.write(train(chosen, config))
-        os.replace(tmp, output)
-    finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-    return size
+    with whole_file(output) as temporary, open(temporary, "wb") as stream:
+        return stream.write(train(chosen, config))
 
 
 def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines, largest: int) -> Iterator[str]:

@@ -223,7 +223,7 @@ def telling_whom_it_evaluates() -> Iterator[None]:
     """Make every evaluation print whether the teacher takes part in it."""
 
     def evaluate(*arguments: Any) -> dict[str, float]:
-        print("evaluated", "the student alone" if arguments[7] is None else "student and teacher")
+        print("evaluated", "the student alone" if arguments[3] is None else "student and teacher")
         return original(*arguments)
 
     original = evaluate_module.evaluate
