@@ -182,7 +182,7 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
 
 
 def export(choice: Choice, text: WindowText, path: Path) -> None:
-    """Write the text of every chosen window; the file appears whole or not at all."""
+    """Write the text of every chosen window to `path`. The file appears whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         for chosen in choice.ids():
             for start in range(0, len(chosen), EXPORTED):

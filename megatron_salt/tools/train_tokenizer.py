@@ -120,7 +120,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
 
 
 def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -> int:
-    """Train, and write the model whole or not at all; its bytes. Raises OSError, before training, where it cannot be written."""
+    """Train and write the model, whole or not at all. Returns its size in bytes. Raises OSError before training if it cannot write."""
     with whole_file(output) as temporary, open(temporary, "wb") as stream:
         return stream.write(train(chosen, config))
 
