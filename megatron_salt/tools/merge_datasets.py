@@ -139,7 +139,7 @@ def merged_manifest(parts: Sequence[Manifest], written: Written, sampled: str) -
 
 def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
     """Prefixes of the datasets that --input names. Raises UserError if one is missing."""
-    found: list[str] = []
+    prefixes: list[str] = []
     for pattern in patterns:
         matches = (
             [pattern]
@@ -148,8 +148,8 @@ def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
         )
         if not matches:
             raise UserError(f"--input {pattern}: no such dataset; it takes the common prefix of a .bin and an .idx file")
-        found += matches
-    return found
+        prefixes += matches
+    return prefixes
 
 
 def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) -> None:
@@ -179,16 +179,16 @@ def refuse_gaps(manifests: list[Manifest | None]) -> None:
     """Raise UserError if a shard is missing or the shards are out of order."""
     shards = [parse_shard(manifest.shard) for manifest in manifests if manifest and manifest.shard]
     for n in {n for _, n in shards}:
-        found = [i for i, other in shards if other == n]
-        missing = sorted(set(range(n)) - set(found))
+        present = [i for i, other in shards if other == n]
+        missing = sorted(set(range(n)) - set(present))
         if missing:
             raise UserError(
                 f"--input lacks shards {', '.join(f'{i}/{n}' for i in missing[:10])} ({len(missing)} of {n}); "
                 "preprocess_data.py --shard makes each"
             )
-        if found != sorted(found):
+        if present != sorted(present):
             raise UserError(
-                f"--input names shards out of order, {', '.join(f'{i}/{n}' for i in found[:10])}: documents would not lie "
+                f"--input names shards out of order, {', '.join(f'{i}/{n}' for i in present[:10])}: documents would not lie "
                 "in input order"
             )
 
@@ -219,13 +219,13 @@ def copy(
         for ids, lengths in part.batches():
             writer.append(ids, lengths)
             progress.add(writer.tokens * writer.dtype.itemsize, (len(lengths), ids.nbytes / 1e6, len(ids)))
-        for suffix, found, recorded in (
+        for suffix, content_hash, recorded in (
             (".bin", part.bin_hash, manifest and manifest.bin_hash),
             (".idx", part.idx_hash, manifest and manifest.idx_hash),
         ):
-            if recorded and found != recorded:
+            if recorded and content_hash != recorded:
                 raise UserError(
-                    f"--input {prefix}{suffix} has content hash {found}, its manifest {Path(manifest_path(prefix)).name} "
+                    f"--input {prefix}{suffix} has content hash {content_hash}, its manifest {Path(manifest_path(prefix)).name} "
                     f"says {recorded}"
                 )
     print(f"copied {progress.close()}", flush=True)

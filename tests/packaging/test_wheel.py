@@ -27,7 +27,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of an environment that has the wheel, and the dependencies of this one."""
+    """Directory of an environment with the wheel and the dependencies of this environment."""
     home = tmp_path_factory.mktemp("wheel")
     source, built, environment = home / "source", home / "built", home / "environment"
     shutil.copytree(ROOT / "megatron_salt", source / "megatron_salt", ignore=shutil.ignore_patterns("__pycache__"))

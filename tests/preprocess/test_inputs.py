@@ -1,4 +1,4 @@
-"""preprocess_data: the form of the input does not show in the dataset; what cannot be used is refused by name or left out and counted."""
+"""preprocess_data: the dataset does not depend on the form of the input; unusable input is refused by name, bad lines are counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zstandard
 
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.tools import preprocess_data
-from tests.support.preprocessing import (
+from tests.support.datasets import (
     BYTES,
     ROOT,
     TEXTS,
@@ -32,7 +32,7 @@ from tests.support.preprocessing import (
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """A directory that holds nothing but what the tool leaves."""
+    """An output directory. It holds only what the tool leaves."""
     return tmp_path / "out"
 
 

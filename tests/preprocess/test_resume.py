@@ -35,11 +35,11 @@ PUBLISHED = {
 
 
 class Stop(BaseException):
-    """The end of a process, where there is none to end."""
+    """Stands for the death of the process."""
 
 
 def corpus(home: Path) -> list[str]:
-    """A file of every form, with two bad lines."""
+    """Write a file of every form, with two bad lines in all."""
     rows = [json.dumps({"text": text, "title": f"title {i}"}) for i, text in enumerate(TEXTS)]
     lines = "\n".join([*rows[:30], "bad", *rows[30:]]) + "\n"
     (home / "a.jsonl").write_text(lines)
@@ -59,13 +59,13 @@ def files_in(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Small chunks, and a note after each."""
+    """Small chunks, and a journal note after each."""
     monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 1500)
     monkeypatch.setattr(staging, "JOURNAL_SECONDS", 0.0)
 
 
 def stop_after(monkeypatch, chunks: int) -> None:
-    """End the run inside its chunk number `chunks`, after the datasets got it and before it is noted."""
+    """Stop the run at its chunk number `chunks`, after the chunk is written and before the journal notes it."""
     whole, seen = staging.StagingArea.note, [0]
 
     def note(self):

@@ -15,7 +15,7 @@ from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from megatron_salt.tools import preprocess_data
-from tests.support.preprocessing import BYTES, dataset, files_in, run, write_lines
+from tests.support.datasets import BYTES, dataset, files_in, run, write_lines
 from tests.tokenizer.test_document_ends import saved, tokenizer_json
 from tests.tools.test_merge_datasets import merge
 
@@ -24,7 +24,7 @@ TEXTS = ["plain text", "", "a tag <eod> in <eod> the text", "one more <eod>", "p
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """Of a SentencePiece model with a user-defined <eod>."""
+    """Flags of a SentencePiece model with a user-defined <eod>."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
@@ -62,9 +62,9 @@ def test_a_policy_decides_and_what_stood_in_the_text_is_told_and_recorded(
     assert (manifest.special_tokens_in_text, manifest.special_documents, manifest.special_tokens) == (policy, 2, {"<eod>": 3})
     if policy == "split":
         assert [tokenizer.decode(document) for document in documents] == [text for text in TEXTS if text]
-    told = capsys.readouterr().out
-    assert "special tokens in text: " in told and " of a sample, '<eod>' " in told  # before
-    assert f"special tokens in the text of 2 documents ({policy}): '<eod>' 3 times" in told  # and after
+    output = capsys.readouterr().out
+    assert "special tokens in text: " in output and " of a sample, '<eod>' " in output  # before
+    assert f"special tokens in the text of 2 documents ({policy}): '<eod>' 3 times" in output  # and after
 
 
 def test_split_is_the_default_for_every_type(tmp_path, corpus, flags, capsys):

@@ -1,4 +1,4 @@
-"""preprocess_data --resume, and a whole dataset is there: one that this run would write is kept, any other is refused."""
+"""preprocess_data --resume with a complete dataset: one that this run would write is kept, any other is refused."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_a_whole_dataset_that_was_made_otherwise_is_not_called_whole(tmp_path, c
     before = files_in(tmp_path / "out")
     capsys.readouterr()
     assert change(inputs, tmp_path / "out") == 2
-    told = capsys.readouterr()
-    assert word in told.err and "--overwrite replaces it" in told.err and "already whole" not in told.out
+    captured = capsys.readouterr()
+    assert word in captured.err and "--overwrite replaces it" in captured.err and "already whole" not in captured.out
     assert files_in(tmp_path / "out") == before
 
 
 def edited(inputs) -> bool:
-    """Change a letter in the first file; its size stays."""
+    """Change a letter in the first file, but not its size."""
     path = Path(str(inputs[0]))
     path.write_bytes(
         path.read_bytes().replace(b"e", b"i", 1) if path.suffix not in (".gz", ".zst") else path.read_bytes()[::-1]

@@ -1,4 +1,4 @@
-"""score_data in tests: run in the ranks of the pool, and the index that it wrote."""
+"""Run score_data in the ranks of the pool, and read the index that it wrote."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def argv(**flags: Any) -> list[str]:
 
 
 def main(words: list[str]) -> Ended:
-    """In every rank of the pool."""
+    """In every rank of the pool: run the tool."""
     out, err = io.StringIO(), io.StringIO()
     in_the_pool = mock.patch("megatron_salt.parallel.launch.distributed", return_value=contextlib.nullcontext())
     with in_the_pool, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -48,7 +48,7 @@ def main(words: list[str]) -> Ended:
 
 
 def score(world_size: int = 1, **flags: Any) -> str:
-    """What the ranks of a run that succeeds print."""
+    """Run the tool on `world_size` ranks without errors. Returns their stdout."""
     ended = run_ranks(world_size, main, argv(**flags))
     assert [one.status for one in ended] == [0] * world_size, ended
     return "".join(one.out for one in ended)
@@ -61,7 +61,7 @@ def refused(world_size: int = 1, **flags: Any) -> str:
 
 
 def table(directory: Path) -> dict[str, np.ndarray]:
-    """All columns, whole."""
+    """All columns of an index."""
     opened = ScoreIndex.open([str(directory)])
     names = columns(opened.manifest.top_k, opened.manifest.seq_length)
     return {name: np.concatenate([part for _, part in opened.chunks(name)]) for name in names}

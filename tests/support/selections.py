@@ -1,4 +1,4 @@
-"""Score indices of any rows and selections of any ids for tests; select_data in this process, and what it wrote."""
+"""Write score indices with any rows, and selections of any ids; run select_data in this process and read its output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = (
 
 
 def manifest_of(sizes: Sequence[int], block_samples: int = 8, **facts: object) -> IndexManifest:
-    """Of datasets `d0`, `d1`, ... with so many samples."""
+    """Manifest of an index of datasets `d0`, `d1`, ... with `sizes` samples."""
     datasets = tuple(DatasetFacts(f"d{number}", f"content:{number}", size) for number, size in enumerate(sizes))
     masking = {"eod_mask_loss": False, "reset_position_ids": False, "reset_attention_mask": True}
     values = dict(
@@ -51,7 +51,7 @@ def manifest_of(sizes: Sequence[int], block_samples: int = 8, **facts: object) -
 
 
 def random_rows(manifest: IndexManifest, seed: int = 0, **given: np.ndarray) -> dict[str, np.ndarray]:
-    """Every column: those given, and other random numbers."""
+    """Rows with the given columns, and random numbers in all others."""
     random = np.random.default_rng(seed)
     kinds = columns(manifest.top_k, manifest.seq_length)
     rows = {name: random.integers(1, 50, manifest.num_samples).astype(dtype) for name, dtype in kinds.items()}
@@ -60,14 +60,14 @@ def random_rows(manifest: IndexManifest, seed: int = 0, **given: np.ndarray) -> 
 
 
 def write_blocks(writer: ShardWriter, manifest: IndexManifest, rows: Mapping[str, np.ndarray], blocks: Sequence[int]) -> None:
-    """Write these blocks, as a scoring job does."""
+    """Write `blocks` as a scoring job does."""
     for block in blocks:
         here = slice(block * manifest.block_samples, (block + 1) * manifest.block_samples)
         writer.write(block, {name: values[here] for name, values in rows.items()})
 
 
 def write_shard(directory: Path, manifest: IndexManifest, rows: Mapping[str, np.ndarray], shard: tuple[int, int]) -> Path:
-    """What one job of an array does, from beginning to end, or from where another one stopped."""
+    """Write a shard as one job of an array does, from its start or from where another job stopped. Returns its directory."""
     claim(directory, manifest)
     writer = ShardWriter(directory, manifest, shard_blocks(manifest.num_blocks, shard))
     write_blocks(writer, manifest, rows, list(writer.todo))
@@ -76,19 +76,19 @@ def write_shard(directory: Path, manifest: IndexManifest, rows: Mapping[str, np.
 
 
 def write_index(directory: Path, manifest: IndexManifest, rows: Mapping[str, np.ndarray], num_shards: int = 1) -> ScoreIndex:
-    """An index of so many shards, opened."""
+    """Write an index of `num_shards` shards, and open it."""
     for number in range(num_shards):
         write_shard(directory, manifest, rows, (number, num_shards))
     return ScoreIndex.open([str(directory)])
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
+    """Content of every file below a directory, by relative path."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 def write_columns(directory: Path, manifest: IndexManifest, num_shards: int = 1, **columns: np.ndarray) -> ScoreIndex:
-    """An index of which only these columns can be read."""
+    """Write an index that has only these columns, and open it."""
     bounds = [manifest.num_samples * number // num_shards for number in range(num_shards + 1)]
     shards = []
     for first, end in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
@@ -137,7 +137,7 @@ def write_ids(
 
 
 def write_scored_datasets(tmp_path: Path) -> Path:
-    """Scores of two byte-level datasets of 20 and 11 windows: 0.0, 0.1, ... by id for the default score, other columns at random."""
+    """Write two byte-level datasets of 20 and 11 windows, and their index. Default scores are 0.0, 0.1, ... by id, others random."""
     windows = []
     for name, text in (("cats", TEXTS[0][:320]), ("code", TEXTS[1][:176])):
         writer = IndexedWriter(str(tmp_path / name), np.dtype(np.uint16))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of preprocess_data, and of score_data: datasets, a teacher, and the score indices that it wrote."""
+"""Fixtures for preprocess_data (input and output) and for score_data (datasets, a teacher, its score indices)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from megatron_salt.selection.score_reader import ScoreIndex
-from tests.support.preprocessing import TEXTS, write_lines
+from tests.support.datasets import TEXTS, write_lines
 from tests.support.program import SEQ_LENGTH, train, write_tokens
 from tests.support.scoring import NUM_SAMPLES, score
 
@@ -22,7 +22,7 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """A directory that holds nothing but what the tool leaves."""
+    """An output directory. It holds only what the tool leaves."""
     return tmp_path / "out"
 
 
@@ -57,7 +57,7 @@ def score_flags(datasets: tuple[str, str], teacher: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def score_index(tmp_path_factory: pytest.TempPathFactory, score_flags: dict[str, Any]) -> Path:
-    """The whole index, by one rank in one go."""
+    """Index of all windows, written by one rank without interruption."""
     output = tmp_path_factory.mktemp("scores") / "index"
     assert f"31 of {NUM_SAMPLES} samples in 8 blocks, 0 of them finished before" in score(**score_flags, output=output)
     return output
@@ -65,10 +65,10 @@ def score_index(tmp_path_factory: pytest.TempPathFactory, score_flags: dict[str,
 
 @pytest.fixture(scope="session")
 def part_index(tmp_path_factory: pytest.TempPathFactory, score_flags: dict[str, Any]) -> Path:
-    """An index of some of the windows, by one rank in one go."""
+    """Index of a random part of the windows, written by one rank without interruption."""
     output = tmp_path_factory.mktemp("part") / "index"
-    told = score(**score_flags, output=output, sample=0.4)
+    printed = score(**score_flags, output=output, sample=0.4)
     count = int(ScoreIndex.open([str(output)]).manifest.scored(0, NUM_SAMPLES).sum())
-    assert f"31 of {NUM_SAMPLES} samples, {count} of them by --sample 0.4 in 8 blocks" in told
-    assert f"the index: about 40.00% of {NUM_SAMPLES} windows, {0.4 * NUM_SAMPLES * SEQ_LENGTH:.3g} tokens, " in told
+    assert f"31 of {NUM_SAMPLES} samples, {count} of them by --sample 0.4 in 8 blocks" in printed
+    assert f"the index: about 40.00% of {NUM_SAMPLES} windows, {0.4 * NUM_SAMPLES * SEQ_LENGTH:.3g} tokens, " in printed
     return output

@@ -1,4 +1,4 @@
-"""No tool replaces what is there, or writes where another process does, unless a flag says so. The same for all of them."""
+"""All tools: an existing output is replaced only with --overwrite, and one process at a time writes an output."""
 
 from __future__ import annotations
 

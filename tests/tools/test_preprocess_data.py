@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_salt.data.manifest import fingerprint, read_manifest, tokenizer_directory
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from megatron_salt.tools import preprocess_data
-from tests.support.preprocessing import (
+from tests.support.datasets import (
     TEXTS,
     as_bytes,
     dataset,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.support.preprocessing import (
+from tests.support.datasets import (
     BYTES,
     ROOT,
     as_bytes,
@@ -86,7 +86,7 @@ own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:
 print("memory", own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
 """
-"""A process's ru_maxrss would begin with that of the one that started it, which here holds the texts: VmHWM is its own."""
+"""VmHWM counts from the process's own start. ru_maxrss would include the memory of this test, which holds the texts."""
 
 
 @pytest.mark.long
@@ -95,8 +95,10 @@ sys.exit(code)
     [("jsonl", []), ("jsonl.zst", []), ("parquet", []), ("jsonl", ["--dedup", "exact", "--shuffle-documents", "1"])],
 )
 def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
-    """Of short documents, of which the index has most to say. KiB, of the parent and of its largest child. What puts documents
-    in order takes what --max-memory leaves, and no more."""
+    """Short documents make the largest index. Peaks are in KiB, of the parent and of its largest child.
+
+    Deduplication and shuffling use the memory that --max-memory leaves, and no more.
+    """
     peaks = []
     for number in (60_000, 600_000):
         texts = [f"{i} document" for i in range(number)]
@@ -136,7 +138,7 @@ def test_ten_times_the_input_takes_no_more_memory(tmp_path, suffix, flags):
 
 
 class Interrupted:
-    """The tool with two workers in the middle of its input, a pipe that this object holds open."""
+    """The tool with two workers, in the middle of its input: a pipe that this object keeps open."""
 
     def __init__(self, home: Path, out: Path) -> None:
         os.mkfifo(home / "pipe")
@@ -170,7 +172,7 @@ class Interrupted:
             self.pipe.flush()
 
     def close(self) -> str:
-        """What the tool wrote to stderr."""
+        """Close the pipe and wait for the tool. Returns its stderr."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.close()
         self.process.wait()

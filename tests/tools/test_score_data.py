@@ -30,7 +30,7 @@ from tests.support.selections import files_in
 
 
 def full_logits(directory: str, tokens: np.ndarray, inside_documents: bool) -> np.ndarray:
-    """In one rank: the teacher's logits for each window alone, float32 [n, s, V], by the head's own linear."""
+    """In one rank: the teacher's logits of each window, computed alone by the head's linear layer: float32 [n, s, V]."""
     mesh = make_student_mesh(student_layout(from_yaml(Path(directory, "run.yaml").read_text(), "").parallel, 1))
     seed_everything(0, mesh)
     run = from_yaml(Path(directory, "run.yaml").read_text(), "")
@@ -47,7 +47,7 @@ def full_logits(directory: str, tokens: np.ndarray, inside_documents: bool) -> n
 
 
 def slow_scores(logits: np.ndarray, window: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """A window's columns from the definitions, token by token, in float64."""
+    """Columns of a window, computed from the definitions token by token in float64."""
     losses, ranks, entropies = [], [], []
     for row, label, counted in zip(logits, window[1:], counts, strict=True):
         if counted:
@@ -55,14 +55,14 @@ def slow_scores(logits: np.ndarray, window: np.ndarray, counts: np.ndarray) -> d
             losses.append(-log_p[label])
             ranks.append((row > row[label]).sum())
             entropies.append(-(np.exp(log_p) * log_p).sum())
-    told: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for k in TOP_K:
         zeroed = [loss if rank < k else 0.0 for loss, rank in zip(losses, ranks, strict=True)]
         dropped = [loss for loss, rank in zip(losses, ranks, strict=True) if rank < k]
-        told |= {f"median_zeroed_{k}": np.median(zeroed), f"mean_zeroed_{k}": np.mean(zeroed),
+        scores |= {f"median_zeroed_{k}": np.median(zeroed), f"mean_zeroed_{k}": np.mean(zeroed),
                  f"median_dropped_{k}": np.median(dropped) if dropped else 0.0, f"mean_dropped_{k}": np.mean(dropped) if dropped else 0.0,
                  f"share_{k}": len(dropped) / len(losses)}  # fmt: skip
-    return told | {"median": np.median(losses), "mean": np.mean(losses), "entropy": np.mean(entropies), "tokens": len(losses)}
+    return scores | {"median": np.median(losses), "mean": np.mean(losses), "entropy": np.mean(entropies), "tokens": len(losses)}
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -99,7 +99,7 @@ def test_every_column_equals_full_logits_in_float64(
 def test_the_index_does_not_depend_on_the_layout(
     tmp_path: Path, score_flags: dict[str, Any], score_index: Path, world_size: int, layout: dict[str, int]
 ) -> None:
-    """Byte for byte where tp is the same: nobody's matrices change their shape. Another tp sums in another order."""
+    """Equal bytes if tp is equal, because matrix shapes are equal. Another tp sums in another order."""
     score(world_size, **score_flags, **layout, output=tmp_path / "index")
     one, other = table(score_index), table(tmp_path / "index")
     if "tensor_model_parallel_size" not in layout:
@@ -109,12 +109,12 @@ def test_the_index_does_not_depend_on_the_layout(
 
 
 def test_shards_by_independent_jobs_are_the_whole(tmp_path: Path, score_flags: dict[str, Any], score_index: Path) -> None:
-    """More shards than blocks too: some have nothing to do. A job that is started twice does nothing the second time."""
+    """Also with more shards than blocks, so that some have nothing to do. A finished job that starts again does nothing."""
     for n, world_size in ((3, 2), (11, 1)):
         output = tmp_path / str(n)
         for i in reversed(range(n)):
-            told = score(world_size, **score_flags, output=output, shard=f"{i}/{n}")
-            assert "finished" in told or "none of the 8 blocks" in told
+            printed = score(world_size, **score_flags, output=output, shard=f"{i}/{n}")
+            assert "finished" in printed or "none of the 8 blocks" in printed
         again = score(world_size, **score_flags, output=output, shard=f"{n - 1}/{n}")
         assert "blocks were finished before" in again or (n == 11 and "none of the 8 blocks" in again)
         assert same(table(output), table(score_index))
@@ -142,7 +142,7 @@ def test_a_part_has_the_rows_of_the_whole_and_zeros(score_index: Path, part_inde
 def test_shards_of_a_part_are_the_part(
     tmp_path: Path, score_flags: dict[str, Any], part_index: Path, n: int, world_size: int
 ) -> None:
-    """More shards than blocks too; a block may have no window of the part."""
+    """Also with more shards than blocks. Some blocks have no window of the part."""
     for i in reversed(range(n)):
         score(world_size, **score_flags, output=tmp_path / "index", sample=0.4, shard=f"{i}/{n}")
     assert same(table(tmp_path / "index"), table(part_index))
@@ -151,7 +151,7 @@ def test_shards_of_a_part_are_the_part(
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, expected",
     [
         (dict(score_top_k=(1, 10)), ["is an index of other scores: top k is (1, 10, 100) there and (1, 10) here"]),
         (dict(micro_batch_size=4), ["micro batch size is 2 there and 4 here"]),
@@ -174,11 +174,11 @@ def test_shards_of_a_part_are_the_part(
     ],
 )
 def test_mistakes_are_refused_by_name(
-    score_flags: dict[str, Any], score_index: Path, changes: dict[str, Any], told: list[str]
+    score_flags: dict[str, Any], score_index: Path, changes: dict[str, Any], expected: list[str]
 ) -> None:
     before = sorted(score_index.rglob("*"))
     message = refused(**score_flags | dict(output=score_index) | changes)
-    assert all(words in message for words in told), message
+    assert all(words in message for words in expected), message
     assert sorted(score_index.rglob("*")) == before
 
 

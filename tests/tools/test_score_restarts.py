@@ -1,4 +1,4 @@
-"""score_data: a job that is killed, told to leave or out of space goes on when it is started again, and the index is the same."""
+"""score_data: a job that is killed, asked to leave or out of space continues when it is started again. The index is the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.scoring import NUM_SAMPLES, Ended, argv, main, refused, same,
 def test_a_killed_job_goes_on_and_the_index_is_the_same(
     tmp_path: Path, score_flags: dict[str, Any], score_index: Path, world_size: int
 ) -> None:
-    """kill -9 after some blocks, twice, and the rest under another number of replicas. What was finished is not done again."""
+    """Kill -9 twice after some blocks, then finish with another number of replicas. Finished blocks are not scored again."""
     done = 0
     for stop in (2, 5):
         with contextlib.ExitStack() as stack:
@@ -41,13 +41,13 @@ def test_a_killed_job_goes_on_and_the_index_is_the_same(
             else:
                 raise AssertionError("it ended before it could be killed")
         done = stop
-    told = score(3 - world_size, **score_flags, output=tmp_path / "index")
-    assert 5 <= finished_before(told) < 8, told
+    output = score(3 - world_size, **score_flags, output=tmp_path / "index")
+    assert 5 <= finished_before(output) < 8, output
     assert same(table(tmp_path / "index"), table(score_index))
 
 
 def interrupted(words: list[str], how: str) -> Ended:
-    """In every rank: the last one gets a signal, or makes the file, when it comes to its fifth microbatch."""
+    """In every rank: before its fifth microbatch the last rank gets a signal or makes the exit file."""
     from megatron_salt.salt.scorer import Scorer
 
     original, numbers = Scorer._microbatch, iter(range(1, 100))
@@ -66,30 +66,32 @@ def interrupted(words: list[str], how: str) -> Ended:
 def test_a_job_that_is_told_to_leave_says_how_far_it_is_and_the_same_command_goes_on(
     tmp_path: Path, score_flags: dict[str, Any], score_index: Path, how: str, world_size: int
 ) -> None:
-    """A block is 2 microbatches, and each round of them one look at whether to leave: one rank leaves in its third block, two, of which
-    each has one microbatch of a block, after their fifth. It does not end as one that is finished."""
+    """A block is 2 microbatches, and ranks ask after each round of microbatches whether to leave.
+
+    One rank leaves in its third block. Two ranks have one microbatch of each block, so they leave after their fifth block.
+    """
     file = tmp_path / "leave"
     score_flags = score_flags | dict(output=tmp_path / "index", exit_file=file)
     ended = run_ranks(world_size, interrupted, argv(**score_flags), "signal" if how == "signal" else str(file))
     assert [one.status for one in ended] == [3] * world_size, ended
     reason = "SIGUSR1 received" if how == "signal" else f"--exit-file {file} has appeared"
-    told = "".join(one.out for one in ended)
-    found = re.search(rf"left after (\d+) of {NUM_SAMPLES} windows: {reason}; the same command goes on\n", told)
-    assert found and int(found[1]) == {1: 8, 2: 20}[world_size] and "finished:" not in told, told
+    output = "".join(one.out for one in ended)
+    left = re.search(rf"left after (\d+) of {NUM_SAMPLES} windows: {reason}; the same command goes on\n", output)
+    assert left and int(left[1]) == {1: 8, 2: 20}[world_size] and "finished:" not in output, output
     if how == "file":
         assert f"--exit-file {file} is there" in refused(world_size, **score_flags)
         file.unlink()
-    assert finished_before(score(world_size, **score_flags)) == int(found[1]) // 4
+    assert finished_before(score(world_size, **score_flags)) == int(left[1]) // 4
     assert same(table(tmp_path / "index"), table(score_index))
 
 
-def finished_before(told: str) -> int:
-    """What a job says it found."""
-    return int(told.partition(" of them finished before")[0].split()[-1])
+def finished_before(output: str) -> int:
+    """Number of finished blocks that a job reports at its start."""
+    return int(output.partition(" of them finished before")[0].split()[-1])
 
 
 def start(world_size: int, **flags: Any) -> subprocess.Popen[str]:
-    """The tool as a process of its own, slowed down so that it can be killed in the middle."""
+    """Start the tool in a process of its own, slowed down so that it can be killed before its end."""
     slowly = (
         "import sys, time; from megatron_salt.salt import scorer; whole = scorer.Scorer.score\n"
         "def score(*arguments):\n    time.sleep(0.3)\n    return whole(*arguments)\n"
@@ -113,7 +115,7 @@ def start(world_size: int, **flags: Any) -> subprocess.Popen[str]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """The launcher and all that it started."""
+    """Kill the launcher and all processes that it started."""
     of = psutil.Process(process.pid)
     everyone = [of, *of.children(recursive=True)]
     for one in everyone:
@@ -126,12 +128,12 @@ def kill(process: subprocess.Popen[str]) -> None:
 def test_a_part_is_resumed_as_it_was_begun(tmp_path: Path, score_flags: dict[str, Any], part_index: Path) -> None:
     for one in run_ranks(2, out_of_space, argv(**score_flags, output=tmp_path / "index", sample=0.4)):
         assert one.status == 2, one
-    for changes, told in (
+    for changes, message in (
         (dict(sample=0.5), "sample is 0.4 there and 0.5 here"),
         (dict(), "sample is 0.4 there and None here"),
         (dict(sample=0.4, sample_seed=7), "sample seed is 1234 there and 7 here"),
     ):
-        assert told in refused(**score_flags, output=tmp_path / "index", **changes)
+        assert message in refused(**score_flags, output=tmp_path / "index", **changes)
     assert "2 of them finished before" in score(**score_flags, output=tmp_path / "index", sample=0.4)
     assert same(table(tmp_path / "index"), table(part_index))
 
@@ -147,7 +149,7 @@ def test_a_full_disk_ends_every_rank_and_keeps_what_is_finished(
 
 
 def out_of_space(words: list[str]) -> Ended:
-    """In every rank: the third block finds no space."""
+    """In every rank: writing the third block fails, as on a full disk."""
     from megatron_salt.selection.score_writer import ShardWriter
 
     whole = ShardWriter.write

@@ -56,7 +56,7 @@ def test_the_file_is_the_rules_choice(
 
 @pytest.mark.parametrize("rule", ["top", "bottom", "random"])
 def test_of_a_part_that_was_scored_the_choice_is_inside_it(tmp_path: Path, rule: str) -> None:
-    """Oracle: sort the scored samples. Of two equal windows one is dropped only where both are scored."""
+    """Oracle: a sort of the scored samples. A duplicate is left out only if both windows are scored."""
     manifest = manifest_of([60, 40], sample=0.4, sample_seed=9)
     scored = np.flatnonzero(manifest.scored(0, 100))
     scores = np.zeros(100)
@@ -88,27 +88,27 @@ def test_a_random_choice_is_its_seeds(index: Path) -> None:
 
 def test_the_report_says_what_was_chosen(index: Path) -> None:
     assert select(index, "--fraction", 0.5, "--valid-share", 0.1, "--exclude-duplicates", "--examples", 2) == 0
-    told = report_of(index)
-    assert "chosen by score median_dropped_10, name top, fraction 0.5" in told and "step 7, w" in told
-    assert "not eligible: 3 held out (--valid-share 0.1), 0 without a token that counts, 1 duplicates" in told
-    lines = [line.split() for line in told.splitlines() if line.endswith(("cats", "code"))]
+    output = report_of(index)
+    assert "chosen by score median_dropped_10, name top, fraction 0.5" in output and "step 7, w" in output
+    assert "not eligible: 3 held out (--valid-share 0.1), 0 without a token that counts, 1 duplicates" in output
+    lines = [line.split() for line in output.splitlines() if line.endswith(("cats", "code"))]
     assert [(line[0], line[1], line[2], line[4]) for line in lines[:2]] == [("20", "18", "5", "1.3"), ("11", "9", "9", "1.3")]
-    assert sum(int(count) for count in re.findall(r"^ +[\d.]+ [|>][#.]* (\d+) of \d+$", told, re.MULTILINE)) == 14
-    assert re.search(r"%  median_zeroed_1$", told, re.MULTILINE) and "by chance 51.9%" in told
-    best = told.partition("highest scores:")[2].splitlines()
+    assert sum(int(count) for count in re.findall(r"^ +[\d.]+ [|>][#.]* (\d+) of \d+$", output, re.MULTILINE)) == 14
+    assert re.search(r"%  median_zeroed_1$", output, re.MULTILINE) and "by chance 51.9%" in output
+    best = output.partition("highest scores:")[2].splitlines()
     assert "sample 29 " in best[1] and "2.9, chosen:" in best[1] and "sys.path" in best[1] + best[2]
-    assert "sample 12 " in told.partition("not chosen, next to the cut:")[2].splitlines()[1]
-    assert "sample 0 " in told.partition("lowest scores:")[2]
+    assert "sample 12 " in output.partition("not chosen, next to the cut:")[2].splitlines()[1]
+    assert "sample 0 " in output.partition("lowest scores:")[2]
 
 
 @pytest.mark.parametrize("rule, skip", [("top", 0), ("bottom", 0), ("band", 6)])
 def test_the_overlap_is_that_of_two_sorts(index: Path, rule: str, skip: int) -> None:
-    """Oracle: by either score sort the samples, ties by rank, and take seven."""
+    """Oracle: sort the samples by each score, ties by rank, and take seven."""
     assert select(index, "--num-samples", 7, "--rule", rule, *(("--band-skip", 0.2) if skip else ())) == 0
     opened = ScoreIndex.open([str(index)])
-    told = {name: share for share, name in re.findall(r"^ +([\d.]+%)  (\w+)$", report_of(index), re.MULTILINE)}
-    assert len(told) == 12 and "median_dropped_10" not in told
-    for name, share in told.items():
+    overlaps = {name: share for share, name in re.findall(r"^ +([\d.]+%)  (\w+)$", report_of(index), re.MULTILINE)}
+    assert len(overlaps) == 12 and "median_dropped_10" not in overlaps
+    for name, share in overlaps.items():
         scores = opened.read(name, 0, 31)
         taken = set(
             np.lexsort((tie_ranks(np.arange(31), TIE_SEED), scores if rule == "bottom" else -scores))[skip : skip + 7].tolist()
@@ -117,7 +117,7 @@ def test_the_overlap_is_that_of_two_sorts(index: Path, rule: str, skip: int) -> 
 
 
 def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
-    """With a score of 0 in every window but three, five are chosen by nothing but the order of ties, which is the seed's."""
+    """All scores but three are 0, so the seeded order of ties chooses five samples."""
     opened = manifest_of([40])
     write_index(tmp_path / "flat", opened, random_rows(opened, median_zeroed_10=np.arange(40) // 37))
     for words, seed in (((), TIE_SEED), (("--tie-seed", 5), 5)):
@@ -126,13 +126,13 @@ def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
         assert chosen(index) == [*sorted(np.argsort(tie_ranks(np.arange(37), seed))[:5].tolist()), 37, 38, 39]
         manifest = Selection.open(str(index.parent / "chosen")).manifest
         assert (manifest.tie_seed, manifest.tie_share) == (seed, 5 / 8)
-    told = report_of(index)
+    output = report_of(index)
     assert (
         "5 of the 8 chosen ones, 62.50%, have the very score of a cut, as others have that were not chosen: --tie-seed 5 decided"
-        in told
+        in output
     )
-    assert "a zeroed median is 0 where half of the tokens or more are outside the top k" in told
-    assert "d0.idx is not there" in told
+    assert "a zeroed median is 0 where half of the tokens or more are outside the top k" in output
+    assert "d0.idx is not there" in output
 
 
 @pytest.mark.parametrize("per_dataset", [False, True])
@@ -140,7 +140,7 @@ def test_ties_at_the_cut_are_told(index: Path, tmp_path: Path) -> None:
 def test_a_score_that_does_not_tell_samples_apart_is_refused_and_those_that_do_are_named(
     tmp_path: Path, rule: str, skip: float, per_dataset: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: the share that the tool itself records when it is told to choose by each of the other scores."""
+    """Oracle: the tie share that the tool records when it chooses by each of the other scores."""
     opened = manifest_of([60, 40])
     rows = random_rows(
         opened, median_dropped_10=np.zeros(100), mean=np.random.default_rng(1).random(100), entropy=np.arange(100) // 7
@@ -156,10 +156,10 @@ def test_a_score_that_does_not_tell_samples_apart_is_refused_and_those_that_do_a
     ]
     before = files_in(tmp_path)
     assert select(tmp_path / "flat", *flags) == 2
-    told = capsys.readouterr().err
-    assert "--score median_dropped_10 does not tell the samples apart: 50 of the 50 that would be chosen, 100.0%," in told
-    assert told.count("\n") == 1 and "or --allow-ties" in told and files_in(tmp_path) == before
-    named = dict(re.findall(r"(\w+) \(([\d.]+%)\)", told))
+    output = capsys.readouterr().err
+    assert "--score median_dropped_10 does not tell the samples apart: 50 of the 50 that would be chosen, 100.0%," in output
+    assert output.count("\n") == 1 and "or --allow-ties" in output and files_in(tmp_path) == before
+    named = dict(re.findall(r"(\w+) \(([\d.]+%)\)", output))
     shares = {}
     for name, dtype in ScoreIndex.open([str(tmp_path / "flat")]).columns.items():
         if dtype.kind == "f":
@@ -200,13 +200,13 @@ def test_data_that_moved_is_found_and_other_data_refused(index: Path, capsys: py
     assert select(index, "--fraction", 0.2, "--overwrite", "--data-path", *moved) == 0
     assert "sys.path" in report_of(index)
     before = files_in(folder)
-    for words, told in [
+    for words, message in [
         (("--data-path", *moved[::-1]), "is not the data that was scored"),
         (("--data-path", moved[0]), "--data-path names 1 datasets, the index has scores of 2"),
         (("--export-documents", folder / "text.jsonl"), "--export-documents"),
     ]:
         assert select(index, "--fraction", 0.3, "--overwrite", *words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert files_in(folder) == before
     content = (folder / "moved-cats.bin").read_bytes()
     (folder / "moved-cats.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

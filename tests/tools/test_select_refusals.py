@@ -28,7 +28,7 @@ def index(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         ((), "--rule top takes either --fraction or --num-samples"),
         (("--fraction", 0.5, "--num-samples", 3), "--rule top takes either --fraction or --num-samples"),
@@ -47,11 +47,11 @@ def index(tmp_path: Path) -> Path:
         (("--fraction", 0.5, "--rule", "random", "--tie-seed", 1), "--tie-seed does not go with --rule random"),
     ],
 )  # fmt: skip
-def test_mistakes_are_refused_by_name(index: Path, words: tuple, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_refused_by_name(index: Path, words: tuple, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_in(index.parent)
     assert select(index, *words) == 2
     err = capsys.readouterr().err
-    assert told in err and "Traceback" not in err
+    assert message in err and "Traceback" not in err
     assert files_in(index.parent) == before
 
 
@@ -93,7 +93,7 @@ def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(
     assert "--scores names" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.parametrize("words, message", [
     (("--fraction", "0.5", "--tie-seed", "-1"), "--tie-seed must be from 0 to 2^63 - 1"),
     (("--fraction", "0.5", "--tie-seed", 10**30), "--tie-seed must be from 0 to 2^63 - 1"),
     (("--fraction", "0.5", "--rule", "random", "--seed", 10**30), "--seed must be from 0 to 2^63 - 1"),
@@ -103,10 +103,10 @@ def test_datasets_that_are_equal_give_their_windows_twice_where_allowed_alone(
     (("--fraction", "0.5", "--output", ""), "names no selection"),
     (("--fraction", "0.5", "--output", "nowhere/.npy"), "names no selection"),
 ])  # fmt: skip
-def test_what_no_selection_could_record_is_refused_before_anything_is_written(index, capsys, words, told):
+def test_what_no_selection_could_record_is_refused_before_anything_is_written(index, capsys, words, message):
     before = files_in(index.parent)
     assert select(index, *words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert files_in(index.parent) == before
 
 
