@@ -1,10 +1,10 @@
-"""Start-up time and batches per second of our data path against megatron-core's GPTDataset, over the same files.
+"""Start-up time and batches a second of our data path against megatron-core's GPTDataset, on the same files.
 
-    python benchmarks/data_startup.py          about a minute; needs 2 GB of disk and of memory for megatron-core's indices
+    python benchmarks/data_startup.py          about a minute; needs 2 GB of disk, and as much memory for megatron-core's indices
 
-Both run in one process without workers, on files that the page cache holds, and are measured in turns. At 10^5 samples
-the documents are like text (1,000 tokens on average); the 10^8 and 10^9 samples are files with holes and a few long
-documents, which is the easiest case for an index. At 10^9 megatron-core's cost is what it took at 10^8, times ten.
+Both run in one process without workers, on files in the page cache, and take turns. With 10^5 samples documents are like
+text (1,000 tokens on average). With 10^8 and 10^9 samples the files have holes and a few long documents, which is the easiest
+case for an index. For 10^9 samples megatron-core's cost is ten times the one measured at 10^8.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH = 64
 
 
 class Tokenizer:
-    """All that GPTDataset asks of one."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     eod, pad, pad_id, vocab_size = EOD, VOCABULARY, VOCABULARY, VOCABULARY
     unique_identifiers: ClassVar = {"class": "Tokenizer", "vocabulary": VOCABULARY}
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def compare_speed(title: str, corpus: Corpus) -> float:
-    """Batches of BATCH samples a second: ours over megatron-core's."""
+    """Batches of BATCH samples a second: ours divided by megatron-core's."""
     theirs, ours = (
         open_theirs(corpus, None),
         Batches(open_ours(corpus), global_batch_size=BATCH, micro_batch_size=BATCH, replica=0, num_replicas=1),
@@ -106,7 +106,7 @@ class Start:
 
 
 def compare_start(corpus: Corpus, cache: str) -> Start:
-    """Seconds from the path to the first batch; theirs the first time (indices built) and from then on (indices found)."""
+    """Seconds from the path to the first batch. Theirs: the first time (indices are built), and later (indices exist)."""
     first_s = timed(lambda: their_batch(open_theirs(corpus, cache), 0))
     later_s = timed(lambda: their_batch(open_theirs(corpus, cache), 0))
     index_mb = sum(file.stat().st_size for file in Path(cache).iterdir()) / 1e6
@@ -126,7 +126,7 @@ def compare_start(corpus: Corpus, cache: str) -> Start:
 
 
 def open_huge(corpus: Corpus) -> float:
-    """Seconds to open 10^9 windows, name them, and read the last one in the files and the last one in the order."""
+    """Seconds to open 10^9 windows, compute their name, and read the last one of the files and the last one of the order."""
 
     def find() -> None:
         samples = open_ours(corpus)
@@ -183,7 +183,7 @@ def their_batch(dataset: GPTDataset, first: int) -> dict[str, torch.Tensor]:
 
 
 def write_text(prefix: str, seq_length: int, num_samples: int) -> str:
-    """Random tokens in documents of 20 to 2,000 tokens, each closed by EOD."""
+    """Write random tokens in documents of 20 to 2,000 tokens, each ended by EOD."""
     random, left = np.random.default_rng(0), seq_length * num_samples + 1
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     while left:
@@ -198,7 +198,7 @@ def write_text(prefix: str, seq_length: int, num_samples: int) -> str:
 
 
 def write_sparse(prefix: str, num_tokens: int, num_documents: int) -> str:
-    """Zeros (holes on disk) in equally long documents; the last token is 7."""
+    """Write zeros (holes on disk) in documents of equal length. The last token is 7."""
     lengths = np.full(num_documents, num_tokens // num_documents, np.int64)
     lengths[-1] += num_tokens - lengths.sum()
     with open(f"{prefix}.idx", "wb") as idx:

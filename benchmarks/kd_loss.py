@@ -1,19 +1,19 @@
-"""The output head's loss alone, forward and backward, with and without a teacher: time and peak memory against named rivals.
+"""The loss of the output head, forward and backward, with and without a teacher: time and peak memory against rivals.
 
     python benchmarks/kd_loss.py           V = 32K, 1 thread: a few minutes
-    python benchmarks/kd_loss.py --full    V = 32K, 128K and 256K, 1 thread and 2: an hour or so; 256K takes 10 GiB
+    python benchmarks/kd_loss.py --full    V = 32K, 128K and 256K, 1 thread and 2: about an hour; 256K takes 10 GiB
 
-Rivals with a teacher: `full`, cross entropy of full logits against the mixed target q in plain PyTorch, and `chunks`, the same in
-8 chunks of tokens through autograd, in the manner of torchtune's chunked losses. Without one: `plain`, F.linear and
-F.cross_entropy, and `mcore`, its ColumnParallelLinear and vocab_parallel_cross_entropy. The rivals make the loss alone, ours all the
-metrics besides. All start from the same numbers and must arrive at the same loss and gradients.
+Rivals with a teacher: `full`, cross entropy of full logits against the mixed target q in plain PyTorch; and `chunks`, the same in
+8 chunks of tokens through autograd, like torchtune's chunked losses. Without a teacher: `plain`, F.linear and F.cross_entropy; and
+`mcore`, megatron-core's ColumnParallelLinear and vocab_parallel_cross_entropy. Rivals compute only the loss; ours computes all metrics
+as well. All start from the same numbers and must reach the same loss and gradients.
 
-Times are medians over pairs of neighbouring runs, in CPU seconds of the process on 1 thread and by the clock on 2. Memory is
-a child process's peak RSS over what it held before, one run each, with the gradients that it leaves behind.
+Times are medians over neighbouring pairs of runs: CPU seconds of the process with 1 thread, wall-clock seconds with 2. Memory is the
+peak RSS of a child process minus its RSS before, one run each, with the gradients that remain.
 
-What bounds it: time, the matrix products, which everyone has (with a teacher 4, about 85% of ours in float32), and then exp, twice a
-logit, since a block of probabilities does not outlive the all-gather between the sums and the gradient. Memory, two chunks of logits
-and the float32 weight gradient, [V/tp, h], which a rival in bfloat16 holds in 2 bytes and ours in 4 and then both.
+Limits. Time: the matrix products, which all need (with a teacher 4, about 85% of ours in float32), then exp, twice for each logit,
+because probabilities do not outlive the all-gather between sums and gradient. Memory: two chunks of logits and the float32 weight
+gradient [V/tp, h]. A bfloat16 rival holds that gradient in 2 bytes a number, ours in 4, and at the end both.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ GOAL_MEMORY = {"full": 0.35, "chunks": 0.35}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, and on what."""
+    """What is measured, and with which sizes."""
 
     vocabulary_size: int
     dtype: str
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def affordable_tokens(setting: Setting) -> int:
-    """The tokens asked for, but fewer where this CPU has no fast bfloat16 products (without AVX512-BF16 or AMX, 50 times slower)."""
+    """The tokens asked for; fewer if this CPU has no fast bfloat16 products (without AVX512-BF16 or AMX, 50 times slower)."""
     if setting.dtype != "bf16":
         return setting.tokens
     seconds = {}
@@ -134,7 +134,7 @@ def affordable_tokens(setting: Setting) -> int:
 
 
 def compare(setting: Setting, ours: str, pairs: int) -> None:
-    """Time and memory of one of our forms against its rivals; RESULT lines."""
+    """Measure time and memory of one of our forms and its rivals; prints RESULT lines."""
     for rival in RIVALS[ours]:
         timing = in_child(setting, [ours, rival], pairs)
         spread = statistics.quantiles(timing["ratios"], n=4)
@@ -156,7 +156,7 @@ def compare(setting: Setting, ours: str, pairs: int) -> None:
 
 
 def in_child(setting: Setting, names: list[str], pairs: int) -> dict:
-    """What `child` prints, from a process of its own."""
+    """The output of `child` in a process of its own."""
     order = json.dumps({"setting": asdict(setting), "names": names, "pairs": pairs})
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
     done = subprocess.run(
@@ -166,7 +166,7 @@ def in_child(setting: Setting, names: list[str], pairs: int) -> dict:
 
 
 def child(order: dict) -> None:
-    """Time pairs of two forms, or, with no pairs, find the peak memory of one. Prints JSON."""
+    """Time pairs of two forms, or, without pairs, find the peak memory of one. Prints JSON."""
     setting = Setting(**order["setting"])
     torch.set_num_threads(setting.threads)
     with distributed(timedelta(minutes=5)):
@@ -187,7 +187,8 @@ def child(order: dict) -> None:
 
 
 def make_problem(setting: Setting) -> Problem:
-    """Logits of standard deviation 1 (the teacher's 2), every token valid. Drawn in place: peak memory is measured from here."""
+    """Tensors with logits of standard deviation 1 (the teacher's 2); every token is valid.
+    They are filled in place, because peak memory is measured after this."""
     generator, dtype = torch.Generator().manual_seed(3), DTYPES[setting.dtype]
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:
@@ -239,7 +240,7 @@ def full_logits(
 
 
 def in_chunks(problem: Problem, num_chunks: int) -> Tensor:
-    """torchtune's way: each chunk's logits are made and upcast apart from the others'; autograd keeps what backward needs."""
+    """The way of torchtune: the logits of each chunk are computed and upcast separately; autograd keeps what backward needs."""
     parts = [
         part.chunk(num_chunks) for part in (problem.hidden[:, 0], problem.labels, problem.mask, problem.teacher.hidden[:, 0])
     ]
@@ -251,7 +252,7 @@ def in_chunks(problem: Problem, num_chunks: int) -> Tensor:
 
 
 def mcore_layer(weight: Tensor) -> ColumnParallelLinear:
-    """megatron-core's output layer, given its weight with each call."""
+    """megatron-core's output layer, which gets its weight with each call."""
     bf16 = weight.dtype == torch.bfloat16
     config = TransformerConfig(
         num_layers=1,
@@ -272,7 +273,7 @@ def clear(problem: Problem) -> None:
 
 
 def same_numbers(problem: Problem, steps: list[Step], dtype: str) -> None:
-    """A run of each, which also warms up: the same loss and gradients."""
+    """Run each once, which also warms up, and compare loss and gradients."""
     tolerance, outcomes = (1e-5 if dtype == "fp32" else 2e-2), []
     for step in steps:
         clear(problem)
@@ -294,7 +295,7 @@ def seconds_of(problem: Problem, step: Step, threads: int) -> float:
 
 
 def peak_mib(name: str, setting: Setting) -> float:
-    """Peak RSS of one run over RSS before it, after a tiny run that loads what is loaded late."""
+    """Peak RSS of one run minus the RSS before, after a tiny run that loads what is loaded late."""
     tiny = make_problem(replace(setting, vocabulary_size=256, tokens=32))
     make_step(name, tiny)().backward()
     problem = make_problem(setting)

@@ -1,8 +1,7 @@
-"""The yardstick of train_step.py: the same decoder and the same training step in PyTorch alone, without megatron-core.
+"""The rival of train_step.py: the same decoder and training step in PyTorch, without megatron-core.
 
-Written as one would write it for speed on one device: packed projections, scaled-dot-product attention, fused AdamW. In
-bfloat16 it keeps float32 main parameters and adds gradients up in float32, as mixed-precision training does; without them it
-would do less work.
+Written for speed on one device: packed projections, scaled-dot-product attention, fused AdamW. In bfloat16 it keeps float32 main
+parameters and adds gradients in float32, as mixed-precision training does; otherwise it would do less work.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainTrainer:
-    """A model with its optimizer; `step` is one training step."""
+    """A model with its optimizer. `step` is one training step."""
 
     def __init__(self, model: PlainGPT, dtype: torch.dtype, lr: float, weight_decay: float) -> None:
         self.parameters = list(model.parameters())
@@ -76,7 +75,7 @@ class PlainTrainer:
         )
 
     def step(self, batches: Sequence[Batch]) -> float:
-        """Train on microbatches of equal size; their mean loss before the step."""
+        """Train on microbatches of equal size. Returns their mean loss before the step."""
         total = 0.0
         for tokens, labels in batches:
             loss = self.model(tokens, labels) / len(batches)

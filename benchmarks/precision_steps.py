@@ -1,12 +1,12 @@
-"""Step times by precision, with a teacher and without: plain torch layers, Transformer Engine, and FP8 by every recipe that the GPU has.
+"""Step times by precision, with and without a teacher: torch layers, Transformer Engine, and FP8 with each recipe of the GPU.
 
     python benchmarks/precision_steps.py                    a student of 0.8B and a teacher of 0.4B parameters on one GPU
     python benchmarks/precision_steps.py --ranks 2 --flags --tensor-model-parallel-size 2 --sequence-parallel
-    python benchmarks/precision_steps.py --tiny             a small pair, also without a GPU, to see that it runs
+    python benchmarks/precision_steps.py --tiny             a small pair, also without a GPU, to check that it runs
 
-Every row is a run of the program, half of it in stage 1; times are its own log's, the median over each stage without its first steps.
-In a row with FP8 the teacher is in FP8 too (delayed scaling excepted, which no teacher can have: its is tensorwise). A precision that
-this machine has not, or the program refuses, is a row with the reason.
+Each row is a run of the program; half of it is stage 1. Times are from its log: the median over each stage without its first steps.
+In a row with FP8 the teacher uses FP8 too, with the same recipe (tensorwise in the row of delayed scaling, which a teacher cannot
+use). For a precision that this machine does not have, or that the program refuses, the row has the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FAMILY = ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of student, teacher and steps."""
+    """Sizes of student, teacher and steps."""
 
     student: str
     teacher: str
@@ -58,7 +58,7 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Row:
-    """What a run came to, or why there is none."""
+    """The result of a run, or why there is none."""
 
     name: str
     stage1: float = 0.0
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def ways() -> dict[str, list[str]]:
-    """The rows' names, and their flags."""
+    """Names of the rows and their flags."""
     found = {"torch, bf16": "--transformer-impl torch", "Transformer Engine, bf16": "--transformer-impl transformer_engine"}
     for recipe in RECIPES:
         student = f"--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe {recipe}"
@@ -103,7 +103,7 @@ def ways() -> dict[str, list[str]]:
 
 
 def measure(folder: Path, name: str, words: list[str], sizes: Sizes, ranks: int, steps: int, more: list[str]) -> Row:
-    """One row."""
+    """Measure one row."""
     stage1 = steps // 2
     batch = sizes.micro_batch_size * sizes.microbatches * ranks  # a multiple of any layout's replicas
     student = [*sizes.student.split(), "--train-iters", str(steps), "--global-batch-size", str(batch), "--teacher-load",
@@ -126,7 +126,7 @@ def measure(folder: Path, name: str, words: list[str], sizes: Sizes, ranks: int,
 
 
 def table(rows: list[Row]) -> str:
-    """For people. Ratios are to the first row."""
+    """The rows as a table. Ratios are to the first row."""
     lines = [f"{'stage 2, s':>37}{'stage 1, s':>19}{'1 / 2':>15}{'tokens/s':>11}{'teacher GiB':>13}{'its KL':>10}"]
     base = rows[0]
     for row in rows:
@@ -144,7 +144,7 @@ def table(rows: list[Row]) -> str:
 
 
 def run(folder: Path, ranks: int, words: list[str], sizes: Sizes) -> str | None:
-    """The program on these flags; None, or the mistake that it names. Any other failure ends the benchmark."""
+    """Run the program with these flags. Returns None, or its error line. Any other failure ends the benchmark."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_salt.pretrain",
         *FAMILY, "--bf16", "--seq-length", str(sizes.seq_length), "--micro-batch-size", str(sizes.micro_batch_size),
@@ -161,7 +161,7 @@ def run(folder: Path, ranks: int, words: list[str], sizes: Sizes) -> str | None:
 
 
 def write_data(folder: Path, sizes: Sizes) -> None:
-    """Random tokens, and a tokenizer that has them."""
+    """Write random tokens, and a tokenizer that has them."""
     words = {f"w{number}": number for number in range(sizes.vocabulary_size)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))

@@ -1,17 +1,17 @@
-"""preprocess_data.py against raw batch encoding by the same tokenizers on as many processes, and its memory from 1x to 10x of input.
+"""preprocess_data.py against plain batch encoding by the same tokenizers on as many processes; its memory with 1x and 10x input.
 
     python benchmarks/preprocess.py                                                the text of this Python installation
     python benchmarks/preprocess.py --input corpus.jsonl --tokenizer-model t.model   your own text and tokenizer (.model or .json)
-    python benchmarks/preprocess.py --megatron Megatron-LM                         against the two tools of a checkout, too
+    python benchmarks/preprocess.py --megatron Megatron-LM                         also against the two tools of a checkout
 
-Raw: each of --workers processes holds its share of the same texts in memory and encodes them in batches, timed from the first to the last
-batch, nothing read, parsed or written. The tool: from its start to its end, less what it takes for the first few MB, which every process
-needs to start (imports, tokenizer, comparison of backends) and which are told apart. Rates are MB of text, in UTF-8, a second; best of
---rounds, in turns. On cores that others use too, CPU seconds of all processes tell more than the clock.
-Megatron-LM's preprocess_data.py and preprocess_data_fast.py, and ours beside them, count from start to end, on the same file, each at
-its own pace: the first on the text for the reference backends, the others on ten times as much. They need the packages that their
-checkout needs (transformers): --megatron-python.
-Memory is what all processes of the tool have resident together at its highest, shared pages once, plus files in memory.
+Raw: each of --workers processes has its share of the same texts in memory and encodes them in batches. Time runs from the first to the
+last batch; nothing is read, parsed or written. The tool: time from its start to its end, minus the time for the first few MB, which
+every process needs to start (imports, tokenizer, comparison of backends) and which is printed separately. Rates are MB of UTF-8 text
+a second, the best of --rounds, in turns. On shared cores, CPU seconds of all processes say more than wall-clock seconds.
+Megatron-LM's preprocess_data.py and preprocess_data_fast.py, and ours beside them, are timed from start to end. preprocess_data.py
+encodes the text of the reference backends, the others ten times as much. Megatron-LM's tools need the packages of their checkout
+(transformers): --megatron-python. Memory is the peak of all resident memory of the tool's processes, shared pages once, plus files
+in memory.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 def speed(
     kind: str, model: Path, backend: str, source: tuple[Path, int], tiny: tuple[Path, int], workers: int, rounds: int
 ) -> None:
-    """One backend of one tokenizer, raw and in the tool."""
+    """Measure one backend of one tokenizer, alone and in the tool."""
     raw, whole, start = Cost(1e9, 1e9), Cost(1e9, 1e9), Cost(1e9, 1e9)
     for _ in range(rounds):
         raw = raw.least(raw_cost(kind, model, backend, source, workers))
@@ -97,7 +97,7 @@ def speed(
 def against_megatron(
     python: str, checkout: Path, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int, rounds: int
 ) -> None:
-    """Whole runs of ours with gigatoken, and of Megatron-LM's two tools."""
+    """Measure whole runs of ours with gigatoken, and of Megatron-LM's two tools."""
     ours, theirs, fast = Cost(1e9, 1e9), Cost(1e9, 1e9), Cost(1e9, 1e9)
     for _ in range(rounds):
         ours = ours.least(tool("HuggingFaceTokenizer", model, "gigatoken", large, workers)[0])
@@ -113,7 +113,7 @@ def against_megatron(
 
 
 def grown(kind: str, model: Path, small: tuple[Path, int], large: tuple[Path, int], workers: int) -> None:
-    """Memory that ten times the input takes more."""
+    """Memory that ten times the input takes in addition."""
     few, many = (tool(kind, model, "gigatoken", source, workers)[1] for source in (small, large))
     print(
         f"{kind} by gigatoken: {few / 1e6:.0f} MB resident for {small[1] / 1e6:.0f} MB of text, "
@@ -127,7 +127,7 @@ def grown(kind: str, model: Path, small: tuple[Path, int], large: tuple[Path, in
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by the clock, and of all processes' CPUs."""
+    """Wall-clock seconds, and CPU seconds of all processes."""
 
     wall: float
     cpu: float
@@ -137,7 +137,7 @@ class Cost:
 
 
 def tool(kind: str, model: Path, backend: str, source: tuple[Path, int], workers: int) -> tuple[Cost, int]:
-    """A run of the tool from its start to its end; bytes of memory at the highest."""
+    """A run of the tool from start to end; the bytes of memory at its peak."""
     with tempfile.TemporaryDirectory(dir=source[0].parent) as out:
         command = [
             sys.executable,
@@ -167,7 +167,7 @@ def tool(kind: str, model: Path, backend: str, source: tuple[Path, int], workers
 
 
 def megatron_tool(python: str, checkout: Path, script: str, model: Path, source: tuple[Path, int], more: list[str]) -> Cost:
-    """A run of one of Megatron-LM's tools from its start to its end; without the ends of documents, which take a special token."""
+    """A run of one of Megatron-LM's tools from start to end, without ends of documents, which would need a special token."""
     with tempfile.TemporaryDirectory(dir=source[0].parent) as out:
         (Path(out) / "tokenizer.json").write_bytes(model.read_bytes())  # transformers takes a directory
         (Path(out) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -197,13 +197,13 @@ def megatron_tool(python: str, checkout: Path, script: str, model: Path, source:
 
 
 def since(started: float, before: resource.struct_rusage) -> Cost:
-    """What the children took since then."""
+    """CPU seconds of child processes since then."""
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Cost(time.monotonic() - started, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
 
 
 class Memory(threading.Thread):
-    """Looks ten times a second at what a process and its children have resident, until it ends."""
+    """Measures ten times a second the resident memory of a process and its children, until it ends."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -230,13 +230,13 @@ def proportional(pid: str) -> int:
 
 
 def in_files(pid: int) -> int:
-    """Bytes in the files in memory that a process holds open."""
+    """Bytes of the files in memory that a process holds open."""
     links = Path(f"/proc/{pid}/fd").iterdir()
     return sum(link.stat().st_size for link in links if "memfd:slot" in str(link.readlink()))
 
 
 def raw_cost(kind: str, model: Path, backend: str, source: tuple[Path, int], workers: int) -> Cost:
-    """`workers` processes that encode alone."""
+    """The cost of `workers` processes that only encode."""
     context = multiprocessing.get_context("spawn")
     ready, go, seconds = context.Barrier(workers + 1), context.Barrier(workers + 1), context.SimpleQueue()
     processes = [
@@ -276,7 +276,7 @@ def encode_share(kind: str, model: str, backend: str, path: str, i: int, workers
 
 
 def gigatoken_of(tokenizer: Tokenizer):
-    """gigatoken with nothing around it, caches that grow and all."""
+    """gigatoken without our code, its growing caches included."""
     import gigatoken
 
     encode = gigatoken.Tokenizer.from_json(without_special(tokenizer.as_json())).encode
@@ -301,7 +301,7 @@ def read_texts(path: str | None, folder: Path) -> list[str]:
 
 
 def write(texts: list[str], path: Path, megabytes: float) -> tuple[Path, int]:
-    """The texts, over and over if they are too few, up to that size: (file, bytes of text)."""
+    """Write the texts, repeated if they are too few, up to that size: (file, bytes of text)."""
     size, number = 0, 0
     with open(path, "w", encoding="utf-8") as out:
         while size < megabytes * 1e6:
@@ -312,7 +312,7 @@ def write(texts: list[str], path: Path, megabytes: float) -> tuple[Path, int]:
 
 
 def train(texts: list[str], folder: Path) -> list[Path]:
-    """A SentencePiece model and a byte-level tokenizer.json of the texts."""
+    """Train a SentencePiece model and a byte-level tokenizer.json on the texts."""
     import sentencepiece
     import tokenizers
 

@@ -1,4 +1,4 @@
-"""The lines a benchmark ends with: `RESULT name=... value=... goal=... ok|short`, one a figure."""
+"""The last lines of a benchmark: `RESULT name=... value=... goal=... ok|short`, one for each figure."""
 
 from __future__ import annotations
 

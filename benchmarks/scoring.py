@@ -1,11 +1,11 @@
-"""What scoring adds to a forward pass of the teacher: tokens/s of `tools/score_data.py`'s inner part on one CPU rank.
+"""The cost of scoring beside the teacher's forward pass: tokens/s of the inner part of `tools/score_data.py` on one CPU rank.
 
     python benchmarks/scoring.py           two minutes; one core
 
-The rival is the bare forward pass of the same teacher over the same windows: reading them, body, and the product with the output
-weight, chunk by chunk into a buffer that nobody looks at. Scoring makes of these logits loss, rank and entropy of each token and the
-columns of each window, and hashes the window's contents. Both take turns on the same samples; the ratio is the median over pairs of
-neighbours. --vocabulary 32768 makes the head as large a part of the teacher as the body.
+The rival is only the forward pass of the same teacher over the same windows: reading, body, and the product with the output weight,
+chunk by chunk into a buffer. Scoring also computes loss, rank and entropy of each token and the columns of each window, and hashes
+the window's contents. Both take turns on the same samples. The ratio is the median over neighbouring pairs. With --vocabulary 32768
+the head costs as much as the body.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(folder: Path, pairs: int) -> list[tuple[float, float]]:
-    """CPU seconds of scoring and of the bare forward pass, in turns."""
+    """CPU seconds of scoring and of the forward pass, in turns."""
     data = DataConfig(data_path=(str(folder / "data"),))
     samples, _ = open_training_data(data, stage1_overhead.SEQ_LENGTH, 0, stage1_overhead.VOCABULARY, None)
     teacher, timeout = read_teacher(str(folder / "teacher")), timedelta(minutes=5)
@@ -97,7 +97,7 @@ def cpu_seconds(action) -> float:
 
 @torch.no_grad()
 def bare_forward(scorer: Scorer) -> None:
-    """Read, body, and logits of every token."""
+    """Read, run the body, and compute the logits of every token."""
     tokens = scorer._tokens
     assert tokens is not None
 

@@ -1,12 +1,12 @@
-"""Choosing samples from scores: exact selection, the search for duplicates, and what the result costs to open, at 10^8 and 10^9 samples.
+"""Choosing samples from scores at 10^8 and 10^9 samples: exact selection, the search for duplicates, and opening the result.
 
     python benchmarks/selection.py           10^8 samples: half a minute, 3 GB of disk
     python benchmarks/selection.py --full    10^9 too: five minutes, 14 GB of disk
 
-The rival is numpy in memory: argpartition for the highest tenth of float32 scores, and a sort of the ids it gives, where that fits (10^8).
-Both read the same column file and leave the same ids. Each runs in a process of its own: seconds are CPU seconds, memory is the
-process's peak RSS over what it held before. Scores are random and written for the purpose; one sample in 1000 repeats another's contents.
-A last selection goes by a column whose scores are all equal, so that ties decide all of it.
+The rival is numpy in memory: argpartition for the highest tenth of float32 scores, and a sort of the resulting ids, where that fits (10^8).
+Both read the same column file and give the same ids. Each runs in its own process: seconds are CPU seconds, memory is the peak RSS minus
+the RSS before. Scores are random; one sample in 1000 repeats the contents of another. A last selection uses a column of equal scores, so
+that only ties decide.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure(folder: Path, num_samples: int) -> None:
 
 
 def write_scores(folder: Path, num_samples: int) -> None:
-    """An index with the three columns that selecting reads, as `score_data.py` would have left it."""
+    """Write an index with the three columns that a selection reads, in the form of `score_data.py`."""
     dataset = DatasetFacts("synthetic", "content:0", num_samples)
     manifest = IndexManifest(
         datasets=(dataset,),
@@ -131,7 +131,7 @@ def in_child(name: str, folder: Path) -> dict:
 
 
 def measured(action) -> tuple[float, float, object]:
-    """(CPU seconds, GiB of peak RSS over the RSS before, what it returned)."""
+    """(CPU seconds, GiB of peak RSS minus the RSS before, result of the action)."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start = memory_line("VmRSS"), time.process_time()
     returned = action()
@@ -181,8 +181,10 @@ def argpartition(folder: Path) -> dict:
 
 
 def digest(folder: Path, ids: np.ndarray) -> list[float]:
-    """By which two choices are recognised as equal but for ties at the cut, of which argpartition takes any: how many there are, the
-    lowest score, how many are above it, and the sum of their ids."""
+    """A digest of a choice that is equal for choices that differ only in ties at the cut, of which argpartition takes any.
+
+    It has the number of samples, the lowest score, the number above it, and the sum of their ids.
+    """
     scores = np.load(next((folder / "scores").glob(f"samples-*/{SCORE}.npy")), mmap_mode="r")[ids]
     above = ids[scores > scores.min()]
     return [len(ids), float(scores.min()), len(above), int(above.sum(dtype=np.int64))]

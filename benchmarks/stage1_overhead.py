@@ -1,12 +1,12 @@
-"""What the teacher costs: time of a step of stage 1 over that of stage 2, and the bytes it exchanges, on CPU ranks.
+"""The cost of the teacher: time of a step in stage 1 divided by one in stage 2, and the exchanged bytes, on CPU ranks.
 
     python benchmarks/stage1_overhead.py             about four minutes; two cores
     python benchmarks/stage1_overhead.py --profile   where the additional time of a step goes, on each rank
 
-Student and teacher are built by the program's own `build`, from a teacher's checkpoint that the program wrote: on one rank, and on two
+The program's own `build` makes student and teacher, from a teacher's checkpoint that the program wrote: on one rank, and on two
 pipeline stages, where each rank has a replica of the teacher. The same run then takes steps of both stages in turns, on the same
-microbatches. The ratio is the median over neighbouring steps, so that load on the machine hits both alike; the rival is what start-up
-predicts (salt/cost.py), beside what it would predict by FLOPs alone. Beside the wall clock stand CPU seconds of the busiest rank,
+microbatches. The ratio is the median over neighbouring steps, so that load on the machine affects both. It is compared with the
+prediction at start (salt/cost.py), and with one by FLOPs only. Besides wall-clock time it shows the CPU seconds of the busiest rank,
 which the prediction is about.
 """
 
@@ -82,7 +82,7 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Told:
-    """What the ranks of one layout measured."""
+    """The measurements of the ranks of one layout."""
 
     wall: list[list[float]]
     """[pairs][stage 1, stage 2]: seconds until the last rank was done"""
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
-    """A table, and the figures."""
+    """Print a table and the figures."""
     ratios, cpu_ratios, predicted = (
         {},
         {},
@@ -152,7 +152,7 @@ def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
 
 
 def prediction(run: RunConfig, head: HeadCost) -> float:
-    """What start-up predicts: a step of stage 1 over one of stage 2."""
+    """The prediction at start: a step of stage 1 divided by a step of stage 2."""
     return predict(
         run.model, run.parallel, TEACHER, teacher_tensor=1, teacher_pipeline=1, padded_vocabulary_size=VOCABULARY,
         num_microbatches=MICROBATCHES, merge=1, seq_length=SEQ_LENGTH, head=head,
@@ -160,7 +160,7 @@ def prediction(run: RunConfig, head: HeadCost) -> float:
 
 
 def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
-    """Bytes that one step's plan moves where a position has `width` values, those that stay on their rank included."""
+    """Bytes that the plan of one step moves if a position has `width` values. Bytes that stay on their rank count too."""
     layout = student_layout(run.parallel, num_ranks)
     plan = routing.plan_exchange(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
     return sum(sum(plan.send_sizes(place)) for place in range(plan.num_places)) * width * dtype_of(run.training).itemsize
@@ -179,7 +179,7 @@ def student_run(folder: Path, stages: int, bf16: bool) -> RunConfig:
 
 
 def base_run(folder: Path, model: ModelConfig, bf16: bool) -> RunConfig:
-    """One step long, without evaluations."""
+    """A run of one step, without evaluations."""
     return RunConfig(
         model=model,
         training=TrainingConfig(
@@ -191,7 +191,7 @@ def base_run(folder: Path, model: ModelConfig, bf16: bool) -> RunConfig:
 
 
 def teach_for_one_step(folder: Path, bf16: bool) -> None:
-    """Write data, a tokenizer and a teacher. What the teacher knows does not matter here."""
+    """Write data, a tokenizer and a teacher that trained for one step. What it learnt does not matter."""
     words = {f"w{number}": number for number in range(VOCABULARY)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
@@ -209,7 +209,7 @@ def teach_for_one_step(folder: Path, bf16: bool) -> None:
 
 
 def ask_ranks(folder: Path, run: RunConfig, num_ranks: int, flags: argparse.Namespace) -> Told:
-    """Let ranks take steps of a run."""
+    """Let ranks take steps of a run and return what they measured."""
     (folder / "student.yaml").write_text(to_yaml(run))
     profile = ["--profile"] if flags.profile else []
     launch(num_ranks, str(Path(__file__).resolve()), "--rank-of", str(folder), "--pairs", str(flags.pairs), *profile)
@@ -217,7 +217,7 @@ def ask_ranks(folder: Path, run: RunConfig, num_ranks: int, flags: argparse.Name
 
 
 def launch(num_ranks: int, *words: str) -> None:
-    """A program on ranks of its own."""
+    """Run a program on ranks of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *words]
     subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
 
@@ -226,7 +226,7 @@ def launch(num_ranks: int, *words: str) -> None:
 
 
 def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
-    """Build the run, take its steps, and let rank 0 write what came out. Collective over all ranks."""
+    """Build the run, take its steps, and let rank 0 write the results. Collective over all ranks."""
     torch.set_num_threads(1)
     config = parse(["--config", str(folder / "student.yaml")])
     inputs, timeout = read_inputs(config), timedelta(minutes=5)
@@ -258,7 +258,7 @@ def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
 
 
 def measured_head(config: RunConfig) -> list[float]:
-    """As start-up measures it. Collective over all ranks."""
+    """The cost of the head, measured as at start. Collective over all ranks."""
     dtype, training = dtype_of(config.training), config.training
     alone = new_group_of([[rank] for rank in range(dist.get_world_size())], timedelta(minutes=5))
     chunk = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, VOCABULARY, dtype)
@@ -267,7 +267,7 @@ def measured_head(config: RunConfig) -> list[float]:
 
 
 def take_turns(stage1: Step, stage2: Step, pairs: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds of `pairs` steps of both, wall clock and CPU, each [pairs][stage 1, stage 2], of the rank that took longest."""
+    """Seconds of `pairs` steps of both stages, wall clock and CPU, each [pairs][stage 1, stage 2], of the slowest rank."""
     wall, cpu = np.zeros((pairs, 2)), np.zeros((pairs, 2))
     for pair in range(pairs):
         for stage in ((0, 1), (1, 0))[pair % 2]:
@@ -278,7 +278,7 @@ def take_turns(stage1: Step, stage2: Step, pairs: int) -> tuple[list[list[float]
 
 
 def timed(step: Step) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of this rank, all ranks starting together."""
+    """Wall-clock and CPU seconds of this rank. All ranks start together."""
     dist.barrier()
     wall, busy = time.perf_counter(), time.process_time()
     step()
@@ -286,7 +286,7 @@ def timed(step: Step) -> tuple[float, float]:
 
 
 def exchanged_bytes(step: Step, itemsize: int) -> int:
-    """What this rank hands to all-to-alls in a step."""
+    """Bytes that this rank gives to all-to-alls in a step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         step()
     exchanges = [event for event in profile.events() if event.name == EXCHANGE]
@@ -301,7 +301,7 @@ def sum_over_ranks(count: int) -> int:
 
 
 def compare_profiles(stage1: Step, stage2: Step, num_operators: int = 20) -> None:
-    """Milliseconds that stage 1 adds to a step, by operator, rank after rank."""
+    """Milliseconds that stage 1 adds to a step, for each operator, rank by rank."""
     with_teacher, without = profiled(stage1), profiled(stage2)
     names = sorted(with_teacher | without, key=lambda name: without.get(name, 0.0) - with_teacher.get(name, 0.0))
     for rank in range(dist.get_world_size()):
@@ -314,7 +314,7 @@ def compare_profiles(stage1: Step, stage2: Step, num_operators: int = 20) -> Non
 
 
 def profiled(step: Step, steps: int = 3) -> dict[str, float]:
-    """Milliseconds of a step by operator, what it calls left out."""
+    """Milliseconds of a step for each operator, without the operators that it calls."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             step()

@@ -1,11 +1,11 @@
-"""Training tokens/s of the torch layer spec on one CPU rank against the same model and step in plain PyTorch (plain_gpt.py).
+"""Training tokens/s of the torch layers on one CPU rank against the same model and step in plain PyTorch (plain_gpt.py).
 
     python benchmarks/train_step.py             about three minutes
-    python benchmarks/train_step.py --full      some ten minutes: more steps
+    python benchmarks/train_step.py --full      about ten minutes: more steps
     python benchmarks/train_step.py --profile   where the time of a step goes, and where the two differ
 
-Both start from the same weights, take the same batches in turns, one step each, and must arrive at the same losses. The
-ratio is the median over pairs of neighbouring steps, so that load on the machine hits both alike. One thread.
+Both start from the same weights, take the same batches in turns, and must reach the same losses. The ratio is the median over
+neighbouring pairs of steps, so that load on the machine affects both. One thread.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True)
 class Pair:
-    """The same model and batches, twice."""
+    """Two copies of a model, ours and plain PyTorch's, on the same batches."""
 
     ours: Step
     plain: Step
@@ -73,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step of each, taken next to each other: wall clock, and CPU time of this process."""
+    """Seconds of one step of each, taken one after the other: wall clock, and CPU time of this process."""
 
     ours: float
     plain: float
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def compare_speed(pairs: dict[tuple[str, str], Pair], seconds: float) -> None:
-    """Time each pair for about that long; a table, and the figures."""
+    """Time each pair for about that many seconds. Prints a table and the figures."""
     ratios = {}
     print(f"{'':27}{'tokens/s: ours':>17}{'plain':>8}{'ratio':>8}{'quartiles':>16}{'CPU':>8}{'busy':>6}{'pairs':>7}")
     for (model, dtype), pair in pairs.items():
@@ -189,7 +189,7 @@ def agree(pair: Pair, tolerance: float) -> None:
 
 
 def take_turns(pair: Pair, seconds: float) -> list[Timing]:
-    """Steps of both for about that long, at least 7 of each; every second time the plain one goes first."""
+    """Steps of both for about that many seconds, at least 7 of each. Each second time the plain one is first."""
     timings: list[Timing] = []
     end = time.perf_counter() + seconds
     while len(timings) < 7 or time.perf_counter() < end:
@@ -202,14 +202,14 @@ def take_turns(pair: Pair, seconds: float) -> list[Timing]:
 
 
 def timed(step: Step) -> tuple[float, float]:
-    """Wall-clock and CPU seconds."""
+    """Wall-clock and CPU seconds of one call."""
     wall, busy = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - wall, time.process_time() - busy
 
 
 def report(title: str, pair: Pair, timings: list[Timing]) -> float:
-    """A line of the table; returns the ratio."""
+    """Print a line of the table; returns the ratio."""
     ours = TOKENS / statistics.median(timing.ours for timing in timings)
     plain = TOKENS / statistics.median(timing.plain for timing in timings)
     low, ratio, high = statistics.quantiles([timing.plain / timing.ours for timing in timings], n=4)
@@ -223,7 +223,7 @@ def report(title: str, pair: Pair, timings: list[Timing]) -> float:
 
 
 def compare_profiles(title: str, pair: Pair, num_operators: int = 25) -> None:
-    """Milliseconds of a step by kind of work, and of the operators that the two differ most in."""
+    """Milliseconds of a step by kind of work, and of the operators that differ most."""
     ours, plain = profiled(pair.ours), profiled(pair.plain)
     print(f"\n{title:50}{'ours, ms':>10}{'calls':>7}{'plain, ms':>11}{'calls':>7}{'difference':>12}")
     for kind in (*KINDS, ELSEWHERE):
@@ -250,7 +250,7 @@ ELSEWHERE = "Python, autograd"
 
 @dataclass(frozen=True)
 class Spent:
-    """Time inside one operator, without those that it calls."""
+    """Time inside one operator, without the operators that it calls."""
 
     ms: float = 0.0
     calls: float = 0.0
@@ -270,7 +270,7 @@ def print_row(name: str, ours: Spent, plain: Spent) -> None:
 
 
 def profiled(step: Step, steps: int = 3) -> dict[str, Spent]:
-    """By operator, of one step, under torch's profiler, whose own cost counts for whoever calls the operator."""
+    """The time of each operator in one step, by torch's profiler, whose own cost counts for the calling operator."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):

@@ -1,8 +1,8 @@
-"""Small files that describe large ones, read as if a stranger had written them.
+"""Reading small files that describe large ones. A stranger may have written them.
 
-A reader here takes a regular file of a bounded size and nothing else: it never waits for a FIFO or a device. JSON is UTF-8 without a BOM,
-each key once, every number finite and every whole number within 64 bits, nested no deeper than any of ours. What is wrong
-is a ValueError that does not name the file, for the caller knows what the file is for; an absent file stays an OSError.
+A reader here takes only a regular file of a bounded size: it never waits for a FIFO or a device. JSON must be UTF-8 without a byte order
+mark, with each key once, finite numbers, whole numbers within 64 bits, and limited nesting. Whatever is wrong is a ValueError that does
+not name the file, since the caller knows what the file is for. An absent file stays an OSError.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 LARGEST = 256 << 20
-"""Bytes: above a tokenizer's or a list of checksums, below what hurts a login node."""
+"""Bytes: more than any tokenizer or list of checksums has, less than would harm a login node."""
 _DEPTH = 64
 
 
 def read_small(path: Path, largest: int = LARGEST) -> bytes:
-    """All of a regular file. OSError where it cannot be read, ValueError where it is no file of this kind."""
+    """The content of a regular file. Raises OSError where it cannot be read, ValueError where it is not regular or too large."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         state = os.fstat(descriptor)
@@ -36,15 +36,15 @@ def read_small(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def read_json(path: Path, nan: bool = False) -> Any:
-    """What the file holds. OSError where it cannot be read, ValueError where it is not JSON of our kind.
+    """The value in a JSON file. Raises OSError where it cannot be read, ValueError where it is not JSON as described above.
 
-    `nan` also takes Python's words for numbers that are not finite, which measurements may be.
+    nan: also accept Python's words for numbers that are not finite, which a measurement may be.
     """
     return parse_json(read_small(path), nan)
 
 
 def parse_json(content: bytes, nan: bool = False) -> Any:
-    """What `content` holds. Raises ValueError that says what is wrong, in one line."""
+    """The value in JSON. Raises ValueError that says in one line what is wrong. nan: see `read_json`."""
     if not content.strip():
         raise ValueError("it is empty")
     try:
@@ -68,7 +68,7 @@ def parse_json(content: bytes, nan: bool = False) -> Any:
 
 
 def refuse_outside_names(names: Iterable[str]) -> None:
-    """ValueError unless each name is that of a file below the directory it is listed for."""
+    """Raise ValueError where a name in a list of files points outside the directory of the list."""
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -76,7 +76,7 @@ def refuse_outside_names(names: Iterable[str]) -> None:
 
 
 def _not_too_deep(tree: Any) -> Any:
-    """`tree` itself; ValueError where it is too deep for whoever walks it later."""
+    """`tree` itself. Raises ValueError where it is nested too deeply for code that walks it by recursion."""
     level, depth = [tree], 0
     while level:
         depth += 1
@@ -92,12 +92,12 @@ def _not_too_deep(tree: Any) -> Any:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in content:
             raise ValueError(f"the key {key!r} is given twice")
-        found[key] = value
-    return found
+        content[key] = value
+    return content
 
 
 def _no_constant(word: str) -> float:

@@ -1,9 +1,8 @@
 """Which tests run, and the end of the pool of ranks.
 
-`pytest` runs all but the cases marked `full`; `--full` (`make test-full`) runs those too; `--short` (`make test-short`)
-runs the last case of every test, without those marked `full` or `long`. `--slurm` runs those marked `slurm` alone.
-`--faults` does so with those marked `faults`.
-Tests marked `gpu` are skipped where there is none.
+`pytest` runs all cases except those marked `full`. `--full` (`make test-full`) runs those too. `--short` (`make test-short`)
+runs the last case of each test, without those marked `full` or `long`. `--slurm` runs only cases marked `slurm`, `--faults`
+only cases marked `faults`. Tests marked `gpu` are skipped without a GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What `--faults` counted."""
+    """Print what `--faults` counted."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "counts":

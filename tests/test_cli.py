@@ -1,4 +1,4 @@
-"""Reading a run: precedence, round trips, refusals. Pure; one test starts a Python of its own."""
+"""Reading flags and --config: precedence, round trips, refusals, exit statuses. Pure; some tests start a Python process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may import whom, and who may patch: rules of the whole repository, read from the source without importing it."""
+"""Which modules may import which, and which may patch: rules of the whole repository, read from the source without importing it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def sources(*folders: str) -> dict[str, str]:
 
 
 def imports(source: str) -> list[str]:
-    """What a module imports, anywhere in it, in the order of its lines; `from a import b` counts as a.b."""
+    """All imports of a module, in the order of lines. `from a import b` counts as a.b."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -123,7 +123,7 @@ def layer(module: str) -> tuple[int, str]:
 
 
 def upward(module: str, source: str) -> list[str]:
-    """Imports of this repository that go against the direction."""
+    """Imports of this repository against the order of LAYERS."""
     own = layer(module)
     targets = [name for name in imports(source) if any(within(name, top) for top in (PACKAGE, "tools", "benchmarks"))]
     return [name for name in targets if layer(name)[1] != own[1] and layer(name)[0] >= own[0]]
@@ -136,7 +136,7 @@ def impure(source: str) -> list[str]:
 
 
 def seamless(source: str) -> list[str]:
-    """Imports of megatron that come before the seam's."""
+    """Imports of megatron before the import of the seam."""
     names = imports(source)
     before = names.index(SEAM) if SEAM in names else len(names)
     return [name for name in names[:before] if within(name, "megatron")]
@@ -163,7 +163,7 @@ def patches(source: str) -> list[str]:
 
 
 def _written(tree: ast.AST) -> Iterator[ast.expr]:
-    """Attributes and entries that a module sets or deletes, by statement or by a call that does it."""
+    """Attributes and entries that a module sets or deletes, by a statement or by a call."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
             yield node

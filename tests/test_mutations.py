@@ -1,7 +1,7 @@
-"""Every small file of a good run, mutated as hypothesis likes: whoever reads it says in one line what is wrong, or comes to the same.
+"""Each small file of a good run is mutated by hypothesis. Its reader says in one line what is wrong, or gives the same result.
 
-The programs run by main(argv) in one process, a rank of the pool, so that one that hangs is found too. Damage leaves the checksums as they
-were; a stranger makes them true (`sealed`), and then a changed value may be as good as the one before.
+Programs run by main(argv) in a rank of the pool, so that a program that hangs is found too. Plain damage does not change the checksums.
+An attacker makes them match (`sealed`); then a changed value may be as valid as the original.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TOOLS = {
 
 
 def program(name: str, words: list[str]) -> Ended:
-    """In the rank: a whole program."""
+    """Run a whole program. Called in the rank."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         for module in ("megatron_salt.train.run", "megatron_salt.parallel.launch"):
@@ -63,14 +63,14 @@ def program(name: str, words: list[str]) -> Ended:
 
 
 def timed(name: str, words: list[str]) -> tuple[Ended, float]:
-    """In the rank: a whole program, and the seconds that it computed."""
+    """Run a whole program and measure its CPU seconds. Called in the rank."""
     started = time.process_time()
     return program(name, words), time.process_time() - started
 
 
 @dataclass(frozen=True)
 class Good:
-    """A run, and what it was made of, all in one folder."""
+    """A run and its inputs, all in one folder."""
 
     home: Path
 
@@ -114,7 +114,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A program that reads; `words` gets the good run and a folder for what it writes."""
+    """A program that reads the file. `words` gets the good run and a folder for output."""
 
     program: str
     words: Callable[[Good, Path], list[str]]
@@ -188,7 +188,7 @@ SEALED = ("state.json", "run.yaml", "metadata.json", "tokenizer_description.json
 
 
 def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutation, sealed: bool) -> str:
-    """Let the consumer read the mutated file, and hold what it comes to against the law; "refused" or "read"."""
+    """Let the consumer read the mutated file and check the law. Returns "refused" or "read"."""
     (path,) = good.home.glob(sidecar)
     folder = good.checkpoint
     output = good.home / "output"
@@ -220,7 +220,7 @@ def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutatio
 
 
 def good_result(good: Good, consumer: Consumer) -> bytes:
-    """What the consumer comes to on the good run; once a consumer."""
+    """The consumer's result for the good run, computed once for each consumer."""
     name = hashlib.sha256(repr(consumer.words(good, Path("x"))).encode()).hexdigest()
     cached = good.home / f"result-{name}"
     if not cached.exists():
@@ -233,7 +233,7 @@ def good_result(good: Good, consumer: Consumer) -> bytes:
 
 
 def law(good: Good, sidecar: str, examples: int, seconds: float = math.inf) -> str:
-    """The law, for so many mutations of a file, or as many as there is time for; what was counted. The same ones every time."""
+    """Check the law for a number of mutations of a file, or as many as time allows. Returns counts. Mutations are the same in every run."""
     told: list[str] = []
     end = time.monotonic() + seconds
 

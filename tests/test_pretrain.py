@@ -1,4 +1,4 @@
-"""The program as its user meets it: real processes, exit codes, signals, and what --help and mistakes cost."""
+"""The program as a user runs it: real processes, exit statuses, signals, and the cost of --help and of mistakes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_print_config_gives_a_file_that_asks_for_the_same_run(
 
 @pytest.mark.long
 def test_a_process_that_is_told_to_leave_saves_and_exits_with_0(tmp_path: Path, data: str) -> None:
-    """SIGTERM to the program itself; the run goes on later as if nothing had happened."""
+    """SIGTERM to the program itself. A later start continues the run."""
     flags = dict(data_path=data, train_iters=100_000, exit_signal_handler=True)
     process = start(**flags, save=tmp_path / "told")
     log = tmp_path / "told" / "train.jsonl"
@@ -87,7 +87,7 @@ def test_a_process_that_is_told_to_leave_saves_and_exits_with_0(tmp_path: Path, 
 
 @pytest.mark.long
 def test_a_signal_to_every_process_of_the_run_does_not_spoil_the_save(tmp_path: Path, data: str) -> None:
-    """Slurm signals all processes of a job, those that write a checkpoint in the background among them."""
+    """Slurm signals all processes of a job, also those that write a checkpoint in the background."""
     flags = dict(data_path=data, train_iters=100_000, exit_signal_handler=True, async_save=True, save_interval=3)
     process = start(**flags, save=tmp_path / "told")
     wait_until(lambda: len(list((tmp_path / "told").glob("iter_*"))) >= 2, process)  # the second is being written, or just was
@@ -101,7 +101,7 @@ def test_a_signal_to_every_process_of_the_run_does_not_spoil_the_save(tmp_path: 
 
 @pytest.mark.long
 def test_two_ranks_under_torchrun_report_a_mistake_once(tmp_path: Path, data: str) -> None:
-    """Both find it after they have met: the checkpoint is of another model."""
+    """Both ranks see it after they have joined: the checkpoint has another model."""
     train(data_path=data, train_iters=2, save=tmp_path)
     process = start(2, data_path=data, train_iters=4, load=tmp_path, num_layers=3, tensor_model_parallel_size=2)
     out, err = process.communicate(timeout=120)
@@ -113,7 +113,7 @@ def test_two_ranks_under_torchrun_report_a_mistake_once(tmp_path: Path, data: st
 
 @pytest.mark.long
 def test_warnings_come_from_one_rank(tmp_path: Path, data: str) -> None:
-    """What all ranks find is said once, by rank 0; what happens is told by the last rank."""
+    """Rank 0 prints what all ranks see; the last rank prints the progress."""
     train(2, data_path=data, train_iters=2, save=tmp_path)
     ended = run(2, data_path=data, train_iters=4, save=tmp_path, load=tmp_path)
     assert [one.status for one in ended] == [0, 0]

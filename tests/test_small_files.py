@@ -1,4 +1,4 @@
-"""Small files of any origin: what they hold, or one line that says what is wrong with them, and never a wait."""
+"""Reading small files from anywhere: the content, or one line that says what is wrong; never a wait."""
 
 from __future__ import annotations
 

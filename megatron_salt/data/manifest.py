@@ -102,11 +102,6 @@ class Manifest:
         """`content:` and the hash of both files' hashes: the same for equal files, wherever they lie."""
         return _content_fingerprint(self.bin_hash, self.idx_hash)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of encoded text a token; 0: not recorded."""
-        return sum(source.text_bytes for source in self.sources) / max(self.tokens, 1)
-
 
 @dataclass(frozen=True)
 class DatasetFacts:

@@ -34,11 +34,6 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return _permute(np.asarray(index, np.int64), size, _round_keys(key)[:, None])
 
 
-def unpermute(image: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The inverse of `permute`: int [n] -> int64 [n]."""
-    return _permute(np.asarray(image, np.int64), size, _round_keys(key)[:, None], _feistel_back)
-
-
 def keyed_ranks(ids: np.ndarray, key: int) -> np.ndarray:
     """A permutation of 0..2^64-1, chosen by `key` (0 <= key < 2^64): int64 [n] -> uint64 [n], no two alike.
 

@@ -112,7 +112,7 @@ class GPT(LanguageModule):
     """One model chunk: the layers of one (virtual) pipeline stage, with the embedding on the first and the head on the last."""
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, vocabulary_size: int, seq_length: int, chunk_tokens: int,
+        self, config: TransformerConfig, model: ModelConfig, *, vocabulary_size: int, seq_length: int, chunk_tokens: int,
         groups: ProcessGroupCollection, pre_process: bool, post_process: bool, vp_stage: int | None, has_head: bool = True,
         precision: Precision = TORCH,
     ) -> None:  # fmt: skip
@@ -237,7 +237,8 @@ def build_model(
     for stage in range(parallel.num_virtual_stages_per_pipeline_rank):
         last = stage == parallel.num_virtual_stages_per_pipeline_rank - 1
         chunk = GPT(
-            config, model, vocabulary_size, seq_length, chunk_tokens, mesh.groups,
+            config, model,
+            vocabulary_size=vocabulary_size, seq_length=seq_length, chunk_tokens=chunk_tokens, groups=mesh.groups,
             pre_process=mesh.is_first_stage and stage == 0,
             post_process=mesh.is_last_stage and last,
             vp_stage=None if parallel.virtual_stages is None else stage,

@@ -249,7 +249,7 @@ def _into_gradient(
             logits_nv[rows] = block
     at_label = (mask_n * at_label).to(logits_nv.dtype)
     # Not scatter_: on a CPU in bfloat16 it makes a float32 copy of the whole chunk.
-    return logits_nv.index_put_(label_ids, torch.where(label.here, at_label, logits_nv[label_ids]))
+    return logits_nv.index_put_(label_ids, torch.where(label.is_local, at_label, logits_nv[label_ids]))
 
 
 def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:

@@ -52,8 +52,8 @@ def logits(hidden_nh: Tensor, weight_vh: Tensor, out: Tensor, band: int = BAND) 
     product, operand = wide_nh.new_empty(hidden_nh.size(0) * size), wide_nh.new_empty((size, weight_vh.size(1)))
     for rows in slices(weight_vh.size(0), size):
         wide_vh = operand[: rows.stop - rows.start].copy_(weight_vh[rows])
-        room = product[: hidden_nh.size(0) * wide_vh.size(0)].view(hidden_nh.size(0), -1)
-        out[:, rows].copy_(torch.mm(wide_nh, wide_vh.t(), out=room))
+        buffer = product[: hidden_nh.size(0) * wide_vh.size(0)].view(hidden_nh.size(0), -1)
+        out[:, rows].copy_(torch.mm(wide_nh, wide_vh.t(), out=buffer))
     return out
 
 
@@ -79,9 +79,9 @@ def add_weight_gradient(total_vh: Tensor, gradient_nv: Tensor, hidden_nh: Tensor
             total_vh[rows].addmm_(gradient_nv[:, rows].float().t(), wide_nh)
         return
     size = max(1, min(total_vh.size(0), band // total_vh.size(1)))
-    room = hidden_nh.new_empty((size, total_vh.size(1)))
+    buffer = hidden_nh.new_empty((size, total_vh.size(1)))
     for rows in slices(total_vh.size(0), size):
-        product = torch.mm(gradient_nv[:, rows].t(), hidden_nh, out=room[: rows.stop - rows.start])
+        product = torch.mm(gradient_nv[:, rows].t(), hidden_nh, out=buffer[: rows.stop - rows.start])
         total_vh[rows].add_(product)
 
 

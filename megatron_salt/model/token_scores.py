@@ -92,9 +92,9 @@ def _median(ascending_bs: Tensor, count_b: Tensor, zeros_b: Tensor) -> Tensor:
     """
 
     def value(place_b: Tensor) -> Tensor:
-        behind = place_b - zeros_b
-        values = ascending_bs.gather(1, behind.clamp(0, ascending_bs.size(1) - 1)[:, None])[:, 0].double()
-        return torch.where(behind < 0, 0.0, values)
+        index = place_b - zeros_b
+        values = ascending_bs.gather(1, index.clamp(0, ascending_bs.size(1) - 1)[:, None])[:, 0].double()
+        return torch.where(index < 0, 0.0, values)
 
     middle = (value((count_b - 1).clamp(min=0) // 2) + value(count_b // 2)) / 2
     return torch.where(count_b > 0, middle, 0.0)

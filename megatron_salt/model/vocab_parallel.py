@@ -49,7 +49,7 @@ class VocabularyShard:
 class Label:
     """The labels of a chunk, as row numbers of this rank."""
 
-    here: Tensor
+    is_local: Tensor
     """bool [n]: whether the label is among this rank's real ids."""
 
     index: Tensor
@@ -58,8 +58,8 @@ class Label:
     @staticmethod
     def of(labels_n: Tensor, shard: VocabularyShard) -> Label:
         local = labels_n - shard.first
-        here = (local >= 0) & (local < shard.real_rows)
-        return Label(here, torch.where(here, local, 0)[:, None])
+        is_local = (local >= 0) & (local < shard.real_rows)
+        return Label(is_local, torch.where(is_local, local, 0)[:, None])
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class _Sums(NamedTuple):
     def add_label(self, logits_nv: Tensor, label: Label) -> None:
         self.label.fill_(float("-inf"))
         if logits_nv.size(1):
-            self.label.copy_(torch.where(label.here, logits_nv.gather(1, label.index)[:, 0], float("-inf")))
+            self.label.copy_(torch.where(label.is_local, logits_nv.gather(1, label.index)[:, 0], float("-inf")))
 
     def below_largest(self, logits_nv: Tensor, rows: slice, out: Tensor, scratch: Tensor) -> Tensor:
         """A block of rows minus its largest logits, in `out`. Also sets `largest` and `ties`. Overwrites `scratch`."""

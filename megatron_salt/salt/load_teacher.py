@@ -218,8 +218,9 @@ def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtyp
     config = transformer_config(checkpoint.model, teacher_parallel(salt), dtype, precision)
     config.perform_initialization = False
     body = GPT(
-        config, checkpoint.model, checkpoint.vocabulary_size, checkpoint.seq_length, 1, mesh.groups, pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage, vp_stage=None, has_head=False, precision=precision,
+        config, checkpoint.model, vocabulary_size=checkpoint.vocabulary_size, seq_length=checkpoint.seq_length, chunk_tokens=1,
+        groups=mesh.groups, pre_process=mesh.is_first_stage, post_process=mesh.is_last_stage, vp_stage=None, has_head=False,
+        precision=precision,
     )  # fmt: skip
     rng.restore(names, before)
     return body

@@ -20,7 +20,7 @@ from pydoc_data.topics import topics
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole
+from megatron_salt.files import refuse_present, sole_writer, whole_file
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 SMALLEST = 1_000_000
@@ -101,6 +101,6 @@ def is_held_out(name: str, share: float) -> bool:
 def write_lines(path: Path, documents: list[tuple[str, str]]) -> None:
     """Write a JSON object with `name` and `text` for each document. The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as tmp, tmp.open("w", encoding="utf-8") as out:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for name, text in documents:
             out.write(json.dumps({"name": name, "text": text}) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.files import whole
+from megatron_salt.files import whole_file
 from megatron_salt.metrics.history import Axis, Curve
 
 MARKS = "*o+x#@"
@@ -165,7 +165,7 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
     axes.grid(alpha=0.3)
     axes.legend()
     try:
-        with whole(output) as tmp:
+        with whole_file(output) as tmp:
             figure.savefig(tmp, format="png", dpi=120)
     finally:
         pyplot.close(figure)

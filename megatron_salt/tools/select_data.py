@@ -22,7 +22,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.manifest import tokenizer_directory
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole
+from megatron_salt.files import refuse_present, sole_writer, whole_file
 from megatron_salt.selection.eligibility import duplicates, find_eligible
 from megatron_salt.selection.report import draw, refuse_ties, report, sample, write_text
 from megatron_salt.selection.rules import Choice, Rule, choose
@@ -183,7 +183,7 @@ def window_text(config: SelectConfig, index: ScoreIndex) -> WindowText | str:
 
 def export(choice: Choice, text: WindowText, path: Path) -> None:
     """Write the text of every chosen window to `path`. The file appears whole or not at all."""
-    with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
+    with whole_file(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
         for chosen in choice.ids():
             for start in range(0, len(chosen), EXPORTED):
                 ids = chosen[start : start + EXPORTED]

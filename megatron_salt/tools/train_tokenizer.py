@@ -21,7 +21,7 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole
+from megatron_salt.files import refuse_present, sole_writer, whole_file
 from megatron_salt.preprocess.inputs import BadLines, input_files
 from megatron_salt.preprocess.parse import Parser
 from megatron_salt.preprocess.readers import chunks, form_of, uncompressed_name
@@ -121,7 +121,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
 
 def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -> int:
     """Train and write the model, whole or not at all. Returns its size in bytes. Raises OSError before training if it cannot write."""
-    with whole(output) as tmp, open(tmp, "wb") as stream:
+    with whole_file(output) as tmp, open(tmp, "wb") as stream:
         return stream.write(train(chosen, config))
 
 

@@ -1,4 +1,4 @@
-"""Single-section checks: what each section refuses by itself, and the sizes that it derives."""
+"""The checks of each section of the configuration by itself, and the sizes that it derives."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_the_vocabulary_is_padded_up_to_the_multiple(vocabulary_size, rows):
 
 
 def test_every_leaf_has_a_help_text():
-    """The docstring after each field is its help: a field without one has empty --help."""
+    """The docstring after a field is its help text."""
     for section in sections().values():
         tree = ast.parse(inspect.getsource(section)).body[0]
         assert isinstance(tree, ast.ClassDef)
@@ -212,7 +212,7 @@ def test_every_leaf_has_a_help_text():
 
 
 def test_messages_spell_flags_that_exist():
-    """Every --word in config/ is a flag: a renamed field must take its messages along."""
+    """Each --word in config/ is a flag: a renamed field must change the messages too."""
     known = set(cli.known_flags(cli.CommandLine))
     source = "\n".join(file.read_text() for file in Path(inspect.getfile(config)).parent.glob("*.py"))
     words = {word.strip("`.,;:)'\"") for text in source.split() for word in [text.lstrip("`(\"'f")] if word.startswith("--")}

@@ -1,4 +1,4 @@
-"""Attention sees what it should: causal, inside documents, under context parallelism; its dropout differs between heads' ranks."""
+"""Attention is causal, stays inside documents, and works with context parallelism; dropout differs between ranks with different heads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Group:
-    """As much of a process group as a mask needs."""
+    """The part of a process group that a mask needs."""
 
     ranks: int
     own: int = 0
@@ -40,7 +40,7 @@ class Group:
 @pytest.mark.parametrize("context", [1, 2, 4])
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_a_token_sees_itself_and_earlier_tokens_of_its_document(context, with_documents):
-    """Oracle: the definition, pair by pair, with queries and keys where zigzag puts them."""
+    """Oracle: the definition, for each pair of positions, with queries and keys in zigzag order."""
     length = 16
     documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 10, [0] * 16]) if with_documents else None
     for rank in range(context):
@@ -65,7 +65,7 @@ def hidden_states(case: Case, tokens: Tensor, positions: Tensor, documents: Tens
 
 @pytest.mark.parametrize("model", ["tied", "gpt2"])
 def test_a_document_is_what_it_would_be_alone(model):
-    """Packed with others into one sample; positions restart, which learned ones need and rotary ones do not notice."""
+    """Oracle: the document alone. Packed with others into one sample its positions restart: learned ones need that, rotary ones do not."""
     lengths = [9, 1, SEQ_LENGTH - 10]
     tokens = torch.randint(0, VOCABULARY, (1, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
     documents = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
@@ -95,7 +95,7 @@ def test_later_tokens_do_not_matter():
 
 
 def dropped(case: Case, world_size: int, train: bool) -> tuple[Tensor, Tensor]:
-    """What core attention gives for the same heads on every rank, and the hidden states of the whole model."""
+    """Outputs of core attention for the same heads on every rank, and the hidden states of the whole model."""
     student = build_student(case, world_size)
     model = unwrap(student.chunks[0]).train(train)
     generator = torch.Generator().manual_seed(5)
@@ -109,7 +109,7 @@ def dropped(case: Case, world_size: int, train: bool) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_dropout_differs_where_activations_are_split_and_agrees_where_they_are_copies(sequence_parallel):
-    """Ranks hold different heads, so their attention drops differently; without sequence parallelism each has all hidden states."""
+    """Ranks hold different heads, so their attention dropout differs. Without sequence parallelism they hold equal hidden states."""
     sizes = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
     case = Case(sizes, replace(MODELS["tied"], attention_dropout=0.3, hidden_dropout=0.3))
     (core_0, hidden_0), (core_1, hidden_1) = run_ranks(2, dropped, case, 2, True)
@@ -120,14 +120,14 @@ def test_dropout_differs_where_activations_are_split_and_agrees_where_they_are_c
 
 
 def dropped_embedding(case: Case) -> Tensor:
-    """Which channels of the embedding are dropped on this rank's half of the sequence."""
+    """The channels of the embedding that dropout removes on this rank's half of the sequence."""
     model = unwrap(build_student(case, 2).chunks[0])
     tokens = torch.zeros(2, SEQ_LENGTH, dtype=torch.int64)
     return model.embedding(tokens, torch.arange(SEQ_LENGTH).expand(2, -1)).detach() == 0
 
 
 def test_halves_of_a_sequence_drop_differently_under_sequence_parallelism():
-    """Of one token repeated, so that without dropout, or with one mask, both halves are the same."""
+    """The sequence repeats one token: without dropout, or with equal masks, both halves would be equal."""
     sizes = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     first, second = run_ranks(2, dropped_embedding, Case(sizes, replace(MODELS["tied"], hidden_dropout=0.5)))
     assert first.shape == second.shape and not torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""FLOPs against torch's counter."""
+"""FLOPs of a model equal the count of torch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_stud
 
 
 def plain_loss(model: ModelConfig, ids: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
-    """A decoder's matrix products written out over ids [s], weights made on the spot; attention over the whole square."""
+    """The matrix products of a decoder over ids [s], written out, with new random weights. Attention covers the whole square."""
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The divergence of two passes against full logits in float64, for any sharding, mask and distance."""
+"""The divergence of two passes equals that of full float64 logits, for any sharding, mask and distance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Case:
 class Inputs(NamedTuple):
     reference: Tensor  # [s, b, h]
     other: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on hold arbitrary values
     mask: Tensor  # [s*b]
 
 
@@ -48,12 +48,12 @@ def make_inputs(case: Case) -> Inputs:
     other, weight = reference + case.noise * draw(SEQUENCE, BATCH, HIDDEN), draw(ROWS, HIDDEN)
     weight[case.vocabulary_size :] = float("nan")
     mask = (torch.rand(TOKENS, generator=generator) > 0.3).float()
-    reference.flatten(0, 1)[mask == 0] = float("nan")  # what does not count may be anything
+    reference.flatten(0, 1)[mask == 0] = float("nan")  # masked tokens may hold anything
     return Inputs(reference.to(case.dtype), other.to(case.dtype), weight.to(case.dtype), mask)
 
 
 def oracle(inputs: Inputs, case: Case) -> tuple[float, float]:
-    """(sum of KL, tokens of one mind)."""
+    """(sum of KL, number of tokens with the same most likely id)."""
     valid = inputs.mask > 0
     weight = inputs.weight[: case.vocabulary_size].double()
     p, q = (hidden.flatten(0, 1)[valid].double() @ weight.t() / case.temperature for hidden in (inputs.reference, inputs.other))
@@ -85,7 +85,7 @@ def on_a_rank(case: Case) -> tuple[float, float]:
     pytest.param(Case(tp=4, sequence_parallel=True, vocabulary_size=33), id="tp4 slices, ranks of padding alone"),
 ])  # fmt: skip
 def test_it_equals_full_logits_in_float64(case: Case) -> None:
-    """To 1e-6 nats a token, however near the two are; the same on every rank."""
+    """Within 1e-6 nats a token, also when the passes nearly agree; the same on every rank."""
     kl, agreement = oracle(make_inputs(case), case)
     told = run_ranks(case.tp, on_a_rank, case)
     assert len(set(told)) == 1
@@ -105,7 +105,7 @@ def test_of_a_pass_and_itself_it_is_0() -> None:
 
 
 def test_it_is_not_symmetric_and_the_reference_has_the_expectation() -> None:
-    """A reference that is nearly sure, another that is not: log 4 nats, and not the other way round."""
+    """The reference is nearly sure, the other is not: KL is log 4 nats. Exchanged, it is not."""
     sure, unsure = torch.tensor([[[30.0, 0.0]]]), torch.zeros(1, 1, 2)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
     assert here(sure, unsure, weight, torch.ones(1))[0] == pytest.approx(1.386294, abs=1e-5)

@@ -1,5 +1,4 @@
-"""What FP8 does to numbers, by the emulation that other tests train and gate with: against torch's own FP8 product, float64
-arithmetic, and the laws of the formats."""
+"""The FP8 emulation of the tests against torch's FP8 product, float64 arithmetic and the laws of the formats."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ HALF_SUBNORMAL = {E4M3: 2.0**-10, E5M2: 2.0**-17}
 
 
 def drawn(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
-    """Numbers whose magnitudes differ by many powers of two where the spread is large."""
+    """Random numbers; with a large spread their magnitudes differ by many powers of two."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator) * torch.exp(spread * torch.randn(*shape, generator=generator))
 
@@ -50,7 +49,7 @@ def tensorwise(tensor: Tensor, dtype: torch.dtype = E4M3) -> Quantized:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [1e-30, 1e-3, 1.0, 7e4, 1e30])
 def test_current_scaling_takes_the_largest_number_to_the_types_largest(dtype: torch.dtype, factor: float) -> None:
-    """scale = 448 / amax, whatever amax is: the payload of amax is 448, and comes back as amax."""
+    """scale = 448 / amax: the quantized amax is always 448, and dequantizes to amax."""
     tensor = drawn(64, 48, spread=2.0) * factor
     quantized = tensorwise(tensor, dtype)
     amax = tensor.abs().amax()
@@ -74,7 +73,7 @@ def test_every_number_comes_back_to_within_half_a_step(dtype: torch.dtype, sprea
     (0.0, 3.0), (math.inf, 3.0), (math.nan, 3.0), (448.0, 1.0), (7.0, 64.0), (1e-42, torch.finfo().max),
 ])  # fmt: skip
 def test_a_scale_needs_an_amax_that_is_a_number_above_0(amax: float, scale: float) -> None:
-    """Else it is what it was; and it never is infinite."""
+    """Otherwise the scale keeps its value. It is never infinite."""
     assert float(scale_from(torch.tensor(amax), E4M3, instead=3.0)) == pytest.approx(scale, rel=1e-6)
 
 
@@ -88,7 +87,7 @@ def test_zeros_stay_zeros_and_numbers_beyond_the_scale_are_cut_off() -> None:
 
 @pytest.mark.parametrize("left", DTYPES)
 def test_a_product_is_the_one_of_torchs_fp8_matrix_multiplication(left: torch.dtype) -> None:
-    """A gradient in e5m2 or an input in e4m3, times a weight in e4m3, with float32 results."""
+    """A gradient in e5m2 or an input in e4m3, multiplied with a weight in e4m3. Results are float32."""
     a, b = drawn(48, 64, seed=2), drawn(32, 64, seed=3)
     qa, qb = tensorwise(a, left), tensorwise(b)
     exact = torch._scaled_mm(qa.payload, qb.payload.t(), scale_a=1 / qa.scale, scale_b=1 / qb.scale, out_dtype=torch.float32)
@@ -97,7 +96,7 @@ def test_a_product_is_the_one_of_torchs_fp8_matrix_multiplication(left: torch.dt
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise", "mxfp8"])
 def test_a_dot_products_error_is_bounded_by_its_operands(kind: str) -> None:
-    """|sum a'b' - sum ab| <= sum |a - a'| |b| + |a'| |b - b'|, where each number is within half a step of its own; in float64."""
+    """|sum a'b' - sum ab| <= sum |a - a'| |b| + |a'| |b - b'| in float64, where rounding is at most half a step of the format."""
     a, b = drawn(96, 256, seed=4), drawn(80, 256, seed=5)
     quantizers = Recipe(kind).quantizers(None)
     a_back, b_back = quantizers[0](a)[0].double(), quantizers[1](b)[0].double()
@@ -113,7 +112,7 @@ def test_a_dot_products_error_is_bounded_by_its_operands(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise", "mxfp8"])
 def test_forward_and_both_gradients_are_the_products_of_quantized_operands(kind: str) -> None:
-    """Each product's operands are quantized along the dimension that it sums over; float64."""
+    """Operands of a product are quantized along the dimension that the product sums over. Oracle in float64."""
     recipe = Recipe(kind)
     x, weight, d_y = drawn(3, 40, 256, seed=6), drawn(160, 256, seed=7), drawn(3, 40, 160, seed=8)
     x.requires_grad_(), weight.requires_grad_()
@@ -146,7 +145,7 @@ AMAXES = [1.0, 3.0, 0.0, 100.0, 2.0, math.inf, 0.5, 0.5, 0.5, 0.5, 1e-3, 0.0, 0.
 
 
 def scales_by_hand(amaxes: list[float], length: int, algorithm: str, margin: int) -> list[float]:
-    """The scale after each step, in float64 with lists: a window of the last `length` maxima."""
+    """The scale after each step, from the last `length` maxima, computed with lists in float64."""
     scale, scales = 1.0, []
     for step in range(len(amaxes)):
         window = amaxes[max(0, step + 1 - length) : step + 1]
@@ -161,7 +160,7 @@ def scales_by_hand(amaxes: list[float], length: int, algorithm: str, margin: int
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize("margin", [0, 2])
 def test_delayed_scaling_follows_the_window_of_maxima(length: int, algorithm: str, margin: int) -> None:
-    """An amax of 0, or of a tensor with an infinity, changes nothing of the scale but takes a place in the window."""
+    """An amax of 0 or infinity does not change the scale, but takes a place in the window."""
     quantizer = Delayed(E4M3, length, algorithm, margin)
     scales = []
     for amax in AMAXES:
@@ -185,8 +184,8 @@ def test_delayed_scaling_uses_the_scale_of_before_and_cuts_off_what_has_grown() 
 
 
 def test_scales_that_are_never_updated_lose_small_numbers_and_cut_off_large_ones() -> None:
-    """A frozen model's under delayed scaling: they stay 1. An output projection's weights (0.02 / sqrt(2 x 32 layers)) are then among
-    the type's subnormals, and an MLP's largest activations above 448."""
+    """In a frozen model delayed scales stay 1. Then weights of an output projection (0.02 / sqrt(2 x 32 layers)) are subnormal,
+    and the largest activations of an MLP are above 448."""
     for tensor, least in (
         (0.0025 * drawn(256, 256, seed=9, spread=0.0), 0.2),
         (2000 * drawn(256, 256, seed=9, spread=0.0), 0.5),
@@ -204,7 +203,7 @@ def test_scales_that_are_never_updated_lose_small_numbers_and_cut_off_large_ones
 
 @pytest.mark.parametrize("rows, columns", [(1, 32), (1, 128), (128, 128), (128, 1)])
 def test_each_block_has_a_power_of_two_that_uses_the_type_and_does_not_overflow(rows: int, columns: int) -> None:
-    """Blocks at the ends are cut short. e8m0, which is how mxfp8 stores scales, holds each of them exactly."""
+    """Blocks at the ends are shorter. e8m0, the format in which mxfp8 stores scales, holds each scale exactly."""
     tensor = drawn(200, 300, seed=10, spread=2.0)
     quantized = quantize_blocks(tensor, rows, columns, E4M3)
     for top in range(0, 200, rows):
@@ -225,7 +224,7 @@ def test_powers_of_two_are_rounded_down() -> None:
 
 @pytest.mark.parametrize("kind, unharmed", [("tensorwise", False), ("blockwise", True), ("mxfp8", True)])
 def test_an_outlier_harms_its_block_alone(kind: str, unharmed: bool) -> None:
-    """Numbers 2^24 below it are gone where there is one scale for all."""
+    """With one scale for the whole tensor, numbers 2^24 below the outlier would become 0."""
     tensor = drawn(4, 512, seed=11)
     tensor[0, 0] = 2.0**24
     back = Recipe(kind).quantizers(None)[0](tensor)[0]
@@ -235,7 +234,7 @@ def test_an_outlier_harms_its_block_alone(kind: str, unharmed: bool) -> None:
 
 
 def test_a_square_block_reads_the_same_in_both_directions_and_a_row_does_not() -> None:
-    """So a blockwise weight is quantized once, and an input or an mxfp8 weight twice."""
+    """So a blockwise weight is quantized once, but an input or an mxfp8 weight twice."""
     tensor = drawn(256, 384, seed=12)
     for quantizer, same in ((Blocks(E4M3, 128, 128), True), (Blocks(E4M3, 1, 128), False), (Blocks(E4M3, 1, 32), False)):
         rows, columns = quantizer(tensor)

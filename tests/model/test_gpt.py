@@ -1,4 +1,4 @@
-"""The decoder is GPT: it equals plain torch and megatron-core's GPTModel, and starts from the weights that the flags ask for."""
+"""The decoder equals plain torch and megatron-core's GPTModel, and starts from the weights that the flags ask for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = 4
 
 
 def plain_loss(model: ModelConfig, weights: dict[str, Tensor], microbatches: list[Microbatch]) -> Tensor:
-    """Mean cross entropy per valid token of all microbatches."""
+    """Mean cross entropy over the valid tokens of all microbatches."""
     total, count = torch.zeros(()), torch.zeros(())
     for part in microbatches:
         mask = torch.ones(SEQ_LENGTH, SEQ_LENGTH).tril().bool().expand(part.tokens.size(0), -1, -1)
@@ -47,7 +47,7 @@ def plain_loss(model: ModelConfig, weights: dict[str, Tensor], microbatches: lis
 
 
 def train_plain(case: Case, student: Student) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, gradient norms and the first gradient of a run in plain torch, from the student's weights."""
+    """Losses, gradient norms and the first gradient of a run in plain torch, from the student's initial weights."""
     weights = {name: value.clone().requires_grad_() for name, value in whole_tensors(student).items()}
     groups = [
         dict(params=[weight for weight in weights.values() if weight.dim() > 1], weight_decay=0.1),
@@ -68,7 +68,7 @@ def train_plain(case: Case, student: Student) -> tuple[list[float], list[float],
 
 def compare_with_plain(case: Case) -> None:
     student = build_student(case, 1)
-    with torch.no_grad():  # so that biases and norms, which start at 0 and 1, take part
+    with torch.no_grad():  # else biases and norms would start at 0 and 1 and have no influence
         for param in student.chunks[0].parameters():
             param.add_(torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel())), alpha=0.05)
     student.optimizer.reload_model_params()
@@ -88,7 +88,7 @@ def compare_with_plain(case: Case) -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_training_is_that_of_plain_torch(model, documents):
-    """Loss per token, clipping, AdamW, decay of matrices alone; gradients parameter by parameter."""
+    """Loss of each token, clipping, AdamW, weight decay of matrices only. Gradients are compared parameter by parameter."""
     run_ranks(1, compare_with_plain, Case(model=MODELS[model], documents=documents))
 
 
@@ -114,7 +114,7 @@ def compare_with_gpt_model(case: Case) -> None:
         name: entry.key for name, entry in theirs.sharded_state_dict().items()
     }
     microbatch = batch(student, case, 0)[0]
-    causal = torch.ones(SEQ_LENGTH, SEQ_LENGTH).triu(1).bool()[None, None]  # True where a query must not look
+    causal = torch.ones(SEQ_LENGTH, SEQ_LENGTH).triu(1).bool()[None, None]  # True where a query must not attend
     logits = theirs(microbatch.tokens, microbatch.position_ids, causal)[..., :VOCABULARY].transpose(0, 1)
     own_logits = ours.logits(ours(microbatch.tokens, microbatch.position_ids, None))[..., :VOCABULARY]
     torch.testing.assert_close(own_logits, logits, rtol=1e-5, atol=1e-5)
@@ -132,12 +132,12 @@ def compare_with_gpt_model(case: Case) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_is_megatron_cores_gpt_model(model):
-    """One state dict, loaded strictly; the same names in checkpoints; logits, loss and gradients."""
+    """One state dict, loaded strictly; equal names in checkpoints; equal logits, loss and gradients."""
     run_ranks(1, compare_with_gpt_model, Case(model=MODELS[model]))
 
 
 def parts_kept_of_state_dict(case: Case) -> set[str]:
-    """Names with contents that a checkpoint would hold."""
+    """Names in the state dict with contents that a checkpoint would hold."""
     state = unwrap(build_student(case, 1).chunks[0]).sharded_state_dict()
     return {entry.key for entry in state.values()}
 
@@ -155,7 +155,7 @@ def initial_weights(case: Case, world_size: int) -> dict[str, Tensor]:
 
 
 def deviation(case: Case, name: str) -> float | None:
-    """Standard deviation that Megatron gives a parameter; None where it is constant."""
+    """The standard deviation that Megatron-LM gives a parameter; None for a constant parameter."""
     std = case.model.init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return std / (2 * case.model.num_layers) ** 0.5
@@ -171,7 +171,7 @@ def deviation(case: Case, name: str) -> float | None:
     ("untied", dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2), 4),
 ])  # fmt: skip
 def test_initial_weights_have_the_statistics_asked_for(model, sizes, world_size):
-    """Normal with Megatron's deviations, no two shards or layers alike; replicas, and the copies of a tied embedding, are."""
+    """Normal, with Megatron-LM's deviations. All shards and layers differ; replicas and the copies of a tied embedding are equal."""
     case = Case(ParallelConfig(**sizes), replace(MODELS[model], init_method_std=0.03))
     ranks = run_ranks(world_size, initial_weights, case, world_size)
     for name, weight in ranks[0].items():
@@ -202,7 +202,7 @@ def settings(case: Case, world_size: int) -> dict[str, Any]:
 
 
 def test_a_stage_keeps_its_output_while_gloo_sends_it():
-    """megatron-core 0.16.1 would free it in flight, and the losses are wrong without an error. Nor may one batch hold two sends."""
+    """megatron-core 0.16.1 would free it during the send, and losses would be wrong without an error. Nor may a batch have two sends."""
     interleaved = Case(ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2))
     copies = torch.cuda.is_available()
     assert run_ranks(2, settings, interleaved, 2)[0] == dict(
@@ -221,7 +221,7 @@ def compiled_frames(case: Case) -> dict[str, int]:
 
 @pytest.mark.parametrize("model", ["squared relu", "gpt2", "tied"])
 def test_training_compiles_nothing(model):
-    """So that it needs no C++ compiler and starts at once."""
+    """Therefore it needs no C++ compiler and starts without a delay."""
     assert run_ranks(1, compiled_frames, Case(model=MODELS[model]))[0] == {}
 
 

@@ -1,4 +1,4 @@
-"""The fused loss with a teacher against full logits in float64 on one rank: loss, metrics and both gradients, for any sharding."""
+"""The fused loss with a teacher equals full logits in float64: loss, metrics and both gradients, for any sharding."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Of a gradient, see test_loss.py; an error of the teacher's logits is divided by its temperature."""
+        """Tolerance of a gradient, see test_loss.py. The temperature divides an error of the teacher's logits."""
         return {torch.float32: 5e-7, torch.bfloat16: 8e-3}[self.dtype] * max(1.0, 1 / self.temperature)
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on hold arbitrary values
     labels: Tensor  # [s*b]
     mask: Tensor  # [s*b]
     teacher_hidden: Tensor  # [s, b, h_t]
-    teacher_weight: Tensor  # [ROWS, h_t], rubbish in the same rows
+    teacher_weight: Tensor  # [ROWS, h_t], arbitrary values in the same rows
 
 
 class Outputs(NamedTuple):
@@ -74,7 +74,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def oracle(inputs: Inputs, case: Case) -> Outputs:
-    """Cross entropy against the mixed target, from full logits in float64."""
+    """Oracle: cross entropy against the mixed target, from full logits in float64."""
     hidden, weight = (tensor.double().requires_grad_() for tensor in (inputs.hidden, inputs.weight[: case.vocabulary_size]))
     logits = (hidden @ weight.t()).flatten(0, 1)
     teacher = (inputs.teacher_hidden.double() @ inputs.teacher_weight[: case.vocabulary_size].double().t()).flatten(0, 1)
@@ -147,7 +147,7 @@ GRID = grid(
 
 @pytest.mark.parametrize("layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight", GRID)
 def test_loss_metrics_and_gradients_equal_full_logits(layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight):
-    """With 30 of 64 ids, ranks from the second of two (the third of four) on own padding alone."""
+    """With 30 of 64 ids the last rank (of four the last two) has only padding."""
     case = Case(*layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight)
     inputs = make_inputs(case)
     exact = oracle(inputs, case)
@@ -172,7 +172,7 @@ def test_loss_metrics_and_gradients_equal_full_logits(layout, dtype, chunk, voca
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=["fp32", "bf16"])
 def test_metrics_do_not_depend_on_the_layout(dtype, close):
-    """In bfloat16 but for what another order of a product's sums rounds to another logit."""
+    """In bfloat16 up to logits that are rounded differently, because sums of products have another order."""
     case = Case(dtype=dtype, temperature=0.25)
     alone, *others = (run_ranks(tp, on_a_rank, replace(case, tp=tp, sequence_parallel=sp), make_inputs(case))[0].metrics
                       for tp, sp in LAYOUTS)  # fmt: skip
@@ -256,7 +256,7 @@ def test_kl_of_any_token_is_right_and_never_below_0(temperature, scale, noise):
 
 
 def whole_numbers(tp: int, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[list[list[float]], float]:
-    """(hits of the student, of the teacher, agreement) of each row, and the student's accuracy out of the fused loss; on a rank of tp."""
+    """(student's hits, teacher's hits, agreement) of each row, and the student's accuracy from the fused loss, on a rank of tp."""
     group, rows = dist.group.WORLD, student.size(1) // tp
     assert group is not None
     shard = VocabularyShard(group, rows, student.size(1), False)
@@ -264,14 +264,14 @@ def whole_numbers(tp: int, student: Tensor, teacher: Tensor, labels: Tensor) -> 
     parts = student[:, own].contiguous(), teacher[:, own].contiguous()
     softmax, comparison = compare(*parts, 0.25, Label.of(labels, shard), group, Blocks.of(parts[0]))
     figures = [softmax.hit.tolist(), comparison.teacher.hit.tolist(), comparison.agreement.tolist()]
-    one_hot = torch.eye(student.size(1))  # hidden states that are logits: a weight of the identity
+    one_hot = torch.eye(student.size(1))  # the weight is the identity, so hidden states are logits
     _, sums = fused_linear_cross_entropy(student[:, None], one_hot[own], labels, torch.ones(len(labels)), shard, 3)
     return figures, float(sums[METRICS.index("accuracy")])
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_tie_counts_as_its_share(tp):
-    """Against choosing uniformly, in float64, among the ids that have the largest logit; few values, so that ties are frequent."""
+    """Oracle: a uniform choice, in float64, among the ids with the largest logit. Logits have few values, so ties are frequent."""
     generator = torch.Generator().manual_seed(7)
     student, teacher = (torch.randint(0, 3, (200, 6), generator=generator).float() for _ in range(2))
     labels = torch.randint(0, 6, (200,), generator=generator)

@@ -1,8 +1,8 @@
 """Loss, gradients and training do not depend on the layout.
 
-Oracle: one rank, plain, from the same checkpoint. Compared are the whole gradient of the first batch, parameter by parameter,
-and losses and gradient norms of three Adam steps: Adam hides a gradient's scale from the loss, so norms are compared at every step.
-Masks are very unequal over replicas and context-parallel ranks, and one microbatch has no valid token.
+Oracle: one rank with plain flags, from the same checkpoint. Compared are the gradients of all parameters for the first batch, and the
+losses and gradient norms of three Adam steps. Norms are compared because Adam hides the scale of gradients from the loss.
+Masks differ much between replicas and context-parallel ranks, and one microbatch has no valid token.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What one rank makes of a model, and where its weights (`w`) and gradients (`g.pt`) lie."""
+    """What one rank computes for a model. Its weights lie in `w`, its gradients in `g.pt`."""
 
     directory: Path
     curve: Curve
@@ -56,7 +56,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Result:
-    """What a layout makes of it."""
+    """What a layout computes."""
 
     curve: Curve
     grad_norm: float
@@ -97,7 +97,7 @@ def run_case(case: Case, world_size: int, directory: Path) -> Result:
 
 
 def copies_differ(student: Student) -> float:
-    """How far the word embedding of the first stage and the tied copy of the last are apart. Collective over the pipeline."""
+    """The largest difference between the word embedding of the first stage and the tied copy of the last. Collective over the pipeline."""
     weight = unwrap(student.chunks[-1] if student.mesh.is_last_stage else student.chunks[0]).shared_embedding_or_output_weight()
     copies: list[Tensor | None] = [None] * student.mesh.layout.pipeline
     dist.all_gather_object(copies, None if weight is None else weight.detach(), group=student.mesh.groups.pp)
@@ -119,7 +119,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Refe
 
 
 def check(reference: Callable[[Case], Reference], case: Case, world_size: int) -> Result:
-    """The case on world_size ranks equals one rank to 1e-6."""
+    """A layout on world_size ranks gives what one rank gives, within 1e-6."""
     expected = reference(case)
     results = run_ranks(world_size, run_case, case, world_size, expected.directory)
     result = results[0]
@@ -150,7 +150,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(reference, tp, pp, vp, c
     "tp, pp, vp, sp", [(1, 2, 1, False), (1, 2, 2, False), (2, 2, 1, False), (2, 2, 1, True), (1, 4, 1, False)]
 )
 def test_tied_embeddings_are_one_weight_over_stages(reference, tp, pp, vp, sp):
-    """The two copies have one gradient, counted once in the norm (both in `check`), and stay equal while they train."""
+    """Both copies have one gradient, which counts once in the norm (`check` compares both). They stay equal during training."""
     result = check(reference, Case(parallel(tp, pp, vp, sp=sp)), tp * pp)
     assert result.weight_copies_differ == 0
 
@@ -191,7 +191,7 @@ def test_sharding_the_optimizer_overlaps_and_accumulation_change_nothing(
 
 
 def test_a_head_with_a_bucket_of_its_own_waits_for_its_weight(reference):
-    """Shared with the final norm's, the bucket would have been waited for anyway."""
+    """In a bucket with the final norm the weight would be gathered anyway."""
     check(reference, Case(parallel(**OPTIMIZERS["small buckets"]), UNTIED), 2)
 
 
@@ -225,7 +225,7 @@ def test_attention_inside_documents(reference, tp, pp, cp, sp):
 
 
 @pytest.mark.parametrize("optimizer, tp, pp, vp, cp, tolerance", [
-    ("plain", 1, 2, 2, 1, 1e-6),  # the same arithmetic elsewhere
+    ("plain", 1, 2, 2, 1, 1e-6),  # the same arithmetic on other ranks
     ("overlap", 1, 1, 1, 1, 1e-5),  # float32 gradients are summed in another order
     ("small buckets", 2, 1, 1, 1, 2e-2),  # sums over tp and cp are rounded to bfloat16: 8 bits
     ("distributed", 1, 1, 1, 2, 2e-2),
@@ -242,7 +242,7 @@ def test_bfloat16_agrees_as_far_as_it_rounds_the_same(reference, optimizer, tp, 
 
 
 def test_bfloat16_is_near_float32(reference):
-    """3 significant digits are what 8 bits give."""
+    """8 bits give 3 significant digits."""
     single, half = reference(Case()), reference(Case(dtype=torch.bfloat16))
     assert half.curve.losses == pytest.approx(single.curve.losses, rel=5e-3)
     assert half.curve.grad_norms == pytest.approx(single.curve.grad_norms, rel=5e-2)

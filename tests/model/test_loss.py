@@ -1,4 +1,4 @@
-"""The fused loss against full logits in float64 on one rank: values and both gradients, for any sharding and chunk size."""
+"""The fused loss equals full logits in float64: value and both gradients, for any sharding and chunk size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Case:
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on hold arbitrary values
     labels: Tensor  # [s*b]
     mask: Tensor  # [s*b]
 
@@ -59,7 +59,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def oracle(inputs: Inputs, vocabulary_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, d(hidden), d(weight) from full logits in float64."""
+    """Oracle: loss, d(hidden), d(weight) from full logits in float64."""
     hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight[:vocabulary_size].double().requires_grad_()
     log_p = (hidden @ weight.t()).log_softmax(-1).flatten(0, 1)
     loss = -(log_p.gather(1, inputs.labels[:, None])[:, 0] * inputs.mask).sum()
@@ -76,7 +76,7 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 
 
 def on_a_rank(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics and this rank's gradients (d_hidden of its slice of the sequence, d_weight of its ids)."""
+    """Loss, metrics and this rank's gradients: d_hidden of its slice of the sequence, d_weight of its ids."""
     tp, rank = dist.get_world_size(), dist.get_rank()
     hidden = inputs.hidden.chunk(tp)[rank] if case.sequence_parallel else inputs.hidden
     hidden = hidden.clone().requires_grad_()
@@ -146,7 +146,7 @@ def without_grad(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, int]:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_confident_token_keeps_its_gradient(tp, dtype, tolerance):
-    """p - 1 = -1e-4 at the label: 0 where a bfloat16 p is subtracted from, lost where float32 logits of 100 are."""
+    """p - 1 = -1e-4 at the label. With a bfloat16 p it would be 0; with float32 logits of 100 it would be lost."""
     hidden, weight = torch.zeros(1, 1, HIDDEN, dtype=dtype), torch.zeros(ROWS, HIDDEN, dtype=dtype)
     hidden[0, 0, :2], weight[:, 0], weight[5, 1] = torch.tensor([8.0, 4.0]), 12.0, 3.25
     inputs = Inputs(hidden, weight, torch.tensor([5]), torch.ones(1))
@@ -158,7 +158,7 @@ def test_a_confident_token_keeps_its_gradient(tp, dtype, tolerance):
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of every storage that an operation inside makes."""
+    """Records the bytes of each storage that an operation inside the block makes."""
 
     def __init__(self, known: tuple) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def test_the_incoming_gradient_is_not_rounded_to_bfloat16():
 
 
 class Alone:
-    """A group of one rank, without torch.distributed."""
+    """A process group of one rank, without torch.distributed."""
 
     def rank(self) -> int:
         return 0

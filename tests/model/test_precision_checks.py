@@ -1,4 +1,4 @@
-"""What is refused before anything is allocated, and that the message says what would do."""
+"""Which precisions are refused before anything is allocated, and that the message says what would work."""
 
 from __future__ import annotations
 
@@ -191,7 +191,9 @@ def test_student_and_teacher_are_chosen_apart():
     assert (chosen.teacher.fp8_recipe, chosen.teacher.bf16_layers, chosen.teacher.forward_only) == ("blockwise", (0, 0), True)
     with pytest.raises(UserError, match="the teacher's --ffn-hidden-size 4112 = 4112"):
         choose_precisions(config, plan, replace(MODEL, ffn_hidden_size=4112), BLACKWELL)
-    assert choose_precisions(config, plan, None, BLACKWELL).student == chosen.student  # resumed in stage 2: nobody to look at
+    assert (
+        choose_precisions(config, plan, None, BLACKWELL).student == chosen.student
+    )  # resumed in stage 2: there is no teacher to check
 
 
 def test_bfloat16_layers_must_leave_some():

@@ -37,7 +37,7 @@ def operands(tokens: int = 24, rows: int = 50, width: int = 16) -> tuple[Tensor,
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over norm of the exact one."""
+    """Norm of the difference divided by the norm of the exact result."""
     return float((ours.double() - exact).norm() / exact.norm())
 
 
@@ -60,7 +60,7 @@ def test_a_rank_without_ids_has_no_logits_and_a_gradient_of_0(form: str) -> None
 
 
 class Sizes(TorchDispatchMode):
-    """Bytes of the largest storage that an operation returns."""
+    """Records the bytes of the largest storage that an operation returns."""
 
     largest = 0
 
@@ -72,7 +72,7 @@ class Sizes(TorchDispatchMode):
 
 
 def test_widening_makes_no_tensor_larger_than_a_band_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight itself has 8 bands, its copy would have 16 of their bytes."""
+    """The weight has 8 bands; a float32 copy of it would be 16 times as large as one."""
     monkeypatch.setenv(products.FORM, "widened")
     band, (hidden, weight, gradient) = 64 * 16, operands(tokens=16, rows=512, width=16)
     logits, d_hidden, d_weight = weight.new_empty((16, 512)), torch.empty_like(hidden), torch.zeros(512, 16)
@@ -105,7 +105,8 @@ def loss_and_gradients(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_and_its_gradients_are_full_logits_in_float64(form: str) -> None:
-    """Bound: logits, their gradient, and each product are rounded once; a logit z in error by z 2^-9 moves p by that share, |z| < 4."""
+    """Bound: logits, their gradient and each product are rounded once.
+    An error of z 2^-9 in a logit z, |z| < 4, changes p by that share."""
     hidden_nh, weight, teacher_weight = (part * 0.25 for part in (*operands()[:2], operands(rows=50)[1].flip(0)))
     hidden = hidden_nh[:, None]
     exact_hidden, exact_weight = hidden_nh.double().requires_grad_(), weight.double().requires_grad_()

@@ -1,4 +1,4 @@
-"""A model that does not fit a layout is refused by flag and number; one that is accepted is one that megatron-core builds."""
+"""A model that does not fit a layout is refused with flag and number. megatron-core builds each model that is accepted."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_divides_is_accepted():
 
 
 def built(model: ModelConfig, parallel: ParallelConfig) -> list[int] | None:
-    """Layers that megatron-core gives each pipeline rank; None where it refuses, or leaves layers out or a rank without any."""
+    """Layers that megatron-core gives each pipeline rank. None if it refuses, omits layers, or leaves a rank without a layer."""
     virtual = parallel.virtual_stages
     try:
         config = transformer_config(model, parallel, torch.float32)
@@ -82,7 +82,7 @@ def built(model: ModelConfig, parallel: ParallelConfig) -> list[int] | None:
 
 
 def test_layers_are_split_as_megatron_core_splits_them():
-    """Over some thousand combinations: the same counts, or both refuse."""
+    """In some thousand combinations both give the same counts, or both refuse."""
     tried = {True: 0, False: 0}
     for layers, stages, virtual, first, last, embedding, loss in itertools.product(
         (2, 4, 6, 8, 11), (1, 2, 3, 4), (1, 2, 3), (None, 1, 2, 4), (None, 1, 2), (False, True), (False, True)
@@ -100,7 +100,7 @@ def test_layers_are_split_as_megatron_core_splits_them():
         except UserError:
             ours = None
         theirs = built(model, parallel)
-        needless = (first or last) is not None and stages == 1  # refused by us: a flag that would do nothing
+        needless = (first or last) is not None and stages == 1  # only we refuse it: the flag would have no effect
         assert ours == theirs or (ours is None and needless), (parallel, layers, ours, theirs)
         tried[ours is not None] += 1
     assert min(tried.values()) > 100

@@ -1,4 +1,4 @@
-"""Token and window scores against full logits in float64, tokens and windows one by one, medians by numpy."""
+"""Scores of tokens and windows against full logits in float64, one token and one window at a time, with numpy's medians."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case:
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [s, b, h]
-    weight: Tensor  # [ROWS, h], rows from vocabulary_size on are rubbish
+    weight: Tensor  # [ROWS, h], rows from vocabulary_size on hold arbitrary values
     labels: Tensor  # [s*b]
     mask: Tensor  # [s*b]
 
@@ -47,12 +47,12 @@ def make_inputs(case: Case) -> Inputs:
     weight[case.vocabulary_size :] = float("nan")
     labels = torch.randint(0, case.vocabulary_size, (LENGTH * BATCH,), generator=generator)
     mask = (torch.rand(LENGTH * BATCH, generator=generator) > 0.2).float()
-    labels[mask == 0] = -1  # what does not count may be of no vocabulary
+    labels[mask == 0] = -1  # a label of a masked token may be outside the vocabulary
     return Inputs(hidden.to(case.dtype), weight.to(case.dtype), labels, mask)
 
 
 def oracle(inputs: Inputs, case: Case) -> list[tuple[float, float, float]]:
-    """(loss, rank, entropy) of each token that counts."""
+    """Oracle: (loss, rank, entropy) of each token that counts."""
     logits = inputs.hidden.double().flatten(0, 1) @ inputs.weight[: case.vocabulary_size].double().t()
     told = []
     for row, label, mask in zip(logits, inputs.labels.tolist(), inputs.mask.tolist(), strict=True):
@@ -63,7 +63,7 @@ def oracle(inputs: Inputs, case: Case) -> list[tuple[float, float, float]]:
 
 
 def scores_here(case: Case) -> TokenScores:
-    """In every rank of a tensor-parallel group."""
+    """The scores on one rank of a tensor-parallel group."""
     inputs, group = make_inputs(case), dist.group.WORLD
     assert group is not None
     shard = VocabularyShard(group, ROWS // case.tp, case.vocabulary_size, sequence_parallel=False)
@@ -83,7 +83,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_rank_and_entropy_of_each_token_equal_full_logits(case: Case) -> None:
-    """bfloat16 inputs are exact numbers and products are summed in float32, so the tolerance is float32's in both."""
+    """bfloat16 inputs are exact and products are summed in float32. So both dtypes have the tolerance of float32."""
     expected = oracle(make_inputs(case), case)
     counts = make_inputs(case).mask > 0
     everyone = run_ranks(case.tp, scores_here, case)
@@ -111,7 +111,7 @@ def test_every_device_equals_full_logits(dtype: torch.dtype, device: str) -> Non
 
 
 def window_oracle(loss: np.ndarray, rank: np.ndarray, entropy: np.ndarray, valid: np.ndarray) -> dict[str, float]:
-    """One window, by numpy's median and mean, from the definitions."""
+    """Oracle: one window, with numpy's median and mean, from the definitions."""
     told = {}
     loss, rank, entropy = loss[valid], rank[valid], entropy[valid]
     for k in TOP_K:
@@ -130,13 +130,13 @@ def window_oracle(loss: np.ndarray, rank: np.ndarray, entropy: np.ndarray, valid
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 33])
 def test_columns_of_windows_equal_numpys_medians_and_means(length: int) -> None:
-    """Even and odd lengths, windows with no token that counts, with none inside the top k, with equal losses."""
+    """Odd and even lengths; windows without a token that counts, without one inside the top k, or with equal losses."""
     random = np.random.default_rng(length)
     loss = random.integers(0, 12, (40, length)).astype(np.float32) / 4
     rank, entropy = random.integers(0, 70, (40, length)).astype(np.float32), random.random((40, length), np.float32)
     valid = random.random((40, length)) < random.random((40, 1))
     valid[0], valid[1], rank[2], rank[3] = False, True, 99, 0
-    loss[~valid] = 1e9  # no matter
+    loss[~valid] = 1e9  # must not matter
     scores = TokenScores(torch.from_numpy(loss), torch.from_numpy(rank), torch.from_numpy(entropy))
     found = window_scores(scores, torch.from_numpy(valid).float(), TOP_K)
     expected = [window_oracle(*rows) for rows in zip(loss.astype(float), rank, entropy.astype(float), valid, strict=True)]

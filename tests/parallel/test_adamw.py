@@ -1,4 +1,4 @@
-"""Our FusedAdam is AdamW, and its state is laid out as apex's: one integer step a group, so that megatron-core can resume it."""
+"""Our FusedAdam is AdamW, and has the state layout of apex's: one integer step for each group, from which megatron-core can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
 
 
 def groups(params: list[torch.nn.Parameter]) -> list[dict]:
-    """Two groups with different decay and rate, as megatron-core makes them."""
+    """Two groups with different weight decay and learning rate, as megatron-core makes them."""
     return [
         dict(params=params[::2], weight_decay=0.1, lr=1e-2, betas=(0.9, 0.95), eps=1e-7),
         dict(params=params[1::2], weight_decay=0.0, lr=3e-2, betas=(0.8, 0.99), eps=1e-8),
@@ -29,7 +29,7 @@ def groups(params: list[torch.nn.Parameter]) -> list[dict]:
 
 
 def gradients(step: int, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Of very different sizes, with zeros."""
+    """Gradients of very different sizes, some of them 0."""
     generator = torch.Generator().manual_seed(step)
     scale = 10.0 ** (step - 3)
     return [(torch.randn(param.shape, generator=generator) * scale * (step != 4 or index != 1)).to(param.dtype) for index, param in
@@ -37,7 +37,7 @@ def gradients(step: int, params: list[torch.nn.Parameter]) -> list[torch.Tensor]
 
 
 def adamw_in_float64(all_groups: list[dict]) -> list[torch.Tensor]:
-    """The algorithm as Loshchilov and Hutter (2019) write it."""
+    """AdamW as in Loshchilov and Hutter (2019), in float64."""
     flat = [(param, group) for pair in zip(*(group["params"] for group in all_groups), strict=True)
             for param, group in zip(pair, all_groups, strict=True)]  # fmt: skip
     values = [param.detach().double() for param, _ in flat]

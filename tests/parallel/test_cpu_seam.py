@@ -1,4 +1,4 @@
-"""The CPU seam changes nothing where there is a GPU, and where there is none makes CUDA's names mean the CPU."""
+"""The CPU seam changes nothing with a GPU; without one it makes CUDA's names mean the CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(json.dumps([changed, foreign]))
 
 
 def watch(has_gpu: bool) -> list[list[str]]:
-    """Names in torch that importing the seam changed, and modules of others that it brought in."""
+    """Names in torch that importing the seam changed, and foreign modules that it added."""
     command = [sys.executable, "-W", "ignore", "-c", WATCH.format(has_gpu=has_gpu)]
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 

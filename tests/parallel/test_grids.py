@@ -1,4 +1,4 @@
-"""A grid's subset meets every pair of values that the whole grid meets, and is much smaller."""
+"""A reduced grid has each pair of values of the whole grid, and is much smaller."""
 
 from __future__ import annotations
 

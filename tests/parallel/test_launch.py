@@ -1,4 +1,4 @@
-"""Processes join with a launcher and without one, give up on a rank that does not come, and draw the random numbers they should."""
+"""Processes join with and without a launcher, stop waiting for a missing rank, and draw the right random numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_without_a_launcher_a_process_is_a_world_of_one(tmp_path):
 
 @pytest.mark.long
 def test_under_torchrun_a_rank_that_does_not_come_ends_the_run_after_the_timeout(tmp_path):
-    """Instead of the half hour that torch would wait."""
+    """torch itself would wait for half an hour."""
     started = time.monotonic()
     done = start(tmp_path, 3, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert time.monotonic() - started < 90
@@ -67,7 +67,7 @@ def test_under_torchrun_a_rank_that_does_not_come_ends_the_run_after_the_timeout
 
 
 def draws(layout: Layout, seed: int) -> tuple[float, float]:
-    """A random number outside and one inside the tensor-parallel tracker."""
+    """A random number outside the tensor-parallel tracker, and one inside it."""
     mesh = make_student_mesh(layout)
     seed_everything(seed, mesh)
     outside = float(torch.rand(()))

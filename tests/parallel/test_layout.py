@@ -84,7 +84,7 @@ def test_ranks_that_do_not_make_whole_replicas_are_refused(world_size):
 
 @pytest.mark.parametrize("context", [1, 2, 3, 4])
 def test_context_slices_cover_a_sequence_once_and_carry_equal_causal_work(context):
-    """Work of a position: the keys that it attends to."""
+    """The work of a position: the number of keys that it attends to."""
     length = 24 * context
     shares = [
         [position for part in context_slice(length, context, rank) for position in range(length)[part]]

@@ -1,4 +1,4 @@
-"""Live groups hold the ranks that the layout says, on every rank, and communicate."""
+"""Process groups hold the ranks of the layout, on every rank, and communicate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARYING = dict(tp=["tp"], cp=["cp"], dp=["dp"], pp=["pp"], mp=["tp", "pp"], tp_c
 
 
 def look(layout: Layout) -> dict:
-    """Each group's ranks, and the sum of its members' ranks as an all-reduce finds it."""
+    """The ranks of each group, and the sum of its members' ranks from an all-reduce."""
     mesh = make_student_mesh(layout, 2 if layout.pipeline > 1 else None)
     assert mesh.rank == dist.get_rank() and mesh.at == layout.coordinates(mesh.rank)
     assert mesh.is_first_stage == parallel_state.is_pipeline_first_stage(ignore_virtual=True)

@@ -1,4 +1,4 @@
-"""A pipeline gives each microbatch's sums, in order, to the last stage alone; forward alone leaves no gradient."""
+"""A pipeline gives the sums of each microbatch, in order, to the last stage only; a forward-only run leaves no gradient."""
 
 from __future__ import annotations
 

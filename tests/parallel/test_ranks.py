@@ -1,4 +1,4 @@
-"""The harness itself: results by rank, every kind of failure told apart, nothing left behind from one call to the next."""
+"""The test harness for ranks: results in the order of ranks, each kind of failure is told apart, calls leave nothing behind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def leaves_a_mess() -> None:
 
 
 def what_is_there() -> dict[str, object]:
-    """Everything that a call could find from the call before it."""
+    """All state that a call could find from an earlier call."""
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.tensor_parallel import random as megatron_random
 

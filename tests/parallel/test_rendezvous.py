@@ -1,4 +1,4 @@
-"""Ranks that fail, or do not come, end the others within seconds, with one voice: real processes that meet at a store."""
+"""If a rank fails or does not join, the others end within seconds and one reports the error: real processes that meet at a store."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Ended:
     err: str
 
     def when(self, word: str) -> float:
-        """The clock when the rank said a word."""
+        """The time at which the rank printed a word."""
         return next(float(line.split()[1]) for line in self.out.splitlines() if line.startswith(f"{word} "))
 
 
 def work(fails: bool, where: str, how: str, join: float) -> None:
-    """The program of a rank, which may fail at a place in a way."""
+    """The program of a rank, which may fail at a given place in a given way."""
 
     def fail_at(place: str) -> None:
         if fails and place == where:
@@ -81,7 +81,7 @@ def alone(
     action: Callable[..., int | None],
     *arguments: Any,
 ) -> None:
-    """A rank in a process of its own."""
+    """Run a rank in this process."""
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     rendezvous.REPORT_EVERY = rendezvous._SLACK = report_every
@@ -100,13 +100,13 @@ def run(
     tmp_path: Path, world_size: int, fails: int, where: str, how: str, come: list[int] | None = None, join: float = 60.0,
     report_every: float = 30.0,
 ) -> list[Ended]:  # fmt: skip
-    """`work` on the ranks that come."""
+    """Run `work` on the ranks that join."""
     ranks = list(range(world_size)) if come is None else come
     return launch(tmp_path, world_size, report_every, {rank: (work, rank == fails, where, how, join) for rank in ranks})
 
 
 def launch(tmp_path: Path, world_size: int, report_every: float, calls: dict[int, tuple[Any, ...]]) -> list[Ended]:
-    """A function and its arguments on each rank, as srun would start it: no agent, one node."""
+    """Run a function with its arguments on each rank, as srun would start them: no agent, one node."""
     run_ranks(1, os.getpid)  # the pool's fork server has made the imports
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     context = multiprocessing.get_context("forkserver")
@@ -131,7 +131,7 @@ OF_TORCH = re.compile(r"\[[EWIF]\d{4} |Exception raised from |frame #\d+: |<omit
 
 
 def lines(ended: list[Ended]) -> list[str]:
-    """The lines that all ranks wrote to stderr, without those of torch's C++."""
+    """All stderr lines of all ranks, without those of torch's C++."""
     return [line for one in ended for line in one.err.splitlines() if not OF_TORCH.match(line)]
 
 
@@ -234,7 +234,7 @@ def test_a_signal_ends_the_wait_for_the_other_ranks(tmp_path: Path, rank: int) -
 
 
 def told_to_leave(words: list[str]) -> int:
-    """The program, which gets SIGTERM as soon as it waits for the others."""
+    """Run the program, which gets SIGTERM as soon as it waits for the other ranks."""
 
     def meet(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The likeliest mistakes of a first day: the one line that a user sees names the first cause and the way out."""
+"""The most likely mistakes of a new user: one line names the first cause and the way out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as it may be on the first day: some data, a finished run, one that has saved nothing yet."""
+    """A new user's directory: some data, a finished run, and a run that has saved nothing yet."""
     home = tmp_path_factory.mktemp("home")
     for name, windows in (("words", 22), ("few", 3), ("torn", 22)):
         write_tokens(home / name, windows=windows)
@@ -109,7 +109,8 @@ def test_a_tool_does_so_too(
     monkeypatch.chdir(tmp_path)
     argv = [word.replace("HOME", str(home)) for word in words.split()]
     program = ROOT / "tools" / Path(tool.__file__).name
-    process = subprocess.run([sys.executable, str(program), *argv], capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, program, *argv], capture_output=True, text=True, timeout=120, env=environment)
     assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, (
         process.stderr
     )

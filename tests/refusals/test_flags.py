@@ -131,6 +131,6 @@ def test_skipped_ranges_that_make_no_sense(tmp_path: Path, data: str) -> None:
 
 
 def test_the_small_run_itself_is_fine(tmp_path: Path, data: str) -> None:
-    """Else everything above would pass for the wrong reason."""
+    """Otherwise all tests above would pass for a wrong reason."""
     train(data_path=data, train_iters=4, save=tmp_path)
     assert checkpoints(tmp_path) == [4] and SMALL["num_layers"] == 2

@@ -20,7 +20,7 @@ from tests.support.program import checkpoints, losses, refused, run, the_error, 
 @pytest.mark.parametrize("flag", ["save", "jsonl", "tensorboard_dir"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_place_that_cannot_be_written(tmp_path: Path, data: str, flag: str, world_size: int) -> None:
-    """A directory that is a file. (Permissions stop nobody where tests run as root.)"""
+    """The directory is a file. (Permissions stop nothing where tests run as root.)"""
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "inside"
     message = refused(world_size, **(dict(data_path=data, train_iters=4, save=tmp_path / "save") | {flag: path}))
@@ -34,7 +34,7 @@ def test_a_profile_needs_a_place(data: str) -> None:
 
 @contextlib.contextmanager
 def full_from_step_3_on(size: int) -> Iterator[None]:
-    """For the last rank: from step 3 on no file may grow beyond `size` bytes."""
+    """On the last rank, from step 3 on, no file may grow beyond `size` bytes."""
     steps = iter(range(1, 100))
 
     def train_step(*arguments: Any) -> Any:

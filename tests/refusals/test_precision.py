@@ -1,5 +1,4 @@
-"""A precision that cannot be, through the whole program on a machine with a GPU that it is told of: refused before ranks join, and so
-before anything is allocated."""
+"""Precisions that the machine does not support, through the whole program on a pretended GPU: refused before ranks join."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ FP8: dict[str, Any] = dict(bf16=True, fp8_format="hybrid")
 
 
 class Joined(Exception):
-    """The program went on to join the world."""
+    """The program was not refused: it went on to join the other ranks."""
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> str:
-    """One whose MLP is 72 wide, no multiple of 16."""
+    """A teacher whose MLP is 72 wide, not a multiple of 16."""
     save = tmp_path_factory.mktemp("teacher")
     words = argv(data_path=data, save=save, train_iters=1, lr_warmup_iters=0, ffn_hidden_size=72, num_layers=1)
     [status] = run_ranks(1, train, words)
@@ -44,7 +43,7 @@ def train(words: list[str]) -> int:
 
 @pytest.fixture
 def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, data: str):
-    """What the program says on a machine; Joined where it says nothing against it."""
+    """The error message of the program on a given machine; Joined if it is not refused."""
 
     def of(hardware: Hardware, **flags: Any) -> str:
         def join(*_: object) -> None:

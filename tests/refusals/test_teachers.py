@@ -85,7 +85,7 @@ def test_a_teacher_that_does_not_fit(
 
 
 def test_what_is_found_of_a_teacher_once_ranks_have_met(tmp_path: Path, data: str, teacher: Path) -> None:
-    """A damaged file, an exchange beyond its limit: refused by every rank before a step, with nothing written."""
+    """A damaged file, or an exchange beyond its limit: every rank refuses before the first step, and nothing is written."""
     root = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     flags = dict(PP2, data_path=data, train_iters=4, teacher_load=root, kd_steps=3, save=tmp_path / "save")
     message = refused(2, **flags, teacher_exchange_max_gib=1e-6)
@@ -99,7 +99,7 @@ def test_what_is_found_of_a_teacher_once_ranks_have_met(tmp_path: Path, data: st
 
 
 def test_a_run_goes_on_with_its_own_teacher_or_not_at_all(tmp_path: Path, data: str, teacher: Path) -> None:
-    """Inside stage 1. And a plain run has none, though a run with a teacher may begin with its weights."""
+    """In stage 1. A plain run cannot continue with a teacher, but a run with a teacher may start from its weights."""
     train(data_path=data, train_iters=2, save=tmp_path / "other")
     flags = dict(data_path=data, train_iters=4, kd_steps=3, save=tmp_path / "save")
     train(**flags, teacher_load=teacher, exit_interval=2)

@@ -1,4 +1,4 @@
-"""Which samples of one score are taken: as many as asked, in a keyed order of the ids, from no part of the file more than another."""
+"""Of samples of equal score exactly as many are taken as asked, by a keyed order of the ids, and evenly from all parts of the file."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
 
 
 def write_sparse(path: Path, num_tokens: int, num_sequences: int, tail: list[int]) -> str:
-    """A uint16 dataset of zeros that ends in `tail`: holes on disk, with the lengths and pointers that opening looks at."""
+    """Write a uint16 dataset of zeros that ends in `tail`. The zeros are a hole in the file; lengths and pointers are as usual."""
     last_length = num_tokens - (num_sequences - 1) * (num_tokens // num_sequences)
     with open(f"{path}.idx", "wb") as idx:
         idx.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, num_sequences, num_sequences + 1))
@@ -63,7 +63,7 @@ def write_sparse(path: Path, num_tokens: int, num_sequences: int, tail: list[int
 
 
 def bytes_read() -> int:
-    """What this process has asked the kernel to read, so far."""
+    """Bytes that this process has read so far."""
     counters = Path("/proc/self/io")
     return int(counters.read_text().split()[1]) if counters.exists() else 0
 

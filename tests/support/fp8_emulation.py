@@ -1,9 +1,9 @@
-"""FP8 without an FP8 GPU: numbers go through torch's float8 types, products are made in float32 from what comes back.
+"""FP8 without an FP8 GPU: numbers are rounded to torch's float8 types, and products are computed in float32 from the rounded numbers.
 
-What Transformer Engine's recipes do to a number is done here: one scale a tensor from its present maximum (tensorwise) or from a
-history of maxima (delayed), a power of two for each block of 128 or 128 x 128 values (blockwise), or for each 32 (mxfp8). `emulate` puts
-that into the linears of a model of megatron-core's parallel linears, forward and backward, weights and keys untouched. What it
-cannot show: a kernel's own accumulation, and speed.
+Each recipe of Transformer Engine scales differently: one scale a tensor from its present maximum (tensorwise) or from a history of
+maxima (delayed), a power of two for each block of 128 or 128 x 128 values (blockwise), or for each 32 values (mxfp8). `emulate` puts a
+recipe into megatron-core's parallel linears, forward and backward; weights and keys stay. It cannot show how a kernel accumulates, and
+not its speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
     """float32, broadcastable to it."""
 
     def back(self) -> Tensor:
-        """float32."""
+        """The value in float32."""
         return self.payload.float() / self.scale
 
 
@@ -44,12 +44,12 @@ class Quantized(NamedTuple):
 
 
 def largest_of(dtype: torch.dtype) -> float:
-    """448 or 57344."""
+    """The largest number of an FP8 type: 448 or 57344."""
     return torch.finfo(dtype).max
 
 
 def amax_of(tensor: Tensor, group: Group = None) -> Tensor:
-    """float32 scalar: the largest magnitude, over the ranks of a group. Collective over it."""
+    """The largest magnitude over the ranks of a group, a float32 scalar. Collective over the group."""
     amax = tensor.detach().float().abs().amax()
     if group is not None:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
@@ -57,25 +57,25 @@ def amax_of(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def scale_from(amax: Tensor, dtype: torch.dtype, margin: int = 0, instead: Tensor | float = 1.0) -> Tensor:
-    """What brings amax to the type's largest number over 2^margin; `instead` where amax is 0 or not finite. float32."""
+    """The float32 scale that maps amax to the type's largest number over 2^margin; `instead` where amax is 0 or not finite."""
     scale = largest_of(dtype) / amax.float() / 2**margin
     scale = torch.where((amax > 0) & torch.isfinite(amax), scale, torch.as_tensor(instead, dtype=torch.float32))
     return scale.clamp(max=torch.finfo(torch.float32).max)  # a tiny amax
 
 
 def power_of_two_at_most(scale: Tensor) -> Tensor:
-    """float32: rounded down, so that nothing is scaled beyond the type's largest number."""
+    """float32 values rounded down to powers of two, so that nothing is scaled beyond the type's largest number."""
     return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
 
 
 def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
-    """Scaled, cut off at the type's largest number, rounded to nearest."""
+    """The tensor scaled, clamped to the type's largest number, and rounded to nearest."""
     largest = largest_of(dtype)
     return Quantized((tensor.detach().float() * scale).clamp(-largest, largest).to(dtype), scale)
 
 
 def block_amax(tensor: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 [n, m], each value the largest magnitude of its block of the tensor [n, m]; blocks at the ends may be cut short."""
+    """For each value the largest magnitude of its block: float32 [n, m]. Blocks at the ends may be smaller."""
     n, m = tensor.shape
     padded = F.pad(tensor.detach().float().abs(), (0, -m % columns, 0, -n % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
@@ -83,7 +83,7 @@ def block_amax(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Quantized:
-    """[n, m] with a power of two for each block: what float8_e8m0fnu can hold, too."""
+    """A tensor [n, m] quantized with a power of two for each block, as float8_e8m0fnu could hold it."""
     return quantize(tensor, power_of_two_at_most(scale_from(block_amax(tensor, rows, columns), dtype)), dtype)
 
 
@@ -93,15 +93,15 @@ def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype)
 class Quantizer(Protocol):
     def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
     def rows(self, tensor: Tensor) -> Quantized:
-        """The first of the two, as it lies in memory."""
+        """The quantized tensor in its memory order."""
 
     def update(self) -> None:
-        """Take note of the maxima seen since the last time. Collective where maxima are reduced."""
+        """Add the maxima seen since the last call to the history. Collective where maxima are reduced."""
 
 
 @dataclass
 class Tensorwise:
-    """Current scaling."""
+    """Current scaling: the scale comes from the tensor's own maximum."""
 
     dtype: torch.dtype
     group: Group = None
@@ -117,7 +117,7 @@ class Tensorwise:
 
 
 class Delayed:
-    """Delayed scaling: the scale of now is from maxima of before."""
+    """Delayed scaling: the scale comes from maxima of earlier steps."""
 
     def __init__(
         self, dtype: torch.dtype, length: int, algorithm: Literal["max", "most_recent"], margin: int, group: Group = None
@@ -145,7 +145,7 @@ class Delayed:
 
 @dataclass
 class Blocks:
-    """Blocks of `height` x `width`; the form that is read along the first dimension is made from the tensor anew."""
+    """Blocks of `height` x `width`. The transposed form is quantized from the tensor itself, not from its quantized form."""
 
     dtype: torch.dtype
     height: int
@@ -162,7 +162,7 @@ class Blocks:
 
 @dataclass
 class Kept:
-    """A tensor that exists in FP8 alone, whatever is handed in."""
+    """A weight that exists only in FP8: what is passed in is ignored."""
 
     quantized: Quantized
 
@@ -178,7 +178,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model's linears quantize."""
+    """How the linears of a model quantize."""
 
     kind: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     hybrid: bool = True
@@ -188,7 +188,7 @@ class Recipe:
     margin: int = 0
 
     def quantizers(self, group: Group) -> tuple[Quantizer, Quantizer, Quantizer]:
-        """Of a linear's input, weight and output gradient. group: over which maxima of whole tensors are reduced."""
+        """Quantizers of a linear's input, weight and output gradient. group: the ranks over which maxima are reduced."""
         gradients = E5M2 if self.hybrid else E4M3
         return self._quantizer(E4M3, 1, group), self._quantizer(E4M3, BLOCK, group), self._quantizer(gradients, 1, group)
 
@@ -208,7 +208,7 @@ class Recipe:
 
 
 class Fp8Product(torch.autograd.Function):
-    """x [..., n] @ weight [m, n]^T, each of the three products of forward and backward from quantized operands."""
+    """x [..., n] @ weight [m, n]^T. All three products, of forward and backward pass, have quantized operands."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, quantizers: tuple[Quantizer, Quantizer, Quantizer]) -> Tensor:
@@ -226,7 +226,7 @@ class Fp8Product(torch.autograd.Function):
 
 
 class Column(layers.ColumnParallelLinear):
-    """One that multiplies in FP8 while its `emulation` is on."""
+    """A ColumnParallelLinear that multiplies in FP8 while its `emulation` is on."""
 
     emulation: Emulation
     quantizers: tuple[Quantizer, Quantizer, Quantizer]
@@ -242,7 +242,7 @@ class Column(layers.ColumnParallelLinear):
 
 
 class Row(layers.RowParallelLinear):
-    """The same."""
+    """A RowParallelLinear that multiplies in FP8 while its `emulation` is on."""
 
     emulation: Emulation
     quantizers: tuple[Quantizer, Quantizer, Quantizer]
@@ -263,14 +263,14 @@ def _with_bias(output: Tensor, linear: Column | Row) -> tuple[Tensor, Any]:
 
 
 class Emulation:
-    """FP8 in the linears of one model: on inside `products`."""
+    """FP8 in the linears of one model. It is on inside `products`."""
 
     def __init__(self, linears: list[Any]) -> None:
         self.linears, self.active = linears, False
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """As Transformer Engine's autocast: scales are updated at its end, and only where gradients are enabled."""
+        """Like Transformer Engine's autocast: scales are updated at the end, and only where gradients are enabled."""
         if torch.is_grad_enabled():
             self._update(2)  # of the backward before
         self.active = True
@@ -283,7 +283,7 @@ class Emulation:
 
     @torch.no_grad()
     def keep_fp8_alone(self) -> None:
-        """Of a model that is only run forward: its linears' weights in FP8, and their other form freed."""
+        """Keep only the FP8 form of the linears' weights, in a model that only runs forward."""
         for linear in self.linears:
             kept = linear.quantizers[1].rows(linear.weight)
             linear.register_buffer("payload", kept.payload)
@@ -297,7 +297,7 @@ class Emulation:
 
 
 def emulate(model: nn.Module, recipe: Recipe, reduce_amax: bool = True) -> Emulation:
-    """FP8 in every parallel linear of the model but its output head. reduce_amax: maxima are of whole tensors, not of a rank's part."""
+    """Emulate FP8 in every parallel linear but the output head. reduce_amax: maxima are of whole tensors, not of a rank's part."""
     linears: list[Any] = []
     for module in model.modules():
         for plain, emulated in ((layers.ColumnParallelLinear, Column), (layers.RowParallelLinear, Row)):

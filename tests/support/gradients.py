@@ -1,4 +1,4 @@
-"""Weights and gradients of the whole model, whatever layout holds the parts, by GPTModel's names with global layer numbers."""
+"""Weights and gradients of the whole model from any layout, by GPTModel's names with global layer numbers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TIED_COPY = "copy of the embedding on the last stage"
 
 
 def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
-    """Gradient of the mean loss per token, before clipping, float32. Collective over all ranks; all receive. Parameters stay.
+    """Gradients of the mean loss a token, before clipping, float32. Parameters do not change. Collective over all ranks; all receive.
 
-    Where weights are tied over stages the last stage's copy comes too, under TIED_COPY: its gradient is the shared one.
+    With embeddings tied over stages, the last stage's copy is returned too, under TIED_COPY: its gradient is the shared one.
     """
     for chunk in student.chunks:
         chunk.zero_grad_buffer()
@@ -34,7 +34,7 @@ def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dic
 
 
 def whole_tensors(student: Student, read: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """What `read` gives for each parameter, of its shape; by default its value. Collective over all ranks; all receive."""
+    """What `read` returns for each parameter, in its shape; by default its value. Collective over all ranks; all receive."""
     mine = {}
     for chunk in student.chunks:
         model = unwrap(chunk)
@@ -53,7 +53,7 @@ def whole_tensors(student: Student, read: Callable[[Tensor], Tensor] = Tensor.de
 
 
 def _gather_shards(chunk: torch.nn.Module) -> None:
-    """Under the distributed optimizer each rank has summed its own share of every bucket: bring the others' here."""
+    """Gather the other ranks' shares of every bucket: under the distributed optimizer each rank has summed only its own."""
     for buffer in chunk.buffers:
         for bucket in buffer.buckets:
             group = buffer.data_parallel_group
@@ -62,7 +62,7 @@ def _gather_shards(chunk: torch.nn.Module) -> None:
 
 
 def _whole(param: Tensor, value: Tensor, gated: bool, group: dist.ProcessGroup) -> Tensor:
-    """A tensor-parallel rank's part -> the whole parameter's."""
+    """The whole tensor, from this tensor-parallel rank's part of it. Collective over tp."""
     parts = [torch.empty_like(value) for _ in range(group.size())]
     dist.all_gather(parts, value.contiguous(), group=group)
     if not getattr(param, "tensor_model_parallel", False):

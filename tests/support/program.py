@@ -1,7 +1,7 @@
 """The whole program in tests: a small dataset, the flags of a small run, and that run on ranks of the pool.
 
-A run is its flags. `run` calls `pretrain.main` in every rank, in a world that the pool has made; `start` starts it as a process
-of its own, by `python -m`. What a run came to is read from what it leaves on disk: its JSONL and its checkpoints.
+A run is given by its flags. `run` calls `pretrain.main` in every rank of the pool; `start` starts it as a process of its own, by
+`python -m`. Results are read from what a run leaves on disk: its JSONL and its checkpoints.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DROPOUT = dict(hidden_dropout=0.1, attention_dropout=0.1)
 
 
 def argv(**flags: Any) -> list[str]:
-    """The command line of the small run with changes; None and False leave a flag out."""
+    """The command line of the small run with changes; None and False omit a flag."""
     words: list[str] = []
     for name, value in (SMALL | flags).items():
         if value is None or value is False:
@@ -56,7 +56,7 @@ def argv(**flags: Any) -> list[str]:
 
 
 def write_tokens(prefix: Path, tokens: np.ndarray | None = None, windows: int = NUM_WINDOWS, seed: int = 0) -> str:
-    """A byte-level dataset PREFIX.bin/.idx of two documents, by default of words drawn at random; returns the prefix."""
+    """Write a byte-level dataset PREFIX.bin/.idx of two documents, by default of random words. Returns the prefix."""
     if tokens is None:
         random = np.random.default_rng(seed)
         words = [random.integers(97, 123, length) for length in (3, 5, 2, 7, 4, 6)]
@@ -75,7 +75,7 @@ def write_tokens(prefix: Path, tokens: np.ndarray | None = None, windows: int = 
 
 @dataclass(frozen=True)
 class Ended:
-    """How one rank's program ended."""
+    """How the program ended on one rank."""
 
     status: int
     out: str
@@ -84,19 +84,19 @@ class Ended:
 
 def run(world_size: int = 1, *, within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         timeout: float = 120.0, **flags: Any) -> list[Ended]:  # fmt: skip
-    """Run the program with these flags; how it ended, by rank. `within` is entered around it in every rank."""
+    """Run the program with these flags. Returns how each rank ended. within: a context manager entered around it in every rank."""
     return run_ranks(world_size, _main, argv(**flags), within, timeout=timeout)
 
 
 def train(world_size: int = 1, **flags: Any) -> Ended:
-    """The same for a run that must succeed; how the rank ended that speaks."""
+    """`run` for a run that must succeed. Returns how the last rank, which prints the log, ended."""
     ended = run(world_size, **flags)
     assert [one.status for one in ended] == [0] * world_size, ended
     return ended[-1]
 
 
 def refused(world_size: int = 1, **flags: Any) -> str:
-    """The same for a run that every rank must refuse in one line without a traceback; that line, after "error: "."""
+    """`run` for a run that every rank must refuse in one line without a traceback. Returns that line after "error: "."""
     ended = run(world_size, **flags)
     for one in ended:
         assert one.status == 2, one
@@ -105,7 +105,7 @@ def refused(world_size: int = 1, **flags: Any) -> str:
 
 
 def the_error(err: str) -> str:
-    """The message of the program's last word on stderr."""
+    """The message of the last error on stderr."""
     *_, last = err.rstrip("\n").partition("error: ")
     return last
 
@@ -119,8 +119,8 @@ def _main(words: list[str], within: Callable[[], contextlib.AbstractContextManag
 
 
 def begin(directory: Path, world_size: int = 1, **flags: Any) -> list[Process]:
-    """The program in processes of their own, which can be killed; their output goes to DIRECTORY/rank-R. Cheap: the pool's fork
-    server has made the imports."""
+    """Start the program in processes that can be killed. Their output goes to DIRECTORY/rank-R. The pool's fork server has already made
+    the imports, so this is cheap."""
     run_ranks(1, os.getpid)  # there is a fork server now
     rendezvous = tempfile.mktemp(prefix="rendezvous-", dir=directory)
     context = multiprocessing.get_context("forkserver")
@@ -154,7 +154,7 @@ def _alone(words: list[str], rank: int, world_size: int, rendezvous: str, output
 
 
 def start(world_size: int = 1, **flags: Any) -> subprocess.Popen[str]:
-    """The program as a process of its own, by torchrun where it has several ranks."""
+    """Start the program as a process of its own, with torchrun for several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)] if world_size > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "megatron_salt.pretrain", *argv(**flags)], text=True, start_new_session=True,
@@ -174,13 +174,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
 
 
 def entries(save: str | Path, kind: str = "step") -> list[dict[str, Any]]:
-    """The JSONL's entries of one kind."""
+    """The entries of one kind in the JSONL."""
     lines = Path(save, "train.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 
 
 def losses(save: str | Path) -> dict[int, float]:
-    """{step: loss} of the JSONL, which must hold each step once."""
+    """{step: loss} from the JSONL, which must hold each step once."""
     steps = entries(save)
     curve = {entry["step"]: entry["loss"] for entry in steps}
     assert len(curve) == len(steps), "the JSONL repeats a step"
@@ -188,12 +188,12 @@ def losses(save: str | Path) -> dict[int, float]:
 
 
 def numbers(save: str | Path) -> list[tuple[Any, ...]]:
-    """What must be the same bits in two runs: of every step its samples, loss, gradient norm and learning rate."""
+    """Samples, loss, gradient norm and learning rate of every step: equal runs have the same bits."""
     return [tuple(entry[key] for key in ("step", "consumed_samples", "loss", "grad_norm", "lr")) for entry in entries(save)]
 
 
 def checkpoints(save: str | Path) -> list[int]:
-    """The steps of the whole checkpoints in a directory."""
+    """Steps of the complete checkpoints in a directory."""
     return sorted(int(path.name.removeprefix("iter_")) for path in Path(save).glob("iter_*") if path.name[5:].isdigit())
 
 
@@ -203,7 +203,7 @@ def state_of(save: str | Path, step: int) -> dict[str, Any]:
 
 
 def tensors(save: str | Path, step: int) -> dict[str, str]:
-    """Hashes of the files with weights, optimizer and random state: at one layout the same bits make the same files."""
+    """Hashes of the files with weights, optimizer and random state. Under one layout, equal states make equal files."""
     files = json.loads(Path(save, f"iter_{step:07d}", "checksums.json").read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
 

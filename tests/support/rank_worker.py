@@ -1,7 +1,7 @@
-"""The worker's side of `ranks.py`: run one call after another, and leave nothing of a call behind.
+"""The worker processes of `ranks.py`: they run one call after another, and reset everything after each call.
 
-A call is followed by `_take_down`: process groups, megatron-core's globals and caches, random state, environment, signal handlers
-and whatever else a call may have changed are as they were.
+After a call, `_take_down` resets process groups, megatron-core's globals and caches, random state, environment, signal handlers and
+whatever else a call may have changed.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ STATEFUL = (
 
 
 class Outcome(NamedTuple):
-    """What one rank sends back: a pickled result or, when `trace` is not empty, a pickled exception (or nothing)."""
+    """What a rank sends back: a pickled result or, if `trace` is not empty, a pickled exception (or nothing)."""
 
     payload: bytes
     trace: str
 
 
 class Call(NamedTuple):
-    """What one rank is told to run."""
+    """The function that one rank has to run, and its arguments."""
 
     rank: int
     world_size: int
@@ -61,7 +61,7 @@ def stack_file(directory: str, rank: int) -> Path:
 
 
 def serve(pipe: Connection) -> None:
-    """The life of a worker: call, outcome, clean up, outcome; until the parent is gone."""
+    """The loop of a worker: receive a call, send its outcome, clean up, send the outcome of that; until the parent is gone."""
     os.setpgrp()  # so that kill() also reaches this worker's children; and Ctrl-C is the parent's business
     import torch
 
@@ -116,7 +116,7 @@ def _work(call: Call) -> Any:
 
 
 def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
-    """Destroy groups and put torch's and megatron-core's globals back; returns how many threads this process is left with."""
+    """Destroy groups and restore the globals of torch and megatron-core. Returns how many threads this process still has."""
     import torch
     import torch.distributed as dist
 
@@ -138,7 +138,7 @@ def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
 
 
 def _forget_cached_calls() -> None:
-    """Empty megatron-core's lru_caches: one on a method keeps its object, and with it process groups and their threads."""
+    """Empty megatron-core's lru_caches. A cache on a method keeps its object alive, and so process groups and their threads."""
     for module in [module for name, module in sys.modules.items() if name.startswith("megatron")]:
         for holder in [module, *(value for value in vars(module).values() if isinstance(value, type))]:
             for value in vars(holder).values():
@@ -147,7 +147,7 @@ def _forget_cached_calls() -> None:
 
 
 def _break_cycles() -> None:
-    """megatron-core's DDP holds gradient accumulators whose hooks hold the DDP: a cycle through C++ that Python cannot collect."""
+    """Free megatron-core's DDP. Its gradient accumulators have hooks that hold the DDP: a cycle through C++ that Python cannot free."""
     from megatron.core.distributed import DistributedDataParallel
 
     for left in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
@@ -155,7 +155,7 @@ def _break_cycles() -> None:
 
 
 def _state(module: Any) -> dict[str, Any]:
-    """A module's globals that hold data, not code."""
+    """The globals of a module that hold data, not code."""
     data = (type(None), bool, int, float, str, list, dict, set)
     items = ((name, value) for name, value in vars(module).items() if not name.startswith("__"))
     return {name: copy.copy(value) for name, value in items if isinstance(value, data)}
@@ -163,7 +163,7 @@ def _state(module: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _stack_on_demand(path: Path) -> Iterator[None]:
-    """SIGUSR2 writes the main thread's stack to `path`, even while it waits inside a collective."""
+    """On SIGUSR2 write the main thread's stack to `path`, even while it waits in a collective."""
     with open(path, "w") as file:
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=False)
         yield
@@ -172,7 +172,7 @@ def _stack_on_demand(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Put the process's own settings back afterwards."""
+    """Restore the process's settings when the block ends."""
     directory, path, argv = os.getcwd(), list(sys.path), list(sys.argv)
     log, log_level = list(logging.root.handlers), logging.root.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}

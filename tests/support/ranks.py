@@ -1,9 +1,9 @@
-"""Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` gives one result a rank.
+"""Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` returns one result for each rank.
 
-One pool of processes lives as long as the test session and grows to the largest world asked for. Each call gets a fresh
-gloo group (file:// rendezvous in a new directory) and leaves nothing behind (`rank_worker.py`). What goes wrong in a rank is
-raised here as RankError, with that rank's traceback: an exception, a hang (with every stuck rank's stack), a dead process.
-After a hang or a death the pool is killed, and the next call starts another. Every worker computes on one thread, and on the
+One pool of processes lives as long as the test session and grows to the largest world that a test asks for. Each call gets a new
+gloo group (file:// rendezvous in a new directory), and is cleaned up after (`rank_worker.py`). An exception, a hang or the death of a
+rank is raised as RankError, with that rank's traceback or stack. After a hang or a death the pool is killed, and the next call starts
+another. Every worker computes on one thread, and on the
 CPU wherever it runs.
 """
 
@@ -33,11 +33,11 @@ MANY_THREADS = 64  # a worker with more still has groups of earlier calls, three
 
 
 class RankError(RuntimeError):
-    """At least one rank failed; the message has the tracebacks. `__cause__` is the first rank's exception where it pickles."""
+    """At least one rank failed. The message has the tracebacks; `__cause__` is the exception of the first rank, if it can be pickled."""
 
 
 class _Worker:
-    """One process of the pool and the pipe to it."""
+    """One process of the pool, and the pipe to it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -50,7 +50,7 @@ class _Worker:
         remote.close()
 
     def kill(self) -> None:
-        """End the process and what it has started."""
+        """Kill the process and the processes that it has started."""
         assert self.process.pid is not None
         for target in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
@@ -63,10 +63,9 @@ _pool: list[_Worker] = []
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
-    """Call `function(*arguments)` in `world_size` processes with gloo initialised; the results, by rank.
+    """Call `function(*arguments)` in `world_size` processes with gloo initialised. Returns the results by rank.
 
-    `function` and `arguments` are pickled, so the function is one at the top level of a module; results come back pickled
-    too. `timeout` is in seconds. Raises RankError.
+    Function, arguments and results are pickled, so the function must be at the top level of a module. timeout: seconds. Raises RankError.
     """
     payload = pickle.dumps((function, arguments))
     if any(not worker.process.is_alive() for worker in _pool):
@@ -113,7 +112,7 @@ def _send(worker: _Worker, message: Call | str) -> None:
 
 
 def _collect(workers: list[_Worker], timeout: float) -> dict[int, Outcome]:
-    """One outcome a rank; fewer where ranks hang. Ends early, after a grace, when a rank has failed."""
+    """The outcome of each rank; fewer where ranks hang. When a rank has failed, the others get a short time to end."""
     outcomes: dict[int, Outcome] = {}
     deadline = time.monotonic() + timeout
     while len(outcomes) < len(workers):
@@ -141,7 +140,7 @@ def _exit(worker: _Worker) -> str:
 def _error(
     workers: list[_Worker], function: Callable[..., Any], outcomes: dict[int, Outcome], directory: str, late: str
 ) -> RankError:
-    """What went wrong: the failed ranks' tracebacks, then the stacks of the ranks that have not answered."""
+    """An error with the tracebacks of failed ranks, then the stacks of ranks that have not answered."""
     failed = [rank for rank, outcome in outcomes.items() if outcome.trace]  # in the order in which they failed
     stuck = [rank for rank in range(len(workers)) if rank not in outcomes]
     for rank in stuck:

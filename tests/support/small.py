@@ -1,4 +1,4 @@
-"""A model small enough to train in tests on every layout, and the batches to train it on."""
+"""A model small enough to train in tests on every layout, and its batches."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Case:
 
 
 def build_student(case: Case, world_size: int, weights: Path | None = None, seed: int = 1234) -> Student:
-    """The case's student, with its weights from a checkpoint where one is named. Collective over all ranks."""
+    """The student of a case, with weights from a checkpoint if one is named. Collective over all ranks."""
     mesh = make_student_mesh(student_layout(case.parallel, world_size), case.parallel.virtual_stages)
     seed_everything(seed, mesh)
     chunks = build_model(case.model, case.parallel, SEQ_LENGTH, VOCABULARY, case.dtype, 24, mesh, case.precision)
@@ -92,7 +92,7 @@ def _model_state(student: Student) -> dict:
 
 
 def save_weights(student: Student, directory: Path) -> None:
-    """Write the weights alone, loadable under any layout."""
+    """Write only the weights, in a form that loads under any layout."""
     dist_checkpointing.save(_model_state(student), str(directory))
 
 
@@ -105,7 +105,7 @@ def load_weights(student: Student, directory: Path) -> None:
 
 
 def batch(student: Student, case: Case, step: int) -> list[Microbatch]:
-    """This replica's microbatches of a step: learnable tokens, very unequal masks, one microbatch without a valid token."""
+    """This replica's microbatches of a step: tokens that can be learnt, very different masks, one microbatch without a valid token."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator) % 17 * 7 % VOCABULARY
     mask = (torch.rand(GLOBAL_BATCH, SEQ_LENGTH, generator=generator) > torch.linspace(0, 1, GLOBAL_BATCH)[:, None]).float()
@@ -133,14 +133,14 @@ def batch(student: Student, case: Case, step: int) -> list[Microbatch]:
 
 @dataclass(frozen=True)
 class Curve:
-    """What training came to, the same on every rank."""
+    """Losses and gradient norms of a training, the same on every rank."""
 
     losses: list[float]
     grad_norms: list[float]
 
 
 def train(case: Case, world_size: int, weights: Path | None = None, steps: int = 3) -> Curve:
-    """Train the case for a few steps; returns each step's loss and gradient norm. Collective over all ranks."""
+    """Train the case for a few steps. Returns loss and gradient norm of each step. Collective over all ranks."""
     return train_student(build_student(case, world_size, weights), case, steps)
 
 

@@ -60,13 +60,13 @@ def both(model: ModelConfig, with_documents: bool) -> tuple[dict[str, Tensor], d
         of_engine = GPT(
             engine_config(model),
             model,
-            VOCABULARY,
-            LENGTH,
-            24,
-            of_torch.pg_collection,
-            True,
-            True,
-            None,
+            vocabulary_size=VOCABULARY,
+            seq_length=LENGTH,
+            chunk_tokens=24,
+            groups=of_torch.pg_collection,
+            pre_process=True,
+            post_process=True,
+            vp_stage=None,
             precision=engine.ENGINE,
         )
     engine.unfused(of_engine)

@@ -49,7 +49,9 @@ def write_checkpoint(directory: str, parallel: ParallelConfig, world_size: int) 
         yaml=to_yaml(RUN), architecture=asdict(RUN.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
         seed=7,
     )  # fmt: skip
-    checkpointer = Checkpointer(CheckpointConfig(save=directory), identity, BYTES, mesh, chunks, None, None)
+    checkpointer = Checkpointer(
+        CheckpointConfig(save=directory), identity, BYTES, mesh, chunks=chunks, optimizer=None, scheduler=None
+    )
     checkpointer.save(RunState(step=1, consumed_samples=1), final=True)
 
 
