@@ -173,3 +173,8 @@ def chosen(index: Path) -> list[int]:
 
 def report_of(index: Path) -> str:
     return (index.parent / "chosen.txt").read_text()
+
+
+MANIFEST = manifest_of([45, 1, 57])
+"""103 samples in 13 blocks, the last of 7."""
+ROWS = random_rows(MANIFEST)
