@@ -7,7 +7,7 @@
 #
 # CONTAINER is an image. A .sif file or a directory is Apptainer's; anything else (image.sqsh, a registry's name) is pyxis's.
 # CONTAINER_MOUNTS lists HOST:CONTAINER paths, with commas between them; by default this directory alone.
-# WRAP is a command that runs a command: WRAP='numactl --interleave=all'. It runs inside the container.
+# WRAP is a command that runs a command: WRAP='numactl -l'. It runs inside the container.
 #
 # shellcheck disable=SC2034 # the scripts that source this use the variables
 container=() wrap=()

@@ -1,7 +1,8 @@
-"""What a tool writes is one process's at a time, and replaces nothing unless a flag says so. Standard library alone.
+"""Files that appear whole, and outputs that one process writes at a time. Standard library alone.
 
-`OUTPUT.lock` lies beside the output while it is written. The kernel gives it free when its process ends, however that is, so one that a
-kill left behind is nobody's. On a file system without locks it is the user's word.
+A file is written under a temporary name beside its own, and renamed when it is complete: whoever reads sees the old file or the new
+one. With `durable`, the new one also survives a loss of power. While a tool writes OUTPUT it holds a lock on `OUTPUT.lock`. The kernel
+releases the lock when the process ends, also after a kill. On a file system without locks the user must not start two writers.
 """
 
 from __future__ import annotations
@@ -36,16 +37,39 @@ def _is_replaceable(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name for what becomes `path` when it is written. Whatever goes wrong, `path` stays as it was and nothing is left."""
-    tmp = path.with_name(path.name + ".tmp")
+def whole_file(path: Path, durable: bool = False, temporary: Path | None = None) -> Iterator[Path]:
+    """The name under which to write `path`; it gets its own name when the block ends. After an error `path` is as before.
+
+    durable: the file and its name are on the disk before this returns. temporary: another name than PATH.tmp, in the same directory,
+    such as one of this process alone. After an error no temporary file is left; after a kill one may be.
+    """
+    temporary = path.with_name(path.name + ".tmp") if temporary is None else temporary
     try:
-        yield tmp
-        os.replace(tmp, path)
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
-            tmp.unlink()
+            temporary.unlink()
         raise
+
+
+def write_whole(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write a file so that it appears whole or not at all: see `whole_file`. Raises OSError."""
+    with whole_file(path, durable) as temporary:
+        temporary.write_bytes(content)
+
+
+def sync(path: Path) -> None:
+    """Put a file's content, or the names in a directory, on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Reading small files from any source: their contents are not trusted.
+"""Reading small files that describe large ones. A stranger may have written them.
 
-Only a regular file of limited size is read, so a FIFO or a device never makes a reader wait. JSON must be UTF-8 without a BOM, with
-unique keys, finite numbers, integers of at most 64 bits, and limited depth. An error in the contents is a ValueError, which does not
-name the file, because the caller knows what the file is for. A missing file stays an OSError.
+A reader here takes only a regular file of a bounded size: it never waits for a FIFO or a device. JSON must be UTF-8 without a byte order
+mark, with each key once, finite numbers, whole numbers within 64 bits, and limited nesting. Whatever is wrong is a ValueError that does
+not name the file, since the caller knows what the file is for. An absent file stays an OSError.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 LARGEST = 256 << 20
-"""Bytes. Tokenizers and lists of checksums are smaller, and a login node can read so much."""
+"""Bytes: more than any tokenizer or list of checksums has, less than would harm a login node."""
 _DEPTH = 64
 
 
 def read_small(path: Path, largest: int = LARGEST) -> bytes:
-    """The contents of a regular file. OSError if it cannot be read, ValueError if it is not regular or too large."""
+    """The content of a regular file. Raises OSError where it cannot be read, ValueError where it is not regular or too large."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         state = os.fstat(descriptor)
@@ -36,15 +36,15 @@ def read_small(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def read_json(path: Path, nan: bool = False) -> Any:
-    """The JSON value in a file. OSError if it cannot be read, ValueError if it is not JSON as described above.
+    """The value in a JSON file. Raises OSError where it cannot be read, ValueError where it is not JSON as described above.
 
-    nan: also accept NaN and Infinity, as Python writes them. Measurements may have them.
+    nan: also accept Python's words for numbers that are not finite, which a measurement may be.
     """
     return parse_json(read_small(path), nan)
 
 
 def parse_json(content: bytes, nan: bool = False) -> Any:
-    """The JSON value in `content`. Raises ValueError that says what is wrong, in one line."""
+    """The value in JSON. Raises ValueError that says in one line what is wrong. nan: see `read_json`."""
     if not content.strip():
         raise ValueError("it is empty")
     try:
@@ -68,7 +68,7 @@ def parse_json(content: bytes, nan: bool = False) -> Any:
 
 
 def refuse_outside_names(names: Iterable[str]) -> None:
-    """Raise ValueError if a name is not a relative path that stays below its directory."""
+    """Raise ValueError where a name in a list of files points outside the directory of the list."""
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -76,7 +76,7 @@ def refuse_outside_names(names: Iterable[str]) -> None:
 
 
 def _not_too_deep(tree: Any) -> Any:
-    """`tree` itself. Raises ValueError if it is nested too deeply."""
+    """`tree` itself. Raises ValueError where it is nested too deeply for code that walks it by recursion."""
     level, depth = [tree], 0
     while level:
         depth += 1
@@ -92,12 +92,12 @@ def _not_too_deep(tree: Any) -> Any:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in entries:
+        if key in content:
             raise ValueError(f"the key {key!r} is given twice")
-        entries[key] = value
-    return entries
+        content[key] = value
+    return content
 
 
 def _no_constant(word: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from docker.check import main, unmet
-
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 APPTAINER = (ROOT / "docker/apptainer.def").read_text()
+CHECK = runpy.run_path(str(ROOT / "docker/check.py"))
+"""By path: `docker` may be a package of the environment."""
+
 OF_THE_IMAGE = {"torch", "numpy", "pyyaml", "tensorboard", "matplotlib", "transformer-engine"}
 """Requirements that NVIDIA's image brings. docker/check.py asks for them while an image is built."""
 
@@ -70,18 +72,18 @@ def test_every_requirement_comes_from_the_image_or_is_installed() -> None:
 
 def test_this_environment_meets_the_requirements(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`check` asks of an image what holds here, where pip has resolved the same file."""
-    assert main([str(ROOT / "requirements.txt")]) == 0
+    assert CHECK["main"]([str(ROOT / "requirements.txt")]) == 0
     wrong = tmp_path / "requirements.txt"
     wrong.write_text("pytest<1\nnumpy  # there\n# comment\nno-such-package-of-anybody>=2\n")
-    assert main([str(wrong)]) == 1
+    assert CHECK["main"]([str(wrong)]) == 1
     [version, absent] = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"pytest is \S+, not <1", version) and absent == "no-such-package-of-anybody is not installed"
 
 
 @pytest.mark.parametrize("version, problems", [("2.12.0a0+5aff.nv26.05", 0), ("2.10.0a0+b4e4", 1), ("2.13.0+cpu", 0)])
 def test_previews_of_torch_count_by_their_number(monkeypatch: pytest.MonkeyPatch, version: str, problems: int) -> None:
-    monkeypatch.setattr("docker.check.metadata.version", lambda name: version)
-    assert len(unmet("torch>=2.10")) == problems
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert len(CHECK["unmet"]("torch>=2.10")) == problems
 
 
 def test_the_dockerfile_is_clean() -> None:

@@ -1,4 +1,4 @@
-"""The cluster examples without a cluster: sizes, layouts, and the run that each script comes to."""
+"""The cluster examples without a cluster: sizes, layouts, containers, and the flags that each script gives to the trainer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def model_run(name: str) -> RunConfig:
 
 
 def run_of(script: Path, tmp_path: Path, *flags: str, **environment: str) -> tuple[RunConfig, int]:
-    """The run that a script comes to, and its ranks by its header: outside Slurm it starts `PYTHON ... --dry-run RANKS`."""
+    """The run that a script starts, and the number of ranks in its header. Outside Slurm it starts `PYTHON ... --dry-run RANKS`."""
     echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
-    told = subprocess.run(["bash", str(script), *flags], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(echo)} | environment,
+    ended = subprocess.run(["bash", str(script), *flags], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(echo)} | environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
-    module, program, *words, dry_run, ranks = told.stdout.splitlines()
+    module, program, *words, dry_run, ranks = ended.stdout.splitlines()
     assert (module, program, dry_run) == ("-m", "megatron_salt.pretrain", "--dry-run")
     return parse(words), int(ranks)
 
@@ -213,7 +213,7 @@ def test_a_later_start_of_a_job_goes_on_from_what_the_first_one_saved(tmp_path: 
 
 
 def task(tmp_path: Path, command: str, listens: int = 0) -> tuple[int, str, str]:
-    """One task of a step: its status, the word for launch.sh, the node's log."""
+    """Run one task of a step. Returns its exit status, the word that it leaves for launch.sh, and the node's log."""
     outcome, node = tmp_path / "outcome", tmp_path / "nodes"
     node.mkdir(exist_ok=True)
     outcome.unlink(missing_ok=True)
@@ -231,7 +231,7 @@ def test_a_tools_status_is_its_word_for_the_launcher(tmp_path: Path, status: int
 
 
 def test_a_signal_to_all_of_a_task_leaves_the_word_to_the_tool(tmp_path: Path) -> None:
-    """Slurm signals every process of a step: what the tool says while it leaves is logged, and one that does not listen just ends."""
+    """Slurm signals every process of a step. The log has the tool's last words; a tool that does not listen only ends."""
     leaves = "trap 'echo leaving; exit 3' USR1; kill -USR1 0; sleep 1"
     assert task(tmp_path, leaves) == (3, "unsaved", "leaving\n")
     assert task(tmp_path, "kill -USR1 0; sleep 5")[:2] == (128 + signal.SIGUSR1, "")

@@ -1,4 +1,4 @@
-"""Outputs of tools: nothing is replaced without a flag, and two processes do not write the same output at once."""
+"""Files appear whole; outputs are replaced only where a flag says so, and written by one process at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,52 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import refuse_present, sole_writer, whole_file, write_whole
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_has_its_old_content_until_the_new_one_is_complete(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "file"
+    write_whole(path, b"old", durable)
+    with whole_file(path, durable) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old" and temporary == tmp_path / "file.tmp"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_after_an_error_the_old_file_stands_alone(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    with pytest.raises(type(error)), whole_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    with pytest.raises(FileNotFoundError), whole_file(path):
+        pass  # nothing was written
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("durable, expected", [(False, ["rename own"]), (True, ["sync own", "rename own", "sync DIRECTORY"])])
+def test_a_durable_file_is_on_the_disk_before_its_name_and_its_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool, expected: list[str]
+) -> None:
+    """Under a temporary name of the caller's choice."""
+    calls: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        sync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(f"rename {os.path.basename(source)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with whole_file(tmp_path / "file", durable, temporary=tmp_path / "own") as temporary:
+        temporary.write_bytes(b"new")
+    assert calls == [call.replace("DIRECTORY", tmp_path.name) for call in expected]
 
 
 def test_what_is_there_is_replaced_only_where_a_flag_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files", "bitmap"),
+    ("errors", "yaml_core", "small_files"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("pretrain", "tools", "benchmarks"),
 )
 PURE = (  # numpy, the standard library and each other
-    "megatron_salt.bitmap",
+    "megatron_salt.data.bitmap",
     "megatron_salt.errors",
     "megatron_salt.small_files",
     "megatron_salt.config",
@@ -53,7 +53,6 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.preprocess.code_points",
     "megatron_salt.preprocess.inputs",
     "megatron_salt.selection.eligibility",
-    "megatron_salt.data.held_out",
     "megatron_salt.preprocess.indexed_writer",
     "megatron_salt.preprocess.journal",
     "megatron_salt.data.manifest",

@@ -1,4 +1,4 @@
-"""Reading small files from any source: their contents, or one line that says what is wrong, without waiting."""
+"""Reading small files from anywhere: the content, or one line that says what is wrong; never a wait."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One torch_dist save: planned, written by a forked process of every rank (waited for or not), and finished with one verdict.
+"""One torch_dist save: planned, written by a forked process of every rank, and finished with one verdict.
 
-A rank whose disk is full must not leave the others waiting: whatever fails on one rank is known to all of them when `finish`
-returns, a process that was killed while it wrote too. Each writer also checksums the shards that it wrote, in the process that wrote them.
+A rank whose disk is full must not leave the others waiting. So whatever fails on one rank, all ranks know when `finish` returns, also where
+a writing process was killed. Each writing process also computes the checksums of the shards that it wrote.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -36,19 +37,24 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_salt.checkpoint.integrity import FileSum, sum_of_file, write_whole
+from megatron_salt.checkpoint import save_directory
+from megatron_salt.checkpoint.integrity import FileSum, sum_of_file, write_summed
 from megatron_salt.checkpoint.safe_unpickle import COMMON
 from megatron_salt.checkpoint.sharded_state import State
+from megatron_salt.errors import UserError
+from megatron_salt.files import write_whole
 from megatron_salt.parallel.collectives import first_problem, from_rank_0
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mcore_compat import begin_sharded_save, quiet_checkpointing
+
+log = logging.getLogger(__name__)
 
 CORE_CONFIG = "metadata.json"
 CORE_CONFIG_CONTENT = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
-_SIGNALLED = 128  # plus the signal's number: the exit status of a process whose own process died of it
-_PATIENCE = 30.0  # seconds until the file system must show rank 0 what other ranks wrote
+_SIGNALLED = 128  # plus the signal's number: exit status of a process whose child died of that signal
+_PATIENCE = 30.0  # seconds within which rank 0 must see the files that other ranks wrote
 
 
 @dataclass
@@ -59,11 +65,11 @@ class Write:
     request: Any
     sums: SimpleQueue
     process: BaseProcess | None = None
-    """The one that writes, as soon as there is one; None also where this rank has nothing to write."""
+    """The process that writes; None before it is started, and where this rank has nothing to write."""
 
 
 def on_rank_0(action: Callable[[], None]) -> str | None:
-    """Run `action` on rank 0 alone; an OSError there is told to every rank. Collective over all ranks."""
+    """Run `action` on rank 0 alone. Returns, on every rank, what its OSError said; None without an error. Collective over all ranks."""
     try:
         from_rank_0(action)
     except OSError as error:
@@ -71,16 +77,39 @@ def on_rank_0(action: Callable[[], None]) -> str | None:
     return None
 
 
+def prepare_directory(save: Path) -> None:
+    """Make --save, remove what crashed runs left there, and check that every rank can write in it. Raises UserError."""
+
+    def prepare() -> None:
+        save.mkdir(parents=True, exist_ok=True)
+        for line in save_directory.tidy(save):
+            log.warning("--save %s: %s", save, line)
+
+    problem = on_rank_0(prepare) or first_problem(_try_to_write(save))
+    if problem is not None:
+        raise UserError(f"--save {save} cannot be written: {problem}")
+
+
+def _try_to_write(save: Path) -> str | None:
+    path = save / f".probe-{dist.get_rank()}"
+    try:
+        write_whole(path, b"probe", durable=True)
+        path.unlink()
+    except OSError as error:
+        return describe(error)
+    return None
+
+
 def describe(error: BaseException) -> str:
-    """An error in a line."""
+    """An error in one line: its class and its message."""
     return f"{type(error).__name__}: {error}"
 
 
 def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write:
-    """Decide who writes what, so that the data- and context-parallel ranks share the work. Collective over all ranks.
+    """Decide which rank writes what: the data- and context-parallel ranks share the work. Collective over all ranks.
 
-    Tensors on a GPU are copied when the write starts; those on the CPU are read while it runs, which a forked process does
-    from its own snapshot. `directory` exists and is seen by every rank.
+    Tensors on a GPU are copied when the write starts. Those on the CPU are read while it runs; the forked process has its own snapshot of
+    them. `directory` exists and is visible to every rank.
     """
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), groups.dp_cp)
     force_all_tensors_to_non_fp8(state)  # weights that the model has in FP8 alone are saved like any other
@@ -96,9 +125,12 @@ def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write
 
 @contextlib.contextmanager
 def sheltered() -> Iterator[None]:
-    """Processes started inside never hear the signals at which a run saves and leaves. Slurm sends them to every process of a job, and
-    the ones that are writing, which the run waits for, must not die of them. To this process they come when the block ends."""
-    resource_tracker.ensure_running()  # Python starts it with the first process, and unblocks SIGTERM behind our back
+    """Block the signals at which a run saves and leaves, in this process and in processes that are started inside.
+
+    Slurm sends the signals to every process of a job. Those that write a checkpoint must not die of them, since the run waits for them.
+    This process gets the signals when the block ends.
+    """
+    resource_tracker.ensure_running()  # else Python starts it with the first process, which unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         yield
@@ -111,19 +143,19 @@ def write_core_files(directory: Path) -> dict[str, FileSum]:
     buffer = io.BytesIO()
     torch.save({}, buffer)
     return {
-        COMMON: write_whole(directory / COMMON, buffer.getvalue()),
-        CORE_CONFIG: write_whole(directory / CORE_CONFIG, json.dumps(CORE_CONFIG_CONTENT).encode()),
+        COMMON: write_summed(directory / COMMON, buffer.getvalue()),
+        CORE_CONFIG: write_summed(directory / CORE_CONFIG, json.dumps(CORE_CONFIG_CONTENT).encode()),
     }
 
 
 def write_later(write: Write, queue: AsyncCallsQueue, publish: Callable[[], None]) -> None:
-    """Begin to write this rank's shards; the queue calls `publish` after all ranks have. Errors come out of `finish`."""
+    """Start to write this rank's shards. The queue calls `publish` after all ranks have written; `finish` reports errors."""
     queue.schedule_async_request(write.request._replace(finalize_fns=[publish]))
     write.process = queue.async_calls[-1].async_caller.process
 
 
 def write_now(write: Write) -> None:
-    """Write this rank's shards, in a process that may be killed without this one. Errors come out of `finish`."""
+    """Write this rank's shards, in a process that may be killed without harm to this one; `finish` reports errors."""
     request = write.request
     arguments = list(request.async_fn_args)
     if request.preload_fn is not None:
@@ -136,7 +168,9 @@ def write_now(write: Write) -> None:
 
 
 def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
-    """After every rank has written: write `.metadata`, collect the sums. What went wrong, if anything. Collective."""
+    """After every rank has written: write `.metadata` and collect the sums. Collective over all ranks.
+
+    Returns the sums by file name, and a line about what went wrong; None where nothing did."""
     problem = None
     try:
         for finalize in write.request.finalize_fns:
@@ -148,11 +182,11 @@ def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
         # Rank 0 could not write .metadata, and the other ranks wait for the verdict that megatron-core broadcasts after it.
         dist.broadcast(torch.ones(1, dtype=torch.int, device=current_device()), src=0)
         problem = f"rank 0: {describe(error)}"
-    mine = {} if write.sums.empty() else write.sums.get()
+    own_sums = {} if write.sums.empty() else write.sums.get()
     death = None if write.process is None else _death(write.process.exitcode)
     everyone: list[tuple[dict[str, FileSum], str | None]] = [({}, None)] * dist.get_world_size()
-    dist.all_gather_object(everyone, (mine, problem))
-    death = first_problem(death)  # of which megatron-core's own problem, results that are missing, only follows
+    dist.all_gather_object(everyone, (own_sums, problem))
+    death = first_problem(death)  # reported first: the missing results that megatron-core reports follow from it
     problems = [one for one in (death, *(one for _, one in everyone)) if one is not None]
     if problems:
         return {}, problems[0]
@@ -161,7 +195,7 @@ def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
 
 
 def _write_and_sum(write: Callable[..., None], directory: Path, rank: int, sums: SimpleQueue, *arguments: Any) -> None:
-    # megatron-core waits for ever for a process of its own that died: this one then dies too.
+    # megatron-core waits for ever for a child of this process that died, so this process must die with it.
     threading.Thread(target=_die_with_child, name="watch of the writing process", daemon=True).start()
     write(*arguments)
     sums.put({path.name: sum_of_file(path) for path in directory.glob(f"__{rank}_*.distcp")})
@@ -169,7 +203,7 @@ def _write_and_sum(write: Callable[..., None], directory: Path, rank: int, sums:
 
 def _die_with_child() -> None:
     while True:
-        with contextlib.suppress(ChildProcessError):  # there is none: not yet, or not any more
+        with contextlib.suppress(ChildProcessError):  # there is no child, or not yet
             child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if child is not None and child.si_status:
                 os._exit(child.si_status + (0 if child.si_code == os.CLD_EXITED else _SIGNALLED))
@@ -177,7 +211,7 @@ def _die_with_child() -> None:
 
 
 def _death(exitcode: int | None) -> str | None:
-    """What is known of a writing process that did not end by itself, by its exit code."""
+    """A line about a writing process that did not end well, by its exit code; None where it did."""
     if not exitcode:
         return None
     number = -exitcode if exitcode < 0 else exitcode - _SIGNALLED
@@ -186,16 +220,16 @@ def _death(exitcode: int | None) -> str | None:
 
 
 def _unseen(directory: Path, sums: dict[str, FileSum]) -> str | None:
-    """Rank 0 must see every rank's files, whole: --save on a disk of each node's own would be a checkpoint of nothing."""
+    """A line about a file that rank 0 cannot see whole, as where --save is on a local disk of each node; None where it sees all."""
     problem = None
     if dist.get_rank() == 0:
         deadline = time.monotonic() + _PATIENCE
         for name, one in sums.items():
-            while (found := _size(directory / name)) != one.size and time.monotonic() < deadline:
+            while (size := _size(directory / name)) != one.size and time.monotonic() < deadline:
                 time.sleep(0.5)
-            if found != one.size:
+            if size != one.size:
                 problem = (
-                    f"{directory / name} has {found} bytes here and {one.size} on the rank that wrote it; "
+                    f"{directory / name} has {size} bytes here and {one.size} on the rank that wrote it; "
                     "--save must be on a file system that all nodes share"
                 )
                 break

@@ -1,7 +1,7 @@
 """Which flags of a run changed since its checkpoint. The checkpoint's run.yaml is compared as a whole with this run's.
 
 Flags that make another run are refused elsewhere (compatibility.py, salt/schedule.py). Every other flag that shapes the training, and
-that a user may change, is reported, unless `UNTOLD` names it. So a new flag is reported without further work. Not collective.
+that a user may change, is reported, unless `NOT_REPORTED` names it. So a new flag is reported without further work. Not collective.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from megatron_salt.config.run import sections
 from megatron_salt.small_files import read_small
 
 CHANGED = "changed"
-"""The kind of event in RunState.events: "event", "step", "flag", "from", "to"."""
+"""Kind of an entry in RunState.events with the keys "event", "step", "flag", "from" and "to"."""
 
-UNTOLD_SECTIONS = {"model", "tokenizer", "checkpoint", "logging"}
+NOT_REPORTED_SECTIONS = {"model", "tokenizer", "checkpoint", "logging"}
 """Model and tokenizer are refused where they differ, checkpoint and logging are about files."""
 
 SCHEDULE_SECTION, NO_SCHEDULE = "optimizer", {"adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
-"""Under --use-checkpoint-opt-param-scheduler the flags of this section are not used, but for these."""
+"""Under --use-checkpoint-opt-param-scheduler only these flags of the section are used."""
 
-UNTOLD_BEGINNINGS, UNTOLD_ENDINGS = ("allow_", "profile", "manual_gc"), ("_file", "_interval", "_minutes", "_in_mins")
-"""Of names, in every section: what only lets a run start, watches it, or ends it."""
+NOT_REPORTED_BEGINNINGS, NOT_REPORTED_ENDINGS = (
+    ("allow_", "profile", "manual_gc"),
+    ("_file", "_interval", "_minutes", "_in_mins"),
+)
+"""Beginnings and endings of names, in every section: flags that only let a run start, watch it, or end it."""
 
-UNTOLD = {
+NOT_REPORTED = {
     "training": {"exit_signal_handler", "loss_chunk_tokens", "loss_chunk_mib"},
     "parallel": {"recompute_granularity", "recompute_method", "recompute_num_layers", "overlap_grad_reduce", "overlap_param_gather"},
     "optimizer": {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"},
@@ -44,51 +47,52 @@ UNTOLD = {
 
 @dataclass(frozen=True)
 class Change:
-    """One flag. Values as YAML has them; None: not given."""
+    """One flag that changed. Values as YAML has them; None: not given."""
 
     name: str
-    there: Any
-    here: Any
+    saved: Any
+    current: Any
 
     def event(self, step: int) -> dict[str, Any]:
-        """What RunState.events remembers of it. step: the checkpoint's."""
-        return {"event": CHANGED, "step": step, "flag": flag(self.name), "from": self.there, "to": self.here}
+        """The entry of RunState.events. step: the checkpoint's."""
+        return {"event": CHANGED, "step": step, "flag": flag(self.name), "from": self.saved, "to": self.current}
 
 
 def tell(event: Mapping[str, Any]) -> str:
-    """Such an event in a line."""
+    """One line about an event of kind `CHANGED`."""
     return (
         f"changed since the checkpoint of step {event['step']}: {event['flag']} {_word(event['from'])} -> {_word(event['to'])}"
     )
 
 
-def changes_since(directory: Path, here: str) -> list[Change]:
-    """The flags that changed since the checkpoint in `directory`. here: this run's run.yaml."""
+def changes_since(directory: Path, current: str) -> list[Change]:
+    """The flags that changed since the checkpoint in `directory`. current: this run's run.yaml."""
     try:
-        there = yaml_core.load(read_small(directory / RUN_YAML).decode())
+        saved = yaml_core.load(read_small(directory / RUN_YAML).decode())
     except (OSError, ValueError):
-        return []  # of another release, then: checksums have been looked at
-    return changes(there, yaml_core.load(here))
+        return []  # another release wrote it: the checksums have been verified
+    return changes(saved, yaml_core.load(current))
 
 
-def changes(there: Any, here: Any) -> list[Change]:
-    """The same of two trees, {section: {leaf: value}}. What an earlier release did not know yet had its default. Pure."""
-    schedule_used = not _section(here, SCHEDULE_SECTION).get("use_checkpoint_opt_param_scheduler", False)
+def changes(saved: Any, current: Any) -> list[Change]:
+    """The flags that differ between two trees, {section: {leaf: value}}. A flag that an earlier release did not know had its default.
+    Pure."""
+    schedule_used = not _section(current, SCHEDULE_SECTION).get("use_checkpoint_opt_param_scheduler", False)
     return [
         Change(name, before, after)
-        for section, name, default in told_leaves()
+        for section, name, default in reported_leaves()
         if schedule_used or section != SCHEDULE_SECTION or name in NO_SCHEDULE
-        if (before := _section(there, section).get(name, default)) != (after := _section(here, section).get(name, default))
+        if (before := _section(saved, section).get(name, default)) != (after := _section(current, section).get(name, default))
     ]
 
 
-def told_leaves() -> Iterator[tuple[str, str, Any]]:
-    """(section, name, default) of every flag that is worth a line."""
+def reported_leaves() -> Iterator[tuple[str, str, Any]]:
+    """(section, name, default) of every flag whose change is reported."""
     for section, members in sections().items():
         for leaf in fields(members):
-            if section in UNTOLD_SECTIONS or leaf.name in UNTOLD.get(section, ()):
+            if section in NOT_REPORTED_SECTIONS or leaf.name in NOT_REPORTED.get(section, ()):
                 continue
-            if not leaf.name.startswith(UNTOLD_BEGINNINGS) and not leaf.name.endswith(UNTOLD_ENDINGS):
+            if not leaf.name.startswith(NOT_REPORTED_BEGINNINGS) and not leaf.name.endswith(NOT_REPORTED_ENDINGS):
                 yield section, leaf.name, list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints: model, optimizer, schedule, random state, position in the data and everything needed to use them, together.
+"""Checkpoints: model, optimizer, schedule, random state and position in the data, and everything needed to use them.
 
-`iter_0000100/` holds torch_dist shards, `state.json` (what is no tensor), `run.yaml`, `tokenizer/` and `checksums.json`.
-A crash at any byte of a save leaves the last good checkpoint (save_directory.py), a damaged one is found before anything of it is used
-(integrity.py), and one that belongs to another run is refused with both sides named (compatibility.py). Resumed equals
-uninterrupted, bit for bit on the CPU. Every function here is collective over all ranks.
+`iter_0000100/` holds torch_dist shards, `state.json` (everything that is no tensor), `run.yaml`, `tokenizer/` and `checksums.json`.
+A crash at any byte of a save leaves the last good checkpoint (save_directory.py). A damaged checkpoint is refused before any of it is
+used (integrity.py), and so is one of another run (compatibility.py). A resumed run equals an uninterrupted one, bit for bit on the CPU.
+Every function here is collective over all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
@@ -45,8 +44,8 @@ from megatron_salt.checkpoint.owner import Ownership
 from megatron_salt.checkpoint.run_state import CheckpointState, OpenedCheckpoint, OptimizerState, ReferenceLosses, RunState
 from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 from megatron_salt.config import CheckpointConfig
-from megatron_salt.errors import Look, SaveError, UserError, stay
-from megatron_salt.parallel.collectives import first_problem, from_rank_0
+from megatron_salt.errors import Look, SaveError, stay
+from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -54,14 +53,14 @@ from megatron_salt.tokenizer.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Pending:
     """A save that is being written."""
 
     step: int
     write: async_writer.Write
     sums: dict[str, integrity.FileSum]
-    """Of what rank 0 wrote at once; empty elsewhere."""
+    """Of the files that rank 0 wrote before the shards; empty on other ranks."""
     reshardable: bool
     started: float
 
@@ -72,40 +71,40 @@ class Checkpointer:
     def __init__(
         self,
         config: CheckpointConfig,
-        run: RunIdentity,
+        identity: RunIdentity,
         tokenizer: Tokenizer,
         mesh: Mesh,
+        *,
         chunks: Sequence[nn.Module],
         optimizer: MegatronOptimizer | None,
         scheduler: OptimizerParamScheduler | None,
         owner: Ownership | None = None,
     ) -> None:
-        """`chunks` are the bare or wrapped model chunks of this rank. `owner` is rank 0's hold on --save; None: on other ranks, or
-        where nobody else can write. Raises UserError where --save cannot be written."""
-        self._config, self._run, self._tokenizer, self._mesh = config, run, tokenizer, mesh
+        """chunks: this rank's model chunks, bare or wrapped. owner: rank 0's lock on --save; None on other ranks, and where no other
+        run can write there. Raises UserError where --save cannot be written."""
+        self._config, self._identity, self._tokenizer, self._mesh = config, identity, tokenizer, mesh
         self._chunks, self._optimizer, self._scheduler = list(chunks), optimizer, scheduler
         self._save = None if config.save is None else Path(config.save)
         self._owner = owner
-        self._lineage = retention.fresh()  # until `load`; rank 0's is written
+        self._lineage = retention.fresh()  # `load` may replace it; only rank 0's is written
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
         self._newest: tuple[int, Path] | None = None  # this run's newest whole checkpoint under --save
         self._evaluated: RunState | None = None  # after the evaluation at the pending save's step
         if self._save is not None:
-            prepare_directory(self._save)
+            async_writer.prepare_directory(self._save)
 
     # ---- saving -------------------------------------------------------------------------------------------------------
 
     def save(
         self, run: RunState, reference_losses: ReferenceLosses | None = None, name: str | None = None, final: bool = False
     ) -> None:
-        """Save this step. A `name` keeps it from being deleted; named and `final` ones load under any layout. `probe`: the losses
-        by which a run that takes this model as its teacher recognises it (train/evaluate.py).
+        """Save this step. A `name` keeps the checkpoint from being deleted; named and `final` ones load under any layout.
 
-        Returns when it is whole; under --async-save as soon as it has been copied (call `poll` every step, and `finish` at the
-        end). When saving fails, what was written is removed, and the run stops with a UserError or goes on, as --on-save-error
-        says.
+        Returns when the checkpoint is whole; under --async-save as soon as the tensors have been copied (call `poll` every step, and
+        `finish` at the end). When saving fails, what was written is removed. Then --on-save-error decides whether the run stops with a
+        SaveError or goes on. reference_losses: see train/evaluate.py; None for a model that is no teacher.
         """
         assert self._save is not None, "save without --save"
         self.finish()
@@ -122,7 +121,7 @@ class Checkpointer:
                 self._failed(run.step, problem)
                 return
             write = async_writer.plan(tensors, directory, self._mesh.groups)
-            self._pending = _Pending(run.step, write, sums, reshardable, started)
+            self._pending = _Pending(step=run.step, write=write, sums=sums, reshardable=reshardable, started=started)
             if self._config.async_save:
                 async_writer.write_later(write, self._queue, self._publish)
             else:
@@ -133,8 +132,9 @@ class Checkpointer:
             self._publish()
 
     def add_evaluation(self, run: RunState) -> None:
-        """Let the checkpoint of this step know what the evaluation after it decided, so that no resumed run repeats it. A save under
-        way takes it along. A disk that cannot take it is told: the evaluation is then repeated."""
+        """Note in this step's checkpoint what the evaluation after it decided, so that no resumed run repeats the evaluation.
+
+        A save that is being written gets the note when it is complete. An error of the disk is logged and raises nothing."""
         if self._pending is not None and self._pending.step == run.step:
             self._evaluated = run
         elif self._newest is not None and self._newest[0] == run.step:
@@ -145,7 +145,7 @@ class Checkpointer:
                 )
 
     def _write_evaluation(self, directory: Path, run: RunState) -> None:
-        """Rank 0: beside the files that the checksums list."""
+        """Rank 0. checksums.json does not list the file, which has a hash of its own."""
         self._check_owner()
         state_file.write_evaluation(directory, run)
 
@@ -181,9 +181,9 @@ class Checkpointer:
             megatron_core=megatron_core_version(),
             torch=torch.__version__,
             run=run,
-            architecture=self._run.architecture,
-            tokenizer=self._run.tokenizer_fingerprint,
-            data_fingerprint=self._run.data_fingerprint,
+            architecture=self._identity.architecture,
+            tokenizer=self._identity.tokenizer_fingerprint,
+            data_fingerprint=self._identity.data_fingerprint,
             reference_losses=reference_losses,
             layout=self._mesh.layout,
             chunks=len(self._chunks),
@@ -194,7 +194,7 @@ class Checkpointer:
         return tensors, state
 
     def _write_companions(self, directory: Path, state: CheckpointState, sums: dict[str, integrity.FileSum]) -> None:
-        """Rank 0: everything but the shards."""
+        """Rank 0: write everything but the shards, and put their sums into `sums`."""
         self._check_owner()
         if os.path.lexists(directory):
             save_directory.delete(directory)
@@ -202,14 +202,14 @@ class Checkpointer:
         self._tokenizer.save(directory / TOKENIZER)
         for path in sorted((directory / TOKENIZER).iterdir()):
             sums[f"{TOKENIZER}/{path.name}"] = integrity.sum_of_file(path)
-        sums[RUN_YAML] = integrity.write_whole(directory / RUN_YAML, self._run.yaml.encode())
+        sums[RUN_YAML] = integrity.write_summed(directory / RUN_YAML, self._identity.yaml.encode())
         sums[save_directory.STATE] = state_file.write_state(directory, state)
         sums |= async_writer.write_core_files(directory)
 
     def _publish(self) -> None:
         """Complete the pending save after every rank has written."""
         pending, self._pending = self._pending, None
-        known, self._evaluated = self._evaluated, None
+        evaluated, self._evaluated = self._evaluated, None
         assert pending is not None and self._save is not None
         shards, problem = async_writer.finish(pending.write)
         problem = problem or async_writer.on_rank_0(partial(self._seal, pending, shards))
@@ -224,11 +224,11 @@ class Checkpointer:
             save_directory.directory_of(self._save, pending.step),
             time.monotonic() - pending.started,
         )
-        if known is not None:
-            self.add_evaluation(known)
+        if evaluated is not None:
+            self.add_evaluation(evaluated)
 
     def _seal(self, pending: _Pending, shards: dict[str, integrity.FileSum]) -> None:
-        """Rank 0: checksums, the final name, the tracker; then make room."""
+        """Rank 0: write the checksums, give the final name, move the tracker; then delete old checkpoints."""
         assert self._save is not None
         self._check_owner()
         directory = pending.write.directory
@@ -248,7 +248,7 @@ class Checkpointer:
         log.error("%s", message)
 
     def _give_up(self, step: int, problem: str) -> str:
-        """Rank 0: remove what there is of a save that failed, and say so."""
+        """Rank 0: remove what was written of a save that failed; returns the message about it."""
         assert self._save is not None
         self._check_owner()
         directory = save_directory.partial_of(self._save, step)
@@ -262,11 +262,11 @@ class Checkpointer:
         return f"{failed}; what there was of it is removed, {stands}"
 
     def is_taken(self) -> bool:
-        """Whether this rank knows that --save is another run's by now; rank 0 learns it within ten seconds."""
+        """Whether this rank knows that another run has taken --save over. Rank 0 learns it within ten seconds, others never."""
         return self._owner is not None and self._owner.is_lost()
 
     def _check_owner(self) -> None:
-        """Rank 0, before it writes or deletes: raises UserError where --save is another run's by now."""
+        """Rank 0, before it writes or deletes: raise UserError where another run has taken --save over."""
         if self._owner is not None:
             self._owner.check()
 
@@ -288,11 +288,11 @@ class Checkpointer:
             log.info("no checkpoint in --load %s: starting afresh", config.load)
             self._begin(None)
             return None
-        state = from_rank_0(partial(compatibility.take_over, opened, self._run, config))
+        state = from_rank_0(partial(compatibility.take_over, opened, self._identity, config))
         self._begin(None if config.finetune else opened)
-        loading.load_tensors(opened, config, self._run.seed, self._mesh, self._chunks, self._optimizer)
+        loading.load_tensors(opened, config, self._identity.seed, self._mesh, self._chunks, self._optimizer)
         if not config.finetune and self._scheduler is not None and opened.state.scheduler is not None:
-            compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._run.schedule_follows_run)
+            compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._identity.schedule_follows_run)
         beside = self._save is not None and os.path.realpath(opened.directory.parent) == os.path.realpath(self._save)
         if beside and not opened.directory.is_symlink():  # a link may point to another run's checkpoint
             self._newest = (opened.state.run.step, opened.directory)
@@ -305,26 +305,3 @@ class Checkpointer:
             if opened is not None:
                 origin = retention.Origin(opened.directory, opened.state.run.step, opened.state.lineage)
             self._lineage = from_rank_0(partial(retention.begin, self._config, origin))
-
-
-def prepare_directory(save: Path) -> None:
-    """Make --save, clear up what crashed runs left there, and see that every rank can write in it. Raises UserError."""
-
-    def prepare() -> None:
-        save.mkdir(parents=True, exist_ok=True)
-        for line in save_directory.tidy(save):
-            log.warning("--save %s: %s", save, line)
-
-    problem = async_writer.on_rank_0(prepare) or first_problem(_try_to_write(save))
-    if problem is not None:
-        raise UserError(f"--save {save} cannot be written: {problem}")
-
-
-def _try_to_write(save: Path) -> str | None:
-    path = save / f".probe-{dist.get_rank()}"
-    try:
-        integrity.write_whole(path, b"probe")
-        path.unlink()
-    except OSError as error:
-        return async_writer.describe(error)
-    return None

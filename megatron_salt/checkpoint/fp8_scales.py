@@ -1,10 +1,10 @@
-"""What delayed scaling remembers, as tensors of a checkpoint.
+"""Scales and maxima of FP8's delayed scaling, as tensors of a checkpoint.
 
-Transformer Engine keeps scales and maxima in each module's `_extra_state`, a pickle that it refuses to load unless told that it is
-trusted, and rightly. Here they are float32 tensors `fp8.<linear>` [layers, 1 + history, 5]: scales in row 0, maxima below; three columns
-for forward (input, weight, output), two for backward (gradients of output and input). Maxima are reduced over tp, dp and cp, so one
-rank's are all ranks', and they load under any layout, into longer or shorter histories. A checkpoint without them, or a run without
-delayed scaling, is no error: scales then begin anew, or are not read. The other recipes remember nothing.
+Transformer Engine keeps them in each module's `_extra_state`, a pickle that it loads only where told to trust it. Here they are
+float32 tensors `fp8.<linear>` [layers, 1 + history, 5]: row 0 holds scales, the rows below hold maxima. Three columns are for forward
+(input, weight, output), two for backward (gradients of output and input). Maxima are reduced over tp, dp and cp, so every rank has the
+same, and they load under any layout, into longer or shorter histories. A checkpoint without them, or a run without delayed scaling, is no
+error: scales then start anew, or are not read. The other recipes keep no state.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 PREFIX = "fp8."
 _COLUMNS = {"scaling_fwd": 3, "scaling_bwd": 2}
-"""Of Transformer Engine's states of a linear, in the order in which they stand side by side."""
+"""Columns of each of a linear's two states in Transformer Engine, in the order of our tensor."""
 
 
 def state_to_save(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> State:
-    """The sharded tensors of all linears that have scaled something. Empty without delayed scaling. Not collective."""
+    """The sharded tensors of all linears that have made a step under delayed scaling; empty without it. Not collective."""
     return {
         name: _sharded(key, _packed(linear), place, groups)
         for name, key, linear, place in _linears(chunks)
@@ -43,7 +43,8 @@ def state_to_save(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -
 
 
 def state_to_load(chunks: Sequence[nn.Module], groups: ProcessGroupCollection, sizes: dict[str, tuple[int, ...]]) -> State:
-    """Room for what a checkpoint with tensors of these global `sizes` has for this rank's linears. Not collective."""
+    """Sharded zeros to load this rank's linears into, for those that the checkpoint has. sizes: global sizes of its tensors, by key.
+    Not collective."""
     state = {}
     for name, key, _, place in _linears(chunks):
         if key in sizes:
@@ -54,11 +55,11 @@ def state_to_load(chunks: Sequence[nn.Module], groups: ProcessGroupCollection, s
 
 
 def load_state(chunks: Sequence[nn.Module], loaded: State) -> None:
-    """Give the linears what `sharded.load` returned for `state_to_load`. Not collective."""
+    """Give the linears what `sharded_state.load` returned for `state_to_load`. Not collective."""
     for name, _, linear, _ in _linears(chunks):
         if name not in loaded:
             continue
-        # As TransformerEngineBaseModule.set_extra_state does, without the pickle.
+        # The same as TransformerEngineBaseModule.set_extra_state, without the pickle.
         linear.fp8_meta["num_gemms"] = 1
         linear.fp8_meta["recipe"] = get_fp8_recipe(linear.config)
         linear.init_fp8_meta_tensors(linear.fp8_meta["recipe"])
@@ -70,7 +71,7 @@ def load_state(chunks: Sequence[nn.Module], loaded: State) -> None:
 
 
 def _linears(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, str, Any, tuple[int, int, int]]]:
-    """(name on this rank, key in a checkpoint, linear, its place on the axis of layers) of all linears under delayed scaling."""
+    """All linears under delayed scaling: (name on this rank, key in a checkpoint, linear, (axis, layer, number of layers))."""
     for number, chunk in enumerate(chunks):
         model: Any = unwrapped(chunk)
         if not model.config.fp8 or model.config.fp8_recipe != "delayed":
@@ -83,7 +84,7 @@ def _linears(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, str, Any, tuple
 
 
 def _packed(linear: Any) -> Tensor:
-    """[1 + history, 5]"""
+    """A linear's tensor [1 + history, 5]: scales, then maxima."""
     parts = [torch.cat([linear.fp8_meta[key].scale[None], linear.fp8_meta[key].amax_history]) for key in _COLUMNS]
     return torch.cat(parts, dim=1)
 

@@ -1,15 +1,14 @@
-"""Whether a checkpoint's files are what was written, and files that appear whole or not at all.
+"""Whether a checkpoint's files are what was written: sizes and checksums.
 
-Every file of a checkpoint is listed in `checksums.json` with its size and SHA-256 (hashlib's fastest strong hash where the CPU
-has SHA instructions), and that list carries a hash of itself. Checksums find damage, not malice: see safe_unpickle.py for that.
-Standard library only; no function here communicates.
+`checksums.json` lists every file of a checkpoint with its size and SHA-256 (hashlib's fastest strong hash where the CPU has SHA
+instructions), and holds a hash of the list itself. Checksums find damage, not malice: see safe_unpickle.py for that. Standard library only;
+no function here communicates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.errors import UserError
+from megatron_salt.files import write_whole
 from megatron_salt.small_files import read_json, refuse_outside_names
 
 CHECKSUMS = "checksums.json"
@@ -47,31 +47,17 @@ def sum_of_file(path: Path) -> FileSum:
         return FileSum(file.tell(), digest)
 
 
-def write_whole(path: Path, content: bytes) -> FileSum:
-    """Write a file so that it appears whole or not at all, also after a loss of power, and return its sum."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+def write_summed(path: Path, content: bytes) -> FileSum:
+    """Write a file durably, so that it appears whole or not at all, and return its sum. Raises OSError."""
+    write_whole(path, content, durable=True)
     return FileSum(len(content), hashlib.sha256(content).hexdigest())
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_checksums(directory: Path, sums: Mapping[str, FileSum]) -> None:
-    """List a checkpoint's files; names are relative to `directory`."""
+    """Write the list of a checkpoint's files, durably; names are relative to `directory`. Raises OSError."""
     files = {name: asdict(sums[name]) for name in sorted(sums)}
-    write_whole(directory / CHECKSUMS, json.dumps({"files": files, "sha256_of_files": _hash_of(files)}, indent=1).encode())
+    content = json.dumps({"files": files, "sha256_of_files": _hash_of(files)}, indent=1).encode()
+    write_whole(directory / CHECKSUMS, content, durable=True)
 
 
 def read_checksums(directory: Path, required: Iterable[str] = (METADATA,)) -> dict[str, FileSum]:

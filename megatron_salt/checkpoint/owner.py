@@ -1,8 +1,8 @@
-"""Who writes into a directory: `owner.json` in it, a lock that needs nothing of the file system but an atomic create and rename.
+"""The lock on a directory that a run writes into: `owner.json`. It needs nothing of the file system but an atomic create and rename.
 
-It names the owner, and a thread of the owner counts on in it every ten seconds. An owner that is gone is known by a pid of this machine
-that no longer runs, by an earlier start of the same Slurm job, or by a count that stood still while a newcomer watched for a minute: clocks
-are never compared. The owner counts through its open file, so a lock that replaced its own is never overwritten.
+The file names the owner, and a thread of the owner counts on in it every ten seconds. An owner is gone where its pid no longer runs on
+this machine, where it is an earlier start of the same Slurm job, or where its count stood still while a newcomer watched for a minute.
+Clocks are never compared. The owner counts through its open file, so it never overwrites a lock that replaced its own.
 Standard library only; nothing here communicates: rank 0 calls.
 """
 
@@ -29,27 +29,27 @@ log = logging.getLogger(__name__)
 LOCK = "owner.json"
 BEAT = 10.0  # seconds between beats
 WATCH = 60.0  # seconds without a beat after which an owner is gone
-SETTLE = 0.5  # seconds in which two newcomers that took over at once see who was last
+SETTLE = 0.5  # seconds after which two newcomers that took over at the same time see which of them was last
 _LARGEST = 1 << 16
-_DIGITS = 12  # of the count, so that every beat has the same length
+_DIGITS = 12  # digits of the count: every beat has the same length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Owner:
     """One process that writes into a directory."""
 
     host: str
     machine: str
-    """This start of this machine, and this process's view of its pids: only under the same one a pid says anything."""
+    """Identifies the boot of the machine and the pid namespace: pids can be compared only where both are the same."""
     pid: int
     started: str
-    """Of the process, in the kernel's ticks: another process that has its pid has another."""
+    """Start time of the process, in the kernel's ticks: it differs where another process has got the same pid."""
     job: str
-    """Slurm's job id; empty outside of Slurm."""
+    """Slurm's job id; empty outside Slurm."""
     start: tuple[int, int]
     """Slurm's restart count, and the count of examples/launch.sh's starts within it."""
     token: str
-    """Of this lock alone."""
+    """Identifies this lock."""
 
     def __str__(self) -> str:
         job = f" in Slurm job {self.job}" if self.job else ""
@@ -60,28 +60,31 @@ Verdict = Literal["take", "refuse", "watch"]
 
 
 def myself(environment: Mapping[str, str]) -> Owner:
-    """This process, by /proc and Slurm's variables; SALT_LAUNCH is JOB.RESTARTS.ATTEMPT, from examples/launch.sh."""
+    """This process as an owner, from /proc and Slurm's variables. SALT_LAUNCH is JOB.RESTARTS.ATTEMPT, from examples/launch.sh."""
     pid, job = os.getpid(), environment.get("SLURM_JOB_ID", "")
     restarts, attempt = environment.get("SLURM_RESTART_COUNT", ""), ""
     if environment.get("SALT_LAUNCH", "").count(".") == 2:
         job, restarts, attempt = environment["SALT_LAUNCH"].split(".")
     start = (int(restarts) if restarts.isdecimal() else 0, int(attempt) if attempt.isdecimal() else 0)
-    return Owner(socket.gethostname(), _machine(), pid, process_start(pid) or "", job, start, uuid.uuid4().hex)
+    return Owner(
+        host=socket.gethostname(), machine=_machine(), pid=pid, started=process_start(pid) or "", job=job, start=start,
+        token=uuid.uuid4().hex,
+    )  # fmt: skip
 
 
-def decide(found: Owner | None, mine: Owner, find_start: Callable[[int], str | None], take_over: bool) -> tuple[Verdict, str]:
-    """What a newcomer does at once about the owner that it found, and why; None: the lock cannot be read. Pure but for `find_start`.
+def decide(owner: Owner | None, own: Owner, find_start: Callable[[int], str | None], take_over: bool) -> tuple[Verdict, str]:
+    """What a newcomer does about the owner that the lock names, and why. owner: None where the lock cannot be read.
 
-    find_start: when the process of a pid of this machine started; None where there is none.
+    find_start: start time of the process with a pid on this machine; None where there is none. Pure but for that call.
     """
     if take_over:
         return "take", "--take-over-save says so"
-    if found is None:
+    if owner is None:
         return "watch", "it cannot be read"
-    if found.job and found.job == mine.job and found.start < mine.start:
+    if owner.job and owner.job == own.job and owner.start < own.start:
         return "take", "it is an earlier start of this job"
-    if found.machine and found.machine == mine.machine:
-        if find_start(found.pid) == found.started:
+    if owner.machine and owner.machine == own.machine:
+        if find_start(owner.pid) == owner.started:
             return "refuse", "it runs"
         return "take", "its process is gone"
     return "watch", "whether it runs cannot be seen from here"
@@ -90,7 +93,7 @@ def decide(found: Owner | None, mine: Owner, find_start: Callable[[int], str | N
 def read(directory: Path) -> tuple[Owner | None, bytes]:
     """The owner that the directory's lock names, None where it names none, and the lock's content.
 
-    Raises FileNotFoundError where there is none, UserError where it is something that no owner wrote.
+    Raises FileNotFoundError where there is no lock, UserError where it is something that no owner wrote.
     """
     try:
         content = read_small(directory / LOCK, _LARGEST)
@@ -109,21 +112,23 @@ def read(directory: Path) -> tuple[Owner | None, bytes]:
 
 
 def refuse_living(directory: Path) -> str | None:
-    """For who only looks: a line about an owner that may be gone, None without one. Raises UserError for one that surely runs."""
+    """Raise UserError where the directory has an owner that surely runs. Takes no lock.
+
+    Returns a line about an owner that may be gone; None where there is no owner, or one that is gone."""
     try:
-        found, _ = read(directory)
+        owner, _ = read(directory)
     except OSError:
         return None
-    verdict, why = decide(found, myself(os.environ), process_start, take_over=False)
+    verdict, why = decide(owner, myself(os.environ), process_start, take_over=False)
     if verdict == "refuse":
-        raise UserError(_refusal(directory, found))
-    return None if verdict == "take" else f"owned by {found or 'an owner that cannot be read'}; {why}, a start will watch it"
+        raise UserError(_refusal(directory, owner))
+    return None if verdict == "take" else f"owned by {owner or 'an owner that cannot be read'}; {why}, a start will watch it"
 
 
 class Ownership:
-    """A directory that is this process's own until `release`. `check` before every write: another may have taken it over.
+    """The lock of this process on a directory, until `release`. Call `check` before every write: another run may have taken over.
 
-    `is_lost` says so from the next beat on, without a look at the disk.
+    `is_lost` reports that from the next beat on, without reading the disk.
     """
 
     def __init__(self, directory: Path, owner: Owner, descriptor: int, beat: float) -> None:
@@ -133,12 +138,12 @@ class Ownership:
         self._thread.start()
 
     def is_lost(self) -> bool:
-        """Whether a beat found the directory another's."""
+        """Whether a beat has seen that another run has the directory."""
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises UserError where the directory is another's by now."""
-        if self._is_mine():
+        """Raise UserError where another run has the directory now."""
+        if self._is_own():
             return
         try:
             other = str(read(self._directory)[0] or "an owner that cannot be read")
@@ -149,38 +154,40 @@ class Ownership:
         )
 
     def release(self) -> None:
-        """Give the directory free, where it is still this process's own."""
+        """Remove the lock, where it is still this process's own."""
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            if self._is_mine():
+            if self._is_own():
                 (self._directory / LOCK).unlink()
         os.close(self._descriptor)
 
-    def _is_mine(self) -> bool:
+    def _is_own(self) -> bool:
         try:
-            found, _ = read(self._directory)
+            owner, _ = read(self._directory)
         except (FileNotFoundError, UserError):
             return False
-        return found is not None and found.token == self._owner.token
+        return owner is not None and owner.token == self._owner.token
 
     def _beat(self) -> None:
         count = 0
         while not self._ended.wait(self._interval):
             count += 1
-            with contextlib.suppress(OSError):  # replaced on another node, or a file system in trouble: `check` tells
+            with contextlib.suppress(
+                OSError
+            ):  # the lock was replaced on another node, or the file system fails: `check` reports it
                 _write(self._descriptor, self._owner, count)
             with contextlib.suppress(OSError):
-                if not self._is_mine():
+                if not self._is_own():
                     self._lost.set()
                     return
 
 
 @contextlib.contextmanager
-def owned(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT) -> Iterator[Ownership]:
-    """The directory as this process's own, made where it is missing. Raises UserError where it is another's, OSError where it cannot
-    be written."""
-    ownership = acquire(directory, mine, take_over, watch, beat)
+def owned(directory: Path, own: Owner, take_over: bool, watch: float = WATCH, beat: float = BEAT) -> Iterator[Ownership]:
+    """Hold the lock on the directory, which is made where it is missing. Raises UserError where another run has it, OSError where it
+    cannot be written."""
+    ownership = acquire(directory, own, take_over, watch, beat)
     try:
         yield ownership
     finally:
@@ -189,15 +196,15 @@ def owned(directory: Path, mine: Owner, take_over: bool, watch: float = WATCH, b
 
 def acquire(
     directory: Path,
-    mine: Owner,
+    own: Owner,
     take_over: bool,
     watch: float = WATCH,
     beat: float = BEAT,
     leaving: Callable[[], bool] = lambda: False,
 ) -> Ownership:
-    """As `owned`, for who releases it himself. watch: seconds that an owner may stand still; a multiple of `beat`.
+    """The same as `owned` for a caller who calls `release`. watch: seconds that an owner may stand still; a multiple of `beat`.
 
-    leaving: whether to give up while it watches; then LeftEarly is raised.
+    leaving: asked while watching; where it is true, LeftEarly is raised.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
@@ -208,17 +215,17 @@ def acquire(
             pass
         else:
             try:
-                _write(descriptor, mine, 0)
+                _write(descriptor, own, 0)
             except OSError:
                 path.unlink()
                 raise
-            return Ownership(directory, mine, descriptor, beat)
+            return Ownership(directory, own, descriptor, beat)
         try:
-            found, content = read(directory)
+            owner, content = read(directory)
         except FileNotFoundError:
             continue  # released just now
-        verdict, why = decide(found, mine, process_start, take_over)
-        name = str(found or f"an owner whose {LOCK} cannot be read")
+        verdict, why = decide(owner, own, process_start, take_over)
+        name = str(owner or f"an owner whose {LOCK} cannot be read")
         if verdict == "watch":
             log.warning("--save %s seems to be owned by %s; watching it for %g s", directory, name, watch)
             if not _stands_still(directory, content, watch, leaving):
@@ -227,16 +234,16 @@ def acquire(
                 verdict = "refuse"
             why = f"it stood still for {watch:g} s"
         if verdict == "refuse":
-            raise UserError(_refusal(directory, found))
+            raise UserError(_refusal(directory, owner))
         log.warning("--save %s is taken over from %s: %s", directory, name, why)
-        return _take_over(directory, mine, beat)
+        return _take_over(directory, own, beat)
 
 
 def process_start(pid: int) -> str | None:
     """When a process of this machine started, in the kernel's ticks; None where there is none that still runs."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()  # the name before may hold anything
+            fields = file.read().rpartition(")")[2].split()  # the field before is a name, which may hold anything
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]  # fields 3 and 22 of proc(5)
@@ -247,7 +254,7 @@ def _machine() -> str:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return ""  # then no pid says anything
+        return ""  # then pids cannot be compared
 
 
 def _write(descriptor: int, owner: Owner, count: int) -> None:
@@ -271,16 +278,16 @@ def _stands_still(directory: Path, content: bytes, watch: float, leaving: Callab
     return True
 
 
-def _take_over(directory: Path, mine: Owner, beat: float) -> Ownership:
-    new = directory / f"{LOCK}.{mine.token}"
+def _take_over(directory: Path, own: Owner, beat: float) -> Ownership:
+    new = directory / f"{LOCK}.{own.token}"
     descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
     try:
-        _write(descriptor, mine, 0)
+        _write(descriptor, own, 0)
         os.replace(new, directory / LOCK)
     except OSError:
         new.unlink(missing_ok=True)
         raise
-    ownership = Ownership(directory, mine, descriptor, beat)
+    ownership = Ownership(directory, own, descriptor, beat)
     time.sleep(SETTLE)
     try:
         ownership.check()

@@ -13,7 +13,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core import tensor_parallel
 
 RngNames = list[tuple[str, int]]
-"""The parts of the vector in order: name and bytes."""
+"""Name and number of bytes of each part of the vector, in order."""
 
 
 def capture() -> tuple[RngNames, torch.Tensor]:

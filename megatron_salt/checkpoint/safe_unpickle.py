@@ -1,9 +1,9 @@
-"""Pickles that can only build what belongs in a checkpoint.
+"""Reading the pickles of a checkpoint without running code from them.
 
-torch_dist's `.metadata` is a pickle: it is read by an unpickler that knows the few classes of torch's checkpoint metadata and
-nothing else. Every other pickle in a checkpoint (`common.pt`, byte objects inside the shards) has to pass torch's weights_only
-reader. megatron-core opens some of these files with the unrestricted reader, so `check_pickles` goes over all of them first:
-a checkpoint from a stranger is refused before anything in it can run. No function here communicates.
+torch_dist's `.metadata` is a pickle. It is read by an unpickler that knows only the few classes of torch's checkpoint metadata. Every other
+pickle in a checkpoint (`common.pt`, byte objects inside the shards) must pass torch's weights_only reader. megatron-core opens some of
+these files with the unrestricted reader, so `check_pickles` reads all of them first: a stranger's checkpoint is refused before anything
+in it can run. No function here communicates.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_small
 
 COMMON = "common.pt"
-"""Where megatron-core 0.16 looks for what is no tensor."""
+"""The file in which megatron-core 0.16 looks for everything that is no tensor."""
 
 _LARGEST_METADATA = 8 << 30
-"""Bytes: hundreds of them a shard of a tensor, so above those of any model."""
+"""Bytes. A shard of a tensor takes some hundreds, so no model needs more."""
 
 _METADATA_CLASSES = {
     "torch": {"Size"},
@@ -42,11 +42,11 @@ _METADATA_CLASSES = {
 
 
 class Unreadable(UserError):
-    """A pickle of another release of torch, or a broken one where checksums were not looked at first."""
+    """A pickle that another release of torch wrote, or, where checksums were not verified before, a damaged one."""
 
 
 class UnsafePickle(UserError):
-    """A pickle asks for something that no checkpoint needs. Nothing of it was executed."""
+    """A pickle that asks for something that no checkpoint needs. None of it was executed."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -59,13 +59,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """torch_dist's table of contents, read without the power to run code. Raises UnsafePickle or Unreadable."""
+    """torch_dist's table of contents, read without running code. Raises UnsafePickle or Unreadable."""
     path = directory / METADATA
     try:
         metadata = _MetadataUnpickler(io.BytesIO(read_small(path, _LARGEST_METADATA))).load()
     except UnsafePickle as error:
         raise UnsafePickle(f"{path}: {error}; it was not loaded") from None
-    except Exception as error:  # a damaged pickle fails in any way it likes
+    except Exception as error:  # a damaged pickle can raise anything
         raise Unreadable(f"{path}: torch {torch.__version__} cannot read it: {_in_one_line(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UnsafePickle(f"{path}: holds a {type(metadata).__name__}, not torch_dist metadata")
@@ -73,9 +73,9 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def check_pickles(directory: Path, names: Iterable[str]) -> Metadata:
-    """Show that megatron-core may read this checkpoint: none of its pickles can do anything but build plain data.
+    """Check that none of a checkpoint's pickles can do anything but build plain data, so that megatron-core may read them.
 
-    `names` are the files that the checkpoint consists of; metadata that points anywhere else is refused. Raises UnsafePickle.
+    names: the checkpoint's files; metadata that points to any other file is refused. Raises UnsafePickle or Unreadable.
     """
     names = set(names)
     metadata = read_metadata(directory)
@@ -89,9 +89,9 @@ def check_pickles(directory: Path, names: Iterable[str]) -> Metadata:
                 file.seek(place.offset)
                 _check_plain(io.BytesIO(file.read(place.length)), f"{directory / place.relative_path} ({index.fqn})")
     if COMMON in names:
-        held = _check_plain(io.BytesIO((directory / COMMON).read_bytes()), str(directory / COMMON))
-        if held != {}:
-            raise UnsafePickle(f"{directory / COMMON}: holds a {type(held).__name__}, and ours an empty dict")
+        common = _check_plain(io.BytesIO((directory / COMMON).read_bytes()), str(directory / COMMON))
+        if common != {}:
+            raise UnsafePickle(f"{directory / COMMON}: holds a {type(common).__name__}, and ours an empty dict")
     return metadata
 
 

@@ -1,9 +1,9 @@
-"""What lies in a directory of checkpoints, which of it is whole, and which is the one to load.
+"""What lies in a directory of checkpoints, which of it is whole, and which checkpoint to load.
 
-A save is written under `iter_0000100.partial` and renamed to `iter_0000100` once every byte of it is durable; only then does
-`latest_checkpointed_iteration.txt` (Megatron's name) move. So a directory named iter_* is whole, whatever instant a crash
-chose, and everything else with one of our suffixes is a leftover. Where a step is saved again, the old one steps aside as
-`.replaced` until the new one has its name. Standard library only; nothing here communicates: one rank writes, any may read.
+A save is written to `iter_0000100.partial`, and renamed to `iter_0000100` once every byte of it is on the disk. Only then does
+`latest_checkpointed_iteration.txt` (Megatron's name) move. So a directory named iter_* is whole, at whatever instant a crash came, and
+everything else with one of our suffixes is a leftover. Where a step is saved again, the old checkpoint is called `.replaced` until the new
+one has its name. Standard library only; nothing here communicates: one rank writes, any may read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from megatron_salt.checkpoint.integrity import sync_directory, write_whole
 from megatron_salt.errors import UserError
+from megatron_salt.files import sync, write_whole
 from megatron_salt.small_files import read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -37,7 +37,7 @@ def directory_of(root: Path, step: int) -> Path:
 
 
 def partial_of(root: Path, step: int) -> Path:
-    """Where it lies while it is being written."""
+    """Where the checkpoint of a step lies while it is being written."""
     return root / f"iter_{step:07d}{_PARTIAL}"
 
 
@@ -48,16 +48,19 @@ def step_of(path: Path) -> int:
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
     """Every whole checkpoint under `root`, by step."""
-    found: dict[int, Path] = {}
+    checkpoints: dict[int, Path] = {}
     for path in _entries(root):
         step, suffix = _parse(path)
         if suffix is None or (suffix == _REPLACED and path.is_dir() and not directory_of(root, step).exists()):
-            found[step] = path
-    return dict(sorted(found.items()))
+            checkpoints[step] = path
+    return dict(sorted(checkpoints.items()))
 
 
 def read_tracker(root: Path, flag_name: str = "--load") -> int | None:
-    """The step that `latest` names; None where there is no tracker. Raises UserError where it names none; `flag_name` brought us here."""
+    """The step that the tracker names; None where there is no tracker. flag_name: the flag that gave `root`.
+
+    Raises UserError where the tracker cannot be read or names no step.
+    """
     path = root / TRACKER
     try:
         word = read_small(path, _TRACKER_BYTES).decode("ascii").strip()
@@ -76,15 +79,15 @@ def read_tracker(root: Path, flag_name: str = "--load") -> int | None:
 
 
 def write_tracker(root: Path, step: int) -> None:
-    """Move `latest`."""
-    write_whole(root / TRACKER, f"{step}\n".encode("ascii"))
+    """Let the tracker name this step, durably. Raises OSError."""
+    write_whole(root / TRACKER, f"{step}\n".encode("ascii"), durable=True)
 
 
 def candidates(load: Path, fallback: bool = False, flag_name: str = "--load") -> list[Path]:
-    """What --load (`flag_name`) can mean, the one to try first at the front, then the ones before it. Empty: there is no checkpoint.
+    """The checkpoints that --load (`flag_name`) can mean: first the one to try first, then earlier ones. Empty: there is none.
 
-    `load` is a directory of checkpoints or one iter_* directory. Raises UserError where the tracker names what is not there,
-    unless `fallback`: then the highest step comes first.
+    `load` is a directory of checkpoints or one iter_* directory. Without a tracker the highest step comes first. Raises UserError where
+    the tracker names a checkpoint that is not there, unless `fallback`: then, too, the highest step comes first.
     """
     if _NAME.fullmatch(load.name) and load.is_dir():
         step, suffix = _parse(load)
@@ -110,32 +113,32 @@ def candidates(load: Path, fallback: bool = False, flag_name: str = "--load") ->
 
 
 def publish(root: Path, step: int) -> Path:
-    """Give a whole partial its name and move the tracker. Its files must be durable already."""
+    """Give a complete save its final name and move the tracker. Its files must be on the disk already. Raises OSError."""
     written, final = partial_of(root, step), directory_of(root, step)
-    sync_directory(written)
+    sync(written)
     replaced = final.with_name(final.name + _REPLACED)
     if os.path.lexists(final):
         if os.path.lexists(replaced):
             delete(replaced)
         os.rename(final, replaced)
     os.rename(written, final)
-    sync_directory(root)
+    sync(root)
     write_tracker(root, step)
     if os.path.lexists(replaced):
-        with contextlib.suppress(OSError):  # the save is whole; `make_room` tries again and tells
+        with contextlib.suppress(OSError):  # the save is whole; `make_room` tries again, and reports
             delete(replaced)
     return final
 
 
 def unfinished(root: Path) -> list[Path]:
-    """What `tidy` would delete for good."""
+    """The leftovers that `tidy` would delete."""
     return [path for path in _entries(root) if _parse(path)[1] in (_PARTIAL, _DELETING)]
 
 
 def tidy(root: Path) -> list[str]:
-    """Remove what crashed runs left half-done; put a replaced checkpoint back where its successor never came. What was done.
+    """Remove the leftovers of crashed runs; put a replaced checkpoint back where its successor was never finished.
 
-    A leftover that cannot be removed is told too, and stays: it is in nobody's way.
+    Returns a line for each thing done, and for each leftover that cannot be removed: that one stays and does no harm.
     """
     done = []
     for path in _entries(root):
@@ -152,9 +155,9 @@ def tidy(root: Path) -> list[str]:
 
 
 def make_room(root: Path, surplus: Iterable[int]) -> list[str]:
-    """Delete the checkpoints of these steps (retention.py), and what earlier deletions could not remove. What could not be deleted now.
+    """Delete the checkpoints of these steps (retention.py), and what earlier deletions could not remove.
 
-    A checkpoint that is a symbolic link is unlinked; what it points to stays.
+    Returns a line for each that cannot be deleted. A checkpoint that is a symbolic link is unlinked; its target stays.
     """
     doomed = []
     for path in _entries(root):
@@ -167,7 +170,7 @@ def make_room(root: Path, surplus: Iterable[int]) -> list[str]:
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint so that a crash in the middle leaves a recognisable leftover, never half a checkpoint."""
+    """Delete a checkpoint. A crash in the middle leaves a leftover with our suffix, never half a checkpoint. Raises OSError."""
     step, suffix = _parse(path)
     doomed = directory_of(path.parent, step)
     doomed = doomed.with_name(doomed.name + _DELETING)
@@ -179,7 +182,7 @@ def delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory with all that is in it, or a file or symbolic link by itself."""
+    """Remove a directory with its contents, a file, or a symbolic link without its target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:

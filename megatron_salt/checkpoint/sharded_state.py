@@ -1,11 +1,12 @@
 """Model and optimizer as megatron-core's sharded state, and that state on its way to and from disk (torch_dist).
 
-Only tensors travel: a parameter group takes nothing from a checkpoint but its `step` (everything else in it comes from the
-flags and the schedule), so no pickled object is written and `common.pt` is empty. Keys are GPTModel's. Optimizer state has one
-of three forms. `dp_reshardable`: megatron-core's buckets as they lie in memory, no communication, loads under any data- and
-context-parallel size while tp, pp and the split into chunks and buckets stay. `fully_reshardable`: shaped like the
-parameters, loads under any layout; every data- and context-parallel rank gathers the state of its group in host memory (12
-bytes a parameter of its tp and pp share). `plain`: without the distributed optimizer; any layout.
+Only tensors are saved. A parameter group takes nothing from a checkpoint but its `step`; everything else in it comes from the flags and
+the schedule. So no pickled object is written, and `common.pt` is empty. Keys are GPTModel's. Optimizer state has one of three forms:
+- `dp_reshardable`: megatron-core's buckets as they lie in memory. No communication. Loads under any data- and context-parallel size
+  while tp, pp and the split into chunks and buckets stay.
+- `fully_reshardable`: shaped like the parameters. Loads under any layout. Every data- and context-parallel rank gathers the state of its
+  group in host memory (12 bytes for each parameter of its tp and pp share).
+- `plain`: without the distributed optimizer. Loads under any layout.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def unwrapped(chunk: nn.Module) -> nn.Module:
 
 @contextmanager
 def settled(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Parameters as the last step left them, while the block runs. Collective over the data-parallel ranks.
+    """Complete all parameters for the time of the block. Collective over the data-parallel ranks.
 
-    Under --overlap-param-gather a step leaves every rank with fresh values of its own shard alone until the next forward.
+    Under --overlap-param-gather a rank has new values only for its own shard between a step and the next forward.
     """
     wrapped = [chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]
     waiting = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
@@ -104,10 +105,10 @@ def optimizer_state(optimizer: MegatronOptimizer, model: State, form: OptimizerF
 
 @contextmanager
 def _gathered_positions(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let every buffer's index of parameters count without the padding at the ends of buckets, while the block runs.
+    """Take the padding at the ends of buckets out of the positions in every buffer's index of parameters, for the time of the block.
 
-    megatron-core gathers a buffer without that padding (`get_parameter_state_dp_zero`) and then cuts parameters out of it at positions
-    that include it (`sharded_param_state_fully_reshardable`): from the second bucket of a padded buffer on, what it saves is shifted.
+    megatron-core gathers a buffer without that padding (`get_parameter_state_dp_zero`). Then it cuts parameters out of it at positions
+    that include the padding (`sharded_param_state_fully_reshardable`), so from the second bucket on it would save shifted values.
     """
     buffers = [buffer for part in _parts(optimizer) if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
     indices = [buffer.param_index_map for buffer in buffers]
@@ -123,14 +124,14 @@ def _gathered_positions(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """Updates that the optimizer has made; 0 before the first. Groups without parameters on this rank do not count."""
+    """The number of updates that the optimizer has made. Groups without parameters on this rank do not count."""
     groups = [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
     steps = {group["step"] for group in groups if group["params"] and "step" in group}
     assert len(steps) <= 1, f"parameter groups disagree on the step: {sorted(steps)}"
     return int(steps.pop()) if steps else 0
 
 
-@torch.no_grad()  # megatron-core copies into main parameters, and forgets this for dp_reshardable
+@torch.no_grad()  # megatron-core copies into main parameters, and does not guard that in form dp_reshardable
 def load_optimizer(optimizer: MegatronOptimizer, loaded: State, step: int) -> None:
     """Give the optimizer what `load` returned for it, and its step."""
     optimizer.load_state_dict(loaded)
@@ -155,7 +156,7 @@ def form_for(optimizer: MegatronOptimizer, reshardable: bool) -> OptimizerForm:
 
 
 def bucket_plan(chunks: Sequence[nn.Module], model: State) -> str:
-    """A hash of which parameter lies where in which bucket of this rank: what two runs must share for `dp_reshardable`."""
+    """A hash of the positions of all parameters in this rank's buckets. Two runs must share it to share state in form dp_reshardable."""
     keys = {
         id(leaf.data): (leaf.key, getattr(leaf, "global_offset", ()))
         for leaf in nested_values(model)
@@ -189,7 +190,7 @@ def model_parallel_place(mesh: Mesh) -> str:
 
 
 def rng_state(vector: torch.Tensor, layout: Layout, rank: int) -> ShardedTensor:
-    """Each rank's vector of random state as one tensor [pp, tp, cp, dp, bytes] of the checkpoint."""
+    """This rank's vector of random state, as its part of one tensor [pp, tp, cp, dp, bytes] of the checkpoint."""
     at = layout.coordinates(rank)
     places = [(at.pp, layout.pipeline), (at.tp, layout.tensor), (at.cp, layout.context), (at.dp, layout.data)]
     return ShardedTensor.from_rank_offsets(
@@ -202,7 +203,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Zero moments where no step has been made yet; megatron-core cannot describe an optimizer that has none."""
+    """Make moments of zeros where no step has been made yet: megatron-core cannot describe an optimizer without moments."""
     for part in _parts(optimizer):
         if part.optimizer.state:
             continue
@@ -216,8 +217,9 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 
 
 def _tensors_only(state: Any) -> Any:
+    """`state` with every object that is no tensor kept on this rank, and padding blanked."""
     if isinstance(state, dict):
-        padding = state.get("padding")  # of a piece of a bucket, in dp_reshardable form: whether no parameter lies there
+        padding = state.get("padding")  # in form dp_reshardable: whether a piece of a bucket holds no parameter
         if isinstance(padding, LocalNonpersistentObject) and padding.unwrap():
             state = {key: _blank(value) if isinstance(value, ShardedTensor) else value for key, value in state.items()}
         return {key: _tensors_only(value) for key, value in state.items()}
@@ -229,14 +231,17 @@ def _tensors_only(state: Any) -> Any:
 
 
 def _blank(padding: ShardedTensor) -> ShardedTensor:
-    """Zeros, and none behind the end of the bucket. megatron-core leaves padding undefined, so that whatever was in memory would be
-    saved, and too long at the end of a bucket before a shared embedding (`numel_unpadded` then counts the gap between the two)."""
+    """Padding as zeros that end where the bucket ends.
+
+    megatron-core would save uninitialised memory. Before a shared embedding it would also save too much of it, since `numel_unpadded` then
+    counts the gap between the two.
+    """
     length = min(padding.local_shape[0], padding.global_shape[0] - padding.global_offset[0])
     return replace(padding, data=torch.zeros_like(padding.data[:length]), local_shape=(length,))
 
 
 def _without_extra_state(state: State) -> State:
-    """Every linear has an `_extra_state`, empty or Transformer Engine's pickle: it stays here, and fp8_scales.py saves what is in it."""
+    """`state` without the `_extra_state` of its linears, a pickle of Transformer Engine: fp8_scales.py saves what is in it."""
 
     def emptied(value: Any) -> Any:
         if not isinstance(value, ShardedObject):
@@ -251,14 +256,15 @@ def _without_extra_state(state: State) -> State:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor that the run wants and the checkpoint has not, or has in another shape."""
+    """A tensor that the run wants, and that the checkpoint lacks or has in another shape."""
 
     key: str
     wanted: tuple[int, ...]
-    found: tuple[int, ...] | None
+    saved: tuple[int, ...] | None
+    """None: the checkpoint has no such tensor."""
 
     def __str__(self) -> str:
-        return f"{self.key} is {'missing' if self.found is None else f'{list(self.found)}'} there and {list(self.wanted)} here"
+        return f"{self.key} is {'missing' if self.saved is None else f'{list(self.saved)}'} there and {list(self.wanted)} here"
 
 
 def mismatches(state: State, sizes: dict[str, tuple[int, ...]]) -> list[Mismatch]:
@@ -271,12 +277,12 @@ def mismatches(state: State, sizes: dict[str, tuple[int, ...]]) -> list[Mismatch
 
 
 def load(state: State, directory: Path, groups: ProcessGroupCollection) -> State:
-    """Fill `state` from a checkpoint whose files have been verified and whose pickles checked. Collective over all ranks.
+    """Fill `state` from a checkpoint whose files and pickles have been verified. Collective over all ranks.
 
-    Each data- and context-parallel rank reads its share and the shares are exchanged. All chunks must be in one `state`.
+    Each data- and context-parallel rank reads a share, then the shares are exchanged. All chunks must be in one `state`.
     """
-    # Weights that the model has in FP8 alone arrive in bfloat16 and are rounded once, whole: megatron-core 0.19 would round each half of a
-    # gated MLP's first weight by itself, and their sum again.
+    # Weights that the model has only in FP8 are read in bfloat16 and rounded once, as a whole. megatron-core 0.19 would round each half of
+    # a gated MLP's first weight, and then their concatenation again.
     force_all_tensors_to_non_fp8(state)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
     with quiet_checkpointing():

@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from megatron_salt.checkpoint.integrity import DamagedCheckpoint, FileSum, write_whole
+from megatron_salt.checkpoint.integrity import DamagedCheckpoint, FileSum, write_summed
 from megatron_salt.checkpoint.run_state import (
     CheckpointState,
     OptimizerForm,
@@ -32,6 +32,7 @@ from megatron_salt.checkpoint.run_state import (
 from megatron_salt.checkpoint.save_directory import STATE
 from megatron_salt.config import ModelConfig
 from megatron_salt.errors import UserError
+from megatron_salt.files import write_whole
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.small_files import read_json
 
@@ -237,7 +238,7 @@ def _is_finite(value: Any) -> bool:
 
 def write_state(directory: Path, state: CheckpointState) -> FileSum:
     """Write state.json, durably; its size and hash. Raises OSError."""
-    return write_whole(directory / STATE, state_content(state))
+    return write_summed(directory / STATE, state_content(state))
 
 
 def read_state(directory: Path) -> CheckpointState:
@@ -262,7 +263,8 @@ def read_state(directory: Path) -> CheckpointState:
 def write_evaluation(directory: Path, run: RunState) -> None:
     """Add evaluated.json to the checkpoint of this step. `run`: the state after the evaluation. Raises OSError."""
     decided = {"step": run.step, "salt": None if run.salt is None else asdict(run.salt)}
-    write_whole(directory / EVALUATED, json.dumps({"decided": decided, "sha256": _hash_of(decided)}).encode())
+    content = json.dumps({"decided": decided, "sha256": _hash_of(decided)}).encode()
+    write_whole(directory / EVALUATED, content, durable=True)
 
 
 def _after_evaluation(directory: Path, saved: RunState) -> RunState:

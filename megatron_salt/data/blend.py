@@ -1,9 +1,8 @@
-"""Which pool, and which of its samples, stands at a position of the endless stream of samples.
+"""The pool, and the sample of that pool, at each position of the endless stream of samples.
 
-Without weights all datasets form one pool: each sample is visited once an epoch, whatever dataset it is in. With weights each
-dataset is a pool with epochs of its own, and the pools take turns so evenly that the first p samples hold each
-pool's share of p to within ceil(log2(pools)) / 2 samples, and every BLOCK of samples holds the shares exactly.
-Both are pure, and O(log pools) a sample. What a pool's samples are: `subsets.py`.
+Without weights all datasets form one pool: each sample is visited once an epoch. With weights each dataset is a pool with its own
+epochs, and the pools take turns evenly. Among the first p samples each pool has its share of p, up to ceil(log2(pools)) / 2 samples;
+in every BLOCK of samples it has its exact share. Pure, and O(log pools) a sample. `subsets.py` says which samples a pool has.
 """
 
 from __future__ import annotations

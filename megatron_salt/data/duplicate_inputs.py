@@ -1,7 +1,8 @@
-"""Refuses inputs that are the same data twice: under two names, through a link, or as a copy.
+"""Refuses the same data twice: under two names, through a link, or as a copy; and held-out data that is training data.
 
 Files are compared by device and inode, and files of equal size by their bytes. Datasets are compared by their .bin file, by their contents,
-and by the source files in their manifests. A UserError names the first pair of equals, unless --allow-duplicate-inputs is given. Pure.
+and by the source files in their manifests. Few bytes are read, and only where sizes are equal. A UserError names the first pair of
+equals, unless --allow-duplicate-inputs or --allow-valid-in-train is given. Windows that --valid-share holds out are not looked at. Pure.
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ def refuse_repeated_datasets(flag_name: str, prefixes: Sequence[str]) -> None:
     _refuse_shared_sources(flag_name, manifests)
 
 
+def refuse_training_data(train: Sequence[str], valid: Sequence[str]) -> None:
+    """UserError, with both names, where a dataset of `valid` has the data of one of `train`. Their files must exist."""
+    manifests = {prefix: read_manifest(prefix) for prefix in (*train, *valid)}
+    for held_out in valid:
+        for other in train:
+            how = _overlap(other, manifests[other], held_out, manifests[held_out])
+            if how is not None:
+                raise UserError(
+                    f"--valid-data-path {held_out} {how} --data-path {other}, so that its loss would be one of training; "
+                    "give other data, --valid-share, or allow it with --allow-valid-in-train"
+                )
+
+
 def _refuse_shared_sources(flag_name: str, manifests: dict[str, Manifest | None]) -> None:
     made: dict[Hashable, str] = {}
     for prefix, manifest in manifests.items():
@@ -109,3 +123,25 @@ def _groups(names: Iterable[str], key: Callable[[str], Hashable]) -> list[list[s
 def _differ(one: Manifest | None, other: Manifest | None) -> bool:
     """Whether the manifests show that two datasets differ, although their sampled blocks are equal."""
     return one is not None and other is not None and one.fingerprint != other.fingerprint
+
+
+def _overlap(one: str, manifest: Manifest | None, other: str, others: Manifest | None) -> str | None:
+    """How dataset `other` repeats dataset `one`, in words; None: it does not."""
+    files = [os.stat(prefix + ".bin") for prefix in (one, other)]
+    if os.path.samestat(*files):
+        return "is the same file as"
+    sizes = [(os.path.getsize(prefix + ".bin"), os.path.getsize(prefix + ".idx")) for prefix in (one, other)]
+    if sizes[0] == sizes[1] and not _differ(manifest, others) and sampled_fingerprint(one) == sampled_fingerprint(other):
+        return "holds the same tokens as"
+    if manifest is not None and others is not None and (both := _sources(manifest) & _sources(others)):
+        return f"was made of the same text ({min(both, key=str)[0]}) as"
+    return None
+
+
+def _sources(manifest: Manifest) -> set[tuple[Hashable, ...]]:
+    """Source files of a dataset, as far as they are recorded."""
+    return {
+        (source.file, source.size_bytes, source.lines, source.text_bytes, manifest.json_key, manifest.shard)
+        for source in manifest.sources
+        if source.text_bytes
+    }

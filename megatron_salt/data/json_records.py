@@ -7,7 +7,6 @@ our own and not msgspec's, because their messages name the field, its type and t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from megatron_salt import small_files
 from megatron_salt.errors import UserError
-from megatron_salt.files import whole
+from megatron_salt.files import whole_file
 
 _JSON_TYPES = {
     "int": (int,),
@@ -30,16 +29,10 @@ _JSON_TYPES = {
 
 def write_record(facts: Mapping[str, Any], path: Path, version: int) -> None:
     """Write `facts` and the version of their format as JSON. The file appears whole or not at all."""
-    with whole(path) as tmp, open(tmp, "w", encoding="utf-8") as stream:
+    # Durable: the caller may delete files that this one replaces.
+    with whole_file(path, durable=True) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         json.dump({"format": version, **facts}, stream, indent=2)
         stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the caller may now delete files that this one replaces, so its name must be on disk
-    finally:
-        os.close(directory)
 
 
 def read_record(path: Path, versions: Sequence[int], remedy: str) -> tuple[int, dict[str, Any]]:

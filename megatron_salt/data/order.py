@@ -1,9 +1,9 @@
 """The order of samples: a keyed permutation of 0..size-1, computed one index at a time.
 
-Nothing is stored or shuffled: `ids(positions)` costs the same at 10 samples and at 10^11, and depends only on seed, pool name
-and position. Each epoch of a pool has its own key, hence its own order, and visits every sample exactly once. The permutation is a
-Feistel network over the cells of a rectangle a little larger than `size`, with cycle walking back into it (Black and Rogaway, "Ciphers
-with Arbitrary Finite Domains", 2002). It shuffles well; it is no cipher.
+Nothing is stored or shuffled: `ids(positions)` costs the same at 10 samples and at 10^11, and depends only on seed, pool name and
+position. Each epoch of a pool has its own key, hence its own order, and visits every sample exactly once. The permutation is a Feistel
+network over the cells of a rectangle a little larger than `size`, with cycle walking back into it (Black and Rogaway, "Ciphers with
+Arbitrary Finite Domains", 2002). It shuffles well; it is no cipher.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A batch that never changes, by whose loss a model is recognised.
+"""A batch that never changes; the loss on it identifies the weights of a model.
 
-Every checkpoint records its model's loss on it (`train/evaluate.py`), and a run that takes the model as its teacher compares: weights
-that arrived half, or zeroed, or in the wrong place give another loss. Tokens are a pure function of (vocabulary_size, microbatch,
-position), so the batch of a shorter context is the beginning of the longer one's, and by causality so are its losses: microbatch
-j counts its first 16 * 4^j positions alone.
+Every checkpoint records the loss of its model on this batch (`train/evaluate.py`). A run that loads the model as teacher compares:
+missing, zeroed or misplaced weights give another loss. Tokens are a pure function of (vocabulary_size, microbatch, position). So the
+batch of a shorter context is the beginning of a longer one, and by causality the same holds for its losses. Microbatch j counts only
+its first 16 * 4^j positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FIRST, _GROWTH = 16, 4
 
 
 def prefix_lengths(seq_length: int) -> list[int]:
-    """How many positions each microbatch counts: 16, 64, 256, ... below seq_length, and last seq_length itself. Pure."""
+    """Number of positions that each microbatch counts: 16, 64, 256, ... below seq_length, and last seq_length. Pure."""
     lengths = []
     length = _FIRST
     while length < seq_length:
@@ -35,10 +35,10 @@ def fixed_tokens(vocabulary_size: int, microbatch: int, count: int) -> np.ndarra
 
 
 def fixed_batch(vocabulary_size: int, seq_length: int, lengths: Sequence[int], multiple_of: int = 1) -> list[Microbatch]:
-    """Microbatch j is one sample of seq_length tokens of which the first lengths[j] count; plain causal attention.
+    """Microbatch j is one sample of seq_length tokens; its first lengths[j] labels count. Attention is plain causal.
 
-    The last one is repeated until their number is a multiple of `multiple_of`. To compare with a checkpoint's record give the
-    lengths of the record that are at most seq_length, from the first on. Pure.
+    The last microbatch is repeated until their number is a multiple of `multiple_of`. To compare with the record of a checkpoint,
+    give those lengths of the record that are at most seq_length. Pure.
     """
     assert lengths and max(lengths) <= seq_length, (lengths, seq_length)
     return [

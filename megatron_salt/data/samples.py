@@ -1,8 +1,8 @@
-"""The open data of one split: windows of one or more datasets, numbered, in an endless order.
+"""The open data of one split: numbered windows of one or more datasets, in an endless order.
 
-A sample's global id numbers all windows of all datasets of a split in --data-path order, held-out ones included: it depends on neither
-seed, weights nor --valid-share. Which samples an order draws from is another matter (`subsets.py`), and so is how steps cut it
-(`batch.py`). Opening is O(1) in the size of the data.
+The global id of a sample numbers all windows of all datasets in --data-path order, held-out ones included. It does not depend on seed,
+weights or --valid-share. `subsets.py` says which samples an order draws from, `batch.py` how steps cut the order. The cost of opening
+does not grow with the data.
 """
 
 from __future__ import annotations

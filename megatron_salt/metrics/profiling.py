@@ -6,13 +6,13 @@ Steps count from 1, as in the log.
 from __future__ import annotations
 
 import gc
-import os
 from pathlib import Path
 
 import torch
 
 from megatron_salt.config import TrainingConfig
 from megatron_salt.errors import UserError
+from megatron_salt.files import whole_file
 
 
 class GarbageSchedule:
@@ -71,6 +71,6 @@ class Profiler:
         assert self._directory is not None
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"rank{self._rank}.steps{self._first_step}-{next_step - 1}.pt.trace.json.gz"
-        tmp = path.with_name("tmp." + path.name)  # the exporter compresses where the name ends in .gz
-        profile.export_chrome_trace(str(tmp))
-        os.replace(tmp, path)
+        # The exporter compresses where the name ends in .gz.
+        with whole_file(path, temporary=path.with_name("tmp." + path.name)) as temporary:
+            profile.export_chrome_trace(str(temporary))

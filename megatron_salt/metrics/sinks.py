@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_salt.errors import UserError
+from megatron_salt.files import whole_file
 from megatron_salt.small_files import parse_json
 
 Entry = Mapping[str, Any]
@@ -49,14 +51,14 @@ class Jsonl:
     name = "--jsonl"
 
     def __init__(self, path: Path, start_step: int) -> None:
-        """Continue `path` after `start_step`. A run from step 0 renames an older log to PATH.old. Raises UserError, OSError."""
+        """Continue `path` after `start_step`. A run from step 0 renames an older log: PATH.old, PATH.old2... Raises UserError, OSError."""
         self._unwritten = b""
         try:
             look_at_jsonl(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 if start_step == 0:
-                    os.replace(path, path.with_name(path.name + ".old"))
+                    os.rename(path, _free_name_for_old(path))
                 else:
                     drop_later_steps(path, start_step)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
@@ -74,6 +76,12 @@ class Jsonl:
     def close(self) -> None:
         with self._file:
             self._file.write(self._unwritten)
+
+
+def _free_name_for_old(path: Path) -> Path:
+    """PATH.old, or PATH.old2 and so on: a log that is there already stays."""
+    names = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
+    return next(old for name in names if not os.path.lexists(old := path.with_name(path.name + name)))
 
 
 def look_at_jsonl(path: Path) -> None:
@@ -98,15 +106,11 @@ def drop_later_steps(path: Path, last_step: int) -> None:
 
     The file is replaced as a whole, or stays as it was.
     """
-    tmp = path.with_name(path.name + ".tmp")
-    with open(path, "rb") as old, open(tmp, "wb") as new:
+    with whole_file(path, durable=True) as temporary, open(path, "rb") as old, open(temporary, "wb") as new:
         for line in old:
             step = _step_of(line)
             if step is not None and step <= last_step:
                 new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(tmp, path)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -9,7 +9,6 @@ gather of two numbers a rank, once in --straggler-report-interval steps.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_salt.files import write_whole
 from megatron_salt.parallel.device import current_device
 
 log = logging.getLogger(__name__)
@@ -46,17 +46,13 @@ class Heartbeat:
         if self._path is None or (self._written is not None and self._clock() - self._written < BEAT_SECONDS):
             return
         self._written = self._clock()
-        tmp = self._path.with_name(self._path.name + ".tmp")
         try:
-            tmp.write_text(f"{step}\n", encoding="ascii")
-            os.replace(tmp, self._path)
+            write_whole(self._path, f"{step}\n".encode("ascii"))
             self._reported = False
         except OSError as error:
             if not self._reported:
                 log.warning("--heartbeat-file %s cannot be written (%s); the run goes on, and tries again", self._path, error)
             self._reported = True
-            with contextlib.suppress(OSError):
-                tmp.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.bitmap import bits_between, new_bitmap, set_bits
+from megatron_salt.data.bitmap import bits_between, new_bitmap, set_bits
 from megatron_salt.data.order import permute
 from megatron_salt.preprocess.indexed_writer import DIGEST_BYTES, IndexedWriter, Written
 

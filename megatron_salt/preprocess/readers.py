@@ -142,7 +142,7 @@ def _refuse_larger(path: str, position: str, size: int, largest: int) -> None:
     if size > largest:
         raise UserError(
             f"--input {path}: a document at {position} has more than {largest} bytes; it would lie in memory whole: cut it (is "
-            "a document on each line?), or allow more with --max-document-mib"
+            "a document on each line?), or allow more with --max-document-mib (and with --max-memory, if it is given)"
         )
 
 

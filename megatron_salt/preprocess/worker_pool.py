@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.reduction import DupFd
 
@@ -34,13 +34,23 @@ _SMALLEST_CHUNK = 1 << 16
 _WORKING_BYTES = 96 << 20  # memory of a worker for the tokenizer, its caches and its results
 
 
-def chunk_size(max_memory: float | None, workers: int, largest: int) -> int:
-    """Bytes of a chunk, at most `largest`, with which all processes stay below `max_memory` GiB. None: no bound.
+@dataclass(frozen=True)
+class SizeLimits:
+    """Bytes of text that are in memory as one piece. Each piece is there several times: as text, ids and lengths."""
 
-    UserError where `max_memory` is too little.
+    chunk: int
+    """Bytes of a chunk of short documents."""
+    document: int
+    """Bytes that one document may have."""
+
+
+def fit_memory(limits: SizeLimits, max_memory: float | None, workers: int) -> SizeLimits:
+    """`limits`, lowered until all processes together stay below `max_memory` GiB. None: no bound.
+
+    UserError where `max_memory` is too little for these workers.
     """
     if max_memory is None:
-        return largest
+        return limits
     processes = workers + (workers > 1)
     fixed = processes * resident_bytes() + workers * _WORKING_BYTES
     copies = workers * (3 * SLOTS_PER_WORKER + 8)  # text, ids and lengths in each slot; 8 in the worker itself
@@ -50,7 +60,7 @@ def chunk_size(max_memory: float | None, workers: int, largest: int) -> int:
             f"--max-memory {max_memory:g} GiB is too little for --workers {workers}, which take "
             f"{(fixed + copies * _SMALLEST_CHUNK) / 2**30:.2f} GiB; give more, or fewer workers"
         )
-    return min(size, largest)
+    return SizeLimits(min(size, limits.chunk), min(size, limits.document))
 
 
 class Slots:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_salt.bitmap import bits_at, bits_between, new_bitmap, set_bits
+from megatron_salt.data.bitmap import bits_at, bits_between, new_bitmap, set_bits
 from megatron_salt.data.windows import first_ids, num_held_out
 from megatron_salt.selection.score_format import IndexManifest
 from megatron_salt.selection.score_reader import CHUNK, ScoreIndex

@@ -6,8 +6,6 @@ samples where there are more; the report says so. The random part depends on the
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import numpy as np
 
 from megatron_salt.data.order import permute
 from megatron_salt.errors import UserError
-from megatron_salt.files import whole
+from megatron_salt.files import whole_file
 from megatron_salt.selection.eligibility import dataset_ranges
 from megatron_salt.selection.rules import Choice, cuts, not_scored, order_keys
 from megatron_salt.selection.selection_file import Selection
@@ -260,8 +258,8 @@ def _examples(choice: Choice, sampled: Sampled, num: int, text: WindowText | str
 
 def write_text(content: str, path: Path) -> None:
     """Write a text file, which appears whole or not at all."""
-    with whole(path) as tmp:
-        tmp.write_text(content, encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def draw(choice: Choice, sampled: Sampled, path: Path) -> None:
@@ -286,13 +284,10 @@ def draw(choice: Choice, sampled: Sampled, path: Path) -> None:
     axes.set_xlabel(choice.column)
     axes.set_ylabel("samples")
     axes.legend()
-    tmp = path.with_name(path.name + ".tmp")
     try:
-        figure.savefig(tmp, format="png", dpi=120)
-        os.replace(tmp, path)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         pyplot.close(figure)

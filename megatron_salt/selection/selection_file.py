@@ -10,7 +10,6 @@ copy.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from bisect import bisect_left
@@ -24,6 +23,7 @@ import numpy as np
 from megatron_salt.data.json_records import check_fields, read_record, write_record
 from megatron_salt.data.manifest import DatasetFacts, content_hash, sampled_hash
 from megatron_salt.errors import UserError
+from megatron_salt.files import whole_file
 from megatron_salt.selection.score_format import (
     IndexManifest,
     dataset_differences,
@@ -169,10 +169,10 @@ def write_selection(
     """
     npy, description = selection_paths(prefix)
     dtype = np.dtype("<u4" if scores.num_samples <= 1 << 32 else "<i8")
-    temporary, described = (path.with_name(path.name + ".tmp") for path in (npy, description))
     digest, count = content_hash(), 0
     npy.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    # The old description goes when both files are on the disk; then the ids get their name, and the description last.
+    with whole_file(description) as described, whole_file(npy) as temporary:
         with open(temporary, "wb") as stream:
             for piece in _pieces(npy_header(dtype, num_selected), chunks, dtype):
                 stream.write(piece)
@@ -196,13 +196,6 @@ def write_selection(
         )
         write_record({**asdict(manifest), "scores": manifest_to_json(scores)}, described, FORMAT)
         description.unlink(missing_ok=True)
-        os.replace(temporary, npy)
-        os.replace(described, description)
-    except BaseException:
-        for left in (temporary, described):
-            with contextlib.suppress(OSError):
-                left.unlink()
-        raise
     return manifest
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
+from megatron_salt.files import write_whole
 from megatron_salt.small_files import read_json, read_small
 from megatron_salt.tokenizer.document_ends import ConfigEnds, DeclaredEnds, Ends, in_words, read_config_ends
 from megatron_salt.tokenizer.hugging_face_library import open_gpt2, open_tokenizer_json
@@ -86,7 +86,7 @@ class Tokenizer:
         """Write the files and a description into `directory`, which is made if missing. The description comes last."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            _write(directory / name, content)
+            write_whole(directory / name, content)
         description = {
             "kind": self.kind,
             "files": list(self.files),
@@ -95,7 +95,7 @@ class Tokenizer:
             "bos": self.bos,
             "fingerprint": self.fingerprint,
         }
-        _write(directory / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        write_whole(directory / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> Tokenizer:
@@ -261,12 +261,6 @@ def _read(flag: str, path: str | None, kind: str) -> bytes:
     if not content:
         raise UserError(f"{flag} {file} is empty")
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_bytes(content)
-    os.replace(tmp, path)
 
 
 def _fingerprint(kind: str, files: Mapping[str, bytes], eod: int | None) -> str:

@@ -1,6 +1,6 @@
-"""Let a checkpoint continue a prompt. Architecture, precision and tokenizer come from the checkpoint, whatever layout wrote it.
+"""Let a checkpoint continue a prompt. Architecture, precision and tokenizer come from the checkpoint, which may have any layout.
 
-One process, or tensor-parallel over all the ranks that torchrun starts. The context is recomputed for every token.
+Runs in one process, or tensor-parallel over all ranks that torchrun starts. The whole context is computed again for every token.
 
     python tools/generate_text.py --load runs/quickstart/salt --prompt 'def main(' --max-new-tokens 100
 """
@@ -23,7 +23,7 @@ from megatron_salt.parallel.layout import student_layout, world_size_from_enviro
 from megatron_salt.small_files import read_small
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-COLDEST = 0.001  # below it logits that are divided may overflow
+COLDEST = 0.001  # a lower temperature may overflow the logits
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,25 @@ class GenerateConfig:
     """Continue a prompt with a trained model."""
 
     load: str
-    """Directory of checkpoints (its latest is taken), or one iter_* directory."""
+    """Directory of checkpoints, of which the latest is used, or one iter_* directory."""
 
     prompt: str = ""
-    """Text to continue; empty: the beginning of a document."""
+    """Text to continue. Empty: begin a new document."""
 
     prepend_bos: bool = False
-    """Begin with the tokenizer's beginning-of-sequence id: for models of data that has it (preprocess_data.py --prepend-bos)."""
+    """Begin with the tokenizer's beginning-of-sequence id, for models whose data has it (preprocess_data.py --prepend-bos)."""
 
     max_new_tokens: int = 100
-    """Tokens to add at most; fewer where the model ends the document."""
+    """Largest number of tokens to add. The model may end the document earlier."""
 
     temperature: float = 0.8
-    """Divides the logits: below 1 for likelier text, 0 for the likeliest token each time."""
+    """Divisor of the logits. Below 1 the text becomes more likely; 0 takes the likeliest token each time."""
 
     top_k: int | None = None
-    """Draw among so many likeliest tokens; default: among all."""
+    """Draw only among this many likeliest tokens. Default: among all."""
 
     seed: int = 1234
-    """The same seed draws the same text."""
+    """Seed of the random draws. The same seed gives the same text."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate_text(config: GenerateConfig) -> None:
-    """The whole tool. Raises UserError. Rank 0 prints prompt and continuation."""
+    """Continue the prompt. Every rank calls; rank 0 prints prompt and continuation. Raises UserError."""
     directory = newest_checkpoint(Path(config.load))
     run, tokenizer = read_companions(directory)
     parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())
@@ -85,17 +85,17 @@ def generate_text(config: GenerateConfig) -> None:
 
 
 def newest_checkpoint(load: Path) -> Path:
-    """The iter_* directory that --load means."""
+    """The iter_* directory that --load names: itself, or the latest in it. Raises UserError."""
     from megatron_salt.checkpoint import save_directory
 
-    found = save_directory.candidates(load)
-    if not found:
+    candidates = save_directory.candidates(load)
+    if not candidates:
         raise UserError(f"--load {load} holds no checkpoint")
-    return found[0]
+    return candidates[0]
 
 
 def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
-    """The run that made a checkpoint, and its tokenizer. Not collective."""
+    """Configuration of the run that wrote a checkpoint, and its tokenizer. Raises UserError. Not collective."""
     from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 
     path = directory / RUN_YAML
@@ -107,10 +107,10 @@ def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer, prepend_bos: bool = False) -> list[int]:
-    """At least one id. A document begins where another ended, so an empty prompt is the end-of-document id, or with BOS that one."""
+    """Token ids of the prompt, at least one. An empty prompt becomes the end-of-document id, or BOS with `prepend_bos`."""
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # how Python passes on bytes of a command line that are not UTF-8
+    except UnicodeEncodeError as error:  # Python decodes a command line that is not UTF-8 to lone surrogates
         raise UserError("--prompt is not valid UTF-8") from error
     if prepend_bos and tokenizer.bos is None:
         raise UserError(f"--prepend-bos: the checkpoint's {tokenizer.kind} declares no beginning-of-sequence token, or several")
@@ -127,7 +127,10 @@ def prompt_ids(prompt: str, tokenizer: Tokenizer, prepend_bos: bool = False) -> 
 def continue_prompt(
     config: GenerateConfig, directory: Path, run: RunConfig, parallel: ParallelConfig, tokenizer: Tokenizer, prompt: list[int]
 ) -> list[int] | None:
-    """The ids that the model adds, on rank 0; None on the others. Joins and leaves the world: call it outside of torch.distributed."""
+    """Token ids that the model adds, on rank 0; None on other ranks.
+
+    Every rank calls. Starts and ends torch.distributed, so it must not be running.
+    """
     import torch
     import torch.distributed as dist
 
@@ -139,7 +142,7 @@ def continue_prompt(
 
     with distributed(timedelta(minutes=10)):
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
-        seed_everything(run.training.seed, mesh)  # building a model draws from the generators
+        seed_everything(run.training.seed, mesh)  # building a model uses the random generators
         dtype = torch.bfloat16 if run.training.bf16 else torch.float32
         length, vocabulary_size = run.training.seq_length, tokenizer.vocabulary_size
         [model] = build_model(run.model, parallel, length, vocabulary_size, dtype, length, mesh)

@@ -1,8 +1,7 @@
 """Print what is inside a checkpoint: python tools/inspect_checkpoint.py --load DIRECTORY [--verify].
 
-Reads `state.json` and torch_dist's table of contents, the latter without the power to run code, so that a checkpoint from a
-stranger may be looked at. Needs no ranks and no GPU, and reads no weights unless --verify asks for every file's checksum.
-torch is imported only where the table of contents is read.
+Reads `state.json` and torch_dist's table of contents. The table is unpickled without running code, so a checkpoint from a stranger is
+safe to inspect. Needs no ranks and no GPU. Reads no weights, unless --verify asks for the checksum of every file.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ _NOT_THE_MODEL = ("optimizer.", "chained_", "rng", "fp8.")
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to print."""
+    """Print what is inside a checkpoint."""
 
     load: str
-    """Directory of checkpoints (the latest is shown) or one iter_* directory."""
+    """Directory of checkpoints, of which the latest is shown, or one iter_* directory."""
 
     tensors: bool = False
-    """List every tensor: shape, dtype, size in the file system."""
+    """List every tensor: shape, dtype, size."""
 
     print_config: bool = False
-    """Print the configuration of the run that wrote it."""
+    """Print the configuration of the run that wrote the checkpoint."""
 
     verify: bool = False
-    """Read every file and compare its checksum; where one differs, name it and end with status 2."""
+    """Read every file and compare its checksum. If files differ, name them and exit with status 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect_checkpoint(config: InspectConfig) -> int:
-    """Print the report. Raises DamagedCheckpoint where files are not what was written: all of them are told under --verify."""
-    found = save_directory.candidates(Path(config.load))
-    if not found:
+    """Print the report. Returns 0. Raises DamagedCheckpoint, which with --verify names every damaged file."""
+    candidates = save_directory.candidates(Path(config.load))
+    if not candidates:
         raise UserError(f"--load {config.load} holds no checkpoint")
-    directory = found[0]
+    directory = candidates[0]
     sums = integrity.read_checksums(directory, required=(integrity.METADATA, save_directory.STATE))
     damage = integrity.damaged_files(directory, sums) if config.verify else []
     if damage:
@@ -67,7 +66,7 @@ def inspect_checkpoint(config: InspectConfig) -> int:
 
 
 def _report(directory: Path, sums: dict[str, integrity.FileSum], config: InspectConfig) -> list[str]:
-    """What was asked for, without the checksums. Raises UserError, naming the file, before anything is printed."""
+    """Lines of the report. Raises UserError that names the file, before anything is printed."""
     from megatron_salt.checkpoint import safe_unpickle
 
     state, metadata = read_state(directory), safe_unpickle.read_metadata(directory)

@@ -1,9 +1,8 @@
-"""Put datasets one after the other into one: the shards of a preprocessing, or any that one tokenizer made.
+"""Join datasets into one: the shards of a preprocessing job, or any datasets of one tokenizer.
 
-Merged in order, the shards that preprocess_data.py wrote are byte for byte what one job would have written. Everything streams:
-memory does not grow with the data. Each part must be what its manifest says, counts and every byte, which is checked while it is
-copied; parts without a manifest, as other tools write them, must at least not contradict themselves. The result appears whole or not at
-all, and the parts stay.
+The merged shards of preprocess_data.py, in order, have the same bytes as the output of a single job. Data is streamed, so memory does
+not grow with it. While a part is copied, its counts and hashes are compared with its manifest. A part without a manifest, written by
+another tool, must at least be consistent in itself. The result appears whole or not at all. The parts are kept.
 
     python tools/merge_datasets.py --input 'data/web-*-of-00016_text_document' --output-prefix data/web_text_document
 """
@@ -31,8 +30,8 @@ from megatron_salt.data.manifest import (
 )
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
-from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter
-from megatron_salt.preprocess.progress_bar import Meter
+from megatron_salt.metrics.progress_bar import ProgressBar
+from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter, Written
 from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.preprocess.staging import leftovers, output_paths, publish, remove, temporary
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
@@ -40,22 +39,22 @@ from megatron_salt.tokenizer.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Put datasets one after the other into one."""
+    """Join datasets into one."""
 
     input: tuple[str, ...]
-    """Prefixes of .bin and .idx files, or patterns of prefixes, whose matches are sorted."""
+    """Prefixes of .bin and .idx files, in order, or patterns of prefixes. The matches of a pattern are sorted."""
 
     output_prefix: str
     """Prefix of the merged .bin, .idx, .manifest.json and .tokenizer."""
 
     overwrite: bool = False
-    """Replace a dataset that is already there."""
+    """Replace an existing dataset."""
 
     allow_duplicate_inputs: bool = False
-    """Take datasets that are the same data twice; their documents then come twice."""
+    """Accept datasets that hold the same data twice. Their documents then come twice."""
 
     log_interval: int = 10_000_000
-    """Documents between progress lines; on a terminal there is a bar instead."""
+    """Documents between lines of progress. A terminal shows a bar instead."""
 
     def __post_init__(self) -> None:
         if self.log_interval < 1:
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def merge_datasets(config: MergeConfig) -> None:
-    """The whole tool. Raises UserError."""
+    """Check the parts, copy them, publish the result. Raises UserError."""
     output = config.output_prefix
     if os.path.basename(output) in ("", ".", ".."):
         raise UserError(
@@ -96,33 +95,15 @@ def merge_datasets(config: MergeConfig) -> None:
             stack.callback(writer.discard)
             copy(config, prefixes, manifests, parts, writer)
             written = writer.finish()
-            whole = [manifest for manifest in manifests if manifest is not None]
-            if len(whole) == len(manifests):
+            known = [manifest for manifest in manifests if manifest is not None]
+            if len(known) == len(manifests):
                 load_tokenizer(tokenizer_directory(prefixes[0])).save(tokenizer_directory(temporary(output)))
                 write_manifest(
-                    replace(
-                        whole[0],
-                        documents=written.documents,
-                        tokens=written.tokens,
-                        bin_bytes=written.bin_bytes,
-                        idx_bytes=written.idx_bytes,
-                        bin_hash=written.bin_hash,
-                        idx_hash=written.idx_hash,
-                        sampled=sampled_fingerprint(writer.prefix),
-                        sources=tuple(source for each in whole for source in each.sources),
-                        duplicates=sum(each.duplicates for each in whole),
-                        shard=None,
-                        dedup=whole[0].dedup if len({each.dedup for each in whole}) == 1 else "",
-                        special_tokens_in_text=whole[0].special_tokens_in_text
-                        if all(each.special_tokens_in_text for each in whole)
-                        else "",
-                        special_documents=sum(each.special_documents for each in whole),
-                        special_tokens=dict(sum((Counter(each.special_tokens) for each in whole), Counter())),
-                        tokenizer_backends=tuple(sorted({name for each in whole for name in each.tokenizer_backends})),
-                    ),
-                    manifest_path(writer.prefix),
+                    merged_manifest(known, written, sampled_fingerprint(writer.prefix)), manifest_path(writer.prefix)
                 )
             publish(writer.prefix, output)
+    except BrokenPipeError:
+        raise UserError("standard output was closed before the end (| head?), so nothing was published") from None
     except OSError as error:
         raise UserError(
             f"--output-prefix {output} cannot be written: {error.strerror} ({error.filename or 'while writing'})"
@@ -133,9 +114,32 @@ def merge_datasets(config: MergeConfig) -> None:
     )
 
 
+def merged_manifest(parts: Sequence[Manifest], written: Written, sampled: str) -> Manifest:
+    """Manifest of the merged dataset. parts: manifests of its parts. written: its counts and hashes. sampled: its `sampled:` hash."""
+    first = parts[0]
+    return replace(
+        first,
+        documents=written.documents,
+        tokens=written.tokens,
+        bin_bytes=written.bin_bytes,
+        idx_bytes=written.idx_bytes,
+        bin_hash=written.bin_hash,
+        idx_hash=written.idx_hash,
+        sampled=sampled,
+        sources=tuple(source for part in parts for source in part.sources),
+        duplicates=sum(part.duplicates for part in parts),
+        shard=None,
+        dedup=first.dedup if len({part.dedup for part in parts}) == 1 else "",
+        special_tokens_in_text=first.special_tokens_in_text if all(part.special_tokens_in_text for part in parts) else "",
+        special_documents=sum(part.special_documents for part in parts),
+        special_tokens=dict(sum((Counter(part.special_tokens) for part in parts), Counter())),
+        tokenizer_backends=tuple(sorted({name for part in parts for name in part.tokenizer_backends})),
+    )
+
+
 def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
-    """The datasets that --input names. UserError for one that is missing."""
-    found: list[str] = []
+    """Prefixes of the datasets that --input names. Raises UserError if one is missing."""
+    prefixes: list[str] = []
     for pattern in patterns:
         matches = (
             [pattern]
@@ -144,12 +148,12 @@ def find_prefixes(patterns: tuple[str, ...]) -> list[str]:
         )
         if not matches:
             raise UserError(f"--input {pattern}: no such dataset; it takes the common prefix of a .bin and an .idx file")
-        found += matches
-    return found
+        prefixes += matches
+    return prefixes
 
 
 def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) -> None:
-    """UserError unless the parts are of one kind, as far as those with a manifest say."""
+    """Raise UserError if the parts differ in token type, or their manifests in tokenizer or flags."""
     described = [(file, manifest) for file, manifest in zip(files, manifests, strict=True) if manifest is not None]
     for file, manifest in zip(files, manifests, strict=True):
         if file.dtype != files[0].dtype:
@@ -172,25 +176,25 @@ def refuse_mixtures(files: list[TokenFile], manifests: list[Manifest | None]) ->
 
 
 def refuse_gaps(manifests: list[Manifest | None]) -> None:
-    """UserError unless shards are all there and in order."""
+    """Raise UserError if a shard is missing or the shards are out of order."""
     shards = [parse_shard(manifest.shard) for manifest in manifests if manifest and manifest.shard]
     for n in {n for _, n in shards}:
-        found = [i for i, other in shards if other == n]
-        missing = sorted(set(range(n)) - set(found))
+        present = [i for i, other in shards if other == n]
+        missing = sorted(set(range(n)) - set(present))
         if missing:
             raise UserError(
                 f"--input lacks shards {', '.join(f'{i}/{n}' for i in missing[:10])} ({len(missing)} of {n}); "
                 "preprocess_data.py --shard makes each"
             )
-        if found != sorted(found):
+        if present != sorted(present):
             raise UserError(
-                f"--input names shards out of order, {', '.join(f'{i}/{n}' for i in found[:10])}: documents would not lie "
+                f"--input names shards out of order, {', '.join(f'{i}/{n}' for i in present[:10])}: documents would not lie "
                 "in input order"
             )
 
 
 def refuse_repeated_shards(prefixes: list[str], manifests: list[Manifest | None]) -> None:
-    """UserError where two parts are one shard, of different input."""
+    """Raise UserError if two parts have the same shard number."""
     seen: dict[str, str] = {}
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest is not None and manifest.shard is not None:
@@ -208,19 +212,20 @@ def copy(
     parts: list[IndexedReader],
     writer: IndexedWriter,
 ) -> None:
-    """Append all parts. UserError when one is not what its manifest says."""
-    meter = Meter(sum(os.path.getsize(prefix + ".bin") for prefix in prefixes), 0, config.log_interval)
+    """Append all parts to the writer. Raises UserError if a part does not match its manifest."""
+    total = sum(os.path.getsize(prefix + ".bin") for prefix in prefixes)
+    progress = ProgressBar(("documents", "MB", "tokens"), total=total, unit="B", log_interval=config.log_interval)
     for prefix, manifest, part in zip(prefixes, manifests, parts, strict=True):
         for ids, lengths in part.batches():
             writer.append(ids, lengths)
-            meter.add(len(lengths), ids.nbytes, len(ids), writer.tokens * writer.dtype.itemsize)
-        for suffix, found, recorded in (
+            progress.add(writer.tokens * writer.dtype.itemsize, (len(lengths), ids.nbytes / 1e6, len(ids)))
+        for suffix, content_hash, recorded in (
             (".bin", part.bin_hash, manifest and manifest.bin_hash),
             (".idx", part.idx_hash, manifest and manifest.idx_hash),
         ):
-            if recorded and found != recorded:
+            if recorded and content_hash != recorded:
                 raise UserError(
-                    f"--input {prefix}{suffix} has content hash {found}, its manifest {Path(manifest_path(prefix)).name} "
+                    f"--input {prefix}{suffix} has content hash {content_hash}, its manifest {Path(manifest_path(prefix)).name} "
                     f"says {recorded}"
                 )
-    print(f"copied {meter.close()}", flush=True)
+    print(f"copied {progress.close()}", flush=True)

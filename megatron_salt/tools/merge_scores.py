@@ -1,7 +1,7 @@
-"""Merge the shards of a teacher-score index, of one directory or of several, into one index of a single shard.
+"""Merge the shards of a score index, from one or several directories, into an index of one shard.
 
-No tool needs it: they read an index of many shards, or of shards in several directories, as it is. It is for moving an index, and for
-file systems that dislike many files. The result is byte for byte what one unsharded job would have written.
+No other tool needs this: all of them read shards, also from several directories. Use it to move an index, or to have fewer files.
+The result has the same bytes as the index of a single job.
 
     python tools/merge_scores.py --scores jobs/a jobs/b --output scores
 """
@@ -21,19 +21,19 @@ from megatron_salt.selection.score_reader import ScoreIndex, merge
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Merge the shards of a teacher-score index."""
+    """Merge the shards of a score index."""
 
     scores: tuple[str, ...]
-    """Directories that hold the shards, together all of one index."""
+    """Directories that together hold all shards of one index."""
 
     output: str
     """Directory of the merged index."""
 
     overwrite: bool = False
-    """Replace an index that is already there."""
+    """Replace an existing index."""
 
     allow_duplicate_inputs: bool = False
-    """Take directories and shards that are named twice, or copies: of equal shards one counts."""
+    """Accept directories and shards that are named twice, and copies. Of equal shards one counts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def merge_scores(config: MergeConfig) -> None:
-    """The whole tool. Raises UserError."""
+    """Check the shards and write the merged index. Raises UserError."""
     output = Path(config.output)
     if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
         raise UserError(

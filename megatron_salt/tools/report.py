@@ -10,9 +10,7 @@ data, which can be compared with other runs', not the mixture that stage 1 train
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 from megatron_salt.cli import run_tool
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import refuse_present, sole_writer, whole_file
 from megatron_salt.metrics.history import Axis, Curve, read_curve
 
 MARKS = "*o+x#@"
@@ -328,14 +326,9 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    tmp = output.with_name(output.name + ".tmp")
     try:
-        figure.savefig(tmp, format="png", dpi=120)
-        os.replace(tmp, output)
-    except OSError:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-        raise
+        with whole_file(output) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     finally:
         pyplot.close(figure)
 

@@ -1,33 +1,32 @@
-"""Let a teacher score the windows of the training data, for `select_data.py` to choose from: the teacher-score index (SALT_DS).
+"""Let a teacher score the windows of the training data. The result is a score index, from which `select_data.py` chooses (SALT_DS).
 
-The teacher is a checkpoint of this repository, in any tensor and pipeline layout, data-parallel over all ranks that the launcher
-started. Jobs of an array take a `--shard` each and write into one directory; a job that is killed goes on where it was when it is
-started again, and one that is finished has nothing to do. SIGTERM, SIGUSR1 and --exit-file end it within two microbatches, with status 3:
-the same command goes on. What is in the directory: `megatron_salt/selection/score_format.py`.
+The teacher is a checkpoint of this repository. It may have any tensor and pipeline layout; the remaining ranks are data-parallel.
+The jobs of an array take one `--shard` each and write into one directory. A killed job continues when it is started again. A finished
+job has nothing to do. SIGTERM, SIGUSR1 and --exit-file end a job within two microbatches, with exit status 3; the same command
+continues it. `megatron_salt/selection/score_format.py` describes the directory.
 
     torchrun --nproc-per-node 8 tools/score_data.py --teacher-load /shared/teacher/iter_0020000 --data-path /shared/data/web \
         --output /shared/scores --shard 0/16
 
-It costs a forward pass of the teacher a window: 17.9% of the FLOPs of the paper's run for all its windows. With --sample 0.35 it scores a
-random 0.35 of them, twice what the paper's stage 1 needs, for 6.2%.
+The cost is one forward pass of the teacher for each window. For all windows of the paper's run that is 17.9% of the run's FLOPs.
+With --sample 0.35, which scores twice as many windows as the paper's stage 1 needs, it is 6.2%.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_salt.cli import run_tool
-from megatron_salt.config import DataConfig, ParallelConfig, TokenizerConfig
-from megatron_salt.data.order import SEEDS, is_seed
+from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.preprocess.sharding import parse_shard
@@ -35,11 +34,10 @@ from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
+from megatron_salt.tools.score_config import ScoreConfig
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from megatron_salt.data.samples import Samples
     from megatron_salt.salt.load_teacher import TeacherCheckpoint
     from megatron_salt.salt.scorer import Rows, Scorer
@@ -49,101 +47,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LEFT = 3  # exit status of a job that left before its shard was finished
+LEFT = 3  # exit status of a job that leaves before its shard is finished
 SAMPLE_SEED = 1234
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Score the windows of a dataset with a teacher."""
-
-    teacher_load: str
-    """Directory of the teacher's checkpoints (its latest is taken), or one iter_* directory: an early one, in the paper."""
-
-    data_path: tuple[str, ...]
-    """Prefixes of .bin/.idx pairs in the order of the training run's --data-path; weights may be there, and mean nothing here."""
-
-    output: str
-    """Directory of the index. All jobs of one index name the same."""
-
-    shard: str = "0/1"
-    """i/n: score the i-th of n parts of the samples, i from 0 to n-1. Every job of an index has the same n."""
-
-    sample: float | None = None
-    """Score a random part: the chance of each window, above 0 and below 1. select_data.py then chooses among these. Default: score all."""
-
-    sample_seed: int | None = None
-    """With --sample: another seed scores other windows. Part of the index. Default: 1234."""
-
-    seq_length: int | None = None
-    """Tokens of a window: the training run's --seq-length. Default: the teacher's."""
-
-    score_top_k: tuple[int, ...] = (1, 10, 50, 100)
-    """The k of the scores: a token counts as learnable where fewer than k ids are likelier to the teacher. The paper has 10."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that split each of the teacher's layers."""
-
-    pipeline_model_parallel_size: int = 1
-    """Pipeline stages of the teacher. What both leave over is data parallelism."""
-
-    micro_batch_size: int = 4
-    """Windows of one forward pass. Part of the index: another one may round otherwise."""
-
-    block_samples: int = 4096
-    """Windows that are written together, a multiple of --micro-batch-size. What a killed job has to do again is less than this."""
-
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """What the teacher computes in. Default: what it was trained in."""
-
-    eod_mask_loss: bool = False
-    """As the training run: no score where the input token is the end-of-document id."""
-
-    reset_position_ids: bool = False
-    """As the training run: positions start again after each end-of-document id."""
-
-    reset_attention_mask: bool = False
-    """As the training run: tokens attend inside their own document alone."""
-
-    verify_data: bool = False
-    """Hash every byte of the data at start instead of a fixed sample of blocks."""
-
-    allow_duplicate_inputs: bool = False
-    """Take datasets that are the same data twice, as the training run's flag of this name."""
-
-    loss_chunk_mib: int = 256
-    """Memory for the logits of one chunk of tokens, float32."""
-
-    exit_file: str | None = None
-    """Leave when this file appears. It is not deleted, and a start that finds it is refused. SIGTERM and SIGUSR1 do the same."""
-
-    log_interval: int = 1
-    """Blocks between lines of progress."""
-
-    distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer fails."""
-
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "block_samples", "loss_chunk_mib", "log_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.block_samples % self.micro_batch_size:
-            raise UserError(
-                f"--block-samples {self.block_samples} is not a multiple of --micro-batch-size {self.micro_batch_size}"
-            )
-        if not self.score_top_k or min(self.score_top_k) < 1 or len(set(self.score_top_k)) < len(self.score_top_k):
-            raise UserError(
-                f"--score-top-k takes different numbers of at least 1, got {' '.join(map(str, self.score_top_k)) or 'none'}"
-            )
-        if not self.distributed_timeout_minutes > 0:
-            raise UserError(f"--distributed-timeout-minutes must be above 0, got {self.distributed_timeout_minutes}")
-        if self.sample is not None and not 0 < self.sample < 1:
-            raise UserError(f"--sample must be above 0 and below 1, got {self.sample}; without it every window is scored")
-        if self.sample_seed is not None and (self.sample is None or not is_seed(self.sample_seed)):
-            raise UserError(f"--sample-seed {self.sample_seed} needs --sample, and is {SEEDS}")
-        parse_shard(self.shard)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score_data(config: ScoreConfig) -> int:
-    """The whole tool; the exit status, LEFT where the shard is not finished. Raises UserError."""
+    """Score the shard. Returns the exit status: 0, or LEFT if the shard is not finished. Raises UserError."""
     refuse_exit_file(config.exit_file)
     watch = SignalWatch()
     try:
@@ -165,7 +70,7 @@ def score_data(config: ScoreConfig) -> int:
 
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # that there is no apex, once a rank
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # "no apex", from every rank
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.save_directory import TOKENIZER
@@ -215,7 +120,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
 
 
 def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
-    """The teacher over all ranks. Raises UserError."""
+    """Layout of the teacher over all ranks. Raises UserError."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -227,8 +132,10 @@ def score_shard(
     config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest],
     watch: SignalWatch,
 ) -> int:  # fmt: skip
-    """Join the world, and score what this shard lacks; the exit status. manifest: what the scores are of; rank 0 calls. Collective.
-    Raises UserError."""
+    """Join torch.distributed and score the missing blocks of the shard. Every rank calls. Raises UserError.
+
+    manifest: makes the index's manifest; only rank 0 calls it. Returns the exit status, as `score_data`.
+    """
     import torch.distributed as dist
 
     from megatron_salt.parallel.collectives import from_rank_0, largest
@@ -239,14 +146,12 @@ def score_shard(
     with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
-        facts = from_rank_0(lambda: claimed(Path(config.output), manifest()))
+        facts = from_rank_0(lambda: claim_index(Path(config.output), manifest()))
         blocks = shard_blocks(facts.num_blocks, parse_shard(config.shard))
-        nothing = f"none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}" if not blocks else None
-        if nothing is None and from_rank_0(lambda: is_finished(Path(config.output), facts, blocks)):
-            nothing = f"all its {len(blocks)} blocks were finished before"
-        if nothing is not None:
+        nothing_to_do = from_rank_0(lambda: why_nothing_to_do(Path(config.output), facts, blocks))
+        if nothing_to_do is not None:
             if rank == 0:
-                print(f"shard {config.shard}: {nothing}")
+                say(config, nothing_to_do)
             return 0
         if rank == 0:
             print(cost(facts, teacher), flush=True)
@@ -276,16 +181,20 @@ def score_shard(
             )
         except LeftEarly as left:
             if rank == 0:
-                print(
-                    f"shard {config.shard}: left before the first window of this start: {left}; the same command goes on",
-                    flush=True,
-                )
+                say(config, f"left before the first window of this start: {left}; the same command goes on")
             return LEFT
         return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
 
 
+def why_nothing_to_do(output: Path, facts: IndexManifest, blocks: range) -> str | None:
+    """Why a shard of `blocks` has nothing to score; None if it has."""
+    if not blocks:
+        return f"none of the {facts.num_blocks} blocks of --block-samples {facts.block_samples}"
+    return f"all its {len(blocks)} blocks were finished before" if is_finished(output, facts, blocks) else None
+
+
 def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
-    """What the whole index costs, for start-up."""
+    """A line about the cost of the whole index, shown at start-up."""
     tokens = facts.num_samples * facts.seq_length * (facts.sample or 1.0)
     flops = scoring_flops(facts, teacher.model)
     part = "all" if facts.sample is None else f"about {facts.sample:.2%}"
@@ -296,8 +205,8 @@ def cost(facts: IndexManifest, teacher: TeacherCheckpoint) -> str:
     )
 
 
-def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
-    """`claim`, and the manifest again. Raises UserError."""
+def claim_index(output: Path, manifest: IndexManifest) -> IndexManifest:
+    """Make `output` the directory of this index, and return the manifest. Raises UserError if it holds another index."""
     num = manifest.num_samples
     if not any(manifest.scored(first, min(first + CHUNK, num)).any() for first in range(0, num, CHUNK)):
         raise UserError(f"--sample {manifest.sample} takes none of {num} windows: give a larger one, or another --sample-seed")
@@ -308,20 +217,22 @@ def claimed(output: Path, manifest: IndexManifest) -> IndexManifest:
 def fill_shard(
     config: ScoreConfig, scorer: Scorer, facts: IndexManifest, blocks: range, reason_to_stop: Callable[[], str | None]
 ) -> bool:
-    """Score and write block after block; whether the shard is finished, or there was a reason to leave. Collective over all ranks.
-    Raises UserError where the writer cannot write."""
+    """Score and write the missing blocks. Returns False if there was a reason to leave before the end.
+
+    Every rank calls; one of them, scorer.writer, writes. Raises UserError if that rank cannot write.
+    """
     from megatron_salt.parallel.collectives import from_rank
     from megatron_salt.salt.scorer import score_block
 
-    opened: list[ShardWriter] = []  # one, on the rank that writes
+    writers: list[ShardWriter] = []  # one element on the rank that writes, none on the others
 
     def open_shard() -> list[int]:
-        opened.append(ShardWriter(Path(config.output), facts, blocks))
-        return list(opened[0].todo)
+        writers.append(ShardWriter(Path(config.output), facts, blocks))
+        return list(writers[0].todo)
 
     def write(block: int, rows: Rows | None) -> None:
         assert rows is not None
-        opened[0].write(block, rows)
+        writers[0].write(block, rows)
 
     def on_writer(action: Callable[[], T]) -> T:
         try:
@@ -332,68 +243,66 @@ def fill_shard(
             ) from None
 
     todo = on_writer(open_shard)
-    progress = Progress(config, facts, blocks, len(todo)) if opened else None
+    progress = begin_progress(config, facts, blocks, len(todo)) if writers else None
+    not_finite = 0
     for block in todo:
         try:
             rows = score_block(scorer, facts, block, reason_to_stop)
         except LeftEarly as left:
             if progress is not None:
-                progress.leave(opened[0].todo, str(left))
+                progress.close()
+                say(config, left_after(facts, blocks, writers[0].todo, str(left)))
             return False
         on_writer(partial(write, block, rows))
         if progress is not None and rows is not None:
-            progress.tell(rows, facts.scored(*samples_of(facts, range(block, block + 1))))
-    on_writer(lambda: opened[0].finish())
+            windows = num_scored(facts, range(block, block + 1))
+            not_finite += num_not_finite(rows)
+            progress.add(progress.done + 1, (1, windows, windows * facts.seq_length))
+    on_writer(lambda: writers[0].finish())
     if progress is not None:
-        progress.end()
+        summary = progress.close()
+        if not_finite:
+            say(config, f"the teacher's loss is not finite in {not_finite} samples; select_data.py will refuse them")
+        say(config, f"finished: {summary}")
     return True
 
 
-class Progress:
-    """What the writer says on the way."""
+def begin_progress(config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> ProgressBar:
+    """Print what the shard holds, and start its progress bar. todo: how many blocks are not scored yet."""
+    first, end = samples_of(facts, blocks)
+    part = "" if facts.sample is None else f", {num_scored(facts, blocks)} of them by --sample {facts.sample}"
+    say(
+        config,
+        f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, {len(blocks) - todo} of them finished before",
+    )
+    return ProgressBar(
+        ("blocks", "windows", "tokens"),
+        total=todo,
+        unit=" blocks",
+        log_interval=config.log_interval,
+        label=f"shard {config.shard}: ",
+    )
 
-    def __init__(self, config: ScoreConfig, facts: IndexManifest, blocks: range, todo: int) -> None:
-        self._shard, self._interval, self._length = config.shard, config.log_interval, facts.seq_length
-        self._todo, self._done, self._samples, self._not_finite = todo, 0, 0, 0
-        self._started = time.monotonic()
-        self._facts = facts
-        self._first, self._end = first, end = samples_of(facts, blocks)
-        part = ""
-        if facts.sample is not None:
-            here = sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
-            part = f", {here} of them by --sample {facts.sample}"
-        self._say(
-            f"{end - first} of {facts.num_samples} samples{part} in {len(blocks)} blocks, "
-            f"{len(blocks) - todo} of them finished before"
-        )
 
-    def tell(self, rows: Rows, scored: np.ndarray) -> None:
-        """A block is written. scored: which of its samples have scores, bool [n]."""
-        import numpy as np
+def left_after(facts: IndexManifest, blocks: range, todo: Iterable[int], reason: str) -> str:
+    """A line about a shard that is left unfinished. todo: numbers of the blocks that are not written."""
+    first, end = samples_of(facts, blocks)
+    sizes = (samples_of(facts, range(block, block + 1)) for block in todo)
+    done = end - first - sum(stop - start for start, stop in sizes)
+    return f"left after {done} of {end - first} windows: {reason}; the same command goes on"
 
-        self._done += 1
-        self._samples += int(np.count_nonzero(scored))
-        self._not_finite += int(np.count_nonzero(~np.isfinite(rows["mean"])))
-        if self._done % self._interval == 0 or self._done == self._todo:
-            seconds = time.monotonic() - self._started
-            left = int(seconds / self._done * (self._todo - self._done))
-            self._say(
-                f"block {self._done}/{self._todo} | {self._samples} samples | "
-                f"{self._samples * self._length / seconds:.0f} tokens/s | {left // 60}m{left % 60:02d}s left"
-            )
 
-    def leave(self, todo: list[int], reason: str) -> None:
-        """The shard stays unfinished. todo: its blocks that are not written."""
-        total = self._end - self._first
-        sizes = (samples_of(self._facts, range(block, block + 1)) for block in todo)
-        done = total - sum(end - first for first, end in sizes)
-        self._say(f"left after {done} of {total} windows: {reason}; the same command goes on")
+def num_scored(facts: IndexManifest, blocks: range) -> int:
+    """Number of windows in `blocks` that get scores: all, or those of --sample."""
+    first, end = samples_of(facts, blocks)
+    return sum(int(facts.scored(start, min(start + CHUNK, end)).sum()) for start in range(first, end, CHUNK))
 
-    def end(self) -> None:
-        """All blocks are written, and the shard is finished."""
-        if self._not_finite:
-            self._say(f"the teacher's loss is not finite in {self._not_finite} samples; select_data.py will refuse them")
-        self._say("finished")
 
-    def _say(self, text: str) -> None:
-        print(f"shard {self._shard}: {text}", flush=True)
+def num_not_finite(rows: Rows) -> int:
+    """Number of windows whose mean loss is not finite."""
+    return sum(not math.isfinite(loss) for loss in rows["mean"].tolist())
+
+
+def say(config: ScoreConfig, text: str) -> None:
+    """Print a line about this job's shard."""
+    print(f"shard {config.shard}: {text}", flush=True)

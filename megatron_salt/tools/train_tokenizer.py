@@ -1,19 +1,17 @@
 """Train a SentencePiece tokenizer on JSON lines or plain text, for --tokenizer-type SentencePieceTokenizer.
 
-What it makes is lossless: text is not normalised, white space (line feeds too) is kept, and characters without a piece of
-their own become byte pieces. (U+2581, SentencePiece's own sign for a space, comes back as a space.) Digits stand
-alone. Id 0 is <unk>, id 1 is <eod>, which ends documents and which no text can spell; there is no BOS and no
-padding piece. The same text and flags give the same file, byte for byte.
+The tokenizer is lossless: text is not normalised, white space and line feeds are kept, and characters without a piece become byte
+pieces. (U+2581, SentencePiece's sign for a space, is decoded as a space.) Each digit is a piece of its own. Id 0 is <unk>. Id 1 is
+<eod>, which ends documents and which no text can produce. There is no padding piece, and no BOS without --bos. The same text and
+flags give the same bytes.
 
     python tools/train_tokenizer.py --input 'corpus/*.jsonl' --output web.model --vocab-size 32000
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,16 +21,16 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import refuse_present, sole_writer, whole_file
 from megatron_salt.preprocess.inputs import BadLines, input_files
 from megatron_salt.preprocess.parse import Parser
 from megatron_salt.preprocess.readers import chunks, form_of, uncompressed_name
 
 CHUNK_BYTES = 1 << 20
 SENTENCE_CHARACTERS = 4096
-THREADS = 4  # a constant: unigram's sums, and so its file, depend on it
+THREADS = 4  # constant, because the sums of the unigram model, and so the file, depend on it
 _LINES = re.compile(r"[^\n]+\n*|\n+")
-_REPORTED_AT = re.compile(r"^[A-Z_]+: \S+\(\d+\) \[.*?\] (?=[A-Z])")  # where in SentencePiece's source
+_REPORTED_AT = re.compile(r"^[A-Z_]+: \S+\(\d+\) \[.*?\] (?=[A-Z])")  # a place in SentencePiece's source
 
 
 @dataclass(frozen=True)
@@ -40,44 +38,47 @@ class TrainTokenizerConfig:
     """Train a SentencePiece tokenizer."""
 
     input: tuple[str, ...]
-    """Files or glob patterns: .jsonl and .json hold a JSON object a line, .parquet columns, others text; .gz and .zst too."""
+    """Files or patterns: JSON lines (.jsonl, .json), tables (.parquet), or plain text (all others); also as .gz or .zst."""
 
     output: str
-    """The model file, for --tokenizer-model."""
+    """Model file to write, for --tokenizer-model."""
 
     vocab_size: int = 32000
-    """Pieces in all, <unk>, <eod> and 256 bytes among them."""
+    """Number of pieces, including <unk>, <eod> and 256 bytes."""
 
     model_type: Literal["bpe", "unigram"] = "bpe"
-    """Byte-pair encoding, or SentencePiece's unigram language model."""
+    """bpe: byte-pair encoding. unigram: SentencePiece's unigram language model."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys whose strings are read from JSON lines."""
+    """JSON keys or table columns whose strings are read."""
+
+    bos: bool = False
+    """Add the piece <bos> as id 2, for --prepend-bos of preprocess_data.py. No text can produce it."""
 
     byte_fallback: bool = True
-    """Spell what has no piece in bytes, so that nothing is lost; without it such characters become <unk>."""
+    """Encode characters without a piece as bytes, so that nothing is lost. Without this flag they become <unk>."""
 
     character_coverage: float = 0.9995
-    """Share of the text's characters that get a piece of their own."""
+    """Share of the characters of the text that get a piece of their own."""
 
     max_sentences: int = 1000000
-    """Lines to train on: with more, a random but fixed choice among all of them. Bounds memory and time."""
+    """Largest number of lines to train on, which bounds memory and time. Of more lines a random sample is used, always the same."""
 
     overwrite: bool = False
-    """Replace a model that is already there."""
+    """Replace an existing model."""
 
     allow_duplicate_inputs: bool = False
-    """Take files that are one file under two names, or copies; their text then counts twice."""
+    """Accept the same file under two names, and copies of a file. Their text then counts twice."""
 
     max_document_mib: int = 256
-    """MiB that a document may have. It is in memory as a whole, several times over; a longer one is refused."""
+    """Largest document in MiB; a longer one is refused. A document is held in memory as a whole, several times over."""
 
     max_bad_lines: int = 0
-    """Lines that may be left out: malformed JSON, a missing key, a value that is no string, invalid UTF-8."""
+    """Number of bad lines that may be left out: malformed JSON, a missing key, a value that is not a string, invalid UTF-8."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("vocab-size", self.vocab_size, 3),
+            ("vocab-size", self.vocab_size, 4 if self.bos else 3),
             ("max-sentences", self.max_sentences, 1),
             ("max-bad-lines", self.max_bad_lines, 0),
         ):
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> None:
-    """The whole tool. UserError for the user's mistakes; the model appears whole or not at all."""
+    """Read the text, train, write the model. Raises UserError."""
     files = input_files(config.input, config.allow_duplicate_inputs)
     output = Path(config.output)
     refuse_present("--output", output, [output], config.overwrite)
@@ -120,20 +121,15 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
 
 def write_model(config: TrainTokenizerConfig, chosen: list[str], output: Path) -> int:
     """Train, and write the model whole or not at all; its bytes. Raises OSError, before training, where it cannot be written."""
-    tmp = output.with_name(output.name + ".tmp")
-    try:
-        with open(tmp, "wb") as stream:
-            size = stream.write(train(chosen, config))
-        os.replace(tmp, output)
-    finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-    return size
+    with whole_file(output) as temporary, open(temporary, "wb") as stream:
+        return stream.write(train(chosen, config))
 
 
 def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines, largest: int) -> Iterator[str]:
-    """The strings under `keys` of JSON lines or of a table, or each line of a plain text with a line feed. largest: bytes of a
-    document."""
+    """Strings under `keys` of JSON lines or of a table, or the lines of plain text with their line feeds.
+
+    largest: bytes that a document may have.
+    """
     form = form_of(file, "line")
     if form == "jsonl" and not uncompressed_name(file).endswith((".jsonl", ".json")):
         form = "text"
@@ -147,7 +143,7 @@ def read_texts(file: str, keys: tuple[str, ...], bad_lines: BadLines, largest: i
 
 
 def sentences(text: str) -> Iterator[str]:
-    """A text cut after its line feeds, and long lines every SENTENCE_CHARACTERS: joined, the text again."""
+    """Cut a text after its line feeds, and long lines every SENTENCE_CHARACTERS. The parts joined are the text."""
     for match in _LINES.finditer(text):
         line = match.group()
         for start in range(0, len(line), SENTENCE_CHARACTERS):
@@ -155,7 +151,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def choose(lines: Iterable[str], bound: int) -> list[str]:
-    """All of `lines`, or `bound` of them by reservoir sampling: each equally likely, the same ones every time."""
+    """All of `lines`, or `bound` of them by reservoir sampling: each is equally likely, and every call gives the same ones."""
     source = iter(lines)
     kept = list(itertools.islice(source, bound))
     generator = random.Random(0)
@@ -167,10 +163,12 @@ def choose(lines: Iterable[str], bound: int) -> list[str]:
 
 
 def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
-    """The model file that SentencePiece makes of `lines`. UserError where the vocabulary does not fit the text."""
+    """Model file that SentencePiece trains on `lines`. Raises UserError if the vocabulary size does not fit the text."""
     import sentencepiece
 
     model = io.BytesIO()
+    # The model file records each option that is given, so bos_piece is given only with --bos.
+    bos = {"bos_id": 2, "bos_piece": "<bos>"} if config.bos else {"bos_id": -1}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -187,7 +185,7 @@ def train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
             unk_id=0,
             eos_id=1,
             eos_piece="<eod>",
-            bos_id=-1,
+            **bos,
             pad_id=-1,
             num_threads=THREADS,
             minloglevel=2,

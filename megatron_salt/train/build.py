@@ -55,8 +55,8 @@ def build(
     student = build_student(config, plan, inputs.tokenizer.vocabulary_size, mesh, precisions.student)
     look("building the model")
     checkpointer = Checkpointer(
-        config.checkpoint, identity, inputs.tokenizer, mesh, student.chunks, student.optimizer, student.scheduler,
-        None if held is None else own_save(config.checkpoint, held, watch),
+        config.checkpoint, identity, inputs.tokenizer, mesh, chunks=student.chunks, optimizer=student.optimizer,
+        scheduler=student.scheduler, owner=None if held is None else own_save(config.checkpoint, held, watch),
     )  # fmt: skip
     loaded = checkpointer.load(opened, look)
     progress = loaded or RunState()

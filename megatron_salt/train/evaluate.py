@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
@@ -44,13 +44,9 @@ class CutShort(Exception):
 
 @torch.no_grad()
 def evaluate(
-    chunks: Sequence[nn.Module],
+    student: Student,
     batches: Batches,
     num_batches: int,
-    mesh: Mesh,
-    seq_length: int,
-    micro_batch_size: int,
-    global_batch_size: int,
     teacher: Teacher | None = None,
     reason_to_stop: Callable[[], str | None] = lambda: None,
 ) -> dict[str, float]:
@@ -59,19 +55,20 @@ def evaluate(
     Collective over all ranks; all receive. The student's figures are the same with a teacher and without. reason_to_stop: called before
     each batch, the same on every rank. Raises CutShort on every rank where it returns a reason.
     """
-    for chunk in chunks:
+    mesh, size = student.mesh, student.micro_batch_size
+    for chunk in student.chunks:
         chunk.eval()
     reason = None
     sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=current_device())
     for number in range(num_batches):
         if (reason := reason_to_stop()) is not None:
             break
-        microbatches = batches.fetch(number * global_batch_size)
+        microbatches = batches.fetch(number * student.global_batch_size)
         targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
         inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
-        for metrics in run_pipeline(chunks, forward_step, inputs, mesh, seq_length, micro_batch_size, forward_only=True):
+        for metrics in run_pipeline(student.chunks, forward_step, inputs, mesh, student.seq_length, size, forward_only=True):
             sums += metrics
-    for chunk in chunks:
+    for chunk in student.chunks:
         chunk.train()
     if reason is not None:
         raise CutShort(number, num_batches, reason)
@@ -109,10 +106,7 @@ def evaluate_run(
     teacher = None if stage1 is None else stage1.teacher
     ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
     try:
-        figures = evaluate(
-            student.chunks, valid, num_batches, student.mesh, student.seq_length, student.micro_batch_size, student.global_batch_size,
-            teacher if ask_teacher else None, exit_plan.reason_to_stop_now,
-        )  # fmt: skip
+        figures = evaluate(student, valid, num_batches, teacher if ask_teacher else None, exit_plan.reason_to_stop_now)
     except CutShort as cut:
         log.event(progress.step, str(cut))
         return progress, cut.reason

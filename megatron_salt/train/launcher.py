@@ -16,12 +16,13 @@ names a new file at each start, so that it never reads the line of another job. 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 from pathlib import Path
 from typing import Literal
+
+from megatron_salt.files import whole_file
 
 Word = Literal["done", "left", "refused", "unsaved", "nonfinite", "machine"]
 
@@ -38,13 +39,11 @@ def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -
         return
     job, restart = os.environ.get("SLURM_JOB_ID", "-"), os.environ.get("SLURM_RESTART_COUNT", "0")
     line = f"{word} {'-' if step is None else step} job {job}.{restart} {' '.join(reason.split())}\n"
-    tmp = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.tmp")
+    own = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        tmp.write_text(line, encoding="utf-8")
-        os.replace(tmp, path)
+        with whole_file(Path(path), temporary=own) as temporary:
+            temporary.write_text(line, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            tmp.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and _written_in_place(Path(path), line.encode()):
             return
         log.warning("--outcome-file %s cannot be written (%s): how the run ended is not in it", path, error)

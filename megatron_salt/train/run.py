@@ -12,13 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_salt.checkpoint import save_directory
-from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import RunConfig, TrainingConfig, flag
-from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog
@@ -29,9 +27,6 @@ from megatron_salt.parallel.collectives import first_problem, from_rank_0, gathe
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.salt.cost import scoring_flops, scoring_line
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, model_that_scored
-from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import count_parameters
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone
@@ -40,7 +35,7 @@ from megatron_salt.train.launcher import Word, write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import choose_precisions, decide_start
-from megatron_salt.train.state import Run
+from megatron_salt.train.state import log_cost_of_scores, log_start
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +85,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
         with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
-            log_start(config, plan, layout, start, parameters, run_log)
+            log_start(config.training, plan, layout, start, parameters, run_log)
             if run.stage1 is not None and run.stage_samples is not None:
                 log_cost_of_scores(run, run.stage1, inputs.teacher, start, flops, run_log)
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
@@ -167,43 +162,6 @@ def decide_together(
         assert load is not None
         open_checkpoint(load, checkpoint.load_fallback)  # names everything that is damaged
         raise
-
-
-def log_start(config: RunConfig, plan: RunPlan, layout: Layout, start: RunState, parameters: int, run_log: RunLog) -> None:
-    """Log the size of the run, and every flag that changes what it goes on with."""
-    run_log.event(
-        start.step,
-        f"{parameters / 1e6:.2f}M parameters on {layout.world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
-        f"cp {layout.context}, dp {layout.data}; "
-        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
-        {"parameters": parameters, "layout": layout.sizes},
-    )
-    for event in start.events:
-        if event["event"] == CHANGED and event["step"] == start.step:
-            run_log.event(start.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
-    if ranges := parse_skip_samples(config.training.skip_samples):
-        left_out = sum(end - first for first, end in ranges)
-        run_log.event(
-            start.step,
-            f"--skip-samples {' '.join(config.training.skip_samples)} leaves {left_out} samples of the order out",
-            {"skip_samples": ranges},
-        )
-
-
-def log_cost_of_scores(
-    run: Run, stage1: Stage1, teacher: TeacherCheckpoint | None, start: RunState, flops: float, run_log: RunLog
-) -> None:
-    """Log what share of the run's FLOPs the scoring took, where the teacher that scored is known. flops: of the student, for a token."""
-    assert run.stage_samples is not None
-    scores = run.stage_samples.selection.manifest.scores
-    scored_by = model_that_scored(scores, teacher)
-    if scored_by is None:
-        return
-    length, plan = scores.seq_length, run.plan
-    taught = min(stage1.schedule.kd_steps, plan.total_steps) * plan.global_batch_size
-    training = length * (plan.total_samples * flops + taught * stage1.teacher_flops)
-    scoring = scoring_flops(scores, scored_by)
-    run_log.event(start.step, scoring_line(scoring, training), {"scoring_flops": scoring, "training_flops": training})
 
 
 def write_end(training: TrainingConfig, total_steps: int, progress: RunState, reason: str | None) -> None:

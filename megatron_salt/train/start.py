@@ -23,7 +23,7 @@ from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ModelConfig, RunConfig
 from megatron_salt.data.batch import passed_positions
-from megatron_salt.data.held_out import refuse_training_data
+from megatron_salt.data.duplicate_inputs import refuse_training_data
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages

@@ -1,4 +1,4 @@
-"""The parts of a run, and how they change from stage 1 to stage 2.
+"""The parts of a run, how they change from stage 1 to stage 2, and what the log says of them.
 
 `Run` stands still within a stage. `RunState` (checkpoint/run_state.py) moves with every step and is what a checkpoint holds. Both are
 values: the loop replaces them, and nobody changes one in place.
@@ -9,12 +9,18 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 
+from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.run_state import RunState
+from megatron_salt.config import TrainingConfig
 from megatron_salt.data.batch import Batches
+from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.metrics.memory import memory_in_use_gib
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.collectives import from_rank_0, largest
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.salt.cost import scoring_flops, scoring_line
+from megatron_salt.salt.load_teacher import TeacherCheckpoint, model_that_scored
 from megatron_salt.salt.stage1 import Stage1, data_of_stage2
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
@@ -105,3 +111,40 @@ def announce(run: Run, progress: RunState, log: RunLog) -> None:
     drawn = progress.position + (total - step) * run.plan.global_batch_size
     if message := run.train.samples.repeats(run.train.position(drawn)):
         log.event(step, message)
+
+
+def log_start(training: TrainingConfig, plan: RunPlan, layout: Layout, start: RunState, parameters: int, log: RunLog) -> None:
+    """Log the size of the run, and every flag that changes what it goes on with."""
+    log.event(
+        start.step,
+        f"{parameters / 1e6:.2f}M parameters on {layout.world_size} ranks: tp {layout.tensor}, pp {layout.pipeline}, "
+        f"cp {layout.context}, dp {layout.data}; "
+        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica and step",
+        {"parameters": parameters, "layout": layout.sizes},
+    )
+    for event in start.events:
+        if event["event"] == CHANGED and event["step"] == start.step:
+            log.event(start.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
+    if ranges := parse_skip_samples(training.skip_samples):
+        left_out = sum(end - first for first, end in ranges)
+        log.event(
+            start.step,
+            f"--skip-samples {' '.join(training.skip_samples)} leaves {left_out} samples of the order out",
+            {"skip_samples": ranges},
+        )
+
+
+def log_cost_of_scores(
+    run: Run, stage1: Stage1, teacher: TeacherCheckpoint | None, start: RunState, flops: float, log: RunLog
+) -> None:
+    """Log what share of the run's FLOPs the scoring took, where the teacher that scored is known. flops: of the student, for a token."""
+    assert run.stage_samples is not None
+    scores = run.stage_samples.selection.manifest.scores
+    scored_by = model_that_scored(scores, teacher)
+    if scored_by is None:
+        return
+    length, plan = scores.seq_length, run.plan
+    taught = min(stage1.schedule.kd_steps, plan.total_steps) * plan.global_batch_size
+    training = length * (plan.total_samples * flops + taught * stage1.teacher_flops)
+    scoring = scoring_flops(scores, scored_by)
+    log.event(start.step, scoring_line(scoring, training), {"scoring_flops": scoring, "training_flops": training})

@@ -1,4 +1,4 @@
-"""What a run that takes a checkpoint as its teacher asks of it: one name for its contents, and errors that name --teacher-load."""
+"""A checkpoint as a teacher: its fingerprint names its contents, and errors name --teacher-load."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def rubbish_tracker(root: Path) -> str:
 def test_a_damaged_teacher_is_refused_under_the_name_of_its_flag(
     saved: Path, tmp_path: Path, spoil: Callable[[Path], str]
 ) -> None:
-    """And nobody is told to fall back: that would be another teacher."""
+    """And no message names --load-fallback: an earlier checkpoint would be another teacher."""
     root = shutil.copytree(saved, tmp_path / "teacher")
     message = spoil(root)
     with pytest.raises(RankError) as caught:

@@ -1,4 +1,4 @@
-"""What changed between a checkpoint and the run that goes on from it is told, flag by flag."""
+"""A run that resumes reports each flag that changed since its checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_salt import yaml_core
-from megatron_salt.checkpoint.changes import UNTOLD, UNTOLD_SECTIONS, Change, changes, changes_since, tell, told_leaves
+from megatron_salt.checkpoint.changes import (
+    NOT_REPORTED,
+    NOT_REPORTED_SECTIONS,
+    Change,
+    changes,
+    changes_since,
+    reported_leaves,
+    tell,
+)
 from megatron_salt.config import DataConfig, OptimizerConfig, RunConfig
 from megatron_salt.config.run import sections
 from megatron_salt.config.yaml_text import to_yaml
@@ -45,9 +53,9 @@ def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(tmp_path: Path
 
 def test_every_name_that_is_not_told_is_a_flag_and_schedules_are_told_elsewhere() -> None:
     known = {section: {leaf.name for leaf in fields(members)} for section, members in sections().items()}
-    assert known.keys() >= UNTOLD_SECTIONS and all(names <= known[section] for section, names in UNTOLD.items())
-    assert {leaf.name for leaf in fields(Schedule)} <= UNTOLD["salt"]
-    told = {name for _, name, _ in told_leaves()}
+    assert known.keys() >= NOT_REPORTED_SECTIONS and all(names <= known[section] for section, names in NOT_REPORTED.items())
+    assert {leaf.name for leaf in fields(Schedule)} <= NOT_REPORTED["salt"]
+    told = {name for _, name, _ in reported_leaves()}
     assert not told & {
         "outcome_file",
         "exit_interval",

@@ -35,7 +35,8 @@ def same(one: list[Left], other: list[Left]) -> bool:
     ]
 
 
-def facts(root: Path, step: int) -> dict:
+def state_of(root: Path, step: int) -> dict:
+    """state.json of a checkpoint."""
     return json.loads((save_directory.directory_of(root, step) / save_directory.STATE).read_bytes())
 
 
@@ -100,7 +101,7 @@ def test_what_is_saved_beside_the_tensors_comes_back(tmp_path: Path) -> None:
     ],
 )
 def test_a_final_save_loads_under_any_layout(tmp_path: Path, before: tuple, after: tuple) -> None:
-    """The losses of the steps after it, the second of which depends on the optimizer's moments, are the uninterrupted run's."""
+    """Oracle: losses of two more steps of the uninterrupted run. The second depends on the optimizer's moments."""
     model = replace(TINY, num_layers=4)
     run = Run(save=str(tmp_path), parallel=before[1], model=model)
     uninterrupted = run_ranks(before[0], job, run, before[0], 4, (2,), True)[0].losses[2:]
@@ -110,10 +111,12 @@ def test_a_final_save_loads_under_any_layout(tmp_path: Path, before: tuple, afte
 
 @pytest.mark.long
 def test_a_routine_save_loads_under_another_data_parallel_size(tmp_path: Path) -> None:
-    """dp_reshardable: 1 -> 2 -> 1 ranks, with nothing trained between, brings every bit back."""
+    """In form dp_reshardable: from 1 to 2 to 1 ranks without a step in between, and every bit is the same."""
     one = run_ranks(1, job, Run(save=str(tmp_path / "a")), 1, 2, (2,))
     two = run_ranks(2, job, Run(save=str(tmp_path / "b"), load=str(tmp_path / "a")), 2, 3, (3,))
-    assert facts(tmp_path / "a", 2)["optimizer"]["form"] == facts(tmp_path / "b", 3)["optimizer"]["form"] == "dp_reshardable"
+    assert (
+        state_of(tmp_path / "a", 2)["optimizer"]["form"] == state_of(tmp_path / "b", 3)["optimizer"]["form"] == "dp_reshardable"
+    )
     back = run_ranks(1, job, Run(load=str(tmp_path / "b")), 1, 3)
     assert back[0].weights == two[0].weights
     there_and_back = run_ranks(2, job, Run(save=str(tmp_path / "c"), load=str(tmp_path / "a")), 2, 2)
@@ -139,7 +142,7 @@ def save_at_once(run: Run, final: bool) -> None:
 
 @pytest.mark.parametrize("parallel", [PLAIN, SHARDED])
 def test_an_async_save_holds_its_own_step_however_late_it_is_written(tmp_path: Path, parallel: ParallelConfig) -> None:
-    """The writer wakes up after two more steps have changed every weight in place."""
+    """The writing process starts to write after two more steps have changed every weight in place."""
     late = run_ranks(1, job_with_a_late_writer, Run(save=str(tmp_path / "late"), parallel=parallel, flags={"async_save": True}))
     run_ranks(1, job, Run(save=str(tmp_path / "now"), parallel=parallel), 1, 2, (2,))
     resumed = [run_ranks(1, job, Run(load=str(tmp_path / name), parallel=parallel), 1, 4) for name in ("late", "now")]
@@ -159,14 +162,14 @@ def job_with_a_late_writer(run: Run) -> Left:
 
 @pytest.mark.long
 def test_buckets_that_some_rank_has_no_part_of_are_saved_in_the_other_form(tmp_path: Path) -> None:
-    """On the last stage a norm of 32 weights is a bucket of its own here, and all of it is one data-parallel rank's."""
+    """On the last stage a norm of 32 weights is a bucket of its own here, and one data-parallel rank holds all of it."""
     parallel = replace(OVERLAP, pipeline_model_parallel_size=2, ddp_bucket_size=1000)
     run = Run(save=str(tmp_path / "4"), parallel=parallel, model=replace(DROPOUT, num_layers=2))
     uninterrupted = run_ranks(4, job, run, 4, 3, (2,))
-    assert facts(tmp_path / "4", 2)["optimizer"]["form"] == "fully_reshardable"
+    assert state_of(tmp_path / "4", 2)["optimizer"]["form"] == "fully_reshardable"
     assert same(run_ranks(4, job, replace(run, save=None, load=run.save), 4, 3), uninterrupted)
     run_ranks(2, job, replace(run, save=str(tmp_path / "2")), 2, 1, (1,))
-    assert facts(tmp_path / "2", 1)["optimizer"]["form"] == "dp_reshardable"
+    assert state_of(tmp_path / "2", 1)["optimizer"]["form"] == "dp_reshardable"
     with pytest.raises(
         RankError, match="cannot be cut for 2 data- and context-parallel ranks.*--dist-ckpt-optim-fully-reshardable"
     ):
@@ -180,4 +183,4 @@ def test_checkpoints_of_a_release_without_lineages_are_the_resumed_runs_own(tmp_
         rewrite(save_directory.directory_of(tmp_path, step), lineage=...)
     run_ranks(1, job, Run(save=str(tmp_path), load=str(tmp_path), flags={"keep_last": 1}), 1, 6, (5, 6))
     assert list(save_directory.whole_checkpoints(tmp_path)) == [3, 6]
-    assert facts(tmp_path, 6)["lineage"][0] == ["", 0]
+    assert state_of(tmp_path, 6)["lineage"][0] == ["", 0]

@@ -31,7 +31,7 @@ def schedule(flags: OptimizerConfig, iters: int) -> tuple[OptimizerParamSchedule
     return build_scheduler(optimizer, flags, iters * BATCH, BATCH), optimizer  # type: ignore[arg-type]
 
 
-def found_after(flags: OptimizerConfig, iters: int, steps: int) -> OpenedCheckpoint:
+def checkpoint_after(flags: OptimizerConfig, iters: int, steps: int) -> OpenedCheckpoint:
     """The checkpoint of a run after some steps."""
     scheduler, _ = schedule(flags, iters)
     for _ in range(steps):
@@ -40,18 +40,18 @@ def found_after(flags: OptimizerConfig, iters: int, steps: int) -> OpenedCheckpo
 
 
 def learning_rate(flags: OptimizerConfig, iters: int, steps: int) -> float:
-    """Of the step after `steps` in an uninterrupted run."""
+    """Learning rate of the step after `steps` in an uninterrupted run."""
     scheduler, optimizer = schedule(flags, iters)
     for _ in range(steps):
         scheduler.step(increment=BATCH)
     return optimizer.param_groups[0]["lr"]
 
 
-def resumed(flags: OptimizerConfig, iters: int, found: OpenedCheckpoint) -> float:
-    """The learning rate with which a run goes on, after its optimizer took the groups of the checkpoint."""
+def resumed(flags: OptimizerConfig, iters: int, opened: OpenedCheckpoint) -> float:
+    """Learning rate with which a run resumes, after its optimizer has loaded the checkpoint's groups."""
     scheduler, optimizer = schedule(flags, iters)
     optimizer.param_groups[0].update(max_lr=FLAGS.lr, min_lr=FLAGS.min_lr)
-    compatibility.load_schedule(scheduler, optimizer, found, compatibility.schedule_follows_run(flags))
+    compatibility.load_schedule(scheduler, optimizer, opened, compatibility.schedule_follows_run(flags))
     return optimizer.param_groups[0]["lr"]
 
 
@@ -69,15 +69,15 @@ def test_a_run_goes_on_where_its_checkpoint_is_and_with_new_data_at_their_beginn
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])
 def test_the_learning_rate_goes_on_where_it_was(steps: int) -> None:
-    assert resumed(FLAGS, 20, found_after(FLAGS, 20, steps)) == learning_rate(FLAGS, 20, steps)
+    assert resumed(FLAGS, 20, checkpoint_after(FLAGS, 20, steps)) == learning_rate(FLAGS, 20, steps)
 
 
 def test_a_longer_run_is_always_allowed_and_its_decay_with_it() -> None:
-    assert resumed(FLAGS, 40, found_after(FLAGS, 20, 5)) == learning_rate(FLAGS, 40, 5)
+    assert resumed(FLAGS, 40, checkpoint_after(FLAGS, 20, 5)) == learning_rate(FLAGS, 40, 5)
     fixed = replace(FLAGS, lr_decay_iters=20)
-    assert resumed(fixed, 40, found_after(fixed, 20, 5)) == learning_rate(fixed, 20, 5)
+    assert resumed(fixed, 40, checkpoint_after(fixed, 20, 5)) == learning_rate(fixed, 20, 5)
     share = replace(FLAGS, lr_warmup_iters=0, lr_warmup_fraction=0.5)
-    assert resumed(share, 40, found_after(share, 20, 5)) == learning_rate(share, 40, 5)
+    assert resumed(share, 40, checkpoint_after(share, 20, 5)) == learning_rate(share, 40, 5)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_a_longer_run_is_always_allowed_and_its_decay_with_it() -> None:
     ],
 )
 def test_another_schedule_is_refused_or_chosen_by_flag(change: dict, sides: str) -> None:
-    other, found = replace(FLAGS, **change), found_after(FLAGS, 20, 5)
+    other, opened = replace(FLAGS, **change), checkpoint_after(FLAGS, 20, 5)
     with pytest.raises(UserError, match=f"{sides}.*--override-opt-param-scheduler.*--use-checkpoint-opt-param-scheduler"):
-        resumed(other, 20, found)
-    assert resumed(replace(other, override_opt_param_scheduler=True), 20, found) == learning_rate(other, 20, 5)
-    assert resumed(replace(other, use_checkpoint_opt_param_scheduler=True), 20, found) == learning_rate(FLAGS, 20, 5)
+        resumed(other, 20, opened)
+    assert resumed(replace(other, override_opt_param_scheduler=True), 20, opened) == learning_rate(other, 20, 5)
+    assert resumed(replace(other, use_checkpoint_opt_param_scheduler=True), 20, opened) == learning_rate(FLAGS, 20, 5)

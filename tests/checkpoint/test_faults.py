@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron_salt.checkpoint import async_writer, integrity, safe_unpickle, save_directory
 from megatron_salt.config import ParallelConfig
 from megatron_salt.errors import SaveError, UserError
-from tests.checkpoint.test_checkpointer import PLAIN, facts, pp, same, tp
+from tests.checkpoint.test_checkpointer import PLAIN, pp, same, state_of, tp
 from tests.support.checkpoint_runs import DROPOUT, SHARDED, Run, at, flip, job, start
 from tests.support.ranks import RankError, run_ranks
 
@@ -61,7 +61,7 @@ def test_damage_to_any_file_is_found_and_only_load_fallback_steps_over_it(tmp_pa
 
 
 def refusals_of_damage(run: Run, names: list[str]) -> list[str]:
-    """In every rank: the messages for one flipped byte in each of the files."""
+    """The messages of this rank for one flipped byte in each of the files. In every rank."""
     import torch.distributed as dist
 
     from megatron_salt.checkpoint import loading
@@ -110,7 +110,7 @@ class _Command:
 @pytest.mark.long
 @pytest.mark.parametrize("async_save", [False, True])
 def test_killed_at_any_moment_of_saving_the_last_good_checkpoint_stands(tmp_path: Path, async_save: bool) -> None:
-    """kill -9 of a run that does little else than save, at three random moments; each next run goes on in what was left."""
+    """kill -9 of a run that mostly saves, at three random moments. Each next run goes on from what was left."""
     run_ranks(1, job, Run(save=str(tmp_path)), 1, 1, (1,))
     rng, seen = random.Random(int(async_save)), [1]
     context = multiprocessing.get_context("forkserver")
@@ -134,7 +134,7 @@ def test_killed_at_any_moment_of_saving_the_last_good_checkpoint_stands(tmp_path
 
 
 def save_for_ever(directory: str, async_save: bool) -> None:
-    """In a process of its own: one rank that resumes, then trains and saves every step."""
+    """One rank that resumes, then trains and saves every step. In a process of its own."""
     import torch.distributed as dist
 
     os.setpgrp()  # so that the writers die with it
@@ -156,7 +156,7 @@ def small_files(size: int) -> Iterator[None]:
 
 
 def save_on_a_full_disk(run: Run, full: str) -> str:
-    """In every rank: save, fail to save while the disk is full for one rank, save again. The error."""
+    """Save, fail to save while the disk is full for one rank, save again; returns the error. In every rank."""
     import torch.distributed as dist
 
     from tests.support.small import train_student
@@ -221,7 +221,7 @@ def test_a_writing_process_that_is_killed_is_a_save_that_failed(tmp_path: Path, 
 
 
 def save_while_writers_are_killed(run: Run, victim: str) -> str:
-    """In every rank: save, lose a process of rank 1's second save, save again. The error."""
+    """Save, lose a process of rank 1's second save, save again; returns the error. In every rank."""
     import torch.distributed as dist
 
     _, checkpointer, _ = start(run, dist.get_world_size())
@@ -267,7 +267,7 @@ def save_six(run: Run) -> None:
 def test_the_last_ones_and_the_named_ones_are_kept(tmp_path: Path) -> None:
     run_ranks(1, save_six, Run(save=str(tmp_path), flags={"keep_last": 2, "async_save": True}))
     assert sorted(save_directory.whole_checkpoints(tmp_path)) == [3, 5, 6] and save_directory.read_tracker(tmp_path) == 6
-    forms = [facts(tmp_path, step)["optimizer"]["form"] for step in (3, 5, 6)]
+    forms = [state_of(tmp_path, step)["optimizer"]["form"] for step in (3, 5, 6)]
     assert forms == ["fully_reshardable", "dp_reshardable", "fully_reshardable"]
     run_ranks(1, save_six, Run(save=str(tmp_path), load=str(tmp_path / "iter_0000003"), flags={"keep_last": 1}))
     assert sorted(save_directory.whole_checkpoints(tmp_path)) == [3, 6], "saving a step again replaces it"

@@ -75,19 +75,19 @@ def test_a_list_that_lacks_a_required_file_is_refused(directory: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    integrity.write_whole(path, b"old")
+    integrity.write_summed(path, b"old")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        integrity.write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
+        integrity.write_summed(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 class _Command:
-    """Unpickles by running a command, as pickles from a stranger may."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

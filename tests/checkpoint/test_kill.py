@@ -1,4 +1,4 @@
-"""kill -9 at any moment of training and of saving: the run, started again, ends as if nothing had happened. Whole program."""
+"""The whole program under kill -9 at any moment of training and saving: started again, it ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap
 def test_killed_at_random_moments_the_joined_curve_is_the_uninterrupted_one(
     tmp_path: Path, world_size: int, flags: dict[str, Any]
 ) -> None:
-    """Four kills of all ranks, a random time after the run has begun to save (the first time, and later) or has logged."""
+    """All ranks are killed four times, at a random time after the run has started to save or has logged a step."""
     flags = dict(flags, data_path=write_tokens(tmp_path / "words"), train_iters=STEPS)
     train(world_size, **flags, save=tmp_path / "one")
     save, rng = tmp_path / "two", random.Random(world_size)

@@ -14,7 +14,7 @@ from megatron_salt.checkpoint import owner
 from megatron_salt.checkpoint.owner import LOCK, Owner, acquire, decide, myself, owned, read
 from megatron_salt.errors import LeftEarly, UserError
 
-ME = Owner("here", "boot 1", 100, "5000", "", (0, 0), "mine")
+ME = Owner(host="here", machine="boot 1", pid=100, started="5000", job="", start=(0, 0), token="mine")
 THERE = replace(ME, host="there", machine="boot 2", token="theirs")
 
 

@@ -1,4 +1,4 @@
-"""A run's hold on --save: how one that loses it, waits for it or cannot write it ends."""
+"""The lock on --save: how a run ends that loses it, waits for it or cannot write it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextlib.contextmanager
 def taken_over_after_its_first_step(save: Path) -> Iterator[None]:
-    """Somebody takes --save while the run trains, and the run's beats are quick."""
+    """Another run takes --save over while this one trains. This one's beats are quick."""
     winners = []
 
     def rob() -> None:
@@ -69,7 +69,7 @@ def test_a_signal_while_another_owner_is_watched_is_an_early_leave(tmp_path: Pat
 
 @contextlib.contextmanager
 def signalled(save: Path) -> Iterator[None]:
-    """SIGTERM arrives as soon as the owner of --save is watched."""
+    """Send SIGTERM as soon as the run watches the owner of --save."""
 
     def watched(*arguments: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)

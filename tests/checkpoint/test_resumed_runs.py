@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit, and what a run may change when it resumes. The whole program."""
+"""The whole program: a resumed run equals the uninterrupted one bit for bit; what a run may change when it resumes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_leaving_after_every_step_changes_nothing(tmp_path: Path, data: str, six
 def test_micro_batch_and_replicas_may_change(
     tmp_path: Path, data: str, six_steps: Path, world_size: int, flags: dict[str, Any]
 ) -> None:
-    """The same samples, so the same losses to rounding, and back at the old size too."""
+    """The samples stay, so the losses stay to rounding; also after a return to the old sizes."""
     resume(six_steps, 2, tmp_path / "other", world_size, data_path=data, exit_interval=4, **flags, **SHARDED)
     resume(tmp_path / "other", 4, tmp_path / "back", data_path=data, **SHARDED)
     there = losses(six_steps)
@@ -108,7 +108,7 @@ def test_micro_batch_and_replicas_may_change(
 
 @pytest.mark.long
 def test_tensor_and_pipeline_parallel_sizes_may_change(tmp_path: Path, data: str) -> None:
-    """1 -> tp2 -> pp2 -> tp2pp2 -> 1, each for one step, is the curve of one rank to rounding."""
+    """One step each on 1 rank, tp 2, pp 2, tp 2 with pp 2, and 1 rank: the losses are those of one rank, to rounding."""
     flags = dict(data_path=data, train_iters=6, dist_ckpt_optim_fully_reshardable=True, num_layers=4, **SHARDED)
     train(**flags, save=tmp_path / "one")
     path = tmp_path / "many"
@@ -132,7 +132,7 @@ def test_a_routine_checkpoint_under_another_tp_is_refused_with_the_way_out(tmp_p
 
 @pytest.mark.long
 def test_a_run_can_be_extended(tmp_path: Path, data: str) -> None:
-    """A schedule of fixed length: 3 steps, then 3 more, are 6. Without --lr-decay-iters the schedule stretches, and says so."""
+    """With a schedule of fixed length, 3 steps and 3 more equal 6. Without --lr-decay-iters the schedule stretches, which is logged."""
     flags = dict(data_path=data, lr_decay_iters=8)
     train(**flags, train_iters=6, save=tmp_path / "six")
     train(**flags, train_iters=3, save=tmp_path / "more")
@@ -155,7 +155,7 @@ def test_a_length_in_samples_is_the_same_length(tmp_path: Path, data: str, six_s
 
 
 def test_steps_of_another_size_end_at_the_same_sample(tmp_path: Path, data: str, six_steps: Path) -> None:
-    """And at each sample the learning rate is what it would have been."""
+    """And each sample is trained on with the learning rate that it would have had."""
     flags = dict(data_path=data, train_iters=None, train_samples=48, load=six_steps / "iter_0000004", **SHARDED)
     train(**flags, save=tmp_path / "half", global_batch_size=4, lr_warmup_iters=2)
     found = [(entry["step"], entry["consumed_samples"], entry["lr"]) for entry in entries(tmp_path / "half")]
@@ -203,7 +203,7 @@ def test_other_data_is_refused_unless_it_is_meant(tmp_path: Path, data: str, six
 
 @pytest.mark.long
 def test_optimizer_and_random_state_can_be_left_behind(tmp_path: Path, data: str) -> None:
-    """The first loss after it shows which weights and dropout masks, the second which moments were used."""
+    """The first loss after resuming shows which weights and dropout masks were used, the second which moments."""
     flags = dict(data_path=data, train_iters=6, **SHARDED, **DROPOUT)
     train(**flags, save=tmp_path / "one", save_interval=2)
     original = losses(tmp_path / "one")

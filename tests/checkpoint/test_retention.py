@@ -1,4 +1,4 @@
-"""Lineage and retention: whose a checkpoint is, what --keep-last deletes, where a run may start. Pure, on directories without tensors."""
+"""Which run a checkpoint belongs to, what --keep-last deletes, where a run may start. On directories without tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER: Lineage = (("x", 0),)
 
 
 def put(root: Path, step: int, **values: Any) -> Path:
-    """A checkpoint without tensors, the latest; values: of state.json."""
+    """Write a checkpoint without tensors, and let the tracker name it. values: of state.json."""
     directory = save_directory.directory_of(root, step)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / save_directory.STATE).write_text(json.dumps({"step": step, "name": None} | values))
@@ -145,7 +145,7 @@ def config(save: Path, load: Path | None = None, **flags: Any) -> CheckpointConf
 
 
 def begin(flags: CheckpointConfig) -> Lineage:
-    """As a start does it, twice: before anything is loaded and after."""
+    """Decide the lineage as a start does: once before anything is loaded, and once after."""
     retention.refuse_foreign(flags)
     origin = None
     if flags.load is not None and not flags.finetune:
@@ -189,7 +189,7 @@ def test_a_directory_of_checkpoints_that_are_not_ours_is_used_too(tmp_path: Path
 
 
 def test_the_same_command_started_again_does_not_lose_what_it_saved_elsewhere(tmp_path: Path) -> None:
-    """--load A --save B goes back to A at every start; its second start would replace the first's checkpoints."""
+    """With --load A --save B every start goes back to A, so the second start would replace the checkpoints of the first."""
     there, here = tmp_path / "a", tmp_path / "b"
     put(there, 10, lineage=A)
     mine = begin(config(here, there))

@@ -15,7 +15,7 @@ from megatron_salt.errors import UserError
 
 
 def put(root: Path, step: int, content: str = "new") -> Path:
-    """A whole partial, as a save leaves it just before it is published."""
+    """Write a complete save under its .partial name, as it is just before `publish`."""
     directory = save_directory.partial_of(root, step)
     directory.mkdir(parents=True)
     (directory / STATE).write_text(json.dumps({"content": content}))
@@ -24,7 +24,7 @@ def put(root: Path, step: int, content: str = "new") -> Path:
 
 
 def contents(path: Path) -> str:
-    """What a whole checkpoint holds; fails where it is not whole."""
+    """The content of a checkpoint. Fails where the checkpoint is not whole."""
     assert (path / "shard").read_text() == "bytes"
     return json.loads((path / STATE).read_text())["content"]
 
@@ -34,7 +34,7 @@ class _Crash(BaseException):
 
 
 def _crash_after(monkeypatch: pytest.MonkeyPatch, operations: int) -> None:
-    """Let `operations` renames and removals happen, and die at the next one."""
+    """Raise an error at the file operation after `operations` renames, removals and syncs."""
     left = operations
 
     def counted(action: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Storms: many kills of one SALT run, and every kind of damage to every file of its checkpoint. Only in `make test-faults`.
+"""Many kills of one SALT run, and every kind of damage to every file of its checkpoint. Only in `make test-faults`.
 
 test_kill.py and test_faults.py hold the short forms. What was counted is printed at the end of the tests.
 """
@@ -42,7 +42,7 @@ def salt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     tmp_path: Path, record_property: Callable[[str, object], None], salt: dict[str, Any], world_size: int, flags: dict[str, Any]
 ) -> None:
-    """Async saves, and a teacher that leaves in the midst of it."""
+    """With async saves, and with the end of stage 1 in the middle of the run."""
     flags = salt | flags | dict(async_save=True)
     train(world_size, **flags, save=tmp_path / "one")
     save, rng, end = tmp_path / "two", random.Random(world_size), time.monotonic() + SECONDS
@@ -103,7 +103,8 @@ DAMAGE = (truncated, halved, flipped, zeroed, deleted, of_another_step)
 def test_no_kind_of_damage_to_any_file_is_loaded(
     tmp_path: Path, record_property: Callable[[str, object], None], salt: dict[str, Any]
 ) -> None:
-    """Refused by the file's name; under --load-fallback the step before goes on, bit for bit. What is as it was makes no difference."""
+    """Damage is refused with the file's name; under --load-fallback the run goes on from the step before, bit for bit. A file that only
+    looks changed is accepted."""
     flags = salt | SHARDED | dict(train_iters=4)
     train(1, **flags, save=tmp_path / "run", save_at=(2, 3))
     shutil.rmtree(save_directory.directory_of(tmp_path / "run", 4))

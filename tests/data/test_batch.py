@@ -1,4 +1,4 @@
-"""Batches depend on the consumed count alone; masks are Megatron's; bad data is refused by name."""
+"""Batches depend only on the consumed count; masks are Megatron's; bad data is refused by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_global_id_is_a_window_of_the_files_end_to_end(data: DataConfig) -> No
 def test_a_step_has_the_same_samples_in_the_same_order_for_any_dp_and_micro_batch(
     data: DataConfig, micro: int, replicas: int, mix: bool
 ) -> None:
-    """Oracle: the order itself. 40 steps of 12 are several epochs, each of which holds every sample once."""
+    """Oracle: the order itself. 40 steps of 12 samples are several epochs; each epoch has every sample once."""
     train = open_train(weighted(data) if mix else data)
     batches = [
         Batches(train, global_batch_size=12, micro_batch_size=micro, replica=replica, num_replicas=replicas)
@@ -101,7 +101,7 @@ def test_the_batch_size_may_change_between_steps_without_losing_or_repeating_a_s
 
 
 def slow_masks(tokens: list[int], masking: Masking) -> tuple[list[float], list[int], list[int]]:
-    """Token by token: the twin of Masking.of."""
+    """Slow twin of Masking.of: one token at a time."""
     loss_mask, position_ids, document_of = [], [], []
     position = document = 0
     for index, token in enumerate(tokens):
@@ -310,7 +310,9 @@ def test_the_fingerprint_names_content_cut_weights_and_split_and_not_the_path(da
         shutil.copy(web + suffix, tmp_path / f"moved{suffix}")
 
     def fingerprint(*data_path: str, length: int = LENGTH, seed: int = 1, valid_share: float = 0.0) -> str:
-        return open_training_data(DataConfig(data_path, valid_share=valid_share), length, seed, 100, EOD)[0].fingerprint
+        return open_training_data(DataConfig(data_path=data_path, valid_share=valid_share), length, seed, 100, EOD)[
+            0
+        ].fingerprint
 
     base = fingerprint(web)
     assert fingerprint("7", web, "3", code) == fingerprint("0.7", web, "0.3", code)
@@ -329,7 +331,7 @@ def test_the_fingerprint_names_content_cut_weights_and_split_and_not_the_path(da
 
 
 def test_a_billion_samples_open_and_the_last_is_found_without_an_index(tmp_path: Path) -> None:
-    """Oracle: bytes read and memory allocated; the last window ends in known tokens."""
+    """Oracle: bytes read, memory allocated, and the known tokens at the end of the last window."""
     num_windows, length = 10**9, 16
     prefix = write_sparse(tmp_path / "huge", num_windows * length + 1, 10**6, tail=list(range(1, length + 2)))
     before = bytes_read()

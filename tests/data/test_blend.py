@@ -37,7 +37,7 @@ def test_shares_are_exact_by_largest_remainder(weights: tuple[float, ...]) -> No
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("start", [0, 12_345, BLOCK - 2000, 10**12])
 def test_any_prefix_holds_each_dataset_by_its_share(weights: tuple[float, ...], start: int) -> None:
-    """Oracle: counting the datasets one by one from `start` on, beside the closed form of progress()."""
+    """Oracle: count the datasets sample by sample from `start` on; progress() is the closed form."""
     blend = make_blend("train", [1000] * len(weights), weights, seed=1)
     dataset, _ = blend.locate(np.arange(start, start + 4000))
     counts = np.array([pool.drawn for pool in blend.progress(start)])
@@ -59,7 +59,7 @@ def test_each_block_holds_the_shares_exactly() -> None:
 
 
 def test_with_weights_each_dataset_has_epochs_of_its_own() -> None:
-    """Oracle: the windows of a dataset, in the order in which they come, are its own pool from position 0 without a gap."""
+    """Oracle: the windows of a dataset, in the order of the stream, are its own pool from position 0 without a gap."""
     sizes, weights = [7, 400, 31], [0.5, 0.2, 0.3]
     blend = make_blend("train", sizes, weights, seed=9)
     dataset, window = blend.locate(np.arange(3000))

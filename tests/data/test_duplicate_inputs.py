@@ -1,4 +1,4 @@
-"""The same data twice is recognised under whatever names, refused by name, and taken with --allow-duplicate-inputs alone."""
+"""The same data twice is refused by name, whatever the names are; --allow-duplicate-inputs allows it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_salt.tools.merge_scores import merge_scores
 from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
 from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from tests.support.datasets import WriteDataset
-from tests.support.score_files import files_in, manifest_of, random_rows, write_index, write_shard
+from tests.support.selections import files_in, manifest_of, random_rows, write_index, write_shard
 
 ALLOW = "--allow-duplicate-inputs"
 AGAIN: dict[str, Callable[[Path, Path], object]] = {
@@ -83,7 +83,7 @@ def test_files_of_one_size_or_of_no_bytes_or_that_are_documents_may_lie_beside_e
 
 
 def test_equal_size_and_equal_blocks_are_no_proof(tmp_path):
-    """Two files that differ between the blocks of the sampled hash."""
+    """Two files that differ only between the blocks of the sampled hash."""
     content = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
     content.tofile(tmp_path / "a")
     content[50_000] ^= 1
@@ -139,7 +139,7 @@ def test_two_keys_of_one_file_are_two_datasets(tmp_path):
 
 
 def test_a_shard_of_a_dataset_comes_once(tmp_path, corpus, capsys):
-    """Shard 0 of 2 of one preprocessing, and of another with other input of the same number."""
+    """Two shards 0/2: one preprocessing, and another of different input files, as many."""
     other = corpus.with_name("b.jsonl")
     other.write_text('{"text": "something else, at some length"}\n' * 2)
     third = corpus.with_name("c.jsonl")

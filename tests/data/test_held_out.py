@@ -1,4 +1,4 @@
-"""Held-out data that is training data is refused by both names, however it is called; other data passes."""
+"""Held-out data that is training data is refused with both names, whatever the names are; other data passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.data.held_out import refuse_training_data
+from megatron_salt.data.duplicate_inputs import refuse_training_data
 from megatron_salt.data.manifest import Manifest, Source, manifest_path, sampled_fingerprint, write_manifest
 from megatron_salt.errors import UserError
 from tests.support.program import write_tokens
@@ -89,7 +89,7 @@ def test_datasets_made_of_one_text_are_refused_unless_they_are_different_parts_o
 
 
 def test_manifests_tell_apart_what_the_samples_of_blocks_do_not(tmp_path: Path) -> None:
-    """As if two large datasets differed between the blocks that are read."""
+    """Two datasets that differ only between the sampled blocks."""
     web = dataset(tmp_path / "web")
     other = copy(web, tmp_path / "other")
     describe(web, SOURCE)

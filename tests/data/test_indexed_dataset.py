@@ -1,4 +1,4 @@
-"""Opening a .bin/.idx pair: what is refused when a file is damaged."""
+"""Opening a .bin/.idx pair: damaged files are refused by name and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints name contents: equal for equal files, different for others, and checked against the manifest."""
+"""A fingerprint names contents: equal for equal files, different for other files, checked against the manifest."""
 
 from __future__ import annotations
 

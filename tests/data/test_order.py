@@ -32,7 +32,7 @@ def test_permute_is_injective_and_in_range_at_any_size(size: int) -> None:
 
 
 def test_an_index_is_mapped_alone_as_in_company() -> None:
-    """Oracle: one index at a time. Chunks, cycle walking and neighbours make no difference."""
+    """Oracle: one index at a time. Neither chunks nor cycle walking nor neighbours make a difference."""
     pool = Pool("all", 40_000, seed=3)
     positions = np.arange(35_000, 85_000)  # three epochs, several chunks
     together = pool.ids(positions)
@@ -65,7 +65,7 @@ def test_seed_name_and_epoch_all_choose_the_order_and_nothing_else_does() -> Non
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
-    """Golden: these numbers are part of every run and every checkpoint; a change of the algorithm is a change of the data."""
+    """Golden: every run and every checkpoint depend on these numbers. Another algorithm would be other data."""
     two_epochs = Pool("train", 10, seed=1234).ids(np.arange(20)).tolist()
     assert two_epochs == [0, 5, 7, 9, 8, 3, 1, 4, 2, 6, 5, 0, 2, 4, 3, 9, 8, 1, 7, 6]
     assert Pool("train", 10**11, seed=1234).ids(np.array([0, 1, 2, 10**11 - 1, 10**11])).tolist() == [
@@ -78,7 +78,7 @@ def test_the_order_is_the_same_on_every_machine() -> None:
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """Standard deviations by which the counts of equally likely cells exceed what chance gives."""
+    """Standard deviations between the counts of equally likely cells and the expectation of chance."""
     expected, freedom = counts.mean(), counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
@@ -101,7 +101,7 @@ def test_over_keys_each_sample_is_equally_likely_at_each_position(size: int) -> 
 
 @pytest.mark.parametrize("size", [4096, 100_003, 10**9])
 def test_within_an_epoch_neighbours_are_unrelated(size: int) -> None:
-    """Oracle: the high and the low bits of neighbours, and their correlations, are spread as independent draws are."""
+    """Oracle: the high and low bits of neighbours, and their correlations, spread like independent draws."""
     num = min(size, 100_000)
     image = permute(np.arange(num), size, 99)
     cells = (image.astype(np.float64) / size * 16).astype(int)

@@ -1,4 +1,4 @@
-"""The batch by whose loss a teacher is recognised: a pure function, and a shorter one begins a longer one."""
+"""The batch whose loss identifies a teacher is a pure function; a shorter batch is the beginning of a longer one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_lengths_grow_fourfold_and_end_with_the_whole_context(seq_length: int, l
 
 
 def test_the_tokens_are_these_for_ever() -> None:
-    """Recorded losses are of these ids: a change here makes every earlier checkpoint a stranger."""
+    """Recorded losses belong to these ids: a change here would make every earlier checkpoint unrecognisable."""
     assert fixed_tokens(257, 0, 6).tolist() == [137, 9, 89, 9, 80, 239]
     assert fixed_tokens(256_000, 3, 6).tolist() == [134786, 129945, 101294, 240785, 40132, 179245]
 

@@ -1,4 +1,4 @@
-"""Every value of every description, of data and of a checkpoint, replaced: its reader succeeds, or says in one line what is wrong."""
+"""Any value of any JSON file beside data or a checkpoint may be wrong: its reader succeeds, or gives an error of one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_salt.selection.score_format import IndexManifest, columns
 from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.selection.selection_file import Selection, write_selection
 from megatron_salt.tools.inspect_checkpoint import _about
-from tests.support.score_files import write_index
+from tests.support.selections import write_index
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
 SCORES = IndexManifest(
@@ -45,7 +45,7 @@ SCORES = IndexManifest(
 
 
 def mutations(tree: Any) -> Iterator[Any]:
-    """Copies of `tree`, each with one value replaced, or one key left out, or one key that nobody knows."""
+    """Copies of `tree`: each has one value replaced, one key left out, or one unknown key."""
     for path in _paths(tree):
         for other in OTHERS:
             changed = copy.deepcopy(tree)
@@ -157,7 +157,7 @@ def checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def go_on_from(directory: Path) -> None:
-    """Use every value of state.json that a run uses, with the arithmetic that it does on them."""
+    """Use every value of state.json in the same arithmetic as a run."""
     saved = read_state(directory)
     identity = RunIdentity(
         yaml="", architecture=saved.architecture, tokenizer_fingerprint=saved.tokenizer, data_fingerprint=saved.data_fingerprint, seed=1

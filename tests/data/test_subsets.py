@@ -1,4 +1,4 @@
-"""What a pool's samples are: each law against plain lists and sets."""
+"""The samples of a pool. Oracle: plain lists and sets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_chosen_ids_are_found_and_others_are_not() -> None:
 @pytest.mark.parametrize("listed", [IDS, IDS[:1], IDS[-1:], IDS[::2], IDS[1::2], IDS[5:12]])
 @pytest.mark.parametrize("drawn", [0, 1, 2, 5, 100])
 def test_unseen_is_everything_but_what_was_drawn(listed: list[int], drawn: int) -> None:
-    """Oracle: sets. No id twice, and the never chosen come first."""
+    """Oracle: sets. No id comes twice, and samples that were not chosen come first."""
     pool = Pool("train", len(listed), seed=7)
     unseen = Unseen(EVERYTHING, Selected(np.array(listed, np.uint32)), pool, drawn)
     seen = {listed[number] for number in pool.ids(np.arange(drawn)).tolist()}
@@ -62,7 +62,7 @@ def test_bisect_finds_the_first_number_from_which_on_it_holds() -> None:
 
 
 def test_no_memory_grows_with_the_selection(tmp_path: Path) -> None:
-    """3 * 10^7 chosen of 10^9 in a mapped file: a batch of the unseen takes what a batch takes."""
+    """3 * 10^7 chosen of 10^9 in a mapped file: a batch of unseen samples costs as much as any batch."""
     listed = np.lib.format.open_memmap(tmp_path / "ids.npy", "w+", np.uint32, (30_000_000,))
     listed[:] = np.arange(30_000_000, dtype=np.uint32) * 33
     unseen = Unseen(IdRanges((0,), (10**9,)), Selected(listed), Pool("train", len(listed), 1), 10**7)

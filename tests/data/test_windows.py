@@ -1,4 +1,4 @@
-"""Windows: what they hold, what opening costs, and which datasets are too short."""
+"""Windows: their tokens, the cost of opening, and datasets that are too short."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_empty_documents_are_fine(write_dataset: WriteDataset) -> None:
 
 
 def test_a_billion_windows_open_without_reading_or_building_an_index(tmp_path: Path) -> None:
-    """Oracle: the bytes that were read, and the memory that was allocated, are those of a handful of tokens."""
+    """Oracle: opening reads few bytes and allocates little memory."""
     num_windows, seq_length, num_sequences = 10**9, 16, 10**8  # .idx of 2 GB, .bin of 32 GB, both holes
     prefix = write_sparse(tmp_path / "huge", num_windows * seq_length + 1, num_sequences, tail=list(range(1, seq_length + 2)))
     before = bytes_read()

@@ -17,11 +17,10 @@ from benchmarks.precision_steps import Row, table
 from megatron_salt.config import ParallelConfig
 from tests.gpu.checks import ENGINE, RECIPES, assert_exchanged, assert_same_scores, curve, exchange, in_fp8, why_not
 from tests.gpu.ranks import on_cpu, on_devices, program
-from tests.support import teaching
+from tests.support import scoring, teaching
 from tests.support.program import argv, losses, write_tokens
 from tests.support.ranks import run_ranks
 from tests.support.small import Case, make_weights
-from tests.tools import test_score_data as scoring
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run here")
 

@@ -10,8 +10,8 @@ import pytest
 from megatron_salt.model.precision import Fp8Recipe
 from tests.gpu.checks import ENGINE, RECIPES, assert_same_scores, in_fp8, skip_unless
 from tests.gpu.ranks import on_cpu, program
+from tests.support import scoring
 from tests.support.program import argv, entries, losses, write_tokens
-from tests.tools import test_score_data as scoring
 
 pytestmark = pytest.mark.gpu
 

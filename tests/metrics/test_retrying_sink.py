@@ -14,7 +14,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.metrics import sinks
 from megatron_salt.metrics.retrying_sink import FIRST_PAUSE, KEPT, LONGEST_PAUSE, RetryingSink
 from megatron_salt.metrics.sinks import Entry
-from tests.support.logs import Clock, entries, open_log, record
+from tests.metrics.logs import Clock, entries, open_log, record
 
 
 class Server:

@@ -13,7 +13,7 @@ import torch
 from megatron_salt.config import LoggingConfig
 from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.metrics.run_sinks import jsonl_path, tensorboard_directory
-from tests.support.logs import Clock, entries, open_log, record
+from tests.metrics.logs import Clock, entries, open_log, record
 
 # --- phases -----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_salt.errors import UserError
 from megatron_salt.metrics import sinks
-from tests.support.logs import entries, open_log, record
+from tests.metrics.logs import entries, open_log, record
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
@@ -65,6 +65,13 @@ def test_a_run_from_step_0_keeps_the_older_log_beside_its_own(tmp_path):
     train(tmp_path, (1, 2), start_step=0)
     train(tmp_path, (1,), start_step=0)
     assert len(entries(tmp_path)) == 1 and len((tmp_path / "log.jsonl.old").read_text().splitlines()) == 2
+
+
+def test_a_second_run_from_step_0_keeps_both_older_logs(tmp_path):
+    for last in (3, 2, 1):
+        train(tmp_path, range(1, last + 1), start_step=0)
+    lengths = {path.name: len(path.read_text().splitlines()) for path in tmp_path.glob("log.jsonl*")}
+    assert lengths == {"log.jsonl.old": 3, "log.jsonl.old2": 2, "log.jsonl": 1}
 
 
 @pytest.mark.parametrize("start_step", [0, 2])

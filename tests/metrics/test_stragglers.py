@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_salt.metrics.stragglers import BEAT_SECONDS, Heartbeat, Slowest, StragglerReport, time_products
-from tests.support.logs import Clock
+from tests.metrics.logs import Clock
 from tests.support.program import entries, numbers, train, write_tokens
 from tests.support.ranks import run_ranks
 

@@ -1,4 +1,4 @@
-"""Settled code points: encoders of different Unicode versions agree on each; a text with others goes to the reference."""
+"""Encoders of different Unicode versions agree on settled code points; a text with other ones goes to the reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FAMILIES = {
     "deepseek": (DEEPSEEK, None),
     "o200k": (O200K, None),
 }
-"""(patterns that split, normalizer) of tokenizers that people use."""
+"""(splitting patterns, normalizer) of widely used tokenizers."""
 
 
 def pre_tokenizer(patterns: tuple[str, ...]) -> dict:
@@ -78,7 +78,7 @@ def tokenizer_of(family: str, vocabulary: dict[str, int], merges: list[list[str]
 
 
 def of_all_pairs(family: str) -> Tokenizer:
-    """A merge for any two bytes, in random order: where a text is split shows in its ids."""
+    """A model with a merge for any two bytes, in random order: its ids show where a text was split."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [list(pair) for pair in itertools.product(alphabet, alphabet)]
     random.Random(0).shuffle(pairs)
@@ -87,7 +87,7 @@ def of_all_pairs(family: str) -> Tokenizer:
 
 
 def trained(family: str) -> Tokenizer:
-    """Trained on code points of everywhere, the unsettled ones too."""
+    """A model trained on code points of all planes, unsettled ones included."""
     chance = random.Random(1)
     texts = [some_text(chance) for _ in range(300)] + [ODD] * 9
     model = tokenizers.Tokenizer(models.BPE())
@@ -100,7 +100,7 @@ def trained(family: str) -> Tokenizer:
 
 
 def some_text(chance: random.Random) -> str:
-    """Letters, signs, white space, and code points of any plane, assigned or not."""
+    """Random texts: letters, signs, white space, and code points of any plane, assigned or not."""
     near = "aZ é'\u0301\n\r\t 1२\u00a0_-.,|/日本ёم한\u200d\ufe0f🎉"
     far = (
         lambda: chr(chance.randrange(0x250)),
@@ -130,7 +130,7 @@ def test_texts_with_an_unsettled_code_point_are_found_one_by_one():
     [pytest.param("gpt2", marks=pytest.mark.full), pytest.param("llama3", marks=pytest.mark.full), "qwen", "deepseek", "o200k"],
 )
 def test_encoders_agree_on_every_settled_code_point(family):
-    """Oracle: the reference. Without the routing, for it is what the routing relies on."""
+    """Oracle: the reference. Texts are not routed here, because the routing relies on this law."""
     pytest.importorskip("gigatoken")
     tokenizer = of_all_pairs(family)
     fast, slow = encode_with(tokenizer, "gigatoken"), reference(tokenizer)

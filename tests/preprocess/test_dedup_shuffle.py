@@ -1,4 +1,4 @@
-"""Repetitions left out and documents shuffled: what a dictionary and a list do in memory."""
+"""Repetitions are left out and documents shuffled. Oracle: a dictionary and a list in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def written(folder: Path, documents: list[np.ndarray], digests: np.ndarray) -> I
 
 
 def corpus(number: int, different: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Documents and their hashes; equal ones have equal hashes, and of different ones some share a half."""
+    """Documents and hashes. Equal documents have equal hashes; some different ones share half of a hash."""
     random = np.random.default_rng(number)
     kinds = random.integers(0, different, number)
     texts = [random.integers(0, 65535, int(size)).astype(np.uint16) for size in random.integers(1, 60, different)]

@@ -1,4 +1,4 @@
-"""Kinds of input: columns that hold texts, names in any case, encodings and line ends that are told by name, documents of any size."""
+"""Kinds of input: text columns, names in any case, encodings and line ends that errors name, documents of any size."""
 
 from __future__ import annotations
 

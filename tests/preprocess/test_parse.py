@@ -1,4 +1,4 @@
-"""The fast parser takes what the standard library's takes, gives the same texts, and the same reasons where it does not."""
+"""The fast parser accepts what the standard library accepts, with the same texts, and refuses with the same reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers that people use, fetched by `make test-tokenizers`: the backend that auto takes gives the reference's ids."""
+"""Widely used tokenizers, which `make test-tokenizers` fetches: the backend that auto chooses gives the reference's ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend is used where it gives the reference's ids, and where it does not the first text that shows it is named."""
+"""A backend is used if it gives the reference's ids; otherwise the first text with other ids is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stage 1 costs: cases by hand, and what must hold for any pair of models and layouts."""
+"""The cost of stage 1 and of scoring: cases by hand, and laws for any pair of models and layouts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt import routing
 from megatron_salt.salt.cost import Prediction, predict, scoring_flops, scoring_line
-from tests.support.score_files import manifest_of
+from tests.support.selections import manifest_of
 
 STUDENT = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4)
 TEACHER = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
@@ -76,7 +76,7 @@ def test_one_rank_pays_for_a_forward_pass_of_the_teacher():
 
 
 def test_body_shared_and_head_on_the_last_stage():
-    """pp 2: four layers a stage; each of two teacher replicas runs half the microbatches."""
+    """pp 2: four layers a stage. Each of two teacher replicas runs half of the microbatches."""
     found = prediction(pipeline_of(2))
     last = 4 * 3 * S + 3 * S_HEAD
     assert found.times.stage2 == pytest.approx(8 * last)

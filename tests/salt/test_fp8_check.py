@@ -1,4 +1,4 @@
-"""The gate of an FP8 teacher, on a trained one whose linears multiply in emulated FP8: who passes, who does not, what it changes."""
+"""The check of an FP8 teacher, on a trained teacher with emulated FP8: which teachers pass, which do not, and what the check changes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TP2PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_si
 BF16 = Case(dtype=torch.bfloat16)
 EVERYWHERE = (0, 1, 2, 3)
 TOKENS = 7 * SEQ_LENGTH // 2
-"""Of the text that count."""
+"""Tokens of the text that count."""
 LINEARS = 4
-"""Of a layer."""
+"""Linear modules of a layer."""
 TIGHT = 2e-3
-"""A bound for this teacher, which takes its answers from its embeddings as much as from its layers."""
+"""A tight bound for this small teacher: its embeddings, which are not in FP8, decide as much as its layers."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_teacher(directory: Path, model: ModelConfig, steps: int = 100) -> float:
-    """One that knows what follows each token, of any text: 7 x + 3, nine times in ten. Its accuracy at last, on one rank."""
+    """Train a teacher of a rule that holds for any text: after x comes 7 x + 3, nine times in ten. Returns its accuracy. One rank."""
     student = build_student(Case(model=model, dtype=torch.bfloat16, learning_rate=1e-2, micro_batch_size=16), 1, seed=77)
     sums = None
     for step in range(steps):
@@ -81,7 +81,7 @@ def succession(step: int) -> Microbatch:
 
 
 def in_fp8(lesson: Lesson, student: Student, recipe: Recipe) -> tuple[Teacher, Emulation]:
-    """The lesson's teacher, admitted as it is, whose linears then multiply in FP8 wherever a forward-only model's do."""
+    """The lesson's teacher, loaded and verified. Its linear modules then multiply in emulated FP8."""
     teacher = admit(lesson, student)
     emulation = emulate(teacher.body, recipe)
     teacher.body.forward_context = emulation.products
@@ -89,12 +89,12 @@ def in_fp8(lesson: Lesson, student: Student, recipe: Recipe) -> tuple[Teacher, E
 
 
 def text() -> list[Microbatch]:
-    """What the gate measures on. This teacher knows what follows each token, whatever the text."""
+    """The samples of the check. This teacher knows what follows each token in any text."""
     return fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH, SEQ_LENGTH // 2, SEQ_LENGTH, SEQ_LENGTH])
 
 
 def gate(lesson: Lesson, student: Student, teacher: Teacher, max_kl: float = DEFAULT) -> Fidelity:
-    """What an admission asks of an FP8 teacher."""
+    """The check that `admit` makes of an FP8 teacher."""
     return refuse_unfaithful(teacher, max_kl, text(), head_of(student, lesson.case))
 
 
@@ -103,7 +103,7 @@ def gate(lesson: Lesson, student: Student, teacher: Teacher, max_kl: float = DEF
 
 @dataclass
 class Spoiled:
-    """What quantizes a weight, gone wrong."""
+    """Damage: a weight is quantized wrongly."""
 
     damage: Callable[[Tensor], Tensor]
 
@@ -133,7 +133,7 @@ def examined(
     lesson: Lesson, world_size: int, recipe: Recipe, damage: Callable[[Tensor], Tensor] | None = None, ranks: tuple[int, ...] = (),
     max_kl: float = DEFAULT,
 ) -> Fidelity | str:  # fmt: skip
-    """What the gate says where the weights of a layer are spoiled on some ranks."""
+    """The message of the check where the weights of a layer are damaged on some ranks; None where it passes."""
     student = build_student(lesson.case, world_size)
     teacher, emulation = in_fp8(lesson, student, recipe)
     if damage is not None and student.mesh.rank in ranks:
@@ -179,7 +179,7 @@ def test_the_figure_is_the_models_and_not_the_layouts(school: Path) -> None:
 
 
 def by_full_logits(lesson: Lesson, sureness: float) -> tuple[float, list[float]]:
-    """(the gate's figure, the same from full logits in float64 at the temperature and at 1), on one rank."""
+    """(the figure of the check, the same figure from full logits in float64 at the temperature, and at 1), on one rank."""
     student = build_student(lesson.case, 1)
     teacher, _ = in_fp8(lesson, student, Recipe())
     assert teacher.weight is not None
@@ -203,7 +203,7 @@ def by_full_logits(lesson: Lesson, sureness: float) -> tuple[float, list[float]]
 def test_the_figure_is_the_larger_of_that_of_full_logits_in_float64_at_the_temperature_and_at_1(
     school: Path, which: str, sureness: float, larger: int
 ) -> None:
-    """A low temperature hides what FP8 does to a teacher that is sure, and shows it in one that hesitates."""
+    """A low temperature hides the effect of FP8 on a teacher that is sure, and shows it on one that hesitates."""
     [(figure, exact)] = run_ranks(1, by_full_logits, Lesson(BF16, str(school / which)), sureness)
     assert exact[larger] > 2 * exact[1 - larger]
     assert figure == pytest.approx(exact[larger], rel=1e-5, abs=1e-6)
@@ -223,7 +223,7 @@ def test_the_figure_is_the_larger_of_that_of_full_logits_in_float64_at_the_tempe
     ],
 )
 def test_the_gate_sees_spoiled_weights_of_one_layer(school: Path, damage: Any, ranks: tuple[int, ...], max_kl: float) -> None:
-    """On whatever rank, and tells all of them the same."""
+    """On any rank, and all ranks get the same message."""
     lesson = Lesson(replace(BF16, parallel=TP2PP2), str(school / "untied"))
     told = run_ranks(4, examined, lesson, 4, Recipe(), damage, ranks, max_kl)
     assert len(set(told)) == 1 and isinstance(told[0], str), told
@@ -232,7 +232,7 @@ def test_the_gate_sees_spoiled_weights_of_one_layer(school: Path, damage: Any, r
 
 
 def scaled_up(teacher: Teacher, factor: float) -> None:
-    """The same function by other numbers: each MLP's inner activations are larger and its output weight smaller."""
+    """The same function with other numbers: the inner activations of each MLP are larger, its output weight is smaller."""
     with torch.no_grad():
         for layer in teacher.body.decoder.layers:
             fc1, fc2 = layer.mlp.linear_fc1.weight, layer.mlp.linear_fc2.weight
@@ -251,7 +251,7 @@ def stale(lesson: Lesson, kind: Any, factor: float) -> Fidelity | str:
 
 
 def test_the_gate_sees_scales_that_are_never_updated(school: Path) -> None:
-    """Delayed scaling in a model that is only run forward: its scales stay 1, and weights that are small for e4m3 round to nothing."""
+    """Delayed scaling in a forward-only model: scales stay 1, and weights that are too small for e4m3 become 0."""
     lesson = Lesson(BF16, str(school / "untied"))
     [delayed] = run_ranks(1, stale, lesson, "delayed", 256.0)
     [tensorwise] = run_ranks(1, stale, lesson, "tensorwise", 256.0)
@@ -260,7 +260,7 @@ def test_the_gate_sees_scales_that_are_never_updated(school: Path) -> None:
 
 
 def test_what_is_wrong_in_one_block_is_told_in_all(school: Path) -> None:
-    """Two student replicas of two ranks, each with two of the teacher's."""
+    """Two student replicas of two ranks. Each has two teacher replicas."""
     lesson = Lesson(replace(BF16, parallel=ParallelConfig(tensor_model_parallel_size=2)), str(school / "untied"))
     sound = run_ranks(4, examined, lesson, 4, Recipe())
     assert len(set(sound)) == 1 and isinstance(sound[0], Fidelity)
@@ -280,7 +280,7 @@ def test_the_bound_is_the_flags(school: Path) -> None:
 
 
 def bits(student: Student) -> list[bytes]:
-    """Of parameters, what the optimizer holds of them, and random state."""
+    """The bytes of parameters, optimizer state and random state."""
     optimized = [tensor for group in student.optimizer.param_groups for tensor in group["params"]]
     tensors = [*(parameter for chunk in student.chunks for parameter in chunk.parameters()), *optimized, rng.capture()[1]]
     return [tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
@@ -300,7 +300,7 @@ def test_the_student_is_bit_for_bit_what_it_was(school: Path) -> None:
 
 
 def same_in_bfloat16(lesson: Lesson) -> tuple[bool, bool]:
-    """Whether a teacher says the same bits before and after it was made to use FP8, outside and inside `in_bfloat16`."""
+    """Whether a teacher gives the same bits as before it used FP8: (outside `in_bfloat16`, inside it)."""
     student = build_student(lesson.case, 1)
     batch = fixed_batch(VOCABULARY, SEQ_LENGTH, [SEQ_LENGTH])
     teacher = admit(lesson, student)

@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
-    """A model that has learnt the words."""
+    """A teacher that has learnt the words of the data."""
     save = tmp_path_factory.mktemp("teacher")
     train(
         data_path=data,
@@ -52,7 +52,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
 
 @contextlib.contextmanager
 def fp8_teachers(recipe: Recipe, spoil: Callable[[Emulation], None] = lambda emulation: None) -> Iterator[None]:
-    """Whatever teacher is admitted inside has a body in emulated FP8; `spoil` may do something to it once its weights have arrived."""
+    """Every teacher that is loaded inside has a body in emulated FP8. `spoil` is called on it after its weights were verified."""
     build, of_body = load_teacher.build_body, {}
 
     def built(*arguments: Any) -> GPT:
@@ -122,7 +122,7 @@ def test_a_teacher_of_weight_0_in_fp8_changes_no_bit_of_the_student(tmp_path: Pa
 
 
 def test_a_resumed_run_has_the_same_teacher_again(tmp_path: Path, data: str, teacher: Path) -> None:
-    """Admitted anew: bit for bit."""
+    """The teacher is loaded and checked again; the result is the same bit for bit."""
     flags, within = salt(data, teacher, **PP2), functools.partial(fp8_teachers, Recipe())
     train(2, **flags, save=tmp_path / "one", save_interval=2, within=within)
     train(2, **flags, save=tmp_path / "two", load=tmp_path / "one" / "iter_0000002", within=within)
@@ -130,7 +130,7 @@ def test_a_resumed_run_has_the_same_teacher_again(tmp_path: Path, data: str, tea
 
 
 class Halved:
-    """A quantizer whose scale is wrong."""
+    """Damage: a quantizer has a wrong scale."""
 
     def __init__(self, quantizer: Any) -> None:
         self.quantizer = quantizer
@@ -146,7 +146,7 @@ def of_a_wrong_scale(emulation: Emulation) -> None:
 
 
 def small_beside_their_inputs(emulation: Emulation) -> None:
-    """The same function by other numbers: the MLP's inner activations 2^10 times as large, what they are multiplied with smaller."""
+    """The same function with other numbers: the MLP's inner activations are 2^10 times as large, its output weight is smaller."""
     with torch.no_grad():
         for linear in emulation.linears:
             if type(linear).__name__ == "Row" and linear.input_size != linear.output_size:

@@ -1,4 +1,4 @@
-"""What the head does beside its products: measured by its own function, alike on all ranks, and of use only if it leaves no trace."""
+"""The measured work of the head beside its products: the same on all ranks, more with a teacher, and without a trace in the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Only a teacher that fits, and that is what its checkpoint says, may teach."""
+"""A teacher may teach only where it fits the student and is the model that its checkpoint describes."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def random(teacher: Teacher) -> None:
 
 
 def half_loaded(teacher: Teacher) -> None:
-    """The second layer is as it was before loading."""
+    """Damage: the second layer was not loaded."""
     for name, parameter in body(teacher).named_parameters():
         if name.startswith("decoder.layers.1.") and parameter.dim() > 1:
             parameter.normal_(std=0.02)
 
 
 def of_another_vocabulary(teacher: Teacher) -> None:
-    """The output weight is shifted by one id."""
+    """Damage: the output weight is shifted by one id."""
     if teacher.weight is not None:
         teacher.weight.copy_(teacher.weight.roll(1, 0))
 
@@ -81,7 +81,7 @@ def body(teacher: Teacher) -> torch.nn.Module:
 
 
 def gate(lesson: Lesson, world_size: int, damage: Callable[[Teacher], None], damaged_ranks: tuple[int, ...]) -> str | None:
-    """What the gate says of a teacher whose weights were damaged on some ranks."""
+    """The message of the verification for a teacher whose weights were damaged on some ranks; None where it passes."""
     student = build_student(lesson.case, world_size)
     teacher = admit(lesson, student)
     if student.mesh.rank in damaged_ranks:
@@ -114,7 +114,7 @@ def gate(lesson: Lesson, world_size: int, damage: Callable[[Teacher], None], dam
 def test_the_gate_sees_weights_that_did_not_arrive(
     school: Path, damage: Any, ranks: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """On whatever rank, and tells all of them the same."""
+    """On any rank, and all ranks get the same message."""
     lesson = Lesson(Case(parallel=TP2PP2, dtype=dtype), str(school / "untied"))
     told = run_ranks(4, gate, lesson, 4, damage, ranks)
     assert len(set(told)) == 1 and told[0] is not None
@@ -207,12 +207,12 @@ ALLOWED = {
     ("process_groups_config.py", "get_expert_gtp_weight_remat_group"),
     ("process_groups_config.py", "get_gtp_weight_remat_group"),
 }
-"""(file, what it asks parallel_state for) that may happen while the teacher, of another layout, is built and run."""
+"""(file, function of parallel_state) of the calls that may happen while a teacher of another layout is built and run."""
 
 
 @contextmanager
 def audited(asked: collections.Counter) -> Iterator[None]:
-    """Count who asks parallel_state for a group or a rank."""
+    """Count the calls that ask parallel_state for a group or a rank, by caller."""
     functions = {
         name: function for name, function in vars(parallel_state).items()
         if isinstance(function, types.FunctionType) and function.__module__ == parallel_state.__name__
@@ -242,7 +242,7 @@ def audited(asked: collections.Counter) -> Iterator[None]:
 
 
 def audit(lesson: Lesson, world_size: int) -> tuple[dict, dict]:
-    """Who asked, while a teacher was admitted and run, and (so that the audit can fail) while the random state was seeded."""
+    """The callers while a teacher was loaded and run; and while the random state was seeded, which shows that the audit can fail."""
     student = build_student(lesson.case, world_size)
     by_teacher: collections.Counter = collections.Counter()
     with audited(by_teacher):

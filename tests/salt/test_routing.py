@@ -1,4 +1,4 @@
-"""The teacher's place over the student's ranks, and the plan of the exchange: laws over hundreds of layouts, without a process."""
+"""Where the teacher lies over the student's ranks, and the plan of the exchange: laws over hundreds of layouts, in one process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYOUTS = [(student, routing.teacher_layout(student, tensor, pipeline)) for stud
 
 
 def length_for(student: Layout) -> int:
-    """A sequence that can be cut, and whose slices straddle the two chunks of a context-parallel rank where they can."""
+    """A sequence length that can be cut. Where possible, a slice has positions of both chunks of a context-parallel rank."""
     return 2 * student.context * student.tensor * 3
 
 
@@ -47,7 +47,7 @@ def test_there_are_hundreds_of_layouts():
 
 
 def test_a_teacher_is_replicas_inside_blocks():
-    """Coordinates (replica, pp, tp), tp fastest, over the places of each block; dp counts the replicas of all blocks in order."""
+    """The oracle: coordinates (replica, pp, tp), tp fastest, over the places of each block. dp numbers the replicas of all blocks."""
     for student, teacher in LAYOUTS:
         replicas = teacher.data // student.data
         for number, block in enumerate(student.groups("tp", "cp", "pp")):
@@ -59,7 +59,7 @@ def test_a_teacher_is_replicas_inside_blocks():
 
 
 def test_groups_are_megatrons_applied_to_each_block():
-    """megatron-core's own generator over the places of a block, whose data-parallel dimension, here its slowest, is the replica."""
+    """The oracle: megatron-core's own rank generator over the places of a block, with the replica as its slowest dimension, dp."""
     for student, teacher in LAYOUTS:
         replicas = teacher.data // student.data
         generator = RankGenerator(tp=teacher.tensor, cp=1, ep=1, pp=teacher.pipeline, dp=replicas, order="tp-pp-cp-ep-dp")
@@ -96,7 +96,7 @@ def test_the_last_stage_has_each_position_of_each_microbatch_exactly_once():
 
 
 def test_a_rank_receives_its_share_of_what_its_context_rank_holds():
-    """Oracle: the student's own zigzag positions, cut by numpy."""
+    """The oracle: the student's zigzag positions, cut by numpy."""
     for student, _, plan in plans(3):
         [block, *_] = student.groups("tp", "cp", "pp")
         for place, rank in enumerate(block):
@@ -113,7 +113,7 @@ def test_a_rank_receives_its_share_of_what_its_context_rank_holds():
 
 
 def test_who_sends_has_it():
-    """A piece leaves from the last stage of the teacher replica that ran its microbatch."""
+    """The last stage of the replica that ran a microbatch sends its pieces."""
     for student, teacher, plan in plans(7, merge=2):
         [block, *_] = student.groups("tp", "cp", "pp")
         for piece in plan.pieces:
@@ -131,7 +131,7 @@ def test_the_teachers_tensor_parallel_ranks_take_turns_in_sending():
 
 
 def test_buffers_are_in_the_order_of_their_split_sizes():
-    """Carry a plan out by hand: fill send buffers piece by piece, exchange by the split sizes, read the receive buffers piece by piece."""
+    """Carry out a plan by hand: fill the send buffers piece by piece, exchange by split sizes, read the receive buffers piece by piece."""
     for student, _, plan in plans(4, layouts=LAYOUTS[::7]):
         places = range(student.world_size // student.data)
         outboxes = [[(p.microbatch, x) for p in plan.sent_by(place) for x in positions(p)] for place in places]

@@ -1,4 +1,4 @@
-"""A run with a teacher, from its first step to its last, and every way of interrupting it. The whole program."""
+"""The program with a teacher, from its first step to its last, and every way to interrupt it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
-    """A narrower model that has learnt something: the program trained it, without a teacher."""
+    """A narrower model, which the program trained for some steps without a teacher."""
     save = tmp_path_factory.mktemp("teacher")
     train(
         data_path=data,
@@ -50,28 +50,28 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
 
 
 def salt(data: str, teacher: Path, **flags: Any) -> dict[str, Any]:
-    """Five steps, three of them with the teacher."""
+    """Flags of a run of five steps, of which three have the teacher."""
     return dict(data_path=data, train_iters=STEPS, teacher_load=teacher, kd_steps=3) | flags
 
 
 def plain(flags: dict[str, Any]) -> dict[str, Any]:
-    """The same run without a word of a teacher."""
+    """The same flags without those of the teacher."""
     return {name: value for name, value in flags.items() if not name.startswith(("teacher", "kd_", "stage2"))}
 
 
 def taught(save: Path) -> list[tuple[Any, ...]]:
-    """Of every step of stage 1 what the teacher and the student came to."""
+    """The figures of teacher and student for every step of stage 1."""
     names = ("step", "kd_weight", "ce", "kl", "teacher_ce", "agreement")
     return [tuple(entry[name] for name in names) for entry in entries(save) if "kd_weight" in entry]
 
 
 def held_out(save: Path) -> list[tuple[Any, ...]]:
-    """Of every evaluation what the student came to."""
+    """The student's figures for every evaluation."""
     return [tuple(entry[name] for name in ("step", "loss", "accuracy", "tokens")) for entry in entries(save, "eval")]
 
 
 def events(save: Path, name: str) -> list[dict[str, Any]]:
-    """The log's events that have something under `name`."""
+    """The events of the log that have the field `name`."""
     return [entry for entry in entries(save, "event") if name in entry]
 
 
@@ -119,7 +119,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
 @pytest.mark.long
 def test_leaving_after_every_step_changes_nothing(tmp_path: Path, data: str, teacher: Path) -> None:
-    """Five programs of one step each, in one directory, with the same flags: one log, one curve."""
+    """Five programs of one step each, with one --save and the same flags, write one log and one curve."""
     flags = salt(data, teacher, **PP2, **TEACHER_TP2, **RATIO, **DROPOUT, stage2_micro_batch_size=4)
     train(2, **flags, save=tmp_path / "one")
     for step in range(1, STEPS + 1):
@@ -159,7 +159,7 @@ def test_the_teachers_layout_may_change(tmp_path: Path, data: str, teacher: Path
 def test_a_teacher_of_weight_0_changes_not_a_bit(
     tmp_path: Path, data: str, teacher: Path, world_size: int, flags: dict[str, Any]
 ) -> None:
-    """Built, loaded, run, evaluated and freed: weights, optimizer and random state are those of a run that never had one."""
+    """The teacher is built, loaded, run, evaluated and freed. Weights, optimizer and random state are those of a run without it."""
     flags = salt(data, teacher, **flags, **DROPOUT, **EVALUATED, eval_interval=2, kd_weight=0.0)
     train(world_size, **flags, save=tmp_path / "with")
     train(world_size, **plain(flags), save=tmp_path / "without")
@@ -220,10 +220,10 @@ def test_another_schedule_takes_an_override_and_is_recorded(tmp_path: Path, data
 
 @contextlib.contextmanager
 def telling_whom_it_evaluates() -> Iterator[None]:
-    """Every evaluation prints whether the teacher takes part in it."""
+    """Make every evaluation print whether the teacher takes part in it."""
 
     def evaluate(*arguments: Any) -> dict[str, float]:
-        print("evaluated", "the student alone" if arguments[7] is None else "student and teacher")
+        print("evaluated", "the student alone" if arguments[3] is None else "student and teacher")
         return original(*arguments)
 
     original = evaluate_module.evaluate
@@ -232,7 +232,7 @@ def telling_whom_it_evaluates() -> Iterator[None]:
 
 
 def with_its_teacher(ended: Ended) -> list[bool]:
-    """For every evaluation whether the teacher took part."""
+    """For every evaluation, whether the teacher took part."""
     return [line.endswith("teacher") for line in ended.out.splitlines() if line.startswith("evaluated")]
 
 
@@ -291,7 +291,7 @@ def test_a_crossover_never_lengthens_stage_1_and_one_out_of_reach_never_comes(tm
 
 @contextlib.contextmanager
 def not_before_the_second_evaluation() -> Iterator[None]:
-    """The student's accuracy at the first evaluation is below anything."""
+    """Make the student's accuracy at the first evaluation lower than any teacher's."""
     count = 0
 
     def evaluate(*arguments: Any) -> dict[str, float]:

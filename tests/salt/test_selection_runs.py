@@ -1,4 +1,4 @@
-"""Runs whose stage 1 has a selection, with a teacher and without: what they draw, and every way of interrupting them. The program."""
+"""The program with a selection in stage 1, with and without a teacher: which samples it draws, and every way to interrupt it."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def everything(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, str]) 
 
 
 def selected(data: tuple[str, str], chosen: str, **flags: Any) -> dict[str, Any]:
-    """Five steps, three of them from the selection alone."""
+    """Flags of a run of five steps, of which three draw from the selection, without a teacher."""
     return dict(data_path=data, train_iters=STEPS, stage1_selection=chosen, kd_steps=3, kd_weight=0.0) | flags
 
 
 @contextlib.contextmanager
 def telling_samples() -> Iterator[None]:
-    """Print the samples of each step."""
+    """Make the program print the samples of each step."""
     whole = Batches.fetch
 
     def fetch(batches: Batches, consumed: int) -> Any:
@@ -102,7 +102,7 @@ def fetched(out: str) -> dict[int, list[int]]:
 def test_selecting_everything_is_no_selection_bit_for_bit(
     tmp_path: Path, data: tuple[str, str], teacher: Path, everything: str, weight: float
 ) -> None:
-    """With a teacher, and of weight 0 without one: then it is a plain run."""
+    """With a teacher; and without one, at weight 0, which is a plain run."""
     flags: dict[str, Any] = dict(data_path=data, train_iters=STEPS, **PP2, **DROPOUT)
     taught_by: dict[str, Any] = dict(teacher_load=teacher, kd_steps=STEPS, kd_weight=weight) if weight else {}
     train(2, **flags, **taught_by, save=tmp_path / "without")
@@ -116,7 +116,7 @@ def test_selecting_everything_is_no_selection_bit_for_bit(
 def test_stage_1_draws_the_selection_and_stage_2_what_it_is_told(
     tmp_path: Path, data: tuple[str, str], teacher: Path, chosen: str, stage2: str
 ) -> None:
-    """Two steps of 8 visit the 16 chosen samples once, the third has some again, and the log says so."""
+    """Two steps of 8 visit each of the 16 chosen samples once. The third repeats some, and the log says so."""
     ended = train(**selected(data, chosen, teacher_load=teacher, kd_weight=0.5, stage2_data=stage2, train_iters=6),
                   save=tmp_path / "run", within=telling_samples)  # fmt: skip
     steps = fetched(ended.out)

@@ -1,4 +1,4 @@
-"""A student taught by a teacher of any layout learns what it would on one rank, and the teacher is a guest who leaves nothing behind."""
+"""A student learns from a teacher of any layout what it learns on one rank, and a freed teacher leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MORE_STUDENTS = {
 
 
 def model_of(student: str, name: str) -> Any:
-    """tp 4 needs four groups of queries."""
+    """The student's model. tp 4 needs four query groups."""
     return replace(MODELS[name], num_query_groups=4) if student == "tp4" else MODELS[name]
 
 
@@ -62,7 +62,7 @@ def fits(student: str, teacher: tuple[int, int], **_: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Teachers' checkpoints and students' initial weights, each written by one rank."""
+    """Checkpoints of teachers and initial weights of students, each written by one rank."""
     root = tmp_path_factory.mktemp("school")
     for name, model in TEACHERS.items():
         run_ranks(1, make_teacher, root / name, model)
@@ -71,7 +71,7 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(school: Path) -> Any:
-    """(weights, what one rank comes to) for a student's model, a teacher, and a way of cutting the batch."""
+    """(initial weights, result of one rank) for a student's model, a teacher, and a way to cut the batch."""
 
     @cache
     def reference(student: str, model: str, teacher: str, micro_batch_size: int) -> tuple[Path, Taught]:
@@ -101,7 +101,7 @@ def same(ours: Taught, reference: Taught) -> None:
 def test_layouts_of_student_and_teacher_do_not_matter(
     school: Path, alone: Any, student: str, teacher: tuple[int, int], model: str, kind: str, micro_batch_size: int
 ) -> None:
-    """Fewer, as many and more microbatches than replicas of the teacher are among them (4 or 8 over 1 to 4)."""
+    """There are fewer, as many, or more microbatches than teacher replicas (4 or 8 over 1 to 4)."""
     weights, reference = alone(student, model, kind, micro_batch_size)
     case = Case(parallel=STUDENTS[student], model=model_of(student, model), micro_batch_size=micro_batch_size, adam_eps=1e-6)
     for taught in run_ranks(4, teach, Lesson(case, str(school / kind), teacher), 4, weights):
@@ -132,7 +132,7 @@ def test_nor_do_context_and_sequence_parallelism_together_and_recomputation(
 def test_how_the_batch_is_cut_does_not_matter(
     school: Path, alone: Any, micro_batch_size: int, merge: int, student: str, teacher: tuple[int, int]
 ) -> None:
-    """Neither into the student's microbatches, nor how many of them the teacher takes at once; replicas may have nothing to do."""
+    """Neither the student's micro-batch size nor the number of microbatches that the teacher merges matters. Replicas may be idle."""
     weights, reference = alone(student, "untied", "untied", 2)
     case = Case(parallel=STUDENTS[student], model=MODELS["untied"], micro_batch_size=micro_batch_size, adam_eps=1e-6)
     for taught in run_ranks(4, teach, Lesson(case, str(school / "untied"), teacher, merge), 4, weights):
@@ -177,7 +177,7 @@ def bits(tensors: Any) -> list[bytes]:
 
 
 def weightless(lesson: Lesson, world_size: int) -> tuple[Any, ...]:
-    """A run with a teacher of weight 0 and one without: weights, random state, losses and norms of both."""
+    """Weights, random state, losses and gradient norms of a run with a teacher of weight 0, or without a teacher."""
     outcomes = []
     for with_teacher in (True, False):
         student = build_student(lesson.case, world_size, seed=5)
@@ -203,7 +203,7 @@ def weightless(lesson: Lesson, world_size: int) -> tuple[Any, ...]:
     ],
 )
 def test_a_teacher_of_weight_0_changes_no_bit(school: Path, student: str, teacher: tuple[int, int], dtype: torch.dtype) -> None:
-    """Neither by being built and loaded, nor by being run: with dropout, so that a random number more would be seen."""
+    """Neither building, loading nor running it. The student has dropout, so that one more random number would show."""
     model = replace(MODELS["tied"], hidden_dropout=0.1, attention_dropout=0.1)
     lesson = Lesson(Case(parallel=STUDENTS[student], model=model, dtype=dtype), str(school / "untied"), teacher, kd_weight=0.0)
     for with_teacher, without in run_ranks(4, weightless, lesson, 4):
@@ -224,7 +224,7 @@ def test_the_teacher_is_bit_for_bit_what_it_was(school: Path) -> None:
 
 
 def gone(lesson: Lesson, world_size: int) -> tuple[list[str], Counter[str], Counter[str], int]:
-    """What of a freed teacher is still alive, live tensors with a teacher that was freed and without one, and groups too many."""
+    """(parts of a freed teacher that are alive, live tensors after it was freed, live tensors without a teacher, groups left over)."""
     earlier = live_tensors()  # what earlier tests left in this process stays until this one has counted
     student = build_student(lesson.case, world_size)
     lessons(student, None, lesson, 1)
@@ -251,21 +251,21 @@ def parts(teacher: Any) -> list[Any]:
 
 
 def live_tensors() -> list[torch.Tensor]:
-    """Every tensor that Python can reach, but the bytes of an all_gather_object, which gloo's thread lets go of in its own time."""
+    """Every tensor that Python can reach, except bytes of an all_gather_object, which gloo's thread frees later."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return [tensor for tensor in tensors if tensor.dtype != torch.uint8]
 
 
 def shapes(tensors: list[torch.Tensor]) -> Counter[str]:
-    """How many there are of each kind, and bytes of their storages, so that a difference says what it is."""
+    """How many tensors there are of each kind, and the bytes of their storages: a difference then shows its cause."""
     return Counter(f"{type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}" for tensor in tensors) + Counter(
         {"bytes": num_bytes(tensors)}
     )
 
 
 def num_bytes(tensors: list[torch.Tensor]) -> int:
-    """Of their storages, each counted once."""
+    """Bytes of the tensors' storages, each counted once."""
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

@@ -1,4 +1,4 @@
-"""Who may be chosen: samples that were scored, are not held out, have a token that counts, and repeat no earlier sample."""
+"""Samples may be chosen that were scored, are not held out, have a token that counts, and repeat no earlier sample."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.bitmap import bits_between
+from megatron_salt.data.bitmap import bits_between
 from megatron_salt.errors import UserError
 from megatron_salt.selection import eligibility
 from megatron_salt.selection.eligibility import duplicates, find_eligible, held_out_ranges
 from megatron_salt.selection.rules import Rule, choose
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 
@@ -36,7 +36,7 @@ def test_held_out_windows_are_the_last_of_each_dataset(tmp_path: Path, share: fl
 
 
 def test_what_was_not_scored_is_not_chosen_and_counted_once(tmp_path: Path) -> None:
-    """Held out comes first, then not scored, then without tokens."""
+    """A sample with several reasons counts as held out first, then as not scored, then as empty."""
     manifest = manifest_of((300, 700), sample=0.3, sample_seed=5)
     scored = manifest.scored(0, 1000)
     tokens = np.where(scored, np.arange(1000) % 7, 0).astype(np.uint16)
@@ -87,7 +87,7 @@ def test_each_sample_that_may_not_be_chosen_counts_once(tmp_path: Path) -> None:
 
 
 def seen_before(values: list[int]) -> list[bool]:
-    """The oracle of duplicates."""
+    """The oracle: whether each value came before."""
     seen: set[int] = set()
     return [value in seen or bool(seen.add(value)) for value in values]
 
@@ -108,7 +108,7 @@ def test_duplicates_are_what_a_set_says(
 
 
 def test_hashes_that_crowd_are_taken_in_smaller_ranges(tmp_path: Path) -> None:
-    """All within 2^10 of 2^64: every range but the last is empty, and that one is split until it fits."""
+    """All hashes are within 2^10 of 2^64: only the last range has some, and it is split until it fits into memory."""
     content = np.random.default_rng(0).integers((1 << 64) - 1024, 1 << 64, 3000, np.uint64)
     index = write_columns(tmp_path, manifest_of((3000,)), content=content)
     assert bits_between(duplicates(index, 9 * 64), 0, 3000).tolist() == seen_before(content.tolist())

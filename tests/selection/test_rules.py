@@ -1,4 +1,4 @@
-"""The choice equals a full sort by (score, tie rank), whatever the ties, the values and the chunks, and its memory does not grow."""
+"""A rule chooses what a full sort by (score, tie rank) gives, for any ties, values and chunks; its memory does not grow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_salt.selection.rules import Choice, Rule, choose, cuts, order_keys
 from megatron_salt.selection.score_format import npy_header
 from megatron_salt.selection.score_reader import ScoreIndex, Shard
 from megatron_salt.selection.ties import TIE_SEED, tie_ranks
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 SIZES = (37, 2, 100, 3, 58)  # 200 samples
@@ -33,7 +33,7 @@ RULES = [
 
 
 def random_index(tmp_path: Path, seed: int, num_shards: int = 3) -> tuple[ScoreIndex, np.ndarray, np.ndarray]:
-    """(index, scores, tokens): with many ties and every odd value, and samples of no token."""
+    """(index, scores, tokens), with many ties, every special value, and samples without tokens."""
     random = np.random.default_rng(seed)
     scores = random.integers(-4, 5, sum(SIZES)).astype(np.float32) / 2
     odd = random.random(sum(SIZES)) < 0.3
@@ -61,7 +61,7 @@ def largest_remainder(total: int, there: list[int]) -> list[int]:
 
 
 def by_sorting(rule: Rule, scores: np.ndarray, may: np.ndarray) -> list[int]:
-    """The oracle: sort each pool by score and tie rank, and cut."""
+    """The oracle: sort the samples (of each dataset) by score and tie rank, and take the first."""
     if rule.name == "threshold":
         return np.flatnonzero(
             may & (scores >= rule.minimum) & (scores <= (np.inf if rule.maximum is None else rule.maximum))
@@ -166,7 +166,7 @@ def test_a_choice_has_its_cuts(tmp_path: Path) -> None:
 
 
 def decided_by_ties(scores: np.ndarray, may: np.ndarray, chosen: list[int], pools: list[tuple[int, int]]) -> int:
-    """The oracle: chosen samples whose score an eligible sample of their pool has too that is not chosen."""
+    """The oracle: chosen samples of whose score another eligible sample in the same range is not chosen."""
     taken = np.isin(np.arange(len(scores)), chosen)
     return sum(
         int(np.isin(scores[first:end][taken[first:end]], scores[first:end][may[first:end] & ~taken[first:end]]).sum())
@@ -260,7 +260,7 @@ def test_ten_million_samples_with_many_ties(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
-    """Thirty million scores, in a file with holes: everything ties, and a few MB do."""
+    """Thirty million equal scores, in a sparse file: a few MB are enough."""
     num = 3 * 10**7
     path = tmp_path / f"samples-{0:015d}-{num:015d}"
     path.mkdir()

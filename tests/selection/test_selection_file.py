@@ -1,4 +1,4 @@
-"""A selection reads back as written, opens at no cost, and is refused when it is damaged or of other data."""
+"""A selection reads back as it was written, opens at once, and is refused where it is damaged or of other data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.selection.score_format import npy_header
 from megatron_salt.selection.selection_file import Selection, refuse_other_data, selection_paths, write_selection
 from tests.support.datasets import bytes_read
-from tests.support.score_files import manifest_of
+from tests.support.selections import manifest_of
 
 SCORES = manifest_of([1000, 1, 2000])
 RULE = {"score": "median_zeroed_10", "name": "top", "fraction": 0.25, "maximum": None}
@@ -88,7 +88,7 @@ def test_the_fingerprint_names_the_ids(tmp_path: Path) -> None:
 
 
 def test_opening_costs_the_same_at_any_size(tmp_path: Path) -> None:
-    """A hundred million ids, in a file with holes."""
+    """A hundred million ids, in a sparse file."""
     selection = write(tmp_path / "a", np.arange(3000))
     raw = json.loads((tmp_path / "a.json").read_text())
     num = 10**8
@@ -130,7 +130,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_the_description_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the moment of a kill, there is no description beside ids of another selection."""
+    """At whatever moment a kill comes, PREFIX.json never stands beside the ids of another selection."""
     write(tmp_path / "a")
     calls: list[str] = []
     unlink, replace = os.unlink, os.replace

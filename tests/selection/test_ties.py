@@ -1,4 +1,4 @@
-"""Which samples of one score are taken: as many as asked, in a keyed order of the ids, from no part of the file more than another."""
+"""Of samples of equal score exactly as many are taken as asked, by a keyed order of the ids, and evenly from all parts of the file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_salt.bitmap import bits_between
+from megatron_salt.data.bitmap import bits_between
 from megatron_salt.selection.eligibility import Eligible, find_eligible
 from megatron_salt.selection.rules import Rule, choose
 from megatron_salt.selection.ties import Ties, below_limit, tie_limits, tie_ranks
-from tests.support.score_files import manifest_of, write_columns
+from tests.support.selections import manifest_of, write_columns
 
 SCORE = "median_zeroed_10"
 

@@ -27,7 +27,7 @@ SHARDED = ParallelConfig(use_distributed_optimizer=True)
 
 @dataclass(frozen=True)
 class Run:
-    """What the flags of one job say."""
+    """The flags of one job."""
 
     save: str | None = None
     load: str | None = None
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Left:
-    """What a job leaves in memory: the same bits mean the same future."""
+    """Hashes of what a job has in memory at its end. Jobs with the same hashes go on alike."""
 
     weights: str
     optimizer: str
@@ -59,7 +59,7 @@ class Left:
 
 
 def start(run: Run, world_size: int) -> tuple[Student, Checkpointer, RunState | None]:
-    """Build, and load where the run says so."""
+    """Build the model, and load the checkpoint that the run's flags name."""
     student = build_student(run.case, world_size, seed=run.seed)
     follows = schedule_follows_run(OptimizerConfig())
     identity = RunIdentity(
@@ -68,7 +68,10 @@ def start(run: Run, world_size: int) -> tuple[Student, Checkpointer, RunState | 
     )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     config = CheckpointConfig(save=run.save, load=run.load, **run.flags)
-    checkpointer = Checkpointer(config, identity, tokenizer, student.mesh, student.chunks, student.optimizer, student.scheduler)
+    checkpointer = Checkpointer(
+        config, identity, tokenizer, student.mesh, chunks=student.chunks, optimizer=student.optimizer,
+        scheduler=student.scheduler,
+    )  # fmt: skip
     return student, checkpointer, checkpointer.load()
 
 
@@ -86,14 +89,14 @@ def job(run: Run, world_size: int, until: int, save_at: tuple[int, ...] = (), fi
 
 
 def at(step: int) -> RunState:
-    """A run's progress after a step."""
+    """The state of a run after a step."""
     samples = step * GLOBAL_BATCH
     events = ({"event": "start", "step": 0},)
     return RunState(step=step, consumed_samples=samples, position=samples, nonfinite_in_a_row=1, events=events)
 
 
 def left(student: Student, progress: RunState | None, losses: list[float]) -> Left:
-    """Hashes of everything that training continues from, on this rank."""
+    """Hashes of everything on this rank that later steps depend on."""
     with sharded_state.settled(student.chunks):
         weights = _hash(param for chunk in student.chunks for _, param in sorted(chunk.named_parameters()))
     parts = student.optimizer.chained_optimizers
@@ -112,7 +115,7 @@ def _hash(tensors: Any) -> str:
 
 
 def flip(path: Path, offset: int) -> None:
-    """Damage one byte."""
+    """Flip one bit of the byte at `offset`."""
     content = bytearray(path.read_bytes())
     content[offset] ^= 0x40
     path.write_bytes(bytes(content))
@@ -124,12 +127,12 @@ def rewrite(directory: Path, **changes: object) -> None:
     content = json.dumps({name: value for name, value in state.items() if value is not ...}).encode()
     sums = integrity.read_checksums(directory)
     integrity.write_checksums(
-        directory, sums | {save_directory.STATE: integrity.write_whole(directory / save_directory.STATE, content)}
+        directory, sums | {save_directory.STATE: integrity.write_summed(directory / save_directory.STATE, content)}
     )
 
 
 def expect(error: type[Exception], action: Callable[[], Any]) -> str:
-    """The message of the error that `action` raises."""
+    """The message of the error that `action` must raise."""
     try:
         action()
     except error as caught:

@@ -1,9 +1,9 @@
-"""FP8 without an FP8 GPU: numbers are converted to torch's float8 types and back, and multiplied in float32.
+"""FP8 without an FP8 GPU: numbers are rounded to torch's float8 types, and products are computed in float32 from the rounded numbers.
 
-It quantizes as Transformer Engine's recipes do: one scale for each tensor from its current maximum (tensorwise) or from earlier maxima
-(delayed), or a power of two for each block of 128 or 128 x 128 values (blockwise) or of 32 values (mxfp8). `emulate` does that in
-megatron-core's parallel linears of a model, forward and backward; weights and keys do not change. It does not show the
-accumulation of a kernel, nor speed.
+Each recipe of Transformer Engine scales differently: one scale a tensor from its present maximum (tensorwise) or from a history of
+maxima (delayed), a power of two for each block of 128 or 128 x 128 values (blockwise), or for each 32 values (mxfp8). `emulate` puts a
+recipe into megatron-core's parallel linears, forward and backward; weights and keys stay. It cannot show how a kernel accumulates, and
+not its speed.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Quantized(NamedTuple):
 
 
 def largest_of(dtype: torch.dtype) -> float:
-    """Largest number of the type: 448 or 57344."""
+    """The largest number of an FP8 type: 448 or 57344."""
     return torch.finfo(dtype).max
 
 
 def amax_of(tensor: Tensor, group: Group = None) -> Tensor:
-    """The largest magnitude over the ranks of a group: float32 scalar. Collective over the group."""
+    """The largest magnitude over the ranks of a group, a float32 scalar. Collective over the group."""
     amax = tensor.detach().float().abs().amax()
     if group is not None:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
@@ -57,19 +57,19 @@ def amax_of(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def scale_from(amax: Tensor, dtype: torch.dtype, margin: int = 0, instead: Tensor | float = 1.0) -> Tensor:
-    """The scale that maps amax to the type's largest number / 2^margin, float32; `instead` if amax is 0 or not finite."""
+    """The float32 scale that maps amax to the type's largest number over 2^margin; `instead` where amax is 0 or not finite."""
     scale = largest_of(dtype) / amax.float() / 2**margin
     scale = torch.where((amax > 0) & torch.isfinite(amax), scale, torch.as_tensor(instead, dtype=torch.float32))
     return scale.clamp(max=torch.finfo(torch.float32).max)  # a tiny amax
 
 
 def power_of_two_at_most(scale: Tensor) -> Tensor:
-    """The largest power of two that is not above the number, float32. So no number is scaled beyond the type's largest."""
+    """float32 values rounded down to powers of two, so that nothing is scaled beyond the type's largest number."""
     return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
 
 
 def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
-    """Scale, clamp to the type's largest number, round to nearest."""
+    """The tensor scaled, clamped to the type's largest number, and rounded to nearest."""
     largest = largest_of(dtype)
     return Quantized((tensor.detach().float() * scale).clamp(-largest, largest).to(dtype), scale)
 
@@ -83,7 +83,7 @@ def block_amax(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def quantize_blocks(tensor: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Quantized:
-    """Quantize [n, m] with a power of two for each block. float8_e8m0fnu can hold these scales."""
+    """A tensor [n, m] quantized with a power of two for each block, as float8_e8m0fnu could hold it."""
     return quantize(tensor, power_of_two_at_most(scale_from(block_amax(tensor, rows, columns), dtype)), dtype)
 
 
@@ -96,12 +96,12 @@ class Quantizer(Protocol):
         """The quantized tensor in its memory order."""
 
     def update(self) -> None:
-        """Record the maxima since the last call. Collective if maxima are reduced."""
+        """Add the maxima seen since the last call to the history. Collective where maxima are reduced."""
 
 
 @dataclass
 class Tensorwise:
-    """Current scaling."""
+    """Current scaling: the scale comes from the tensor's own maximum."""
 
     dtype: torch.dtype
     group: Group = None
@@ -117,7 +117,7 @@ class Tensorwise:
 
 
 class Delayed:
-    """Delayed scaling: the scale comes from earlier maxima."""
+    """Delayed scaling: the scale comes from maxima of earlier steps."""
 
     def __init__(
         self, dtype: torch.dtype, length: int, algorithm: Literal["max", "most_recent"], margin: int, group: Group = None
@@ -145,7 +145,7 @@ class Delayed:
 
 @dataclass
 class Blocks:
-    """Blocks of `height` x `width`. The copy that is read along the first dimension is quantized separately."""
+    """Blocks of `height` x `width`. The transposed form is quantized from the tensor itself, not from its quantized form."""
 
     dtype: torch.dtype
     height: int
@@ -162,7 +162,7 @@ class Blocks:
 
 @dataclass
 class Kept:
-    """A tensor that exists only in FP8, whatever tensor it gets."""
+    """A weight that exists only in FP8: what is passed in is ignored."""
 
     quantized: Quantized
 
@@ -188,7 +188,7 @@ class Recipe:
     margin: int = 0
 
     def quantizers(self, group: Group) -> tuple[Quantizer, Quantizer, Quantizer]:
-        """Quantizers of the input, weight and output gradient of a linear. group: the ranks over which maxima are reduced."""
+        """Quantizers of a linear's input, weight and output gradient. group: the ranks over which maxima are reduced."""
         gradients = E5M2 if self.hybrid else E4M3
         return self._quantizer(E4M3, 1, group), self._quantizer(E4M3, BLOCK, group), self._quantizer(gradients, 1, group)
 
@@ -226,7 +226,7 @@ class Fp8Product(torch.autograd.Function):
 
 
 class Column(layers.ColumnParallelLinear):
-    """A column-parallel linear that multiplies in FP8 while its `emulation` is on."""
+    """A ColumnParallelLinear that multiplies in FP8 while its `emulation` is on."""
 
     emulation: Emulation
     quantizers: tuple[Quantizer, Quantizer, Quantizer]
@@ -242,7 +242,7 @@ class Column(layers.ColumnParallelLinear):
 
 
 class Row(layers.RowParallelLinear):
-    """A row-parallel linear that multiplies in FP8 while its `emulation` is on."""
+    """A RowParallelLinear that multiplies in FP8 while its `emulation` is on."""
 
     emulation: Emulation
     quantizers: tuple[Quantizer, Quantizer, Quantizer]
@@ -270,7 +270,7 @@ class Emulation:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """As Transformer Engine's autocast: scales are updated at the end of the block, and only if gradients are enabled."""
+        """Like Transformer Engine's autocast: scales are updated at the end, and only where gradients are enabled."""
         if torch.is_grad_enabled():
             self._update(2)  # of the backward before
         self.active = True
@@ -283,7 +283,7 @@ class Emulation:
 
     @torch.no_grad()
     def keep_fp8_alone(self) -> None:
-        """For a model that only runs forward: convert the weights of its linears to FP8 and free the originals."""
+        """Keep only the FP8 form of the linears' weights, in a model that only runs forward."""
         for linear in self.linears:
             kept = linear.quantizers[1].rows(linear.weight)
             linear.register_buffer("payload", kept.payload)
@@ -297,7 +297,7 @@ class Emulation:
 
 
 def emulate(model: nn.Module, recipe: Recipe, reduce_amax: bool = True) -> Emulation:
-    """FP8 in each parallel linear of the model except the output head. reduce_amax: maxima are of whole tensors, not of a rank's part."""
+    """Emulate FP8 in every parallel linear but the output head. reduce_amax: maxima are of whole tensors, not of a rank's part."""
     linears: list[Any] = []
     for module in model.modules():
         for plain, emulated in ((layers.ColumnParallelLinear, Column), (layers.RowParallelLinear, Row)):

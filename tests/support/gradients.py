@@ -34,7 +34,7 @@ def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dic
 
 
 def whole_tensors(student: Student, read: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """The result of `read` for each parameter, of its shape; by default its value. Collective over all ranks; all receive."""
+    """What `read` returns for each parameter, in its shape; by default its value. Collective over all ranks; all receive."""
     mine = {}
     for chunk in student.chunks:
         model = unwrap(chunk)
@@ -53,7 +53,7 @@ def whole_tensors(student: Student, read: Callable[[Tensor], Tensor] = Tensor.de
 
 
 def _gather_shards(chunk: torch.nn.Module) -> None:
-    """With the distributed optimizer each rank has summed only its share of each bucket. Gather the other shares."""
+    """Gather the other ranks' shares of every bucket: under the distributed optimizer each rank has summed only its own."""
     for buffer in chunk.buffers:
         for bucket in buffer.buckets:
             group = buffer.data_parallel_group
@@ -62,7 +62,7 @@ def _gather_shards(chunk: torch.nn.Module) -> None:
 
 
 def _whole(param: Tensor, value: Tensor, gated: bool, group: dist.ProcessGroup) -> Tensor:
-    """The whole parameter from the part of a tensor-parallel rank."""
+    """The whole tensor, from this tensor-parallel rank's part of it. Collective over tp."""
     parts = [torch.empty_like(value) for _ in range(group.size())]
     dist.all_gather(parts, value.contiguous(), group=group)
     if not getattr(param, "tensor_model_parallel", False):

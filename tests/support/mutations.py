@@ -1,4 +1,4 @@
-"""What may happen to a small file, as hypothesis draws it: another kind of thing in its place, bytes lost or changed, a value replaced."""
+"""Damage to a small file, drawn by hypothesis: something else in its place, bytes lost or changed, a value replaced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INSERTED = {
 
 @dataclass(frozen=True)
 class Mutation:
-    """`name` says what happened; `apply` makes it happen to a path."""
+    """`name` describes the damage; `apply` does it to a path."""
 
     name: str
     apply: Callable[[Path], None]
@@ -37,7 +37,7 @@ class Mutation:
 
 
 def mutations(structured: bool) -> st.SearchStrategy[Mutation]:
-    """Of a file; `structured`: of JSON's values too."""
+    """A strategy for mutations of a file. structured: also of values in its JSON."""
     drawn = [
         st.sampled_from(
             [Mutation(kind.__name__, kind) for kind in (gone, emptied, a_directory, a_fifo, a_device, a_broken_link)]
@@ -60,7 +60,7 @@ def share() -> st.SearchStrategy[float]:
 
 @contextlib.contextmanager
 def kept(path: Path) -> Iterator[None]:
-    """The file as it was, afterwards."""
+    """Restore the file when the block ends."""
     content = path.read_bytes()
     try:
         yield
@@ -146,7 +146,7 @@ def without(at: float) -> Mutation:
 
 
 def with_key_twice(at: float) -> Mutation:
-    """The text of a key and its value again, wherever it stands."""
+    """The JSON text with one key and its value written twice."""
 
     def change(content: bytes) -> bytes:
         keys = [
@@ -160,7 +160,7 @@ def with_key_twice(at: float) -> Mutation:
 
 
 def _of_tree(name: str, at: float, change: Callable[[Any, tuple[Any, ...]], Any]) -> Mutation:
-    """Of a JSON file, or of one whose first line is JSON."""
+    """A mutation of a JSON file, or of a file whose first line is JSON."""
 
     def apply(content: bytes) -> bytes:
         try:

@@ -38,7 +38,7 @@ def norm(model: ModelConfig, weights: Mapping[str, Tensor], name: str, x: Tensor
 
 
 def attention(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
-    """Rows of the qkv weight: for each group its query heads, its key head, its value head."""
+    """Attention. The rows of the qkv weight are, for each group, its query heads, its key head and its value head."""
     batch, length, _ = x.shape
     groups, width = model.query_groups, model.head_width
     heads = model.num_attention_heads // groups
@@ -57,7 +57,7 @@ def attention(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor, mask
 
 
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:
-    """Channels i and i + r/2 of the first r channels of a head form a plane, which turns by position * base^(-2i/r)."""
+    """Rotary embedding: the plane of channels i and i + r/2 of the first r is rotated by position * base^(-2i/r)."""
     r = int(model.head_width * model.rotary_percent)
     angle = torch.arange(x.size(1))[:, None] * model.rotary_base ** (-torch.arange(0, r, 2) / r)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]

@@ -1,7 +1,7 @@
 """The whole program in tests: a small dataset, the flags of a small run, and that run on ranks of the pool.
 
-A run is its flags. `run` calls `pretrain.main` in each rank of the pool; `start` starts it as a process, by `python -m`. Results are
-read from the files that the run leaves: its JSONL and its checkpoints.
+A run is given by its flags. `run` calls `pretrain.main` in every rank of the pool; `start` starts it as a process of its own, by
+`python -m`. Results are read from what a run leaves on disk: its JSONL and its checkpoints.
 """
 
 from __future__ import annotations
@@ -84,19 +84,19 @@ class Ended:
 
 def run(world_size: int = 1, *, within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         timeout: float = 120.0, **flags: Any) -> list[Ended]:  # fmt: skip
-    """Run the program with these flags. Returns how it ended, in the order of ranks. Each rank enters `within` around it."""
+    """Run the program with these flags. Returns how each rank ended. within: a context manager entered around it in every rank."""
     return run_ranks(world_size, _main, argv(**flags), within, timeout=timeout)
 
 
 def train(world_size: int = 1, **flags: Any) -> Ended:
-    """Run a run that must succeed. Returns how the rank that prints ended."""
+    """`run` for a run that must succeed. Returns how the last rank, which prints the log, ended."""
     ended = run(world_size, **flags)
     assert [one.status for one in ended] == [0] * world_size, ended
     return ended[-1]
 
 
 def refused(world_size: int = 1, **flags: Any) -> str:
-    """Run a run that every rank must refuse in one line without a traceback. Returns that line without "error: "."""
+    """`run` for a run that every rank must refuse in one line without a traceback. Returns that line after "error: "."""
     ended = run(world_size, **flags)
     for one in ended:
         assert one.status == 2, one
@@ -105,7 +105,7 @@ def refused(world_size: int = 1, **flags: Any) -> str:
 
 
 def the_error(err: str) -> str:
-    """The message of the last `error: ` line on stderr."""
+    """The message of the last error on stderr."""
     *_, last = err.rstrip("\n").partition("error: ")
     return last
 
@@ -119,8 +119,8 @@ def _main(words: list[str], within: Callable[[], contextlib.AbstractContextManag
 
 
 def begin(directory: Path, world_size: int = 1, **flags: Any) -> list[Process]:
-    """Start the program in processes of their own, which can be killed. Their output goes to DIRECTORY/rank-R. Cheap: the pool's fork
-    server has made the imports."""
+    """Start the program in processes that can be killed. Their output goes to DIRECTORY/rank-R. The pool's fork server has already made
+    the imports, so this is cheap."""
     run_ranks(1, os.getpid)  # there is a fork server now
     rendezvous = tempfile.mktemp(prefix="rendezvous-", dir=directory)
     context = multiprocessing.get_context("forkserver")
@@ -180,7 +180,7 @@ def entries(save: str | Path, kind: str = "step") -> list[dict[str, Any]]:
 
 
 def losses(save: str | Path) -> dict[int, float]:
-    """{step: loss} of the JSONL, which must have each step once."""
+    """{step: loss} from the JSONL, which must hold each step once."""
     steps = entries(save)
     curve = {entry["step"]: entry["loss"] for entry in steps}
     assert len(curve) == len(steps), "the JSONL repeats a step"
@@ -188,7 +188,7 @@ def losses(save: str | Path) -> dict[int, float]:
 
 
 def numbers(save: str | Path) -> list[tuple[Any, ...]]:
-    """Numbers that must be equal bit for bit in two runs: samples, loss, gradient norm and learning rate of each step."""
+    """Samples, loss, gradient norm and learning rate of every step: equal runs have the same bits."""
     return [tuple(entry[key] for key in ("step", "consumed_samples", "loss", "grad_norm", "lr")) for entry in entries(save)]
 
 
@@ -203,7 +203,7 @@ def state_of(save: str | Path, step: int) -> dict[str, Any]:
 
 
 def tensors(save: str | Path, step: int) -> dict[str, str]:
-    """Hashes of the files with weights, optimizer and random state. In one layout equal bits give equal files."""
+    """Hashes of the files with weights, optimizer and random state. Under one layout, equal states make equal files."""
     files = json.loads(Path(save, f"iter_{step:07d}", "checksums.json").read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
 

@@ -1,7 +1,7 @@
-"""The worker's side of `ranks.py`: it runs one call after another and leaves nothing of a call behind.
+"""The worker processes of `ranks.py`: they run one call after another, and reset everything after each call.
 
-After a call `_take_down` restores process groups, megatron-core's globals and caches, random state, environment, signal handlers
-and whatever else the call may have changed.
+After a call, `_take_down` resets process groups, megatron-core's globals and caches, random state, environment, signal handlers and
+whatever else a call may have changed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a rank must run."""
+    """The function that one rank has to run, and its arguments."""
 
     rank: int
     world_size: int
@@ -61,7 +61,7 @@ def stack_file(directory: str, rank: int) -> Path:
 
 
 def serve(pipe: Connection) -> None:
-    """The main loop of a worker: run a call, send its outcome, clean up, send that outcome; until the parent is gone."""
+    """The loop of a worker: receive a call, send its outcome, clean up, send the outcome of that; until the parent is gone."""
     os.setpgrp()  # so that kill() also reaches this worker's children; and Ctrl-C is the parent's business
     import torch
 
@@ -138,7 +138,7 @@ def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
 
 
 def _forget_cached_calls() -> None:
-    """Empty megatron-core's lru_caches. A cache of a method keeps its object alive, and with it process groups and their threads."""
+    """Empty megatron-core's lru_caches. A cache on a method keeps its object alive, and so process groups and their threads."""
     for module in [module for name, module in sys.modules.items() if name.startswith("megatron")]:
         for holder in [module, *(value for value in vars(module).values() if isinstance(value, type))]:
             for value in vars(holder).values():
@@ -147,7 +147,7 @@ def _forget_cached_calls() -> None:
 
 
 def _break_cycles() -> None:
-    """Break a cycle that Python cannot collect, because it passes through C++: DDP -> gradient accumulators -> hooks -> DDP."""
+    """Free megatron-core's DDP. Its gradient accumulators have hooks that hold the DDP: a cycle through C++ that Python cannot free."""
     from megatron.core.distributed import DistributedDataParallel
 
     for left in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
@@ -172,7 +172,7 @@ def _stack_on_demand(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Restore the settings of the process at the end of the block."""
+    """Restore the process's settings when the block ends."""
     directory, path, argv = os.getcwd(), list(sys.path), list(sys.argv)
     log, log_level = list(logging.root.handlers), logging.root.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}

@@ -1,9 +1,10 @@
 """Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` returns one result for each rank.
 
-A pool of processes lives as long as the test session and grows to the largest world asked for. Each call gets a new gloo group
-(file:// rendezvous in a new directory) and leaves nothing behind (`rank_worker.py`). An error in a rank is raised here as RankError
-with the traceback of that rank: an exception, a hang (with the stack of each hanging rank) or a dead process. After a hang or a death
-the pool is killed, and the next call starts a new one. Workers compute with one thread, always on the CPU.
+One pool of processes lives as long as the test session and grows to the largest world that a test asks for. Each call gets a new
+gloo group (file:// rendezvous in a new directory), and is cleaned up after (`rank_worker.py`). An exception, a hang or the death of a
+rank is raised as RankError, with that rank's traceback or stack. After a hang or a death the pool is killed, and the next call starts
+another. Every worker computes on one thread, and on the
+CPU wherever it runs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class _Worker:
         remote.close()
 
     def kill(self) -> None:
-        """Kill the process and its children."""
+        """Kill the process and the processes that it has started."""
         assert self.process.pid is not None
         for target in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
@@ -62,10 +63,9 @@ _pool: list[_Worker] = []
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
-    """Call `function(*arguments)` in `world_size` processes with gloo initialised; returns the results in the order of ranks.
+    """Call `function(*arguments)` in `world_size` processes with gloo initialised. Returns the results by rank.
 
-    `function` and `arguments` are pickled, so the function must be at the top level of a module. Results are pickled too. `timeout` is in
-    seconds. Raises RankError.
+    Function, arguments and results are pickled, so the function must be at the top level of a module. timeout: seconds. Raises RankError.
     """
     payload = pickle.dumps((function, arguments))
     if any(not worker.process.is_alive() for worker in _pool):
@@ -112,7 +112,7 @@ def _send(worker: _Worker, message: Call | str) -> None:
 
 
 def _collect(workers: list[_Worker], timeout: float) -> dict[int, Outcome]:
-    """One outcome for each rank; fewer if ranks hang. It ends early, after GRACE seconds, when a rank has failed."""
+    """The outcome of each rank; fewer where ranks hang. When a rank has failed, the others get a short time to end."""
     outcomes: dict[int, Outcome] = {}
     deadline = time.monotonic() + timeout
     while len(outcomes) < len(workers):
@@ -140,7 +140,7 @@ def _exit(worker: _Worker) -> str:
 def _error(
     workers: list[_Worker], function: Callable[..., Any], outcomes: dict[int, Outcome], directory: str, late: str
 ) -> RankError:
-    """The error message: tracebacks of the failed ranks, then stacks of the ranks that have not answered."""
+    """An error with the tracebacks of failed ranks, then the stacks of ranks that have not answered."""
     failed = [rank for rank, outcome in outcomes.items() if outcome.trace]  # in the order in which they failed
     stuck = [rank for rank in range(len(workers)) if rank not in outcomes]
     for rank in stuck:

@@ -92,7 +92,7 @@ def _model_state(student: Student) -> dict:
 
 
 def save_weights(student: Student, directory: Path) -> None:
-    """Write only the weights; any layout can load them."""
+    """Write only the weights, in a form that loads under any layout."""
     dist_checkpointing.save(_model_state(student), str(directory))
 
 
@@ -133,7 +133,7 @@ def batch(student: Student, case: Case, step: int) -> list[Microbatch]:
 
 @dataclass(frozen=True)
 class Curve:
-    """The results of training, the same on every rank."""
+    """Losses and gradient norms of a training, the same on every rank."""
 
     losses: list[float]
     grad_norms: list[float]

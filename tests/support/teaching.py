@@ -50,7 +50,13 @@ def save_teacher(student: Student, directory: Path, model: ModelConfig, steps: i
     )  # fmt: skip
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     checkpointer = Checkpointer(
-        CheckpointConfig(save=str(directory)), identity, tokenizer, student.mesh, student.chunks, None, None
+        CheckpointConfig(save=str(directory)),
+        identity,
+        tokenizer,
+        student.mesh,
+        chunks=student.chunks,
+        optimizer=None,
+        scheduler=None,
     )
     checkpointer.save(RunState(step=steps), final=True, reference_losses=reference_losses(student, VOCABULARY))
 
@@ -70,7 +76,7 @@ class Lesson:
 
     @property
     def salt(self) -> SaltConfig:
-        """The flags."""
+        """The lesson's flags."""
         return SaltConfig(
             teacher_load=self.load, teacher_tensor_model_parallel_size=self.teacher[0], kd_steps=10, kd_weight=self.kd_weight,
             teacher_pipeline_model_parallel_size=self.teacher[1], kd_teacher_temperature=self.temperature,
@@ -101,7 +107,7 @@ def admit(lesson: Lesson, student: Student) -> Teacher:
 
 @dataclass(frozen=True)
 class Taught:
-    """What lessons came to, the same on every rank."""
+    """Sums of metrics and gradient norms of lessons, the same on every rank."""
 
     sums: list[list[float]]
     """[steps][metrics], over all replicas."""
@@ -128,5 +134,5 @@ def lessons(student: Student, teacher: Teacher | None, lesson: Lesson, steps: in
 
 
 def world() -> int:
-    """Ranks in all."""
+    """The number of all ranks."""
     return dist.get_world_size()

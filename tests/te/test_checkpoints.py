@@ -53,7 +53,7 @@ def checkpointer(side: Side, chunks: list[GPT], mesh, save: Path | None = None, 
         yaml="", architecture=asdict(side.model), tokenizer_fingerprint="tokenizer", data_fingerprint="data", seed=1234
     )
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
-    return Checkpointer(config, identity, tokenizer, mesh, chunks, None, None)
+    return Checkpointer(config, identity, tokenizer, mesh, chunks=chunks, optimizer=None, scheduler=None)
 
 
 def scaled(chunks: list[GPT]) -> None:

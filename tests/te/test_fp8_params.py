@@ -54,7 +54,12 @@ def start(precision: Precision, **where: str) -> Started:
     identity = RunIdentity(
         yaml="", architecture=asdict(SMALL), tokenizer_fingerprint="tokenizer", data_fingerprint="data", seed=1234
     )
-    return Started(model, ddp, optimizer, Checkpointer(config, identity, tokenizer, mesh, [ddp], optimizer, scheduler))
+    return Started(
+        model,
+        ddp,
+        optimizer,
+        Checkpointer(config, identity, tokenizer, mesh, chunks=[ddp], optimizer=optimizer, scheduler=scheduler),
+    )
 
 
 def is_fp8(parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The end of a document is a special token; what leaves it open is refused with the candidates; and old choices keep their fingerprints."""
+"""Documents end in a special token; an open choice is refused with the candidates; earlier choices keep their fingerprints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LETTERS = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz<>/| 
 
 
 def tokenizer_json(special: list[str], ordinary: list[str] = []) -> tokenizers.Tokenizer:  # noqa: B006
-    """Letters, then the special tokens, then the ordinary added ones."""
+    """A model of letters, then special tokens, then ordinary added tokens."""
     model = tokenizers.Tokenizer(models.BPE(LETTERS, []))
     model.add_special_tokens(special)
     model.add_tokens(ordinary)
@@ -34,7 +34,7 @@ def saved(folder: Path, model: tokenizers.Tokenizer, **beside: object) -> Tokeni
     model.save(str(folder / "tokenizer.json"))
     for name, content in beside.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    return TokenizerConfig("HuggingFaceTokenizer", str(folder))
+    return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
 
 
 def eod_text(config: TokenizerConfig, model: tokenizers.Tokenizer) -> str | None:
@@ -43,7 +43,7 @@ def eod_text(config: TokenizerConfig, model: tokenizers.Tokenizer) -> str | None
 
 
 def test_an_html_tag_among_the_added_tokens_ends_no_document(tmp_path):
-    """Gemma's tokenizer."""
+    """As in Gemma's tokenizer."""
     model = tokenizer_json(["<pad>", "<eos>", "<bos>"], ["<s>", "</s>"])
     config = saved(tmp_path, model)
     tokenizer = build_tokenizer(config)
@@ -84,7 +84,7 @@ def test_names_then_the_files_beside_it_decide_or_the_candidates_are_named(tmp_p
         with pytest.raises(UserError, match="--eod-token") as error:
             build_tokenizer(config)
         assert all(f"{token!r} (id {model.token_to_id(token)})" in str(error.value) for token in special[:2])
-        config = TokenizerConfig("HuggingFaceTokenizer", str(tmp_path), eod_token=special[1])
+        config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path), eod_token=special[1])
         assert eod_text(config, model) == special[1]
     else:
         assert eod_text(config, model) == expected
@@ -109,8 +109,16 @@ def test_files_beside_a_file_of_another_name_are_not_its_own(tmp_path):
     model = tokenizer_json(["<fin>"])
     saved(tmp_path, model, tokenizer_config={"eos_token": "<fin>"})
     model.save(str(tmp_path / "other.json"))
-    assert eod_text(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path / "other.json")), model) is None
-    assert eod_text(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json")), model) == "<fin>"
+    assert (
+        eod_text(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "other.json")), model)
+        is None
+    )
+    assert (
+        eod_text(
+            TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json")), model
+        )
+        == "<fin>"
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\udcff"])
@@ -125,40 +133,51 @@ def test_a_damaged_file_beside_it_is_named(tmp_path, content):
     "make, token",
     [
         (lambda home: saved(home, tokenizer_json(["</s>"])), "<fin>"),
-        (lambda home: TokenizerConfig("SentencePieceTokenizer", str(sentencepiece_model(home / "m"))), "<fin>"),
-        (lambda home: TokenizerConfig("ByteLevelTokenizer"), "</s>"),
+        (
+            lambda home: TokenizerConfig(
+                tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(sentencepiece_model(home / "m"))
+            ),
+            "<fin>",
+        ),
+        (lambda home: TokenizerConfig(tokenizer_type="ByteLevelTokenizer"), "</s>"),
     ],
 )
 def test_a_token_that_is_not_there_is_refused_with_the_special_ones(tmp_path, make, token):
     config = make(tmp_path)
     with pytest.raises(UserError, match=rf"--eod-token '{token}': .* has no such token"):
-        build_tokenizer(TokenizerConfig(config.tokenizer_type, config.tokenizer_model, eod_token=token))
+        build_tokenizer(
+            TokenizerConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model, eod_token=token)
+        )
 
 
 @pytest.mark.parametrize("token", ["<unk>", "<0x0A>"])
 def test_what_any_text_gives_ends_no_document(tmp_path, token):
     model = str(sentencepiece_model(tmp_path / "m"))
     with pytest.raises(UserError, match=f"--eod-token '{token}' .* ordinary text gives"):
-        build_tokenizer(TokenizerConfig("SentencePieceTokenizer", model, eod_token=token))
+        build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model, eod_token=token))
 
 
 def test_a_single_letter_ends_no_document_where_text_needs_it(tmp_path):
     config = saved(tmp_path, tokenizer_json(["</s>"]))
     with pytest.raises(UserError, match="--eod-token 'q': .* cannot spell text"):
-        build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", config.tokenizer_model, eod_token="q"))
+        build_tokenizer(
+            TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=config.tokenizer_model, eod_token="q")
+        )
 
 
 def test_fingerprints_stay_where_the_end_is_the_one_that_was_always_taken(tmp_path):
-    """And differ where it is another one, so that data with another end is refused."""
+    """Another end gives another fingerprint, so data with another end is refused."""
     html = saved(tmp_path / "html", tokenizer_json(["<eos>"], ["</s>"]))  # </s> was taken
     plain = saved(tmp_path / "plain", tokenizer_json(["</s>", "<|endoftext|>"]))  # <|endoftext|> was taken
     unknown = saved(tmp_path / "unknown", tokenizer_json(["<fin>"]))  # none was
 
     def fingerprint(config: TokenizerConfig, eod_token: str | None) -> str:
-        return build_tokenizer(TokenizerConfig(config.tokenizer_type, config.tokenizer_model, eod_token=eod_token)).fingerprint
+        return build_tokenizer(
+            TokenizerConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model, eod_token=eod_token)
+        ).fingerprint
 
     def of_the_files(config: TokenizerConfig) -> str:
-        """As the first versions computed it."""
+        """The fingerprint as the first releases computed it."""
         import hashlib
 
         content = (Path(str(config.tokenizer_model)) / "tokenizer.json").read_bytes()
@@ -172,7 +191,9 @@ def test_fingerprints_stay_where_the_end_is_the_one_that_was_always_taken(tmp_pa
 
 def test_a_saved_tokenizer_keeps_the_end_that_was_named_and_one_of_an_older_version_its_own(tmp_path):
     config = saved(tmp_path / "from", tokenizer_json(["<eos>", "<bos>"], ["</s>"]), tokenizer_config={"bos_token": "<bos>"})
-    named = build_tokenizer(TokenizerConfig(config.tokenizer_type, config.tokenizer_model, eod_token="</s>"))
+    named = build_tokenizer(
+        TokenizerConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model, eod_token="</s>")
+    )
     named.save(tmp_path / "kept")
     loaded = load_tokenizer(tmp_path / "kept")
     assert (loaded.eod, loaded.bos, loaded.fingerprint) == (named.eod, named.bos, named.fingerprint) and named.bos is not None
@@ -199,7 +220,7 @@ def test_a_special_token_with_no_name_of_an_end_ends_nothing():
 
 
 def test_a_piece_of_text_with_the_name_of_an_end_ends_no_document():
-    """SentencePiece learnt it; a user-defined or control piece of that name is one that somebody put there."""
+    """SentencePiece learnt such a piece from text. A user-defined or control piece was put there on purpose."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["<eod>"] * 50 + ["a b"]),

@@ -1,4 +1,4 @@
-"""Special tokens in a text: found and counted as they stand there, and under split no text gives their ids, in any library."""
+"""Special tokens in a text are found and counted; with --special-tokens-in-text split no text gives their ids, in any library."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_gigatoken_gives_the_same_ids_for_special_tokens_in_text(make, matches_s
 
 
 def test_gigatoken_is_not_taken_for_a_model_that_matches_pieces_of_its_own():
-    """It gives other ids for the white space around them."""
+    """gigatoken gives other ids for the white space around such pieces."""
     tokenizer = tokenizer_from_files("SentencePieceTokenizer", {"tokenizer.model": sentencepiece_bytes()}, "test")
     backend, why = choose_backend("auto", tokenizer, TEXT)
     assert backend == "reference" and "'<x>'" in why

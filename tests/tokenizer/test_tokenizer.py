@@ -1,4 +1,4 @@
-"""Tokenizers: nothing is lost, nothing is added, text cannot forge a document's end, and a saved tokenizer is the same one."""
+"""Tokenizers lose nothing and add nothing, text cannot forge the end of a document, and a saved tokenizer stays the same."""
 
 from __future__ import annotations
 
@@ -62,17 +62,19 @@ def byte_level_bpe(special_tokens: list[str]) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory) -> dict[str, TokenizerConfig]:
-    """One tokenizer of each kind, in files."""
+    """Flags for one tokenizer of each kind, whose files exist."""
     home = tmp_path_factory.mktemp("tokenizers")
     sentencepiece_model(home / "sp.model", eos_piece="</s>")
     model = byte_level_bpe(["<|endoftext|>", "<pad>"])
     model.save(str(home / "hf.json"))
     model.model.save(str(home))  # vocab.json, merges.txt: GPT-2's form
     return {
-        "sentencepiece": TokenizerConfig("SentencePieceTokenizer", str(home / "sp.model")),
-        "hugging_face": TokenizerConfig("HuggingFaceTokenizer", str(home / "hf.json")),
-        "gpt2": TokenizerConfig("GPT2BPETokenizer", None, str(home / "vocab.json"), str(home / "merges.txt")),
-        "byte_level": TokenizerConfig("ByteLevelTokenizer"),
+        "sentencepiece": TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(home / "sp.model")),
+        "hugging_face": TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(home / "hf.json")),
+        "gpt2": TokenizerConfig(
+            tokenizer_type="GPT2BPETokenizer", vocab_file=str(home / "vocab.json"), merge_file=str(home / "merges.txt")
+        ),
+        "byte_level": TokenizerConfig(tokenizer_type="ByteLevelTokenizer"),
     }
 
 
@@ -126,7 +128,11 @@ def test_vocabulary_sizes_are_those_of_the_files(configs):
 def test_the_vocabulary_reaches_to_the_largest_id_over_holes(tmp_path, configs):
     vocabulary = json.loads(Path(configs["gpt2"].vocab_file).read_text())
     (tmp_path / "v").write_text(json.dumps({**vocabulary, "<|endoftext|>": 999}))
-    tokenizer = build_tokenizer(TokenizerConfig("GPT2BPETokenizer", None, str(tmp_path / "v"), configs["gpt2"].merge_file))
+    tokenizer = build_tokenizer(
+        TokenizerConfig(
+            tokenizer_type="GPT2BPETokenizer", vocab_file=str(tmp_path / "v"), merge_file=configs["gpt2"].merge_file
+        )
+    )
     assert (tokenizer.vocabulary_size, tokenizer.eod) == (1000, 999)
 
 
@@ -135,9 +141,15 @@ def test_fingerprints_depend_on_contents_and_kind_and_not_on_names(configs, tmp_
     assert len(set(prints)) == len(prints)
     moved = tmp_path / "other.name"
     moved.write_bytes(Path(configs["sentencepiece"].tokenizer_model).read_bytes())
-    assert build_tokenizer(TokenizerConfig("SentencePieceTokenizer", str(moved))).fingerprint == prints[0]
+    assert (
+        build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(moved))).fingerprint
+        == prints[0]
+    )
     sentencepiece_model(moved, vocab_size=331)
-    assert build_tokenizer(TokenizerConfig("SentencePieceTokenizer", str(moved))).fingerprint != prints[0]
+    assert (
+        build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(moved))).fingerprint
+        != prints[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +165,7 @@ def test_fingerprints_depend_on_contents_and_kind_and_not_on_names(configs, tmp_
 )
 def test_sentencepiece_end_of_document_is_a_named_piece_or_eos_or_none(tmp_path, settings, piece):
     model = sentencepiece_model(tmp_path / "m", **settings)
-    eod = build_tokenizer(TokenizerConfig("SentencePieceTokenizer", str(model))).eod
+    eod = build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))).eod
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert (None if eod is None else processor.id_to_piece(eod)) == piece
 
@@ -171,13 +183,15 @@ def test_sentencepiece_end_of_document_is_a_named_piece_or_eos_or_none(tmp_path,
 def test_hugging_face_end_of_document_is_the_one_special_token_with_a_known_name_or_none(tmp_path, special, expected):
     model = byte_level_bpe(special)
     model.save(str(tmp_path / "t.json"))
-    eod = build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path / "t.json"))).eod
+    eod = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))).eod
     assert (None if eod is None else model.id_to_token(eod)) == expected
 
 
 def test_gpt2_without_endoftext_has_no_end_of_document(tmp_path):
     byte_level_bpe([]).model.save(str(tmp_path))
-    config = TokenizerConfig("GPT2BPETokenizer", None, str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    config = TokenizerConfig(
+        tokenizer_type="GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"), merge_file=str(tmp_path / "merges.txt")
+    )
     assert build_tokenizer(config).eod is None
 
 
@@ -194,7 +208,12 @@ def test_what_a_tokenizer_json_adds_cuts_or_pads_is_left_out(tmp_path, configs):
     model.post_processor = processors.TemplateProcessing(single="<pad> $A <pad>", special_tokens=[("<pad>", 1)])
     model.save(str(tmp_path / "tokenizer.json"))
     assert model.encode_batch(TEXT)[0].ids != plain[0]
-    assert build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", str(tmp_path))).encode_batch(TEXT) == plain
+    assert (
+        build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path))).encode_batch(
+            TEXT
+        )
+        == plain
+    )
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
@@ -204,14 +223,14 @@ def test_a_missing_or_damaged_file_is_named_with_its_flag(tmp_path, kind, conten
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=f"--tokenizer-model {path}"):
-        build_tokenizer(TokenizerConfig(kind, str(path)))
+        build_tokenizer(TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(path)))
 
 
 def test_a_truncated_sentencepiece_model_is_refused(tmp_path, configs):
     whole = Path(configs["sentencepiece"].tokenizer_model).read_bytes()
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cut is not a SentencePiece model"):
-        build_tokenizer(TokenizerConfig("SentencePieceTokenizer", str(tmp_path / "cut")))
+        build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "cut")))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +248,9 @@ def test_damaged_gpt2_files_are_refused_by_name(tmp_path, configs, vocab, merges
     (tmp_path / "v").write_text(Path(configs["gpt2"].vocab_file).read_text() if vocab is None else vocab)
     (tmp_path / "m").write_text(merges or " ")
     with pytest.raises(UserError, match=word) as error:
-        build_tokenizer(TokenizerConfig("GPT2BPETokenizer", None, str(tmp_path / "v"), str(tmp_path / "m")))
+        build_tokenizer(
+            TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=str(tmp_path / "v"), merge_file=str(tmp_path / "m"))
+        )
     assert "--vocab-file" in str(error.value) and "--merge-file" in str(error.value)
 
 
@@ -237,11 +258,11 @@ def test_damaged_gpt2_files_are_refused_by_name(tmp_path, configs, vocab, merges
     "config, word",
     [
         (TokenizerConfig(), "--tokenizer-type"),
-        (TokenizerConfig("SentencePieceTokenizer"), "needs --tokenizer-model"),
-        (TokenizerConfig("GPT2BPETokenizer", None, "v"), "v cannot be read"),
-        (TokenizerConfig("GPT2BPETokenizer", "m"), "--tokenizer-model m"),
-        (TokenizerConfig("ByteLevelTokenizer", "m"), "takes no file"),
-        (TokenizerConfig("HuggingFaceTokenizer", "m", merge_file="x"), "--merge-file x"),
+        (TokenizerConfig(tokenizer_type="SentencePieceTokenizer"), "needs --tokenizer-model"),
+        (TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file="v"), "v cannot be read"),
+        (TokenizerConfig(tokenizer_type="GPT2BPETokenizer", tokenizer_model="m"), "--tokenizer-model m"),
+        (TokenizerConfig(tokenizer_type="ByteLevelTokenizer", tokenizer_model="m"), "takes no file"),
+        (TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="m", merge_file="x"), "--merge-file x"),
     ],
 )
 def test_flags_of_another_kind_are_refused(config, word):

@@ -43,25 +43,27 @@ def build(parallel: ParallelConfig, world_size: int) -> tuple[list[GPT], object]
 
 
 def write_checkpoint(directory: str, parallel: ParallelConfig, world_size: int) -> None:
-    """In every rank: what a run with random weights would leave."""
+    """In every rank: write the checkpoint of a run with random weights."""
     chunks, mesh = build(parallel, world_size)
     identity = RunIdentity(
         yaml=to_yaml(RUN), architecture=asdict(RUN.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
         seed=7,
     )  # fmt: skip
-    checkpointer = Checkpointer(CheckpointConfig(save=directory), identity, BYTES, mesh, chunks, None, None)
+    checkpointer = Checkpointer(
+        CheckpointConfig(save=directory), identity, BYTES, mesh, chunks=chunks, optimizer=None, scheduler=None
+    )
     checkpointer.save(RunState(step=1, consumed_samples=1), final=True)
 
 
 def greedy(directory: str, tensor: int) -> list[int]:
-    """In every rank: the likeliest continuation, longer than the context."""
+    """In every rank: generate the likeliest continuation, longer than the context."""
     [model], mesh = build(ParallelConfig(tensor_model_parallel_size=tensor), tensor)
     load_weights(Path(directory), [model], mesh)
     return generate(model, PROMPT, 2 * CONTEXT, CONTEXT, BYTES.vocabulary_size, None, 0.0, None, seed=0)
 
 
 def samples(directory: str) -> list[list[int]]:
-    """In one rank: the same prompt with seeds 1, 1 and 2, then without any choice, then with a document that ends at once."""
+    """In one rank: continue a prompt with seeds 1, 1 and 2, then with one token to draw from, then with a document that ends at once."""
     [model], mesh = build(ParallelConfig(), 1)
     load_weights(Path(directory), [model], mesh)
 
@@ -73,7 +75,7 @@ def samples(directory: str) -> list[list[int]]:
 
 
 def logits_of_prefixes(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """In one rank: next_logits of each prefix of the prompt, and the rows of one forward pass over the whole of it."""
+    """In one rank: next_logits of each prefix of the prompt, and the logits of one forward pass over the whole prompt."""
     [model], mesh = build(ParallelConfig(), 1)
     load_weights(Path(directory), [model], mesh)
     one_by_one = torch.stack([next_logits(model, PROMPT[:end], BYTES.vocabulary_size) for end in range(1, len(PROMPT) + 1)])
@@ -84,7 +86,7 @@ def logits_of_prefixes(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Written by two pipeline stages."""
+    """A checkpoint that two pipeline stages wrote."""
     directory = str(tmp_path_factory.mktemp("generate") / "checkpoints")
     run_ranks(2, write_checkpoint, directory, ParallelConfig(pipeline_model_parallel_size=2), 2)
     return directory

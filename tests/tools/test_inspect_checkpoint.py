@@ -1,3 +1,5 @@
+"""inspect_checkpoint: the report names what is in a checkpoint; damaged files are named."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -31,7 +33,7 @@ def test_the_report_says_what_was_saved(saved: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "step, crossover, end, told",
+    "step, crossover, end, message",
     [
         (2, None, 5, "1; stage 1 ends after step 5\n"),
         (2, 2, 4, "1; stage 1 ends after step 4, because the student had passed its teacher at step 2\n"),
@@ -39,7 +41,7 @@ def test_the_report_says_what_was_saved(saved: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
-    tmp_path: Path, capsys: pytest.CaptureFixture, step: int, crossover: int | None, end: int, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, step: int, crossover: int | None, end: int, message: str
 ) -> None:
     schedule = {"kd_steps": 5, "kd_weight": 0.5, "kd_transition": "step"}
     held_out = None if crossover is None else {"loss": 3.25, "accuracy": 0.5}
@@ -51,7 +53,7 @@ def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
     run_ranks(1, save_in_stage, Run(save=str(tmp_path)), RunState(step=step, consumed_samples=8 * step, salt=salt), recorded)
     assert inspect_checkpoint(InspectConfig(load=str(tmp_path))) == 0
     report = capsys.readouterr().out
-    assert f"stage        {told}" in report and "own loss     5.50000 over 16, not finite over 32 tokens, bfloat16" in report
+    assert f"stage        {message}" in report and "own loss     5.50000 over 16, not finite over 32 tokens, bfloat16" in report
     assert "schedule     --kd-steps 5, --kd-weight 0.5, --kd-transition step" in report
     assert "teacher      sha256:abcd, then in /teachers/one" in report
     assert ("held out     the teacher's loss 3.25, accuracy 0.5" in report) == (held_out is not None)
@@ -71,9 +73,9 @@ def test_damage_is_one_line_that_names_each_file(saved: Path) -> None:
     with pytest.raises(UserError) as caught:
         inspect_checkpoint(InspectConfig(load=str(directory), verify=True))
     (directory / save_directory.STATE).write_bytes(state)
-    told = str(caught.value)
-    assert str(directory / "__0_0.distcp") in told and str(directory / save_directory.STATE) in told
-    assert "\n" not in told and caught.value.status == 2
+    message = str(caught.value)
+    assert str(directory / "__0_0.distcp") in message and str(directory / save_directory.STATE) in message
+    assert "\n" not in message and caught.value.status == 2
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

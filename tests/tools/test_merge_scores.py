@@ -10,7 +10,7 @@ import pytest
 
 from megatron_salt.cli import run_tool
 from megatron_salt.tools.merge_scores import MergeConfig, merge_scores
-from tests.support.score_files import files_in, manifest_of, random_rows, write_index, write_shard
+from tests.support.selections import files_in, manifest_of, random_rows, write_index, write_shard
 
 MANIFEST = manifest_of([45, 1, 57])
 ROWS = random_rows(MANIFEST)
@@ -40,7 +40,7 @@ def test_mistakes_are_refused_and_nothing_is_lost(tmp_path: Path, capsys: pytest
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years")
     before = files_in(tmp_path)
-    for told, words in [
+    for message, words in [
         ("is one of --scores", ("--output", tmp_path / "a", "--overwrite")),
         ("exists; --overwrite replaces it", ("--output", tmp_path / "full")),
         ("does not delete anything else", ("--output", tmp_path / "full", "--overwrite")),
@@ -48,7 +48,7 @@ def test_mistakes_are_refused_and_nothing_is_lost(tmp_path: Path, capsys: pytest
         ("cannot be written: File exists", ("--output", tmp_path / "full" / "thesis.tex" / "merged")),
     ]:
         words = words if "--scores" in words else ("--scores", tmp_path / "a", *words)
-        assert told in refused(capsys, *words), told
+        assert message in refused(capsys, *words), message
         assert files_in(tmp_path) == before
     shutil.rmtree(next((tmp_path / "a").glob("samples-*")))
     assert "of 103 samples are not scored" in refused(capsys, "--scores", tmp_path / "a", "--output", tmp_path / "new")
@@ -74,8 +74,8 @@ def test_what_is_replaced_is_there_until_the_new_index_is(
     assert files_in(tmp_path) == before
     monkeypatch.undo()
     (tmp_path / "old").rename(tmp_path / "old.old")  # what a kill leaves between two renamings
-    told = refused(capsys, "--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite")
-    assert "move it back" in told and str(tmp_path / "old.old") in told
+    message = refused(capsys, "--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite")
+    assert "move it back" in message and str(tmp_path / "old.old") in message
     (tmp_path / "old.old").rename(tmp_path / "old")
     assert merge("--scores", tmp_path / "new", "--output", tmp_path / "old", "--overwrite") == 0
     assert files_in(tmp_path / "old") == files_in(tmp_path / "expected")

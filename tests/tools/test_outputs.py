@@ -1,4 +1,4 @@
-"""No tool replaces what is there, or writes where another process does, unless a flag says so. The same for all of them."""
+"""All tools: an existing output is replaced only with --overwrite, and one process at a time writes an output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_salt.tools.python_corpus import CorpusConfig, write_corpus
 from megatron_salt.tools.report import ReportConfig, report
 from megatron_salt.tools.select_data import SelectConfig, select_data
 from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
-from tests.support.score_files import files_in, manifest_of, random_rows, write_index
+from tests.support.selections import files_in, manifest_of, random_rows, write_index
 from tests.tools.test_report import write_log
 
 MANIFEST = manifest_of([45, 57])

@@ -12,25 +12,15 @@ import numpy as np
 import pytest
 
 from megatron_salt.errors import UserError
+from megatron_salt.metrics.history import Axis, read_curve
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
-from megatron_salt.tools import report as module
-from megatron_salt.tools.report import (
-    HEIGHT,
-    ReportConfig,
-    chart,
-    named_pairs,
-    named_runs,
-    read_curve,
-    report,
-    smoothed,
-    table,
-    unigram_entropy,
-)
-from tests.support.logs import open_log, record
+from megatron_salt.tools.report import ReportConfig, named_pairs, named_runs, report, unigram_entropy
+from megatron_salt.tools.report_figures import HEIGHT, chart, smoothed, table
+from tests.metrics.logs import open_log, record
 
 
 def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
-    """A log as a run writes it: 800 tokens and half a second a step."""
+    """Write a run's log with 800 tokens and half a second for each step."""
     path.mkdir()
     with open_log(path, total_steps=len(losses)) as log:
         log.event(0, "begins")
@@ -42,7 +32,7 @@ def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None
 
 
 def write_taught_log(path: Path, losses: list[float], kd_steps: int, held_out: dict[int, float]) -> Path:
-    """A log of a run with a teacher, whose mixed loss is 1 above the cross entropy with the data."""
+    """Write the log of a run with a teacher. Its mixed loss is 1 above the cross entropy with the data."""
     path.mkdir()
     teacher = {"teacher_loss": 3.5, "teacher_accuracy": 0.25}
     with open_log(path, total_steps=len(losses)) as log:
@@ -81,10 +71,10 @@ def test_of_a_run_with_a_teacher_the_loss_with_the_data_counts_and_the_switch_is
     assert (curve.final, curve.accuracy, curve.teacher) == (1.5, 0.04, (3.5, 0.25))
     assert curve.switch is not None
     assert (curve.switch.step, curve.switch.gib_before, curve.switch.gib_after) == (2, 2.5, 2.25)
-    told = table([curve], unigram=6.5)
-    assert "step 3" in told.splitlines()[2] and "4.00%" in told.splitlines()[2]
-    assert "a: its teacher has held-out loss 3.5000, accuracy 25.00%" in told
-    assert "a: stage 1 ended after step 2; memory in use 2.500 GiB before the teacher was freed, 2.250 GiB after" in told
+    message = table([curve], unigram=6.5)
+    assert "step 3" in message.splitlines()[2] and "4.00%" in message.splitlines()[2]
+    assert "a: its teacher has held-out loss 3.5000, accuracy 25.00%" in message
+    assert "a: stage 1 ended after step 2; memory in use 2.500 GiB before the teacher was freed, 2.250 GiB after" in message
 
 
 def test_a_teacher_that_stays_to_the_end_leaves_no_switch(tmp_path: Path) -> None:
@@ -169,7 +159,7 @@ def test_flags_that_make_no_sense_are_refused(flags: dict) -> None:
 
 @pytest.mark.parametrize("block", [3, 1 << 22])
 def test_unigram_entropy_is_that_of_the_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr("megatron_salt.tools.report.BLOCK", block)
     uniform = write_dataset(tmp_path / "uniform", [[5, 9, 1], [700]])
     assert unigram_entropy(uniform) == pytest.approx(math.log(4))
     skewed = write_dataset(tmp_path / "skewed", [[2, 2, 2, 0], [2, 2, 0, 2]])
@@ -223,7 +213,7 @@ def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("x", ["steps", "tokens", "seconds"])
-def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: module.Axis) -> None:
+def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: Axis) -> None:
     taught = write_taught_log(tmp_path / "c", [5.0, 4.0, 3.0], 1, {2: 4.5})
     runs = [f"{name}={write_log(tmp_path / name, [5.0, 4.0, 3.0], {2: 4.5})}" for name in "ab"] + [f"c={taught}"]
     picture = tmp_path / "new" / "loss.png"
@@ -248,7 +238,7 @@ def test_the_verdict_is_on_the_last_held_out_loss(
 
 
 @pytest.mark.parametrize(
-    "held_out, status, told",
+    "held_out, status, message",
     [
         (
             {1: 3.0, 2: 1.9, 3: 1.5},
@@ -265,12 +255,12 @@ def test_the_verdict_is_on_the_last_held_out_loss(
     ],
 )
 def test_a_run_is_held_to_end_below_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture, held_out: dict[int, float], status: int, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, held_out: dict[int, float], status: int, message: str
 ) -> None:
     plain = write_log(tmp_path / "plain", [5.0, 4.0, 3.0], {3: 2.0})
     salt = write_taught_log(tmp_path / "salt", [5.0, 4.0, 3.0], 1, held_out)
     assert report(ReportConfig((f"plain={plain}", f"salt={salt}"), below=("salt:plain",))) == status
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("last, status", [(2.04, 0), (2.06, 1), (1.9, 0)])

@@ -41,7 +41,7 @@ def run(inputs: list[Path], output: Path, *flags: str) -> int:
 
 
 def load(output: Path) -> Tokenizer:
-    return build_tokenizer(TokenizerConfig("SentencePieceTokenizer", str(output)))
+    return build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(output)))
 
 
 @pytest.fixture
@@ -60,6 +60,17 @@ def test_the_model_is_lossless_and_ends_documents(tmp_path, corpus, model_type):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eod not in ids
     assert len(tokenizer.encode(TEXTS[1])) < len(TEXTS[1]) / 2
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_bos_is_an_id_that_no_text_gives(tmp_path, corpus, model_type):
+    assert run([corpus], tmp_path / "m", "--model-type", model_type, "--bos") == 0
+    tokenizer = load(tmp_path / "m")
+    assert (tokenizer.vocabulary_size, tokenizer.eod, tokenizer.bos) == (320, 1, 2) and "<bos>" in tokenizer.special
+    for text in (TEXTS[1], "<bos> a <bos>", " <bos><eod>"):
+        ids = tokenizer.encode(text)
+        assert not {1, 2} & set(ids) and tokenizer.decode(ids) == text and tokenizer.decode([2, *ids, 1]) == text
+    assert run([corpus], tmp_path / "without", "--model-type", model_type) == 0 and load(tmp_path / "without").bos is None
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])

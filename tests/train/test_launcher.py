@@ -58,8 +58,8 @@ def test_a_side_file_that_cannot_be_written_or_removed_is_told_and_ends_nothing(
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", read_only)
-    monkeypatch.setattr(Path, "unlink", read_only)
+    for name in ("write_text", "write_bytes", "unlink"):
+        monkeypatch.setattr(Path, name, read_only)
     write_outcome(str(tmp_path / "outcome"), "done", 9, "")
     heartbeat = Heartbeat(str(tmp_path / "beat"), active=True, clock=iter(range(0, 1000, 20)).__next__)
     for step in range(3):

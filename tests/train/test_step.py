@@ -20,7 +20,6 @@ from tests.support.ranks import run_ranks
 from tests.support.small import (
     GLOBAL_BATCH,
     MODELS,
-    SEQ_LENGTH,
     Case,
     Curve,
     batch,
@@ -70,7 +69,7 @@ class HeldOut:
 
 def evaluated(student: Student, case: Case, num_batches: int) -> dict[str, float]:
     held_out: Any = HeldOut(student, case)
-    return evaluate(student.chunks, held_out, num_batches, student.mesh, SEQ_LENGTH, case.micro_batch_size, GLOBAL_BATCH)
+    return evaluate(student, held_out, num_batches)
 
 
 def evaluate_weights(case: Case, world_size: int, weights: Any) -> dict[str, float]:

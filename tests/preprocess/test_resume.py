@@ -35,11 +35,11 @@ PUBLISHED = {
 
 
 class Stop(BaseException):
-    """The end of a process, where there is none to end."""
+    """Stands for the death of the process."""
 
 
 def corpus(home: Path) -> list[str]:
-    """A file of every form, with two bad lines."""
+    """Write a file of every form, with two bad lines in all."""
     rows = [json.dumps({"text": text, "title": f"title {i}"}) for i, text in enumerate(TEXTS)]
     lines = "\n".join([*rows[:30], "bad", *rows[30:]]) + "\n"
     (home / "a.jsonl").write_text(lines)
@@ -59,13 +59,13 @@ def files_in(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Small chunks, and a note after each."""
+    """Small chunks, and a journal note after each."""
     monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 1500)
     monkeypatch.setattr(staging, "JOURNAL_SECONDS", 0.0)
 
 
 def stop_after(monkeypatch, chunks: int) -> None:
-    """End the run inside its chunk number `chunks`, after the datasets got it and before it is noted."""
+    """Stop the run at its chunk number `chunks`, after the chunk is written and before the journal notes it."""
     whole, seen = staging.StagingArea.note, [0]
 
     def note(self):
@@ -165,45 +165,6 @@ def test_a_kill_while_it_is_published_does_no_harm(tmp_path, eager, monkeypatch)
         assert files_in(out) == files_in(tmp_path / "whole")
 
 
-def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
-    inputs = corpus(tmp_path)
-    assert run(inputs, tmp_path / "out", "--resume") == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    capsys.readouterr()
-    assert run(inputs, tmp_path / "out", "--resume") == 0 and "already whole" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-
-
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        (lambda inputs, out: run(inputs[:1], out, "--resume"), "other --input"),
-        (lambda inputs, out: run(inputs, out, "--resume", "--no-append-eod"), "other --append-eod"),
-        (lambda inputs, out: run(inputs, out, "--resume", "--dedup", "exact"), "other --dedup"),
-        (lambda inputs, out: run(inputs, out, "--resume", "--shuffle-documents", "1"), "other --shuffle-documents"),
-        (lambda inputs, out: edited(inputs) and run(inputs, out, "--resume"), "other --input"),
-    ],
-)
-def test_a_whole_dataset_that_was_made_otherwise_is_not_called_whole(tmp_path, capsys, change, word):
-    inputs = corpus(tmp_path)
-    assert run(inputs, tmp_path / "out") == 0
-    before = files_in(tmp_path / "out")
-    capsys.readouterr()
-    assert change(inputs, tmp_path / "out") == 2
-    told = capsys.readouterr()
-    assert word in told.err and "--overwrite replaces it" in told.err and "already whole" not in told.out
-    assert files_in(tmp_path / "out") == before
-
-
-def edited(inputs) -> bool:
-    """Change a letter in the first file; its size stays."""
-    path = Path(str(inputs[0]))
-    path.write_bytes(
-        path.read_bytes().replace(b"e", b"i", 1) if path.suffix not in (".gz", ".zst") else path.read_bytes()[::-1]
-    )
-    return True
-
-
 @pytest.mark.parametrize(
     "change, word",
     [
@@ -299,48 +260,3 @@ def test_kill_9_at_random_moments(tmp_path, workers):
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
-
-
-def _finished(home: Path, *flags: str) -> int:
-    words = [
-        "--input",
-        str(home / "x.txt"),
-        "--output-prefix",
-        str(home / "x"),
-        "--tokenizer-type",
-        "ByteLevelTokenizer",
-        *flags,
-    ]
-    return run_tool(PreprocessConfig, preprocess, words)
-
-
-@pytest.mark.parametrize("flags", [("--dedup", "exact"), ("--text-documents", "file"), ()])
-def test_what_other_flags_or_another_text_made_is_not_whole(tmp_path, capsys, flags):
-    (tmp_path / "x.txt").write_text("one\ntwo\none\n")
-    assert _finished(tmp_path) == 0 and _finished(tmp_path, "--resume") == 0
-    assert "already whole" in capsys.readouterr().out
-    if not flags:
-        (tmp_path / "x.txt").write_text("one\nsix\none\n")  # as long
-    assert _finished(tmp_path, "--resume", *flags) == 2
-    assert "is whole, and was made with other --" in capsys.readouterr().err
-
-
-def test_a_finished_dataset_that_was_damaged_is_not_whole(tmp_path, capsys):
-    (tmp_path / "x.txt").write_text("one\ntwo\none\n")
-    assert _finished(tmp_path) == 0
-    (tmp_path / "x_text_document.bin").write_bytes(b"short")
-    assert _finished(tmp_path, "--resume") == 2
-    assert "has 5 bytes" in (err := capsys.readouterr().err) and "--overwrite" in err
-
-
-def test_a_dataset_that_went_away_before_its_journal_did_is_not_called_written(tmp_path, capsys, monkeypatch):
-    (tmp_path / "x.txt").write_text("one\ntwo\n")
-    with monkeypatch.context() as patch:
-        patch.setattr(preprocess_data, "clean", lambda *_: None)  # killed before the journal was deleted
-        assert _finished(tmp_path, "--resume") == 0
-    (tmp_path / "x_text_document.bin").rename(tmp_path / "moved")
-    capsys.readouterr()
-    for _ in range(2):
-        assert _finished(tmp_path, "--resume") == 2
-        assert "x_text_document.bin is not there" in capsys.readouterr().err
-    assert _finished(tmp_path, "--overwrite") == 0

@@ -15,16 +15,16 @@ from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from megatron_salt.tools import preprocess_data
+from tests.support.datasets import BYTES, dataset, files_in, run, write_lines
 from tests.tokenizer.test_document_ends import saved, tokenizer_json
 from tests.tools.test_merge_datasets import merge
-from tests.tools.test_preprocess_data import BYTES, dataset, files_in, run, write_lines
 
 TEXTS = ["plain text", "", "a tag <eod> in <eod> the text", "one more <eod>", "plain again"]
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """Of a SentencePiece model with a user-defined <eod>."""
+    """Flags of a SentencePiece model with a user-defined <eod>."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
@@ -62,9 +62,9 @@ def test_a_policy_decides_and_what_stood_in_the_text_is_told_and_recorded(
     assert (manifest.special_tokens_in_text, manifest.special_documents, manifest.special_tokens) == (policy, 2, {"<eod>": 3})
     if policy == "split":
         assert [tokenizer.decode(document) for document in documents] == [text for text in TEXTS if text]
-    told = capsys.readouterr().out
-    assert "special tokens in text: " in told and " of a sample, '<eod>' " in told  # before
-    assert f"special tokens in the text of 2 documents ({policy}): '<eod>' 3 times" in told  # and after
+    output = capsys.readouterr().out
+    assert "special tokens in text: " in output and " of a sample, '<eod>' " in output  # before
+    assert f"special tokens in the text of 2 documents ({policy}): '<eod>' 3 times" in output  # and after
 
 
 def test_split_is_the_default_for_every_type(tmp_path, corpus, flags, capsys):
@@ -144,10 +144,13 @@ def test_a_run_with_another_end_than_its_data_is_refused_with_both(tmp_path, cor
     words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model, "--eod-token", "</s>"]
     assert run(corpus, tmp_path / "d", "--append-eod", tokenizer=words) == 0
     data = DataConfig(data_path=(f"{tmp_path / 'd'}_text_document",))
-    for same in (TokenizerConfig(), TokenizerConfig("HuggingFaceTokenizer", model, eod_token="</s>")):
+    for same in (
+        TokenizerConfig(),
+        TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model, eod_token="</s>"),
+    ):
         assert tokenizer_of_run(same, data, None).eod == 32
     with pytest.raises(UserError, match=r"\(end of a document 32\).*\(end of a document 31\).*--eod-token"):
-        tokenizer_of_run(TokenizerConfig("HuggingFaceTokenizer", model), data, None)
+        tokenizer_of_run(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model), data, None)
 
 
 @pytest.mark.parametrize("flag", [["--special-tokens-in-text", "refuse"], ["--prepend-bos"]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_salt.bitmap import bits_at, bits_between, new_bitmap, set_bits
+from megatron_salt.data.bitmap import bits_at, bits_between, new_bitmap, set_bits
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1001])
