@@ -113,7 +113,7 @@ def described(hardware: Hardware) -> str:
 def test_what_the_run_computes_on_is_told(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     [on_gpu] = run_ranks(1, described, Hardware((9, 0), (13, 0), (2, 20, 2)))
-    told = ("H100", "9.0", "LOCAL_RANK", "2.30.7", "Transformer Engine 2.20.2", "CUDA_DEVICE_MAX_CONNECTIONS", "pinned memory")
-    assert [word for word in told if word not in on_gpu] == []
+    words = ("H100", "9.0", "LOCAL_RANK", "2.30.7", "Transformer Engine 2.20.2", "CUDA_DEVICE_MAX_CONNECTIONS", "pinned memory")
+    assert [word for word in words if word not in on_gpu] == []
     [on_cpu] = run_ranks(1, described, Hardware(None, None, None))
     assert on_cpu == f"on the CPU: gloo, torch {torch.__version__}"

@@ -186,11 +186,11 @@ def test_the_death_of_the_rank_that_hosts_the_store_ends_the_others(tmp_path: Pa
 def test_who_does_not_join_is_named_and_the_wait_ends(tmp_path: Path) -> None:
     ended = run(tmp_path, 4, 3, "before", "kill", come=[0, 2, 3], join=5, report_every=1)
     assert [one.status for one in ended] == [1, 1, -signal.SIGKILL], ended
-    told = lines(ended)
-    assert told[0] == "waiting for ranks 1, 3 of 4 for 1 s" and told[-1].startswith(
+    printed = lines(ended)
+    assert printed[0] == "waiting for ranks 1, 3 of 4 for 1 s" and printed[-1].startswith(
         "error: ranks 1, 3 of 4 did not join within"
-    ), told
-    assert sum(line.startswith("error: ") for line in told) == 1
+    ), printed
+    assert sum(line.startswith("error: ") for line in printed) == 1
 
 
 def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "there, told",
+    "other_flags, expected",
     [
         (dict(train_iters=3), "--train-iters is 2 on rank 0 and 3 on rank 1"),
         (dict(save="save"), "whether --save is given is False on rank 0"),
@@ -207,16 +207,16 @@ def test_a_store_that_nobody_hosts_is_waited_for_and_then_named(tmp_path: Path) 
     ],
 )
 def test_ranks_with_different_flags_are_refused_and_do_not_wait_for_each_other(
-    tmp_path: Path, there: dict[str, Any], told: str
+    tmp_path: Path, other_flags: dict[str, Any], expected: str
 ) -> None:
-    if "save" in there:
-        there = dict(save=tmp_path / "save")
+    if "save" in other_flags:
+        other_flags = dict(save=tmp_path / "save")
     data = write_tokens(tmp_path / "words")
-    words = [argv(**(dict(data_path=data, train_iters=2) | flags)) for flags in ({}, there)]
+    words = [argv(**(dict(data_path=data, train_iters=2) | flags)) for flags in ({}, other_flags)]
     ended = launch(tmp_path, 2, 30.0, {rank: (pretrain.main, words[rank]) for rank in range(2)})
     assert [one.status for one in ended] == [2, 2] and not (tmp_path / "save").exists(), ended
     [line] = [line for line in lines(ended) if line.startswith("error: ")]
-    assert told in line, line
+    assert expected in line, line
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -130,6 +130,6 @@ def test_a_job_script_in_a_fresh_clone_says_what_to_make_first(tmp_path: Path, s
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     process = subprocess.run(["bash", f"examples/{script}"], capture_output=True, text=True, timeout=120, cwd=tmp_path,
                              env=environment | {"PYTHON": sys.executable, "REPO": str(tmp_path)})  # fmt: skip
-    told = process.stdout + process.stderr
-    assert process.returncode == 2 and all(word in told for word in words) and "Traceback" not in told, told
+    output = process.stdout + process.stderr
+    assert process.returncode == 2 and all(word in output for word in words) and "Traceback" not in output, output
     assert not list(tmp_path.glob("runs*"))

@@ -71,14 +71,14 @@ def test_a_disk_that_fills_up_ends_the_run_or_not_and_the_last_good_checkpoint_s
     ended = run(world_size, **flags, save=tmp_path / "stop", within=no_room_for_a_shard)
     assert [one.status for one in ended] == [3] * world_size, ended
     message = the_error(ended[0].err)
-    told = ["saving step 4", f"--save {tmp_path / 'stop'}", "GiB free", "iter_0000002 stands", "--on-save-error continue"]
-    assert all(word in message for word in told), message
+    words = ["saving step 4", f"--save {tmp_path / 'stop'}", "GiB free", "iter_0000002 stands", "--on-save-error continue"]
+    assert all(word in message for word in words), message
     assert checkpoints(tmp_path / "stop") == [2]
     assert sorted(path.name for path in (tmp_path / "stop").iterdir()) == [
         "iter_0000002", "latest_checkpointed_iteration.txt", "tensorboard", "train.jsonl"]  # fmt: skip
 
     ended = run(world_size, **flags, save=tmp_path / "go on", on_save_error="continue", within=no_room_for_a_shard)
-    assert [one.status for one in ended] == [3] * world_size, ended  # the last step is done, and its checkpoint is not there
+    assert [one.status for one in ended] == [3] * world_size, ended  # the last step is done, but not saved
     assert "the run ended at step 6, which is not saved" in ended[0].err and "iter_0000002 stands" in ended[0].err
     assert sum(one.err.count("saving step 4") for one in ended) == sum(one.err.count("saving step 6") for one in ended) == 1
     assert checkpoints(tmp_path / "go on") == [2] and losses(tmp_path / "go on").keys() == {1, 2, 3, 4, 5, 6}

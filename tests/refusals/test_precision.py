@@ -81,8 +81,8 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     ],
 )
 def test_it_is_refused_before_ranks_join(message, hardware, flags, words):
-    told = message(hardware, **flags)
-    assert all(word in told for word in words), told
+    error = message(hardware, **flags)
+    assert all(word in error for word in words), error
 
 
 def test_so_is_a_teachers(message, teacher):

@@ -105,8 +105,8 @@ def test_a_run_goes_on_with_its_own_teacher_or_not_at_all(tmp_path: Path, data: 
     train(**flags, teacher_load=teacher, exit_interval=2)
     before = sorted(tmp_path.rglob("*"))
     message = refused(**flags, load=tmp_path / "save", teacher_load=tmp_path / "other")
-    there, here = f"(then in {teacher}/iter_0000002)", f"--teacher-load {tmp_path / 'other'}/iter_0000002 is sha256:"
-    for word in (there, here, "step 2 is in stage 1"):
+    saved, current = f"(then in {teacher}/iter_0000002)", f"--teacher-load {tmp_path / 'other'}/iter_0000002 is sha256:"
+    for word in (saved, current, "step 2 is in stage 1"):
         assert word in message, message
     message = refused(**flags, load=tmp_path / "other", teacher_load=teacher)
     assert "was trained without a teacher up to step 2" in message and "--finetune" in message and "--teacher-load" in message
