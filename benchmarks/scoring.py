@@ -34,7 +34,7 @@ from megatron_salt.config import DataConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.samples import open_training_data
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.vocab_parallel import slices
+from megatron_salt.model.kernels.passes import slices
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline

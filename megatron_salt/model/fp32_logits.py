@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_salt.model.kernels.passes import Blocks, new_logits, slices
 from megatron_salt.model.loss import gather_sequence
-from megatron_salt.model.vocab_parallel import Blocks, Label, VocabularyShard, compare, slices
+from megatron_salt.model.vocab_parallel import VocabularyShard, compare
 
 
 class Fp32Logits:
@@ -21,12 +22,12 @@ class Fp32Logits:
         """weight: [V/tp, h], this rank's rows, padding included. num_buffers: chunks of logits that exist at one time."""
         # On a CPU no product of bfloat16 numbers has a float32 result, so it gets a float32 copy.
         self._weight = (weight if weight.is_cuda else weight.float())[: shard.real_rows]
-        self._buffers = torch.empty((num_buffers, chunk_tokens, shard.real_rows), device=weight.device)
+        self._buffers = [new_logits(chunk_tokens, shard.real_rows, torch.float32, weight.device) for _ in range(num_buffers)]
         self.blocks = Blocks.of(self._buffers[0])
 
     def of(self, hidden_nh: Tensor, buffer: int = 0) -> Tensor:
         """float32 [n, real ids of this rank] of hidden_nh [n, h], at most one chunk. The next call with this buffer overwrites it."""
-        out = self._buffers[buffer, : hidden_nh.size(0)]
+        out = self._buffers[buffer][: hidden_nh.size(0)]
         if self._weight.dtype == torch.float32:
             return torch.mm(hidden_nh.float(), self._weight.t(), out=out)
         return torch.mm(hidden_nh, self._weight.t(), out_dtype=torch.float32, out=out)
@@ -51,13 +52,13 @@ def divergence(
     kl, agreement = (torch.zeros((), dtype=torch.float64, device=weight.device) for _ in range(2))
     for chunk in slices(mask.numel(), chunk_tokens):
         counts = mask[chunk] > 0
-        label = Label.of(torch.zeros_like(mask[chunk], dtype=torch.int64), shard)  # any label: none is used
+        label_column = shard.column_of(torch.zeros_like(mask[chunk], dtype=torch.int64))  # any label: none is used
         reference_nv, other_nv = (
             logits.of(reference_nh[chunk], buffer=0),
             logits.of(other_nh[chunk], buffer=1).div_(temperature),
         )
         reference_nv.div_(temperature)
-        _, comparison = compare(other_nv, reference_nv, 1.0, label, shard.group, logits.blocks)
+        _, comparison = compare(other_nv, reference_nv, 1.0, label_column, shard.group, logits.blocks)
         kl += torch.where(counts, comparison.kl, 0).sum(dtype=torch.float64)
         agreement += torch.where(counts, comparison.agreement, 0).sum(dtype=torch.float64)
     return kl, agreement

@@ -27,7 +27,8 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core.tensor_parallel import layers
 
 from megatron_salt.model import products
-from megatron_salt.model.vocab_parallel import Blocks, Comparison, Label, Softmax, VocabularyShard, compare, reduce, slices
+from megatron_salt.model.kernels.passes import Blocks, into_gradient, new_logits, slices
+from megatron_salt.model.vocab_parallel import Comparison, Softmax, VocabularyShard, compare, reduce
 
 METRICS = ("tokens", "loss", "accuracy")
 """Sums over valid tokens that come with the loss, in this order: mask, loss, top-1 hits. Of n tied ids the label counts as 1/n."""
@@ -112,7 +113,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(all_tokens) if want_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
         size = _even_chunk(all_tokens.size(0), chunk_tokens)
-        buffer = real_weight.new_empty((size, shard.real_rows))
+        buffer = new_logits(size, shard.real_rows, weight.dtype, weight.device)
         blocks = Blocks.of(buffer)
         teacher_logits = None if teacher is None else _TeacherLogits(teacher, mask, shard, size)
         sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float32, device=hidden.device)
@@ -120,17 +121,17 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             mask_n = mask[chunk]
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
             logits_nv = products.logits(hidden_nh, real_weight, buffer[: mask_n.size(0)])
-            label = Label.of(torch.where(mask_n > 0, labels[chunk], 0), shard)
+            label_column = shard.column_of(torch.where(mask_n > 0, labels[chunk], 0))
             soft = None
             if teacher is None or teacher_logits is None:
-                student = reduce(logits_nv, label, shard.group, blocks)
+                student = reduce(logits_nv, label_column, shard.group, blocks)
             else:
                 teacher_nv = teacher_logits.of(chunk)
-                student, comparison = compare(logits_nv, teacher_nv, teacher.temperature, label, shard.group, blocks)
+                student, comparison = compare(logits_nv, teacher_nv, teacher.temperature, label_column, shard.group, blocks)
                 soft = _Soft(teacher_nv, comparison, teacher.temperature, teacher.kd_weight)
             _add_metrics(sums, mask_n, student, soft)
             if want_hidden or want_weight:
-                gradient_nv = _into_gradient(logits_nv, label, mask_n, student, soft, blocks)
+                gradient_nv = _into_gradient(logits_nv, label_column, mask_n, student, soft, blocks)
                 if d_hidden is not None:
                     products.hidden_gradient(gradient_nv, real_weight, d_hidden[chunk])
                 if d_weight is not None:
@@ -186,7 +187,7 @@ class _TeacherLogits:
         self.hidden = gather_sequence(teacher.hidden, shard.group).flatten(0, 1)
         self.weight = teacher.weight[: shard.real_rows]
         self.mask = mask
-        self.buffer = self.weight.new_empty((size, shard.real_rows))
+        self.buffer = new_logits(size, shard.real_rows, self.weight.dtype, self.weight.device)
 
     def of(self, chunk: slice) -> Tensor:
         """Logits [n, real ids of this rank]; 0 where the mask is 0. The next call overwrites them."""
@@ -224,32 +225,20 @@ def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | N
 
 
 def _into_gradient(
-    logits_nv: Tensor, label: Label, mask_n: Tensor, student: Softmax, soft: _Soft | None, blocks: Blocks
+    logits_nv: Tensor, label_column: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | None, blocks: Blocks
 ) -> Tensor:
     """mask * (softmax(logits) - (1-w) onehot(label) - w p), written over the logits."""
-    if not logits_nv.size(1):
-        return logits_nv
     shift = student.largest + student.log_sum - mask_n.log()  # so that exp() gives mask * softmax
-    label_ids = (torch.arange(logits_nv.size(0), device=logits_nv.device), label.index[:, 0])
     at_label = torch.expm1(student.log_p)  # p - 1 without cancellation
-    if soft is not None:
-        log_p_label = (soft.comparison.teacher.label / soft.temperature) - soft.comparison.sum_exp.log()
-        at_label = soft.mix(at_label, student.log_p.exp() - log_p_label.exp())
-        teacher_factor = mask_n * soft.weight / soft.comparison.sum_exp
-    for rows in blocks.over(logits_nv):
-        in_place = logits_nv.dtype == torch.float32
-        block = torch.sub(
-            logits_nv[rows], shift[rows, None], out=logits_nv[rows] if in_place else blocks.buffer(0, rows)
-        ).exp_()
-        if soft is not None:
-            largest = soft.comparison.teacher.largest[rows, None]
-            teacher_block = torch.sub(soft.logits_nv[rows], largest, out=blocks.buffer(1, rows)).div_(soft.temperature).exp_()
-            block.addcmul_(teacher_block, teacher_factor[rows, None], value=-1)
-        if not in_place:
-            logits_nv[rows] = block
-    at_label = (mask_n * at_label).to(logits_nv.dtype)
-    # Not scatter_: on a CPU in bfloat16 it makes a float32 copy of the whole chunk.
-    return logits_nv.index_put_(label_ids, torch.where(label.is_local, at_label, logits_nv[label_ids]))
+    if soft is None:
+        return into_gradient(logits_nv, None, label_column, mask_n * at_label, shift, None, None, 1.0, blocks)
+    teacher = soft.comparison.teacher
+    log_p_label = (teacher.label / soft.temperature) - soft.comparison.sum_exp.log()
+    at_label = mask_n * soft.mix(at_label, student.log_p.exp() - log_p_label.exp())
+    factor = mask_n * soft.weight / soft.comparison.sum_exp
+    return into_gradient(
+        logits_nv, soft.logits_nv, label_column, at_label, shift, teacher.largest, factor, soft.temperature, blocks
+    )
 
 
 def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_salt.errors import UserError
-from megatron_salt.model.vocab_parallel import slices
+from megatron_salt.model.kernels.passes import slices
 
 FORM = "MEGATRON_SALT_BFLOAT16_PRODUCTS"
 BAND = 1 << 20

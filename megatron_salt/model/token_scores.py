@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_salt.model.fp32_logits import Fp32Logits
-from megatron_salt.model.vocab_parallel import Label, VocabularyShard, judge, slices
+from megatron_salt.model.kernels.passes import slices
+from megatron_salt.model.vocab_parallel import VocabularyShard, judge
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class TokenScorer:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for chunk in slices(hidden_nh.size(0), self._chunk_tokens):
             valid = mask_sb[chunk] > 0
-            label = Label.of(torch.where(valid, labels_sb[chunk], 0), self._shard)
-            judgement = judge(self.logits.of(hidden_nh[chunk]), label, self._shard.group, self.logits.blocks)
+            label_column = self._shard.column_of(torch.where(valid, labels_sb[chunk], 0))
+            judgement = judge(self.logits.of(hidden_nh[chunk]), label_column, self._shard.group, self.logits.blocks)
             parts.append((-judgement.softmax.log_p, judgement.rank, judgement.entropy))
         return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

@@ -7,7 +7,6 @@ would take two of each. All ranks compute the same bits. The gathered sums are s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # float32 logits in a block: a CPU's cache; enough to hide a GPU's kernel launches
+from megatron_salt.model.kernels.passes import NUM_SUMS, Blocks, count_above, row_sums
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,10 @@ class VocabularyShard:
         """Number of this rank's real ids; 0 if it holds only padding."""
         return max(0, min(self.vocabulary_size - self.first, self.rows))
 
-
-@dataclass(frozen=True)
-class Label:
-    """The labels of a chunk, as row numbers of this rank."""
-
-    is_local: Tensor
-    """bool [n]: whether the label is among this rank's real ids."""
-
-    index: Tensor
-    """int64 [n, 1]: the row of the label on this rank; any valid row if the label is on another rank."""
-
-    @staticmethod
-    def of(labels_n: Tensor, shard: VocabularyShard) -> Label:
-        local = labels_n - shard.first
-        is_local = (local >= 0) & (local < shard.real_rows)
-        return Label(is_local, torch.where(is_local, local, 0)[:, None])
+    def column_of(self, labels_n: Tensor) -> Tensor:
+        """int64 [n]: the label's column in this rank's logits; -1 where the label is not among this rank's real ids."""
+        local = labels_n - self.first
+        return torch.where((local >= 0) & (local < self.real_rows), local, -1)
 
 
 @dataclass(frozen=True)
@@ -121,74 +108,22 @@ class Comparison:
     id. 0: they share none."""
 
 
-def slices(length: int, size: int) -> Iterator[slice]:
-    """[0, length) in slices of `size`. The last slice may be shorter."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-class Blocks:
-    """Blocks of rows of a chunk of logits, small enough that float32 copies stay in cache, and the buffers for these copies.
-
-    Buffers are reused. On a CPU a new buffer for each block would cost more than its arithmetic: the allocator takes large pieces from
-    the kernel, which maps each page anew.
-    """
-
-    def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:
-        """For chunks of at most `num_rows` rows. A rank without columns has no blocks."""
-        self._rows = min(num_rows, max(1, _BLOCK[device.type] // max(1, num_columns)))
-        self._columns, self._device = num_columns, device
-        self._buffers: dict[int, Tensor] = {}
-
-    @staticmethod
-    def of(logits_nv: Tensor) -> Blocks:
-        """Blocks for chunks of this shape."""
-        return Blocks(logits_nv.size(0), logits_nv.size(1), logits_nv.device)
-
-    def over(self, logits_nv: Tensor) -> Iterator[slice]:
-        """The rows of a chunk, one slice for each block."""
-        return slices(logits_nv.size(0), self._rows) if self._columns else iter(())
-
-    def buffer(self, number: int, rows: slice) -> Tensor:
-        """Scratch buffer `number`, float32 [rows, columns]. Each number has its own; every block reuses it."""
-        if number not in self._buffers:
-            self._buffers[number] = torch.empty((self._rows, self._columns), dtype=torch.float32, device=self._device)
-        return self._buffers[number][: rows.stop - rows.start]
-
-
-def reduce(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Blocks) -> Softmax:
+def reduce(logits_nv: Tensor, label_column: Tensor, group: dist.ProcessGroup, blocks: Blocks) -> Softmax:
     """The softmax of logits [n, real ids of this rank], in any float dtype. Collective over the group; every rank receives."""
-    packed = logits_nv.new_zeros((_NUM_SUMS, logits_nv.size(0)), dtype=torch.float32)
-    part = _Sums(*packed)
-    part.add_label(logits_nv, label)
-    for rows in blocks.over(logits_nv):
-        part.sum_exp[rows] = part.below_largest(logits_nv, rows, blocks.buffer(0, rows), blocks.buffer(1, rows)).exp_().sum(-1)
-    return _combine(_Sums(*_gather(packed, group)))
+    return _combine(_Sums(*_gather(row_sums(logits_nv, None, label_column, 1.0, False, blocks), group)))
 
 
-def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Blocks) -> Judgement:
+def judge(logits_nv: Tensor, label_column: Tensor, group: dist.ProcessGroup, blocks: Blocks) -> Judgement:
     """`reduce`, the label's rank and the entropy. Collective over the group; every rank receives.
 
     Logits must be float32: rounded logits would tie. It needs one more collective than `reduce`: one rank has the label's logit, and
     all ranks have ids above it.
     """
     assert logits_nv.dtype == torch.float32, logits_nv.dtype
-    packed = logits_nv.new_zeros((_NUM_SUMS + 1, logits_nv.size(0)))
-    part, gap = _Sums(*packed[:_NUM_SUMS]), packed[_NUM_SUMS]  # gap: sum_v exp(logit_v - largest) (logit_v - largest)
-    part.add_label(logits_nv, label)
-    for rows in blocks.over(logits_nv):
-        block = part.below_largest(logits_nv, rows, blocks.buffer(0, rows), blocks.buffer(1, rows))
-        exp_bv = torch.exp(block, out=blocks.buffer(1, rows))
-        part.sum_exp[rows] = exp_bv.sum(-1)
-        gap[rows] = torch.linalg.vecdot(exp_bv, block)
-    gathered = _gather(packed, group)
-    parts, gaps = _Sums(*gathered[:_NUM_SUMS]), gathered[_NUM_SUMS]
+    gathered = _gather(row_sums(logits_nv, None, label_column, 1.0, True, blocks), group)
+    parts, gaps = _Sums(*gathered[:NUM_SUMS]), gathered[NUM_SUMS]  # gaps: sum_v exp(logit_v - largest) (logit_v - largest)
     softmax = _combine(parts)
-    label_logit = parts.label.amax(0)
-    rank = logits_nv.new_zeros(logits_nv.size(0))
-    for rows in blocks.over(logits_nv):
-        above_bv = torch.gt(logits_nv[rows], label_logit[rows, None], out=blocks.buffer(0, rows))
-        rank[rows] = above_bv.sum(-1)  # exact below 2^24 ids
+    rank = count_above(logits_nv, parts.label.amax(0), blocks)
     if group.size() > 1:
         dist.all_reduce(rank, group=group)
     _, below = _below_group(parts)
@@ -199,26 +134,10 @@ def judge(logits_nv: Tensor, label: Label, group: dist.ProcessGroup, blocks: Blo
 
 
 def compare(
-    logits_nv: Tensor, teacher_nv: Tensor, temperature: float, label: Label, group: dist.ProcessGroup, blocks: Blocks
+    logits_nv: Tensor, teacher_nv: Tensor, temperature: float, label_column: Tensor, group: dist.ProcessGroup, blocks: Blocks
 ) -> tuple[Softmax, Comparison]:
     """The student's softmax, bit for bit that of `reduce`, and its comparison with the teacher. Collective over the group; all receive."""
-    packed = logits_nv.new_zeros((2 * _NUM_SUMS + _NUM_SOFT_SUMS, logits_nv.size(0)), dtype=torch.float32)
-    student, teacher, soft = _unpack(packed)
-    student.add_label(logits_nv, label)
-    teacher.add_label(teacher_nv, label)
-    for rows in blocks.over(logits_nv):
-        student_bv = student.below_largest(logits_nv, rows, blocks.buffer(0, rows), blocks.buffer(2, rows))
-        teacher_bv = teacher.below_largest(teacher_nv, rows, blocks.buffer(1, rows), blocks.buffer(2, rows))
-        exp_bv = torch.add(student_bv, teacher_bv, out=blocks.buffer(2, rows))
-        soft.both[rows] = torch.eq(exp_bv, 0, out=exp_bv).sum(-1)  # neither is above 0
-        exp_bv = torch.exp(teacher_bv, out=exp_bv)
-        teacher.sum_exp[rows] = exp_bv.sum(-1)
-        if temperature != 1:
-            exp_bv = torch.exp(teacher_bv.div_(temperature), out=exp_bv)
-        soft.sum_exp[rows] = exp_bv.sum(-1)
-        soft.logit[rows] = torch.linalg.vecdot(exp_bv, student_bv)
-        soft.gap[rows] = torch.linalg.vecdot(exp_bv, teacher_bv.sub_(student_bv))
-        student.sum_exp[rows] = student_bv.exp_().sum(-1)
+    packed = row_sums(logits_nv, teacher_nv, label_column, temperature, False, blocks)
     return _combine_both(*_unpack(_gather(packed, group)), temperature)
 
 
@@ -232,18 +151,6 @@ class _Sums(NamedTuple):
     """The label's logit; -inf if the label is on another rank."""
     ties: Tensor
     """How many of this rank's ids have its largest logit."""
-
-    def add_label(self, logits_nv: Tensor, label: Label) -> None:
-        self.label.fill_(float("-inf"))
-        if logits_nv.size(1):
-            self.label.copy_(torch.where(label.is_local, logits_nv.gather(1, label.index)[:, 0], float("-inf")))
-
-    def below_largest(self, logits_nv: Tensor, rows: slice, out: Tensor, scratch: Tensor) -> Tensor:
-        """A block of rows minus its largest logits, in `out`. Also sets `largest` and `ties`. Overwrites `scratch`."""
-        self.largest[rows] = logits_nv[rows].amax(-1)
-        block = torch.sub(logits_nv[rows], self.largest[rows, None], out=out)
-        self.ties[rows] = torch.eq(block, 0, out=scratch).sum(-1)  # exact below 2^24 ids; six times faster than a sum of bool
-        return block
 
 
 class _SoftSums(NamedTuple):
@@ -260,12 +167,9 @@ class _SoftSums(NamedTuple):
     """How many of this rank's ids have its largest logit in both models."""
 
 
-_NUM_SUMS, _NUM_SOFT_SUMS = len(_Sums._fields), len(_SoftSums._fields)
-
-
 def _unpack(packed: Tensor) -> tuple[_Sums, _Sums, _SoftSums]:
     """The sums of the student, of the teacher, and of both."""
-    return _Sums(*packed[:_NUM_SUMS]), _Sums(*packed[_NUM_SUMS : 2 * _NUM_SUMS]), _SoftSums(*packed[2 * _NUM_SUMS :])
+    return _Sums(*packed[:NUM_SUMS]), _Sums(*packed[NUM_SUMS : 2 * NUM_SUMS]), _SoftSums(*packed[2 * NUM_SUMS :])
 
 
 def _gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -126,4 +126,4 @@ def test_the_largest_tensor_is_a_chunk_of_logits_however_many_tokens() -> None:
         mask = torch.ones(num_tokens)
         with Storages((reference, other, weight, mask)) as new:
             divergence(reference, other, weight, mask, VocabularyShard(Alone(), vocabulary_size, vocabulary_size, False), chunk)
-        assert max(new.sizes) == 2 * vocabulary_size * chunk * 4  # one of each pass
+        assert max(new.sizes) == vocabulary_size * chunk * 4

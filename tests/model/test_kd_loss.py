@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_salt.model.kernels.passes import Blocks
 from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
-from megatron_salt.model.vocab_parallel import Blocks, Label, VocabularyShard, compare, reduce
+from megatron_salt.model.vocab_parallel import VocabularyShard, compare, reduce
 from tests.model.test_loss import Alone, Storages, relative_error
 from tests.support.grids import grid
 from tests.support.ranks import run_ranks
@@ -246,9 +247,9 @@ def test_kl_of_any_token_is_right_and_never_below_0(temperature, scale, noise):
     teacher = (
         logits * temperature + torch.randn(64, 5000, generator=generator) * noise
     )  # p at its temperature is near the student's
-    label = Label.of(torch.zeros(64, dtype=torch.int64), VocabularyShard(Alone(), 5000, 5000, False))
-    student, comparison = compare(logits, teacher, temperature, label, Alone(), Blocks.of(logits))
-    alone = reduce(logits, label, Alone(), Blocks.of(logits))
+    label_column = VocabularyShard(Alone(), 5000, 5000, False).column_of(torch.zeros(64, dtype=torch.int64))
+    student, comparison = compare(logits, teacher, temperature, label_column, Alone(), Blocks.of(logits))
+    alone = reduce(logits, label_column, Alone(), Blocks.of(logits))
     assert all(torch.equal(a, b) for a, b in zip(vars(student).values(), vars(alone).values(), strict=True))
     log_p, log_q = (teacher.double() / temperature).log_softmax(-1), logits.double().log_softmax(-1)
     assert comparison.kl.min() >= -1e-6
@@ -262,7 +263,7 @@ def whole_numbers(tp: int, student: Tensor, teacher: Tensor, labels: Tensor) -> 
     shard = VocabularyShard(group, rows, student.size(1), False)
     own = slice(shard.first, shard.first + rows)
     parts = student[:, own].contiguous(), teacher[:, own].contiguous()
-    softmax, comparison = compare(*parts, 0.25, Label.of(labels, shard), group, Blocks.of(parts[0]))
+    softmax, comparison = compare(*parts, 0.25, shard.column_of(labels), group, Blocks.of(parts[0]))
     figures = [softmax.hit.tolist(), comparison.teacher.hit.tolist(), comparison.agreement.tolist()]
     one_hot = torch.eye(student.size(1))  # the weight is the identity, so hidden states are logits
     _, sums = fused_linear_cross_entropy(student[:, None], one_hot[own], labels, torch.ones(len(labels)), shard, 3)
