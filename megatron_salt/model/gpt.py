@@ -28,9 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
-from megatron_salt.model.fp8_teacher import ForwardContext, fp8_products
 from megatron_salt.model.head import OutputHead
-from megatron_salt.model.layers import block_spec
+from megatron_salt.model.layers import ForwardContext, block_spec, fp8_products
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
