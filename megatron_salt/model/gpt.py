@@ -86,6 +86,7 @@ def transformer_config(
         # A batch of point-to-point operations must not have two between the same ranks. Interleaving would make such batches.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # the wait for the whole device after each batch of sends was a cure for an old release of torch
         deallocate_pipeline_outputs=SENDS_COPY,
         masked_softmax_fusion=False,
         # torch compiles it at the first call; only a GPU is worth that wait. GELU without a bias has no fused form.
