@@ -130,7 +130,7 @@ clean:  ## Remove environments, caches and build outputs; runs/ stays
 python:
 	@test -n "$(INTERPRETER)" || { echo "No Python from 3.11 on that can make environments (venv, ensurepip) was found as $(PYTHON); give one: make ... PYTHON=/path/to/python3.11" >&2; exit 1; }
 
-$(VENV)/.installed: requirements.txt $(CONSTRAINTS) | python
+$(VENV)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS) | python
 	@$(BIN)/python -c 'import sys, pip; assert "%d.%d" % sys.version_info[:2] == "$(VERSION)"' 2>/dev/null || "$(INTERPRETER)" -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) from $< $(CONSTRAINTS) (some minutes the first time)"
 	@$(INSTALL) -r requirements.txt setuptools
