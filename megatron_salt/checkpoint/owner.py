@@ -99,6 +99,10 @@ def read(directory: Path) -> tuple[Owner | None, bytes]:
         content = read_small(directory / LOCK, _LARGEST)
     except ValueError as error:
         raise UserError(f"--save {directory}: {LOCK} is no run's: {error}; remove it") from None
+    except OSError:
+        if not (directory / LOCK).is_symlink():
+            raise
+        raise UserError(f"--save {directory}: {LOCK} is no run's: it is a link without a target; remove it") from None
     try:
         facts = parse_json(content)
         restarts, attempt = facts["start"]
@@ -106,9 +110,10 @@ def read(directory: Path) -> tuple[Owner | None, bytes]:
             host=str(facts["host"]), machine=str(facts["machine"]), pid=int(facts["pid"]), started=str(facts["started"]),
             job=str(facts["job"]), start=(int(restarts), int(attempt)), token=str(facts["token"]),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None, content
-    return owner, content
+    words = (owner.host, owner.machine, owner.started, owner.job, owner.token)
+    return (owner if all(map(str.isprintable, words)) else None), content
 
 
 def refuse_living(directory: Path) -> str | None:

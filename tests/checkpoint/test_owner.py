@@ -125,11 +125,25 @@ def test_the_loser_of_a_takeover_is_told_and_leaves_the_winner_alone(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", '{"pid": "x"}', "\0", '{"start": 1}'])
+UNPRINTABLE = json.dumps({**asdict(THERE), "host": "x\nerror: y"})
+INFINITE = json.dumps({**asdict(THERE), "pid": 1e308}).replace("1e+308", "1e999")
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"pid": "x"}', "\0", '{"start": 1}', UNPRINTABLE, INFINITE])
 def test_a_lock_that_cannot_be_read_is_watched_and_taken(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
     with owned(tmp_path, myself({}), take_over=False, watch=0.1) as ownership:
         ownership.check()
+
+
+@pytest.mark.parametrize("target", ["absent", LOCK])
+def test_a_link_without_a_target_is_refused_and_never_waited_for(tmp_path: Path, target: str) -> None:
+    (tmp_path / LOCK).symlink_to(tmp_path / target)
+    for look in (lambda: acquire(tmp_path, myself({}), take_over=False), lambda: owner.refuse_living(tmp_path)):
+        with pytest.raises(
+            UserError, match=f"^--save {tmp_path}: {LOCK} is no run's: it is a link without a target; remove it$"
+        ):
+            look()
 
 
 def test_the_loser_of_a_takeover_knows_it_at_its_next_beat(tmp_path: Path) -> None:
