@@ -207,6 +207,14 @@ def test_continuous_integration_runs_the_readmes_commands() -> None:
         assert command in README
 
 
+def test_the_readme_has_code_to_check() -> None:
+    """Else the tests of flags, targets and commands below pass on empty lists."""
+    code = code_of(README)
+    assert len(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(code)))) >= 15
+    assert {"quickstart", "test"} <= set(re.findall(r"make ([a-z-]+)", "\n".join(code)))
+    assert any("pretrain --config" in line for line in code) and any("salt-preprocess" in line for line in code)
+
+
 @each_page
 def test_flags_exist(page: str) -> None:
     ours = flags_of(CommandLine).union(NOT_OURS, *(flags_of(tool_config(tool.stem)) for tool in TOOLS))
