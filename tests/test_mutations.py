@@ -59,7 +59,7 @@ def program(name: str, words: list[str]) -> Ended:
         if name == "pretrain":
             status = pretrain.main(words)
         else:
-            module, (config, main) = importlib.import_module(f"tools.{name}"), TOOLS[name]
+            module, (config, main) = importlib.import_module(f"megatron_salt.tools.{name}"), TOOLS[name]
             status = run_tool(getattr(module, config), getattr(module, main), words)
     return Ended(status, out.getvalue(), err.getvalue())
 
