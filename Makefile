@@ -46,7 +46,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 TOKENIZERS := gemma3 deepseek_v3 llama3_2 qwen2_5 qwen3 gpt4o gptoss claude
 
 # Tests with numeric bounds, and variables that make torch, oneDNN and MKL use the instructions of an older CPU.
-ISA_TESTS := $(addprefix tests/model/test_,products.py loss.py kd_loss.py token_scores.py gpt.py attention.py fp8_numerics.py fp32_logits.py) \
+ISA_TESTS := $(addprefix tests/model/test_,matrix_products.py loss.py kd_loss.py token_scores.py gpt.py attention.py fp8_numerics.py fp32_logits.py) \
 	tests/train/test_golden.py tests/train/test_fp8_training.py
 ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
@@ -130,7 +130,7 @@ clean:  ## Remove environments, caches and build outputs; runs/ stays
 python:
 	@test -n "$(INTERPRETER)" || { echo "No Python from 3.11 on that can make environments (venv, ensurepip) was found as $(PYTHON); give one: make ... PYTHON=/path/to/python3.11" >&2; exit 1; }
 
-$(VENV)/.installed: requirements.txt $(CONSTRAINTS) | python
+$(VENV)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS) | python
 	@$(BIN)/python -c 'import sys, pip; assert "%d.%d" % sys.version_info[:2] == "$(VERSION)"' 2>/dev/null || "$(INTERPRETER)" -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) from $< $(CONSTRAINTS) (some minutes the first time)"
 	@$(INSTALL) -r requirements.txt setuptools

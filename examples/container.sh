@@ -5,7 +5,8 @@
 #   wrap        words before a command: Apptainer runs one command inside an image; then what WRAP says
 #   PYTHON      the interpreter: that of .venv, or python3 in a container and where there is no .venv
 #
-# CONTAINER is an image. A .sif file or a directory is Apptainer's; anything else (image.sqsh, a registry's name) is pyxis's.
+# CONTAINER is an image. A .sif file, or a directory that ends in /, is Apptainer's. Anything else is pyxis's: image.sqsh, or a
+# registry's name.
 # CONTAINER_MOUNTS lists HOST:CONTAINER paths, with commas between them; by default this directory alone.
 # WRAP is a command that runs a command: WRAP='numactl -l'. It runs inside the container.
 #

@@ -12,7 +12,6 @@ import faulthandler
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 
 from megatron_salt.cli import exit_status, parse_command
@@ -21,6 +20,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.hardware import order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
+from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
 from megatron_salt.train.launcher import write_outcome
 from megatron_salt.train.plan import check
@@ -55,8 +55,7 @@ def carry_out(config: RunConfig, started: float) -> None:
     refuse_exit_file(config.training.exit_file)  # at once: a file that appears from here on is a reason to leave, not a mistake
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
-        # megatron-core warns several times on every rank that apex is missing. It is not needed.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+        hide_library_warnings()
         order_launches(layout.tensor, layout.context)
         from megatron_salt.train.run import run_session  # torch and megatron-core, whose imports take seconds
 
@@ -70,6 +69,7 @@ def rehearse(config: RunConfig, world_size: int) -> None:
     """Check what one process can check. Raises UserError."""
     layout, plan = check(config, world_size)
     refuse_exit_file(config.training.exit_file)
+    hide_library_warnings()
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)

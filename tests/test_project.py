@@ -158,3 +158,9 @@ def test_clean_removes_what_git_ignores_but_runs_and_downloads() -> None:
     assert {".venv", ".venv-3.*", *variables.values()} == environments and ".venv*" in ignored
     kept = {"runs", "*.log", ".tokenizers", "*.py[cod]", ".venv*"}
     assert ignored - kept <= words
+
+
+def test_a_new_console_script_reaches_an_old_environment() -> None:
+    """`make setup` installs again after pyproject.toml changed: an editable install gets its scripts only then."""
+    rule = re.search(r"^\$\(VENV\)/\.installed:(.*)\|", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert rule and {"requirements.txt", "pyproject.toml"} <= set(rule[1].split())

@@ -2,7 +2,7 @@
 
 Contract for teachers (a `Precision` that is `forward_only` and has an `fp8_format`):
 - The GPT is built and loaded with bfloat16 weights.
-- `GPT.forward` runs the layers inside `forward_context()`, which is `fp8_products` over a group of the teacher's mesh. Inside
+- `GPT.forward` runs the layers inside `forward_context()`, which is `layers.fp8_products` over a group of the teacher's mesh. Inside
   `in_bfloat16(model)` it runs them exactly, bit for bit, as a model without FP8. Other models have `nullcontext`.
 - `keep_fp8_alone(model)` replaces the weights of the layers' linears by FP8 ones, in the one orientation that a forward product
   reads, and frees the bfloat16 weights.
@@ -10,45 +10,19 @@ Contract for teachers (a `Precision` that is `forward_only` and has an `fp8_form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.fp8_utils import TE_LINEAR_TYPES, is_float8tensor
 
-from megatron_salt.model.precision import Precision
-
-if TYPE_CHECKING:
-    from megatron_salt.model.gpt import GPT
-
-ForwardContext = Callable[[], AbstractContextManager]
-
-
-def fp8_products(precision: Precision, amax_group: ProcessGroup) -> ForwardContext:
-    """Transformer Engine's context for FP8 products. Enter it for each forward pass.
-
-    amax_group: the ranks over which a recipe reduces maxima. Without it Transformer Engine would take all ranks.
-    """
-    import transformer_engine.pytorch as te
-
-    recipe = te_recipe(precision)
-    return lambda: te.fp8_autocast(enabled=True, fp8_recipe=recipe, fp8_group=amax_group)
-
-
-def te_recipe(precision: Precision) -> Any:
-    """Transformer Engine's recipe object for a model that only runs forward."""
-    from transformer_engine.common import recipe as recipes
-
-    formats = {"e4m3": recipes.Format.E4M3, "hybrid": recipes.Format.HYBRID}
-    kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
-    assert precision.forward_only and precision.fp8_format is not None, precision
-    return vars(recipes)[kinds[precision.fp8_recipe]](fp8_format=formats[precision.fp8_format])
+from megatron_salt.model.gpt import GPT
+from megatron_salt.model.layers import te_recipe
 
 
 @contextmanager

@@ -28,9 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
-from megatron_salt.model.fp8_teacher import ForwardContext, fp8_products
 from megatron_salt.model.head import OutputHead
-from megatron_salt.model.layers import block_spec
+from megatron_salt.model.layers import ForwardContext, block_spec, fp8_products
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
@@ -87,6 +86,7 @@ def transformer_config(
         # A batch of point-to-point operations must not have two between the same ranks. Interleaving would make such batches.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # the wait for the whole device after each batch of sends was a cure for an old release of torch
         deallocate_pipeline_outputs=SENDS_COPY,
         masked_softmax_fusion=False,
         # torch compiles it at the first call; only a GPU is worth that wait. GELU without a bias has no fused form.

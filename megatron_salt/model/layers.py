@@ -6,11 +6,14 @@ layer after it; the torch layers save their norms under those keys. Transformer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
@@ -28,6 +31,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_salt.model.attention import CoreAttention
 from megatron_salt.model.precision import Precision
 from megatron_salt.parallel.mcore_compat import mlp_of_layer
+
+ForwardContext = Callable[[], AbstractContextManager]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -130,3 +135,24 @@ def block_spec(
     )
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
+
+
+def fp8_products(precision: Precision, amax_group: ProcessGroup) -> ForwardContext:
+    """Transformer Engine's context for FP8 products. Enter it for each forward pass.
+
+    amax_group: the ranks over which a recipe reduces maxima. Without it Transformer Engine would take all ranks.
+    """
+    import transformer_engine.pytorch as te
+
+    recipe = te_recipe(precision)
+    return lambda: te.fp8_autocast(enabled=True, fp8_recipe=recipe, fp8_group=amax_group)
+
+
+def te_recipe(precision: Precision) -> Any:
+    """Transformer Engine's recipe object for a model that only runs forward."""
+    from transformer_engine.common import recipe as recipes
+
+    formats = {"e4m3": recipes.Format.E4M3, "hybrid": recipes.Format.HYBRID}
+    kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
+    assert precision.forward_only and precision.fp8_format is not None, precision
+    return vars(recipes)[kinds[precision.fp8_recipe]](fp8_format=formats[precision.fp8_format])

@@ -9,7 +9,7 @@ and the gradients, and nothing of the teacher is kept for the backward pass.
 Rounding: the logits of both models and their gradient are rounded to the model's dtype, as in megatron-core's output layer.
 Everything between is float32. The weight gradient of each chunk is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has
 a float32 result) the product of the chunk is first rounded to bfloat16, as in megatron-core's layers, and then added in float32. A
-CPU without bfloat16 products multiplies in float32 and adds the product without rounding, see products.py.
+CPU without bfloat16 products multiplies in float32 and adds the product without rounding, see matrix_products.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.tensor_parallel import layers
 
-from megatron_salt.model import products
+from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, new_logits, slices
 from megatron_salt.model.vocab_parallel import Comparison, Softmax, VocabularyShard, compare, reduce
 
@@ -120,7 +120,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         for chunk in slices(all_tokens.size(0), size):
             mask_n = mask[chunk]
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
-            logits_nv = products.logits(hidden_nh, real_weight, buffer[: mask_n.size(0)])
+            logits_nv = matrix_products.logits(hidden_nh, real_weight, buffer[: mask_n.size(0)])
             label_column = shard.column_of(torch.where(mask_n > 0, labels[chunk], 0))
             soft = None
             if teacher is None or teacher_logits is None:
@@ -133,7 +133,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if want_hidden or want_weight:
                 gradient_nv = _into_gradient(logits_nv, label_column, mask_n, student, soft, blocks)
                 if d_hidden is not None:
-                    products.hidden_gradient(gradient_nv, real_weight, d_hidden[chunk])
+                    matrix_products.hidden_gradient(gradient_nv, real_weight, d_hidden[chunk])
                 if d_weight is not None:
                     _add_product(d_weight[: shard.real_rows], gradient_nv, hidden_nh)
         if d_hidden is not None:
@@ -193,7 +193,7 @@ class _TeacherLogits:
         """Logits [n, real ids of this rank]; 0 where the mask is 0. The next call overwrites them."""
         mask_n = self.mask[chunk]
         hidden_nh = torch.where(mask_n[:, None] > 0, self.hidden[chunk], 0)
-        return products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])
+        return matrix_products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _add_product(total: Tensor, gradient_nv: Tensor, hidden_nh: Tensor) -> None:
     elif total.is_cuda:  # needs torch 2.10; before that only apex has such a product
         torch.addmm(total, gradient_nv.t(), hidden_nh, out_dtype=torch.float32, out=total)
     else:
-        products.add_weight_gradient(total, gradient_nv, hidden_nh)
+        matrix_products.add_weight_gradient(total, gradient_nv, hidden_nh)
 
 
 def gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:

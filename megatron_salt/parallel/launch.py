@@ -50,6 +50,8 @@ def bind_device() -> bool:
     if local_rank >= shown:
         raise UserError(f"LOCAL_RANK is {local_rank} but this node shows {shown} GPUs; start at most that many ranks a node")
     torch.cuda.set_device(local_rank)
+    # A product whose sum is split over thread blocks adds the parts in float32, as the output head's bounds suppose, not in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return True
 
 

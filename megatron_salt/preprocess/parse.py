@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from megatron_salt.preprocess.inputs import BadLine, decode_line, json_texts
+from megatron_salt.preprocess.parquet import unpack
 from megatron_salt.preprocess.readers import Form, sample_chunks
-from megatron_salt.preprocess.tables import unpack
 
 _SAMPLE_CHUNK, _SAMPLE_CHARACTERS = 1 << 17, 2 << 20
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.inputs import STDIN, refuse_encoding
-from megatron_salt.preprocess.tables import read_rows, unpack
+from megatron_salt.preprocess.parquet import read_rows, unpack
 
 Form = Literal["jsonl", "text", "file", "columns"]
 """JSON lines; text with one document a line; text that is one document; packed columns of a table."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.model import products
+from megatron_salt.model import matrix_products
 from megatron_salt.model.flops import HeadCost
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
@@ -49,7 +49,11 @@ def measure_head(dtype: torch.dtype, rows: int, hidden_size: int, chunk_tokens: 
     def head(soft: SoftTarget | None) -> Callable[[], object]:
         return lambda: fused_linear_cross_entropy(hidden, weight, labels, mask, shard, tokens, soft)
 
-    seconds = [_fastest(head(None)), _fastest(head(teacher)), _fastest(lambda: products.logits(wide, wide_weight, logits))]
+    seconds = [
+        _fastest(head(None)),
+        _fastest(head(teacher)),
+        _fastest(lambda: matrix_products.logits(wide, wide_weight, logits)),
+    ]
     mean = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(mean)
     plain, distilled, product = (mean / dist.get_world_size()).tolist()

@@ -20,6 +20,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
+from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.small_files import read_small
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate_text(config: GenerateConfig) -> None:
     """Continue the prompt. Every rank calls; rank 0 prints prompt and continuation. Raises UserError."""
+    hide_library_warnings()
     directory = newest_checkpoint(Path(config.load))
     run, tokenizer = read_companions(directory)
     parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())

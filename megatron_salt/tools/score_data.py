@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -29,6 +28,7 @@ from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
@@ -70,7 +70,7 @@ def score_data(config: ScoreConfig) -> int:
 
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # "no apex", from every rank
+    hide_library_warnings()
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.save_directory import TOKENIZER

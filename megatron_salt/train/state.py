@@ -15,7 +15,7 @@ from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import TrainingConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.data.skip_samples import parse_skip_samples
-from megatron_salt.metrics.memory import memory_in_use_gib
+from megatron_salt.metrics.memory import forget_peak_memory, memory_in_use_gib
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.parallel.layout import Layout
@@ -89,6 +89,7 @@ def free_teacher(teacher: Teacher, progress: RunState, micro_batch_size: int, lo
     teacher_gib = teacher.num_bytes / 2**30
     teacher.free()
     after = memory_in_use_gib()
+    forget_peak_memory()  # so that the log shows stage 2's own
     most = largest(round((before - after) * 2**20)) / 2**20
     log.event(
         progress.step,

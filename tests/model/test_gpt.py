@@ -201,6 +201,14 @@ def settings(case: Case, world_size: int) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("deallocate_pipeline_outputs", "overlap_p2p_comm", "batch_p2p_comm")}
 
 
+def waits_for_the_device(case: Case, world_size: int) -> bool:
+    return bool(get_model_config(build_student(case, world_size).chunks[0]).batch_p2p_sync)
+
+
+def test_no_pipeline_stage_waits_for_the_whole_device_after_a_send():
+    assert run_ranks(2, waits_for_the_device, Case(ParallelConfig(pipeline_model_parallel_size=2)), 2) == [False, False]
+
+
 def test_a_stage_keeps_its_output_while_gloo_sends_it():
     """megatron-core 0.16.1 would free it during the send, and losses would be wrong without an error. Nor may a batch have two sends."""
     interleaved = Case(ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2))

@@ -90,12 +90,15 @@ def test_replicas_start_alike():
     assert first == second
 
 
-def test_each_process_binds_the_gpu_of_its_local_rank(monkeypatch):
+def test_each_process_binds_the_gpu_of_its_local_rank_and_adds_parts_of_products_in_float32(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = True  # torch's default
     gpus = dict(is_available=lambda: True, device_count=lambda: 4, get_device_capability=lambda: (9, 0))
     with mock.patch.multiple(torch.cuda, **gpus, set_device=mock.DEFAULT) as patched:
         assert find_hardware().capability == (9, 0)
         patched["set_device"].assert_called_once_with(3)
+        assert products.allow_bf16_reduced_precision_reduction is False
     fewer = gpus | dict(device_count=lambda: 2)
     with mock.patch.multiple(torch.cuda, **fewer), pytest.raises(UserError, match="LOCAL_RANK is 3 .* 2 GPUs"):
         bind_device()

@@ -17,7 +17,7 @@ import zstandard
 from megatron_salt.cli import run_tool
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.errors import UserError
-from megatron_salt.preprocess import encode, readers, tables
+from megatron_salt.preprocess import encode, parquet, readers
 from megatron_salt.preprocess.readers import Form
 from megatron_salt.tokenizer.tokenizer import tokenizer_from_files
 from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
@@ -40,8 +40,8 @@ def test_every_string_like_column_packs_to_the_same_texts(kind: str) -> None:
     texts = ["a", None, "a text longer than the twelve bytes that a view holds itself", ""]
     values = texts if "string" in kind else [text if text is None else text.encode() for text in texts]
     batch = pyarrow.record_batch({"text": pyarrow.array(values, getattr(pyarrow, kind)())})
-    tables._check_columns("t.parquet", batch.schema, ["text"])
-    assert tables.unpack(tables._packed(batch, ["text"]), 1) == [[t if t is None else t.encode() for t in texts]]
+    parquet._check_columns("t.parquet", batch.schema, ["text"])
+    assert parquet.unpack(parquet._packed(batch, ["text"]), 1) == [[t if t is None else t.encode() for t in texts]]
 
 
 def test_columns_of_dictionaries_are_texts() -> None:
@@ -49,8 +49,8 @@ def test_columns_of_dictionaries_are_texts() -> None:
     for kind in (pyarrow.string(), pyarrow.large_string()):
         texts = ["a", "b", None, "a"]
         batch = pyarrow.record_batch({"text": pyarrow.array(texts, kind).dictionary_encode()}).slice(1)
-        tables._check_columns("t.parquet", batch.schema, ["text"])
-        assert tables.unpack(tables._packed(batch, ["text"]), 1) == [[b"b", None, b"a"]]
+        parquet._check_columns("t.parquet", batch.schema, ["text"])
+        assert parquet.unpack(parquet._packed(batch, ["text"]), 1) == [[b"b", None, b"a"]]
 
 
 @pytest.mark.parametrize("name, packed", [("A.JSONL.GZ", gzip.compress), ("a.jsonl.Zst", zstandard.compress), ("a.TXT", bytes)])

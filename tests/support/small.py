@@ -18,6 +18,7 @@ from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.model.gpt import build_model
 from megatron_salt.model.loss import METRICS
 from megatron_salt.model.precision import TORCH, Precision
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
@@ -149,7 +150,11 @@ def train_student(student: Student, case: Case, steps: int, start: int = 0) -> C
     losses, grad_norms = [], []
     for step in range(start, start + steps):
         outcome = train_step(student, batch(student, case, step), PhaseTimer())
-        sums = torch.zeros(len(METRICS), dtype=torch.float64) if outcome.sums is None else outcome.sums.double().sum(0)
+        sums = (
+            torch.zeros(len(METRICS), dtype=torch.float64, device=current_device())
+            if outcome.sums is None
+            else outcome.sums.double().sum(0)
+        )
         losses.append(means(sums_over_replicas(sums, student.mesh))["loss"])
         grad_norms.append(outcome.grad_norm)
     return Curve(losses, grad_norms)

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.fp8_teacher import te_recipe
 from megatron_salt.model.gpt import transformer_config
+from megatron_salt.model.layers import te_recipe
 from megatron_salt.model.precision import Precision
 from megatron_salt.model.precision_checks import refuse_precision
 from megatron_salt.parallel.hardware import Hardware

@@ -104,7 +104,9 @@ def test_a_student_has_the_keys_of_the_torch_layers(name: str, tensor: int, pipe
 def test_a_student_is_built_for_every_recipe(name: str, tensor: int, pipeline: int, virtual: int, recipe: str) -> None:
     parallel = parallel_of(tensor, pipeline, virtual)
     with rank_of(0, tensor * pipeline):
-        [chunk], _ = student(MODELS[name], parallel, Precision("transformer_engine", "hybrid", recipe))  # type: ignore[arg-type]
+        [chunk], _ = student(
+            MODELS[name], parallel, Precision(implementation="transformer_engine", fp8_format="hybrid", fp8_recipe=recipe)
+        )  # type: ignore[arg-type]
         assert chunk.config.fp8 == "hybrid" and chunk.config.fp8_recipe == recipe
         assert all(linear.fuse_wgrad_accumulation for linear in linears(chunk))
         assert all(
@@ -119,9 +121,9 @@ def test_a_teacher_is_built_on_its_own_mesh_over_the_students_ranks(
     name: str, tensor: int, pipeline: int, recipe: str | None
 ) -> None:
     precision = (
-        Precision("transformer_engine", forward_only=True)
+        Precision(implementation="transformer_engine", forward_only=True)
         if recipe is None
-        else Precision("transformer_engine", "e4m3", recipe, forward_only=True)
+        else Precision(implementation="transformer_engine", fp8_format="e4m3", fp8_recipe=recipe, forward_only=True)
     )  # type: ignore[arg-type]
     facts = TeacherCheckpoint(
         directory=Path(),

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_salt.errors import UserError
-from megatron_salt.model import products
+from megatron_salt.model import matrix_products
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from tests.support.ranks import run_ranks
@@ -24,7 +24,7 @@ FORMS = ("native", "widened")
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(products.FORM, request.param)
+    monkeypatch.setenv(matrix_products.FORM, request.param)
     return str(request.param)
 
 
@@ -44,10 +44,10 @@ def error(ours: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("band", [1, 7 * 24, 1 << 20], ids=["a row", "7 rows", "all"])
 def test_every_product_is_the_exact_one_rounded_once(form: str, band: int) -> None:
     hidden, weight, gradient = operands()
-    logits = products.logits(hidden, weight, torch.full((24, 50), torch.nan, dtype=BF16), band)
-    d_hidden = products.hidden_gradient(gradient, weight, torch.full((24, 16), torch.nan, dtype=BF16), band)
+    logits = matrix_products.logits(hidden, weight, torch.full((24, 50), torch.nan, dtype=BF16), band)
+    d_hidden = matrix_products.hidden_gradient(gradient, weight, torch.full((24, 16), torch.nan, dtype=BF16), band)
     d_weight = torch.ones(50, 16)
-    products.add_weight_gradient(d_weight, gradient, hidden, band)
+    matrix_products.add_weight_gradient(d_weight, gradient, hidden, band)
     assert error(logits, hidden.double() @ weight.double().t()) < ROUNDING
     assert error(d_hidden, gradient.double() @ weight.double()) < ROUNDING
     assert error(d_weight - 1, gradient.double().t() @ hidden.double()) < (1e-5 if form == "widened" else ROUNDING)
@@ -55,8 +55,8 @@ def test_every_product_is_the_exact_one_rounded_once(form: str, band: int) -> No
 
 def test_a_rank_without_ids_has_no_logits_and_a_gradient_of_0(form: str) -> None:
     hidden, weight, gradient = operands(rows=0)
-    assert products.logits(hidden, weight, hidden.new_empty((24, 0))).shape == (24, 0)
-    assert not products.hidden_gradient(gradient, weight, torch.full_like(hidden, torch.nan)).any()
+    assert matrix_products.logits(hidden, weight, hidden.new_empty((24, 0))).shape == (24, 0)
+    assert not matrix_products.hidden_gradient(gradient, weight, torch.full_like(hidden, torch.nan)).any()
 
 
 class Sizes(TorchDispatchMode):
@@ -73,18 +73,18 @@ class Sizes(TorchDispatchMode):
 
 def test_widening_makes_no_tensor_larger_than_a_band_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight has 8 bands; a float32 copy of it would be 16 times as large as one."""
-    monkeypatch.setenv(products.FORM, "widened")
+    monkeypatch.setenv(matrix_products.FORM, "widened")
     band, (hidden, weight, gradient) = 64 * 16, operands(tokens=16, rows=512, width=16)
     logits, d_hidden, d_weight = weight.new_empty((16, 512)), torch.empty_like(hidden), torch.zeros(512, 16)
     own = {tensor.untyped_storage().nbytes() for tensor in (hidden, weight, gradient, logits, d_weight)}
     with Sizes() as sizes:
-        wide = products.logits(hidden, weight, logits, band)
+        wide = matrix_products.logits(hidden, weight, logits, band)
     assert wide is logits and sizes.largest == max(own - {d_weight.untyped_storage().nbytes()}) == 16 * 512 * 2
     with Sizes() as sizes:
-        products.hidden_gradient(gradient, weight, d_hidden, band)
+        matrix_products.hidden_gradient(gradient, weight, d_hidden, band)
     assert sizes.largest <= max(4 * band, 16 * 512 * 2)
     with Sizes() as sizes:
-        products.add_weight_gradient(d_weight, gradient, hidden, band)
+        matrix_products.add_weight_gradient(d_weight, gradient, hidden, band)
     assert sizes.largest == d_weight.untyped_storage().nbytes()
 
 
@@ -92,7 +92,7 @@ def loss_and_gradients(
     form: str, hidden: Tensor, weight: Tensor, teacher_weight: Tensor, kd_weight: float | None
 ) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(products.FORM, form)
+        patch.setenv(matrix_products.FORM, form)
         hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         teacher = None if kd_weight is None else SoftTarget(hidden.detach(), teacher_weight, 0.5, kd_weight)
         shard = VocabularyShard(dist.group.WORLD, 50, 50, False)
@@ -144,13 +144,13 @@ def test_bfloat16_is_widened_where_the_cpu_has_no_products_of_it(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     caps = {"ONEDNN_MAX_CPU_ISA": cap}
-    assert products.widens(BF16, CPU, caps) == widened
-    assert products.widens(BF16, CPU, {**caps, products.FORM: "widened"})
-    assert not products.widens(BF16, CPU, {**caps, products.FORM: "native"})
-    assert not products.widens(torch.float32, CPU, {products.FORM: "widened"})
-    assert not products.widens(BF16, torch.device("cuda"), {products.FORM: "widened"})
+    assert matrix_products.widens(BF16, CPU, caps) == widened
+    assert matrix_products.widens(BF16, CPU, {**caps, matrix_products.FORM: "widened"})
+    assert not matrix_products.widens(BF16, CPU, {**caps, matrix_products.FORM: "native"})
+    assert not matrix_products.widens(torch.float32, CPU, {matrix_products.FORM: "widened"})
+    assert not matrix_products.widens(BF16, torch.device("cuda"), {matrix_products.FORM: "widened"})
 
 
 def test_another_form_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=f"{products.FORM} is float64: it is native, widened or unset"):
-        products.widens(BF16, CPU, {products.FORM: "float64"})
+    with pytest.raises(UserError, match=f"{matrix_products.FORM} is float64: it is native, widened or unset"):
+        matrix_products.widens(BF16, CPU, {matrix_products.FORM: "float64"})
