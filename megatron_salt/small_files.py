@@ -67,6 +67,12 @@ def parse_json(content: bytes, nan: bool = False) -> Any:
         raise ValueError(f"it is nested deeper than {_DEPTH} levels") from None
 
 
+def one_line(value: object, longest: int = 400) -> str:
+    """The beginning of a value from a file, for a message in one line: quoted where it holds what cannot be printed."""
+    text = str(value)[:longest]
+    return text if text.isprintable() else repr(text)
+
+
 def refuse_outside_names(names: Iterable[str]) -> None:
     """Raise ValueError where a name in a list of files points outside the directory of the list."""
     for name in names:

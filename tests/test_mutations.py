@@ -16,7 +16,8 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,10 +27,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron_salt import pretrain
-from megatron_salt.checkpoint import integrity, save_directory
+from megatron_salt.checkpoint import integrity, owner, save_directory
 from megatron_salt.cli import parse, run_tool
 from megatron_salt.config.yaml_text import to_yaml
-from tests.support.mutations import Mutation, kept, mutations
+from tests.support.mutations import Mutation, copied, kept, mutations
 from tests.support.program import Ended, argv
 from tests.support.ranks import run_ranks
 
@@ -52,14 +53,21 @@ def program(name: str, words: list[str]) -> Ended:
     with contextlib.ExitStack() as stack:
         for module in ("megatron_salt.train.run", "megatron_salt.parallel.launch"):
             stack.enter_context(mock.patch(f"{module}.distributed", return_value=contextlib.nullcontext()))
+        stack.enter_context(mock.patch("megatron_salt.train.build.acquire", partial(owner.acquire, watch=0.2)))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         if name == "pretrain":
             status = pretrain.main(words)
         else:
-            module, (config, main) = importlib.import_module(f"tools.{name}"), TOOLS[name]
+            module, (config, main) = importlib.import_module(f"megatron_salt.tools.{name}"), TOOLS[name]
             status = run_tool(getattr(module, config), getattr(module, main), words)
     return Ended(status, out.getvalue(), err.getvalue())
+
+
+def stopped(name: str, words: list[str], before: str) -> Ended:
+    """Run a whole program, with Ctrl-C where it calls the function `before`. Called in the rank."""
+    with mock.patch(before, side_effect=KeyboardInterrupt):
+        return program(name, words)
 
 
 def timed(name: str, words: list[str]) -> tuple[Ended, float]:
@@ -95,16 +103,26 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
         for word in ("one", "two", "three")
     ]
     made.home.joinpath("words.jsonl").write_text("\n".join(lines))
+    whole = ["--input", made.path("words.jsonl"), "--append-eod", "--tokenizer-type", "ByteLevelTokenizer"]
     for name, words in (
         ("preprocess_data", ["--input", made.path("words.jsonl"), "--output-prefix", made.path("words"), "--append-eod",
                              "--tokenizer-type", "ByteLevelTokenizer"]),
         ("pretrain", argv(data_path=made.data, untie_embeddings_and_output_weights=True, train_iters=2, save=made.path("run"), save_at=1)),
-        ("score_data", ["--teacher-load", made.path("run"), "--data-path", made.data, "--output", made.path("scores"),
-                        "--score-top-k", "10", "--tokenizer-type", "ByteLevelTokenizer"]),
+        ("score_data", score_words(made, made.home / "scores")),
         ("select_data", ["--scores", made.path("scores"), "--output", made.path("chosen"), "--rule", "random", "--fraction", "0.5"]),
     ):  # fmt: skip
         (ended,) = run_ranks(1, program, name, words)
         assert ended.status == 0, ended
+    for name, words, before in (
+        ("preprocess_data", [*whole, "--output-prefix", made.path("half", "words"), "--resume"],
+         "megatron_salt.tools.preprocess_data.publish"),
+        ("score_data", score_words(made, made.home / "half_scores"), "megatron_salt.selection.score_writer.ShardWriter.finish"),
+    ):  # fmt: skip
+        (ended,) = run_ranks(1, stopped, name, words, before)
+        assert ended.status == 130, ended
+    shutil.copytree(made.home / "run", made.home / "owned")
+    gone = replace(owner.myself({}), started="of a process that is gone")
+    made.home.joinpath("owned", owner.LOCK).write_text(json.dumps({**asdict(gone), "beat": f"{7:012}"}) + "\n")
     made.home.joinpath("run.yaml").write_text(to_yaml(parse(run_words(made))))
     return made
 
@@ -120,6 +138,8 @@ class Consumer:
     words: Callable[[Good, Path], list[str]]
     result: Callable[[Path], bytes] = lambda output: b""
     """What must be the same where damage is not noticed."""
+    copies: str | None = None
+    """A folder of the good run that the program writes into; it gets a copy in the folder for output."""
 
 
 def losses(output: Path) -> bytes:
@@ -129,6 +149,11 @@ def losses(output: Path) -> bytes:
 
 def written(*names: str) -> Callable[[Path], bytes]:
     return lambda output: b"".join(next(output.glob(name)).read_bytes() for name in names)
+
+
+def score_words(good: Good, output: Path) -> list[str]:
+    return ["--teacher-load", good.path("run"), "--data-path", good.data, "--output", str(output), "--score-top-k", "10",
+            "--block-samples", "16", "--tokenizer-type", "ByteLevelTokenizer"]  # fmt: skip
 
 
 def run_words(good: Good, **flags: Any) -> list[str]:
@@ -160,25 +185,39 @@ MERGE_SCORES = Consumer("merge_scores", lambda good, output: ["--scores", good.p
                         written("scores/samples-*/*.npy"))  # fmt: skip
 WITH_SELECTION = Consumer("pretrain", lambda good, output: [
     *run_words(good, stage1_selection=good.path("chosen"), kd_steps=2, kd_weight=0), "--dry-run", "1"])  # fmt: skip
+SCORE = Consumer("score_data", lambda good, output: score_words(good, output / "scores"), written("scores/samples-*/*.npy"))
+SCORE_ON = Consumer("score_data", lambda good, output: score_words(good, output / "half_scores"),
+                    written("half_scores/samples-*/*.npy", "half_scores/samples-*/shard.json"), copies="half_scores")  # fmt: skip
+SCORE_AGAIN = Consumer("score_data", lambda good, output: score_words(good, output / "scores"), copies="scores")
+PREPROCESS_ON = Consumer("preprocess_data", lambda good, output: [
+    "--input", good.path("words.jsonl"), "--append-eod", "--tokenizer-type", "ByteLevelTokenizer", "--resume",
+    "--output-prefix", str(output / "half" / "words")], written("half/*.bin", "half/*.idx"), copies="half")  # fmt: skip
+OWN = Consumer("pretrain", lambda good, output: run_words(good, save=output / "owned", load=output / "owned", jsonl=output / "log"),
+               losses, copies="owned")  # fmt: skip
+MAY_OWN = Consumer("pretrain", lambda good, output: [*OWN.words(good, output), "--dry-run", "1"], copies="owned")
 REPORT = Consumer("report", lambda good, output: ["--run", "a=" + good.path("run", "train.jsonl")])
 CONFIGURED = Consumer("pretrain", lambda good, output: ["--config", good.path("run.yaml"), "--dry-run", "1"])
 
 OF_A_CHECKPOINT = (INSPECT, RESUME, TEACH)
 SIDECARS: dict[str, tuple[Consumer, ...]] = {
-    "run/latest_checkpointed_iteration.txt": (INSPECT, RESUME, REHEARSE, GENERATE, MAY_TEACH),
-    "run/iter_0000002/state.json": (*OF_A_CHECKPOINT, GLANCE, REHEARSE, MAY_TEACH, GENERATE),
-    "run/iter_0000002/checksums.json": (*OF_A_CHECKPOINT, GLANCE, MAY_TEACH, GENERATE),
+    "run/latest_checkpointed_iteration.txt": (INSPECT, RESUME, REHEARSE, GENERATE, MAY_TEACH, SCORE),
+    "run/iter_0000002/state.json": (*OF_A_CHECKPOINT, GLANCE, REHEARSE, MAY_TEACH, GENERATE, SCORE),
+    "run/iter_0000002/checksums.json": (*OF_A_CHECKPOINT, GLANCE, MAY_TEACH, GENERATE, SCORE),
     "run/iter_0000002/.metadata": (*OF_A_CHECKPOINT, GLANCE, GENERATE),
     "run/iter_0000002/common.pt": OF_A_CHECKPOINT,
     "run/iter_0000002/metadata.json": OF_A_CHECKPOINT,
     "run/iter_0000002/run.yaml": (*OF_A_CHECKPOINT, GLANCE, GENERATE),
     "run/iter_0000002/tokenizer/tokenizer_description.json": (*OF_A_CHECKPOINT, GENERATE),
     "run/train.jsonl": (REPORT,),
-    "words_text_document.manifest.json": (PLAIN, MERGE, SELECT),
-    "words_text_document.idx": (PLAIN, MERGE),
+    "owned/owner.json": (OWN, MAY_OWN),
+    "half/words.tmp.journal": (PREPROCESS_ON,),
+    "words_text_document.manifest.json": (PLAIN, MERGE, SELECT, SCORE),
+    "words_text_document.idx": (PLAIN, MERGE, SCORE),
     "words_text_document.tokenizer/tokenizer_description.json": (MERGE,),
-    "scores/index.json": (SELECT, MERGE_SCORES),
-    "scores/samples-*/shard.json": (SELECT, MERGE_SCORES),
+    "scores/index.json": (SELECT, MERGE_SCORES, SCORE_AGAIN),
+    "scores/samples-*/shard.json": (SELECT, MERGE_SCORES, SCORE_AGAIN),
+    "half_scores/index.json": (SCORE_ON,),
+    "half_scores/samples-*/blocks.journal": (SCORE_ON,),
     "chosen.json": (WITH_SELECTION,),
     "run.yaml": (CONFIGURED,),
 }
@@ -192,6 +231,7 @@ def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutatio
     (path,) = good.home.glob(sidecar)
     folder = good.checkpoint
     output = good.home / "output"
+    good_result(good, consumer)  # of the good file, before it is mutated
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept(path))
         mutation.apply(path)
@@ -199,7 +239,7 @@ def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutatio
             stack.enter_context(kept(folder / integrity.CHECKSUMS))
             sums = integrity.read_checksums(folder)
             integrity.write_checksums(folder, sums | {str(path.relative_to(folder)): integrity.sum_of_file(path)})
-        output.mkdir()
+        make_output(good, consumer, output)
         stack.callback(shutil.rmtree, output)
         ((ended, seconds),) = run_ranks(1, timed, consumer.program, consumer.words(good, output), timeout=4 * SECONDS)
         assert seconds < SECONDS
@@ -219,13 +259,19 @@ def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutatio
     return "refused"
 
 
+def make_output(good: Good, consumer: Consumer, output: Path) -> None:
+    output.mkdir()
+    if consumer.copies is not None:
+        copied(good.home / consumer.copies, output / consumer.copies)
+
+
 def good_result(good: Good, consumer: Consumer) -> bytes:
     """The consumer's result for the good run, computed once for each consumer."""
     name = hashlib.sha256(repr(consumer.words(good, Path("x"))).encode()).hexdigest()
     cached = good.home / f"result-{name}"
     if not cached.exists():
         output = good.home / f"output-{name}"
-        output.mkdir()
+        make_output(good, consumer, output)
         (ended,) = run_ranks(1, program, consumer.program, consumer.words(good, output))
         assert ended.status == 0, ended
         cached.write_bytes(consumer.result(output))
@@ -254,7 +300,7 @@ def law(good: Good, sidecar: str, examples: int, seconds: float = math.inf) -> s
         told.append(read_mutated(good, sidecar, consumer, mutation, sealed))
 
     holds()
-    assert "refused" in told
+    assert "refused" in told or sidecar.endswith("journal"), told  # what a journal has lost is done again
     return f"{len(told)} mutations, {told.count('refused')} refused, {told.count('read')} read without harm"
 
 

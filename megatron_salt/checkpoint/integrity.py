@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
-from megatron_salt.small_files import read_json, refuse_outside_names
+from megatron_salt.small_files import one_line, read_json, refuse_outside_names
 
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"
@@ -68,7 +68,7 @@ def read_checksums(directory: Path, required: Iterable[str] = (METADATA,)) -> di
         stated, actual = content["sha256_of_files"], _hash_of(content["files"])
         if stated != actual:
             raise DamagedCheckpoint(
-                f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {str(stated)[:16]}..."
+                f"{path}: was altered: its list hashes to sha256 {actual[:16]}..., not {one_line(stated, 16)}..."
             )
         sums = {name: _file_sum(entry) for name, entry in content["files"].items()}
         refuse_outside_names(sums)

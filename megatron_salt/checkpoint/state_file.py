@@ -34,7 +34,7 @@ from megatron_salt.config import ModelConfig
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.small_files import read_json
+from megatron_salt.small_files import one_line, read_json
 
 FORMAT = 1
 EVALUATED = "evaluated.json"
@@ -222,7 +222,7 @@ def _converted(value: Any, kind: type[_Kind]) -> _Kind:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(str(error).replace("`$.", "`")) from None
+        raise ValueError(one_line(str(error).replace("`$.", "`"))) from None
 
 
 def _is_finite(value: Any) -> bool:
@@ -256,7 +256,7 @@ def read_state(directory: Path) -> CheckpointState:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
     if state is None:
-        raise UserError(f"{path} has format {str(written)[:24]}; this release reads format {FORMAT}")
+        raise UserError(f"{path} has format {one_line(written, 24)}; this release reads format {FORMAT}")
     return replace(state, run=_after_evaluation(directory, state.run))
 
 

@@ -47,7 +47,7 @@ def read_record(path: Path, versions: Sequence[int], remedy: str) -> tuple[int, 
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable manifest ({error}); {remedy}") from None
     if not isinstance(raw, dict) or raw.get("format") not in versions:
-        version = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        version = small_files.one_line(raw.get("format"), 24) if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path} has manifest format {version}, this version reads {' and '.join(map(str, versions))}")
     return int(raw.pop("format")), raw
 

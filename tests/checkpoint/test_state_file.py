@@ -18,6 +18,7 @@ from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.checkpoint.save_directory import STATE
 from megatron_salt.checkpoint.state_file import EVALUATED, parse_state, read_state, state_content, write_evaluation, write_state
+from megatron_salt.errors import UserError
 from tests.support.program import SEQ_LENGTH, entries, losses, state_of, train, write_tokens
 from tests.support.selections import write_ids
 
@@ -89,6 +90,15 @@ def test_an_evaluation_that_was_not_written_for_this_checkpoint_is_damage(tmp_pa
     (directory / EVALUATED).write_text(json.dumps(written | {"decided": written["decided"] | change}))
     with pytest.raises(DamagedCheckpoint, match="without the file a resumed run repeats the evaluation"):
         read_state(directory)
+
+
+@pytest.mark.parametrize("change", [{"format": "1\n2"}, {"salt": {"a\nname": 1}}, {"layout": {"tensor": "\x1e"}}])
+def test_a_refusal_is_one_line_whatever_the_file_holds(tmp_path: Path, change: dict[str, Any]) -> None:
+    content = json.loads((OLD / "iter_0000002/state.json").read_bytes())
+    (tmp_path / "state.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(UserError) as refused:
+        read_state(tmp_path)
+    assert str(refused.value).isprintable() and str(tmp_path / "state.json") in str(refused.value)
 
 
 def test_a_run_resumes_from_an_old_checkpoint_and_comes_to_the_same(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_missing_files_are_named_with_their_flag(tmp_path):
     "values, word",
     [
         ({"format": 99}, "format 99"),
+        ({"format": "x\ny"}, r"format 'x\\ny'"),
         ({"extra": 1}, "extra"),
         ({"tokens": 999}, "contradicts"),
         ({"sources": [{"file": "a"}]}, "sources"),

@@ -69,6 +69,20 @@ def kept(path: Path) -> Iterator[None]:
         path.write_bytes(content)
 
 
+def copied(source: Path, target: Path) -> None:
+    """Copy a folder. What is no regular file in it is made anew, not read."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_symlink():
+            (target / path.name).symlink_to(os.readlink(path))
+        elif path.is_dir():
+            copied(path, target / path.name)
+        elif path.is_fifo():
+            os.mkfifo(target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
