@@ -23,6 +23,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.preprocess import staging
 from megatron_salt.tools import preprocess_data
 from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
+from tests.support.datasets import files_in
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}: " + "ça et là 日本 🎉\n" * (i % 7 + 1) for i in range(200)]
@@ -51,10 +52,6 @@ def corpus(home: Path) -> list[str]:
 
 def run(inputs: list[str], out: Path, *flags: str) -> int:
     return run_tool(PreprocessConfig, preprocess, ["--input", *inputs, "--output-prefix", str(out / "d"), *FLAGS, *flags])
-
-
-def files_in(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from megatron_salt.data.manifest import read_manifest
 from megatron_salt.preprocess import indexed_writer
 from megatron_salt.tools.merge_datasets import MergeConfig, merge_datasets
 from megatron_salt.tools.preprocess_data import PreprocessConfig, preprocess
+from tests.support.datasets import files_in
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer"]
 
@@ -27,10 +28,6 @@ def run(inputs: list[str], prefix: Path, *flags: str) -> int:
 
 def merge(inputs: list[Path], prefix: Path, *flags: str) -> int:
     return run_tool(MergeConfig, merge_datasets, ["--input", *map(str, inputs), "--output-prefix", str(prefix), *flags])
-
-
-def files_in(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
