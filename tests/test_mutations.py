@@ -36,7 +36,7 @@ from tests.support.ranks import run_ranks
 
 SECONDS = 10.0  # of computing, for a program that reads a small file; it never waits for long
 TOOLS = {
-    "inspect_checkpoint": ("InspectConfig", "main"),
+    "inspect_checkpoint": ("InspectConfig", "inspect_checkpoint"),
     "generate_text": ("GenerateConfig", "generate_text"),
     "merge_datasets": ("MergeConfig", "merge_datasets"),
     "merge_scores": ("MergeConfig", "merge_scores"),
@@ -260,7 +260,7 @@ def read_mutated(good: Good, sidecar: str, consumer: Consumer, mutation: Mutatio
 
 
 def make_output(good: Good, consumer: Consumer, output: Path) -> None:
-    output.mkdir()
+    output.mkdir(exist_ok=True)  # hypothesis repeats a failure
     if consumer.copies is not None:
         copied(good.home / consumer.copies, output / consumer.copies)
 
