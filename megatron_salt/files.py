@@ -44,6 +44,8 @@ def whole_file(path: Path, durable: bool = False, temporary: Path | None = None)
     such as one of this process alone. After an error no temporary file is left; after a kill one may be.
     """
     temporary = path.with_name(path.name + ".tmp") if temporary is None else temporary
+    if temporary.is_symlink():  # or its target would be overwritten
+        temporary.unlink()
     try:
         yield temporary
         if durable:

@@ -58,6 +58,14 @@ def test_a_durable_file_is_on_the_disk_before_its_name_and_its_name_before_the_c
     assert calls == [call.replace("DIRECTORY", tmp_path.name) for call in expected]
 
 
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    other, path = tmp_path / "other", tmp_path / "file"
+    other.write_text("of somebody else")
+    (tmp_path / "file.tmp").symlink_to(other)
+    write_whole(path, b"new")
+    assert (other.read_text(), path.read_text(), path.is_symlink()) == ("of somebody else", "new", False)
+
+
 def test_what_is_there_is_replaced_only_where_a_flag_says_so(tmp_path: Path) -> None:
     here, link, absent = tmp_path / "here", tmp_path / "link", tmp_path / "absent"
     here.write_text("")

@@ -267,7 +267,7 @@ def make_output(good: Good, consumer: Consumer, output: Path) -> None:
 
 def good_result(good: Good, consumer: Consumer) -> bytes:
     """The consumer's result for the good run, computed once for each consumer."""
-    name = hashlib.sha256(repr(consumer.words(good, Path("x"))).encode()).hexdigest()
+    name = hashlib.sha256(repr((consumer.copies, consumer.words(good, Path("x")))).encode()).hexdigest()
     cached = good.home / f"result-{name}"
     if not cached.exists():
         output = good.home / f"output-{name}"
