@@ -25,6 +25,7 @@ from megatron_salt.selection.score_format import IndexManifest, columns
 from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.selection.selection_file import Selection, write_selection
 from megatron_salt.tools.inspect_checkpoint import _about
+from tests.support.mutations import paths_in, value_at
 from tests.support.selections import write_index
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "../x", "float128", [], [None], [[1]], {}, {"a": {}})
@@ -46,30 +47,18 @@ SCORES = IndexManifest(
 
 def mutations(tree: Any) -> Iterator[Any]:
     """Copies of `tree`: each has one value replaced, one key left out, or one unknown key."""
-    for path in _paths(tree):
+    for path in paths_in(tree):
         for other in OTHERS:
             changed = copy.deepcopy(tree)
-            _at(changed, path[:-1])[path[-1]] = other
+            value_at(changed, path[:-1])[path[-1]] = other
             yield changed
-        if isinstance(_at(tree, path[:-1]), dict):
+        if isinstance(value_at(tree, path[:-1]), dict):
             changed = copy.deepcopy(tree)
-            del _at(changed, path[:-1])[path[-1]]
+            del value_at(changed, path[:-1])[path[-1]]
             yield changed
             changed = copy.deepcopy(tree)
-            _at(changed, path[:-1])["unknown"] = 1
+            value_at(changed, path[:-1])["unknown"] = 1
             yield changed
-
-
-def _paths(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
-        yield (*before, key)
-        yield from _paths(value, (*before, key))
-
-
-def _at(tree: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def dataset(folder: Path) -> tuple[Path, Callable[[], Any]]:

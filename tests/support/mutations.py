@@ -150,13 +150,13 @@ def with_inserted(at: float, what: str) -> Mutation:
 
 def with_value(at: float, value: Any) -> Mutation:
     def change(tree: Any, path: tuple[Any, ...]) -> None:
-        _at(tree, path[:-1])[path[-1]] = value
+        value_at(tree, path[:-1])[path[-1]] = value
 
     return _of_tree(f"value at {at:.3f} is {str(value)[:32]!r}", at, change)
 
 
 def without(at: float) -> Mutation:
-    return _of_tree(f"no value at {at:.3f}", at, lambda tree, path: _at(tree, path[:-1]).pop(path[-1]))
+    return _of_tree(f"no value at {at:.3f}", at, lambda tree, path: value_at(tree, path[:-1]).pop(path[-1]))
 
 
 def with_key_twice(at: float) -> Mutation:
@@ -182,7 +182,7 @@ def _of_tree(name: str, at: float, change: Callable[[Any, tuple[Any, ...]], Any]
         except ValueError:
             first, _, rest = content.partition(b"\n")
             tree = json.loads(first)
-        paths = list(_paths(tree))
+        paths = list(paths_in(tree))
         if not paths:
             return b"3"
         changed = copy.deepcopy(tree)
@@ -192,13 +192,15 @@ def _of_tree(name: str, at: float, change: Callable[[Any, tuple[Any, ...]], Any]
     return _of_bytes(name, apply)
 
 
-def _paths(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths_in(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of keys and indices to every value in a JSON tree."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield (*before, key)
-        yield from _paths(value, (*before, key))
+        yield from paths_in(value, (*before, key))
 
 
-def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+def value_at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """The value at the end of a path."""
     for key in path:
         tree = tree[key]
     return tree

@@ -7,21 +7,19 @@ TRITON_INTERPRET=1 in the environment has a CPU run the kernels too, slowly, in 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from megatron_salt.model.kernels import ALIGNMENT, INTERPRETED
+
 NUM_SUMS = 4
 """Sums of one model's logits: the largest; sum of exp(logit - largest); the label's logit; how many logits equal the largest."""
 NUM_SOFT_SUMS = 4
 """Sums of both models' logits: see `row_sums`."""
 _BLOCK = 1 << 20  # float32 logits in a block: a CPU's cache holds a few such buffers
-_ALIGNMENT = 64  # columns
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton reads this as its functions are defined, so it cannot change later."""
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
@@ -45,7 +43,7 @@ def new_logits(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
     For kernels each row starts at a multiple of 64 columns: 16-byte loads and cuBLAS's fast products need that, and a vocabulary may
     have any size. Elsewhere the buffer is contiguous.
     """
-    stride = -(-num_columns // _ALIGNMENT) * _ALIGNMENT if kernels_for(device) else num_columns
+    stride = -(-num_columns // ALIGNMENT) * ALIGNMENT if kernels_for(device) else num_columns
     return torch.empty((num_rows, stride), dtype=dtype, device=device)[:, :num_columns]
 
 

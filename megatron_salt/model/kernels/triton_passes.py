@@ -13,19 +13,16 @@ TRITON_INTERPRET=1, set before this module is imported, runs the kernels on a CP
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ALIGNMENT = 64
-"""Columns. Rows of logits on a GPU are padded to a multiple of it."""
+from megatron_salt.model.kernels import ALIGNMENT, INTERPRETED
+
 BLOCK = 4096
 """Logits of a row at a time. One program works on one row in `row_sums`, on one block of a row in `into_gradient`."""
 WARPS = 8
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _OPTIONS = {} if INTERPRETED else {"num_warps": WARPS, "enable_fp_fusion": False}
 
 

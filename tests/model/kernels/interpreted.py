@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_salt.model.kernels import INTERPRETED
 from megatron_salt.model.kernels import triton_passes as head
-from megatron_salt.model.kernels.passes import INTERPRETED, Blocks, new_logits
+from megatron_salt.model.kernels.passes import Blocks, new_logits
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard, compare, judge
 
