@@ -17,6 +17,7 @@ from megatron_salt.config import RunConfig
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import choose_precisions, decide_start
@@ -47,6 +48,9 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
         print("precision: not checked, there is no GPU here")
     else:
         print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
+    for device_type, name in (("cpu", "a CPU"), ("cuda", "a GPU")):
+        if device_type == "cuda" or hardware.capability is None:  # without a GPU here the run may be meant for another machine
+            print(f"output head on {name}: {memory_of_head(config, plan, inputs.tokenizer.vocabulary_size, device_type)}")
     load = config.checkpoint.load
     opened = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
     start = decide_start(config, layout, plan, inputs, opened)

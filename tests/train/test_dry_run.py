@@ -46,9 +46,19 @@ def test_it_tells_what_the_run_would_be(tmp_path: Path, data: str, trained: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_parameters_are_the_models(tmp_path: Path, data: str) -> None:
-    said = re.search(r"([\d.]+M parameters)", rehearse(data_path=data, train_iters=2))
-    assert said and said[1] in train(data_path=data, train_iters=2).out
+def test_its_parameters_and_the_memory_of_the_head_are_those_of_a_start(tmp_path: Path, data: str) -> None:
+    rehearsed, started = rehearse(data_path=data, train_iters=2), train(data_path=data, train_iters=2)
+    said = re.search(r"([\d.]+M parameters)", rehearsed)
+    assert said and said[1] in started.out
+    head = re.search(
+        r"output head on a CPU: (logits of 16 tokens at a time, [\d.]+ MiB .*)", rehearsed
+    )  # 2 x 16 tokens, in 24s at most
+    assert head and f"output head: {head[1]}" in started.err
+
+
+def test_it_tells_the_head_of_a_gpu_where_there_is_none(data: str) -> None:
+    out = rehearse(data_path=data, train_iters=2, loss_chunk_tokens=None)
+    assert "output head on a GPU: logits of 32 tokens at a time" in out
 
 
 def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
