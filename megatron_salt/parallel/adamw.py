@@ -7,12 +7,13 @@ checkpoints. Importing this module installs it; `parallel/cpu_seam.py`, which us
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterable
 
 import torch
+
+from megatron_salt.parallel.machine import importable
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -69,13 +70,6 @@ class FusedAdam(torch.optim.Optimizer):
         return state
 
 
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
-
-
 def _stand_in_for_apex() -> None:
     """Let `from apex.optimizers import FusedAdam` give ours. `import apex` still fails, so megatron-core uses nothing else of apex."""
     assert "megatron.core.optimizer" not in sys.modules, (
@@ -86,5 +80,5 @@ def _stand_in_for_apex() -> None:
     sys.modules["apex.optimizers"] = module
 
 
-if not (_importable("transformer_engine") or _importable("apex.optimizers")):
+if not (importable("transformer_engine") or importable("apex.optimizers")):
     _stand_in_for_apex()
