@@ -56,9 +56,10 @@ def test_its_parameters_and_the_memory_of_the_head_are_those_of_a_start(tmp_path
     assert head and f"output head: {head[1]}" in started.err
 
 
-def test_it_tells_the_head_of_a_gpu_where_there_is_none(data: str) -> None:
-    out = rehearse(data_path=data, train_iters=2, loss_chunk_tokens=None)
-    assert "output head on a GPU: logits of 32 tokens at a time" in out
+@pytest.mark.parametrize("device, named", [("cpu", ["a CPU"]), ("cuda", ["a GPU"]), ("auto", ["a CPU", "a GPU"])])
+def test_it_tells_the_head_of_each_device_that_the_run_may_get(data: str, device: str, named: list[str]) -> None:
+    out = rehearse(data_path=data, train_iters=2, loss_chunk_tokens=None, device=device)
+    assert re.findall(r"output head on (.*): logits of 32 tokens at a time", out) == named
 
 
 def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
