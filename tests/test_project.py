@@ -23,7 +23,7 @@ def read_yaml(path: str) -> Any:
 
 
 def test_the_version_is_the_newest_of_the_changelog_and_the_citation() -> None:
-    [newest, *_] = re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)
+    [newest, *_] = re.findall(r"^## (\d\S+)", CHANGELOG, re.MULTILINE)  # above it may stand what is not released
     citation = read_yaml("CITATION.cff")
     assert newest == citation["version"] == megatron_salt.__version__
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
