@@ -140,7 +140,7 @@ def score_shard(
     """
     import torch.distributed as dist
 
-    from megatron_salt.parallel.collectives import from_rank_0, largest
+    from megatron_salt.parallel.collectives import begin_largest, from_rank_0
     from megatron_salt.parallel.launch import distributed
     from megatron_salt.salt.scorer import make_scorer
 
@@ -166,7 +166,7 @@ def score_shard(
                 layout.data,
             )
         exit_plan = ExitPlan(
-            exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=largest, started=0.0, exit_file=config.exit_file,
+            exit_interval=None, exit_duration_in_mins=None, watch=watch, begin=begin_largest, started=0.0, exit_file=config.exit_file,
             looks=rank == 0,
         )  # fmt: skip
         try:
@@ -185,7 +185,9 @@ def score_shard(
             if rank == 0:
                 say(config, f"left before the first window of this start: {left}; the same command goes on")
             return LEFT
-        return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
+        finished = fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now)
+        exit_plan.finish()
+        return 0 if finished else LEFT
 
 
 def why_nothing_to_do(output: Path, facts: IndexManifest, blocks: range) -> str | None:
