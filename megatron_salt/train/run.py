@@ -17,6 +17,7 @@ from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import RunConfig, TrainingConfig, flag
+from megatron_salt.data.batch import ReadAhead
 from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog
@@ -84,14 +85,14 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         parameters = count_parameters(run.student)
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
-        with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
+        with open_log(config, start.step, run.plan.total_steps, flops) as run_log, ReadAhead() as reader:
             log_start(config.training, plan, layout, start, parameters, run_log)
             if run.stage1 is not None and run.stage_samples is not None:
                 log_cost_of_scores(run, run.stage1, inputs.teacher, start, flops, run_log)
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
             progress = train(
-                run, start, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers
+                run, start, config.training, config.checkpoint, run_log, reader, exit_plan, profiler, heartbeat, stragglers
             )
         if config.checkpoint.save is not None and progress.step > start.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.train.evaluate import evaluate, means
 from megatron_salt.train.step import Student, train_step
 from tests.support.checkpoint_runs import left
