@@ -88,6 +88,7 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         batch_p2p_sync=False,  # the wait for the whole device after each batch of sends was a cure for an old release of torch
         deallocate_pipeline_outputs=SENDS_COPY,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # --deterministic, on a GPU
         masked_softmax_fusion=False,
         # torch compiles it at the first call; only a GPU is worth that wait. GELU without a bias has no fused form.
         bias_activation_fusion=engine and (model.swiglu or not (model.squared_relu or model.disable_bias_linear)),

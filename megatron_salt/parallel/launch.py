@@ -55,6 +55,15 @@ def bind_device() -> bool:
     return True
 
 
+def choose_deterministic_operations() -> str:
+    """On a GPU let torch and megatron-core take operations that give the same bits each time; an operation without such a form raises
+    at its call. Returns a line for the log. See also hardware.ask_for_determinism."""
+    if not torch.cuda.is_available():
+        return "--deterministic changes nothing on a CPU, where every operation is"
+    torch.use_deterministic_algorithms(True)
+    return "--deterministic: of each operation the form that gives the same bits each time"
+
+
 def describe(hardware: Hardware) -> str:
     """One line for the log: device, communication library and versions. Call it inside `distributed`."""
     if hardware.capability is None:

@@ -26,7 +26,7 @@ from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.collectives import begin_largest, first_problem, from_rank_0, gathered
 from megatron_salt.parallel.hardware import refuse_connections
-from megatron_salt.parallel.launch import describe, distributed, find_hardware
+from megatron_salt.parallel.launch import choose_deterministic_operations, describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import count_parameters
@@ -65,6 +65,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         refuse_other_flags(config)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
+        if config.training.deterministic:
+            log.info("%s", choose_deterministic_operations())
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
