@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
-from megatron_salt.errors import UserError
+from megatron_salt.errors import MachineError, UserError
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import ask_for_determinism, bound_compile_workers, order_launches
+from megatron_salt.parallel.hardware import ask_for_determinism, bound_compile_workers, hide_gpus, order_launches
 from megatron_salt.parallel.layout import Layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
@@ -45,7 +45,8 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
             rehearse(config, dry_run_ranks)
     except UserError as error:
         if error.outcome is not None:
-            write_outcome(config.training.outcome_file, error.outcome, None, str(error))
+            at = error.host if isinstance(error, MachineError) else None
+            write_outcome(config.training.outcome_file, error.outcome, at, str(error))
         raise
 
 
@@ -78,6 +79,7 @@ def rehearse(config: RunConfig, world_size: int) -> None:
 
 def prepare_libraries(config: RunConfig, layout: Layout) -> None:
     """Set the environment variables that torch, CUDA and NCCL read when they start. Raises UserError."""
+    hide_gpus(config.parallel.device)
     order_launches(layout.tensor, layout.context)
     bound_compile_workers()
     if config.training.deterministic:

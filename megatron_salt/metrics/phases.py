@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.device import current_device, reach
 
 
 class Clock(Protocol):
@@ -51,7 +51,7 @@ class DeviceClock:
         return event
 
     def seconds(self, begun: torch.cuda.Event, ended: torch.cuda.Event) -> float:
-        ended.synchronize()
+        reach(ended)
         return begun.elapsed_time(ended) / 1000
 
 

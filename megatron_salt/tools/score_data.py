@@ -27,7 +27,7 @@ from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import bound_compile_workers
+from megatron_salt.parallel.hardware import bound_compile_workers, hide_gpus
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.preprocess.sharding import parse_shard
@@ -72,6 +72,7 @@ def score_data(config: ScoreConfig) -> int:
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     hide_library_warnings()
+    hide_gpus(config.device)
     bound_compile_workers()
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
@@ -145,7 +146,7 @@ def score_shard(
     from megatron_salt.salt.scorer import make_scorer
 
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
+    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file), device=config.device):
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
         facts = from_rank_0(lambda: claim_index(Path(config.output), manifest()))

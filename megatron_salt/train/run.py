@@ -52,14 +52,14 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
 
     watch: notes signals; None without --exit-signal-handler. started: time.monotonic() when the program began.
     """
-    hardware = find_hardware()
+    hardware = find_hardware(config.parallel.device)
     refuse_connections(layout.tensor, layout.context, hardware.capability)
     inputs = read_inputs(config)
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
     leaving = partial(reason_alone, watch, config.training.exit_file)
-    with ExitStack() as held, distributed(timeout, rendezvous_timeout, leaving):
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout, leaving, config.parallel.device):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         refuse_other_flags(config)

@@ -76,6 +76,9 @@ class Event:
     def record(self) -> None:
         self.reached = max(self.device.busy_until, self.device.host)
 
+    def query(self) -> bool:
+        return self.reached is not None and self.reached <= self.device.host
+
     def synchronize(self) -> None:
         assert self.reached is not None
         self.device.waits.append(self.device.host)
