@@ -19,8 +19,8 @@ from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import choose_precisions, decide_start
