@@ -60,7 +60,7 @@ def num_parameters(model: ModelConfig, padded_vocabulary_size: int, seq_length: 
         width * (model.num_attention_heads + 2 * model.query_groups),
         (2 if model.swiglu else 1) * model.ffn_width,
     )
-    attention = (hidden + bias) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
+    attention = (hidden + (bias or model.add_qkv_bias)) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
     attention += 2 * norm * width if model.qk_layernorm else 0
     mlp = (hidden + bias) * wide_fc1 + (model.ffn_width + bias) * hidden
     learned = model.position_embedding_type == "learned_absolute"
