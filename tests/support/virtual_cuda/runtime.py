@@ -145,6 +145,7 @@ def map_distributed(recorder: Recorder) -> None:
 
     def init_process_group(backend: str | None = None, **named: Any) -> None:
         named.pop("device_id", None)
+        CPU_GROUPS.clear()
         initialise("gloo", **named)
         if backend == "gloo":
             CPU_GROUPS.add(dist.group.WORLD.group_name)
