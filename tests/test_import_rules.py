@@ -89,7 +89,7 @@ SEAM = "megatron_salt.parallel.cpu_seam"
 PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file in ROOT.glob("tools/*.py"))]
 MAY_PATCH = {  # None: anything
     SEAM: None,
-    "megatron_salt.parallel.adamw": {"sys.modules['apex.optimizers']"},
+    "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
     # A switch that torch has for this, and that a process may set.
     "megatron_salt.parallel.launch": {"torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"},
 }

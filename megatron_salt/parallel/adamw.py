@@ -10,12 +10,13 @@ the host would wait once a parameter in each step.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterable
 
 import torch
+
+from megatron_salt.parallel.machine import importable
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -96,13 +97,6 @@ def _scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[tor
         torch._foreach_mul_(targets, scale)
 
 
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
-
-
 def _stand_in_for_apex() -> None:
     """Let the imports of apex's optimizer and of its norm and scaling give ours. `import apex` still fails, so megatron-core uses nothing
     else of apex."""
@@ -118,5 +112,5 @@ def _stand_in_for_apex() -> None:
     sys.modules.update({"amp_C": kernels, "apex.multi_tensor_apply": applier})
 
 
-if not (_importable("transformer_engine") or _importable("apex.optimizers")):
+if not (importable("transformer_engine") or importable("apex.optimizers")):
     _stand_in_for_apex()
