@@ -85,7 +85,7 @@ def waits() -> None:
     torch.cuda.synchronize()
     torch.tensor([x[0], x[1]])
     if x.sum() > 0:
-        torch.cuda.Event().synchronize()
+        torch.cuda.current_stream().record_event().synchronize()
     dist.all_gather_object([None], 1)
 
 
@@ -110,11 +110,27 @@ def no_waits() -> None:
     torch.full((), 3.0, device=GPU)
     dist.all_reduce(x, async_op=True).wait()
     x.to(torch.float64).to(GPU)
+    x.to("cpu", non_blocking=True)
     torch.cuda.Event().query()
 
 
 def test_work_that_stays_on_the_device_makes_nobody_wait() -> None:
     assert report_of(no_waits).syncs == []
+
+
+def events() -> None:
+    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    second.record()
+    with pytest.raises(RuntimeError, match="not ready"):
+        first.elapsed_time(second)
+    torch.ones(1, device=GPU).item()
+    second.synchronize()
+    assert first.elapsed_time(second) >= 0
+
+
+def test_an_event_has_happened_once_the_host_has_waited() -> None:
+    assert [one.what for one in report_of(events).syncs] == ["item"]
 
 
 def kernels() -> None:
