@@ -51,7 +51,7 @@ from megatron_salt.config import (
     TrainingConfig,
 )  # fmt: skip
 from megatron_salt.config.yaml_text import to_yaml
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.flops import HeadCost
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.parallel.launch import distributed
