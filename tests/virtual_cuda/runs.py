@@ -6,7 +6,9 @@ and evaluates at step 5, the last of stage 1, frees the teacher, and makes steps
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 from tests.support import program
 from tests.support.virtual_cuda.ranks import Recorded, run_virtual
 
-DIRECTORY = Path(tempfile.mkdtemp(prefix="virtual-cuda-"))
 FLAGS: dict[str, Any] = dict(
     loss_chunk_tokens=None, transformer_impl="torch", train_iters=8, kd_steps=5, kd_teacher_temperature=0.25, eval_iters=1,
     eval_interval=5, valid_share=0.2, log_interval=2, exit_signal_handler=True,
@@ -60,15 +61,23 @@ class Run:
 
 
 @functools.cache
+def directory() -> Path:
+    """Where the runs of this process save; it is deleted at exit."""
+    made = Path(tempfile.mkdtemp(prefix="virtual-cuda-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+@functools.cache
 def data() -> str:
     """A dataset; its prefix."""
-    return program.write_tokens(DIRECTORY / "words", windows=200)
+    return program.write_tokens(directory() / "words", windows=200)
 
 
 @functools.cache
 def teacher() -> str:
     """A teacher's checkpoint, trained on a CPU rank."""
-    save = DIRECTORY / "teacher"
+    save = directory() / "teacher"
     program.train(
         1, data_path=data(), train_iters=4, save=save, untie_embeddings_and_output_weights=True, transformer_impl="torch"
     )
@@ -83,7 +92,7 @@ def flags_of(name: str, save: Path) -> dict[str, Any]:
 @functools.cache
 def virtual_run(name: str) -> Run:
     """The case under virtual CUDA."""
-    save, world_size = DIRECTORY / name.replace(" ", "-"), CASES[name].world_size
+    save, world_size = directory() / name.replace(" ", "-"), CASES[name].world_size
     starts = [
         _start(world_size, flags_of(name, save) | FIRST),
         _start(world_size, flags_of(name, save) | SECOND | dict(load=save)),
@@ -100,6 +109,6 @@ def _start(world_size: int, flags: dict[str, Any]) -> list[Recorded]:
 @functools.cache
 def losses_on_the_cpu(name: str) -> dict[int, float]:
     """The losses of the case on CPU ranks, without a break."""
-    save = DIRECTORY / f"{name.replace(' ', '-')}-cpu"
+    save = directory() / f"{name.replace(' ', '-')}-cpu"
     program.train(CASES[name].world_size, **flags_of(name, save) | SECOND)
     return program.losses(save)

@@ -6,22 +6,34 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.support.virtual_cuda.recorder import Report
+from megatron_salt.parallel.mcore_compat import megatron_core_version
+from tests.support.virtual_cuda.recorder import Report, Sync
 from tests.virtual_cuda.runs import CASES, FULL, Run, losses_on_the_cpu, virtual_run
 
 RECORD = Path(__file__).with_name("kernels.json")
 MOST_CHANGE = 0.05
 """By this part the kernels of a step may differ from the record."""
 
-TOKEN_COUNT = Counter(["finalize_model_grads.finalize_model_grads"])
-"""In every step megatron-core reads whether there is any token, before it divides gradients by their number."""
-GRADIENT_NORM = Counter(["step.finish_step"])
-"""In every step the norm decides whether the step is applied."""
+CAUSES = {
+    "finalize_model_grads.finalize_model_grads": "number of tokens",
+    "step.finish_step": "gradient norm",
+    "run_log.RunLog.step": "log line",
+}
+"""{function: why the host waits in it}."""
+EVERY_STEP = {
+    "number of tokens": 1,  # megatron-core divides gradients by it, but not by 0
+    "gradient norm": 1,  # it decides whether the step is applied
+}
+LOG_STEP = EVERY_STEP | {"log line": 1}  # the last stage reads the losses of all steps since the last line
+MICROBATCH = frozenset({"schedules.forward_step", "schedules.backward_step", "teacher.Teacher.annotate"})
+"""Functions that work on one microbatch after the other."""
 
 cases = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in CASES])
 
@@ -52,11 +64,36 @@ def test_losses_are_those_of_a_cpu_run(name: str) -> None:
     assert virtual_run(name).losses == pytest.approx(losses_on_the_cpu(name), rel=tolerance)
 
 
-MICROBATCH = frozenset({"schedules.forward_step", "schedules.backward_step", "teacher.Teacher.annotate"})
-
-
 @cases
 def test_the_host_never_waits_inside_a_microbatch(name: str) -> None:
     for report in reports(virtual_run(name)):
-        inside = [one for one in report.syncs if one.inside & MICROBATCH and "step.train_step" in one.inside]
-        assert inside == []
+        assert [one for one in report.syncs if one.inside & MICROBATCH and "step.train_step" in one.inside] == []
+
+
+@cases
+def test_the_host_waits_twice_in_a_step_and_once_more_for_a_log_line(name: str) -> None:
+    for kind, ranks in clean_steps(virtual_run(name)).items():
+        for rank, (report, number) in enumerate(ranks):
+            waits = [one for one in report.syncs if one.label in (f"step {number}", f"after step {number}")]
+            logs = kind.endswith("logged") and rank == len(ranks) - 1
+            assert Counter(map(cause, waits)) == (LOG_STEP if logs else EVERY_STEP), (kind, rank, waits)
+
+
+def cause(sync: Sync) -> str:
+    """Why the host waits; a place that is not known stands for itself."""
+    return next((why for function, why in CAUSES.items() if function in sync.inside), f"{sync.what} at {sync.where}")
+
+
+@cases
+def test_a_step_has_as_many_kernels_as_recorded(name: str) -> None:
+    counted = {
+        kind: [report.num_kernels(f"step {number}") for report, number in ranks]
+        for kind, ranks in clean_steps(virtual_run(name)).items()
+    }
+    record = json.loads(RECORD.read_text())
+    release = record["kernels"].setdefault(megatron_core_version(), {})
+    if os.environ.get("RECORD_KERNELS") == "1":
+        release[name] = counted
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    for kind, ranks in counted.items():
+        assert ranks == pytest.approx(release[name][kind], rel=MOST_CHANGE), kind
