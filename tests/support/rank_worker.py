@@ -102,7 +102,7 @@ def _work(call: Call) -> Any:
     rank, world_size = str(call.rank), str(call.world_size)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
     dist.init_process_group(
-        "gloo",
+        "nccl" if torch.cuda.is_available() else "gloo",  # NCCL under virtual CUDA alone: the CPU's workers see no GPU
         init_method=f"file://{call.directory}/rendezvous",
         rank=call.rank,
         world_size=call.world_size,
