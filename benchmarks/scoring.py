@@ -108,7 +108,7 @@ def bare_forward(scorer: Scorer) -> None:
         def logits(hidden_sbh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             hidden_nh = hidden_sbh.flatten(0, 1)
             for chunk in slices(len(hidden_nh), tokens._chunk_tokens):
-                tokens.logits.of(hidden_nh[chunk])
+                tokens.logits(hidden_nh[chunk])
             none = torch.zeros(())
             return none, none.int(), none
 

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-Outcome = Literal["refused", "unsaved", "nonfinite", "left"] | None
+Outcome = Literal["refused", "unsaved", "nonfinite", "left", "machine"] | None
 """The word in --outcome-file, see train/launcher.py. None: the file is not written, as when a run dies."""
 
 
@@ -54,6 +54,21 @@ class LostRankError(UserError):
 
     status = 1
     outcome: Outcome = None
+
+
+class MachineError(UserError):
+    """This host cannot run what it was asked to: its GPU, driver or installation. No mistake of the user: another host would do."""
+
+    status = 5
+    outcome: Outcome = "machine"
+
+    def __init__(self, host: str, fault: str) -> None:
+        """host: its name in Slurm, or its host name. fault: what is wrong there, with the device."""
+        super().__init__(host, fault)
+        self.host, self.fault = host, fault
+
+    def __str__(self) -> str:
+        return f"host {self.host} cannot be used: {self.fault}"
 
 
 Look = Callable[[str], None]

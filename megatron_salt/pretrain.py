@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
-from megatron_salt.errors import UserError
+from megatron_salt.errors import MachineError, UserError
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import order_launches
+from megatron_salt.parallel.hardware import hide_gpus, order_launches
 from megatron_salt.parallel.layout import world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
@@ -45,7 +45,8 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
             rehearse(config, dry_run_ranks)
     except UserError as error:
         if error.outcome is not None:
-            write_outcome(config.training.outcome_file, error.outcome, None, str(error))
+            at = error.host if isinstance(error, MachineError) else None
+            write_outcome(config.training.outcome_file, error.outcome, at, str(error))
         raise
 
 
@@ -56,6 +57,7 @@ def carry_out(config: RunConfig, started: float) -> None:
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
         hide_library_warnings()
+        hide_gpus(config.parallel.device)
         order_launches(layout.tensor, layout.context)
         from megatron_salt.train.run import run_session  # torch and megatron-core, whose imports take seconds
 
@@ -70,6 +72,7 @@ def rehearse(config: RunConfig, world_size: int) -> None:
     layout, plan = check(config, world_size)
     refuse_exit_file(config.training.exit_file)
     hide_library_warnings()
+    hide_gpus(config.parallel.device)
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)

@@ -16,7 +16,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files"),
+    ("errors", "yaml_core", "small_files", "cards"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),
@@ -75,7 +75,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.model.precision_checks",
     "megatron_salt.model.precision",
     "megatron_salt.model.shapes",
-    "megatron_salt.parallel.cards",
+    "megatron_salt.cards",
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
     "megatron_salt.salt.cost",
@@ -92,7 +92,7 @@ SEAM = "megatron_salt.parallel.cpu_seam"
 PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file in ROOT.glob("tools/*.py"))]
 MAY_PATCH = {  # None: anything
     SEAM: None,
-    "megatron_salt.parallel.adamw": {"sys.modules['apex.optimizers']"},
+    "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
     # A switch that torch has for this, and that a process may set.
     "megatron_salt.parallel.launch": {"torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"},
 }

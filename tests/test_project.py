@@ -23,7 +23,7 @@ def read_yaml(path: str) -> Any:
 
 
 def test_the_version_is_the_newest_of_the_changelog_and_the_citation() -> None:
-    [newest, *_] = re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)
+    [newest, *_] = re.findall(r"^## (\d\S+)", CHANGELOG, re.MULTILINE)  # above it may stand what is not released
     citation = read_yaml("CITATION.cff")
     assert newest == citation["version"] == megatron_salt.__version__
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
@@ -40,7 +40,7 @@ def formats_of_the_code() -> set[tuple[str, int]]:
 
 
 def test_the_changelog_names_every_format_number_of_the_code() -> None:
-    newest = CHANGELOG.split("\n## ")[1]
+    newest = re.split(r"^## (?=\d)", CHANGELOG, flags=re.MULTILINE)[1]
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| ([\d, ]*) *\| `([\w.]+)` \|$", newest, re.MULTILINE)
     named = {(module, int(number)) for written, read, module in rows for number in (written, *re.findall(r"\d+", read))}
     assert formats_of_the_code() == named

@@ -67,6 +67,10 @@ class Write:
     process: BaseProcess | None = None
     """The process that writes; None before it is started, and where this rank has nothing to write."""
 
+    def is_under_way(self) -> bool:
+        """Whether this rank's process is still writing."""
+        return self.process is not None and self.process.is_alive()
+
 
 def on_rank_0(action: Callable[[], None]) -> str | None:
     """Run `action` on rank 0 alone. Returns, on every rank, what its OSError said; None without an error. Collective over all ranks."""

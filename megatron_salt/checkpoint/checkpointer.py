@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from megatron_salt.checkpoint.run_state import CheckpointState, OpenedCheckpoint
 from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import Look, SaveError, stay
-from megatron_salt.parallel.collectives import from_rank_0
+from megatron_salt.parallel.collectives import begin_largest, from_rank_0
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -89,6 +89,7 @@ class Checkpointer:
         self._lineage = retention.fresh()  # `load` may replace it; only rank 0's is written
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
+        self._still_writing: Callable[[], int] | None = None  # asked of all ranks by `poll`; gives 1 or 0
         self._complete: tuple[int, bool] | None = None  # step of the last save of this run, and whether it is reshardable
         self._newest: tuple[int, Path] | None = None  # this run's newest whole checkpoint under --save
         self._evaluated: RunState | None = None  # after the evaluation at the pending save's step
@@ -150,13 +151,21 @@ class Checkpointer:
         state_file.write_evaluation(directory, run)
 
     def poll(self) -> None:
-        """Complete an --async-save that every rank has finished writing; returns at once otherwise. Call it every step."""
-        if self._pending is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        """Complete an --async-save that every rank has finished writing; returns at once otherwise. Call it every step.
+
+        Ranks ask in one call and read the answer in the next, so that no call waits for the device.
+        """
+        if self._pending is None:
+            return
+        if self._still_writing is not None and self._still_writing() == 0:
+            self.finish()
+        else:
+            self._still_writing = begin_largest(int(self._pending.write.is_under_way()))
 
     def finish(self) -> None:
         """Wait for an --async-save that is under way and complete it."""
         if self._pending is not None:
+            self._still_writing = None
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def _state_to_save(

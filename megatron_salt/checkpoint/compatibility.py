@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
@@ -21,7 +21,7 @@ from megatron_salt.checkpoint import integrity, save_directory
 from megatron_salt.checkpoint.changes import changes_since
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, OptimizerForm, RunState
 from megatron_salt.checkpoint.save_directory import RUN_YAML
-from megatron_salt.config import CheckpointConfig, OptimizerConfig, flag
+from megatron_salt.config import CheckpointConfig, ModelConfig, OptimizerConfig, flag
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout
 
@@ -48,7 +48,8 @@ class RunIdentity:
 
 def refuse_other_run(opened: OpenedCheckpoint, run: RunIdentity, finetune: bool, new_data: bool) -> None:
     """Raise UserError, naming both sides, where the checkpoint belongs to another run than the flags allow. Pure."""
-    saved, current = opened.state.architecture, json.loads(json.dumps(run.architecture))
+    defaults = {field.name: field.default for field in fields(ModelConfig)}  # an earlier release did not write them all
+    saved, current = defaults | opened.state.architecture, json.loads(json.dumps(defaults | run.architecture))
     differences = [
         f"{flag(name)} is {saved.get(name)} there and {current.get(name)} here"
         for name in sorted(saved.keys() | current.keys())

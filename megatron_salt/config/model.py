@@ -44,6 +44,21 @@ class ModelConfig:
     rotary_percent: float = 1.0
     """Share of each head's channels that are rotated, from 0 to 1."""
 
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary frequencies are stretched for a longer context: not at all; all of them (linear); or the low ones alone (llama3)."""
+
+    rope_scaling_factor: float = 8.0
+    """Under --rope-scaling: by how much the stretched frequencies are divided."""
+
+    rope_scaling_low_freq_factor: float = 1.0
+    """Under --rope-scaling llama3: waves that fit fewer times than this into the original context are stretched by the whole factor."""
+
+    rope_scaling_high_freq_factor: float = 4.0
+    """Under --rope-scaling llama3: waves that fit more often than this into the original context are not stretched."""
+
+    rope_scaling_original_context: int = 8192
+    """Under --rope-scaling llama3: the context before it was stretched, in tokens."""
+
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm before attention, before the MLP and at the end of the model."""
 
@@ -56,11 +71,20 @@ class ModelConfig:
     swiglu: bool = False
     """Use a gated MLP with SiLU. Without --swiglu and --squared-relu the MLP uses GELU."""
 
+    gelu_tanh: bool = False
+    """Use GELU's approximation by tanh, as GPT-2 does, in the place of exact GELU."""
+
     squared_relu: bool = False
     """Use squared ReLU in the MLP."""
 
     disable_bias_linear: bool = False
     """Leave out the biases of linear layers."""
+
+    add_qkv_bias: bool = False
+    """Under --disable-bias-linear: keep the biases of queries, keys and values, as Qwen2 does."""
+
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, each through its own norm; both are added to it. As in GPT-NeoX and Pythia."""
 
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer a weight of its own. Default: it shares the word embeddings."""
@@ -90,14 +114,35 @@ class ModelConfig:
             "num_query_groups",
             "kv_channels",
             "max_position_embeddings",
+            "rope_scaling_original_context",
             "make_vocab_size_divisible_by",
         )
-        above_zero(self, "rotary_base", "norm_epsilon", "init_method_std")
+        above_zero(
+            self, "rotary_base", "rope_scaling_factor", "rope_scaling_low_freq_factor", "norm_epsilon", "init_method_std"
+        )
         within(self, 0.0, 1.0, "rotary_percent", "norm_epsilon", "init_method_std")
         from_zero_to_below_one(self, "hidden_dropout", "attention_dropout")
         representable(self)
-        if self.swiglu and self.squared_relu:
-            raise UserError("--swiglu and --squared-relu name two different activations; give one")
+        activations = [
+            flag
+            for flag, given in (
+                ("--swiglu", self.swiglu),
+                ("--squared-relu", self.squared_relu),
+                ("--gelu-tanh", self.gelu_tanh),
+            )
+            if given
+        ]
+        if len(activations) > 1:
+            raise UserError(f"{' and '.join(activations[:2])} name two different activations; give one")
+        if self.rope_scaling != "none" and self.position_embedding_type != "rope":
+            raise UserError(
+                f"--rope-scaling {self.rope_scaling} needs --position-embedding-type rope, got {self.position_embedding_type}"
+            )
+        if self.rope_scaling_high_freq_factor <= self.rope_scaling_low_freq_factor:
+            raise UserError(
+                f"--rope-scaling-high-freq-factor {self.rope_scaling_high_freq_factor:g} must be above "
+                f"--rope-scaling-low-freq-factor {self.rope_scaling_low_freq_factor:g}"
+            )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "

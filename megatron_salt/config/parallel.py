@@ -8,6 +8,9 @@ from typing import Literal
 from megatron_salt.config.checks import above_zero, at_least, representable
 from megatron_salt.errors import UserError
 
+Device = Literal["auto", "cuda", "cpu"]
+"""--device of the programs that compute with a model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -61,6 +64,10 @@ class ParallelConfig:
 
     recompute_num_layers: int | None = None
     """With full recompute: layers in a chunk (uniform), or recomputed layers in a stage (block)."""
+
+    device: Device = "auto"
+    """Where every rank computes. auto: on a GPU if the process sees one.
+    cuda: a rank that sees no GPU ends the run and names its host. cpu: even where there are GPUs."""
 
     distributed_timeout_minutes: float = 10.0
     """End the run when a collective operation waits longer than this."""

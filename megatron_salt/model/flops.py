@@ -47,7 +47,7 @@ def layer_parameters(model: ModelConfig) -> int:
         width * (model.num_attention_heads + 2 * model.query_groups),
         (2 if model.swiglu else 1) * model.ffn_width,
     )
-    attention = (hidden + bias) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
+    attention = (hidden + (bias or model.add_qkv_bias)) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
     attention += 2 * norm * width if model.qk_layernorm else 0
     mlp = (hidden + bias) * wide_fc1 + (model.ffn_width + bias) * hidden
     return attention + mlp + 2 * norm * hidden

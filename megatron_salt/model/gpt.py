@@ -6,11 +6,11 @@ The only module that makes a TransformerConfig. `GPT.forward` returns hidden sta
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from copy import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
@@ -29,7 +29,7 @@ from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
 from megatron_salt.model.head import OutputHead
-from megatron_salt.model.layers import ForwardContext, block_spec, fp8_products
+from megatron_salt.model.layers import ForwardContext, activation_of, block_spec, fp8_products
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
@@ -37,9 +37,23 @@ from megatron_salt.parallel.device import SENDS_COPY
 from megatron_salt.parallel.mesh import Mesh
 
 
-def squared_relu(activations: Tensor) -> Tensor:
-    """max(x, 0)^2. megatron-core's own function is compiled at its first call: a C++ compiler and half a minute on a CPU."""
-    return F.relu(activations).square()
+def rotary_frequencies(model: ModelConfig, device: torch.device | int) -> Tensor:
+    """Radians a position by which each pair of a head's channels is rotated: float32 [rotated channels / 2].
+
+    A linear scaling divides all frequencies by the factor. llama3 divides those whose waves fit at most `low` times into the original
+    context, none that fit at least `high` times, and the others by something between, as Llama 3.1 does (its model card and code;
+    Hugging Face's "rope_type": "llama3").
+    """
+    rotated = model.head_width if model.rotary_percent == 1 else int(model.head_width * model.rotary_percent)
+    frequencies = 1.0 / (model.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated))
+    if model.rope_scaling == "none":
+        return frequencies
+    if model.rope_scaling == "linear":
+        return frequencies / model.rope_scaling_factor
+    low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+    waves = model.rope_scaling_original_context * frequencies / (2 * math.pi)
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / model.rope_scaling_factor)
 
 
 def transformer_config(
@@ -48,6 +62,7 @@ def transformer_config(
     """megatron-core's configuration of one model in one layout. dtype of parameters and activations: float32 or bfloat16."""
     interleaved = parallel.virtual_stages is not None
     engine = precision.implementation == "transformer_engine"
+    activation = activation_of(model, compiled=engine)  # torch compiles at the first call; only a GPU is worth that wait
     fp8 = None if precision.forward_only else precision.fp8_format  # see precision.py
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -60,8 +75,9 @@ def transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_layernorm,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else squared_relu if model.squared_relu else F.gelu,
+        activation_func=activation.function,
         add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
         init_method_std=model.init_method_std,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -89,8 +105,7 @@ def transformer_config(
         batch_p2p_sync=False,  # the wait for the whole device after each batch of sends was a cure for an old release of torch
         deallocate_pipeline_outputs=SENDS_COPY,
         masked_softmax_fusion=False,
-        # torch compiles it at the first call; only a GPU is worth that wait. GELU without a bias has no fused form.
-        bias_activation_fusion=engine and (model.swiglu or not (model.squared_relu or model.disable_bias_linear)),
+        bias_activation_fusion=activation.fused,
         bias_dropout_fusion=engine,
         apply_rope_fusion=engine and model.position_embedding_type == "rope",
         persist_layer_norm=False,
@@ -144,8 +159,10 @@ class GPT(LanguageModule):
                 kv_channels=model.head_width, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base,
                 use_cpu_initialization=config.use_cpu_initialization, cp_group=groups.cp,
             )  # fmt: skip
+            # megatron-core knows one kind of scaling, with three of its numbers fixed
+            self.rotary_pos_emb.inv_freq = rotary_frequencies(model, self.rotary_pos_emb.inv_freq.device)
         self.decoder = TransformerBlock(
-            config=config, spec=block_spec(config, precision, groups.pp.rank(), vp_stage), pre_process=pre_process,
+            config=config, spec=block_spec(config, model, precision, groups.pp.rank(), vp_stage), pre_process=pre_process,
             post_process=post_process, pg_collection=groups, vp_stage=vp_stage,
         )  # fmt: skip
         if post_process and has_head:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
@@ -27,12 +28,61 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
 
+from megatron_salt.config import ModelConfig
 from megatron_salt.model.attention import CoreAttention
 from megatron_salt.model.precision import Precision
 from megatron_salt.parallel.mcore_compat import mlp_of_layer
 
 ForwardContext = Callable[[], AbstractContextManager]
+
+
+def squared_relu(activations: Tensor) -> Tensor:
+    """max(x, 0)^2. megatron-core's own function is compiled at its first call: a C++ compiler and half a minute on a CPU."""
+    return F.relu(activations).square()
+
+
+def gelu_tanh(activations: Tensor) -> Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(activations, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The activation of an MLP, in megatron-core's terms."""
+
+    function: Callable[[Tensor], Tensor]
+    fused: bool
+    """Whether it is compiled together with the bias before it."""
+
+
+def activation_of(model: ModelConfig, compiled: bool) -> Activation:
+    """The activation of a model's MLP. compiled: use megatron-core's compiled forms where there is one.
+
+    megatron-core knows the compiled GELU by torch's function, but computes the approximation by tanh, and always adds a bias.
+    """
+    if model.swiglu:
+        return Activation(F.silu, compiled)
+    if model.squared_relu:
+        return Activation(squared_relu, False)
+    if not model.gelu_tanh:
+        return Activation(F.gelu, False)
+    fused = compiled and not model.disable_bias_linear
+    return Activation(F.gelu if fused else gelu_tanh, fused)
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """A layer whose attention and MLP both read its input: x + attention(norm(x)) + mlp(other_norm(x)), as in GPT-NeoX."""
+
+    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Any]:
+        """[s, b, h] to [s, b, h]. The arguments are those of megatron-core's TransformerLayer."""
+        named.pop("dynamic_inference_decode_only", None)
+        with_attention, context = self._forward_attention(hidden_states, *others, **named)
+        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        with self.bias_dropout_add_exec_handler():
+            output = self.mlp_bda(self.training, self.config.bias_dropout_fusion)(mlp, with_attention, self.hidden_dropout)
+        return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True), context
 
 
 class RMSNorm(nn.RMSNorm):
@@ -105,14 +155,14 @@ def transformer_engine_parts(torch_attention: bool) -> LayerParts:
 
 
 def block_spec(
-    config: TransformerConfig, precision: Precision, pp_rank: int, vp_stage: int | None
+    config: TransformerConfig, model: ModelConfig, precision: Precision, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """megatron-core's spec of the layers of one model chunk."""
     engine = precision.implementation == "transformer_engine"
     parts = transformer_engine_parts(precision.torch_attention) if engine else torch_parts(config)
     qk_norm = parts.norm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_before,
             self_attention=ModuleSpec(

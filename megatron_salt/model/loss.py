@@ -6,10 +6,11 @@ weights that are sharded over the vocabulary. Without a teacher w = 0. The forwa
 scale 1, if they are needed; the backward pass multiplies them by the incoming gradient. So one pass over the logits gives the loss
 and the gradients, and nothing of the teacher is kept for the backward pass.
 
-Rounding: the logits of both models and their gradient are rounded to the model's dtype, as in megatron-core's output layer.
-Everything between is float32. The weight gradient of each chunk is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has
-a float32 result) the product of the chunk is first rounded to bfloat16, as in megatron-core's layers, and then added in float32. A
-CPU without bfloat16 products multiplies in float32 and adds the product without rounding, see matrix_products.py.
+Rounding: the student's logits and their gradient are rounded to the model's dtype, as in megatron-core's output layer. The teacher's
+logits are float32 out of the product: the division by T would multiply an error of rounding. Everything between is float32. The
+weight gradient of each chunk is added to a float32 sum. On a CPU in bfloat16 (where no GEMM has a float32 result) the product of the
+chunk is first rounded to bfloat16, as in megatron-core's layers, and then added in float32. A CPU without bfloat16 products multiplies
+in float32 and adds the product without rounding, see matrix_products.py.
 """
 
 from __future__ import annotations
@@ -181,16 +182,16 @@ def _even_chunk(num_tokens: int, chunk_tokens: int) -> int:
 
 
 class _TeacherLogits:
-    """The teacher's logits of one chunk at a time, in one buffer."""
+    """The teacher's float32 logits of one chunk at a time, in one buffer."""
 
     def __init__(self, teacher: SoftTarget, mask: Tensor, shard: VocabularyShard, size: int) -> None:
         self.hidden = gather_sequence(teacher.hidden, shard.group).flatten(0, 1)
         self.weight = teacher.weight[: shard.real_rows]
         self.mask = mask
-        self.buffer = new_logits(size, shard.real_rows, self.weight.dtype, self.weight.device)
+        self.buffer = new_logits(size, shard.real_rows, torch.float32, self.weight.device)
 
     def of(self, chunk: slice) -> Tensor:
-        """Logits [n, real ids of this rank]; 0 where the mask is 0. The next call overwrites them."""
+        """float32 [n, real ids of this rank]; 0 where the mask is 0. The next call overwrites them."""
         mask_n = self.mask[chunk]
         hidden_nh = torch.where(mask_n[:, None] > 0, self.hidden[chunk], 0)
         return matrix_products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])

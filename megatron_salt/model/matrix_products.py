@@ -1,9 +1,13 @@
 """The matrix products of the output head, and how a CPU computes them in bfloat16.
 
-A CPU without bfloat16 products emulates them, several times slower than float32 products. On such a CPU operands are widened to
-float32 band by band and multiplied, and the sum is rounded to bfloat16 once. Only `widens` decides; MEGATRON_SALT_BFLOAT16_PRODUCTS
-set to `native` or `widened` overrides it. The two forms differ in the order of sums. A widened product that is added to a float32 sum
-is not rounded before, as on a GPU. Only the hidden states of one chunk have a whole float32 copy.
+Logits have the operands' dtype (the student's), or are float32 (a teacher's, and those of scores): the sums of the product, not rounded.
+A GPU has a product of bfloat16 numbers with a float32 result. A CPU has none: operands are widened to float32 band by band and
+multiplied.
+
+A CPU without bfloat16 products emulates them, several times slower than float32 products. On such a CPU operands are widened for the
+other products too, and the sum is rounded to bfloat16 once. Only `widens` decides; MEGATRON_SALT_BFLOAT16_PRODUCTS set to `native` or
+`widened` overrides it. The two forms differ in the order of sums. A widened product that is added to a float32 sum is not rounded
+before, as on a GPU. Only the hidden states of one chunk have a whole float32 copy.
 """
 
 from __future__ import annotations
@@ -44,16 +48,23 @@ def widens(dtype: torch.dtype, device: torch.device, environment: Mapping[str, s
 
 
 def logits(hidden_nh: Tensor, weight_vh: Tensor, out: Tensor, band: int = BAND) -> Tensor:
-    """hidden @ weight^T into `out` [n, v]."""
-    if not widens(hidden_nh.dtype, hidden_nh.device):
+    """hidden @ weight^T into `out` [n, v], which has the operands' dtype or is float32. Columns of `out` are contiguous."""
+    unrounded = out.dtype != hidden_nh.dtype
+    if unrounded and hidden_nh.is_cuda:
+        return torch.mm(hidden_nh, weight_vh.t(), out_dtype=out.dtype, out=out)
+    if not unrounded and not widens(hidden_nh.dtype, hidden_nh.device):
         return torch.mm(hidden_nh, weight_vh.t(), out=out)
     wide_nh = hidden_nh.float()
     size = _band_rows(weight_vh.size(0), max(hidden_nh.shape), band)
-    product, operand = wide_nh.new_empty(hidden_nh.size(0) * size), wide_nh.new_empty((size, weight_vh.size(1)))
+    operand = wide_nh.new_empty((size, weight_vh.size(1)))
+    product = None if unrounded else wide_nh.new_empty(hidden_nh.size(0) * size)
     for rows in slices(weight_vh.size(0), size):
         wide_vh = operand[: rows.stop - rows.start].copy_(weight_vh[rows])
-        buffer = product[: hidden_nh.size(0) * wide_vh.size(0)].view(hidden_nh.size(0), -1)
-        out[:, rows].copy_(torch.mm(wide_nh, wide_vh.t(), out=buffer))
+        if product is None:
+            torch.mm(wide_nh, wide_vh.t(), out=out[:, rows])
+        else:
+            buffer = product[: hidden_nh.size(0) * wide_vh.size(0)].view(hidden_nh.size(0), -1)
+            out[:, rows].copy_(torch.mm(wide_nh, wide_vh.t(), out=buffer))
     return out
 
 

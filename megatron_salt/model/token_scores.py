@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_salt.model.fp32_logits import Fp32Logits
-from megatron_salt.model.kernels.passes import slices
+from megatron_salt.model import matrix_products
+from megatron_salt.model.kernels.passes import Blocks, new_logits, slices
 from megatron_salt.model.vocab_parallel import VocabularyShard, judge
 
 
@@ -35,8 +35,14 @@ class TokenScorer:
 
     def __init__(self, weight: Tensor, shard: VocabularyShard, chunk_tokens: int) -> None:
         """weight: [V/tp, h], this rank's rows. chunk_tokens: tokens that have logits at one time."""
-        self.logits = Fp32Logits(weight, shard, chunk_tokens)
+        self._weight = weight[: shard.real_rows]
+        self._buffer = new_logits(chunk_tokens, shard.real_rows, torch.float32, weight.device)
+        self._blocks = Blocks.of(self._buffer)
         self._shard, self._chunk_tokens = shard, chunk_tokens
+
+    def logits(self, hidden_nh: Tensor) -> Tensor:
+        """float32 [n, real ids of this rank] of hidden_nh [n, h], at most one chunk. The next call overwrites them."""
+        return matrix_products.logits(hidden_nh, self._weight, self._buffer[: hidden_nh.size(0)])
 
     @torch.no_grad()
     def score(self, hidden_sbh: Tensor, labels_sb: Tensor, mask_sb: Tensor) -> TokenScores:
@@ -49,7 +55,7 @@ class TokenScorer:
         for chunk in slices(hidden_nh.size(0), self._chunk_tokens):
             valid = mask_sb[chunk] > 0
             label_column = self._shard.column_of(torch.where(valid, labels_sb[chunk], 0))
-            judgement = judge(self.logits.of(hidden_nh[chunk]), label_column, self._shard.group, self.logits.blocks)
+            judgement = judge(self.logits(hidden_nh[chunk]), label_column, self._shard.group, self._blocks)
             parts.append((-judgement.softmax.log_p, judgement.rank, judgement.entropy))
         return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

@@ -6,6 +6,7 @@ They also work in a single process without torch.distributed, because --dry-run 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +57,27 @@ def first_problem(problem: str | None) -> str | None:
 
 def largest(value: int) -> int:
     """The largest of the ints of all ranks. Collective over all ranks."""
-    tensor = torch.tensor(value, dtype=torch.int64, device=current_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
+    return begin_largest(value)()
+
+
+def begin_largest(value: int) -> Callable[[], int]:
+    """Begin to find the largest of the ints of all ranks; the function returned waits for the answer. Collective over all ranks.
+
+    Nothing here waits for the device: called a step later, the answer is long in host memory. Each rank calls it once.
+    """
+    # A kernel fills the tensor. A copy from pageable memory would wait for everything that the device still has to do.
+    tensor = torch.full((), value, dtype=torch.int64, device=current_device())
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
+    assert work is not None
+    if not tensor.is_cuda:
+        return partial(_after, work.wait, tensor)
+    work.wait()  # orders the copy behind the reduction, on the device; the host goes on
+    answer = tensor.to("cpu", non_blocking=True)  # into pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return partial(_after, arrived.synchronize, answer)
+
+
+def _after(wait: Callable[[], object], answer: torch.Tensor) -> int:
+    wait()
+    return int(answer)

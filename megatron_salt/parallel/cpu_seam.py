@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import megatron_salt.parallel.adamw  # noqa: F401  (before megatron, which imports apex's optimizer)
+from megatron_salt.parallel.machine import refuse_half_engine
 
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
@@ -206,8 +207,11 @@ def _install() -> None:
     _map_cuda_runtime()
     _map_autocast()
     _stand_in_for_wgrad_kernel()
-    _map_generator()
 
 
-if not torch.cuda.is_available():
+_ON_CPU = not torch.cuda.is_available()
+if _ON_CPU:
     _install()
+refuse_half_engine()  # megatron-core's imports would end in a traceback
+if _ON_CPU:
+    _map_generator()

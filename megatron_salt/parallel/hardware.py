@@ -6,13 +6,16 @@ Imports no torch.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
+from megatron_salt.config.parallel import Device
 from megatron_salt.errors import UserError
 
 Capability = tuple[int, int]
 """Compute capability of a GPU, such as (9, 0)."""
 Version = tuple[int, ...]
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 GIB = 2**30
 """Bytes of a GiB."""
@@ -30,6 +33,17 @@ class Hardware:
 
     transformer_engine: Version | None
     """Installed release; None: not installed."""
+
+
+def this_host() -> str:
+    """The name of this host: Slurm's, by which a job can exclude it, or else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def hide_gpus(device: Device) -> None:
+    """With --device cpu, hide the GPUs from this process and its children. Call it before the first question about CUDA."""
+    if device == "cpu":
+        os.environ[VISIBLE] = ""
 
 
 def order_launches(tensor: int, context: int) -> None:

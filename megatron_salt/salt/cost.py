@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_salt.cards import FLOPS_ALONE, Rates
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import core_attention_flops, forward_flops_per_token
 from megatron_salt.model.shapes import layers_per_stage
-from megatron_salt.parallel.cards import FLOPS_ALONE, Rates
 from megatron_salt.salt.head_cost import HeadShape, head_seconds
 from megatron_salt.salt.layer_cost import embedding_bytes, layer_seconds, update_bytes
 from megatron_salt.selection.score_format import IndexManifest

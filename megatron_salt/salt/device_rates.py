@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, reached
 from megatron_salt.config import LoggingConfig
+from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
-from megatron_salt.parallel.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, reached
 from megatron_salt.parallel.device import current_device
 from megatron_salt.salt.cost import BY_FLOPS, ModelRates
 from megatron_salt.salt.head_cost import HeadShape, pass_bytes
@@ -78,10 +79,11 @@ def measure(student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelR
     """Measure this CPU. Nothing random is drawn."""
     dtype = torch.bfloat16 if head.itemsize == 2 else torch.float32
     moved = _pass_rate(head, dtype)
-    layers, teacher_layers = (_product_rate(head.tokens, shape.hidden, shape.width, dtype) for shape in (student, teacher))
-    of_head = _product_rate(head.tokens, head.hidden, head.rows, dtype)
-    # The teacher's logits are float32, and a CPU multiplies float32 numbers for them.
-    of_teacher = _product_rate(head.tokens, head.teacher_hidden, head.rows, torch.float32)
+    layers, teacher_layers = (
+        _product_rate(head.tokens, shape.hidden, shape.width, dtype, dtype) for shape in (student, teacher)
+    )
+    of_head = _product_rate(head.tokens, head.hidden, head.rows, dtype, dtype)
+    of_teacher = _product_rate(head.tokens, head.teacher_hidden, head.rows, dtype, torch.float32)
     return ModelRates(
         layers=Rates(layers, moved), head=Rates(of_head, moved), teacher_layers=Rates(teacher_layers, moved),
         teacher_head=Rates(of_teacher, moved),
@@ -90,12 +92,12 @@ def measure(student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelR
     )  # fmt: skip
 
 
-def _product_rate(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of these sizes, or of the largest that are measured."""
+def _product_rate(tokens: int, hidden: int, width: int, dtype: torch.dtype, result: torch.dtype) -> float:
+    """FLOP/s of a product of these sizes, or of the largest that are measured, in a CPU's form of it. result: dtype of its result."""
     tokens, hidden, width = min(tokens, _TOKENS), min(hidden, _WIDTH), min(width, 4 * _WIDTH)
     left, right = torch.full((tokens, hidden), 0.5, dtype=dtype), torch.full((width, hidden), 0.5, dtype=dtype)
-    out = torch.empty((tokens, width), dtype=dtype)
-    return 2.0 * tokens * hidden * width / _fastest(lambda: torch.mm(left, right.t(), out=out))
+    out = torch.empty((tokens, width), dtype=result)
+    return 2.0 * tokens * hidden * width / _fastest(lambda: matrix_products.logits(left, right, out))
 
 
 def _pass_rate(head: HeadShape, dtype: torch.dtype) -> float:

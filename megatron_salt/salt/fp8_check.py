@@ -17,8 +17,11 @@ from torch import Tensor
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError, stay
+from megatron_salt.model import matrix_products
 from megatron_salt.model.fp8_teacher import in_bfloat16
-from megatron_salt.model.fp32_logits import divergence
+from megatron_salt.model.kernels.passes import Blocks, new_logits, slices
+from megatron_salt.model.loss import gather_sequence
+from megatron_salt.model.vocab_parallel import VocabularyShard, compare
 from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
 from megatron_salt.salt.teacher import Teacher, TeacherHead
@@ -102,3 +105,34 @@ def _divergences(teacher: Teacher, text: Sequence[Microbatch], head: TeacherHead
                 sums[replica] += torch.stack([counts.sum(dtype=torch.float64), kl, kl_at_1, agreement])
     dist.all_reduce(sums, group=teacher.block_group)
     return sums
+
+
+@torch.no_grad()
+def divergence(
+    reference: Tensor, other: Tensor, weight: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int, temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(kl, agreement): sums over the tokens that count, float64 scalars. Collective over the tensor-parallel group; all its ranks receive.
+
+    kl: KL(softmax of the reference's logits / temperature || the same of the other's), nats. agreement: tokens with the same most likely
+    id. reference, other: [s, b, h], with sequence parallelism (see `shard`) [s/tp, b, h]. weight: [V/tp, h]. All have one dtype, float32
+    or bfloat16; logits are float32. mask: float32 [s*b], s-major; a token with 0 does not count. NaN in a token that counts gives NaN.
+    """
+    assert reference.shape == other.shape and reference.dtype == other.dtype == weight.dtype, (reference.shape, other.shape)
+    gathered = [gather_sequence(hidden, shard.group) if shard.sequence_parallel else hidden for hidden in (reference, other)]
+    reference_nh, other_nh = (hidden.flatten(0, 1) for hidden in gathered)
+    assert reference_nh.size(0) == mask.numel(), (reference_nh.shape, mask.shape)
+    chunk_tokens, weight = min(chunk_tokens, mask.numel()), weight[: shard.real_rows]
+    reference_buffer, other_buffer = (new_logits(chunk_tokens, weight.size(0), torch.float32, weight.device) for _ in range(2))
+    blocks = Blocks.of(reference_buffer)
+    kl, agreement = (torch.zeros((), dtype=torch.float64, device=weight.device) for _ in range(2))
+    for chunk in slices(mask.numel(), chunk_tokens):
+        counts = mask[chunk] > 0
+        label_column = shard.column_of(torch.zeros_like(mask[chunk], dtype=torch.int64))  # any label: none is used
+        reference_nv = matrix_products.logits(reference_nh[chunk], weight, reference_buffer[: counts.numel()])
+        other_nv = matrix_products.logits(other_nh[chunk], weight, other_buffer[: counts.numel()])
+        _, comparison = compare(
+            other_nv.div_(temperature), reference_nv.div_(temperature), 1.0, label_column, shard.group, blocks
+        )
+        kl += torch.where(counts, comparison.kl, 0).sum(dtype=torch.float64)
+        agreement += torch.where(counts, comparison.agreement, 0).sum(dtype=torch.float64)
+    return kl, agreement

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_salt.parallel.cards import Rates
+from megatron_salt.cards import Rates
 
 FLOAT32 = 4
 """Bytes of a number of the teacher's logits, of all sums, and of the weight gradient."""

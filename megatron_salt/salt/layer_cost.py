@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_salt.cards import Rates
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.flops import layer_flops, layer_parameters
-from megatron_salt.parallel.cards import Rates
 
-UPDATE_BYTES = 60
+UPDATE_BYTES = 52
 """Bytes that a step of the optimizer moves for each parameter on a rank, all in float32: the gradient buffer zeroed (4), divided by the
-number of tokens (8), its norm (4), clipped into a copy and copied back (16), AdamW on parameter, gradient and two moments (28)."""
+number of tokens (8), its norm (4), clipped (8), AdamW on parameter, gradient and two moments (28)."""
 
 
 def layer_values(model: ModelConfig, fused: bool) -> float:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from megatron_salt.cli import run_tool
 from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.config.parallel import Device
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import fail_together
+from megatron_salt.parallel.hardware import hide_gpus
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.small_files import read_small
@@ -52,6 +54,9 @@ class GenerateConfig:
     seed: int = 1234
     """Seed of the random draws. The same seed gives the same text."""
 
+    device: Device = "auto"
+    """Where every rank computes. auto: on a GPU if the process sees one. cuda: a rank that sees no GPU is an error. cpu: on the CPU."""
+
     def __post_init__(self) -> None:
         for name, value, least in (
             ("max-new-tokens", self.max_new_tokens, 1),
@@ -76,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate_text(config: GenerateConfig) -> None:
     """Continue the prompt. Every rank calls; rank 0 prints prompt and continuation. Raises UserError."""
     hide_library_warnings()
+    hide_gpus(config.device)
     directory = newest_checkpoint(Path(config.load))
     run, tokenizer = read_companions(directory)
     parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())
@@ -142,7 +148,7 @@ def continue_prompt(
     from megatron_salt.parallel.launch import distributed, seed_everything
     from megatron_salt.parallel.mesh import make_student_mesh
 
-    with distributed(timedelta(minutes=10)):
+    with distributed(timedelta(minutes=10), device=config.device):
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
         seed_everything(run.training.seed, mesh)  # building a model uses the random generators
         dtype = torch.bfloat16 if run.training.bf16 else torch.float32

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.config.parallel import Device
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.preprocess.sharding import parse_shard
@@ -77,6 +78,9 @@ class ScoreConfig:
 
     log_interval: int = 1
     """Blocks between lines of progress."""
+
+    device: Device = "auto"
+    """Where every rank computes, as in the training run: auto, cuda or cpu."""
 
     distributed_timeout_minutes: float = 10.0
     """Minutes after which a waiting collective fails."""

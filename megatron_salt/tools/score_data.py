@@ -27,6 +27,7 @@ from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import fail_together
+from megatron_salt.parallel.hardware import hide_gpus
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.preprocess.sharding import parse_shard
@@ -71,6 +72,7 @@ def score_data(config: ScoreConfig) -> int:
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     hide_library_warnings()
+    hide_gpus(config.device)
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.save_directory import TOKENIZER
@@ -138,12 +140,12 @@ def score_shard(
     """
     import torch.distributed as dist
 
-    from megatron_salt.parallel.collectives import from_rank_0, largest
+    from megatron_salt.parallel.collectives import begin_largest, from_rank_0
     from megatron_salt.parallel.launch import distributed
     from megatron_salt.salt.scorer import make_scorer
 
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file)):
+    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file), device=config.device):
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.CRITICAL, format="%(message)s")
         facts = from_rank_0(lambda: claim_index(Path(config.output), manifest()))
@@ -164,7 +166,7 @@ def score_shard(
                 layout.data,
             )
         exit_plan = ExitPlan(
-            exit_interval=None, exit_duration_in_mins=None, watch=watch, agree=largest, started=0.0, exit_file=config.exit_file,
+            exit_interval=None, exit_duration_in_mins=None, watch=watch, begin=begin_largest, started=0.0, exit_file=config.exit_file,
             looks=rank == 0,
         )  # fmt: skip
         try:
@@ -183,7 +185,9 @@ def score_shard(
             if rank == 0:
                 say(config, f"left before the first window of this start: {left}; the same command goes on")
             return LEFT
-        return 0 if fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now) else LEFT
+        finished = fill_shard(config, scorer, facts, blocks, exit_plan.reason_to_stop_now)
+        exit_plan.finish()
+        return 0 if finished else LEFT
 
 
 def why_nothing_to_do(output: Path, facts: IndexManifest, blocks: range) -> str | None:

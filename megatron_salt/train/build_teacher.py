@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from datetime import timedelta
 
+from megatron_salt.cards import Products
 from megatron_salt.config import ModelConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
@@ -13,7 +14,6 @@ from megatron_salt.model.kernels.passes import kernels_for
 from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.precision import Precision
 from megatron_salt.model.vocab_parallel import VocabularyShard
-from megatron_salt.parallel.cards import Products
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.cost import Prediction, predict

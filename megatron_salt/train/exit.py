@@ -1,8 +1,9 @@
 """When a run saves and leaves before its end: a signal, a time limit, a file, a step.
 
 Signals and clocks differ between ranks, so all ranks decide together. Each rank turns what it knows into a small integer. The largest
-over all ranks counts, so every rank gives the same answer. The reduction is passed in. This module imports the standard library alone,
-so that signals can be caught before the slow imports begin.
+over all ranks counts, so every rank gives the same answer. No rank waits for it: the reduction begins after one step, and its answer is
+read after the next. So a run leaves within one step after the step in which a reason came up. The reduction is passed in. This module
+imports the standard library alone, so that signals can be caught before the slow imports begin.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class SignalWatch:
 
 
 class ExitPlan:
-    """Asks after every step, and before every batch of an evaluation, whether to save and leave."""
+    """Asks after every step, and before every batch of an evaluation, whether to save and leave.
+
+    Invariant: at most one question is under way, and every rank asks and reads the same ones in the same order.
+    """
 
     def __init__(
         self,
@@ -56,21 +60,23 @@ class ExitPlan:
         exit_interval: int | None,
         exit_duration_in_mins: float | None,
         watch: SignalWatch | None,
-        agree: Callable[[int], int],
+        begin: Callable[[int], Callable[[], int]],
         started: float,
         clock: Callable[[], float] = time.monotonic,
         exit_file: str | None = None,
         looks: bool = True,
     ) -> None:
-        """agree: the maximum of an int over all ranks (collective). started: `clock()` when the program began. looks: whether this
-        rank looks for the file.
+        """begin: starts to find the maximum of an int over all ranks (collective); what it returns waits for the answer. started:
+        `clock()` when the program began. looks: whether this rank looks for the file.
 
-        The configuration, and so whether `agree` is called, is the same on every rank.
+        The configuration, and so whether `begin` is called, is the same on every rank.
         """
         self._exit_interval = exit_interval
         self._exit_duration_in_mins = exit_duration_in_mins
         self._watch = watch
-        self._agree = agree
+        self._begin = begin
+        self._answer: Callable[[], int] | None = None  # of the question under way
+        self._agreed: str | None = None  # the reason that all ranks have agreed on; it stays
         self._started = started
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
@@ -83,7 +89,7 @@ class ExitPlan:
         self._is_taken = is_taken
 
     def reason_to_leave(self, step: int) -> str | None:
-        """Why the run leaves after `step` steps; None: it goes on. The same on every rank.
+        """Why the run leaves after `step` steps; None: it goes on. The same on every rank. What a rank knows now, all hear next time.
 
         Collective over all ranks, unless nothing is saved and no reason but --exit-interval is configured.
         """
@@ -97,14 +103,22 @@ class ExitPlan:
     def reason_to_stop_now(self) -> str | None:
         """The reasons that do not wait for the end of an evaluation: a signal, the file, the time limit, a --save that was taken.
 
-        The same on every rank. Collective as `reason_to_leave` is.
+        The same on every rank: the answer to what was asked last time. Collective as `reason_to_leave` is.
         """
-        asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._is_taken)
-        code = self._agree(self._local_code()) if any(one is not None for one in asked) else _NONE
-        if code == _NONE:
+        self.finish()
+        if self._agreed is None:
+            asked = (self._watch, self._exit_duration_in_mins, self._exit_file, self._is_taken)
+            if any(one is not None for one in asked):
+                self._answer = self._begin(self._local_code())
             return None
-        self.reason = self._words(code)
+        self.reason = self._agreed
         return self.reason
+
+    def finish(self) -> None:
+        """Read the answer to the question that is under way; call it also when the run ends. Every rank calls."""
+        if self._answer is not None:
+            code, self._answer = self._answer(), None
+            self._agreed = None if code == _NONE else self._words(code)
 
     def look(self, doing: str) -> None:
         """Before the first step: raise LeftEarly on every rank where a signal or the file is a reason to leave. Collective.
@@ -113,7 +127,7 @@ class ExitPlan:
         """
         if self._watch is None and self._exit_file is None:
             return
-        code = self._agree(self._local_code(timed=False))
+        code = self._begin(self._local_code(timed=False))()
         if code != _NONE:
             raise LeftEarly(f"{self._words(code)} while {doing}")
 

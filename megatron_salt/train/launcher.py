@@ -8,7 +8,7 @@
 | `refused`   | 2 | a mistake of the user's, which another start would only repeat |
 | `unsaved`   | 3 | the last checkpoint is not on disk; another start may fare better |
 | `nonfinite` | 4 | gradients (--max-nonfinite-steps), the last loss, parameters or the optimizer's state are not finite |
-| `machine`   | 5 | reserved: a host that a run cannot use; nothing writes it yet |
+| `machine`   | 5 | a host cannot be used (its GPU, driver or installation); its name stands in the place of the step |
 
 Without a file the run died. A launcher decides by this line and not by the exit code, which torch, Slurm and signals set as well. It
 names a new file at each start, so that it never reads the line of another job. Standard library alone.
@@ -29,8 +29,10 @@ Word = Literal["done", "left", "refused", "unsaved", "nonfinite", "machine"]
 log = logging.getLogger(__name__)
 
 
-def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -> None:
-    """Write the line, as a whole or not at all. Where several processes write, one line stays. step: the last one done; None: none.
+def write_outcome(path: str | None, word: Word, at: int | str | None, reason: str) -> None:
+    """Write the line, as a whole or not at all. Where several processes write, one line stays.
+
+    at: the last step done, or the host of `machine`; None: neither.
 
     Nothing is written where `path` is None. On a full disk the line replaces blanks in a file that exists; a launcher can prepare one.
     An error of the disk is logged and raises nothing: the run then counts as one that died.
@@ -38,7 +40,7 @@ def write_outcome(path: str | None, word: Word, step: int | None, reason: str) -
     if path is None:
         return
     job, restart = os.environ.get("SLURM_JOB_ID", "-"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    line = f"{word} {'-' if step is None else step} job {job}.{restart} {' '.join(reason.split())}\n"
+    line = f"{word} {'-' if at is None else at} job {job}.{restart} {' '.join(reason.split())}\n"
     own = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with whole_file(Path(path), temporary=own) as temporary:

@@ -91,6 +91,7 @@ def train(
     profiler.stop(progress.step + 1)
     garbage.stop()
     run.checkpointer.finish()
+    exit_plan.finish()
     if progress.step >= total:
         stands = _way_out(run, checkpoint, progress.position)
         if progress.step == start.step:  # nothing was trained, so nothing was checked

@@ -23,7 +23,7 @@ from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.metrics.run_sinks import tensorboard_directory
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.model.flops import flops_per_token
-from megatron_salt.parallel.collectives import first_problem, from_rank_0, gathered, largest
+from megatron_salt.parallel.collectives import begin_largest, first_problem, from_rank_0, gathered
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
@@ -51,14 +51,14 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
 
     watch: notes signals; None without --exit-signal-handler. started: time.monotonic() when the program began.
     """
-    hardware = find_hardware()
+    hardware = find_hardware(config.parallel.device)
     refuse_connections(layout.tensor, layout.context, hardware.capability)
     inputs = read_inputs(config)
     precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     rendezvous_timeout = timedelta(minutes=config.parallel.rendezvous_timeout_minutes)
     leaving = partial(reason_alone, watch, config.training.exit_file)
-    with ExitStack() as held, distributed(timeout, rendezvous_timeout, leaving):
+    with ExitStack() as held, distributed(timeout, rendezvous_timeout, leaving, config.parallel.device):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_logging(rank, world_size)
         refuse_other_flags(config)
@@ -67,7 +67,7 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
-            watch=watch, agree=largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
+            watch=watch, begin=begin_largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,
         )  # fmt: skip
         try:
             exit_plan.look("reading the data")

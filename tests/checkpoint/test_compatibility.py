@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +16,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.checkpoint import compatibility
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint
 from megatron_salt.checkpoint.state_file import read_state
-from megatron_salt.config import OptimizerConfig
+from megatron_salt.config import ModelConfig, OptimizerConfig
 from megatron_salt.errors import UserError
 from megatron_salt.train.build_model import build_scheduler
 
 BATCH = 10
+MODEL_FIELDS = {field.name for field in fields(ModelConfig)}
 SAVED = read_state(Path(__file__).parent / "old" / "iter_0000004")
 FLAGS = OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=2)
 
@@ -65,6 +66,25 @@ def test_a_run_goes_on_where_its_checkpoint_is_and_with_new_data_at_their_beginn
     assert (SAVED.run.position, SAVED.run.stage2_since) == (32, 24) and SAVED.run.consumed_samples == 32
     assert state == replace(SAVED.run, position=0, stage2_since=None, events=(*SAVED.run.events, state.events[-1]))
     assert state.events[-1] == {"event": "new_data", "step": 4, "from": SAVED.data_fingerprint, "to": "data:bbbb"}
+
+
+def test_a_checkpoint_that_lacks_a_field_of_the_architecture_has_its_default() -> None:
+    """A release that did not know the field wrote it."""
+    written = SAVED.architecture
+    assert "parallel_residual" not in written and "rope_scaling" not in written
+    run = compatibility.RunIdentity(
+        yaml="",
+        architecture=asdict(ModelConfig(**{name: value for name, value in written.items() if name in MODEL_FIELDS}))
+        | {name: value for name, value in written.items() if name not in MODEL_FIELDS},
+        tokenizer_fingerprint=SAVED.tokenizer,
+        data_fingerprint=SAVED.data_fingerprint,
+        seed=1,
+    )
+    opened = OpenedCheckpoint(Path("checkpoint"), SAVED, {})
+    compatibility.refuse_other_run(opened, run, finetune=False, new_data=False)
+    other = replace(run, architecture=run.architecture | {"parallel_residual": True})
+    with pytest.raises(UserError, match="--parallel-residual is False there and True here"):
+        compatibility.refuse_other_run(opened, other, finetune=False, new_data=False)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])

@@ -28,6 +28,8 @@ from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, batch, build_student, make_weights, train, train_student
 
 STEPS = 4
+BEYOND_GPT_MODEL = ("gpt-neox", "qwen2", "gelu by tanh")
+"""Models with a part that megatron-core's GPTModel does not have, or not with all its numbers."""
 
 
 # ---- against plain torch ------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def compare_with_gpt_model(case: Case) -> None:
         torch.testing.assert_close(gradient, param.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in BEYOND_GPT_MODEL])
 def test_it_is_megatron_cores_gpt_model(model):
     """One state dict, loaded strictly; equal names in checkpoints; equal logits, loss and gradients."""
     run_ranks(1, compare_with_gpt_model, Case(model=MODELS[model]))
@@ -227,7 +229,7 @@ def compiled_frames(case: Case) -> dict[str, int]:
     return dict(torch._dynamo.utils.counters["frames"])
 
 
-@pytest.mark.parametrize("model", ["squared relu", "gpt2", "tied"])
+@pytest.mark.parametrize("model", ["squared relu", "gpt2", "tied", "gpt-neox", "gelu by tanh"])
 def test_training_compiles_nothing(model):
     """Therefore it needs no C++ compiler and starts without a delay."""
     assert run_ranks(1, compiled_frames, Case(model=MODELS[model]))[0] == {}

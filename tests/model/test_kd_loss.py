@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks
 from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard, compare, reduce
@@ -36,8 +37,8 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Tolerance of a gradient, see test_loss.py. The temperature divides an error of the teacher's logits."""
-        return {torch.float32: 5e-7, torch.bfloat16: 8e-3}[self.dtype] * max(1.0, 1 / self.temperature)
+        """Tolerance of a gradient, see test_loss.py. The teacher's logits are float32; the temperature divides their error."""
+        return {torch.float32: 5e-7 * max(1.0, 1 / self.temperature), torch.bfloat16: 8e-3}[self.dtype]
 
 
 class Inputs(NamedTuple):
@@ -226,16 +227,58 @@ def test_without_grad_the_metrics_are_the_same():
         assert torch.equal(with_grad, metrics)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_teacher_like_the_student_has_kl_0_and_agrees(dtype, tp):
-    case = Case(dtype=dtype, mask="all")
+def of_equal_models(case: Case, tp: int) -> dict[str, float]:
+    """The metrics of a student and a teacher that have the same hidden states and weight."""
     inputs = make_inputs(case)
     inputs = inputs._replace(teacher_hidden=inputs.hidden, teacher_weight=inputs.weight)
-    metrics = dict(zip(KD_METRICS, run_ranks(tp, on_a_rank, case, inputs)[0].metrics.tolist(), strict=True))
+    return dict(zip(KD_METRICS, run_ranks(tp, on_a_rank, case, inputs)[0].metrics.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_teacher_like_the_student_has_kl_0_and_agrees(tp):
+    metrics = of_equal_models(Case(mask="all"), tp)
     assert abs(metrics["kl"]) < 1e-6 * TOKENS
     assert metrics["agreement"] == TOKENS and metrics["teacher_ce"] == metrics["ce"]
     assert metrics["accuracy"] == metrics["teacher_accuracy"]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_in_bfloat16_equal_models_differ_by_the_rounding_of_the_students_logits_alone(tp):
+    """The teacher's are float32. Logits below 8 are rounded by d < 2^-6, and KL is at most d^2 / 2 where logits are off by d or less."""
+    metrics = of_equal_models(Case(dtype=torch.bfloat16, mask="all"), tp)
+    assert -1e-6 * TOKENS < metrics["kl"] < 2.0**-13 * TOKENS
+    assert metrics["teacher_ce"] == pytest.approx(metrics["ce"], abs=2.0**-6 * TOKENS)
+
+
+def of_an_offset(offset: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """(d_hidden, the same in float64) of a head in bfloat16 whose teacher adds `offset` to all its logits, which changes no p."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(rows: int, width: int, std: float = 1.0) -> Tensor:
+        return torch.randn(rows, width, generator=generator) * std
+
+    hidden, weight, teacher_hidden, teacher_weight = draw(64, 64), draw(512, 64, 1 / 8), draw(64, 48), draw(512, 48, 1 / 7)
+    teacher_hidden[:, 0], teacher_weight[:, 0] = 1, offset  # numbers of bfloat16: the offset is exact
+    tensors = [tensor.bfloat16() for tensor in (hidden, weight, teacher_hidden, teacher_weight)]
+    wide_hidden, wide_weight, wide_teacher_hidden, wide_teacher_weight = (tensor.double() for tensor in tensors)
+    labels = torch.randint(0, 512, (64,), generator=generator)
+    p = (wide_teacher_hidden @ wide_teacher_weight.t() / temperature).softmax(-1)
+    target = 0.333 * torch.nn.functional.one_hot(labels, 512) + 0.667 * p
+    exact = ((wide_hidden @ wide_weight.t()).softmax(-1) - target) @ wide_weight
+    own = tensors[0][:, None].requires_grad_()
+    teacher = SoftTarget(tensors[2][:, None], tensors[3], temperature, 0.667)
+    shard = VocabularyShard(Alone(), 512, 512, False)
+    fused_linear_cross_entropy(own, tensors[1], labels, torch.ones(64), shard, 24, teacher)[0].backward()
+    assert own.grad is not None
+    return own.grad[:, 0], exact
+
+
+@pytest.mark.parametrize("form", ["native", "widened"])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 60.0])
+def test_a_bfloat16_gradient_is_right_wherever_the_teachers_logits_lie(offset, form, monkeypatch):
+    """bfloat16 logits would be off by up to 0.125 at 60, and by four times that after the division by T: 14% of the gradient."""
+    monkeypatch.setenv(matrix_products.FORM, form)
+    assert relative_error(*of_an_offset(offset, temperature=0.25)) < 3e-3
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2, 1.0])

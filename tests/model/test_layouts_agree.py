@@ -168,7 +168,7 @@ def test_pipeline_stages_may_be_uneven(reference, dp, uneven):
 
 @pytest.mark.parametrize("model, tp, pp, vp, cp, sp", [
     (model, *layout)
-    for model in ("gpt2", "squared relu", "layer-normed queries")
+    for model in ("gpt2", "squared relu", "layer-normed queries", "gpt-neox", "qwen2")
     for layout in [(2, 1, 1, 1, False), (2, 1, 1, 1, True), (1, 2, 2, 1, False), (1, 1, 1, 2, False)]
 ])  # fmt: skip
 def test_every_architecture(reference, model, tp, pp, vp, cp, sp):
@@ -216,6 +216,11 @@ RECOMPUTE = {
 def test_recomputing_activations_changes_nothing(reference, recompute, tp, pp, cp, documents):
     sizes = parallel(tp, pp, cp=cp, sp=tp > 1, **RECOMPUTE[recompute])
     check(reference, Case(sizes, documents=documents), tp * pp * cp)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recomputing_a_parallel_residual_changes_nothing(reference, recompute):
+    check(reference, Case(parallel(**RECOMPUTE[recompute]), MODELS["gpt-neox"]), 1)
 
 
 @pytest.mark.long

@@ -53,9 +53,20 @@ def test_every_product_is_the_exact_one_rounded_once(form: str, band: int) -> No
     assert error(d_weight - 1, gradient.double().t() @ hidden.double()) < (1e-5 if form == "widened" else ROUNDING)
 
 
+@pytest.mark.parametrize("band", [1, 7 * 24, 1 << 20], ids=["a row", "7 rows", "all"])
+@pytest.mark.parametrize("padding", [0, 14], ids=["contiguous", "padded rows"])
+def test_float32_logits_of_bfloat16_operands_are_not_rounded(form: str, band: int, padding: int) -> None:
+    hidden, weight, _ = operands()
+    out = torch.full((24, 50 + padding), torch.nan)
+    logits = matrix_products.logits(hidden, weight, out[:, :50], band)
+    assert logits.data_ptr() == out.data_ptr() and out[:, 50:].isnan().all()
+    assert error(logits, hidden.double() @ weight.double().t()) < 1e-6
+
+
 def test_a_rank_without_ids_has_no_logits_and_a_gradient_of_0(form: str) -> None:
     hidden, weight, gradient = operands(rows=0)
-    assert matrix_products.logits(hidden, weight, hidden.new_empty((24, 0))).shape == (24, 0)
+    for dtype in (BF16, torch.float32):
+        assert matrix_products.logits(hidden, weight, torch.empty((24, 0), dtype=dtype)).shape == (24, 0)
     assert not matrix_products.hidden_gradient(gradient, weight, torch.full_like(hidden, torch.nan)).any()
 
 
@@ -80,6 +91,10 @@ def test_widening_makes_no_tensor_larger_than_a_band_in_float32(monkeypatch: pyt
     with Sizes() as sizes:
         wide = matrix_products.logits(hidden, weight, logits, band)
     assert wide is logits and sizes.largest == max(own - {d_weight.untyped_storage().nbytes()}) == 16 * 512 * 2
+    unrounded = torch.empty(16, 512)
+    with Sizes() as sizes:
+        matrix_products.logits(hidden, weight, unrounded, band)
+    assert sizes.largest == unrounded.untyped_storage().nbytes() == 4 * 8 * band
     with Sizes() as sizes:
         matrix_products.hidden_gradient(gradient, weight, d_hidden, band)
     assert sizes.largest <= max(4 * band, 16 * 512 * 2)

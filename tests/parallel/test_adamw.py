@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_salt.parallel import adamw
 from megatron_salt.parallel.adamw import FusedAdam
 
 STEPS = 6
@@ -130,3 +131,29 @@ def test_megatron_core_takes_it():
     from megatron.core import optimizer
 
     assert optimizer.Adam is FusedAdam
+
+
+def test_the_norm_and_the_scaling_are_megatron_cores_bit_for_bit() -> None:
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    assert clip_grads.l2_norm_impl is adamw._l2_norm and clip_grads.multi_tensor_scale_impl is adamw._scale
+    for step in range(1, STEPS + 1):
+        ours = gradients(step, parameters())
+        theirs = [gradient.clone() for gradient in ours]
+        flag = torch.zeros(1, dtype=torch.int)
+        norm, _ = clip_grads.multi_tensor_applier(adamw._l2_norm, flag, [ours], False)
+        expected, _ = utils.local_multi_tensor_applier(utils.local_multi_tensor_l2_norm, flag, [theirs], False)
+        assert torch.equal(norm, expected) and norm.shape == (1,)
+        clip_grads.multi_tensor_applier(adamw._scale, flag, [ours, ours], 0.37)
+        utils.local_multi_tensor_applier(utils.local_multi_tensor_scale, flag, [theirs, theirs], 0.37)
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_copy_into_other_tensors_converts() -> None:
+    wide = [torch.zeros(3), torch.zeros(2)]
+    narrow = [torch.randn(3).bfloat16(), torch.randn(2).bfloat16()]
+    adamw._scale(0, torch.zeros(1, dtype=torch.int), [narrow, wide], 1.0)
+    assert all(torch.equal(one, other.float()) for one, other in zip(wide, narrow, strict=True))

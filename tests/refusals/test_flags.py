@@ -31,6 +31,18 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         ),
         (1, dict(hidden_size=30), ["--hidden-size 30", "--num-attention-heads 4"]),
         (1, dict(num_query_groups=3), ["--num-attention-heads 4", "--num-query-groups 3"]),
+        (1, dict(gelu_tanh=True), ["--swiglu and --gelu-tanh"]),
+        (
+            1,
+            dict(rope_scaling="linear", position_embedding_type="none"),
+            ["--rope-scaling linear", "--position-embedding-type rope, got none"],
+        ),
+        (
+            1,
+            dict(rope_scaling="llama3", rope_scaling_high_freq_factor=1),
+            ["--rope-scaling-high-freq-factor 1", "--rope-scaling-low-freq-factor 1"],
+        ),
+        (1, dict(rope_scaling="linear", rope_scaling_factor=0), ["--rope-scaling-factor must be above 0"]),
         (2, dict(PP2, num_layers=3), ["--num-layers 3", "--pipeline-model-parallel-size", "= 2"]),
         (2, VP2, ["--num-layers 2", "--num-virtual-stages-per-pipeline-rank", "= 4"]),
         (2, dict(PP2, decoder_first_pipeline_num_layers=2), ["--num-layers 2", "--pipeline-model-parallel-size 2", "[2, 0]"]),

@@ -49,7 +49,7 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         def join(*_: object) -> None:
             raise Joined
 
-        monkeypatch.setattr(run_module, "find_hardware", lambda: hardware)
+        monkeypatch.setattr(run_module, "find_hardware", lambda _: hardware)
         monkeypatch.setattr(run_module, "distributed", join)
         assert pretrain.main(argv(data_path=data, save=tmp_path / "save", train_iters=4, **flags)) == 2
         assert not (tmp_path / "save").exists()

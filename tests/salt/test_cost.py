@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_salt.cards import Rates, reached
 from megatron_salt.config import LoggingConfig, ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import core_attention_flops, flops_per_token, head_flops, layer_flops
 from megatron_salt.model.shapes import layers_per_stage
-from megatron_salt.parallel.cards import Rates, reached
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt import routing
 from megatron_salt.salt.cost import BY_FLOPS, ModelRates, Prediction, predict, scoring_flops, scoring_line

@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megatron_salt.cards import FLOPS_ALONE, Rates
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.flops import layer_flops, layer_parameters
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
-from megatron_salt.parallel.cards import FLOPS_ALONE, Rates
 from megatron_salt.salt.head_cost import HeadShape, head_seconds, pass_bytes
 from megatron_salt.salt.layer_cost import UPDATE_BYTES, embedding_bytes, layer_seconds, layer_values, update_bytes
 from megatron_salt.train.step import finish_step, forward_input, forward_step, run_pipeline
@@ -50,8 +50,9 @@ class BytesMoved(TorchDispatchMode):
         if func.overloadpacket.__name__ in OVERWRITES:
             args = args[1:]
         if func is torch.ops.aten._fused_adamw_.default:
-            written = list(args[:4])  # parameters and moments; the gradients are not written
-            written.pop(1)
+            written = [args[0], args[2], args[3]]  # parameters and moments, not the gradients
+        elif result is None:  # lists of tensors that change in place
+            written = [args[0]]
         tensors = [t for t in tree_flatten((args, read, written))[0] if isinstance(t, torch.Tensor)]
         self.of[func.overloadpacket.__name__] += sum(t.numel() * t.element_size() for t in tensors)
         return result

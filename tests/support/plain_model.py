@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,8 +20,9 @@ def logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, po
     for layer in range(model.num_layers):
         own = {name.removeprefix(f"decoder.layers.{layer}."): value for name, value in weights.items()
                if name.startswith(f"decoder.layers.{layer}.")}  # fmt: skip
-        hidden = hidden + attention(model, own, norm(model, own, "input_layernorm", hidden), mask)
-        hidden = hidden + mlp(model, own, norm(model, own, "pre_mlp_layernorm", hidden))
+        with_attention = hidden + attention(model, own, norm(model, own, "input_layernorm", hidden), mask)
+        before_mlp = hidden if model.parallel_residual else with_attention
+        hidden = with_attention + mlp(model, own, norm(model, own, "pre_mlp_layernorm", before_mlp))
     hidden = norm(model, weights, "decoder.final_layernorm", hidden)
     head = "output_layer.weight" if model.untie_embeddings_and_output_weights else "embedding.word_embeddings.weight"
     return hidden @ weights[head].T
@@ -59,10 +61,24 @@ def attention(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor, mask
 def rotate(model: ModelConfig, x: Tensor) -> Tensor:
     """Rotary embedding: the plane of channels i and i + r/2 of the first r is rotated by position * base^(-2i/r)."""
     r = int(model.head_width * model.rotary_percent)
-    angle = torch.arange(x.size(1))[:, None] * model.rotary_base ** (-torch.arange(0, r, 2) / r)
+    frequencies = torch.tensor([scaled(model, model.rotary_base ** (-channel / r)) for channel in range(0, r, 2)])
+    angle = torch.arange(x.size(1))[:, None] * frequencies
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     first, second, rest = x[..., : r // 2], x[..., r // 2 : r], x[..., r:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def scaled(model: ModelConfig, frequency: float) -> float:
+    """A rotary frequency in radians a position, stretched for a longer context."""
+    if model.rope_scaling == "llama3":
+        waves = model.rope_scaling_original_context / (2 * math.pi / frequency)
+        low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+        if waves > high:
+            return frequency
+        if waves >= low:
+            kept = (waves - low) / (high - low)
+            return (1 - kept) * frequency / model.rope_scaling_factor + kept * frequency
+    return frequency if model.rope_scaling == "none" else frequency / model.rope_scaling_factor
 
 
 def mlp(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -72,6 +88,8 @@ def mlp(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         x = gate * torch.sigmoid(gate) * value
     elif model.squared_relu:
         x = x.clamp(min=0) ** 2
+    elif model.gelu_tanh:
+        x = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     else:
         x = F.gelu(x)
     return linear(weights, "mlp.linear_fc2", x)

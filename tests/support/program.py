@@ -138,7 +138,9 @@ def _alone(words: list[str], rank: int, world_size: int, rendezvous: str, output
     import torch.distributed as dist
 
     @contextlib.contextmanager
-    def distributed(timeout: timedelta, rendezvous_timeout: timedelta, leaving: Callable[[], str | None]) -> Iterator[None]:
+    def distributed(
+        timeout: timedelta, rendezvous_timeout: timedelta, leaving: Callable[[], str | None], device: str
+    ) -> Iterator[None]:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timeout)
         yield
         dist.barrier()

@@ -46,6 +46,15 @@ MODELS = {
         kv_channels=16, untie_embeddings_and_output_weights=True,
     ),
     "layer-normed queries": replace(_GPT2, qk_layernorm=True, swiglu=True, num_query_groups=2, position_embedding_type="none"),
+    # What other families of models add. Scaled frequencies: some of the 8 are kept, some divided, some between.
+    "gpt-neox": replace(
+        _GPT2, parallel_residual=True, position_embedding_type="rope", rotary_percent=0.25, untie_embeddings_and_output_weights=True
+    ),
+    "qwen2": replace(
+        SMALL, add_qkv_bias=True, num_attention_heads=8, kv_channels=16, rope_scaling="llama3", rope_scaling_factor=3.0,
+        rope_scaling_low_freq_factor=2.0, rope_scaling_high_freq_factor=6.0, rope_scaling_original_context=100,
+    ),
+    "gelu by tanh": replace(_GPT2, gelu_tanh=True, position_embedding_type="rope", rope_scaling="linear", rope_scaling_factor=2.5),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_salt import pretrain
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.config import RunConfig
-from megatron_salt.errors import NonFiniteError, SaveError, UserError
+from megatron_salt.errors import MachineError, NonFiniteError, SaveError, UserError
 from megatron_salt.metrics.stragglers import Heartbeat
 from megatron_salt.train import run as run_module
 from megatron_salt.train.launcher import write_outcome
@@ -89,7 +89,7 @@ def test_on_a_full_disk_the_line_goes_where_a_launcher_left_blanks(
     assert not room or path.stat().st_size == room
 
 
-@pytest.mark.parametrize("error", [UserError("no"), SaveError("no"), NonFiniteError("no")])
+@pytest.mark.parametrize("error", [UserError("no"), SaveError("no"), NonFiniteError("no"), MachineError("node7", "no")])
 def test_each_kind_of_end_leaves_its_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: UserError) -> None:
     def end(*_: object) -> None:
         raise error
@@ -98,7 +98,9 @@ def test_each_kind_of_end_leaves_its_own_word(tmp_path: Path, monkeypatch: pytes
     config = RunConfig(training=replace(RunConfig().training, outcome_file=str(tmp_path / "outcome")))
     with pytest.raises(UserError):
         pretrain.pretrain(config, None, 0.0)
-    assert (tmp_path / "outcome").read_text() == f"{error.outcome} - job -.0 no\n"
+    assert (
+        tmp_path / "outcome"
+    ).read_text() == f"{error.outcome} {'node7' if error.outcome == 'machine' else '-'} job -.0 {error}\n"
 
 
 def test_the_last_step_is_saved_only_where_its_checkpoint_stands_and_the_tracker_names_it(

@@ -28,8 +28,8 @@ NOT_ALIGNED = ("num_columns", "num_rows", "inverse_temperature")
 def forms() -> list[tuple[object, str, str, dict[str, object]]]:
     """(kernel, type of the student's logits, of the teacher's, its constants) of every form that the head launches."""
     rows = [
-        (head.row_sums_kernel, student, "*fp32", {"HAS_TEACHER": teacher, "TEMPERED": teacher, "WITH_GAP": False})
-        for student in ("*bf16", "*fp32") for teacher in (True, False)
+        (head.row_sums_kernel, student, "*fp32", {"HAS_TEACHER": teacher, "TEMPERED": tempered, "WITH_GAP": False})
+        for student in ("*bf16", "*fp32") for teacher, tempered in ((True, True), (True, False), (False, False))
     ]  # fmt: skip
     rows.append((head.row_sums_kernel, "*fp32", "*fp32", {"HAS_TEACHER": False, "TEMPERED": False, "WITH_GAP": True}))
     rows += [(head.into_gradient_kernel, student, "*fp32", {"HAS_TEACHER": teacher})

@@ -20,7 +20,8 @@ from megatron_salt.model.vocab_parallel import VocabularyShard, compare, judge
 ROWS = 6
 COLUMNS = [1, 63, 4096, 5003]
 """One id; less than the alignment of rows; the block of a kernel; a block and a part."""
-TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+"""Of the student's logits and of the teacher's."""
 
 assert INTERPRETED, "run by tests/model/kernels/test_interpreted.py, with TRITON_INTERPRET=1"
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.model.fp32_logits import divergence
 from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.salt.fp8_check import divergence
 from tests.model.test_loss import Alone, Storages
 from tests.support.ranks import run_ranks
 

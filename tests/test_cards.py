@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_salt.parallel.cards import CARDS, FLOPS_ALONE, card_named, reached
+from megatron_salt.cards import CARDS, FLOPS_ALONE, card_named, reached
 
 
 @pytest.mark.parametrize("name, bf16, fp8, gb_per_s", [
