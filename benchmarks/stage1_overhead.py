@@ -49,7 +49,6 @@ from megatron_salt.config import (
 )  # fmt: skip
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.metrics.run_log import PhaseTimer
-from megatron_salt.model.loss import chunk_tokens_for_budget
 from megatron_salt.model.precision import TORCH
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import student_layout
@@ -237,11 +236,7 @@ def be_a_rank(folder: Path, steps: int) -> None:
         teacher, student, microbatches = run.stage1.teacher, run.student, run.train.fetch(0)
 
         def said(config: RunConfig) -> tuple[float, str]:
-            vocabulary, training = inputs.tokenizer.vocabulary_size, config.training
-            chunk = training.loss_chunk_tokens or chunk_tokens_for_budget(
-                training.loss_chunk_mib, vocabulary, dtype_of(training)
-            )
-            found = predict_cost(config, plan, inputs.teacher.model, vocabulary, chunk, TORCH)
+            found = predict_cost(config, plan, inputs.teacher.model, inputs.tokenizer.vocabulary_size, TORCH)
             return found.ratio, found.rates.source
 
         def stage1() -> None:

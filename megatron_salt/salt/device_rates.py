@@ -21,9 +21,9 @@ from megatron_salt.parallel.device import current_device
 from megatron_salt.salt.cost import BY_FLOPS, ModelRates
 from megatron_salt.salt.head_cost import HeadShape, pass_bytes
 
-_SECONDS, _CALLS = 0.07, 10
-"""Of each measurement, at most."""
-_LOGITS, _TOKENS, _WIDTH = 1 << 20, 256, 2048
+_SECONDS, _FEWEST, _MOST = 0.05, 3, 10
+"""Of each measurement: its time, and calls whatever they take and at most."""
+_LOGITS, _TOKENS, _HIDDEN, _WIDTH = 1 << 20, 256, 1024, 2048
 """Largest sizes that are measured. Products beyond them are no faster."""
 
 
@@ -94,7 +94,7 @@ def measure(student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelR
 
 def _product_rate(tokens: int, hidden: int, width: int, dtype: torch.dtype, result: torch.dtype) -> float:
     """FLOP/s of a product of these sizes, or of the largest that are measured, in a CPU's form of it. result: dtype of its result."""
-    tokens, hidden, width = min(tokens, _TOKENS), min(hidden, _WIDTH), min(width, 4 * _WIDTH)
+    tokens, hidden, width = min(tokens, _TOKENS), min(hidden, _HIDDEN), min(width, _WIDTH)
     left, right = torch.full((tokens, hidden), 0.5, dtype=dtype), torch.full((width, hidden), 0.5, dtype=dtype)
     out = torch.empty((tokens, width), dtype=result)
     return 2.0 * tokens * hidden * width / _fastest(lambda: matrix_products.logits(left, right, out))
@@ -126,7 +126,7 @@ def _fastest(work: Callable[[], object]) -> float:
     work()
     seconds: list[float] = []
     end = time.perf_counter() + _SECONDS
-    while not seconds or (len(seconds) < _CALLS and time.perf_counter() < end):
+    while len(seconds) < _FEWEST or (len(seconds) < _MOST and time.perf_counter() < end):
         wall, busy = time.perf_counter(), time.process_time()
         work()
         seconds.append(min(time.perf_counter() - wall, time.process_time() - busy))

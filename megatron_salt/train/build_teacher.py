@@ -50,16 +50,18 @@ def refuse_large_exchange(
 
 
 def predict_cost(
-    config: RunConfig, plan: RunPlan, teacher: ModelConfig, vocabulary_size: int, chunk_tokens: int, precision: Precision
+    config: RunConfig, plan: RunPlan, teacher: ModelConfig, vocabulary_size: int, precision: Precision
 ) -> Prediction:
     """The cost of stage 1 on this rank's device, whose rates `find_rates` gives. Not collective. precision: the teacher's."""
     salt, parallel, training, model = config.salt, config.parallel, config.training, config.model
     tensor = parallel.tensor_model_parallel_size
     own: Products = "bf16" if training.bf16 else "fp32"
+    dtype, rows = dtype_of(training), model.padded_vocabulary_size(vocabulary_size) // tensor
+    chunk = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
     head = HeadShape(
-        rows=model.padded_vocabulary_size(vocabulary_size) // tensor, hidden=model.hidden_size, teacher_hidden=teacher.hidden_size,
-        tokens=plan.micro_batch_size * training.seq_length // parallel.context_parallel_size, chunk_tokens=chunk_tokens,
-        itemsize=dtype_of(training).itemsize, kernels=kernels_for(current_device()) is not None,
+        rows=rows, hidden=model.hidden_size, teacher_hidden=teacher.hidden_size,
+        tokens=plan.micro_batch_size * training.seq_length // parallel.context_parallel_size, chunk_tokens=chunk,
+        itemsize=dtype.itemsize, kernels=kernels_for(current_device()) is not None,
         tempered=salt.kd_teacher_temperature != 1,
     )  # fmt: skip
     student = LayerShape(
@@ -96,7 +98,7 @@ def build_teacher(
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
-    prediction = predict_cost(config, plan, checkpoint.model, vocabulary_size, chunk_tokens, precision)
+    prediction = predict_cost(config, plan, checkpoint.model, vocabulary_size, precision)
     for line in prediction.lines():
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)

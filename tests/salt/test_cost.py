@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_salt import yaml_core
 from megatron_salt.cards import Rates, reached
 from megatron_salt.config import LoggingConfig, ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
@@ -206,6 +208,7 @@ def test_start_up_says_it_with_flag_and_numbers():
 
 # --- the rates of a device --------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parents[2]
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -256,6 +259,24 @@ def test_a_cpu_is_measured_without_drawing_a_random_number(itemsize):
 def test_one_row_and_one_token_can_be_measured():
     one = replace(head_of(ParallelConfig()), rows=1, tokens=1, chunk_tokens=1, hidden=1, teacher_hidden=1)
     assert measure(LayerShape(hidden=1, width=1, products="fp32"), MLP, one).known
+
+
+@pytest.mark.parametrize("products, told", [("bf16", "1.19x in bfloat16"), ("fp8", "1.21x in FP8")])
+def test_what_the_pages_say_of_the_example_on_an_h100(products, told):
+    """Kernels, Transformer Engine, the teacher's weight in place: examples/salt_2p8b.sh."""
+    student, teacher = (
+        ModelConfig(**yaml_core.load((ROOT / f"examples/model_{size}.yaml").read_text())["model"]) for size in ("2p8b", "1p5b")
+    )
+    head = HeadShape(
+        rows=256000, hidden=student.hidden_size, teacher_hidden=teacher.hidden_size, tokens=4 * 1280, chunk_tokens=2048, itemsize=2,
+        kernels=True, tempered=True,
+    )  # fmt: skip
+    found = predict(
+        student, ParallelConfig(), teacher, teacher_tensor=1, teacher_pipeline=1, num_microbatches=64, microbatch_tokens=4 * 1280,
+        merge=2, seq_length=1280, head=head, fused_layers=True, rates=rates_of_gpu(H100, LoggingConfig(), products, products, 2),
+    )  # fmt: skip
+    assert f"{found.ratio:.2f}x" == told.split()[0]
+    assert told in (ROOT / "docs/performance.md").read_text()
 
 
 # --- the scores of a selection ----------------------------------------------------------------------------------------
