@@ -11,7 +11,7 @@ from megatron_salt.config import ModelConfig, RunConfig, SaltConfig, TrainingCon
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
 from megatron_salt.model.kernels.passes import kernels_for
-from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.model.precision import Precision
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
@@ -57,7 +57,7 @@ def predict_cost(
     tensor = parallel.tensor_model_parallel_size
     own: Products = "bf16" if training.bf16 else "fp32"
     dtype, rows = dtype_of(training), model.padded_vocabulary_size(vocabulary_size) // tensor
-    chunk = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    chunk = chunk_tokens(training, rows, current_device().type)
     head = HeadShape(
         rows=rows, hidden=model.hidden_size, teacher_hidden=teacher.hidden_size,
         tokens=plan.micro_batch_size * training.seq_length // parallel.context_parallel_size, chunk_tokens=chunk,
@@ -97,7 +97,7 @@ def build_teacher(
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    chunk = chunk_tokens(training, rows, current_device().type)
     prediction = predict_cost(config, plan, checkpoint.model, vocabulary_size, precision)
     for line in prediction.lines():
         log.info("%s", line)
@@ -105,7 +105,7 @@ def build_teacher(
     teacher, fidelity = admit(
         checkpoint,
         salt,
-        TeacherHead(mesh, shard, training.seq_length, chunk_tokens),
+        TeacherHead(mesh, shard, training.seq_length, chunk),
         dtype=dtype,
         microbatches_per_forward=plan.teacher_merge,
         timeout=timeout,
