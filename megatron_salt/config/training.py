@@ -31,6 +31,10 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of initial weights, dropout and the order of samples."""
 
+    deterministic: bool = False
+    """On GPUs, take operations that give the same bits each time, so that a repeated or resumed run gives the same losses. Slower.
+    Changes nothing on a CPU, where every operation is deterministic."""
+
     bf16: bool = False
     """Train in bfloat16. Main parameters and gradient reduction stay float32. Default: float32."""
 

@@ -151,11 +151,12 @@ def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
         weight.main_grad.add_(d_weight.mul_(scale))
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    # The DDP hook of megatron-core runs when a gradient arrives, so one must be returned. The hook adds it to main_grad only if
-    # zero_out_wgrad is set, because the weight is used elsewhere too (tied embeddings). Then it must be zero; else nobody reads it.
     weight.grad_added_to_main_grad = True
-    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
-    return make(weight)
+    if getattr(weight, "zero_out_wgrad", False):
+        # Tied embeddings on one pipeline stage: the gradient of the embedding, [V/tp, h] too, always follows and runs the DDP hook once
+        # for both. The hook adds what it gets to main_grad, so a dummy of the head would have to be zeros.
+        return None
+    return torch.empty_like(weight)  # the DDP hook of megatron-core runs when a gradient arrives; nobody reads this one
 
 
 class _TeacherLogits:

@@ -86,7 +86,7 @@ class Scorer:
     def score(self, ids: np.ndarray, reason_to_stop: Callable[[], str | None] = lambda: None) -> Rows | None:
         """The rows of these samples, int64 [n], n > 0. Collective over all ranks; the writer receives, the others get None.
 
-        reason_to_stop: asked before each piece; its answer is the same on every rank. A reason raises LeftEarly on every rank."""
+        reason_to_stop: called before each piece, the same on every rank. A reason raises LeftEarly on every rank."""
         replicas, replica = self._mesh.layout.data, self._mesh.at.dp
         starts = range(0, len(ids), self._micro)
         rounds, own_starts = -(-len(starts) // replicas), starts[replica::replicas]

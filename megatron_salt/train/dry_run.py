@@ -19,6 +19,7 @@ from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.machine import naming_faults
 from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
@@ -29,6 +30,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
+    hardware = find_hardware()
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
@@ -45,7 +47,6 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
-    hardware = find_hardware()
     if hardware.capability is None:
         print("precision: not checked, there is no GPU here")
     else:
@@ -72,12 +73,13 @@ def possible_devices(asked: Device, hardware: Hardware) -> tuple[str, ...]:
 
 
 def versions() -> list[str]:
-    """Versions of Python and the main packages, this machine's name, and its GPUs."""
+    """Versions of Python and the main packages, this machine's name, and its GPUs. Raises MachineError."""
     lines = [f"Python {platform.python_version()} on {platform.node()}"]
     for name in PACKAGES:
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"no {name}")
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    with naming_faults("a GPU does not tell its name", everything=True):
+        gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return [*lines, f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"]
