@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, reached
-from megatron_salt.config import LoggingConfig
+from megatron_salt.config import LoggingConfig, flag
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
 from megatron_salt.parallel.device import current_device
@@ -43,7 +43,23 @@ def find_rates(flags: LoggingConfig, student: LayerShape, teacher: LayerShape, h
         return rates_of_gpu(torch.cuda.get_device_name(device), flags, student.products, teacher.products, head.itemsize)
     if flags.device_peak_tflops is not None and flags.device_peak_gb_per_s is not None:
         return rates_of_gpu("this CPU", flags, student.products, teacher.products, head.itemsize)
-    return measure(student, teacher, head)
+    return _replaced(measure(student, teacher, head), flags)
+
+
+def _replaced(measured: ModelRates, flags: LoggingConfig) -> ModelRates:
+    """What was measured, with the one figure that a flag gives in its place."""
+    given = [name for name in ("device_peak_tflops", "device_peak_gb_per_s") if getattr(flags, name) is not None]
+    if not given:
+        return measured
+
+    def with_flag(rates: Rates) -> Rates:
+        by_flag = reached(flags.device_peak_tflops or 0, flags.device_peak_gb_per_s or 0)
+        return Rates(by_flag.flops or rates.flops, by_flag.bytes or rates.bytes)
+
+    return ModelRates(
+        layers=with_flag(measured.layers), head=with_flag(measured.head), teacher_layers=with_flag(measured.teacher_layers),
+        teacher_head=with_flag(measured.teacher_head), source=f"{measured.source}, in part replaced by {flag(given[0])}",
+    )  # fmt: skip
 
 
 def rates_of_gpu(name: str, flags: LoggingConfig, student: Products, teacher: Products, itemsize: int) -> ModelRates:
@@ -51,13 +67,14 @@ def rates_of_gpu(name: str, flags: LoggingConfig, student: Products, teacher: Pr
 
     itemsize: bytes of a number of the head, which multiplies in the run's dtype also where layers use FP8.
     """
-    card, own = card_named(name), "bf16" if itemsize == 2 else "fp32"
+    card = card_named(name)
+    own: Products = "bf16" if itemsize == 2 else "fp32"
     gb_per_s = flags.device_peak_gb_per_s or (None if card is None else card.gb_per_s)
 
-    def peak(products: str) -> float | None:
+    def peak(products: Products) -> float | None:
         if flags.device_peak_tflops is not None:
             return flags.device_peak_tflops * (2 if products == "fp8" else 1)
-        return None if card is None else card.tflops(products)  # type: ignore[arg-type]
+        return None if card is None else card.tflops(products)
 
     tflops = {products: peak(products) for products in (own, student, teacher)}
     missing = [

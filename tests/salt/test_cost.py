@@ -230,6 +230,16 @@ def test_flags_go_before_the_table_and_tell_of_an_unknown_card():
     assert find_rates(flags, MLP, MLP, head_of(ParallelConfig())).head == reached(100, 1000)  # a CPU too
 
 
+def test_one_flag_replaces_one_figure_of_a_measured_cpu():
+    head = head_of(ParallelConfig())
+    tflops = find_rates(LoggingConfig(device_peak_tflops=3.0), MLP, MLP, head)
+    moved = find_rates(LoggingConfig(device_peak_gb_per_s=7.0), MLP, MLP, head)
+    for name in ("layers", "head", "teacher_layers", "teacher_head"):
+        assert getattr(tflops, name).flops == reached(3.0, 7.0).flops and getattr(tflops, name).bytes != reached(3.0, 7.0).bytes
+        assert getattr(moved, name).bytes == reached(3.0, 7.0).bytes and getattr(moved, name).flops != reached(3.0, 7.0).flops
+    assert "replaced by --device-peak-tflops" in tflops.source and "replaced by --device-peak-gb-per-s" in moved.source
+
+
 @pytest.mark.parametrize("flags, missing", [
     (LoggingConfig(), "--device-peak-tflops and --device-peak-gb-per-s would"),
     (LoggingConfig(device_peak_tflops=1.0), "known; --device-peak-gb-per-s would"),
