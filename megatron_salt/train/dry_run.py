@@ -14,10 +14,13 @@ import torch
 
 from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
+from megatron_salt.config.parallel import Device
 from megatron_salt.model.flops import num_parameters
+from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import choose_precisions, decide_start
@@ -48,6 +51,9 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
         print("precision: not checked, there is no GPU here")
     else:
         print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
+    for device_type in possible_devices(config.parallel.device, hardware):
+        name = {"cpu": "a CPU", "cuda": "a GPU"}[device_type]
+        print(f"output head on {name}: {memory_of_head(config, plan, inputs.tokenizer.vocabulary_size, device_type)}")
     load = config.checkpoint.load
     opened = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
     start = decide_start(config, layout, plan, inputs, opened)
@@ -57,6 +63,13 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     for line in start.messages:
         print(line)
     print("dry run: nothing found that would stop this run")
+
+
+def possible_devices(asked: Device, hardware: Hardware) -> tuple[str, ...]:
+    """The types of device on which the run may be. asked: --device. hardware: this machine's, which may not be the run's."""
+    if asked != "auto":
+        return (asked,)
+    return ("cpu", "cuda") if hardware.capability is None else ("cuda",)
 
 
 def versions() -> list[str]:
