@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from megatron_salt.config import LoggingConfig
@@ -178,17 +179,18 @@ class RunLog:
         if not records:
             return
         memory = peak_memory_gib()
-        for record in records:
+        numbers = _read([[record.loss, record.grad_norm, record.nonfinite, *record.extra.values()] for record in records])
+        for record, (loss, grad_norm, nonfinite, *extra) in zip(records, numbers, strict=True):
             rate = record.tokens / max(record.seconds, 1e-9)
             entry: dict[str, Any] = {
                 "kind": "step",
                 "time": time.time(),
                 "step": record.step,
                 "consumed_samples": record.consumed_samples,
-                "loss": float(record.loss),
+                "loss": loss,
                 "lr": record.lr,
-                "grad_norm": float(record.grad_norm),
-                "nonfinite": bool(record.nonfinite),
+                "grad_norm": grad_norm,
+                "nonfinite": bool(nonfinite),
                 "tokens": record.tokens,
                 "seconds": record.seconds,
                 "tokens_per_second": rate,
@@ -197,7 +199,7 @@ class RunLog:
                 "phases": dict(record.phases()),
             }
             assert not record.extra.keys() & entry.keys(), f"extra metrics repeat {sorted(record.extra.keys() & entry.keys())}"
-            entry |= {name: float(value) for name, value in record.extra.items()}
+            entry |= dict(zip(record.extra, extra, strict=True))
             self._num_nonfinite += entry["nonfinite"]
             self._since_line.append(entry)
             self._send(entry)
@@ -249,3 +251,10 @@ def _clock_time(seconds: float) -> str:
     minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _read(rows: list[list[Tensor | float]]) -> list[list[float]]:
+    """The numbers of tensors, which have one element each. All tensors are read together: the host waits once for the device."""
+    tensors = [value.detach().double().view(()) for row in rows for value in row if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [[next(numbers) if isinstance(value, Tensor) else float(value) for value in row] for row in rows]

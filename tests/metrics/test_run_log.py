@@ -28,6 +28,16 @@ class Late:
         return self.value
 
 
+def test_numbers_of_several_steps_and_dtypes_are_read_in_their_order(tmp_path):
+    kl = [0.1, torch.tensor(1 / 3, dtype=torch.float64), torch.tensor([0.25]), torch.tensor(7)]
+    with open_log(tmp_path, log_interval=4) as log:
+        for number, value in enumerate(kl):
+            loss = torch.tensor(1.0 + number) if number % 2 else 1.0 + number
+            log.step(record(number + 1, loss=loss, nonfinite=torch.tensor(number == 2), extra={"kl": value, "ce": number}))
+    read = [(entry["loss"], entry["nonfinite"], entry["kl"], entry["ce"]) for entry in entries(tmp_path)]
+    assert read == [(1.0, False, 0.1, 0), (2.0, False, 1 / 3, 1), (3.0, True, 0.25, 2), (4.0, False, 7.0, 3)]
+
+
 def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
     with open_log(tmp_path, total_steps=11) as log:
         log.step(record(1, loss=torch.tensor(2.5), phases=lambda: {"data": 0.1}, extra={"kl": torch.tensor(0.25)}))
