@@ -51,9 +51,9 @@ from megatron_salt.config import (
     TrainingConfig,
 )  # fmt: skip
 from megatron_salt.config.yaml_text import to_yaml
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.flops import HeadCost
-from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import new_group_of
@@ -263,7 +263,7 @@ def measured_head(config: RunConfig) -> list[float]:
     """The cost of the head, measured as at start. Collective over all ranks."""
     dtype, training = dtype_of(config.training), config.training
     alone = new_group_of([[rank] for rank in range(dist.get_world_size())], timedelta(minutes=5), "alone")
-    chunk = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, VOCABULARY, dtype)
+    chunk = chunk_tokens(training, VOCABULARY, "cpu")
     cost = measure_head(dtype, VOCABULARY, config.model.hidden_size, chunk, alone)
     return [cost.plain, cost.distilled]
 

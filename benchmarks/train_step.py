@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 from megatron_salt.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.launch import distributed, seed_everything
 from megatron_salt.parallel.layout import Layout

@@ -18,8 +18,8 @@ from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import MachineError, UserError
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import hide_gpus, order_launches
-from megatron_salt.parallel.layout import world_size_from_environment
+from megatron_salt.parallel.hardware import ask_for_determinism, bound_compile_workers, hide_gpus, order_launches
+from megatron_salt.parallel.layout import Layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
 from megatron_salt.train.launcher import write_outcome
@@ -57,8 +57,7 @@ def carry_out(config: RunConfig, started: float) -> None:
     watch = SignalWatch() if config.training.exit_signal_handler else None
     try:
         hide_library_warnings()
-        hide_gpus(config.parallel.device)
-        order_launches(layout.tensor, layout.context)
+        prepare_libraries(config, layout)
         from megatron_salt.train.run import run_session  # torch and megatron-core, whose imports take seconds
 
         run_session(config, layout, plan, watch, started)
@@ -72,10 +71,19 @@ def rehearse(config: RunConfig, world_size: int) -> None:
     layout, plan = check(config, world_size)
     refuse_exit_file(config.training.exit_file)
     hide_library_warnings()
-    hide_gpus(config.parallel.device)
+    prepare_libraries(config, layout)
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
     dry_run(config, layout, plan)
+
+
+def prepare_libraries(config: RunConfig, layout: Layout) -> None:
+    """Set the environment variables that torch, CUDA and NCCL read when they start. Raises UserError."""
+    hide_gpus(config.parallel.device)
+    order_launches(layout.tensor, layout.context)
+    bound_compile_workers()
+    if config.training.deterministic:
+        ask_for_determinism()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """From the number of consumed samples to the microbatches of one replica.
 
 `Batches` cuts global batches out of the order of `Samples`. The samples of a step, and their order, depend on the consumed count alone:
-not on replicas, micro-batch size or restarts. Any rank can read any microbatch, so no rank sends tokens to another.
+not on replicas, micro-batch size or restarts. Any rank can read any microbatch, so no rank sends tokens to another. `ReadAhead` reads the
+next step's microbatches in a thread while the device works on this step's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -155,6 +160,51 @@ class Batches:
         sample_ids, tokens = self.samples.read(np.arange(count))
         masking = self.samples.masking
         return [make_microbatch(sample_ids[one : one + 1], tokens[one : one + 1], masking) for one in range(count)]
+
+
+class ReadAhead:
+    """Reads the microbatches of the next step in a thread while the caller works on this step's. Used from one thread.
+
+    Invariant: `fetch` returns what `Batches.fetch` returns, and at most one read is under way. The files are read in the thread alone.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader of the next step")
+        self._next: tuple[Batches, int, _Read] | None = None
+        self.seconds = 0.0
+        """How long the read took whose microbatches `fetch` returned last, also where nobody waited for it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End the thread, after the read that is under way. What it read, or an error of it, is dropped."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def fetch(self, batches: Batches, consumed: int, then: int | None) -> list[Microbatch]:
+        """`batches.fetch(consumed)`; raises what it raises. then: consumed count whose microbatches to begin to read; None: nothing.
+
+        A read that was begun earlier, of something else, is dropped with its errors.
+        """
+        begun, self._next = self._next, None
+        is_this_one = begun is not None and begun[0] is batches and begun[1] == consumed
+        read = begun[2] if begun is not None and is_this_one else self._begin(batches, consumed)
+        microbatches, self.seconds = read.result()
+        if then is not None:
+            self._next = batches, then, self._begin(batches, then)
+        return microbatches
+
+    def _begin(self, batches: Batches, consumed: int) -> _Read:
+        return self._thread.submit(_timed_read, batches, consumed)
+
+
+_Read = Future[tuple[list[Microbatch], float]]
+
+
+def _timed_read(batches: Batches, consumed: int) -> tuple[list[Microbatch], float]:
+    started = time.perf_counter()
+    microbatches = batches.fetch(consumed)
+    return microbatches, time.perf_counter() - started
 
 
 def stream_positions(consumed: np.ndarray, skip: SkipRanges, since: int = 0) -> np.ndarray:

@@ -2,19 +2,19 @@
 
 One rank, the one that holds the loss, makes its RunLog active; on the others every call returns at once. A StepRecord may
 carry tensors that are still being computed. They are read together at log steps, so with --log-interval above 1 the loop does not wait
-for the device in between. Times are wall-clock seconds of the active rank, memory is its peak.
+for the device in between. Times are wall-clock seconds of the active rank, and of its device for phases (phases.py). Memory is its peak.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from megatron_salt.config import LoggingConfig
@@ -26,47 +26,6 @@ STEP_KEYS = (
     "tflops_per_rank", "memory_gib", "phases",
 )  # fmt: skip
 """Keys of every step's entry. Metrics in `extra` stand beside them and must not repeat one."""
-
-
-class PhaseTimer:
-    """Wall-clock seconds of each named phase, summed between two calls of `take`.
-
-    Time in a phase inside another counts for the inner one alone, so the phases never add up to more than the time that passed.
-    """
-
-    def __init__(self, synchronise: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        """synchronise: waits for the device at each change of phase; None: nothing waits."""
-        self._synchronise = synchronise
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._running: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._charge()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._running.pop()
-
-    def take(self) -> dict[str, float]:
-        """{phase: seconds} since the last take."""
-        assert not self._running, f"take inside phase {self._running[-1]}"
-        taken, self._seconds = self._seconds, {}
-        return taken
-
-    def _charge(self) -> None:
-        """Add the time since the last change of phase to the phase that was running."""
-        if self._synchronise is not None:
-            self._synchronise()
-        now = self._clock()
-        if self._running:
-            name = self._running[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
-        self._since = now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +57,8 @@ class StepRecord:
     nonfinite: Tensor | bool = False
     """Whether the step was skipped because its gradient norm was not finite."""
 
-    phases: Mapping[str, float] = field(default_factory=dict)
-    """Seconds per phase, from PhaseTimer.take."""
+    phases: Callable[[], Mapping[str, float]] = dict
+    """Gives the seconds per phase, see PhaseTimer.take; called at log steps."""
 
     extra: Mapping[str, Tensor | float] = field(default_factory=dict)
     """Further metrics, by their names in the log."""
@@ -220,26 +179,27 @@ class RunLog:
         if not records:
             return
         memory = peak_memory_gib()
-        for record in records:
+        numbers = _read([[record.loss, record.grad_norm, record.nonfinite, *record.extra.values()] for record in records])
+        for record, (loss, grad_norm, nonfinite, *extra) in zip(records, numbers, strict=True):
             rate = record.tokens / max(record.seconds, 1e-9)
             entry: dict[str, Any] = {
                 "kind": "step",
                 "time": time.time(),
                 "step": record.step,
                 "consumed_samples": record.consumed_samples,
-                "loss": float(record.loss),
+                "loss": loss,
                 "lr": record.lr,
-                "grad_norm": float(record.grad_norm),
-                "nonfinite": bool(record.nonfinite),
+                "grad_norm": grad_norm,
+                "nonfinite": bool(nonfinite),
                 "tokens": record.tokens,
                 "seconds": record.seconds,
                 "tokens_per_second": rate,
                 "tflops_per_rank": self._tflops_per_rank(rate, record.teacher_flops),
                 "memory_gib": memory,
-                "phases": dict(record.phases),
+                "phases": dict(record.phases()),
             }
             assert not record.extra.keys() & entry.keys(), f"extra metrics repeat {sorted(record.extra.keys() & entry.keys())}"
-            entry |= {name: float(value) for name, value in record.extra.items()}
+            entry |= dict(zip(record.extra, extra, strict=True))
             self._num_nonfinite += entry["nonfinite"]
             self._since_line.append(entry)
             self._send(entry)
@@ -291,3 +251,10 @@ def _clock_time(seconds: float) -> str:
     minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _read(rows: list[list[Tensor | float]]) -> list[list[float]]:
+    """The numbers of tensors, which have one element each. All tensors are read together: the host waits once for the device."""
+    tensors = [value.detach().double().view(()) for row in rows for value in row if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [[next(numbers) if isinstance(value, Tensor) else float(value) for value in row] for row in rows]

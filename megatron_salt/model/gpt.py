@@ -104,6 +104,7 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         batch_p2p_sync=False,  # the wait for the whole device after each batch of sends was a cure for an old release of torch
         deallocate_pipeline_outputs=SENDS_COPY,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # --deterministic, on a GPU
         masked_softmax_fusion=False,
         bias_activation_fusion=activation.fused,
         bias_dropout_fusion=engine,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.device import current_device, reach
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def begin_largest(value: int) -> Callable[[], int]:
     answer = tensor.to("cpu", non_blocking=True)  # into pinned memory
     arrived = torch.cuda.Event()
     arrived.record()
-    return partial(_after, arrived.synchronize, answer)
+    return partial(_after, partial(reach, arrived), answer)
 
 
 def _after(wait: Callable[[], object], answer: torch.Tensor) -> int:

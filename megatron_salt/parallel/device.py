@@ -20,3 +20,9 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     A copy to a GPU goes through pinned memory and is asynchronous; torch keeps the pinned buffer until the copy is done.
     """
     return tensor.pin_memory().to(current_device(), non_blocking=True) if torch.cuda.is_available() else tensor
+
+
+def reach(event: torch.cuda.Event) -> None:
+    """Wait until the device has reached the event; an event that it has passed costs no wait."""
+    if not event.query():
+        event.synchronize()

@@ -1,6 +1,6 @@
-"""GPU, CUDA and Transformer Engine versions that a process sees (`launch.find_hardware`), and CUDA_DEVICE_MAX_CONNECTIONS.
+"""GPU, CUDA and Transformer Engine versions that a process sees (`launch.find_hardware`), and variables that libraries read at start.
 
-Imports no torch.
+Imports no torch: programs set the variables before its import.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ Capability = tuple[int, int]
 Version = tuple[int, ...]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+COMPILE_WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "NCCL_ALGO": ("Ring",),
+}
+"""Variables of --deterministic: the values that do, the default first. cuBLAS reads its own with its first handle, Transformer Engine in
+its first attention, NCCL with its first communicator (megatron-core 0.19.2, megatron/training/determinism.py)."""
 GIB = 2**30
 """Bytes of a GiB."""
 
@@ -54,6 +62,21 @@ def order_launches(tensor: int, context: int) -> None:
     """
     if tensor > 1 or context > 1:
         os.environ.setdefault(CONNECTIONS, "1")
+
+
+def bound_compile_workers() -> None:
+    """Let torch compile in 4 processes a rank unless TORCHINDUCTOR_COMPILE_THREADS says otherwise. Call it before torch is imported.
+
+    By default there are as many as cores, up to 32: with a rank a GPU that is some hundred processes a node.
+    """
+    os.environ.setdefault(COMPILE_WORKERS, "4")
+
+
+def ask_for_determinism() -> None:
+    """Set the variables of --deterministic. Call it before CUDA is initialised. Raises UserError where one has a value that does not do."""
+    for name, values in DETERMINISTIC.items():
+        if os.environ.setdefault(name, values[0]) not in values:
+            raise UserError(f"--deterministic needs {name}={' or '.join(values)}, and it is {os.environ[name]}; unset it")
 
 
 def refuse_connections(tensor: int, context: int, capability: Capability | None) -> None:

@@ -72,6 +72,15 @@ def bind_device(device: Device = "auto") -> bool:
     return True
 
 
+def choose_deterministic_operations() -> str:
+    """On a GPU let torch and megatron-core take operations that give the same bits each time; an operation without such a form raises
+    at its call. Returns a line for the log. See also hardware.ask_for_determinism."""
+    if not torch.cuda.is_available():
+        return "--deterministic changes nothing on a CPU, where every operation is"
+    torch.use_deterministic_algorithms(True)
+    return "--deterministic: of each operation the form that gives the same bits each time"
+
+
 def only_gpu() -> str | None:
     """Identity of the GPU of a process that is shown a single one; None where it is shown several, which LOCAL_RANK tells apart."""
     return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.device_count() == 1 else None

@@ -27,7 +27,7 @@ from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import hide_gpus
+from megatron_salt.parallel.hardware import bound_compile_workers, hide_gpus
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.preprocess.sharding import parse_shard
@@ -73,6 +73,7 @@ def score_data(config: ScoreConfig) -> int:
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     hide_library_warnings()
     hide_gpus(config.device)
+    bound_compile_workers()
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.save_directory import TOKENIZER

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from megatron_salt.config import RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
-from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.model.precision import Precision
 from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import new_group_of
@@ -67,14 +68,14 @@ def build_teacher(
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    chunk = chunk_tokens(training, rows, current_device().type)
     alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout, "alone")
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size,
         padded_vocabulary_size=config.model.padded_vocabulary_size(vocabulary_size),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
-        head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
+        head=measure_head(dtype, rows, config.model.hidden_size, chunk, alone),
     )  # fmt: skip
     dist.destroy_process_group(alone)
     for line in prediction.lines():
@@ -83,7 +84,7 @@ def build_teacher(
     teacher, fidelity = admit(
         checkpoint,
         salt,
-        TeacherHead(mesh, shard, training.seq_length, chunk_tokens),
+        TeacherHead(mesh, shard, training.seq_length, chunk),
         dtype=dtype,
         microbatches_per_forward=plan.teacher_merge,
         timeout=timeout,

@@ -18,7 +18,7 @@ from torch import Tensor
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState
-from megatron_salt.data.batch import Batches
+from megatron_salt.data.batch import Batches, ReadAhead
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.model.fp8_teacher import in_bfloat16
@@ -60,14 +60,18 @@ def evaluate(
         chunk.eval()
     reason = None
     sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=current_device())
-    for number in range(num_batches):
-        if (reason := reason_to_stop()) is not None:
-            break
-        microbatches = batches.fetch(number * student.global_batch_size)
-        targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
-        inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
-        for metrics in run_pipeline(student.chunks, forward_step, inputs, mesh, student.seq_length, size, forward_only=True):
-            sums += metrics
+    with ReadAhead() as reader:
+        for number in range(num_batches):
+            if (reason := reason_to_stop()) is not None:
+                break
+            consumed, after = (one * student.global_batch_size for one in (number, number + 1))
+            microbatches = reader.fetch(batches, consumed, after if number + 1 < num_batches else None)
+            targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
+            inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
+            for metrics in run_pipeline(
+                student.chunks, forward_step, inputs, mesh, student.seq_length, size, forward_only=True
+            ):
+                sums += metrics
     for chunk in student.chunks:
         chunk.train()
     if reason is not None:

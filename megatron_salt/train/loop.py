@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, TrainingConfig
+from megatron_salt.data.batch import ReadAhead
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
-from megatron_salt.metrics.run_log import PhaseTimer, RunLog, StepRecord
+from megatron_salt.metrics.run_log import RunLog, StepRecord
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.train.evaluate import evaluate_run, named_means, reference_losses
 from megatron_salt.train.exit import ExitPlan
@@ -27,8 +29,8 @@ SHOWN = ("ce", "kl", "teacher_ce", "agreement")
 
 
 def train(
-    run: Run, start: RunState, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, exit_plan: ExitPlan,
-    profiler: Profiler, heartbeat: Heartbeat, stragglers: StragglerReport,
+    run: Run, start: RunState, training: TrainingConfig, checkpoint: CheckpointConfig, log: RunLog, reader: ReadAhead,
+    exit_plan: ExitPlan, profiler: Profiler, heartbeat: Heartbeat, stragglers: StragglerReport,
 ) -> RunState:  # fmt: skip
     """Train from `start` to the end, or until there is a reason to leave. Collective over all ranks. Returns where it stopped."""
     progress, total = start, run.plan.total_steps
@@ -50,20 +52,19 @@ def train(
         profiler.before_step(step)
         started, learning_rate = time.perf_counter(), run.student.learning_rate
         with timer.phase("data"):
-            position = progress.position
-            microbatches = run.train.fetch(position)
+            after = progress.position + run.plan.global_batch_size
+            same_data_follows = step < total and (stage1 is None or stage1.contains(step + 1, progress))
+            microbatches = reader.fetch(run.train, progress.position, after if same_data_follows else None)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
         outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
-        nonfinite.note(
-            step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, position + run.plan.global_batch_size)
-        )
+        nonfinite.note(step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, after))
         if step == total:
             nonfinite.note_last(outcome)
         progress = replace(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            position=position + run.plan.global_batch_size,
+            position=after,
             nonfinite_in_a_row=nonfinite.in_a_row,
         )
         seconds = time.perf_counter() - started
@@ -71,7 +72,7 @@ def train(
         log.step(record)
         garbage.after_step(step)
         heartbeat.beat(step)
-        if (report := stragglers.after_step(step, record.phases["data"])) is not None:
+        if (report := stragglers.after_step(step, reader.seconds)) is not None:
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
         valid = run.valid if training.eval_iters and (step % training.eval_interval == 0 or step == total) else None

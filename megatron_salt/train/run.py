@@ -17,6 +17,7 @@ from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import RunConfig, TrainingConfig, flag
+from megatron_salt.data.batch import ReadAhead
 from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog
@@ -25,7 +26,7 @@ from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.collectives import begin_largest, first_problem, from_rank_0, gathered
 from megatron_salt.parallel.hardware import refuse_connections
-from megatron_salt.parallel.launch import describe, distributed, find_hardware
+from megatron_salt.parallel.launch import choose_deterministic_operations, describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import count_parameters
@@ -64,6 +65,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         refuse_other_flags(config)
         profiler = Profiler(config.training, rank, tensorboard_directory(config.logging, config.checkpoint.save))
         log.info("%s", describe(hardware))
+        if config.training.deterministic:
+            log.info("%s", choose_deterministic_operations())
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
@@ -84,14 +87,14 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         parameters = count_parameters(run.student)
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
-        with open_log(config, start.step, run.plan.total_steps, flops) as run_log:
+        with open_log(config, start.step, run.plan.total_steps, flops) as run_log, ReadAhead() as reader:
             log_start(config.training, plan, layout, start, parameters, run_log)
             if run.stage1 is not None and run.stage_samples is not None:
                 log_cost_of_scores(run, run.stage1, inputs.teacher, start, flops, run_log)
             heartbeat = Heartbeat(config.logging.heartbeat_file, active=rank == 0)
             stragglers = StragglerReport(config.logging.straggler_report_interval)
             progress = train(
-                run, start, config.training, config.checkpoint, run_log, exit_plan, profiler, heartbeat, stragglers
+                run, start, config.training, config.checkpoint, run_log, reader, exit_plan, profiler, heartbeat, stragglers
             )
         if config.checkpoint.save is not None and progress.step > start.step:
             refuse_unsaved(Path(config.checkpoint.save), progress.step)

@@ -21,7 +21,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh

@@ -5,51 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_salt.config import LoggingConfig
-from megatron_salt.metrics.run_log import PhaseTimer
 from megatron_salt.metrics.run_sinks import jsonl_path, tensorboard_directory
 from tests.metrics.logs import Clock, entries, open_log, record
-
-# --- phases -----------------------------------------------------------------------------------------------------------
-
-
-def test_phases_add_up_and_an_inner_phase_is_not_counted_twice():
-    clock = Clock()
-    timer = PhaseTimer(clock=clock)
-    for _ in range(2):
-        with timer.phase("optimizer"):
-            clock.now += 1
-            with timer.phase("data"):
-                clock.now += 10
-            clock.now += 2
-        clock.now += 100  # in no phase
-    assert timer.take() == {"optimizer": 6.0, "data": 20.0}
-    assert timer.take() == {}
-
-
-def test_a_phase_ends_when_its_body_fails():
-    clock = Clock()
-    timer = PhaseTimer(clock=clock)
-    with pytest.raises(KeyError), timer.phase("data"):
-        clock.now += 1
-        raise KeyError
-    clock.now += 5
-    assert timer.take() == {"data": 1.0}
-
-
-def test_the_device_is_waited_for_only_on_request_and_then_at_both_ends():
-    waits: list[str] = []
-    with PhaseTimer(synchronise=lambda: waits.append("wait")).phase("data"):
-        waits.append("body")
-    assert waits == ["wait", "body", "wait"]
-
-
-# --- the log ----------------------------------------------------------------------------------------------------------
 
 
 class Late:
@@ -64,9 +28,19 @@ class Late:
         return self.value
 
 
+def test_numbers_of_several_steps_and_dtypes_are_read_in_their_order(tmp_path):
+    kl = [0.1, torch.tensor(1 / 3, dtype=torch.float64), torch.tensor([0.25]), torch.tensor(7)]
+    with open_log(tmp_path, log_interval=4) as log:
+        for number, value in enumerate(kl):
+            loss = torch.tensor(1.0 + number) if number % 2 else 1.0 + number
+            log.step(record(number + 1, loss=loss, nonfinite=torch.tensor(number == 2), extra={"kl": value, "ce": number}))
+    read = [(entry["loss"], entry["nonfinite"], entry["kl"], entry["ce"]) for entry in entries(tmp_path)]
+    assert read == [(1.0, False, 0.1, 0), (2.0, False, 1 / 3, 1), (3.0, True, 0.25, 2), (4.0, False, 7.0, 3)]
+
+
 def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
     with open_log(tmp_path, total_steps=11) as log:
-        log.step(record(1, loss=torch.tensor(2.5), phases={"data": 0.1}, extra={"kl": torch.tensor(0.25)}))
+        log.step(record(1, loss=torch.tensor(2.5), phases=lambda: {"data": 0.1}, extra={"kl": torch.tensor(0.25)}))
     (line,) = capsys.readouterr().out.splitlines()
     parts = line.split(" | ")
     assert parts.pop(6).endswith(" GiB")
@@ -112,10 +86,16 @@ def test_the_arithmetic_of_a_teacher_counts_in_the_steps_that_have_one(tmp_path,
 
 
 def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, capsys):
-    losses = [Late(float(step)) for step in range(1, 8)]
+    losses, read = [Late(float(step)) for step in range(1, 8)], []
+
+    def read_phases(step: int) -> dict[str, float]:
+        read.append(step)
+        return {}
+
     with open_log(tmp_path, log_interval=3, total_steps=7) as log:
         for step, loss in enumerate(losses, start=1):
-            log.step(record(step, loss))
+            log.step(record(step, loss, phases=partial(read_phases, step)))
+            assert [late.read for late in losses] == [number in read for number in range(1, 8)]
             assert [late.read for late in losses] == [position < step // 3 * 3 or step == 7 for position in range(7)]
             assert len(entries(tmp_path)) == (7 if step == 7 else step // 3 * 3)
     assert [entry["loss"] for entry in entries(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]

@@ -16,8 +16,16 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_salt.parallel.hardware import Hardware
-from megatron_salt.parallel.launch import describe, find_hardware, seed_everything
+from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.errors import UserError
+from megatron_salt.model.gpt import transformer_config
+from megatron_salt.parallel.hardware import COMPILE_WORKERS, DETERMINISTIC, Hardware, ask_for_determinism, bound_compile_workers
+from megatron_salt.parallel.launch import (
+    choose_deterministic_operations,
+    describe,
+    find_hardware,
+    seed_everything,
+)
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from tests.support.ranks import run_ranks
@@ -116,3 +124,51 @@ def test_what_the_run_computes_on_is_told(monkeypatch):
     assert [word for word in words if word not in on_gpu] == []
     [on_cpu] = run_ranks(1, described, Hardware(None, None, None))
     assert on_cpu == f"on the CPU: gloo, torch {torch.__version__}"
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """None of the variables is set, and what a test sets is undone."""
+    for name in (*DETERMINISTIC, COMPILE_WORKERS):
+        monkeypatch.setenv(name, "")  # remembers what was there
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_deterministic_sets_what_is_unset_and_refuses_another_value_by_name(unset):
+    ask_for_determinism()
+    assert {name: os.environ[name] for name in DETERMINISTIC} == {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "NCCL_ALGO": "Ring",
+    }
+    unset.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    ask_for_determinism()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    unset.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    with pytest.raises(UserError, match="--deterministic needs NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, and it is 1"):
+        ask_for_determinism()
+
+
+def test_on_a_gpu_deterministic_turns_torchs_operations_and_megatron_cores_and_on_a_cpu_nothing():
+    def mode() -> bool:
+        return transformer_config(ModelConfig(), ParallelConfig(), torch.float32).deterministic_mode
+
+    assert "changes nothing on a CPU" in choose_deterministic_operations() and not mode()
+    try:
+        with mock.patch.object(torch.cuda, "is_available", return_value=True):
+            choose_deterministic_operations()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert mode()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("before, after", [(None, "4"), ("1", "1")])
+def test_a_rank_compiles_in_four_processes_unless_it_is_told_otherwise(unset, before, after):
+    if before is not None:
+        unset.setenv(COMPILE_WORKERS, before)
+    bound_compile_workers()
+    code = "import torch._inductor.config as config; print(config.compile_threads)"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ).stdout
+    assert shown == f"{after}\n"

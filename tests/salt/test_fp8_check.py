@@ -17,7 +17,7 @@ from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
 from megatron_salt.errors import UserError
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.fp8_teacher import in_bfloat16
 from megatron_salt.model.loss import METRICS
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful

@@ -20,15 +20,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
-import pytest
 
 from megatron_salt import pretrain
 from megatron_salt.preprocess.indexed_writer import IndexedWriter, token_dtype
 from tests.support.ranks import run_ranks
+
+if TYPE_CHECKING:
+    import pytest  # not there where tests/gpu/first_run.py runs
 
 SEQ_LENGTH = 16
 GLOBAL_BATCH = 8
@@ -85,7 +87,7 @@ class Ended:
 def run(world_size: int = 1, *, within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         timeout: float = 120.0, **flags: Any) -> list[Ended]:  # fmt: skip
     """Run the program with these flags. Returns how each rank ended. within: a context manager entered around it in every rank."""
-    return run_ranks(world_size, _main, argv(**flags), within, timeout=timeout)
+    return run_ranks(world_size, main, argv(**flags), within, timeout=timeout)
 
 
 def train(world_size: int = 1, **flags: Any) -> Ended:
@@ -110,7 +112,8 @@ def the_error(err: str) -> str:
     return last
 
 
-def _main(words: list[str], within: Callable[[], contextlib.AbstractContextManager[Any]]) -> Ended:
+def main(words: list[str], within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> Ended:
+    """In every rank of a pool: run the program."""
     in_the_pool = mock.patch("megatron_salt.train.run.distributed", return_value=contextlib.nullcontext())
     out, err = io.StringIO(), io.StringIO()
     with in_the_pool, within(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -1,6 +1,6 @@
 """Run a function on several torch.distributed ranks: `run_ranks(4, function, *arguments)` returns one result for each rank.
 
-One pool of processes lives as long as the test session and grows to the largest world that a test asks for. Each call gets a new
+A pool of processes lives as long as the test session and grows to the largest world that a test asks for. Each call gets a new
 gloo group (file:// rendezvous in a new directory), and is cleaned up after (`rank_worker.py`). An exception, a hang or the death of a
 rank is raised as RankError, with that rank's traceback or stack. After a hang or a death the pool is killed, and the next call starts
 another. Every worker computes on one thread, and on the
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tests.support.rank_worker import STATEFUL, Call, Outcome, environment, serve, stack_file
@@ -37,14 +37,15 @@ class RankError(RuntimeError):
 
 
 class _Worker:
-    """One process of the pool, and the pipe to it."""
+    """One process of a pool, and the pipe to it."""
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD + STATEFUL))
+    def __init__(self, loop: Callable[[Connection], None], start_method: str) -> None:
+        context: Any = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload(list(PRELOAD + STATEFUL))
         self.pipe, remote = context.Pipe()
         # Not a daemon: daemons may have no children, and megatron-core's checkpoint writer is one.
-        self.process = context.Process(target=serve, args=(remote,), name="rank")
+        self.process = context.Process(target=loop, args=(remote,), name="rank")
         with environment(_worker_environment()):  # the fork server is launched by the first start() and keeps this environment
             self.process.start()
         remote.close()
@@ -59,7 +60,53 @@ class _Worker:
         self.pipe.close()
 
 
-_pool: list[_Worker] = []
+class Pool:
+    """Processes that wait for calls. They are started when they are needed."""
+
+    def __init__(self, loop: Callable[[Connection], None], start_method: str) -> None:
+        """loop: what each process does, `rank_worker.serve` or something that ends in it. start_method: of multiprocessing."""
+        self._loop, self._start_method = loop, start_method
+        self._workers: list[_Worker] = []
+        atexit.register(self.shutdown)  # else multiprocessing waits at exit for workers that wait for work
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+        """`run_ranks` in this pool."""
+        payload = pickle.dumps((function, arguments))
+        if any(not worker.process.is_alive() for worker in self._workers):
+            self.shutdown()
+        while len(self._workers) < world_size:
+            self._workers.append(_Worker(self._loop, self._start_method))
+        workers = self._workers[:world_size]
+        directory = tempfile.mkdtemp(prefix="ranks-")
+        intact = False
+        try:
+            for rank, worker in enumerate(workers):
+                _send(worker, Call(rank, world_size, directory, timeout, list(sys.path), payload))
+            outcomes = _collect(workers, timeout)
+            if len(outcomes) < world_size:
+                raise _error(workers, function, outcomes, directory, f"gave no answer in {timeout:g} s")
+            for worker in workers:
+                _send(worker, "clean up")
+            left = _collect(workers, CLEAN_UP)
+            cleaned_up = len(left) == world_size and not any(outcome.trace for outcome in left.values())
+            intact = cleaned_up and all(pickle.loads(outcome.payload) <= MANY_THREADS for outcome in left.values())
+            if any(outcome.trace for outcome in outcomes.values()):
+                raise _error(workers, function, outcomes, directory, "")
+            if not cleaned_up:
+                raise _error(workers, function, left, directory, f"was not cleaned up in {CLEAN_UP:g} s")
+            return [pickle.loads(outcomes[rank].payload) for rank in range(world_size)]
+        finally:
+            if not intact:
+                self.shutdown()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def shutdown(self) -> None:
+        """Kill the processes, if there are any."""
+        while self._workers:
+            self._workers.pop().kill()
+
+
+_pool = Pool(serve, "forkserver")
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
@@ -67,43 +114,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
     Function, arguments and results are pickled, so the function must be at the top level of a module. timeout: seconds. Raises RankError.
     """
-    payload = pickle.dumps((function, arguments))
-    if any(not worker.process.is_alive() for worker in _pool):
-        shutdown()
-    while len(_pool) < world_size:
-        _pool.append(_Worker())
-    workers = _pool[:world_size]
-    directory = tempfile.mkdtemp(prefix="ranks-")
-    intact = False
-    try:
-        for rank, worker in enumerate(workers):
-            _send(worker, Call(rank, world_size, directory, timeout, list(sys.path), payload))
-        outcomes = _collect(workers, timeout)
-        if len(outcomes) < world_size:
-            raise _error(workers, function, outcomes, directory, f"gave no answer in {timeout:g} s")
-        for worker in workers:
-            _send(worker, "clean up")
-        left = _collect(workers, CLEAN_UP)
-        cleaned_up = len(left) == world_size and not any(outcome.trace for outcome in left.values())
-        intact = cleaned_up and all(pickle.loads(outcome.payload) <= MANY_THREADS for outcome in left.values())
-        if any(outcome.trace for outcome in outcomes.values()):
-            raise _error(workers, function, outcomes, directory, "")
-        if not cleaned_up:
-            raise _error(workers, function, left, directory, f"was not cleaned up in {CLEAN_UP:g} s")
-        return [pickle.loads(outcomes[rank].payload) for rank in range(world_size)]
-    finally:
-        if not intact:
-            shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
+    return _pool.run(world_size, function, *arguments, timeout=timeout)
 
 
 def shutdown() -> None:
     """Kill the pool, if there is one."""
-    while _pool:
-        _pool.pop().kill()
-
-
-atexit.register(shutdown)  # else multiprocessing waits at exit for workers that wait for work
+    _pool.shutdown()
 
 
 def _send(worker: _Worker, message: Call | str) -> None:

@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_salt.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.gpt import build_model
 from megatron_salt.model.loss import METRICS
 from megatron_salt.model.precision import TORCH, Precision

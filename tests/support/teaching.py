@@ -13,7 +13,7 @@ from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, TokenizerConfig
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.salt import load_teacher
 from megatron_salt.salt.teacher import Teacher, TeacherHead

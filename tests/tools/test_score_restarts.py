@@ -47,13 +47,13 @@ def test_a_killed_job_goes_on_and_the_index_is_the_same(
 
 
 def interrupted(words: list[str], how: str) -> Ended:
-    """In every rank: before its fifth microbatch the last rank gets a signal or makes the exit file."""
+    """In every rank: before its fifth microbatch the last rank gets a signal, or rank 0, which looks for it, makes the exit file."""
     from megatron_salt.salt.scorer import Scorer
 
     original, numbers = Scorer._microbatch, iter(range(1, 100))
 
     def microbatch(scorer: Scorer, ids: np.ndarray) -> Any:
-        if next(numbers) == 5 and dist.get_rank() == dist.get_world_size() - 1:
+        if next(numbers) == 5 and dist.get_rank() == (dist.get_world_size() - 1 if how == "signal" else 0):
             os.kill(os.getpid(), signal.SIGUSR1) if how == "signal" else Path(how).touch()
         return original(scorer, ids)
 
@@ -66,9 +66,9 @@ def interrupted(words: list[str], how: str) -> Ended:
 def test_a_job_that_is_told_to_leave_says_how_far_it_is_and_the_same_command_goes_on(
     tmp_path: Path, score_flags: dict[str, Any], score_index: Path, how: str, world_size: int
 ) -> None:
-    """A block is 2 microbatches, and ranks ask after each round of microbatches whether to leave.
+    """A block is 2 microbatches. Ranks ask before each round of microbatches whether to leave, and hear the answer before the next.
 
-    One rank leaves in its third block. Two ranks have one microbatch of each block, so they leave after their fifth block.
+    One rank leaves in its fourth block. Two ranks have one microbatch of each block, so they leave after their sixth block.
     """
     file = tmp_path / "leave"
     score_flags = score_flags | dict(output=tmp_path / "index", exit_file=file)
@@ -77,7 +77,7 @@ def test_a_job_that_is_told_to_leave_says_how_far_it_is_and_the_same_command_goe
     reason = "SIGUSR1 received" if how == "signal" else f"--exit-file {file} has appeared"
     output = "".join(one.out for one in ended)
     left = re.search(rf"left after (\d+) of {NUM_SAMPLES} windows: {reason}; the same command goes on\n", output)
-    assert left and int(left[1]) == {1: 8, 2: 20}[world_size] and "finished:" not in output, output
+    assert left and int(left[1]) == {1: 12, 2: 24}[world_size] and "finished:" not in output, output
     if how == "file":
         assert f"--exit-file {file} is there" in refused(world_size, **score_flags)
         file.unlink()

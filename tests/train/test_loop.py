@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_salt.data.batch import Batches
+from megatron_salt.errors import UserError
 from megatron_salt.metrics.run_log import STEP_KEYS
 from tests.support.program import (
     DROPOUT,
@@ -180,3 +186,24 @@ def test_a_garbled_word_about_an_evaluation_is_refused_by_name(tmp_path: Path, d
     for content in (b"", b"{}", b"[1]", whole.replace(b'"step": 2', b'"step": 1')):
         decided(tmp_path, 2).write_bytes(content)
         assert f"{decided(tmp_path, 2)}: cannot be read" in refused(1, **flags)
+
+
+@contextlib.contextmanager
+def data_unusable_in_step_3() -> Iterator[None]:
+    """Reading step 3 fails, one step before it is needed. No thread is left when the program has ended."""
+
+    def fetch(batches: Batches, consumed: int) -> Any:
+        if consumed == 2 * GLOBAL_BATCH:
+            raise UserError("--data-path words: token id 300 at window 7")
+        return original(batches, consumed)
+
+    original = Batches.fetch
+    with mock.patch.object(Batches, "fetch", fetch):
+        yield
+    assert not [thread.name for thread in threading.enumerate() if "reader of the next step" in thread.name]
+
+
+def test_data_that_cannot_be_used_ends_the_run_in_the_step_that_needs_it(tmp_path: Path, data: str) -> None:
+    line = refused(1, data_path=data, train_iters=5, save=tmp_path, save_interval=2, within=data_unusable_in_step_3)
+    assert line.strip() == "--data-path words: token id 300 at window 7"
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2] and checkpoints(tmp_path) == [2]

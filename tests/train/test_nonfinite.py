@@ -16,7 +16,7 @@ import torch
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import UserError
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.train.nonfinite import NonFiniteWatch
 from megatron_salt.train.step import StepOutcome, Student, train_step, unwrap
 from tests.support.checkpoint_runs import Left, expect, left

@@ -12,7 +12,7 @@ import torch
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.train.evaluate import evaluate, means
 from megatron_salt.train.step import Student, train_step
 from tests.support.checkpoint_runs import left
@@ -135,3 +135,22 @@ def step_without_tokens(case: Case, world_size: int) -> tuple[float, bool, bool]
 def test_a_batch_without_a_valid_token_has_no_gradient():
     for grad_norm, applied, goes_on in run_ranks(2, step_without_tokens, Case(OVERLAP), 2):
         assert grad_norm == 0 and applied and goes_on
+
+
+def train_deterministically(case: Case, world_size: int) -> Curve:
+    """In torch's deterministic mode, which fills memory that nobody has written with NaN, also on a CPU."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return train(case, world_size)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("parallel, world_size", [(OVERLAP, 1), (replace(TP2, sequence_parallel=True), 2)])
+def test_deterministic_operations_train_as_the_others_do_and_nothing_reads_memory_that_nobody_wrote(parallel, world_size):
+    case = Case(parallel)
+    deterministic, plain = (
+        run_ranks(world_size, function, case, world_size)[0] for function in (train_deterministically, train)
+    )
+    assert deterministic.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert deterministic.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)

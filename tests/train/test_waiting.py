@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.train.step import train_step
 from tests.support import teaching

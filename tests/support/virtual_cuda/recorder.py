@@ -84,6 +84,9 @@ class Recorder:
     def __init__(self) -> None:
         self.label = START
         self.owner = os.getpid()
+        """The process that has the GPU; a forked one has not."""
+        self.num_waits = 0
+        """How often the host has waited so far. All work that was issued before a wait is done after it."""
         self._lock = threading.Lock()
         self._thread = _Depth()
         self._clear()
@@ -133,6 +136,7 @@ class Recorder:
     def sync(self, what: str) -> None:
         """Record that the host waits for the device."""
         if not self.is_quiet:
+            self.num_waits += 1
             frame = sys._getframe(1)
             self._syncs.append(Sync(self.label, what, where(frame), _functions(frame)))
 

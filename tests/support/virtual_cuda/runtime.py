@@ -54,29 +54,37 @@ class Stream:
 
 
 class Event:
-    """An event is a wall-clock time. As on a GPU, times are read only after the host has waited or asked."""
+    """An event is a wall-clock time. It has happened as soon as the host has waited for the device, or has asked."""
 
     recorder: Recorder
 
     def __init__(self, enable_timing: bool = False, *_: object, **__: object) -> None:
-        self.timed, self.seconds, self.done = enable_timing, float("nan"), True
+        self._timed, self._seconds = enable_timing, float("nan")
+        self._waits: int | None = None
+        """Waits of the host when this was recorded; None: it has happened."""
+
+    def _has_happened(self) -> bool:
+        return self._waits is None or self.recorder.num_waits > self._waits
 
     def record(self, stream: object = None) -> None:
-        self.seconds, self.done = time.perf_counter(), False
+        self._seconds, self._waits = time.perf_counter(), self.recorder.num_waits
 
     def wait(self, stream: object = None) -> None: ...
     def synchronize(self) -> None:
-        self.done = True
-        self.recorder.sync("Event.synchronize")
+        if not self._has_happened():
+            self.recorder.sync("Event.synchronize")
 
     def query(self) -> bool:
-        self.done = True
+        self._waits = None
         return True
 
     def elapsed_time(self, later: Event) -> float:
-        if not (self.timed and later.timed):
+        """Milliseconds. Raises as torch does where an event has no time, or has not happened yet."""
+        if not (self._timed and later._timed):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
-        return (later.seconds - self.seconds) * 1e3
+        if not (self._has_happened() and later._has_happened()):
+            raise RuntimeError("CUDA error: device not ready")
+        return (later._seconds - self._seconds) * 1e3
 
 
 class Generator(torch.Generator):
@@ -145,6 +153,7 @@ def map_distributed(recorder: Recorder) -> None:
 
     def init_process_group(backend: str | None = None, **named: Any) -> None:
         named.pop("device_id", None)
+        CPU_GROUPS.clear()
         initialise("gloo", **named)
         if backend == "gloo":
             CPU_GROUPS.add(dist.group.WORLD.group_name)

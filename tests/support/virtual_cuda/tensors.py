@@ -49,6 +49,8 @@ def map_tensors(recorder: Recorder) -> None:
             return self
         with recorder.quiet():
             moved = place(self.clone(), gpu)
+        if non_blocking and on_gpu(self) and not gpu:
+            pin(moved)  # torch allocates the target of such a copy in pinned memory
         inspect_copy(recorder, moved, self, non_blocking)
         if on_gpu(self) and gpu:
             recorder.kernel("aten::clone", 2 * footprint(self))

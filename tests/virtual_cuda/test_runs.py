@@ -1,0 +1,99 @@
+"""Whole runs under virtual CUDA: nothing mixes devices, the host waits where it is known to, and a step has as many kernels as recorded.
+
+`kernels.json` has the kernels of a step, by release of megatron-core. Record them anew, with a reason in the commit, by
+`RECORD_KERNELS=1 python -m pytest -n 0 --full tests/virtual_cuda/test_runs.py -k kernels`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.parallel.mcore_compat import megatron_core_version
+from tests.support.virtual_cuda.recorder import Report, Sync
+from tests.virtual_cuda.runs import CASES, FULL, Run, losses_on_the_cpu, virtual_run
+
+RECORD = Path(__file__).with_name("kernels.json")
+MOST_CHANGE = 0.05
+"""By this part the kernels of a step may differ from the record."""
+
+CAUSES = {
+    "finalize_model_grads.finalize_model_grads": "number of tokens",
+    "step.finish_step": "gradient norm",
+    "run_log.RunLog.step": "log line",
+}
+"""{function: why the host waits in it}."""
+EVERY_STEP = {
+    "number of tokens": 1,  # megatron-core divides gradients by it, but not by 0
+    "gradient norm": 1,  # it decides whether the step is applied
+}
+LOG_STEP = EVERY_STEP | {"log line": 1}  # the last stage reads the losses of all steps since the last line
+MICROBATCH = frozenset({"schedules.forward_step", "schedules.backward_step", "teacher.Teacher.annotate"})
+"""Functions that work on one microbatch after the other."""
+
+cases = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in CASES])
+
+
+def clean_steps(run: Run) -> dict[str, list[tuple[Report, str]]]:
+    """{kind: (report, number in its start) of each rank} of steps that neither save nor evaluate, and follow no such step."""
+    return {
+        "stage 1": [(rank.report, "1") for rank in run.first],
+        "stage 1, logged": [(rank.report, "1") for rank in run.second],
+        "stage 2, logged": [(rank.report, "3") for rank in run.second],
+        "stage 2": [(rank.report, "4") for rank in run.second],
+    }
+
+
+def reports(run: Run) -> list[Report]:
+    return [rank.report for start in (run.first, run.second) for rank in start]
+
+
+@cases
+def test_nothing_mixes_devices_from_the_start_to_the_last_save(name: str) -> None:
+    for report in reports(virtual_run(name)):
+        assert report.faults == [], report.text()
+
+
+@cases
+def test_losses_are_those_of_a_cpu_run(name: str) -> None:
+    tolerance = 1e-2 if "bf16" in CASES[name].flags else 1e-5
+    assert virtual_run(name).losses == pytest.approx(losses_on_the_cpu(name), rel=tolerance)
+
+
+@cases
+def test_the_host_never_waits_inside_a_microbatch(name: str) -> None:
+    for report in reports(virtual_run(name)):
+        assert [one for one in report.syncs if one.inside & MICROBATCH and "step.train_step" in one.inside] == []
+
+
+@cases
+def test_the_host_waits_twice_in_a_step_and_once_more_for_a_log_line(name: str) -> None:
+    for kind, ranks in clean_steps(virtual_run(name)).items():
+        for rank, (report, number) in enumerate(ranks):
+            waits = [one for one in report.syncs if one.label in (f"step {number}", f"after step {number}")]
+            logs = kind.endswith("logged") and rank == len(ranks) - 1
+            assert Counter(map(cause, waits)) == (LOG_STEP if logs else EVERY_STEP), (kind, rank, waits)
+
+
+def cause(sync: Sync) -> str:
+    """Why the host waits; a place that is not known stands for itself."""
+    return next((why for function, why in CAUSES.items() if function in sync.inside), f"{sync.what} at {sync.where}")
+
+
+@cases
+def test_a_step_has_as_many_kernels_as_recorded(name: str) -> None:
+    counted = {
+        kind: [report.num_kernels(f"step {number}") for report, number in ranks]
+        for kind, ranks in clean_steps(virtual_run(name)).items()
+    }
+    record = json.loads(RECORD.read_text())
+    release = record["kernels"].setdefault(megatron_core_version(), {})
+    if os.environ.get("RECORD_KERNELS") == "1":
+        release[name] = counted
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    for kind, ranks in counted.items():
+        assert ranks == pytest.approx(release[name][kind], rel=MOST_CHANGE), kind
