@@ -39,6 +39,11 @@ TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
 # of NVIDIA's wheels. A few headers are not in the wheels; they come from nvcc's folder.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
 
+# The first run on a GPU takes the Python that has PyTorch there. It needs little else, from a folder of wheels.
+GPU_PYTHON ?= python3
+OUT ?= runs/first-run
+BARE ?= 0
+
 # The documentation is built without torch, in a small environment of its own.
 DOCS_VENV := .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
@@ -52,7 +57,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu docs lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run docs lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -110,6 +115,13 @@ run-test-gpu: $(TE_VENV)/.installed
 	$(TE_BIN)/python -m pytest -m gpu tests/gpu tests/model $(OPTIONS)
 	$(TE_BIN)/python benchmarks/precision_steps.py
 
+gpu-wheels:  ## For gpu-first-run on a machine without a network: downloads wheels into .whl (30 MB); BARE=1: all but PyTorch
+	BARE=$(BARE) PYTHON=$(or $(INTERPRETER),python3) bash tests/gpu/collect_wheels.sh .whl
+
+gpu-first-run:  ## The first thing to run where a GPU is: is everything right, and how fast; 8 minutes, results in OUT=runs/first-run
+	test ! -d .whl || $(GPU_PYTHON) -m pip install -qq --no-index --no-deps --upgrade --target .site .whl/*.whl
+	PYTHONPATH=.site$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/gpu/first_run.py $(OUT)
+
 docs: $(DOCS_VENV)/.installed  ## These pages and the Python API as a site in site/; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
@@ -124,7 +136,7 @@ format: setup-dev  ## Repair what ruff can repair: rules, import order, format
 	$(BIN)/python -m ruff format .
 
 clean:  ## Remove environments, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-3.* $(TE_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* $(TE_VENV) $(DOCS_VENV) .site site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 python:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from megatron_salt.preprocess.indexed_writer import IndexedWriter
+from megatron_salt.preprocess.indexed_writer import IndexedWriter, token_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -166,8 +166,9 @@ def write_data(folder: Path, sizes: Sizes) -> None:
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     tokens = np.random.default_rng(0).integers(0, sizes.vocabulary_size, 256 * sizes.seq_length + 1)
-    writer = IndexedWriter(str(folder / "data"), np.dtype(np.uint16))
-    writer.append(tokens.astype(np.uint16), np.array([len(tokens)], np.int32))
+    dtype = token_dtype(sizes.vocabulary_size)
+    writer = IndexedWriter(str(folder / "data"), dtype)
+    writer.append(tokens.astype(dtype), np.array([len(tokens)], np.int32))
     writer.finish()
 
 

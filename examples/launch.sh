@@ -9,15 +9,16 @@
 # A run restarts
 # - inside the job, when a process dies or hangs;
 # - by `scontrol requeue`, when the time limit is near (--signal=B:USR1@...);
-# - by Slurm, after preemption, `scontrol requeue`, or the loss of a node.
+# - by Slurm, after preemption, `scontrol requeue`, or the loss of a node;
+# - without a host that the trainer finds unfit (a dead GPU, a broken installation): it is added to the job's ExcNodeList.
 # Each start resumes from the newest whole checkpoint. The trainer writes one word into a file: done, left, refused, ... That word decides
 # what happens next, never an exit status. The file has a new name at each start. More than MAX_RESTARTS starts in a row without a new
 # checkpoint end the job.
 #
 # For your site, by environment (docs/cluster.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
-# MAX_RESTARTS, PAUSE, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
+# DEVICE, MAX_RESTARTS, PAUSE, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
 #
-# shellcheck disable=SC2034 # precision, teacher_precision and data are for the scripts
+# shellcheck disable=SC2034 # precision, teacher_precision, device and data are for the scripts
 set -uo pipefail
 
 source examples/container.sh
@@ -40,6 +41,7 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # and writes 
 
 # FP8 in the layers of the student and of the teacher, for GPUs that have it (H100 and later); FP8=0 for A100.
 precision=() teacher_precision=() data=()
+device=(--device "${DEVICE:-cuda}") # no rank falls back to the CPU
 if [ "${FP8:-1}" != 0 ]; then
     precision=(--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise)
     teacher_precision=(--teacher-fp8-format hybrid --teacher-fp8-recipe tensorwise)
@@ -55,7 +57,7 @@ train() { # train FLAGS...: the trainer, until it is done
         case $flag in --save | --save=*) stop "give RUN_DIR=DIRECTORY instead of --save: logs and restarts need it too" 2 ;; esac
     done
     case " $* " in *" --load "* | *" --load="*) ;; *) set -- "$@" --load "$RUN_DIR" ;; esac
-    command=("$PYTHON" -m megatron_salt.pretrain "$@" --save "$RUN_DIR" --exit-signal-handler)
+    command=("$PYTHON" -m megatron_salt.pretrain "${device[@]}" "$@" --save "$RUN_DIR" --exit-signal-handler)
     if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: check what can be checked without GPUs
         exec "${wrap[@]}" "${command[@]}" --dry-run "${RANKS:-$(ranks_of_header)}"
     fi
@@ -90,7 +92,7 @@ goes_on() { # true if this job has saved: then --load of another run's checkpoin
 }
 
 launch() { # run `command` on all tasks, until it is done
-    logs=$RUN_DIR/logs leaving='' left_at='' attempt=0 unsaved=0
+    logs=$RUN_DIR/logs leaving='' left_at='' attempt=0 unsaved=0 unfit=''
     mkdir -p "$logs" || stop "RUN_DIR $RUN_DIR cannot be written" 2
     trap 'leaving=${leaving:-USR1} left_at=${left_at:-$SECONDS}' USR1
     trap 'leaving=TERM left_at=${left_at:-$SECONDS}' TERM
@@ -114,16 +116,26 @@ launch() { # run `command` on all tasks, until it is done
                 say "the last of the work could not be saved, started once more: $reason"
                 [ -z "$leaving" ] || stop "left without a checkpoint: $reason" 3 ;;
             left) leaving=${leaving:-itself} ;;
+            machine) leave_host "$at" "$reason" ;;
             *) say "the processes died without a word; node logs: $NODE_LOGS"; [ -n "$leaving" ] || nodes_are_up || leaving=node ;;
         esac
     done
     requeue
 }
 
+leave_host() { # leave_host HOST WHY: go on without a host
+    unfit=$1 leaving=${leaving:-"host $1"}
+    [ "$unfit" != - ] || unfit=$(grep -ohE 'host [^ ]+ cannot be used' "$NODE_LOGS"/*.log | head -n 1 | cut -d' ' -f2) # a tool's word names none
+    say "the job goes on without host $unfit: $2"
+}
+
 preflight() { # the checks that one process can make, before all tasks start
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${container[@]}" "${wrap[@]}" "${command[@]}" --dry-run "$SLURM_NTASKS" &
+    outcome=$logs/outcome$ELEMENT-$(uuid)
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${container[@]}" "${wrap[@]}" "${command[@]}" --dry-run "$SLURM_NTASKS" --outcome-file "$outcome" &
     step=$! beat=''
-    follow || [ -n "$leaving" ] || stop "the check before the start failed, for the reason above; nothing was started" 2
+    follow || [ -n "$leaving" ] || {
+        read -r word at reason 2>/dev/null <"$outcome" && [ "$word" = machine ] && leave_host "$at" "$reason"
+    } || stop "the check before the start failed, for the reason above; nothing was started" 2
 }
 
 guard() { # stop a job whose starts make no progress
@@ -196,7 +208,16 @@ requeue() { # ask Slurm to start this job again; after preemption or `scontrol r
         *JobState=RUNNING* | *Reason=TimeLimit*) # the limit came before the save was done: that save is lost, the next start is not
             scontrol requeue "$id" || stop "Slurm does not requeue this job: submit it again, it goes on where it was" ;;
     esac
+    [ -z "$unfit" ] || exclude "$id" "$unfit"
     exit 0
+}
+
+exclude() { # exclude JOB HOST: Slurm takes this for a job that waits, as one does after its requeue
+    local before
+    before=$(scontrol show job --oneliner "$1" | grep -oE 'ExcNodeList=[^ ]+' | cut -d= -f2)
+    [ "${before:-(null)}" != '(null)' ] || before=''
+    scontrol update "JobId=$1" "ExcNodeList=${before:+$before,}$2" ||
+        say "Slurm does not exclude $2 from this job; scontrol update JobId=$1 ExcNodeList=$2"
 }
 
 report() { # say where the job runs, and what

@@ -27,5 +27,5 @@ RUN_DIR=${RUN_DIR:-$OUTPUT.job}
 source examples/launch.sh
 
 printf -v early '%s/iter_%07d' "${TEACHER:-runs/teacher_1p5b}" "${EARLY_STEP:-26000}"
-run_tool "$PYTHON" tools/score_data.py --teacher-load "$early" --data-path "${data[@]}" --output "$OUTPUT" --seq-length "${SEQ_LENGTH:-1280}" \
+run_tool "$PYTHON" tools/score_data.py "${device[@]}" --teacher-load "$early" --data-path "${data[@]}" --output "$OUTPUT" --seq-length "${SEQ_LENGTH:-1280}" \
     --micro-batch-size 16 --shard "${SLURM_ARRAY_TASK_ID:-0}/$SHARDS" "$@"

@@ -12,6 +12,7 @@ if [ "$LISTENS" = 0 ] && [ "$SLURM_PROCID" = 0 ]; then # overwrites the reserved
         0) echo "done - finished" 1<>"$OUTCOME" ;;
         2) echo "refused - see the log" 1<>"$OUTCOME" ;;
         3) echo "unsaved - see the log" 1<>"$OUTCOME" ;; # the output is not whole; the same command continues
+        5) echo "machine - see the log" 1<>"$OUTCOME" ;; # the log of a node names the host
         4) echo "nonfinite - see the log" 1<>"$OUTCOME" ;;
     esac
 fi

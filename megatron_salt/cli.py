@@ -14,6 +14,7 @@ import io
 import os
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+import megatron_salt
 from megatron_salt.config import RunConfig, flag
 from megatron_salt.config.run import field_types, sections
 from megatron_salt.config.yaml_text import read_sections, to_yaml, unchecked
@@ -104,9 +106,11 @@ _FILE_SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.
 def exit_status(action: Callable[[], int | None]) -> int:
     """Run `action` and return the exit status.
 
-    It is the status that `action` returns (None means 0), or that of a UserError, which is printed on stderr. Ctrl-C gives 130. A closed
-    stdout (`--help | head`) gives 141, as for a process that SIGPIPE ended.
+    It is the status that `action` returns (None means 0), or that of a UserError, which is printed on stderr. Ctrl-C gives 130 and one
+    line. A closed stdout (`--help | head`) gives 141, as for a process that SIGPIPE ended.
     """
+    if signal.getsignal(signal.SIGINT) is megatron_salt.leave_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             return action() or 0
@@ -117,6 +121,7 @@ def exit_status(action: Callable[[], int | None]) -> int:
         print(error if isinstance(error, LeftEarly) else f"error: {error}", file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:
         if not _stdout_is_closed():

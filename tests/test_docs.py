@@ -35,6 +35,7 @@ SCRIPTS = {
 """Console scripts: name to the module's own name, such as salt-score to score_data."""
 NOT_OURS = {
     *(
+        "--full",
         "--nproc-per-node",
         "--nnodes",
         "--rdzv-backend",

@@ -67,6 +67,13 @@ def test_scripts_are_runs_of_the_papers_length_that_fit_their_nodes(script: Path
     assert run.checkpoint.save == run.checkpoint.load == f"runs/{script.stem}"
 
 
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda path: path.stem)
+def test_no_rank_of_a_script_falls_back_to_the_cpu(script: Path, tmp_path: Path) -> None:
+    assert run_of(script, tmp_path)[0].parallel.device == "cuda"
+    assert run_of(script, tmp_path, DEVICE="auto")[0].parallel.device == "auto"
+    assert run_of(script, tmp_path, "--device", "cpu")[0].parallel.device == "cpu"
+
+
 TEACHERS = {"salt_8p6b": "2p8b"}
 
 
@@ -133,7 +140,9 @@ def test_a_step_runs_inside_the_container(tmp_path: Path, container: dict[str, s
     script = 'source examples/launch.sh; leaving="" logs=.; command=("$PYTHON" -m x); preflight'
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_NTASKS": "4"} | container
     ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert ended.stdout == f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {step} --dry-run 4\n"
+    assert ended.stdout.startswith(
+        f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {step} --dry-run 4 --outcome-file ./outcome-"
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.config.run",
     "megatron_salt.config.salt",
     "megatron_salt.config.training",
+    "megatron_salt.model.loss_chunk",
     "megatron_salt.checkpoint.integrity",
     "megatron_salt.checkpoint.owner",
     "megatron_salt.checkpoint.run_state",

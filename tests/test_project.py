@@ -156,7 +156,7 @@ def test_clean_removes_what_git_ignores_but_runs_and_downloads() -> None:
     words = {variables.get(word.strip("$()"), word) for word in recipe[1].split()}
     environments = {word for word in words if word.startswith(".venv")}
     assert {".venv", ".venv-3.*", *variables.values()} == environments and ".venv*" in ignored
-    kept = {"runs", "*.log", ".tokenizers", "*.py[cod]", ".venv*"}
+    kept = {"runs", "*.log", ".tokenizers", ".whl", "*.py[cod]", ".venv*"}
     assert ignored - kept <= words
 
 

@@ -49,7 +49,7 @@ class SaltConfig:
 
     teacher_exchange_max_gib: float = 8.0
     """Refuse a run whose teacher hidden states take more than this in one step, in GiB.
-    It counts one rank of the student's last stage."""
+    It counts the rank with most of them, with their copies in the buffers of the exchange."""
 
     kd_weight: float = 0.667
     """Weight w of the teacher in stage 1. The loss of a token is

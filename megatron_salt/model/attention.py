@@ -3,6 +3,10 @@
 With context parallelism rank r of n holds chunks r and 2n-1-r of the 2n chunks of each sequence (megatron-core's zigzag). It
 gathers keys and values from the other ranks. That is correct on any machine and fast on one rank. For long contexts on GPU
 clusters Transformer Engine's ring attention is faster.
+
+With a mask each query head gets a copy of its group's keys and values. Of torch's CUDA kernels flash attention takes no mask, and
+memory-efficient attention no groups in the releases up to 2.13; cuDNN's takes both, and is preferred on compute capability 9 and 10
+alone. Without the copies other GPUs would write all scores, [b, heads, s, s], to memory.
 """
 
 from __future__ import annotations
@@ -44,6 +48,14 @@ def attention_mask(documents: Tensor | None, length: int, cp_group: ProcessGroup
     if documents is not None:
         mask = mask & (documents[:, queries, None] == documents[:, None, keys])
     return mask[:, None]
+
+
+def for_each_head(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values of groups, [s, b, groups, d], for each query head: [s, b, heads, d]. The same tensor where each head is a group."""
+    groups = tensor.size(2)
+    if groups == heads:
+        return tensor
+    return tensor[:, :, :, None].expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
 
 
 class CoreAttention(MegatronModule):
@@ -97,6 +109,8 @@ class CoreAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        if mask is not None:
+            key, value = (for_each_head(tensor, query.size(2)) for tensor in (key, value))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=self.softmax_scale,

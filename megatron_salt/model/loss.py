@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, new_logits, slices
+from megatron_salt.model.loss_chunk import even_chunk
 from megatron_salt.model.vocab_parallel import Comparison, Softmax, VocabularyShard, compare, reduce
 
 METRICS = ("tokens", "loss", "accuracy")
@@ -54,24 +55,6 @@ class SoftTarget:
 
     kd_weight: float
     """w, the teacher's share of the target, from 0 to 1."""
-
-
-def chunk_tokens_for_budget(mib: int, vocabulary_per_rank: int, dtype: torch.dtype) -> int:
-    """Tokens whose logits fit in `mib` MiB: a multiple of 128 if so many fit, else of 8, at least 1.
-
-    It counts two sets of logits, the student's and the teacher's, also without a teacher. The chunk size decides how sums are
-    rounded, and training without a teacher must equal, bit for bit, training after a teacher is freed.
-    """
-    tokens = (mib << 20) // (2 * vocabulary_per_rank * dtype.itemsize)
-    for multiple in (128, 8):
-        if tokens >= multiple:
-            return tokens // multiple * multiple
-    return max(1, tokens)
-
-
-def weight_gradient_bytes(vocabulary_per_rank: int, hidden_size: int) -> int:
-    """Bytes of the float32 weight gradient that exists between forward and backward pass of the head. There is one at a time."""
-    return 4 * vocabulary_per_rank * hidden_size
 
 
 def fused_linear_cross_entropy(
@@ -113,7 +96,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         real_weight = weight[: shard.real_rows]
         d_hidden = torch.empty_like(all_tokens) if want_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
-        size = _even_chunk(all_tokens.size(0), chunk_tokens)
+        size = even_chunk(all_tokens.size(0), chunk_tokens)
         buffer = new_logits(size, shard.real_rows, weight.dtype, weight.device)
         blocks = Blocks.of(buffer)
         teacher_logits = None if teacher is None else _TeacherLogits(teacher, mask, shard, size)
@@ -168,17 +151,12 @@ def _deliver(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor | None:
         weight.main_grad.add_(d_weight.mul_(scale))
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    # The DDP hook of megatron-core runs when a gradient arrives, so one must be returned. The hook adds it to main_grad only if
-    # zero_out_wgrad is set, because the weight is used elsewhere too (tied embeddings). Then it must be zero; else nobody reads it.
     weight.grad_added_to_main_grad = True
-    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
-    return make(weight)
-
-
-def _even_chunk(num_tokens: int, chunk_tokens: int) -> int:
-    """Tokens of a chunk, at most `chunk_tokens`: the fewest chunks of about equal size; a multiple of 16 if that fits."""
-    num_chunks = max(1, -(-num_tokens // chunk_tokens))
-    return min(chunk_tokens, -(-num_tokens // (16 * num_chunks)) * 16)
+    if getattr(weight, "zero_out_wgrad", False):
+        # Tied embeddings on one pipeline stage: the gradient of the embedding, [V/tp, h] too, always follows and runs the DDP hook once
+        # for both. The hook adds what it gets to main_grad, so a dummy of the head would have to be zeros.
+        return None
+    return torch.empty_like(weight)  # the DDP hook of megatron-core runs when a gradient arrives; nobody reads this one
 
 
 class _TeacherLogits:

@@ -132,7 +132,7 @@ def distributed(
             held.callback(connection.close)
             held.enter_context(watching(launch))
             connection.store.set_timeout(timeout)
-            dist.init_process_group(
+            dist.init_process_group(  # without device_id, see mesh.new_group_of
                 backend,
                 timeout=timeout,
                 store=dist.PrefixStore("world", connection.store),

@@ -18,10 +18,9 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_salt.parallel.collectives import largest
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.layout import Coordinates, Layout
-
-_GROUPS = ("tp", "cp", "dp", "pp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "embd", "pos_embd")
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Mesh:
     groups: ProcessGroupCollection
     rank: int
     """Global rank."""
+    padding: tuple[dist.ProcessGroup, ...] = ()
+    """Groups of this rank alone that nobody uses, see `_level`."""
 
     @property
     def at(self) -> Coordinates:
@@ -48,29 +49,32 @@ class Mesh:
         """Whether this rank holds the output head, and so the loss."""
         return self.at.pp == self.layout.pipeline - 1
 
-    def warm_up(self) -> None:
-        """One small all-reduce in each group, in a fixed order. Collective over all ranks.
 
-        A batched point-to-point exchange can hang if it is the first NCCL operation of its group. After this it never is.
-        """
-        token = torch.zeros(1, device=current_device())
-        for name in _GROUPS:
-            group = getattr(self.groups, name)
-            if group is not None:
-                dist.all_reduce(token, group=group)
+def warm_up(*groups: dist.ProcessGroup) -> None:
+    """One small all-reduce in each group of more than one rank. Collective over the groups, in the same order on all members.
+
+    A batched point-to-point exchange can hang if it is the first NCCL operation of its group. After this it never is. NCCL makes a
+    communicator, with its memory on the GPU, at the first operation: so only groups that each training step uses are warmed.
+    """
+    token = torch.zeros(1, device=current_device())
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(token, group=group)
 
 
 def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
     """Make the groups of a second model over the same ranks, in a fixed order; `parallel_state` does not change.
 
-    Collective over all ranks. For a model that only runs forward and has no output head: there are no embedding groups.
+    Collective over all ranks. For a model that only runs forward and has no output head: there are no embedding groups. Each rank makes
+    its own groups alone. `new_group_of` may follow, for groups that all ranks make.
     """
     assert layout.world_size == dist.get_world_size() and layout.context == 1, (layout, dist.get_world_size())
     groups, rank = ProcessGroupCollection(), dist.get_rank()
-    groups.tp = groups.tp_cp = new_group_of(layout.groups("tp"), timeout)
-    groups.pp = new_group_of(layout.groups("pp"), timeout)
-    groups.dp = groups.dp_cp = new_group_of(layout.groups("dp"), timeout)
-    groups.cp = dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
+    padding = _level(timeout)
+    groups.tp = groups.tp_cp = new_group_of(layout.groups("tp"), timeout, "tp of the teacher")
+    groups.pp = new_group_of(layout.groups("pp"), timeout, "pp of the teacher")
+    groups.dp = groups.dp_cp = new_group_of(layout.groups("dp"), timeout, "dp of the teacher")
+    groups.cp = new_group_of([[rank]], timeout, "cp of the teacher")
     for name in (
         "mp",
         "tp_dp_cp",
@@ -83,20 +87,34 @@ def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)
         "tp_ep_pp",
     ):  # megatron-core 0.16 reads some
         setattr(groups, name, None)
-    mesh = Mesh(layout, groups, rank)
-    mesh.warm_up()
+    mesh = Mesh(layout, groups, rank, padding)
+    warm_up(groups.tp, groups.pp)  # dp serves only while the weights are loaded
     return mesh
 
 
-def new_group_of(partition: Sequence[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup:
-    """Make the groups of a partition of all ranks and return this rank's. Collective over all ranks."""
-    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition], timeout=timeout)
-    return group
+def new_group_of(partition: Sequence[Sequence[int]], timeout: timedelta, description: str) -> dist.ProcessGroup:
+    """Make this rank's group of a partition, and no other rank's: its members alone take part, in the same order of groups on each.
+
+    torch names such a group after its ranks and the number of groups that the process holds. Members must hold equally many, or each
+    waits under another name: see `_level`. `dist.init_process_group` must not get a device_id: NCCL would split each new group off the
+    world's communicator, which all ranks must do together.
+    """
+    own = next(ranks for ranks in partition if dist.get_rank() in ranks)
+    return dist.new_group(list(own), timeout=timeout, use_local_synchronization=True, group_desc=description)
+
+
+def _level(timeout: timedelta) -> tuple[dist.ProcessGroup, ...]:
+    """Groups of this rank alone, so many that all ranks then hold equally many groups. Collective over all ranks.
+
+    They differ by one or two: only some pipeline stages have embedding groups.
+    """
+    held = len(dist.distributed_c10d._world.pg_names)
+    return tuple(new_group_of([[dist.get_rank()]], timeout, "padding") for _ in range(largest(held) - held))
 
 
 def teacher_groups(mesh: Mesh) -> list[dist.ProcessGroup]:
     """The groups that `make_teacher_mesh` made, in that order."""
-    return [mesh.groups.tp, mesh.groups.pp, mesh.groups.dp, mesh.groups.cp]
+    return [*mesh.padding, mesh.groups.tp, mesh.groups.pp, mesh.groups.dp, mesh.groups.cp]
 
 
 def make_student_mesh(layout: Layout, virtual_stages: int | None = None, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
@@ -114,5 +132,8 @@ def make_student_mesh(layout: Layout, virtual_stages: int | None = None, timeout
         create_gloo_process_groups=False,
     )
     mesh = Mesh(layout, ProcessGroupCollection.use_mpu_process_groups(), dist.get_rank())
-    mesh.warm_up()
+    groups = (
+        mesh.groups
+    )  # the optimizer's group and the embeddings' are first used when those are built, without point-to-point
+    warm_up(groups.tp, groups.cp, groups.pp, groups.dp_cp)
     return mesh

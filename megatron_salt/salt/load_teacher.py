@@ -38,7 +38,7 @@ from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
-from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of
+from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of, warm_up
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
 from megatron_salt.salt.routing import teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
@@ -185,8 +185,8 @@ def admit(
     assert found is not None, checkpoint.directory
     look("reading the teacher's checkpoint")
     mesh = make_teacher_mesh(layout, timeout)
-    block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout)
-    dist.all_reduce(torch.zeros(1, device=current_device()), group=block_group)  # see Mesh.warm_up
+    block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout, "block of the teacher")
+    warm_up(block_group)
     body = build_body(checkpoint, salt, mesh, dtype, precision)
     state = sharded_state.model_state([body], mesh.groups)
     loading.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))

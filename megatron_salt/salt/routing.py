@@ -13,7 +13,6 @@ from functools import cache, cached_property
 import numpy as np
 
 from megatron_salt.errors import UserError
-from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout, context_slice
 
 
@@ -53,13 +52,6 @@ def layout_warnings(student: Layout, teacher: Layout, num_forwards: int) -> list
             f"--tensor-model-parallel-size {student.tensor} x --context-parallel-size {student.context}"
         )
     return messages
-
-
-def exchange_gib(
-    student: Layout, num_microbatches: int, micro_batch_size: int, seq_length: int, hidden_size: int, itemsize: int
-) -> float:
-    """Teacher hidden states that a rank of the student's last stage receives in one step, GiB. hidden_size: the teacher's."""
-    return num_microbatches * micro_batch_size * seq_length * hidden_size * itemsize / (student.tensor * student.context) / GIB
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,16 @@ class ExchangePlan:
     def receive_sizes(self, place: int) -> list[int]:
         """How many positions a place receives from each place of the block."""
         return self._positions[:, place].tolist()
+
+    @property
+    def peak_positions(self) -> int:
+        """Positions that the fullest place holds at one time. Times samples times hidden size: elements.
+
+        First they are those that it computed and their copy in the send buffer, then that copy and those that it receives. A block of one
+        place keeps what it computed, without a copy.
+        """
+        sent, received = self._positions.sum(1), self._positions.sum(0)
+        return int(sent.max() if self.num_places == 1 else np.maximum(2 * sent, sent + received).max())
 
     @cached_property
     def _positions(self) -> np.ndarray:

@@ -21,7 +21,7 @@ from megatron_salt.data.batch import Microbatch, make_microbatch
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import LeftEarly, Look, stay
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.loss_chunk import CPU_MIB, LEAST_GPU_TOKENS, tokens_within
 from megatron_salt.model.token_scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
@@ -170,21 +170,22 @@ def make_scorer(
     dtype: str,
     micro_batch_size: int,
     top_k: tuple[int, ...],
-    chunk_mib: int,
+    chunk_mib: int | None,
     timeout: timedelta,
     look: Look = stay,
 ) -> Scorer:
     """The teacher over all ranks, loaded and verified as in a training run. Collective over all ranks. Raises UserError.
 
-    chunk_mib: memory for logits. There is no student: the layout that admission asks for is the teacher's own.
+    chunk_mib: memory for logits; None: 256 MiB, on a GPU at least 2,048 tokens. There is no student: the layout that admission asks
+    for is the teacher's own.
     """
     mesh = make_student_mesh(layout, timeout=timeout)
     seed_everything(0, mesh)  # megatron-core's layers need generators, though nothing is drawn
     rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
     shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
-    chunk_tokens = 2 * chunk_tokens_for_budget(
-        chunk_mib, rows, torch.float32
-    )  # twice: the budget counts a student's logits too
+    chunk_tokens = tokens_within(chunk_mib or CPU_MIB, rows * 4)
+    if chunk_mib is None and current_device().type == "cuda":
+        chunk_tokens = max(LEAST_GPU_TOKENS, chunk_tokens)
     head = TeacherHead(mesh, replace(shard, sequence_parallel=True), samples.windows[0].seq_length, chunk_tokens)
     admitted, _ = admit(
         teacher,

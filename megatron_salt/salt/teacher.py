@@ -3,7 +3,7 @@
 One step of stage 1 has three phases. Hidden states travel between ranks, logits never do.
 A: each replica of the teacher runs its share of the microbatches through the teacher's own pipeline.
 B: one all-to-all inside a block (the ranks of one student replica) brings the last hidden states to the student's last stage, cut as
-that stage needs them.
+that stage needs them. A block of one rank has nothing to send.
 C: the student's own schedule runs on microbatches that carry a `SoftTarget`.
 Every rank goes through A, B and C in this order. On each rank a phase begins when the one before it has ended.
 """
@@ -148,6 +148,9 @@ class Teacher:
         made = [piece for forward in plan.forwards_of(self._replica) for piece in _pieces(plan, forward, self._place)]
         sent = [part for output in outputs if output.numel() for part in output.split(size)]
         parts = {(piece.target, piece.microbatch): part for piece, part in zip(made, sent, strict=True)}
+        shape = (plan.piece_length, samples, width)
+        if plan.num_places == 1:  # what the only rank of a block would send to itself it keeps
+            return [parts[0, number].view(shape) for number in range(count)]
         empty = torch.empty(0, dtype=dtype, device=current_device())
         outbox = torch.cat([empty, *(parts[piece.target, piece.microbatch] for piece in plan.sent_by(self._place))])
         parts.clear()
@@ -161,7 +164,7 @@ class Teacher:
         for piece, part in zip(
             plan.received_by(self._place), inbox.split(size), strict=False
         ):  # nothing splits into one empty part
-            hidden[piece.microbatch] = part.view(plan.piece_length, samples, width)
+            hidden[piece.microbatch] = part.view(shape)
         return hidden
 
     def free(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_salt.config import TokenizerConfig
+from megatron_salt.config.checks import at_least
 from megatron_salt.config.parallel import Device
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
@@ -70,8 +71,8 @@ class ScoreConfig:
     allow_duplicate_inputs: bool = False
     """Accept datasets that hold the same data twice, as the training run's flag of this name does."""
 
-    loss_chunk_mib: int = 256
-    """MiB of memory for the float32 logits of one chunk of tokens."""
+    loss_chunk_mib: int | None = None
+    """MiB of memory for the float32 logits of one chunk of tokens. Default: 256; on a GPU also at least 2048 tokens."""
 
     exit_file: str | None = None
     """Leave when this file appears, as after SIGTERM and SIGUSR1. It is not deleted; a start is refused while it exists."""
@@ -88,9 +89,7 @@ class ScoreConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "block_samples", "loss_chunk_mib", "log_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "micro_batch_size", "block_samples", "loss_chunk_mib", "log_interval")
         if self.block_samples % self.micro_batch_size:
             raise UserError(
                 f"--block-samples {self.block_samples} is not a multiple of --micro-batch-size {self.micro_batch_size}"

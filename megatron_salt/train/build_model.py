@@ -19,8 +19,9 @@ from megatron.core.utils import get_model_config
 
 from megatron_salt.config import OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_salt.model.gpt import build_model
-from megatron_salt.model.loss import chunk_tokens_for_budget, weight_gradient_bytes
+from megatron_salt.model.loss_chunk import HeadMemory, chunk_tokens, head_memory
 from megatron_salt.model.precision import TORCH, Precision
+from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.train.plan import RunPlan, schedule_lengths
 from megatron_salt.train.step import Student
@@ -118,20 +119,17 @@ def build_student(config: RunConfig, plan: RunPlan, vocabulary_size: int, mesh: 
     """The model with its optimizer and schedule, freshly initialised. Collective over all ranks."""
     training, dtype = config.training, dtype_of(config.training)
     rows = config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
+    device_type = current_device().type
     model = build_model(
-        config.model, config.parallel, training.seq_length, vocabulary_size, dtype, chunk_tokens, mesh, precision
-    )
+        config.model, config.parallel, training.seq_length, vocabulary_size, dtype, chunk_tokens(training, rows, device_type), mesh,
+        precision,
+    )  # fmt: skip
     chunks = wrap_in_ddp(model, config.parallel, mesh, precision)
     optimizer = build_optimizer(chunks, config.optimizer, config.parallel, dtype, mesh, precision)
     install_pipeline_hooks(chunks, optimizer, config.parallel.overlap_grad_reduce)
     scheduler = build_scheduler(optimizer, config.optimizer, plan.total_samples, plan.global_batch_size)
     if mesh.is_last_stage:
-        log.info(
-            "output head: logits of %d tokens at a time, float32 weight gradient of %.1f MiB",
-            chunk_tokens,
-            weight_gradient_bytes(rows, config.model.hidden_size) / 2**20,
-        )
+        log.info("output head: %s", memory_of_head(config, plan, vocabulary_size, device_type))
     return Student(
         chunks=chunks,
         optimizer=optimizer,
@@ -141,6 +139,14 @@ def build_student(config: RunConfig, plan: RunPlan, vocabulary_size: int, mesh: 
         micro_batch_size=plan.micro_batch_size,
         global_batch_size=plan.global_batch_size,
     )
+
+
+def memory_of_head(config: RunConfig, plan: RunPlan, vocabulary_size: int, device_type: str) -> HeadMemory:
+    """What the output head takes on a rank, for the larger microbatch of the two stages. device_type: cpu or cuda. Pure."""
+    rows = config.model.padded_vocabulary_size(vocabulary_size) // config.parallel.tensor_model_parallel_size
+    samples = max(plan.micro_batch_size, plan.stage2_micro_batch_size)
+    num_tokens = samples * config.training.seq_length // config.parallel.context_parallel_size
+    return head_memory(config.training, rows, config.model.hidden_size, num_tokens, device_type)
 
 
 def dtype_of(training: TrainingConfig) -> torch.dtype:

@@ -11,16 +11,18 @@ import torch.distributed as dist
 from megatron_salt.config import RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
-from megatron_salt.model.loss import chunk_tokens_for_budget
+from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.model.precision import Precision
 from megatron_salt.model.vocab_parallel import VocabularyShard
+from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import new_group_of
 from megatron_salt.salt.cost import predict
 from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.head_cost import measure_head
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, refuse_trainable
-from megatron_salt.salt.routing import exchange_gib, layout_warnings, teacher_layout
+from megatron_salt.salt.routing import layout_warnings, plan_exchange, teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.train.build_model import dtype_of
 from megatron_salt.train.plan import RunPlan
@@ -32,18 +34,20 @@ log = logging.getLogger(__name__)
 def refuse_large_exchange(
     salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint
 ) -> float:
-    """GiB of the teacher's hidden states that a rank of the student's last stage receives in a step. Pure.
+    """GiB that the exchange of the teacher's hidden states takes in a step, on the rank where it takes most. Pure.
 
     Raises UserError where that is above --teacher-exchange-max-gib.
     """
     size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
-    exchange = exchange_gib(layout, plan.num_microbatches, plan.micro_batch_size, training.seq_length, hidden, size)
+    taught = teacher_layout(layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
+    positions = plan_exchange(layout, taught, plan.num_microbatches, plan.teacher_merge, training.seq_length).peak_positions
+    exchange = positions * plan.micro_batch_size * hidden * size / GIB
     if exchange > salt.teacher_exchange_max_gib:
         raise UserError(
-            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on a rank of the student's last stage "
-            f"({plan.num_microbatches} microbatches x {plan.micro_batch_size} samples x {training.seq_length} tokens x "
-            f"{hidden} x {size} bytes / tp {layout.tensor} / cp {layout.context}), more than "
-            f"--teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
+            f"the teacher's hidden states of a step would take {exchange:.3f} GiB on one rank ({positions} positions, counted with "
+            f"their copies for the exchange, x {plan.micro_batch_size} samples x {hidden} x {size} bytes; a replica has "
+            f"{plan.num_microbatches} microbatches of {training.seq_length} tokens on tp {layout.tensor} x cp {layout.context} x pp "
+            f"{layout.pipeline}), more than --teacher-exchange-max-gib {salt.teacher_exchange_max_gib:g}"
         )
     return exchange
 
@@ -64,14 +68,14 @@ def build_teacher(
     exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
-    chunk_tokens = training.loss_chunk_tokens or chunk_tokens_for_budget(training.loss_chunk_mib, rows, dtype)
-    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout)
+    chunk = chunk_tokens(training, rows, current_device().type)
+    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout, "alone")
     prediction = predict(
         config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size,
         padded_vocabulary_size=config.model.padded_vocabulary_size(vocabulary_size),
         num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
-        head=measure_head(dtype, rows, config.model.hidden_size, chunk_tokens, alone),
+        head=measure_head(dtype, rows, config.model.hidden_size, chunk, alone),
     )  # fmt: skip
     dist.destroy_process_group(alone)
     for line in prediction.lines():
@@ -80,7 +84,7 @@ def build_teacher(
     teacher, fidelity = admit(
         checkpoint,
         salt,
-        TeacherHead(mesh, shard, training.seq_length, chunk_tokens),
+        TeacherHead(mesh, shard, training.seq_length, chunk),
         dtype=dtype,
         microbatches_per_forward=plan.teacher_merge,
         timeout=timeout,
@@ -91,7 +95,7 @@ def build_teacher(
     groups = student.optimizer.param_groups
     refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
     log.info(
-        "teacher %s: tp %d, pp %d, %d replicas; it exchanges %.4f GiB a step and rank of the last stage",
+        "teacher %s: tp %d, pp %d, %d replicas; a step's hidden states take at most %.4f GiB on a rank, copies included",
         checkpoint.directory,
         layout.tensor,
         layout.pipeline,

@@ -14,9 +14,13 @@ import torch
 
 from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
+from megatron_salt.config.parallel import Device
 from megatron_salt.model.flops import num_parameters
+from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import choose_precisions, decide_start
@@ -26,6 +30,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
+    hardware = find_hardware()
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
@@ -42,11 +47,13 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
-    hardware = find_hardware()
     if hardware.capability is None:
         print("precision: not checked, there is no GPU here")
     else:
         print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
+    for device_type in possible_devices(config.parallel.device, hardware):
+        name = {"cpu": "a CPU", "cuda": "a GPU"}[device_type]
+        print(f"output head on {name}: {memory_of_head(config, plan, inputs.tokenizer.vocabulary_size, device_type)}")
     load = config.checkpoint.load
     opened = None if load is None else open_checkpoint(Path(load), config.checkpoint.load_fallback)
     start = decide_start(config, layout, plan, inputs, opened)
@@ -58,13 +65,21 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print("dry run: nothing found that would stop this run")
 
 
+def possible_devices(asked: Device, hardware: Hardware) -> tuple[str, ...]:
+    """The types of device on which the run may be. asked: --device. hardware: this machine's, which may not be the run's."""
+    if asked != "auto":
+        return (asked,)
+    return ("cpu", "cuda") if hardware.capability is None else ("cuda",)
+
+
 def versions() -> list[str]:
-    """Versions of Python and the main packages, this machine's name, and its GPUs."""
+    """Versions of Python and the main packages, this machine's name, and its GPUs. Raises MachineError."""
     lines = [f"Python {platform.python_version()} on {platform.node()}"]
     for name in PACKAGES:
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"no {name}")
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    with naming_faults("a GPU does not tell its name", everything=True):
+        gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return [*lines, f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -51,6 +50,8 @@ def why_not(precision: Precision) -> str | None:
 
 def skip_unless(precision: Precision) -> None:
     """Skip a test that this machine cannot run, with the reason."""
+    import pytest  # here: tests/gpu/first_run.py runs where it is not installed
+
     if (reason := why_not(precision)) is not None:
         pytest.skip(reason)
 

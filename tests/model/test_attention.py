@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +143,50 @@ def test_evaluation_drops_nothing():
         run_ranks(1, dropped, dropout, 1, False)[0], run_ranks(1, dropped, Case(), 1, True)[0], strict=True
     ):
         assert torch.equal(with_dropout, without)
+
+
+def grouped(dtype: torch.dtype, with_mask: bool) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
+    """Core attention of 4 heads over 2 groups: its output and gradients, its inputs, and the (query, key) heads that torch saw."""
+    core = unwrap(build_student(Case(dtype=dtype), 1).chunks[0]).decoder.layers[0].self_attention.core_attention
+    generator = torch.Generator().manual_seed(7)
+    inputs = [torch.randn(8, 3, heads, 16, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append((query.size(1), key.size(1)))
+        return attend(query, key, value, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        out = core(*inputs, attention_mask(DOCUMENTS, 8, Group(1), CPU) if with_mask else None)
+    out.backward(torch.randn(out.shape, generator=generator).to(dtype))
+    return [out.detach(), *(tensor.grad for tensor in inputs)], [tensor.detach() for tensor in inputs], seen
+
+
+DOCUMENTS = torch.tensor([[0] * 8, [0] * 3 + [1] * 5, [0, 1, 2, 3, 4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_grouped_queries_with_a_mask(dtype, tolerance, with_mask):
+    """Oracle: softmax over visible keys in float64, keys and values repeated for the heads of a group."""
+    [(ours, inputs, seen)] = run_ranks(1, grouped, dtype, with_mask)
+    assert seen == [(4, 4 if with_mask else 2)]  # with a mask, memory-efficient attention takes no groups
+    query, key, value = (tensor.double().requires_grad_() for tensor in inputs)
+    heads_key, heads_value = (tensor.repeat_interleave(2, dim=2) for tensor in (key, value))
+    documents = DOCUMENTS if with_mask else torch.zeros_like(DOCUMENTS)
+    visible = (documents[:, :, None] == documents[:, None, :]) & torch.ones(8, 8).tril().bool()
+    scores = torch.einsum("sbhd,tbhd->bhst", query, heads_key) / 4
+    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    out = torch.einsum("bhst,tbhd->sbhd", weights, heads_value).flatten(2)
+    out.backward(torch.randn(out.shape, generator=after_inputs()).to(dtype).double())
+    for mine, exact in zip(ours, (out.detach(), query.grad, key.grad, value.grad), strict=True):
+        assert (mine.double() - exact).norm() < tolerance * exact.norm()
+
+
+def after_inputs() -> torch.Generator:
+    """The generator of `grouped`, after it has drawn the inputs."""
+    generator = torch.Generator().manual_seed(7)
+    for heads in (4, 2, 2):
+        torch.randn(8, 3, heads, 16, generator=generator)
+    return generator

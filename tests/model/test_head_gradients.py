@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron: it makes CUDA literals mean the CPU)
 
@@ -16,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_salt.model import loss
 from megatron_salt.model.loss import SoftTarget
 from tests.model.test_head import BATCH, HIDDEN, SEQUENCE, VOCABULARY, config_for, draw, draw_tokens, init, make_head, start
 from tests.support.grids import grid
@@ -139,7 +142,7 @@ def test_main_grad_is_the_sum_of_all_uses_of_the_weight(dtype, tied, fusion, ove
 
 def protocol(zero_out: bool, main_dtype: torch.dtype) -> None:
     """As in megatron-core's tensor_parallel/layers.py: forward leaves main_grad alone; backward adds to it, sets its flag
-    and returns a dummy."""
+    and returns a dummy, unless the embedding's gradient of the same weight follows."""
     start(1)
     head = make_head(config_for(1))
     hidden, labels = draw(SEQUENCE, BATCH, HIDDEN), draw_tokens()
@@ -154,8 +157,8 @@ def protocol(zero_out: bool, main_dtype: torch.dtype) -> None:
     assert (head.weight.main_grad == 2).all() and not head.weight.grad_added_to_main_grad
     (loss * 0.3).backward()
     torch.testing.assert_close(head.weight.main_grad.float(), 2 + 0.3 * exact, **close)
-    assert head.weight.grad_added_to_main_grad and head.weight.grad.shape == head.weight.shape
-    assert not zero_out or not head.weight.grad.any()
+    assert head.weight.grad_added_to_main_grad
+    assert head.weight.grad is None if zero_out else head.weight.grad.shape == head.weight.shape
     head.weight.grad = None
     del head.weight.grad_added_to_main_grad  # no hook waits, so backward returns no dummy
     head(hidden, labels)[0].backward()
@@ -167,6 +170,78 @@ def protocol(zero_out: bool, main_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16], ids=["main fp32", "main bf16"])
 def test_main_grad_protocol(main_dtype, zero_out):
     run_ranks(1, protocol, zero_out, main_dtype)
+
+
+class Tables(TorchDispatchMode):
+    """Names the operations that make a new tensor as large as the tied weight."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.makers: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if isinstance(result, Tensor) and result.numel() >= VOCABULARY * HIDDEN:
+            storage = result.untyped_storage().data_ptr()
+            if storage not in self.seen:
+                self.makers.append(operation.overloadpacket.__name__)
+            self.seen.add(storage)
+        return result
+
+
+def with_zeros(weight: Tensor, d_weight: Tensor, scale: Tensor) -> Tensor:
+    """megatron-core's protocol for a weight with two uses on one stage: the head returns zeros."""
+    assert deliver(weight, d_weight, scale) is None
+    return torch.zeros_like(weight)
+
+
+deliver = loss._deliver
+
+
+def tied_steps(dtype: torch.dtype, zeros: bool) -> tuple[list[Tensor], list[int], list[str]]:
+    """Two steps of two microbatches with overlapped reduction: main_grads after each, reductions of each, what its last backward made."""
+    start(1)
+    config = config_for(1, dtype=dtype)
+    model = TinyModel(config, tied=True)
+    buckets = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True, bucket_size=8)
+    ddp = DistributedDataParallel(config, buckets, model)
+    gradients, makers, reductions = [], [], list[int]()
+    for group in ddp.bucket_groups:
+
+        def start_now(force_all_reduce: bool = False, begin=group.start_grad_sync) -> None:
+            reductions[-1] += 1
+            begin(force_all_reduce)
+
+        group.start_grad_sync = start_now
+    for _ in range(2):
+        ddp.zero_grad_buffer()
+        [first, second, _] = microbatches(dist.get_rank())
+        with ddp.no_sync():
+            ddp(*first, None)[0].backward()
+        total = ddp(*second, None)[0]
+        known = [model.embedding.weight, model.embedding.weight.main_grad, total.grad_fn.d_weight]
+        reductions.append(0)
+        with pytest.MonkeyPatch.context() as patch, Tables(known) as tables:
+            if zeros:
+                patch.setattr(loss, "_deliver", with_zeros)
+            total.backward()
+        early = reductions[-1]
+        ddp.finish_grad_sync()
+        makers = tables.makers
+        gradients += [parameter.main_grad.clone() for parameter in model.parameters()]
+    assert early == reductions[-1] == len(ddp.bucket_groups) > 1, (early, reductions)  # started by hooks, once each
+    return gradients, reductions, makers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_weight_gets_no_zeros_from_the_head(dtype):
+    """Oracle: zeros, as megatron-core's own layers return them. The embedding's gradient alone runs the hook, once."""
+    ours, protocols = (run_ranks(2, tied_steps, dtype, zeros) for zeros in (False, True))
+    for (gradients, reductions, makers), (expected, also_reduced, also_made) in zip(ours, protocols, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+        assert reductions == also_reduced and makers == ["embedding_dense_backward"]
+        assert also_made == ["zeros_like", *makers, "add"]
 
 
 def waits_for_parameters() -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_salt.model.loss import chunk_tokens_for_budget, fused_linear_cross_entropy, weight_gradient_bytes
+from megatron_salt.model.loss import fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from tests.support.ranks import run_ranks
 
@@ -286,19 +286,3 @@ def gradient_of_a_subset(want_hidden: bool, want_weight: bool) -> tuple[bool, bo
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["frozen weight", "frozen body"])
 def test_only_what_requires_a_gradient_gets_one(wanted):
     assert run_ranks(1, gradient_of_a_subset, *wanted) == [wanted]
-
-
-@pytest.mark.parametrize("mib", [1, 4, 256, 1000])
-@pytest.mark.parametrize("vocabulary_size", [256, 50304 // 4, 131072, 262144])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_sets_of_logits_of_a_chunk_fit_the_budget(mib, vocabulary_size, dtype):
-    tokens = chunk_tokens_for_budget(mib, vocabulary_size, dtype)
-    assert tokens >= 1
-    token_bytes = 2 * vocabulary_size * dtype.itemsize
-    assert tokens * token_bytes <= max(mib << 20, token_bytes)
-    assert (tokens + 128) * token_bytes > mib << 20, "the budget is used"
-    assert tokens % 128 == 0 or (tokens < 128 and tokens % 8 == 0) or tokens < 8
-
-
-def test_the_weight_gradient_of_a_large_vocabulary_is_what_it_says():
-    assert weight_gradient_bytes(256 * 1024, 2560) == 2.5 * 2**30

@@ -89,7 +89,7 @@ def test_what_is_found_of_a_teacher_once_ranks_have_met(tmp_path: Path, data: st
     root = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     flags = dict(PP2, data_path=data, train_iters=4, teacher_load=root, kd_steps=3, save=tmp_path / "save")
     message = refused(2, **flags, teacher_exchange_max_gib=1e-6)
-    for word in ("--teacher-exchange-max-gib 1e-06", "4 microbatches x 2 samples x 16 tokens x 32 x 4 bytes", "GiB"):
+    for word in ("--teacher-exchange-max-gib 1e-06", "x 2 samples x 32 x 4 bytes", "4 microbatches of 16 tokens", "GiB"):
         assert word in message, message
     (shard,) = (root / "iter_0000002").glob("*.distcp")
     flip(shard, 1000)

@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 
 
 def measured(dtype: torch.dtype, rows: int) -> tuple[HeadCost, bool]:
-    alone = new_group_of([[rank] for rank in range(dist.get_world_size())], timedelta(minutes=1))
+    alone = new_group_of([[rank] for rank in range(dist.get_world_size())], timedelta(minutes=1), "alone")
     before = torch.get_rng_state()
     found = measure_head(dtype, rows, 64, 512, alone)
     return found, torch.equal(before, torch.get_rng_state())

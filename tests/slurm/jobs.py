@@ -63,7 +63,9 @@ class Site:
 
     cluster: Cluster
     work: Path
-    environment: dict[str, str] = field(default_factory=lambda: {"PYTHON": sys.executable, "FP8": "0", "OMP_NUM_THREADS": "1"})
+    environment: dict[str, str] = field(
+        default_factory=lambda: {"PYTHON": sys.executable, "FP8": "0", "DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    )
 
     def submit(self, script: str, *flags: str, options: tuple[str, ...] = ON_TWO_NODES, **environment: Any) -> Job:
         """sbatch OPTIONS examples/SCRIPT FLAGS."""

@@ -20,15 +20,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
-import pytest
 
 from megatron_salt import pretrain
 from megatron_salt.preprocess.indexed_writer import IndexedWriter, token_dtype
 from tests.support.ranks import run_ranks
+
+if TYPE_CHECKING:
+    import pytest  # not there where tests/gpu/first_run.py runs
 
 SEQ_LENGTH = 16
 GLOBAL_BATCH = 8

@@ -1,6 +1,6 @@
 """The worker processes of `ranks.py`: they run one call after another, and reset everything after each call.
 
-After a call, `_take_down` resets process groups, megatron-core's globals and caches, random state, environment, signal handlers and
+After a call, `take_down` resets process groups, megatron-core's globals and caches, random state, environment, signal handlers and
 whatever else a call may have changed.
 """
 
@@ -66,18 +66,16 @@ def serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
-
-    clean = [(module, _state(module)) for module in map(importlib.import_module, STATEFUL)]
+    clean = globals_of_megatron()
     gc.collect()
     gc.freeze()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             call = pickle.loads(pipe.recv_bytes())
-            with _as_before(), _stack_on_demand(stack_file(call.directory, call.rank)):
+            with as_before(), _stack_on_demand(stack_file(call.directory, call.rank)):
                 pipe.send_bytes(pickle.dumps(_attempt(_work, call)))
                 pipe.recv_bytes()  # every rank is done: nobody's last message is lost by closing connections
-                outcome = _attempt(_take_down, clean)
+                outcome = _attempt(take_down, clean)
             pipe.send_bytes(pickle.dumps(outcome))
 
 
@@ -115,7 +113,14 @@ def _work(call: Call) -> Any:
     return function(*arguments)
 
 
-def _take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
+def globals_of_megatron() -> list[tuple[Any, dict[str, Any]]]:
+    """megatron-core's stateful modules and their globals now, for a later `take_down`."""
+    import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
+
+    return [(module, _state(module)) for module in map(importlib.import_module, STATEFUL)]
+
+
+def take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
     """Destroy groups and restore the globals of torch and megatron-core. Returns how many threads this process still has."""
     import torch
     import torch.distributed as dist
@@ -171,7 +176,7 @@ def _stack_on_demand(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
+def as_before() -> Iterator[None]:
     """Restore the process's settings when the block ends."""
     directory, path, argv = os.getcwd(), list(sys.path), list(sys.argv)
     log, log_level = list(logging.root.handlers), logging.root.level

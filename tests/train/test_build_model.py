@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.config import OptimizerConfig, ParallelConfig
+from megatron_salt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_salt.errors import UserError
-from megatron_salt.train.build_model import build_scheduler
+from megatron_salt.train.build_model import build_scheduler, memory_of_head
+from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.step import unwrap
 from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, Case, build_student
@@ -132,3 +133,17 @@ def test_gradients_are_reduced_in_buckets_as_they_become_ready():
     overlap = replace(whole, overlap_grad_reduce=True, ddp_bucket_size=20_000)
     (one,), (many,) = run_ranks(2, buckets, Case(whole), 2)[0], run_ranks(2, buckets, Case(overlap), 2)[0]
     assert len(one) == 1 and len(many) > 5 and sum(many) >= sum(one)
+
+
+@pytest.mark.parametrize("device_type, tokens", [("cpu", 256), ("cuda", 5120)])
+def test_the_memory_of_the_head_is_that_of_the_larger_microbatch_of_both_stages(device_type: str, tokens: int) -> None:
+    """256,000 ids over tp 2 in bfloat16: a CPU's 256 MiB hold 349 tokens; a GPU takes all 8 x 1,280 of stage 2, halved by cp 2."""
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, hidden_size=2560, num_attention_heads=20),
+        parallel=ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2),
+        training=TrainingConfig(seq_length=1280, micro_batch_size=4, bf16=True),
+    )
+    plan = RunPlan(total_steps=1, global_batch_size=8, micro_batch_size=4, num_microbatches=2, stage2_micro_batch_size=8)
+    memory = memory_of_head(config, plan, 256000, device_type)
+    assert memory.rows == 128000 and memory.tokens == tokens
+    assert memory.weight_gradient_bytes == 4 * 128000 * 2560

@@ -46,9 +46,20 @@ def test_it_tells_what_the_run_would_be(tmp_path: Path, data: str, trained: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_parameters_are_the_models(tmp_path: Path, data: str) -> None:
-    said = re.search(r"([\d.]+M parameters)", rehearse(data_path=data, train_iters=2))
-    assert said and said[1] in train(data_path=data, train_iters=2).out
+def test_its_parameters_and_the_memory_of_the_head_are_those_of_a_start(tmp_path: Path, data: str) -> None:
+    rehearsed, started = rehearse(data_path=data, train_iters=2), train(data_path=data, train_iters=2)
+    said = re.search(r"([\d.]+M parameters)", rehearsed)
+    assert said and said[1] in started.out
+    head = re.search(
+        r"output head on a CPU: (logits of 16 tokens at a time, [\d.]+ MiB .*)", rehearsed
+    )  # 2 x 16 tokens, in 24s at most
+    assert head and f"output head: {head[1]}" in started.err
+
+
+@pytest.mark.parametrize("device, named", [("cpu", ["a CPU"]), ("cuda", ["a GPU"]), ("auto", ["a CPU", "a GPU"])])
+def test_it_tells_the_head_of_each_device_that_the_run_may_get(data: str, device: str, named: list[str]) -> None:
+    out = rehearse(data_path=data, train_iters=2, loss_chunk_tokens=None, device=device)
+    assert re.findall(r"output head on (.*): logits of 32 tokens at a time", out) == named
 
 
 def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
