@@ -178,3 +178,19 @@ def test_the_time_that_the_first_stages_may_take_leaves_room_for_the_pair_of_mod
     """All limits together are more than 8 minutes: limits are not estimates. But nothing before the large pair may push it out."""
     before = [stage.seconds for stage in STAGES[: [stage.name for stage in STAGES].index("0.8B with a teacher of 0.4B") + 1]]
     assert sum(before) <= 480
+
+
+@pytest.mark.full
+def test_the_gpus_branches_run_without_a_fault_under_virtual_cuda(tmp_path: Path) -> None:
+    """The kernels in Triton's interpreter give the recorded numbers, and a freed teacher gives its memory back."""
+    stages = [
+        "training as on a CPU",
+        "a teacher as on a CPU",
+        "resuming",
+        "a freed teacher's memory",
+        "0.8B with a teacher of 0.4B",
+    ]
+    ended = first_run(str(tmp_path / "out"), "--tiny", "--device", "virtual", "--stages", *stages, timeout=1200)
+    outcomes = read_outcomes(tmp_path / "out")
+    assert ended.returncode == 0, (ended, outcomes)
+    assert {one.stage: one.status for one in outcomes} == dict.fromkeys(stages, "ok")
