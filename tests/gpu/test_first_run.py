@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
+from tests.gpu.stages import pair, seeded, small_model
 from tests.gpu.stages.first import STAGES
 from tests.gpu.stages.runner import (
     RESULTS,
@@ -139,6 +142,45 @@ def test_a_killed_process_leaves_the_lines_before_and_names_the_stage(tmp_path: 
     os.waitpid(child, 0)
     assert {one.stage: one.status for one in read_outcomes(tmp_path)} == {"good": "ok", "dies": "started"}
     assert not write_table(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("what, factor", [("loss", 1.01), ("grad_norm", 1.1), ("weights", 0), ("scores", 1.01)])
+def test_other_numbers_than_the_recorded_ones_are_a_problem(dtype: str, what: str, factor: float) -> None:
+    name = "training" if what == "weights" else "programs"
+    recorded, found = seeded.expected(name)[dtype], seeded.expected(name)[dtype]
+    report = Report()
+    small_model.compare(report, dtype, found, recorded)
+    assert not report.problems
+    if what == "weights":
+        found["weights"] = "0123456789abcdef"
+    elif what == "scores":
+        found["scores"]["mean"] = [factor * one for one in found["scores"]["mean"]]
+    else:
+        found[what][-1] *= factor
+    small_model.compare(report, dtype, found, recorded)
+    assert (len(report.problems) == 1 and dtype in report.problems[0]) or "seeded weights" in report.problems[0]
+
+
+def row(key: str, device: DeviceType, milliseconds: float, annotation: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        key=key, device_type=device, is_user_annotation=annotation, count=2, self_device_time_total=1e3 * milliseconds,
+        self_cpu_time_total=1.0,
+    )  # fmt: skip
+
+
+def test_time_on_the_device_is_counted_once() -> None:
+    """torch gives a kernel's time to the kernel, to the operation that launched it, and to annotations around it."""
+    rows = [row("aten::mm", DeviceType.CPU, 3), row("gemm", DeviceType.CUDA, 3), row("row_sums", DeviceType.CUDA, 1),
+            row("step", DeviceType.CUDA, 4, annotation=True)]  # fmt: skip
+    told = [(one["kernel"], one["ms"], one["share"]) for one in pair.top_kernels(rows, timed=True)]
+    assert told == [("gemm", 3, 0.75), ("row_sums", 1, 0.25)]
+
+
+def test_a_wait_is_named_by_its_module() -> None:
+    site = "/opt/venv/lib/python3.12/site-packages"
+    assert pair.place_of(f"{site}/megatron/core/optimizer/clip_grads.py") == "megatron/core/optimizer/clip_grads.py"
+    assert pair.place_of("/work/run/megatron_salt/train/step.py") == "megatron_salt/train/step.py"
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------------------
