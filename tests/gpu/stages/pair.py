@@ -36,6 +36,8 @@ SYNC_STEP, PROFILED = 5, range(10, 12)
 """Steps of stage 1 in which waits for the device are counted, and kernels are profiled."""
 SYNC_WARNING = "called a synchronizing CUDA operation"
 """What torch says; c10/cuda/CUDAFunctions.cpp."""
+PREDICTION = re.compile(r"a step of stage 1 takes (?:at least )?([\d.]+) x")
+"""What start-up says of the cost of stage 1: salt/cost.py."""
 TOP = 15
 """Kernels in the table of a profile."""
 
@@ -201,7 +203,7 @@ def peak_tflops() -> float | None:
     """Dense peak of this GPU in bfloat16; None for a CPU, and for a GPU that the table of cards does not have."""
     if current_device().type != "cuda":
         return None
-    from megatron_salt.parallel.cards import card_named
+    from megatron_salt.cards import card_named
 
     card = card_named(torch.cuda.get_device_name())
     return None if card is None else card.bf16_tflops
@@ -219,10 +221,11 @@ def both_stages(setting: Setting, report: Report) -> None:
     ran = run(setting.scratch, "both", words, sizes, setting, StepProbe(timed=setting.timed))
     rows = [{"stage": 1} | speed(ran, range(warm, stage1 + 1)), {"stage": 2} | speed(ran, range(stage1 + warm, 2 * stage1 + 1))]
     ratio = rows[0]["seconds a step"] / rows[1]["seconds a step"]
-    predicted = [line for line in ran.log if "a step of stage 1 takes" in line]
+    predicted = [float(found[1]) for line in ran.log if (found := PREDICTION.search(line))]
     [switch] = [event for event in ran.events if event.get("stage") == 2]
     report.note(
-        speed=rows, stage_1_over_stage_2=ratio, predicted=predicted, waits_in_a_step=sum(ran.probe.waits.values()),
+        speed=rows, stage_1_over_stage_2=ratio, predicted=predicted, over_prediction=[ratio / one for one in predicted],
+        waits_in_a_step=sum(ran.probe.waits.values()),
         memory_at_the_switch_gib=[switch["memory_gib_before"], switch["memory_gib_after"]],
         phases=[{"step": entry["step"]} | entry["phases"] for entry in (ran.steps[stage1 - 1], ran.steps[-1])],
         waits=[{"place": place, "times": times} for place, times in ran.probe.waits.most_common()], kernels=ran.probe.kernels,
