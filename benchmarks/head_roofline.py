@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import result
+from megatron_salt.model.loss_chunk import CPU_MIB, gpu_tokens, tokens_within
 
 PATHS = {"torch": "0", "kernels": "1"}
 """The value of TRITON_INTERPRET with which a CPU counts each."""
@@ -126,9 +127,9 @@ def main() -> None:
     asked.add_argument(
         "--gb-per-s", type=float, default=3000.0, help="10^9 bytes/s that are reached; default: 3000, an H100's share"
     )
-    asked.add_argument("--chunks", nargs="+", type=int, default=[256, 4096], help="tokens of a chunk")
+    asked.add_argument("--chunks", nargs="+", type=int, help="tokens of a chunk; default: those of a CPU and of a GPU")
     flags = asked.parse_args()
-    if min(flags.tflops, flags.gb_per_s, *flags.chunks) <= 0:
+    if min(flags.tflops, flags.gb_per_s, *flags.chunks or [1]) <= 0:
         asked.error(f"--tflops {flags.tflops:g}, --gb-per-s {flags.gb_per_s:g} and --chunks {flags.chunks} must be above 0")
     counts = {path: counted(path) for path in PATHS}
     print_counts(counts, flags.operations)
@@ -167,19 +168,20 @@ def logit_bytes(counts: Counts, form: str) -> LogitBytes:
     )  # fmt: skip
 
 
-def print_times(counts: Mapping[str, Counts], chunks: list[int], rates: Rates) -> None:
+def print_times(counts: Mapping[str, Counts], chunks: list[int] | None, rates: Rates) -> None:
     """A table of estimates: a row for each shape, chunk, path and form."""
     names = [part.name.replace("_", " ") for part in fields(HeadTimes)]
     print(f"\nESTIMATE, not measured: us a token at {rates.flops / 1e12:g} TFLOP/s and {rates.memory / 1e9:g} GB/s\n"
           f"{'':30}{'chunk':>6}  " + "".join(f"{name:>17}" for name in names) + f"{'total':>8}")  # fmt: skip
     for shape in SHAPES:
         print(shape.name)
-        for chunk in chunks:
+        for chunk in chunks or [tokens_within(CPU_MIB, shape.rows * (2 + 4)), gpu_tokens(2)]:
             for path, of_path in counts.items():
                 for form in ("kd, T 0.25", "plain"):
                     times = head_times(shape, chunk, logit_bytes(of_path, form), rates)
                     cells = "".join(f"{getattr(times, part.name):17.2f}" for part in fields(HeadTimes))
-                    print(f"    {path + ', ' + form:26}{chunk:6}  {cells}{times.total:8.2f}")
+                    tokens = min(chunk, shape.microbatch_tokens)
+                    print(f"    {path + ', ' + form:26}{tokens:6}  {cells}{times.total:8.2f}")
 
 
 def print_results(counts: Counts) -> None:
