@@ -2,14 +2,15 @@
 
     python benchmarks/head_roofline.py                           counts, and estimates for an H100: half a minute
     python benchmarks/head_roofline.py --operations              the same, and which operation moves how much
-    python benchmarks/head_roofline.py --tflops 1600 --gb-per-s 7000 --chunks 4096 8192
+    python benchmarks/head_roofline.py --card "NVIDIA B200" --chunks 4096 8192
 
 Two paths: torch's operations, as a CPU runs them, and the kernels of a GPU in Triton's interpreter. head_bytes.py counts both, each in
 a process of its own. Goals: the kernels' passes over logits move at most 16 bytes a logit with a teacher, and 8 without.
 
 The second table is an estimate and no measurement. Each product takes the longer of its arithmetic and its traffic; the passes over
-logits take their counted bytes. --tflops and --gb-per-s are rates that are reached, not peaks. A product reads the weight once a
-chunk; the weight's gradient, float32, is read and written once a chunk, zeroed once a microbatch, and added to main_grad once.
+logits take their counted bytes. The rates are the part of a data sheet's peaks that megatron_salt/cards.py counts on, or those of
+--tflops and --gb-per-s. A product reads the weight once a chunk; the weight's gradient, float32, is read and written once a chunk, zeroed
+once a microbatch, and added to main_grad once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import result
+from megatron_salt.cards import CARDS, Rates, reached
+from megatron_salt.model.loss_chunk import CPU_MIB, gpu_tokens, tokens_within
 
 PATHS = {"torch": "0", "kernels": "1"}
 """The value of TRITON_INTERPRET with which a CPU counts each."""
@@ -48,16 +51,6 @@ class HeadShape:
     hidden_size: int
     teacher_hidden_size: int
     microbatch_tokens: int
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a GPU reaches, not its peaks."""
-
-    flops: float
-    """FLOPs a second of a product in the model's dtype with float32 sums."""
-    memory: float
-    """Bytes a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,34 +98,36 @@ def head_times(shape: HeadShape, chunk_tokens: int, logit: LogitBytes, rates: Ra
     def product(width: int, weight_bytes: float, logit_bytes: float) -> float:
         """A product with a weight [rows, width], of which each chunk moves `weight_bytes` a number."""
         moved = weight_bytes * rows * width / chunk + logit_bytes * rows
-        return 1e6 * max(2 * rows * width / rates.flops, moved / rates.memory)
+        return 1e6 * rates.product(2 * rows * width, moved)
 
     return HeadTimes(
         forward=product(hidden, 2, logit.student),
         hidden_gradient=product(hidden, 2, logit.student),
         weight_gradient=product(hidden, 8, logit.student),
         teacher=product(shape.teacher_hidden_size, 2, logit.teacher) if logit.teacher else 0.0,
-        passes=1e6 * logit.passes * rows / rates.memory,
-        main_grad=1e6 * (4 + 4 + 8) * rows * hidden / shape.microbatch_tokens / rates.memory,
+        passes=1e6 * logit.passes * rows / rates.bytes,
+        main_grad=1e6 * (4 + 4 + 8) * rows * hidden / shape.microbatch_tokens / rates.bytes,
     )
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--operations", action="store_true", help="print the bytes of each operation")
-    asked.add_argument(
-        "--tflops", type=float, default=700.0, help="10^12 FLOP/s that products reach; default: 700, an H100's share"
-    )
-    asked.add_argument(
-        "--gb-per-s", type=float, default=3000.0, help="10^9 bytes/s that are reached; default: 3000, an H100's share"
-    )
-    asked.add_argument("--chunks", nargs="+", type=int, default=[256, 4096], help="tokens of a chunk")
+    asked.add_argument("--card", choices=CARDS, default="NVIDIA H100 80GB HBM3", metavar="NAME", help="default: %(default)s")
+    asked.add_argument("--tflops", type=float, help="10^12 FLOP/s that products reach, instead of the card's")
+    asked.add_argument("--gb-per-s", type=float, help="10^9 bytes/s that are reached, instead of the card's")
+    asked.add_argument("--chunks", nargs="+", type=int, help="tokens of a chunk; default: those of a CPU and of a GPU")
     flags = asked.parse_args()
-    if min(flags.tflops, flags.gb_per_s, *flags.chunks) <= 0:
-        asked.error(f"--tflops {flags.tflops:g}, --gb-per-s {flags.gb_per_s:g} and --chunks {flags.chunks} must be above 0")
+    card = reached(CARDS[flags.card].bf16_tflops, CARDS[flags.card].gb_per_s)
+    rates = Rates(
+        card.flops if flags.tflops is None else flags.tflops * 1e12,
+        card.bytes if flags.gb_per_s is None else flags.gb_per_s * 1e9,
+    )
+    if min(rates.flops, rates.bytes, *flags.chunks or [1]) <= 0:
+        asked.error(f"--tflops {flags.tflops}, --gb-per-s {flags.gb_per_s} and --chunks {flags.chunks} must be above 0")
     counts = {path: counted(path) for path in PATHS}
     print_counts(counts, flags.operations)
-    print_times(counts, flags.chunks, Rates(flags.tflops * 1e12, flags.gb_per_s * 1e9))
+    print_times(counts, flags.chunks, rates)
     print_results(counts["kernels"])
 
 
@@ -167,19 +162,20 @@ def logit_bytes(counts: Counts, form: str) -> LogitBytes:
     )  # fmt: skip
 
 
-def print_times(counts: Mapping[str, Counts], chunks: list[int], rates: Rates) -> None:
+def print_times(counts: Mapping[str, Counts], chunks: list[int] | None, rates: Rates) -> None:
     """A table of estimates: a row for each shape, chunk, path and form."""
     names = [part.name.replace("_", " ") for part in fields(HeadTimes)]
-    print(f"\nESTIMATE, not measured: us a token at {rates.flops / 1e12:g} TFLOP/s and {rates.memory / 1e9:g} GB/s\n"
+    print(f"\nESTIMATE, not measured: us a token at {rates.flops / 1e12:g} TFLOP/s and {rates.bytes / 1e9:g} GB/s\n"
           f"{'':30}{'chunk':>6}  " + "".join(f"{name:>17}" for name in names) + f"{'total':>8}")  # fmt: skip
     for shape in SHAPES:
         print(shape.name)
-        for chunk in chunks:
+        for chunk in chunks or [tokens_within(CPU_MIB, shape.rows * (2 + 4)), gpu_tokens(2)]:
             for path, of_path in counts.items():
                 for form in ("kd, T 0.25", "plain"):
                     times = head_times(shape, chunk, logit_bytes(of_path, form), rates)
                     cells = "".join(f"{getattr(times, part.name):17.2f}" for part in fields(HeadTimes))
-                    print(f"    {path + ', ' + form:26}{chunk:6}  {cells}{times.total:8.2f}")
+                    tokens = min(chunk, shape.microbatch_tokens)
+                    print(f"    {path + ', ' + form:26}{tokens:6}  {cells}{times.total:8.2f}")
 
 
 def print_results(counts: Counts) -> None:

@@ -50,6 +50,7 @@ from benchmarks.head_rivals import (
     run,
 )
 from benchmarks.results import result
+from megatron_salt.model.loss_chunk import LEAST_GPU_TOKENS, gpu_tokens
 from megatron_salt.parallel.launch import distributed, seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.add_argument("--threads", nargs="+", type=int, help="of a CPU; default: 1")
     asked.add_argument("--forms", nargs="+", choices=OURS, default=list(OURS), help="ours with a teacher, and without")
     asked.add_argument("--rivals", nargs="+", choices=GPU_RIVALS["kd"] + GPU_RIVALS["alone"], help="on a GPU; default: all")
-    asked.add_argument("--chunks", nargs="+", type=int, default=[1024, 2048, 4096], help="on a GPU: tokens of a chunk of ours")
+    asked.add_argument("--chunks", nargs="+", type=int, help="of ours, on a GPU, in tokens; default: 2048 and a run's own")
     asked.add_argument("--hidden-size", type=int, help="default: 512; on a GPU 2048")
     asked.add_argument("--teacher-hidden-size", type=int, help="default: 384; on a GPU 1024")
     asked.add_argument("--tokens", type=int, help="default: 1024; on a GPU 8192")
@@ -100,8 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with distributed(timedelta(minutes=5)):
             seed_everything(1, make_student_mesh(Layout()))
             for setting in settings:
+                chunks = flags.chunks or [LEAST_GPU_TOKENS, gpu_tokens(DTYPES[setting.dtype].itemsize)]
                 for ours in flags.forms:
-                    compare_on_gpu(setting, ours, flags.chunks, flags.rivals or GPU_RIVALS[ours], flags.pairs or 10)
+                    compare_on_gpu(setting, ours, chunks, flags.rivals or GPU_RIVALS[ours], flags.pairs or 10)
         return
     for setting in settings:
         for threads in flags.threads or ([1, 2] if flags.full else [1]):

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.head_bytes import FORMS, ByteCounter, bytes_a_logit
+from benchmarks.head_bytes import DTYPE, FORMS, ByteCounter, bytes_a_logit
 from benchmarks.head_roofline import GOALS, print_results
 from megatron_salt.model.kernels import INTERPRETED, passes, triton_passes
 from megatron_salt.parallel.launch import distributed
+from megatron_salt.salt.head_cost import HeadShape, pass_bytes
 
 assert INTERPRETED, "run by tests/benchmarks/test_head_roofline.py, with TRITON_INTERPRET=1"
 
@@ -62,6 +63,10 @@ def test_each_logit_is_read_twice_and_written_once(vocabularies: tuple[int, int]
     }
     moved = {form: sum(count["passes"].values()) for form, count in counts.items()}
     assert moved == pytest.approx(expected, rel=0.01)  # a block of a row reads a few numbers of its row as well
+    cost = HeadShape(
+        rows=1, hidden=1, teacher_hidden=1, tokens=1, chunk_tokens=1, itemsize=DTYPE.itemsize, kernels=True, tempered=True
+    )  # fmt: skip
+    assert expected["plain"] == pass_bytes(cost, taught=False) and expected["kd, T 1"] == pass_bytes(cost, taught=True)
     assert all(moved[form] <= goal for form, goal in GOALS.items())
     assert set(counts["plain"]["passes"]) == {"row_sums_kernel", "into_gradient_kernel"}
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.head_bytes import ByteCounter
-from benchmarks.head_roofline import SHAPES, LogitBytes, Rates, head_times
+from benchmarks.head_bytes import FORMS, ByteCounter, bytes_a_logit
+from benchmarks.head_roofline import SHAPES, LogitBytes, head_times
+from megatron_salt.cards import Rates
+from megatron_salt.salt import head_cost
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-H100 = Rates(flops=700e12, memory=3.0e12)
+H100 = Rates(flops=700e12, bytes=3.0e12)
 
 
 @pytest.mark.long
@@ -31,6 +34,41 @@ def test_the_counts_of_the_kernels_hold_and_a_pass_more_misses_the_goal() -> Non
 ROW, WIDE, OTHER = torch.ones(6), torch.ones(4, 6), torch.ones(4, 6)  # 24, 96 and 96 bytes
 HALF = torch.ones(4, 6, dtype=torch.bfloat16)
 COLUMNS = torch.zeros(4, 1, dtype=torch.int64)
+
+
+def counted_by_torch() -> dict[str, float]:
+    """Bytes a logit of the passes over logits, on a rank."""
+    return {form: sum(bytes_a_logit(form)["passes"].values()) for form in FORMS if form != "scoring"}
+
+
+def cost_shape(shape: int, chunk: int, kernels: bool, tempered: bool) -> head_cost.HeadShape:
+    """One of SHAPES in the words of the predicted cost."""
+    one = SHAPES[shape]
+    return head_cost.HeadShape(
+        rows=one.rows, hidden=one.hidden_size, teacher_hidden=one.teacher_hidden_size, tokens=one.microbatch_tokens,
+        chunk_tokens=chunk, itemsize=2, kernels=kernels, tempered=tempered,
+    )  # fmt: skip
+
+
+def test_the_predicted_cost_of_stage_1_has_the_bytes_that_are_counted() -> None:
+    """Of torch's operations; `interpreted_counts.py` has the kernels."""
+    plain, tempered = (cost_shape(0, 512, False, tempered) for tempered in (False, True))
+    predicted = {
+        "kd, T 1": head_cost.pass_bytes(plain, taught=True),
+        "kd, T 0.25": head_cost.pass_bytes(tempered, taught=True),
+        "plain": head_cost.pass_bytes(plain, taught=False),
+    }
+    assert run_ranks(1, counted_by_torch) == [predicted]
+
+
+@pytest.mark.parametrize("shape, chunk, kernels", [(0, 512, False), (2, 256, False), (2, 5120, True), (1, 4096, True)])
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_predicted_time_of_the_head_is_the_estimate(shape: int, chunk: int, kernels: bool, taught: bool) -> None:
+    """But for hidden states, which the estimate leaves out."""
+    cost = cost_shape(shape, chunk, kernels, tempered=True)
+    logit = LogitBytes(passes=head_cost.pass_bytes(cost, taught), student=2, teacher=4 if taught else 0)
+    estimate = head_times(SHAPES[shape], chunk, logit, H100).total * 1e-6 * cost.tokens
+    assert estimate == pytest.approx(head_cost.head_seconds(cost, H100, H100 if taught else None), rel=0.02)
 
 
 @pytest.mark.parametrize(
