@@ -1,8 +1,9 @@
 """The rates of this process's device, for the predicted cost of stage 1: from the table of GPUs, from flags, or measured on a CPU.
 
-A CPU's rates depend on the width of a product and on caches, so they are measured at the sizes of the run: one product of the layers
-and one of the head for each model, and the passes over the head's logits. Each counts by its fastest call. That takes at most half a
-second, on every rank at the same time, as they train. Nothing is exchanged, and the run's random numbers stay as they are.
+A CPU's rates depend on the width of a product and on caches, so they are measured at the sizes of the run: a product of the layers
+and one of the head for each model, the student's with those of their backward passes, and the passes over the head's logits. Each counts
+by its fastest call. That takes at most half a second, on every rank at the same time, as they train. Nothing is exchanged, and the run's
+random numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, reached
 from megatron_salt.config import LoggingConfig, flag
@@ -21,7 +23,7 @@ from megatron_salt.parallel.device import current_device
 from megatron_salt.salt.cost import BY_FLOPS, ModelRates
 from megatron_salt.salt.head_cost import HeadShape, pass_bytes
 
-_SECONDS, _FEWEST, _MOST = 0.05, 3, 10
+_SECONDS, _FEWEST, _MOST = 0.05, 2, 10
 """Of each measurement: its time, and calls whatever they take and at most."""
 _LOGITS, _TOKENS, _HIDDEN, _WIDTH = 1 << 20, 256, 1024, 2048
 """Largest sizes that are measured. Products beyond them are no faster."""
@@ -96,10 +98,9 @@ def measure(student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelR
     """Measure this CPU. Nothing random is drawn."""
     dtype = torch.bfloat16 if head.itemsize == 2 else torch.float32
     moved = _pass_rate(head, dtype)
-    layers, teacher_layers = (
-        _product_rate(head.tokens, shape.hidden, shape.width, dtype, dtype) for shape in (student, teacher)
-    )
-    of_head = _product_rate(head.tokens, head.hidden, head.rows, dtype, dtype)
+    layers = _training_rate(head.tokens, student.hidden, student.width, dtype)
+    of_head = _training_rate(head.tokens, head.hidden, head.rows, dtype)
+    teacher_layers = _product_rate(head.tokens, teacher.hidden, teacher.width, dtype, dtype)
     of_teacher = _product_rate(head.tokens, head.teacher_hidden, head.rows, dtype, torch.float32)
     return ModelRates(
         layers=Rates(layers, moved), head=Rates(of_head, moved), teacher_layers=Rates(teacher_layers, moved),
@@ -111,10 +112,32 @@ def measure(student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelR
 
 def _product_rate(tokens: int, hidden: int, width: int, dtype: torch.dtype, result: torch.dtype) -> float:
     """FLOP/s of a product of these sizes, or of the largest that are measured, in a CPU's form of it. result: dtype of its result."""
-    tokens, hidden, width = min(tokens, _TOKENS), min(hidden, _HIDDEN), min(width, _WIDTH)
-    left, right = torch.full((tokens, hidden), 0.5, dtype=dtype), torch.full((width, hidden), 0.5, dtype=dtype)
-    out = torch.empty((tokens, width), dtype=result)
-    return 2.0 * tokens * hidden * width / _fastest(lambda: matrix_products.logits(left, right, out))
+    left, right = _operands(tokens, hidden, width, dtype)
+    out = torch.empty((left.size(0), right.size(0)), dtype=result)
+    return 2.0 * left.numel() * right.size(0) / _fastest(lambda: matrix_products.logits(left, right, out))
+
+
+def _training_rate(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> float:
+    """FLOP/s of such a product and the two of its backward pass, whose operands lie otherwise; a CPU may be slower at them."""
+    left, right = _operands(tokens, hidden, width, dtype)
+    out = torch.zeros((left.size(0), right.size(0)), dtype=dtype)
+    d_left, d_right = torch.empty_like(left), torch.zeros(right.shape)
+
+    def work() -> None:
+        matrix_products.logits(left, right, out)
+        matrix_products.hidden_gradient(out, right, d_left)
+        if dtype == torch.float32:
+            d_right.addmm_(out.t(), left)
+        else:
+            matrix_products.add_weight_gradient(d_right, out, left)
+
+    return 3 * 2.0 * left.numel() * right.size(0) / _fastest(work)
+
+
+def _operands(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[tokens, hidden] and [width, hidden], at most as large as is measured."""
+    sizes = (min(tokens, _TOKENS), min(hidden, _HIDDEN)), (min(width, _WIDTH), min(hidden, _HIDDEN))
+    return torch.full(sizes[0], 0.5, dtype=dtype), torch.full(sizes[1], 0.5, dtype=dtype)
 
 
 def _pass_rate(head: HeadShape, dtype: torch.dtype) -> float:
