@@ -57,7 +57,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run docs lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -118,9 +118,15 @@ run-test-gpu: $(TE_VENV)/.installed
 gpu-wheels:  ## For gpu-first-run on a machine without a network: downloads wheels into .whl (30 MB); BARE=1: all but PyTorch
 	BARE=$(BARE) PYTHON=$(or $(INTERPRETER),python3) bash tests/gpu/collect_wheels.sh .whl
 
-gpu-first-run:  ## The first thing to run where a GPU is: is everything right, and how fast; 8 minutes, results in OUT=runs/first-run
-	test ! -d .whl || $(GPU_PYTHON) -m pip install -qq --no-index --no-deps --upgrade --target .site .whl/*.whl
+gpu-first-run: .site  ## The first thing to run where a GPU is: is everything right, and how fast; 8 minutes, results in OUT=runs/first-run
 	PYTHONPATH=.site$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/gpu/first_run.py $(OUT)
+
+gpu-first-run-te: .site  ## The same for Transformer Engine and FP8, where it is installed; results in OUT-te
+	PYTHONPATH=.site$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/gpu/first_run_te.py $(OUT)-te
+
+.site: $(wildcard .whl/*.whl)
+	test -z "$^" || $(GPU_PYTHON) -m pip install -qq --no-index --no-deps --upgrade --target $@ $^
+	mkdir -p $@ && touch $@
 
 docs: $(DOCS_VENV)/.installed  ## These pages and the Python API as a site in site/; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet

@@ -44,7 +44,8 @@ NOT_OURS = {
         "--standalone",
         "--no-python",
     ),  # torchrun
-    *("--no-deps", "--no-build-isolation"),  # pip
+    *("--no-deps", "--no-build-isolation", "--only-binary", "--dest", "--wheel-dir"),  # pip
+    "--keep",  # tests/gpu/trim_fatbin.py
     *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
     *("--nv", "--bind"),  # apptainer
     *("--check", "--interleave"),  # ruff, numactl

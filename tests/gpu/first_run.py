@@ -12,6 +12,7 @@ and table.md. The exit status is 0 where no stage failed. Stages are in the orde
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import shutil
@@ -21,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from tests.gpu.stages.runner import Stage
@@ -33,10 +34,14 @@ NEEDED = (
 )  # fmt: skip
 
 
-def main() -> int:
+def main(stages: str = "tests.gpu.stages.first") -> int:
+    """Run what the command line asks for. stages: a module with STAGES. Returns the exit status."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("out", nargs="?", type=Path, help="a new folder for the results")
-    asked.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    asked.add_argument(
+        "--device", choices=("cuda", "cpu", "virtual"), default="cuda",
+        help="virtual: the GPU's branches of the program on a CPU, see tests/support/virtual_cuda; with --tiny",
+    )  # fmt: skip
     asked.add_argument("--tiny", action="store_true", help="small shapes")
     asked.add_argument("--seconds", type=float, help=f"time for all stages; default: {SECONDS:.0f} on a GPU, an hour on a CPU")
     asked.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="only these")
@@ -45,7 +50,7 @@ def main() -> int:
     asked.add_argument("--after", help=argparse.SUPPRESS)  # a process that goes on after this stage
     asked.add_argument("--until", type=float, help=argparse.SUPPRESS)  # time.time()
     flags = asked.parse_args()
-    if flags.record or flags.device == "cpu":
+    if flags.record or flags.device != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     sys.path.insert(0, str(ROOT))
@@ -54,9 +59,23 @@ def main() -> int:
         return record()
     if (problem := whats_missing(flags)) is not None:
         return refuse(problem)
-    from tests.gpu.stages.first import STAGES
+    if flags.device == "virtual":
+        return virtually(flags, stages)
+    return carry_out(flags, importlib.import_module(stages).STAGES)
 
-    return carry_out(flags, STAGES)
+
+def virtually(flags: argparse.Namespace, stages: str) -> int:
+    """Run under virtual CUDA. A fault that a GPU would not forgive is a failure."""
+    from tests.support.virtual_cuda import install
+
+    recorder = install()
+    from tests.support.virtual_cuda.steps import shorten_measurements
+
+    shorten_measurements()
+    status = carry_out(flags, importlib.import_module(stages).STAGES)
+    report = recorder.take()
+    print(report.text(), file=sys.stderr)
+    return status or int(bool(report.faults))
 
 
 def quieten() -> None:
@@ -103,7 +122,7 @@ def carry_out(flags: argparse.Namespace, stages: Sequence[Stage]) -> int:
         return refuse(f"--stages: no stage is called {', '.join(sorted(unknown))}; --list names them")
     import torch
 
-    if flags.device == "cpu":
+    if flags.device != "cuda":
         torch.set_num_threads(1)  # so that sums keep their order
     flags.out.mkdir(parents=True, exist_ok=True)
     chosen = [stage for stage in stages if not flags.stages or stage.name in flags.stages]
@@ -113,7 +132,8 @@ def carry_out(flags: argparse.Namespace, stages: Sequence[Stage]) -> int:
     deadline = time.time() + seconds if flags.until is None else flags.until
     scratch = Path(tempfile.mkdtemp(prefix="first-run-"))
     timed = flags.device == "cuda" and torch.backends.cuda.is_built()
-    setting = Setting(device=flags.device, tiny=flags.tiny, scratch=scratch, timed=timed)
+    device: Literal["cuda", "cpu"] = "cpu" if flags.device == "cpu" else "cuda"
+    setting = Setting(device=device, tiny=flags.tiny, scratch=scratch, timed=timed)
     try:
         Runner(setting, flags.out, deadline, restarter(flags, deadline, scratch)).run(chosen, cleaner(timed))
         good = write_table(flags.out)

@@ -12,7 +12,7 @@ STAGES = [
     Stage("a teacher as on a CPU", 30, small_model.teaching_stage),
     Stage("programs as on a CPU", 60, small_model.programs),
     Stage("0.8B with a teacher of 0.4B", 120, pair.both_stages),
-    Stage("time of the head", 45, head.times),
+    Stage("time of the head", 75, head.times),
     Stage("kill -9 in a write", 90, kill.killed_and_resumed),
     Stage("resuming", 30, small_model.resuming),
     Stage("a freed teacher's memory", 20, small_model.freeing),

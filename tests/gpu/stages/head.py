@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.head_on_gpu import GPU_RIVALS, why_not
+from benchmarks.head_rivals import Problem as RivalProblem
+from benchmarks.head_rivals import Setting as RivalSetting
+from benchmarks.head_rivals import clear, make_problem, make_step
 from megatron_salt.model.loss import KD_METRICS, SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
@@ -188,7 +193,34 @@ def times(setting: Setting, report: Report) -> None:
             for form, teacher in (("with a teacher", problem.teacher), ("plain", None)):
                 seconds = seconds_of(training_step(problem, teacher, chunk))
                 rows.append(row_of(f"chunks of {chunk}", form, shape, seconds, teacher is not None))
+        del problem
+        rows += rivals(shape, {"kd": ("chunks",), "alone": ("plain", "liger")} if setting.tiny else GPU_RIVALS)
     report.note(shape=str(shape), goal="at least 600 TFLOP/s", times=rows)
+
+
+def rivals(shape: Shape, names: Mapping[str, Sequence[str]]) -> list[dict[str, float | str]]:
+    """Rows of the rivals of benchmarks/kd_loss.py, or why one is not here. names: of those with a teacher ("kd"), and without."""
+    sizes = RivalSetting(
+        vocabulary_size=shape.vocabulary_size, dtype="bf16", tokens=shape.tokens, temperature=0.25, hidden_size=shape.hidden,
+        teacher_hidden_size=shape.teacher_hidden, chunk_tokens=shape.tokens, device=current_device().type,
+    )  # fmt: skip
+    problem, rows = make_problem(sizes), []
+    for form, with_teacher in (("kd", True), ("alone", False)):
+        for name in names[form]:
+            words = "with a teacher" if with_teacher else "plain"
+            try:
+                step = partial(forward_and_backward, problem, make_step(name, problem, shape.tokens))
+                rows.append(row_of(name, words, shape, seconds_of(step), with_teacher))
+            except Exception as error:  # whatever a rival does, the others are measured
+                rows.append({"head": name, "form": words, "not here": why_not(error)})
+            clear(problem)
+    return rows
+
+
+def forward_and_backward(problem: RivalProblem, step: Callable[[], Tensor]) -> None:
+    """One step of a rival from no gradients."""
+    clear(problem)
+    step().backward()
 
 
 def row_of(name: str, form: str, shape: Shape, seconds: float, with_teacher: bool) -> dict[str, float | str]:

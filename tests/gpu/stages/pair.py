@@ -13,13 +13,14 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.precision_steps import FAMILY, LARGE, TINY, Sizes, write_data
 from megatron_salt.checkpoint.checkpointer import Checkpointer
@@ -33,6 +34,10 @@ HALF = replace(LARGE, student=LARGE.student.replace("--num-layers 16", "--num-la
 """For comparisons of two vocabularies or two chunk sizes."""
 SYNC_STEP, PROFILED = 5, range(10, 12)
 """Steps of stage 1 in which waits for the device are counted, and kernels are profiled."""
+SYNC_WARNING = "called a synchronizing CUDA operation"
+"""What torch says; c10/cuda/CUDAFunctions.cpp."""
+PREDICTION = re.compile(r"a step of stage 1 takes (?:at least )?([\d.]+) x")
+"""What start-up says of the cost of stage 1: salt/cost.py."""
 TOP = 15
 """Kernels in the table of a profile."""
 
@@ -46,7 +51,7 @@ class StepProbe:
     def __init__(self, sync_step: int = SYNC_STEP, profiled: range = PROFILED, timed: bool = False) -> None:
         self._sync_step, self._profiled, self._timed = sync_step, profiled, timed
         self._open = contextlib.ExitStack()
-        self._marks: list[tuple[Any, Any]] = []
+        self._marks: dict[int, list[tuple[Any, Any]]] = {}
         self._step = 0
         self.waits: Counter[str] = Counter()
         self.kernels: list[dict[str, Any]] = []
@@ -54,7 +59,7 @@ class StepProbe:
 
     def before_step(self, step: int) -> None:
         """End what belonged to the step before, and begin what belongs to this one."""
-        self._finish()
+        self._open.close()
         self._step = step
         if step == self._sync_step and self._timed:
             self._open.enter_context(self._counted_waits())
@@ -66,21 +71,16 @@ class StepProbe:
             self._profile = profile
         elif step == self._profiled.stop:
             self._profile.stop()
-            self.kernels = top_kernels(self._profile, self._timed)
+            self.kernels = top_kernels(self._profile.key_averages(), self._timed)
 
     def stop(self, next_step: int) -> None:
-        """After the last step."""
-        self._finish()
-
-    def _finish(self) -> None:
+        """After the last step: read the marks. Until then nothing waits for the device."""
         self._open.close()
-        if self._marks:
-            if self._timed:
-                torch.cuda.synchronize()
-            self.head_seconds[self._step] = sum(
-                start.elapsed_time(end) / 1e3 if self._timed else end - start for start, end in self._marks
-            )
-            self._marks.clear()
+        if self._timed:
+            torch.cuda.synchronize()
+        for step, marks in self._marks.items():
+            seconds = (start.elapsed_time(end) / 1e3 if self._timed else end - start for start, end in marks)
+            self.head_seconds[step] = sum(seconds)
 
     @contextlib.contextmanager
     def _counted_waits(self) -> Iterator[None]:
@@ -91,13 +91,13 @@ class StepProbe:
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        self.waits.update(f"{place_of(one.filename)}:{one.lineno}" for one in caught if "synchroniz" in str(one.message))
+        self.waits.update(f"{place_of(one.filename)}:{one.lineno}" for one in caught if SYNC_WARNING in str(one.message))
 
     def head(self, *arguments: Any) -> Any:
         """The head's function, with a mark before and after."""
         start = self._mark()
         found = fused_linear_cross_entropy(*arguments)
-        self._marks.append((start, self._mark()))
+        self._marks.setdefault(self._step, []).append((start, self._mark()))
         return found
 
     def _mark(self) -> Any:
@@ -113,15 +113,19 @@ def place_of(file: str) -> str:
     return re.sub(r"^.*/(?=(megatron_salt|megatron/core|torch|tests)/)", "", file)
 
 
-def top_kernels(profile: torch.profiler.profile, timed: bool) -> list[dict[str, Any]]:
-    """The kernels (on a CPU: the operations) that took most of the profiled time."""
-    rows = profile.key_averages()
+def top_kernels(rows: Iterable[Any], timed: bool) -> list[dict[str, Any]]:
+    """The kernels (on a CPU: the operations) that took most of the profiled time. rows: of `key_averages`.
+
+    An operation's row repeats the time of the kernels that it launched, so only rows of the device itself count.
+    """
+    if timed:
+        rows = (row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation)
     name = "self_device_time_total" if timed else "self_cpu_time_total"
-    rows = sorted((row for row in rows if getattr(row, name) > 0), key=lambda row: -getattr(row, name))
-    total = sum(getattr(row, name) for row in rows) or 1.0
+    timed_rows = sorted((row for row in rows if getattr(row, name) > 0), key=lambda row: -getattr(row, name))
+    total = sum(getattr(row, name) for row in timed_rows) or 1.0
     return [
         {"kernel": row.key[:100], "calls": row.count, "ms": getattr(row, name) / 1e3, "share": getattr(row, name) / total}
-        for row in rows[:TOP]
+        for row in timed_rows[:TOP]
     ]
 
 
@@ -199,7 +203,7 @@ def peak_tflops() -> float | None:
     """Dense peak of this GPU in bfloat16; None for a CPU, and for a GPU that the table of cards does not have."""
     if current_device().type != "cuda":
         return None
-    from megatron_salt.parallel.cards import card_named
+    from megatron_salt.cards import card_named
 
     card = card_named(torch.cuda.get_device_name())
     return None if card is None else card.bf16_tflops
@@ -217,10 +221,11 @@ def both_stages(setting: Setting, report: Report) -> None:
     ran = run(setting.scratch, "both", words, sizes, setting, StepProbe(timed=setting.timed))
     rows = [{"stage": 1} | speed(ran, range(warm, stage1 + 1)), {"stage": 2} | speed(ran, range(stage1 + warm, 2 * stage1 + 1))]
     ratio = rows[0]["seconds a step"] / rows[1]["seconds a step"]
-    predicted = [line for line in ran.log if "a step of stage 1 takes" in line]
+    predicted = [float(found[1]) for line in ran.log if (found := PREDICTION.search(line))]
     [switch] = [event for event in ran.events if event.get("stage") == 2]
     report.note(
-        speed=rows, stage_1_over_stage_2=ratio, predicted=predicted, waits_in_a_step=sum(ran.probe.waits.values()),
+        speed=rows, stage_1_over_stage_2=ratio, predicted=predicted, over_prediction=[ratio / one for one in predicted],
+        waits_in_a_step=sum(ran.probe.waits.values()),
         memory_at_the_switch_gib=[switch["memory_gib_before"], switch["memory_gib_after"]],
         phases=[{"step": entry["step"]} | entry["phases"] for entry in (ran.steps[stage1 - 1], ran.steps[-1])],
         waits=[{"place": place, "times": times} for place, times in ran.probe.waits.most_common()], kernels=ran.probe.kernels,
