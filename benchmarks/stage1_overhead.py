@@ -1,13 +1,11 @@
-"""The cost of the teacher: time of a step in stage 1 divided by one in stage 2, and the exchanged bytes, on CPU ranks.
+"""The cost of the teacher: time of a step of stage 1 divided by one of stage 2, as start-up says it and as measured, on CPU ranks.
 
-    python benchmarks/stage1_overhead.py             about four minutes; two cores
-    python benchmarks/stage1_overhead.py --profile   where the additional time of a step goes, on each rank
+    python benchmarks/stage1_overhead.py --steps 40     three models on one core, and one of them in two pipeline stages
 
-The program's own `build` makes student and teacher, from a teacher's checkpoint that the program wrote: on one rank, and on two
-pipeline stages, where each rank has a replica of the teacher. The same run then takes steps of both stages in turns, on the same
-microbatches. The ratio is the median over neighbouring steps, so that load on the machine affects both. It is compared with the
-prediction at start (salt/cost.py), and with one by FLOPs only. Besides wall-clock time it shows the CPU seconds of the busiest rank,
-which the prediction is about.
+The program's own `build` makes student and teacher, from a teacher's checkpoint that the program wrote. The same run then takes steps of
+both stages in turns, on the same microbatches. Each stage counts by the fastest tenth of its steps, so that other work on the machine
+matters little, and by the CPU seconds of the busiest rank. Wall-clock time is shown beside them. The prediction is the one that start-up
+logs (salt/cost.py), measured rates included. The bytes of the exchange are compared with their plan.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,111 +49,100 @@ from megatron_salt.config import (
 )  # fmt: skip
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.metrics.phases import PhaseTimer
-from megatron_salt.model.flops import HeadCost
-from megatron_salt.model.loss_chunk import chunk_tokens
+from megatron_salt.model.precision import TORCH
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import student_layout
-from megatron_salt.parallel.mesh import new_group_of
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.salt import routing
-from megatron_salt.salt.cost import predict
-from megatron_salt.salt.head_cost import measure_head
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import dtype_of
+from megatron_salt.train.build_teacher import predict_cost
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import plan_run
 from megatron_salt.train.start import identify, name_data
 from megatron_salt.train.step import train_step
 
-VOCABULARY, SEQ_LENGTH, MICROBATCHES = 8192, 256, 4
-TEACHER = ModelConfig(
-    num_layers=5, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, swiglu=True, normalization="RMSNorm",
-    position_embedding_type="rope", disable_bias_linear=True, untie_embeddings_and_output_weights=True,
-)  # fmt: skip
-STUDENT = replace(TEACHER, num_layers=7, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=8)
-GOAL, EXCHANGE_GOAL = 1.10, 0.05
+SEQ_LENGTH, MICROBATCHES = 256, 4
+GOAL, EXCHANGE_GOAL = 0.10, 0.05
 EXCHANGE = "c10d::alltoall_base_"
 
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Told:
-    """The measurements of the ranks of one layout."""
+class Shape:
+    """A student, its teacher and their vocabulary. Models are (layers, hidden size, width of the MLP, heads)."""
 
+    vocabulary: int
+    student: tuple[int, int, int, int]
+    teacher: tuple[int, int, int, int]
+
+
+SHAPES = {
+    "small": Shape(4096, (4, 256, 704, 4), (3, 192, 512, 3)),
+    "middle": Shape(8192, (7, 512, 1376, 8), (5, 384, 1024, 6)),
+    "large": Shape(16384, (8, 768, 2048, 12), (5, 512, 1376, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """The measurements of the ranks of one run."""
+
+    predicted: float
+    """A step of stage 1 divided by a step of stage 2, as start-up says it"""
+    by_flops: float
+    """The same by FLOPs alone"""
+    rates: str
+    """What the prediction measured of this CPU"""
     wall: list[list[float]]
-    """[pairs][stage 1, stage 2]: seconds until the last rank was done"""
+    """[steps][stage 1, stage 2]: seconds until the last rank was done"""
     cpu: list[list[float]]
     """The same of the rank that was busiest, in CPU seconds"""
     sent_bytes: int
     """What all ranks handed to the exchange in one step"""
-    head: list[float]
-    """The head's work beside its products in FLOPs a logit, without and with a teacher"""
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--pairs", type=int, default=12, help="steps of each stage, for each layout")
+    asked.add_argument("--steps", type=int, default=20, help="steps of each stage, for each run")
+    asked.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     asked.add_argument("--bf16", action="store_true")
-    asked.add_argument("--profile", action="store_true", help="profile steps of both stages instead of timing them")
+    asked.add_argument("--one-rank", action="store_true", help="leave out the run in two pipeline stages")
     asked.add_argument("--rank-of", metavar="FOLDER", help=argparse.SUPPRESS)
     flags = asked.parse_args()
     if flags.rank_of is not None:
-        be_a_rank(Path(flags.rank_of), flags.pairs, flags.profile)
+        be_a_rank(Path(flags.rank_of), flags.steps)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        teach_for_one_step(folder, flags.bf16)
-        runs = {stages: student_run(folder, stages, flags.bf16) for stages in (1, 2)}
-        told = {stages: ask_ranks(folder, run, stages, flags) for stages, run in runs.items()}
-    if not flags.profile:
-        report(runs, told)
-
-
-def report(runs: dict[int, RunConfig], told: dict[int, Told]) -> None:
-    """Print a table and the figures."""
-    ratios, cpu_ratios, predicted = (
-        {},
-        {},
-        {stages: prediction(run, HeadCost(*told[stages].head)) for stages, run in runs.items()},
-    )
-    by_flops = {stages: prediction(run, HeadCost(0, 0)) for stages, run in runs.items()}
-    print(f"{MICROBATCHES} microbatches of {SEQ_LENGTH} tokens a step; vocabulary {VOCABULARY}; one thread a rank")
     print(
-        f"{'':6}{'stage 2, s':>12}{'stage 1 / 2':>13}{'quartiles':>16}{'CPU':>9}{'predicted':>12}{'by FLOPs':>11}{'pairs':>8}{'busy':>7}"
+        f"{MICROBATCHES} microbatches of {SEQ_LENGTH} tokens a step; one thread a rank; {'bfloat16' if flags.bf16 else 'float32'}"
     )
-    for stages, of in told.items():
-        low, ratios[stages], high = statistics.quantiles([first / second for first, second in of.wall], n=4)
-        cpu_ratios[stages] = statistics.median(first / second for first, second in of.cpu)
-        busy = np.sum(of.cpu) / np.sum(of.wall)
-        seconds = statistics.median(second for _, second in of.wall)
-        print(f"{f'pp {stages}':6}{seconds:>12.2f}{ratios[stages]:>12.3f}x"
-              f"{f'{low:.3f}-{high:.3f}':>16}{cpu_ratios[stages]:>8.3f}x{predicted[stages]:>11.3f}x{by_flops[stages]:>10.3f}x"
-              f"{len(of.wall):>8}{busy:>7.0%}")  # fmt: skip
-    print("CPU: in CPU seconds of the busiest rank. busy: share of a core that this rank got, waiting for the other left out.")
-    for stages, run in runs.items():
-        planned, logits = exchange_bytes(run, stages, TEACHER.hidden_size), exchange_bytes(run, stages, VOCABULARY)
-        print(
-            f"pp {stages}: a step exchanges {told[stages].sent_bytes} bytes, planned {planned}; as logits they would be {logits}"
-        )
-        assert told[stages].sent_bytes == planned, "a step exchanged something else than its plan says"
-    for stages, ratio in ratios.items():
-        result(f"stage1_over_prediction_pp{stages}", ratio / predicted[stages], GOAL, lower_is_better=True)
-        result(f"stage1_over_prediction_pp{stages}_cpu", cpu_ratios[stages] / predicted[stages], GOAL, lower_is_better=True)
-    result(
-        "exchanged_over_logits",
-        told[2].sent_bytes / exchange_bytes(runs[2], 2, VOCABULARY),
-        EXCHANGE_GOAL,
-        lower_is_better=True,
-    )
+    print(f"{'':14}{'said':>8}{'by FLOPs':>10}{'measured':>10}{'/ said':>8}{'wall':>8}{'stage 2, CPU s':>16}{'busy':>7}")
+    for name in flags.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            teach_for_one_step(Path(folder), SHAPES[name], flags.bf16)
+            for stages in (1, 2) if name == "middle" and not flags.one_rank else (1,):
+                report(f"{name}_pp{stages}", SHAPES[name], stages, *ask_ranks(Path(folder), SHAPES[name], stages, flags))
 
 
-def prediction(run: RunConfig, head: HeadCost) -> float:
-    """The prediction at start: a step of stage 1 divided by a step of stage 2."""
-    return predict(
-        run.model, run.parallel, TEACHER, teacher_tensor=1, teacher_pipeline=1, padded_vocabulary_size=VOCABULARY,
-        num_microbatches=MICROBATCHES, merge=1, seq_length=SEQ_LENGTH, head=head,
-    ).ratio  # fmt: skip
+def report(name: str, shape: Shape, stages: int, run: RunConfig, told: Told) -> None:
+    """Print a line of the table and the figures."""
+    wall, cpu = (fastest_tenth(np.array(times)) for times in (told.wall, told.cpu))
+    measured = cpu[0] / cpu[1]
+    busy = np.sum(told.cpu) / np.sum(told.wall)
+    print(f"{name:14}{told.predicted:>7.3f}x{told.by_flops:>9.3f}x{measured:>9.3f}x{measured / told.predicted:>8.3f}"
+          f"{wall[0] / wall[1]:>7.3f}x{cpu[1]:>16.3f}{busy:>7.0%}", flush=True)  # fmt: skip
+    print(f"  {told.rates}")
+    planned, logits = exchange_bytes(run, stages, run_teacher(shape).hidden_size), exchange_bytes(run, stages, shape.vocabulary)
+    assert told.sent_bytes == planned, f"a step exchanged {told.sent_bytes} bytes, its plan says {planned}"
+    result(f"stage1_off_prediction_{name}", abs(measured / told.predicted - 1), GOAL, lower_is_better=True)
+    if stages == 2:
+        result("exchanged_over_logits", told.sent_bytes / logits, EXCHANGE_GOAL, lower_is_better=True)
+
+
+def fastest_tenth(seconds: np.ndarray) -> np.ndarray:
+    """Mean of the fastest tenth of the steps: [steps][stages] -> [stages]."""
+    return np.sort(seconds, axis=0)[: -(-len(seconds) // 10)].mean(axis=0)
 
 
 def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
@@ -171,10 +157,21 @@ def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
 # --- what the ranks run -----------------------------------------------------------------------------------------------
 
 
-def student_run(folder: Path, stages: int, bf16: bool) -> RunConfig:
+def model_of(layers: int, hidden: int, mlp: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layers, hidden_size=hidden, ffn_hidden_size=mlp, num_attention_heads=heads, swiglu=True, normalization="RMSNorm",
+        position_embedding_type="rope", disable_bias_linear=True, untie_embeddings_and_output_weights=True,
+    )  # fmt: skip
+
+
+def run_teacher(shape: Shape) -> ModelConfig:
+    return model_of(*shape.teacher)
+
+
+def student_run(folder: Path, shape: Shape, stages: int, bf16: bool) -> RunConfig:
     """The run whose steps are timed."""
     return replace(
-        base_run(folder, STUDENT, bf16),
+        base_run(folder, model_of(*shape.student), bf16),
         parallel=ParallelConfig(pipeline_model_parallel_size=stages, account_for_loss_in_pipeline_split=stages > 1),
         salt=SaltConfig(teacher_load=str(folder / "teacher"), kd_steps=1),
     )
@@ -192,17 +189,17 @@ def base_run(folder: Path, model: ModelConfig, bf16: bool) -> RunConfig:
     )  # fmt: skip
 
 
-def teach_for_one_step(folder: Path, bf16: bool) -> None:
+def teach_for_one_step(folder: Path, shape: Shape, bf16: bool) -> None:
     """Write data, a tokenizer and a teacher that trained for one step. What it learnt does not matter."""
-    words = {f"w{number}": number for number in range(VOCABULARY)}
+    words = {f"w{number}": number for number in range(shape.vocabulary)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 64 * SEQ_LENGTH + 1)
+    tokens = np.random.default_rng(0).integers(0, shape.vocabulary, 64 * SEQ_LENGTH + 1)
     writer = IndexedWriter(str(folder / "data"), np.dtype(np.uint16))
     writer.append(tokens.astype(np.uint16), np.array([len(tokens)], np.int32))
     writer.finish()
     run = replace(
-        base_run(folder, TEACHER, bf16),
+        base_run(folder, run_teacher(shape), bf16),
         checkpoint=CheckpointConfig(save=str(folder / "teacher")),
         logging=LoggingConfig(tensorboard_dir=str(folder / "tensorboard")),
     )
@@ -210,12 +207,12 @@ def teach_for_one_step(folder: Path, bf16: bool) -> None:
     launch(1, "-m", "megatron_salt.pretrain", "--config", str(folder / "teacher.yaml"))
 
 
-def ask_ranks(folder: Path, run: RunConfig, num_ranks: int, flags: argparse.Namespace) -> Told:
-    """Let ranks take steps of a run and return what they measured."""
+def ask_ranks(folder: Path, shape: Shape, num_ranks: int, flags: argparse.Namespace) -> tuple[RunConfig, Told]:
+    """Let ranks take steps of a run. Returns the run and what they measured."""
+    run = student_run(folder, shape, num_ranks, flags.bf16)
     (folder / "student.yaml").write_text(to_yaml(run))
-    profile = ["--profile"] if flags.profile else []
-    launch(num_ranks, str(Path(__file__).resolve()), "--rank-of", str(folder), "--pairs", str(flags.pairs), *profile)
-    return Told(**json.loads((folder / "told.json").read_text()))
+    launch(num_ranks, str(Path(__file__).resolve()), "--rank-of", str(folder), "--steps", str(flags.steps))
+    return run, Told(**json.loads((folder / "told.json").read_text()))
 
 
 def launch(num_ranks: int, *words: str) -> None:
@@ -227,18 +224,22 @@ def launch(num_ranks: int, *words: str) -> None:
 # --- on each rank -----------------------------------------------------------------------------------------------------
 
 
-def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
+def be_a_rank(folder: Path, steps: int) -> None:
     """Build the run, take its steps, and let rank 0 write the results. Collective over all ranks."""
     torch.set_num_threads(1)
     config = parse(["--config", str(folder / "student.yaml")])
-    inputs, timeout = read_inputs(config), timedelta(minutes=5)
+    inputs, timeout = read_inputs(config), timedelta(minutes=10)
     with distributed(timeout):
         layout = student_layout(config.parallel, dist.get_world_size())
         plan = plan_run(config.training, config.parallel, layout, config.salt)
         identity = identify(config, inputs, name_data(config, plan, inputs))
         run, _ = build(config, plan, layout, inputs, identity, timeout=timeout)
-        assert run.stage1 is not None
+        assert run.stage1 is not None and inputs.teacher is not None
         teacher, student, microbatches = run.stage1.teacher, run.student, run.train.fetch(0)
+
+        def said(config: RunConfig) -> tuple[float, str]:
+            found = predict_cost(config, plan, inputs.teacher.model, inputs.tokenizer.vocabulary_size, TORCH)
+            return found.ratio, found.rates.source
 
         def stage1() -> None:
             train_step(student, microbatches, PhaseTimer(), teacher, config.salt.kd_weight)
@@ -248,32 +249,20 @@ def be_a_rank(folder: Path, pairs: int, profile: bool) -> None:
 
         for step in (stage1, stage2):  # warm-up
             step()
-        if profile:
-            told = Told([], [], 0, [])
-            compare_profiles(stage1, stage2)
-        else:
-            wall, cpu = take_turns(stage1, stage2, pairs)
-            sent = sum_over_ranks(exchanged_bytes(stage1, dtype_of(config.training).itemsize))
-            told = Told(wall, cpu, sent, measured_head(config))
+        no_memory = replace(config, logging=LoggingConfig(device_peak_tflops=1.0, device_peak_gb_per_s=1e15))
+        (predicted, rates), (by_flops, _) = said(config), said(no_memory)
+        wall, cpu = take_turns(stage1, stage2, steps)
+        sent = sum_over_ranks(exchanged_bytes(stage1, dtype_of(config.training).itemsize))
         if dist.get_rank() == 0:
-            (folder / "told.json").write_text(json.dumps(asdict(told)))
+            (folder / "told.json").write_text(json.dumps(asdict(Told(predicted, by_flops, rates, wall, cpu, sent))))
 
 
-def measured_head(config: RunConfig) -> list[float]:
-    """The cost of the head, measured as at start. Collective over all ranks."""
-    dtype, training = dtype_of(config.training), config.training
-    alone = new_group_of([[rank] for rank in range(dist.get_world_size())], timedelta(minutes=5), "alone")
-    chunk = chunk_tokens(training, VOCABULARY, "cpu")
-    cost = measure_head(dtype, VOCABULARY, config.model.hidden_size, chunk, alone)
-    return [cost.plain, cost.distilled]
-
-
-def take_turns(stage1: Step, stage2: Step, pairs: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds of `pairs` steps of both stages, wall clock and CPU, each [pairs][stage 1, stage 2], of the slowest rank."""
-    wall, cpu = np.zeros((pairs, 2)), np.zeros((pairs, 2))
-    for pair in range(pairs):
-        for stage in ((0, 1), (1, 0))[pair % 2]:
-            wall[pair, stage], cpu[pair, stage] = timed((stage1, stage2)[stage])
+def take_turns(stage1: Step, stage2: Step, steps: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Seconds of `steps` steps of both stages, wall clock and CPU, each [steps][stage 1, stage 2], of the slowest rank."""
+    wall, cpu = np.zeros((steps, 2)), np.zeros((steps, 2))
+    for number in range(steps):
+        for stage in ((0, 1), (1, 0))[number % 2]:
+            wall[number, stage], cpu[number, stage] = timed((stage1, stage2)[stage])
     times = torch.tensor(np.stack([wall, cpu]))
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return times[0].tolist(), times[1].tolist()
@@ -300,27 +289,6 @@ def sum_over_ranks(count: int) -> int:
     total = torch.tensor(count)
     dist.all_reduce(total)
     return int(total)
-
-
-def compare_profiles(stage1: Step, stage2: Step, num_operators: int = 20) -> None:
-    """Milliseconds that stage 1 adds to a step, for each operator, rank by rank."""
-    with_teacher, without = profiled(stage1), profiled(stage2)
-    names = sorted(with_teacher | without, key=lambda name: without.get(name, 0.0) - with_teacher.get(name, 0.0))
-    for rank in range(dist.get_world_size()):
-        dist.barrier()
-        if rank == dist.get_rank():
-            print(f"\nrank {rank}, ms inside an operator{'stage 1':>30}{'stage 2':>10}{'more':>10}")
-            for name in names[:num_operators]:
-                first, second = with_teacher.get(name, 0.0), without.get(name, 0.0)
-                print(f"{name[:50]:50}{first:>10.1f}{second:>10.1f}{first - second:>10.1f}", flush=True)
-
-
-def profiled(step: Step, steps: int = 3) -> dict[str, float]:
-    """Milliseconds of a step for each operator, without the operators that it calls."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(steps):
-            step()
-    return {event.key: event.self_cpu_time_total / 1e3 / steps for event in profile.key_averages()}
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ requeue() { # ask Slurm to start this job again; after preemption or `scontrol r
         *JobState=RUNNING* | *Reason=TimeLimit*) # the limit came before the save was done: that save is lost, the next start is not
             scontrol requeue "$id" || stop "Slurm does not requeue this job: submit it again, it goes on where it was" ;;
     esac
-    [ -z "$unfit" ] || exclude "$id" "$unfit"
+    [[ -z $unfit || $state == *CANCELLED* ]] || exclude "$id" "$unfit"
     exit 0
 }
 
@@ -216,8 +216,11 @@ exclude() { # exclude JOB HOST: Slurm takes this for a job that waits, as one do
     local before
     before=$(scontrol show job --oneliner "$1" | grep -oE 'ExcNodeList=[^ ]+' | cut -d= -f2)
     [ "${before:-(null)}" != '(null)' ] || before=''
-    scontrol update "JobId=$1" "ExcNodeList=${before:+$before,}$2" ||
-        say "Slurm does not exclude $2 from this job; scontrol update JobId=$1 ExcNodeList=$2"
+    if scontrol update "JobId=$1" "ExcNodeList=${before:+$before,}$2"; then
+        say "this job excludes ${before:+$before,}$2; if it waits with Reason=BadConstraints, mend a host and say: scontrol update JobId=$1 ExcNodeList="
+    else
+        say "Slurm does not exclude $2 from this job; scontrol update JobId=$1 ExcNodeList=${before:+$before,}$2"
+    fi
 }
 
 report() { # say where the job runs, and what

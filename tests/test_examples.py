@@ -233,10 +233,37 @@ def task(tmp_path: Path, command: str, listens: int = 0) -> tuple[int, str, str]
     return ended.returncode, outcome.read_text().partition(" ")[0] if outcome.exists() else "", (node / "n1.log").read_text()
 
 
-@pytest.mark.parametrize("status, word", [(0, "done"), (2, "refused"), (3, "unsaved"), (4, "nonfinite"), (1, ""), (137, "")])
+@pytest.mark.parametrize(
+    "status, word", [(0, "done"), (2, "refused"), (3, "unsaved"), (4, "nonfinite"), (5, "machine"), (1, ""), (137, "")]
+)
 def test_a_tools_status_is_its_word_for_the_launcher(tmp_path: Path, status: int, word: str) -> None:
     assert task(tmp_path, f"exit {status}")[:2] == (status, word)
     assert task(tmp_path, f"exit {status}", listens=1)[:2] == (status, "")  # the trainer says it by itself
+
+
+def test_a_host_that_cannot_be_used_is_added_to_those_that_the_job_excludes(tmp_path: Path) -> None:
+    """With a program `scontrol` that says how it was called. A tool's word names no host, but a node's log does."""
+    executable(
+        tmp_path / "scontrol",
+        f'''echo "$*" >>{tmp_path}/asked
+        [ "$1" != show ] || echo "JobId=7 JobState=RUNNING Reason=None ReqNodeList=(null) ExcNodeList=$LIST NodeList=n1"''',
+    )
+    (tmp_path / "n2.log").write_text("rank 1 at n2 failed: host n2 cannot be used: CUDA device 0 of 1 cannot be initialised\\n")
+    script = 'source examples/launch.sh; listens=1; leaving=""; leave_host "$HOST" why; requeue'
+    for host, before, after in (("n3", "(null)", "n3"), ("n3", "n1", "n1,n3"), ("-", "(null)", "n2")):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        environment = os.environ | dict(
+            PATH=f"{tmp_path}:/usr/bin:/bin",
+            HOST=host,
+            LIST=before,
+            NODE_LOGS=str(tmp_path),
+            RUN_DIR=str(tmp_path),
+            SLURM_JOB_ID="7",
+        )
+        ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert f"the job goes on without host {after.split(',')[-1]}: why" in ended.stdout, ended
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert asked[-3:] == ["requeue 7", "show job --oneliner 7", f"update JobId=7 ExcNodeList={after}"], asked
 
 
 def test_a_signal_to_all_of_a_task_leaves_the_word_to_the_tool(tmp_path: Path) -> None:

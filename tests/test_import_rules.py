@@ -16,7 +16,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files"),
+    ("errors", "yaml_core", "small_files", "cards"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),
@@ -76,9 +76,12 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.model.precision_checks",
     "megatron_salt.model.precision",
     "megatron_salt.model.shapes",
+    "megatron_salt.cards",
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
     "megatron_salt.salt.cost",
+    "megatron_salt.salt.head_cost",
+    "megatron_salt.salt.layer_cost",
     "megatron_salt.salt.routing",
     "megatron_salt.salt.schedule",
     "megatron_salt.metrics.history",

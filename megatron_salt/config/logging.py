@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_salt.config.checks import at_least, representable
+from megatron_salt.config.checks import above_zero, at_least, representable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,14 @@ class LoggingConfig:
     straggler_report_interval: int | None = None
     """Steps between reports of the slowest ranks, in computing and in reading data. Default: no reports."""
 
+    device_peak_tflops: float | None = None
+    """Peak of the device's matrix products in the run's precision (bf16 or float32, FP8 counts as twice), without sparsity.
+    In 10^12 FLOP/s. What start-up says of the cost of stage 1 needs it.
+    Default: from a table of GPUs; a CPU is measured."""
+
+    device_peak_gb_per_s: float | None = None
+    """Peak of the device's memory, in 10^9 bytes/s. Used and found like --device-peak-tflops."""
+
     wandb_project: str | None = None
     """Project of Weights & Biases. Needs the wandb package."""
 
@@ -35,4 +43,5 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "log_interval", "straggler_report_interval")
+        above_zero(self, "device_peak_tflops", "device_peak_gb_per_s")
         representable(self)

@@ -5,20 +5,7 @@ Figures are FLOPs of the forward pass of one token, unless the docstring says ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_salt.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class HeadCost:
-    """Elementwise work of the output head, forward and backward, in FLOPs for each logit."""
-
-    plain: float
-    """Loss against the data."""
-
-    distilled: float
-    """Loss against the data and a teacher, the work on the teacher's logits included."""
 
 
 def core_attention_flops(model: ModelConfig, seq_length: int) -> float:
@@ -52,8 +39,8 @@ def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size:
     return 3.0 * forward_flops_per_token(model, seq_length, padded_vocabulary_size)
 
 
-def num_parameters(model: ModelConfig, padded_vocabulary_size: int, seq_length: int) -> int:
-    """Parameters of the whole model, embedding and head included. A tied weight counts once."""
+def layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one layer."""
     hidden, width, bias = model.hidden_size, model.head_width, not model.disable_bias_linear
     norm = 2 if model.normalization == "LayerNorm" else 1  # weight and bias, or a weight
     wide_qkv, wide_fc1 = (
@@ -63,7 +50,13 @@ def num_parameters(model: ModelConfig, padded_vocabulary_size: int, seq_length: 
     attention = (hidden + (bias or model.add_qkv_bias)) * wide_qkv + (width * model.num_attention_heads + bias) * hidden
     attention += 2 * norm * width if model.qk_layernorm else 0
     mlp = (hidden + bias) * wide_fc1 + (model.ffn_width + bias) * hidden
+    return attention + mlp + 2 * norm * hidden
+
+
+def num_parameters(model: ModelConfig, padded_vocabulary_size: int, seq_length: int) -> int:
+    """Parameters of the whole model, embedding and head included. A tied weight counts once."""
+    hidden, norm = model.hidden_size, 2 if model.normalization == "LayerNorm" else 1
     learned = model.position_embedding_type == "learned_absolute"
     positions = (model.max_position_embeddings or seq_length) * hidden if learned else 0
     embeddings = padded_vocabulary_size * hidden * (2 if model.untie_embeddings_and_output_weights else 1) + positions
-    return model.num_layers * (attention + mlp + 2 * norm * hidden) + norm * hidden + embeddings
+    return model.num_layers * layer_parameters(model) + norm * hidden + embeddings

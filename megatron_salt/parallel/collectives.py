@@ -72,7 +72,7 @@ def begin_largest(value: int) -> Callable[[], int]:
     if not tensor.is_cuda:
         return partial(_after, work.wait, tensor)
     work.wait()  # orders the copy behind the reduction, on the device; the host goes on
-    answer = tensor.to("cpu", non_blocking=True)  # into pinned memory
+    answer = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
     return partial(_after, partial(reach, arrived), answer)

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 
 import torch
@@ -142,4 +143,4 @@ def importable(module: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join((str(error).splitlines() or [""])[0].split())
+    return textwrap.shorten((str(error).splitlines() or [""])[0], 200, placeholder=" ...")

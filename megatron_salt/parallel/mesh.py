@@ -66,7 +66,8 @@ def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)
     """Make the groups of a second model over the same ranks, in a fixed order; `parallel_state` does not change.
 
     Collective over all ranks. For a model that only runs forward and has no output head: there are no embedding groups. Each rank makes
-    its own groups alone. `new_group_of` may follow, for groups that all ranks make.
+    its own groups alone. `new_group_of` may follow, for groups that all ranks make. Once in a run: the groups of a second teacher, after
+    the first is freed, would have the names of the first, and find its addresses in the store.
     """
     assert layout.world_size == dist.get_world_size() and layout.context == 1, (layout, dist.get_world_size())
     groups, rank = ProcessGroupCollection(), dist.get_rank()
@@ -132,8 +133,7 @@ def make_student_mesh(layout: Layout, virtual_stages: int | None = None, timeout
         create_gloo_process_groups=False,
     )
     mesh = Mesh(layout, ProcessGroupCollection.use_mpu_process_groups(), dist.get_rank())
-    groups = (
-        mesh.groups
-    )  # the optimizer's group and the embeddings' are first used when those are built, without point-to-point
+    # The optimizer's and the embeddings' groups are first used when those are built, without point-to-point.
+    groups = mesh.groups
     warm_up(groups.tp, groups.cp, groups.pp, groups.dp_cp)
     return mesh

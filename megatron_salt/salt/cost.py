@@ -1,25 +1,49 @@
 """What SALT costs: the time of a step of stage 1 over that of stage 2, and the FLOPs of scoring. Pure.
 
-Times are counted in FLOPs, with the head's other work (`head_cost.py`) in the same measure. All ranks of a block share the teacher's body.
-The student's last stage computes the teacher's head, so this stage decides how long the pipeline takes if it has as many layers as the
-others. Communication, and the filling and draining of both pipelines, are left out. So the ratio is a lower bound, not a time
-forecast. Compare measurements with it.
+Time is FLOPs / (FLOP/s) plus bytes of memory / (bytes/s): of the layers of both models, of the output head (`head_cost.py`), of the
+embedding and of the optimizer (`layer_cost.py`). On a device of unknown rates FLOPs alone are compared.
+All ranks of a block share the teacher's body. The student's last stage computes the teacher's head, so this stage decides how long the
+pipeline takes if it has as many layers as the others. Communication, and the filling and draining of both pipelines, are left out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_salt.cards import FLOPS_ALONE, Rates
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
-from megatron_salt.model.flops import HeadCost, core_attention_flops, forward_flops_per_token, head_flops, layer_flops
+from megatron_salt.model.flops import core_attention_flops, forward_flops_per_token
 from megatron_salt.model.shapes import layers_per_stage
+from megatron_salt.salt.head_cost import HeadShape, head_seconds
+from megatron_salt.salt.layer_cost import embedding_bytes, layer_seconds, update_bytes
 from megatron_salt.selection.score_format import IndexManifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRates:
+    """Rates of the products of each part of both models, and of passes over memory. They are those of one rank."""
+
+    layers: Rates
+    head: Rates
+    teacher_layers: Rates
+    teacher_head: Rates
+    source: str
+    """Where the rates come from, for the log."""
+
+    @property
+    def known(self) -> bool:
+        """Whether times are seconds. False: FLOPs."""
+        return self.layers != FLOPS_ALONE
+
+
+BY_FLOPS = ModelRates(layers=FLOPS_ALONE, head=FLOPS_ALONE, teacher_layers=FLOPS_ALONE, teacher_head=FLOPS_ALONE, source="")
+"""For a device of unknown rates."""
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Time of a step in each stage: FLOPs of the busiest rank, per token of a microbatch."""
+    """Time of a step in each stage on the busiest rank: seconds, or FLOPs where rates are unknown."""
 
     stage1: float
     stage2: float
@@ -48,6 +72,7 @@ class Prediction:
     times: StepTimes
     hint: Hint | None
     """None where the present number of layers is the best."""
+    rates: ModelRates
 
     @property
     def ratio(self) -> float:
@@ -57,7 +82,8 @@ class Prediction:
     def lines(self) -> list[str]:
         """Lines for the log."""
         now, body = self.times, self.times.body / self.times.stage2
-        lines = [(f"a step of stage 1 takes at least {self.ratio:.3f} x one of stage 2, by FLOPs and the head's other work: "
+        basis = "by time" if self.rates.known else "by FLOPs alone"
+        lines = [(f"a step of stage 1 takes {self.ratio:.3f} x one of stage 2, {basis} ({self.rates.source}): "
                  f"the teacher's body, on all ranks, adds {body:.3f}, "
                  f"its head and the mixed loss, on the last stage, {self.ratio - 1 - body:.3f}")]  # fmt: skip
         if self.hint is not None:
@@ -71,31 +97,41 @@ class Prediction:
 
 def predict(
     student: ModelConfig, parallel: ParallelConfig, teacher: ModelConfig, *, teacher_tensor: int, teacher_pipeline: int,
-    padded_vocabulary_size: int, num_microbatches: int, merge: int, seq_length: int, head: HeadCost,
+    num_microbatches: int, microbatch_tokens: int, merge: int, seq_length: int, head: HeadShape, fused_layers: bool, rates: ModelRates,
 ) -> Prediction:  # fmt: skip
     """Compare the two stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
 
-    padded_vocabulary_size: the student's, which the teacher's output weight is cut to as well. num_microbatches: of one replica in stage 1
-    (another size in stage 2 makes for the same work). merge: microbatches of one teacher forward.
-    head: the output head's work beside its products, see salt/head_cost.py.
+    num_microbatches: of one replica in stage 1 (another size in stage 2 makes for the same work); microbatch_tokens: of one of them.
+    merge: microbatches of one teacher forward. head: the head's work for one microbatch; the teacher's output weight has as many rows.
+    fused_layers: whether Transformer Engine makes the layers.
     """
     replicas = parallel.replica_ranks // (teacher_tensor * teacher_pipeline)
-    busiest = _largest_share(num_microbatches, merge, replicas)
-    body = busiest * teacher.num_layers * layer_flops(teacher, seq_length) / (teacher_tensor * teacher_pipeline)
-    share = num_microbatches / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+    busiest = _largest_share(num_microbatches, merge, replicas) * microbatch_tokens
+    forward = layer_seconds(teacher, seq_length, head.itemsize, fused_layers, rates.teacher_layers)
+    body = busiest * teacher.num_layers * forward / (teacher_tensor * teacher_pipeline)
+    tokens = microbatch_tokens / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+    moved = embedding_bytes(student, head.rows, head.itemsize) / rates.layers.bytes
+    plain = head_seconds(head, rates.head, None)
+    taught = head_seconds(head, rates.head, rates.teacher_head)
 
     def times(parallel: ParallelConfig) -> StepTimes:
-        stages = [_stage_flops(student, parallel, layers, seq_length) for layers in layers_per_stage(student, parallel)]
-        stages[-1] += 3 * head_flops(student, padded_vocabulary_size) + head.plain * padded_vocabulary_size
-        stage2 = share * max(stages)
-        stages[-1] += head_flops(teacher, padded_vocabulary_size) + (head.distilled - head.plain) * padded_vocabulary_size
-        return StepTimes(stage1=body + share * max(stages), stage2=stage2, body=body)
+        counts = layers_per_stage(student, parallel)
+        stages = [
+            tokens * _stage_seconds(student, parallel, layers, seq_length, head.itemsize, fused_layers, rates.layers)
+            for layers in counts
+        ]
+        stages[0] += moved
+        update = update_bytes(student, parallel, counts, head.rows) / rates.layers.bytes
+        stages[-1] += plain
+        stage2 = num_microbatches * max(stages) + update
+        stages[-1] += taught - plain
+        return StepTimes(stage1=body + num_microbatches * max(stages) + update, stage2=stage2, body=body)
 
     present, last = times(parallel), layers_per_stage(student, parallel)[-1]
     hints = [Hint(layers, times(other)) for layers, other in _other_last_stages(student, parallel)]
     better = [hint for hint in hints if hint.times.stage1 < present.stage1]
     best = min(better, key=lambda hint: (hint.times.stage1, hint.times.stage2, abs(hint.layers - last)), default=None)
-    return Prediction(last, present, best)
+    return Prediction(last, present, best, rates)
 
 
 def _largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
@@ -104,11 +140,13 @@ def _largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
     return max(sum(sizes[replica::replicas]) for replica in range(replicas))
 
 
-def _stage_flops(student: ModelConfig, parallel: ParallelConfig, layers: int, seq_length: int) -> float:
-    """FLOPs per token of a stage's layers: forward, backward and recomputation."""
-    layer, again = layer_flops(student, seq_length), 0.0
+def _stage_seconds(
+    student: ModelConfig, parallel: ParallelConfig, layers: int, seq_length: int, itemsize: int, fused: bool, rates: Rates
+) -> float:
+    """Seconds per token of a stage's layers: forward, backward and recomputation."""
+    layer, again = layer_seconds(student, seq_length, itemsize, fused, rates), 0.0
     if parallel.recompute_granularity == "selective":
-        again = layers * core_attention_flops(student, seq_length)
+        again = layers * core_attention_flops(student, seq_length) / rates.flops
     elif parallel.recompute_granularity == "full":
         chunks, count = parallel.num_virtual_stages_per_pipeline_rank, parallel.recompute_num_layers or 0
         again = layer * (min(layers, chunks * count) if parallel.recompute_method == "block" else layers)

@@ -1,78 +1,75 @@
-"""Measure the output head's work beside its matrix products, at start-up.
+"""Time of the output head on one rank: FLOPs of its products and bytes that its passes move, for one microbatch. Pure.
 
-Softmaxes, metrics and the gradient over the logits do little arithmetic on much memory, so a count of FLOPs leaves them out. With a small
-model, or on a fast device, they are a good part of the head's time. The head's own function is timed at a hidden width so small that its
-products take almost no time. The result is given in FLOPs: what the device multiplies in the same time. Only the predicted cost of
-stage 1 (`cost.py`) uses it.
+Softmaxes, metrics and the gradient over the logits do little arithmetic on much memory. On a fast device, or with a small model, they
+take a good part of the head's time. The figures follow from the code: `loss.py`, and `kernels/` for both forms of the passes.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from megatron_salt.cards import Rates
 
-from megatron_salt.model import matrix_products
-from megatron_salt.model.flops import HeadCost
-from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
-from megatron_salt.model.vocab_parallel import VocabularyShard
-from megatron_salt.parallel.device import current_device
-
-_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
-_ROWS, _NARROW, _WIDE, _REPEATS = 32768, 8, 1024, 3
+FLOAT32 = 4
+"""Bytes of a number of the teacher's logits, of all sums, and of the weight gradient."""
 
 
-def measure_head(dtype: torch.dtype, rows: int, hidden_size: int, chunk_tokens: int, alone: dist.ProcessGroup) -> HeadCost:
-    """Time a chunk of at most 2**20 logits (2**25 on a GPU) three times; the fastest counts. Under half a second on a CPU core.
-    Collective over all ranks: all measure at the same time, as they train, and all get the mean. The run's random numbers stay as they are.
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """The output head's work for one microbatch on one rank."""
 
-    rows: rows of the output weight on a rank. alone: a process group of this rank only.
+    rows: int
+    """Vocabulary / tp."""
+    hidden: int
+    teacher_hidden: int
+    tokens: int
+    """Tokens of the microbatch on this rank's share of the sequence (all ranks of a tensor-parallel group have the same)."""
+    chunk_tokens: int
+    """Tokens whose logits exist at one time, at most."""
+    itemsize: int
+    """Bytes of a number of the student: 2 in bfloat16, 4 in float32."""
+    kernels: bool
+    """Whether the passes over the logits are fused kernels, not torch's operations."""
+    tempered: bool
+    """Whether the teacher's temperature is not 1."""
+
+
+def pass_bytes(shape: HeadShape, taught: bool) -> int:
+    """Bytes that the passes over the logits read and write for each logit, b being the itemsize and 4 that of a teacher's logit.
+
+    Kernels: `row_sums` reads the student's logit (b), `into_gradient` reads it and writes the gradient (2 b). Both read the teacher's
+    (2 x 4). So 6 in bfloat16, and 14 with a teacher.
+
+    torch's operations, block by block, in float32. `row_sums`: largest (b), difference (b + 4), comparison (8) and its sum (4), exp (8) and
+    its sum (4). `into_gradient`: difference (b + 4) and exp (8), and a copy back in bfloat16 (4 + b). A teacher adds to `row_sums` the same
+    four passes over its logits (2 x 4 + 16); both differences added, compared and summed (24); exp and its sum (12); its sum at T (4); two
+    dot products (2 x 16) and a difference (12); and, if T is not 1, a division and another exp (16). It adds to `into_gradient` a
+    difference (8), division and exp (16) and the weighted difference of both (12).
     """
-    device = current_device()
-    rows = max(1, min(rows, _ROWS))
-    tokens = max(1, min(chunk_tokens, _LOGITS[device.type] // rows))
-    generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    hidden, weight = drawn(tokens, 1, _NARROW).requires_grad_(), drawn(rows, _NARROW).requires_grad_()
-    labels, mask = torch.zeros(tokens, dtype=torch.int64, device=device), torch.ones(tokens, device=device)
-    shard = VocabularyShard(alone, rows, rows, sequence_parallel=False)
-    teacher = SoftTarget(drawn(tokens, 1, _NARROW), drawn(rows, _NARROW), temperature=1.0, kd_weight=0.5)
-    width = min(hidden_size, _WIDE)
-    wide, wide_weight, logits = drawn(tokens, width), drawn(rows, width), torch.empty(tokens, rows, dtype=dtype, device=device)
-
-    def head(soft: SoftTarget | None) -> Callable[[], object]:
-        return lambda: fused_linear_cross_entropy(hidden, weight, labels, mask, shard, tokens, soft)
-
-    seconds = [
-        _fastest(head(None)),
-        _fastest(head(teacher)),
-        _fastest(lambda: matrix_products.logits(wide, wide_weight, logits)),
-    ]
-    mean = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(mean)
-    plain, distilled, product = (mean / dist.get_world_size()).tolist()
-    flops_per_second = 2 * tokens * rows * width / product
-    return HeadCost(*(taken / (tokens * rows) * flops_per_second for taken in (plain, distilled)))
+    own = shape.itemsize
+    if shape.kernels:
+        return 3 * own + (2 * FLOAT32 if taught else 0)
+    plain = (2 * own + 28) + (own + 12) + (4 + own if own != FLOAT32 else 0)
+    if not taught:
+        return plain
+    return plain + (24 + 24 + 12 + 4 + 32 + 12) + (16 if shape.tempered else 0) + (8 + 16 + 12)
 
 
-def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some calls, after one that warms up. On a CPU these are seconds of the process, not of the clock."""
-    seconds = []
-    for _ in range(1 + _REPEATS):
-        start = _now()
-        work()
-        seconds.append(_now() - start)
-    return min(seconds[1:])
+def head_seconds(shape: HeadShape, rates: Rates, teacher: Rates | None) -> float:
+    """Seconds of the head, forward and backward, for one microbatch; in FLOPs if `rates` are FLOPS_ALONE.
 
-
-def _now() -> float:
-    if current_device().type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+    Each of three products (logits, hidden gradient, weight gradient) has 2 tokens V h FLOPs and reads or writes the logits once. Each
+    chunk reads the weight in the first two, and reads and writes the float32 weight gradient in the third. That gradient is zeroed (4),
+    then read and added to `main_grad` (4 + 8) once a microbatch. teacher: rates of the teacher's product; None: no teacher.
+    """
+    tokens, own, weight = shape.tokens, shape.itemsize, shape.rows * shape.hidden
+    chunks, flops = -(-tokens // shape.chunk_tokens), 2.0 * tokens * weight
+    activations = tokens * (shape.rows + shape.hidden) * own
+    seconds = 2 * rates.product(flops, chunks * weight * own + activations)
+    seconds += rates.product(flops, chunks * weight * 2 * FLOAT32 + activations)
+    if teacher is not None:
+        weight_t = shape.rows * shape.teacher_hidden
+        moved = chunks * weight_t * own + tokens * (shape.teacher_hidden * own + shape.rows * FLOAT32)
+        seconds += teacher.product(2.0 * tokens * weight_t, moved)
+    moved = tokens * shape.rows * pass_bytes(shape, teacher is not None) + 4 * FLOAT32 * weight
+    return seconds + moved / rates.bytes

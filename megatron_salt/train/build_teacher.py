@@ -6,21 +6,21 @@ import logging
 from collections.abc import Sequence
 from datetime import timedelta
 
-import torch.distributed as dist
-
-from megatron_salt.config import RunConfig, SaltConfig, TrainingConfig
+from megatron_salt.cards import Products
+from megatron_salt.config import ModelConfig, RunConfig, SaltConfig, TrainingConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
+from megatron_salt.model.kernels.passes import kernels_for
 from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.model.precision import Precision
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.mesh import new_group_of
-from megatron_salt.salt.cost import predict
+from megatron_salt.salt.cost import Prediction, predict
+from megatron_salt.salt.device_rates import LayerShape, find_rates
 from megatron_salt.salt.fp8_check import Fidelity
-from megatron_salt.salt.head_cost import measure_head
+from megatron_salt.salt.head_cost import HeadShape
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, refuse_trainable
 from megatron_salt.salt.routing import layout_warnings, plan_exchange, teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
@@ -52,6 +52,38 @@ def refuse_large_exchange(
     return exchange
 
 
+def predict_cost(
+    config: RunConfig, plan: RunPlan, teacher: ModelConfig, vocabulary_size: int, precision: Precision
+) -> Prediction:
+    """The cost of stage 1 on this rank's device, whose rates `find_rates` gives. Not collective. precision: the teacher's."""
+    salt, parallel, training, model = config.salt, config.parallel, config.training, config.model
+    tensor = parallel.tensor_model_parallel_size
+    own: Products = "bf16" if training.bf16 else "fp32"
+    dtype, rows = dtype_of(training), model.padded_vocabulary_size(vocabulary_size) // tensor
+    chunk = chunk_tokens(training, rows, current_device().type)
+    head = HeadShape(
+        rows=rows, hidden=model.hidden_size, teacher_hidden=teacher.hidden_size,
+        tokens=plan.micro_batch_size * training.seq_length // parallel.context_parallel_size, chunk_tokens=chunk,
+        itemsize=dtype.itemsize, kernels=kernels_for(current_device()) is not None,
+        tempered=salt.kd_teacher_temperature != 1,
+    )  # fmt: skip
+    student = LayerShape(
+        hidden=model.hidden_size, width=model.ffn_width * (1 + model.swiglu) // tensor,
+        products="fp8" if config.quantization.fp8_format is not None else own,
+    )  # fmt: skip
+    taught = LayerShape(
+        hidden=teacher.hidden_size, width=teacher.ffn_width * (1 + teacher.swiglu) // salt.teacher_tensor_model_parallel_size,
+        products="fp8" if precision.fp8_format is not None else own,
+    )  # fmt: skip
+    return predict(
+        model, parallel, teacher, teacher_tensor=salt.teacher_tensor_model_parallel_size,
+        teacher_pipeline=salt.teacher_pipeline_model_parallel_size, num_microbatches=plan.num_microbatches,
+        microbatch_tokens=plan.micro_batch_size * training.seq_length, merge=plan.teacher_merge, seq_length=training.seq_length,
+        head=head, fused_layers=precision.implementation == "transformer_engine",
+        rates=find_rates(config.logging, student, taught, head),
+    )  # fmt: skip
+
+
 def build_teacher(
     config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
     precision: Precision, text: Sequence[Microbatch], look: Look,
@@ -69,15 +101,7 @@ def build_teacher(
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk = chunk_tokens(training, rows, current_device().type)
-    alone = new_group_of([[rank] for rank in range(mesh.layout.world_size)], timeout, "alone")
-    prediction = predict(
-        config.model, config.parallel, checkpoint.model, teacher_tensor=salt.teacher_tensor_model_parallel_size,
-        teacher_pipeline=salt.teacher_pipeline_model_parallel_size,
-        padded_vocabulary_size=config.model.padded_vocabulary_size(vocabulary_size),
-        num_microbatches=plan.num_microbatches, merge=plan.teacher_merge, seq_length=training.seq_length,
-        head=measure_head(dtype, rows, config.model.hidden_size, chunk, alone),
-    )  # fmt: skip
-    dist.destroy_process_group(alone)
+    prediction = predict_cost(config, plan, checkpoint.model, vocabulary_size, precision)
     for line in prediction.lines():
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)

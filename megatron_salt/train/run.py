@@ -35,7 +35,7 @@ from megatron_salt.train.inputs import Inputs, read_inputs
 from megatron_salt.train.launcher import Word, write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
-from megatron_salt.train.start import choose_precisions, decide_start
+from megatron_salt.train.start import choose_precisions, decide_start, host_memory_of_save
 from megatron_salt.train.state import log_cost_of_scores, log_start
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,11 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         parameters = count_parameters(run.student)
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
+        if config.checkpoint.save is not None and config.parallel.use_distributed_optimizer:
+            memory = host_memory_of_save(
+                config.model, config.parallel, layout, padded_vocabulary_size, config.training.seq_length
+            )
+            log.log(logging.INFO if memory.fits else logging.WARNING, "%s", memory.line)
         with open_log(config, start.step, run.plan.total_steps, flops) as run_log, ReadAhead() as reader:
             log_start(config.training, plan, layout, start, parameters, run_log)
             if run.stage1 is not None and run.stage_samples is not None:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_salt.checkpoint import compatibility, owner, retention
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.compatibility import RunIdentity, schedule_follows_run
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.cli import to_yaml
-from megatron_salt.config import CheckpointConfig, ModelConfig, RunConfig
+from megatron_salt.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_salt.data.batch import passed_positions
 from megatron_salt.data.duplicate_inputs import refuse_training_data
 from megatron_salt.data.skip_samples import parse_skip_samples
@@ -36,6 +37,7 @@ from megatron_salt.model.precision_checks import (
     refuse_precision,
     refuse_shapes,
 )
+from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.hardware import GIB, Hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.load_teacher import teacher_parallel
@@ -112,11 +114,13 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     if checkpoint.save is not None and progress.step < plan.total_steps:
-        padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
-        size = num_parameters(config.model, padded_vocabulary_size, config.training.seq_length) * (
+        padded = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+        size = num_parameters(config.model, padded, config.training.seq_length) * (
             dtype_of(config.training).itemsize + OPTIMIZER_BYTES
         )
         messages += check_save(checkpoint, size / GIB)
+        if config.parallel.use_distributed_optimizer:
+            messages += (host_memory_of_save(config.model, config.parallel, layout, padded, config.training.seq_length).line,)
     refuse_unusable(config.logging, checkpoint.save)
     return Start(identity=identity, progress=progress, plan=plan, messages=messages)
 
@@ -218,3 +222,66 @@ def check_room(checkpoint: CheckpointConfig, gib: float) -> str:
     return f"save: {free:.1f} GiB free, a checkpoint takes about {gib:.2f} GiB" + (
         f"; WARNING: --keep-last {checkpoint.keep_last} and the one being written take {kept:.1f} GiB" if little else ""
     )
+
+
+@dataclass(frozen=True)
+class SaveMemory:
+    """Host memory of a save that loads under any layout."""
+
+    line: str
+    """For the log."""
+    fits: bool
+    """Whether this machine has as much memory as the ranks of a node take."""
+
+
+def host_memory_of_save(
+    model: ModelConfig, parallel: ParallelConfig, layout: Layout, padded_vocabulary_size: int, seq_length: int
+) -> SaveMemory:
+    """What a fully reshardable save of the distributed optimizer takes of the memory of this machine, if it is like the run's nodes.
+
+    Ranks on a node: as torchrun or Slurm says, else 8.
+    """
+    share = parameters_of_rank(model, parallel, padded_vocabulary_size, seq_length)
+    largest = padded_vocabulary_size * model.hidden_size // parallel.tensor_model_parallel_size
+    gib = reshardable_save_bytes(share, largest, parallel, layout.data * layout.context) / GIB
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "8"
+    ranks = min(int(told), layout.world_size)
+    total = psutil.virtual_memory().total / GIB
+    line = (
+        f"host memory: a save that loads under any layout (the last one, --save-at) gathers {gib:.2f} GiB on each rank, {ranks * gib:.2f} "
+        f"GiB on a node of {ranks}; this machine has {total:.2f} GiB"
+    )
+    if fits := ranks * gib <= total:
+        return SaveMemory(line, fits)
+    smaller = "a larger --tensor-model-parallel-size or --pipeline-model-parallel-size makes it smaller"
+    if layout.pipeline == 1 and not parallel.overlap_grad_reduce:
+        smaller += ", and so does --overlap-grad-reduce"
+    return SaveMemory(f"WARNING: {line}; {smaller}", fits)
+
+
+def parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, padded_vocabulary_size: int, seq_length: int) -> int:
+    """Parameters of the tensor- and pipeline-parallel rank that has most, as if tensor parallelism cut all of them. Pure."""
+
+    def of_layers(count: int) -> int:
+        return num_parameters(replace(model, num_layers=count), padded_vocabulary_size, seq_length)
+
+    layer = of_layers(2) - of_layers(1)
+    matrix = padded_vocabulary_size * model.hidden_size
+    tied_copy = parallel.pipeline_model_parallel_size > 1 and not model.untie_embeddings_and_output_weights
+    stages = [layer * count for count in layers_per_stage(model, parallel)]
+    stages[-1] += matrix * (tied_copy or model.untie_embeddings_and_output_weights)
+    stages[0] += of_layers(1) - layer - matrix * model.untie_embeddings_and_output_weights  # the final norm is little
+    return max(stages) // parallel.tensor_model_parallel_size
+
+
+def reshardable_save_bytes(parameters: int, largest: int, parallel: ParallelConfig, num_shards: int) -> int:
+    """Most host memory that one rank takes to gather the optimizer's state of its `parameters` from `num_shards` ranks. Pure.
+
+    largest: parameters of the largest matrix of the rank. The memory holds main parameters and both moments as a whole, and for one bucket
+    the shards of this rank, and a gathered tensor in pieces and joined, beside the one before it (megatron-core 0.16.1 and 0.19.2,
+    `DistributedOptimizer.get_parameter_state_dp_zero`).
+    """
+    bucket = parameters // parallel.num_virtual_stages_per_pipeline_rank
+    if parallel.overlap_grad_reduce and parallel.pipeline_model_parallel_size == 1:  # else there is one bucket a chunk
+        bucket = min(bucket, (parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * num_shards)) + largest)
+    return OPTIMIZER_BYTES * parameters + OPTIMIZER_BYTES * bucket // num_shards + 3 * 4 * bucket

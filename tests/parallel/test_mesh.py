@@ -14,7 +14,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core import parallel_state
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.metrics.run_log import PhaseTimer
+from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh, make_teacher_mesh, new_group_of, teacher_groups, warm_up
 from megatron_salt.salt.routing import teacher_layout

@@ -10,8 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_salt import pretrain
+from megatron_salt.parallel.hardware import this_host
 from megatron_salt.parallel.launch import distributed
 from tests.parallel.test_rendezvous import launch, lines
 from tests.support.program import argv, write_tokens
@@ -44,6 +46,23 @@ def test_a_rank_without_a_gpu_among_ranks_with_one_ends_all_at_once_and_its_host
         f"error: host node{on_cpu} cannot be used: rank {on_cpu} sees no GPU there and would use gloo, while rank "
     )
     assert f"rank {1 - on_cpu} at node{1 - on_cpu} has a GPU" in line
+
+
+def fail_in_the_middle(fails: bool) -> None:
+    """One rank: in the middle of a run its GPU may fail."""
+    with distributed(timedelta(minutes=5)):
+        dist.all_reduce(torch.ones(1))
+        if fails:
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nFor debugging ...")
+        dist.all_reduce(torch.ones(1))
+
+
+def test_a_gpu_that_fails_in_the_middle_of_a_run_ends_all_ranks_with_the_status_of_a_machine(tmp_path: Path) -> None:
+    ended = launch(tmp_path, 2, 30.0, {rank: (fail_in_the_middle, rank == 1) for rank in range(2)})
+    assert [one.status for one in ended] == [5, 5], ended
+    assert lines(ended) == [
+        f"error: host {this_host()} cannot be used: a GPU failed: CUDA error: uncorrectable ECC error encountered"
+    ]
 
 
 def test_ranks_that_share_their_only_gpu_are_refused(tmp_path: Path) -> None:

@@ -200,6 +200,12 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         read_companions(newest_checkpoint(tmp_path))
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+def test_a_rank_that_must_have_a_gpu_does_not_fall_back_to_the_cpu(checkpoint: str) -> None:
+    with pytest.raises(UserError, match="--device cuda: torch .* is built without CUDA"):
+        generate_text(GenerateConfig(load=checkpoint, prompt="x", device="cuda"))
+
+
 @pytest.mark.long
 def test_ranks_that_cannot_split_the_model_are_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")

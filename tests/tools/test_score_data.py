@@ -22,10 +22,11 @@ from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.selection.score_format import content_hashes
 from megatron_salt.selection.score_reader import ScoreIndex
+from megatron_salt.tools import score_data
 from megatron_salt.tools.merge_scores import MergeConfig, merge_scores
 from tests.support.program import EOD, SEQ_LENGTH, VOCABULARY
 from tests.support.ranks import run_ranks
-from tests.support.scoring import NUM_SAMPLES, TOP_K, refused, same, score, table
+from tests.support.scoring import NUM_SAMPLES, TOP_K, argv, refused, same, score, table
 from tests.support.selections import files_in
 
 
@@ -180,6 +181,14 @@ def test_mistakes_are_refused_by_name(
     message = refused(**score_flags | dict(output=score_index) | changes)
     assert all(words in message for words in expected), message
     assert sorted(score_index.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+def test_a_rank_that_must_have_a_gpu_does_not_fall_back_to_the_cpu(
+    score_flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score_data.main(argv(**score_flags | dict(output=tmp_path / "scores", device="cuda"))) == 2
+    assert "error: --device cuda: torch" in capsys.readouterr().err and not (tmp_path / "scores").exists()
 
 
 def test_another_teacher_or_dataset_is_refused(

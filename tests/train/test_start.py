@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import psutil
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megatron_salt.checkpoint import sharded_state
+from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.parallel.layout import Layout, student_layout
+from megatron_salt.train.start import host_memory_of_save, parameters_of_rank, reshardable_save_bytes
 from tests.support.program import refused, run, train, write_tokens
+from tests.support.ranks import run_ranks
+from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student, train_student
 
 DISTRIBUTED = dict(use_distributed_optimizer=True)
 
@@ -145,3 +157,88 @@ def files(root: Path) -> dict[str, tuple[int, int]]:
         for path in root.rglob("*")
         if path.is_file()
     }
+
+
+# ---- host memory of a save that loads under any layout ------------------------------------------------------------------
+
+
+class HostMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        old = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        made = operation(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, torch.Tensor) and not {storage := one.untyped_storage()._cdata} & (old | self.known):
+                self.known.add(storage)
+                self.now += (size := one.untyped_storage().nbytes())
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(one.untyped_storage(), self.forget, storage, size)
+        return made
+
+    def forget(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def measure_a_save(case: Case, world_size: int) -> tuple[int, int]:
+    """(parameters of this rank, most bytes at one time while it describes its optimizer)."""
+    student = build_student(case, world_size)
+    train_student(student, case, 1)
+    model = sharded_state.model_state(student.chunks, student.mesh.groups)
+    with HostMemory() as memory:
+        sharded_state.optimizer_state(student.optimizer, model, "fully_reshardable", is_loading=False)
+    return sum(parameter.numel() for chunk in student.chunks for parameter in chunk.parameters()), memory.peak
+
+
+@pytest.mark.parametrize(
+    "model, world_size, layout",
+    [
+        ("untied", 1, {}),
+        ("tied", 2, {}),
+        ("untied", 2, dict(tensor_model_parallel_size=2)),
+        ("tied", 2, dict(pipeline_model_parallel_size=2)),
+        ("untied", 1, dict(overlap_grad_reduce=True, ddp_bucket_size=10_000)),
+    ],
+)
+def test_host_memory_of_a_save_is_predicted(model: str, world_size: int, layout: dict[str, Any]) -> None:
+    """Oracle: every tensor that is made while megatron-core gathers the optimizer's state, on the rank that has most."""
+    case = Case(ParallelConfig(use_distributed_optimizer=True, **layout), MODELS[model])
+    measured = run_ranks(world_size, measure_a_save, case, world_size)
+    parameters = parameters_of_rank(case.model, case.parallel, VOCABULARY, SEQ_LENGTH)
+    assert parameters == pytest.approx(max(own for own, _ in measured), rel=0.03)
+    shards = student_layout(case.parallel, world_size).data
+    predicted = reshardable_save_bytes(
+        parameters,
+        VOCABULARY * case.model.hidden_size // case.parallel.tensor_model_parallel_size,
+        case.parallel,
+        shards,
+    )
+    peak = max(peak for _, peak in measured)
+    assert 0.98 * peak < predicted < 1.15 * peak  # a tied matrix has a bucket of its own on some stages
+
+
+def test_a_save_that_this_machine_cannot_hold_is_told_with_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    model, parallel = (
+        ModelConfig(num_layers=24, hidden_size=2048, num_attention_heads=16),
+        ParallelConfig(use_distributed_optimizer=True),
+    )
+    for gib, fits in ((2000, True), (100, False)):
+        with mock.patch.object(psutil, "virtual_memory", return_value=mock.Mock(total=gib * 2**30)):
+            told = host_memory_of_save(model, parallel, Layout(data=8), 50_304, 1024)
+        assert told.fits is fits and f"on a node of 4; this machine has {gib}.00 GiB" in told.line
+        for word in ("WARNING", "--tensor-model-parallel-size", "--overlap-grad-reduce"):
+            assert (word in told.line) is not fits
+
+
+def test_a_dry_run_and_a_start_tell_what_a_save_takes(tmp_path: Path, data: str) -> None:
+    flags = dict(data_path=data, train_iters=3, save=tmp_path / "run", **DISTRIBUTED)
+    (dry,) = run(1, **flags, dry_run=1)
+    assert "host memory: a save that loads under any layout" in dry.out and "on a node of 1" in dry.out
+    assert "host memory" not in run(1, **(flags | dict(use_distributed_optimizer=None)), dry_run=1)[0].out

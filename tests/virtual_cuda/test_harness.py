@@ -219,3 +219,39 @@ def test_products_in_bfloat16_have_float32_results() -> None:
     [rank] = run_virtual(1, products)
     assert rank.result == [torch.float32, True, True]
     assert {"aten::mm.dtype", "aten::addmm.dtype"} <= set(rank.report.kernels["start"])
+
+
+def branches() -> list[object]:
+    import megatron_salt.parallel.cpu_seam  # noqa: F401
+
+    from megatron_salt.model.kernels.passes import kernels_for
+    from megatron_salt.parallel import device
+    from megatron_salt.parallel.launch import find_hardware
+
+    capability = find_hardware("cuda").capability  # and binds this rank's device
+    return [device.SENDS_COPY, device.current_device(), kernels_for(torch.device("cuda", 0)) is not None, capability]
+
+
+def test_the_package_takes_its_branches_for_a_gpu() -> None:
+    for number, rank in enumerate(run_virtual(2, branches)):
+        assert rank.result == [True, torch.device("cuda", number), True, (9, 0)]
+
+
+def freed_at_once() -> list[float]:
+    tensor = torch.full((1 << 16,), 7.0, device=GPU)
+    if dist.get_rank() == 0:
+        operations = [dist.P2POp(dist.isend, tensor, 1)]
+        works = dist.batch_isend_irecv(operations)
+        operations.clear()
+        tensor.data = torch.empty((1,), device=GPU)  # as megatron-core does with what a stage has sent
+        for _ in range(8):
+            torch.full((1 << 16,), 9.0, device=GPU)
+    else:
+        works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, tensor.zero_(), 0)])
+    for work in works:
+        work.wait()
+    return [float(tensor.min()), float(tensor.max())]
+
+
+def test_a_sent_tensor_may_be_freed_at_once() -> None:
+    assert run_virtual(2, freed_at_once)[1].result == [7.0, 7.0]

@@ -16,7 +16,7 @@ With TRITON_INTERPRET=1 in the environment, the output head's Triton kernels run
 What it cannot show: numbers of CUDA's kernels, races between streams, and anything that needs a driver.
 """
 
-from tests.support.virtual_cuda.install import install
+from tests.support.virtual_cuda.installation import install
 from tests.support.virtual_cuda.recorder import Fault, Recorder, Report, Sync
 
 __all__ = ["Fault", "Recorder", "Report", "Sync", "install"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tests.support.rank_worker import serve
 from tests.support.ranks import Pool
-from tests.support.virtual_cuda.install import install
+from tests.support.virtual_cuda.installation import install
 from tests.support.virtual_cuda.recorder import Report
 from tests.support.virtual_cuda.steps import label_steps, shorten_measurements
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from megatron_salt.parallel.device import current_device
 from tests.support.virtual_cuda.memory import footprint, is_pinned, on_gpu, pin, place
 from tests.support.virtual_cuda.mode import inspect_copy
 from tests.support.virtual_cuda.recorder import Recorder
@@ -36,12 +35,12 @@ def map_tensors(recorder: Recorder) -> None:
     device_of, type_of, numpy_of, list_of, to = Tensor.device, Tensor.type, Tensor.numpy, Tensor.tolist, Tensor.to
 
     def device(self: Tensor) -> torch.device:
-        return current_device() if on_gpu(self) else device_of.__get__(self)  # type: ignore[attr-defined]
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu(self) else device_of.__get__(self)  # type: ignore[attr-defined]
 
     tensor_class.device = property(device)
     tensor_class.is_cuda = property(on_gpu)
     tensor_class.is_cpu = property(lambda self: self.device.type == "cpu")
-    tensor_class.get_device = lambda self: current_device().index if on_gpu(self) else -1
+    tensor_class.get_device = lambda self: torch.cuda.current_device() if on_gpu(self) else -1
     tensor_class.record_stream = lambda self, stream: None
 
     def move(self: Tensor, gpu: bool, non_blocking: bool, copy: bool = False) -> Tensor:

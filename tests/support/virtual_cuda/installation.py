@@ -24,7 +24,12 @@ def install() -> Recorder:
     """
     if _installed:
         return _installed[0]
-    for module in ("megatron", "megatron_salt.parallel.cpu_seam", "megatron_salt.model.kernels"):
+    for module in (
+        "megatron",
+        "megatron_salt.parallel.device",
+        "megatron_salt.parallel.cpu_seam",
+        "megatron_salt.model.kernels",
+    ):
         assert module not in sys.modules, f"virtual CUDA must be installed before {module} is imported"
     assert not torch.cuda.is_available(), "this machine has a GPU: virtual CUDA is for machines without one"
     os.environ["TRITON_INTERPRET"] = "1"

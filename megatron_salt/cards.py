@@ -1,0 +1,112 @@
+"""What a GPU can do, by the name that the driver gives it: peak FLOP/s, memory and its bytes/s. Pure.
+
+Figures are the vendor's, without sparsity: where a data sheet gives a rate with sparsity alone, it is halved here. A GPU that is not in
+the table is unknown; nothing is guessed from the likeness of names, because cards of one name differ by a factor of two.
+No program reaches a peak. `reached` says which part of it the predictions of this package count on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Products = Literal["bf16", "fp32", "fp8"]
+"""Number format of the operands of matrix products. fp32: without TF32, which torch does not use by itself."""
+
+REACHED_FLOPS, REACHED_BYTES = 0.7, 0.9
+"""Part of the peaks that large products and passes over memory reach. Our choice: between 0.65 and 0.8 and between 0.85 and 0.93 are
+common on GPUs of data centres. Nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Peak rates of a GPU without sparsity, and its memory."""
+
+    bf16_tflops: float
+    """Tensor cores, sums in float32."""
+    fp32_tflops: float
+    """Without tensor cores."""
+    fp8_tflops: float | None
+    """Tensor cores, sums in float32; None: the GPU has no FP8."""
+    gb_per_s: float
+    """10^9 bytes a second of memory."""
+    memory_gib: float
+    """As in the product's name. Programs can use a few per cent less."""
+
+    def tflops(self, products: Products) -> float | None:
+        """Peak 10^12 FLOP/s of a format; None where the GPU does not have it."""
+        return {"bf16": self.bf16_tflops, "fp32": self.fp32_tflops, "fp8": self.fp8_tflops}[products]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second."""
+
+    flops: float
+    """FLOP/s of matrix products."""
+    bytes: float
+    """Bytes/s that passes over memory read and write."""
+
+    def product(self, flops: float, moved: float) -> float:
+        """Seconds of a matrix product: arithmetic and memory work at the same time, so the slower one counts."""
+        return max(flops / self.flops, moved / self.bytes)
+
+
+FLOPS_ALONE = Rates(1.0, math.inf)
+"""For a device of unknown rates: times are FLOPs, and memory costs nothing."""
+
+
+def reached(tflops: float, gb_per_s: float) -> Rates:
+    """What to count on, from peak 10^12 FLOP/s and peak 10^9 bytes/s."""
+    return Rates(REACHED_FLOPS * tflops * 1e12, REACHED_BYTES * gb_per_s * 1e9)
+
+
+def _ampere(bf16: float, fp32: float, gb_per_s: float, memory_gib: float) -> Card:
+    return Card(bf16_tflops=bf16, fp32_tflops=fp32, fp8_tflops=None, gb_per_s=gb_per_s, memory_gib=memory_gib)
+
+
+def _with_fp8(bf16: float, fp32: float, gb_per_s: float, memory_gib: float, fp8: float | None = None) -> Card:
+    """A card whose FP8 products are twice as fast as bfloat16's, unless `fp8` says otherwise."""
+    return Card(bf16_tflops=bf16, fp32_tflops=fp32, fp8_tflops=fp8 or 2 * bf16, gb_per_s=gb_per_s, memory_gib=memory_gib)
+
+
+CARDS = {
+    # NVIDIA A100 Tensor Core GPU data sheet: 312 / 19.5 TFLOPS, 1,555, 2,039 and 1,935 GB/s.
+    "NVIDIA A100-SXM4-40GB": _ampere(312, 19.5, 1555, 40),
+    "NVIDIA A100-PCIE-40GB": _ampere(312, 19.5, 1555, 40),
+    "NVIDIA A100-SXM4-80GB": _ampere(312, 19.5, 2039, 80),
+    "NVIDIA A100 80GB PCIe": _ampere(312, 19.5, 1935, 80),
+    # NVIDIA A10, A30, A40 and RTX A6000 data sheets; half of the tensor rates "with sparsity".
+    "NVIDIA A10": _ampere(125, 31.2, 600, 24),
+    "NVIDIA A30": _ampere(165, 10.3, 933, 24),
+    "NVIDIA A40": _ampere(149.7, 37.4, 696, 48),
+    "NVIDIA RTX A6000": _ampere(154.8, 38.7, 768, 48),
+    # NVIDIA Ampere GA102 whitepaper, appendix A: BF16 with FP32 accumulate.
+    "NVIDIA GeForce RTX 3090": _ampere(71, 35.6, 936, 24),
+    # NVIDIA Ada GPU architecture whitepaper, appendix A: BF16 with FP32 accumulate, FP8 with FP32 accumulate.
+    "NVIDIA GeForce RTX 4090": _with_fp8(165.2, 82.6, 1008, 24),
+    # NVIDIA L4, L40, L40S and RTX 6000 Ada data sheets; half of the tensor rates "with sparsity".
+    "NVIDIA L4": _with_fp8(121, 30.3, 300, 24),
+    "NVIDIA L40": _with_fp8(181, 90.5, 864, 48),
+    "NVIDIA L40S": _with_fp8(362, 91.6, 864, 48, fp8=733),
+    "NVIDIA RTX 6000 Ada Generation": _with_fp8(364, 91.1, 960, 48),
+    # NVIDIA H100 and H100 NVL data sheets: 1,979, 1,513 and 1,671 TFLOPS with sparsity.
+    "NVIDIA H100 80GB HBM3": _with_fp8(989.5, 67, 3350, 80),
+    "NVIDIA H100 PCIe": _with_fp8(756.5, 51, 2000, 80),
+    "NVIDIA H100 NVL": _with_fp8(835.5, 60, 3900, 94),
+    # NVIDIA H200 data sheet, SXM and NVL: 1,979 and 1,671 TFLOPS with sparsity.
+    "NVIDIA H200": _with_fp8(989.5, 67, 4800, 141),
+    "NVIDIA H200 NVL": _with_fp8(835.5, 60, 4800, 141),
+    # NVIDIA GH200 data sheet: the H100 with 96 GB of HBM3 at 4 TB/s. The name counts the CPU's memory.
+    "NVIDIA GH200 480GB": _with_fp8(989.5, 67, 4000, 96),
+    # NVIDIA DGX B200 data sheet: eight GPUs have 72 PFLOPS of FP8 with sparsity, 64 TB/s and 1,440 GB. FP32: HGX B200, 600 TFLOPS.
+    "NVIDIA B200": _with_fp8(2250, 75, 8000, 180),
+    # NVIDIA GB200 NVL72 data sheet: 72 GPUs have 360 PFLOPS of BF16 with sparsity, 5,760 TFLOPS of FP32, 576 TB/s and 13.4 TB.
+    "NVIDIA GB200": _with_fp8(2500, 80, 8000, 186),
+}  # fmt: skip
+
+
+def card_named(device_name: str) -> Card | None:
+    """The GPU of that name, as `torch.cuda.get_device_name` gives it; None where the table does not have it."""
+    return CARDS.get(device_name.strip())

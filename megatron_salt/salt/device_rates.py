@@ -1,0 +1,150 @@
+"""The rates of this process's device, for the predicted cost of stage 1: from the table of GPUs, from flags, or measured on a CPU.
+
+A CPU's rates depend on the width of a product and on caches, so they are measured at the sizes of the run: one product of the layers
+and one of the head for each model, and the passes over the head's logits. Each counts by its fastest call. That takes at most half a
+second, on every rank at the same time, as they train. Nothing is exchanged, and the run's random numbers stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, reached
+from megatron_salt.config import LoggingConfig, flag
+from megatron_salt.model import matrix_products
+from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
+from megatron_salt.parallel.device import current_device
+from megatron_salt.salt.cost import BY_FLOPS, ModelRates
+from megatron_salt.salt.head_cost import HeadShape, pass_bytes
+
+_SECONDS, _FEWEST, _MOST = 0.05, 3, 10
+"""Of each measurement: its time, and calls whatever they take and at most."""
+_LOGITS, _TOKENS, _HIDDEN, _WIDTH = 1 << 20, 256, 1024, 2048
+"""Largest sizes that are measured. Products beyond them are no faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """The first product of an MLP on one rank, [tokens, hidden] x [hidden, width], and its number format."""
+
+    hidden: int
+    width: int
+    products: Products
+
+
+def find_rates(flags: LoggingConfig, student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelRates:
+    """Rates of both models on this device. Takes at most half a second on a CPU, no time on a GPU. Not collective."""
+    device = current_device()
+    if device.type == "cuda":
+        return rates_of_gpu(torch.cuda.get_device_name(device), flags, student.products, teacher.products, head.itemsize)
+    if flags.device_peak_tflops is not None and flags.device_peak_gb_per_s is not None:
+        return rates_of_gpu("this CPU", flags, student.products, teacher.products, head.itemsize)
+    return _replaced(measure(student, teacher, head), flags)
+
+
+def _replaced(measured: ModelRates, flags: LoggingConfig) -> ModelRates:
+    """What was measured, with the one figure that a flag gives in its place."""
+    given = [name for name in ("device_peak_tflops", "device_peak_gb_per_s") if getattr(flags, name) is not None]
+    if not given:
+        return measured
+
+    def with_flag(rates: Rates) -> Rates:
+        by_flag = reached(flags.device_peak_tflops or 0, flags.device_peak_gb_per_s or 0)
+        return Rates(by_flag.flops or rates.flops, by_flag.bytes or rates.bytes)
+
+    return ModelRates(
+        layers=with_flag(measured.layers), head=with_flag(measured.head), teacher_layers=with_flag(measured.teacher_layers),
+        teacher_head=with_flag(measured.teacher_head), source=f"{measured.source}, in part replaced by {flag(given[0])}",
+    )  # fmt: skip
+
+
+def rates_of_gpu(name: str, flags: LoggingConfig, student: Products, teacher: Products, itemsize: int) -> ModelRates:
+    """Rates by the flags, which go first, and the table of GPUs; FLOPs alone, and why, where neither has a figure. Pure.
+
+    itemsize: bytes of a number of the head, which multiplies in the run's dtype also where layers use FP8.
+    """
+    card = card_named(name)
+    own: Products = "bf16" if itemsize == 2 else "fp32"
+    gb_per_s = flags.device_peak_gb_per_s or (None if card is None else card.gb_per_s)
+
+    def peak(products: Products) -> float | None:
+        if flags.device_peak_tflops is not None:
+            return flags.device_peak_tflops * (2 if products == "fp8" else 1)
+        return None if card is None else card.tflops(products)
+
+    tflops = {products: peak(products) for products in (own, student, teacher)}
+    missing = [
+        text
+        for text, known in (("--device-peak-tflops", all(tflops.values())), ("--device-peak-gb-per-s", gb_per_s))
+        if not known
+    ]
+    if missing or gb_per_s is None:
+        return replace(BY_FLOPS, source=f"the peaks of {name} are not known; {' and '.join(missing)} would tell them")
+    rates = {products: reached(peak, gb_per_s) for products, peak in tflops.items() if peak is not None}
+    figures = ", ".join(f"{peak:g} TFLOP/s in {products}" for products, peak in tflops.items())
+    return ModelRates(
+        layers=rates[student], head=rates[own], teacher_layers=rates[teacher], teacher_head=rates[own],
+        source=f"{name}: {REACHED_FLOPS:g} of {figures} and {REACHED_BYTES:g} of {gb_per_s:g} GB/s",
+    )  # fmt: skip
+
+
+def measure(student: LayerShape, teacher: LayerShape, head: HeadShape) -> ModelRates:
+    """Measure this CPU. Nothing random is drawn."""
+    dtype = torch.bfloat16 if head.itemsize == 2 else torch.float32
+    moved = _pass_rate(head, dtype)
+    layers, teacher_layers = (
+        _product_rate(head.tokens, shape.hidden, shape.width, dtype, dtype) for shape in (student, teacher)
+    )
+    of_head = _product_rate(head.tokens, head.hidden, head.rows, dtype, dtype)
+    of_teacher = _product_rate(head.tokens, head.teacher_hidden, head.rows, dtype, torch.float32)
+    return ModelRates(
+        layers=Rates(layers, moved), head=Rates(of_head, moved), teacher_layers=Rates(teacher_layers, moved),
+        teacher_head=Rates(of_teacher, moved),
+        source=f"measured on this CPU: {layers / 1e9:.0f} GFLOP/s in the student's layers, {teacher_layers / 1e9:.0f} in the "
+        f"teacher's, {of_head / 1e9:.0f} in the head, {moved / 1e9:.1f} GB/s",
+    )  # fmt: skip
+
+
+def _product_rate(tokens: int, hidden: int, width: int, dtype: torch.dtype, result: torch.dtype) -> float:
+    """FLOP/s of a product of these sizes, or of the largest that are measured, in a CPU's form of it. result: dtype of its result."""
+    tokens, hidden, width = min(tokens, _TOKENS), min(hidden, _HIDDEN), min(width, _WIDTH)
+    left, right = torch.full((tokens, hidden), 0.5, dtype=dtype), torch.full((width, hidden), 0.5, dtype=dtype)
+    out = torch.empty((tokens, width), dtype=result)
+    return 2.0 * tokens * hidden * width / _fastest(lambda: matrix_products.logits(left, right, out))
+
+
+def _pass_rate(head: HeadShape, dtype: torch.dtype) -> float:
+    """Bytes/s of the passes over one block of logits, with a teacher and without."""
+    rows = min(head.rows, _LOGITS)
+    tokens = max(1, min(head.tokens, head.chunk_tokens, _LOGITS // rows))
+    logits, teacher = torch.zeros((tokens, rows), dtype=dtype), torch.zeros(tokens, rows)
+    labels, numbers = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
+    blocks, temperature = Blocks.of(logits), 0.5 if head.tempered else 1.0
+
+    def plain() -> None:
+        row_sums(logits, None, labels, 1.0, False, blocks)
+        into_gradient(logits, None, labels, numbers, numbers, None, None, 1.0, blocks)
+
+    def taught() -> None:
+        row_sums(logits, teacher, labels, temperature, False, blocks)
+        into_gradient(logits, teacher, labels, numbers, numbers, numbers, numbers, temperature, blocks)
+
+    moved = tokens * rows * (pass_bytes(head, False) + pass_bytes(head, True))
+    return moved / (_fastest(plain) + _fastest(taught))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of some calls after one that warms up, CPU or wall-clock time, whichever is less: the first leaves out waits
+    for other programs, the second does not count the threads of one call."""
+    work()
+    seconds: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while len(seconds) < _FEWEST or (len(seconds) < _MOST and time.perf_counter() < end):
+        wall, busy = time.perf_counter(), time.process_time()
+        work()
+        seconds.append(min(time.perf_counter() - wall, time.process_time() - busy))
+    return max(min(seconds), 1e-9)
