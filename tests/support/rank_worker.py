@@ -127,7 +127,7 @@ def take_down(clean: list[tuple[Any, dict[str, Any]]]) -> int:
 
     _forget_cached_calls()
     gc.collect()
-    _break_cycles()
+    break_cycles()
     gc.collect()
     if dist.is_initialized():
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
@@ -151,7 +151,7 @@ def _forget_cached_calls() -> None:
                     value.cache_clear()
 
 
-def _break_cycles() -> None:
+def break_cycles() -> None:
     """Free megatron-core's DDP. Its gradient accumulators have hooks that hold the DDP: a cycle through C++ that Python cannot free."""
     from megatron.core.distributed import DistributedDataParallel
 

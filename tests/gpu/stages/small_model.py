@@ -7,6 +7,7 @@ tests/gpu/expected/.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import re
@@ -32,6 +33,7 @@ from tests.gpu.stages.seeded import expected, programs_with_seeded_weights, seed
 from tests.support import scoring, teaching
 from tests.support.checkpoint_runs import DROPOUT, Run, at, start
 from tests.support.program import argv, entries, write_tokens
+from tests.support.rank_worker import break_cycles
 from tests.support.small import Case, build_student, train_student
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -223,7 +225,9 @@ def freeing(setting: Setting, report: Report) -> None:
         leave_mesh()
     report.note(before=without, with_teacher=with_teacher, after=after, teacher=size)
     report.require(with_teacher >= without + size, "with its teacher the run takes less than the teacher's bytes more")
-    report.compare("bytes after free()", [float(after)], [float(without)], 0.01)
+    report.require(
+        after <= 1.01 * without, f"{after} bytes are allocated after free(), and {without} were before the teacher came"
+    )
 
 
 def memory_of_a_teacher(
@@ -232,6 +236,8 @@ def memory_of_a_teacher(
     """Allocated bytes before, with and after a teacher, and the teacher's own. Inside `one_rank`."""
     teaching.make_teacher(directory)
     leave_mesh()
+    break_cycles()  # the model that was saved is gone before anything is measured
+    gc.collect()
     lesson = teaching.Lesson(Case(), str(directory))
     student = build_student(lesson.case, 1)
     teaching.lessons(student, None, lesson, 2)  # the optimizer's state is there from the first step on
