@@ -17,6 +17,7 @@ import pytest
 
 from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
+from megatron_salt.tools.convert_checkpoint import ExportConfig, ImportConfig
 from megatron_salt.train.plan import check
 
 ROOT = Path(__file__).parents[1]
@@ -92,14 +93,14 @@ def flags_of(config_class: type) -> set[str]:
     return set(known_flags(config_class))
 
 
-def tool_config(name: str) -> type:
+def tool_configs(name: str) -> list[type]:
+    """The flags of a tool; of each command, where it has several."""
     module = importlib.import_module(f"megatron_salt.tools.{name}")
-    [config] = [
+    return [
         member
         for name, member in vars(module).items()
         if name.endswith("Config") and dataclasses.is_dataclass(member) and member.__module__.startswith("megatron_salt.tools.")
     ]
-    return config
 
 
 def tree_paths() -> set[str]:
@@ -219,7 +220,7 @@ def test_the_readme_has_code_to_check() -> None:
 
 @each_page
 def test_flags_exist(page: str) -> None:
-    ours = flags_of(CommandLine).union(NOT_OURS, *(flags_of(tool_config(tool.stem)) for tool in TOOLS))
+    ours = flags_of(CommandLine).union(NOT_OURS, *(flags_of(config) for tool in TOOLS for config in tool_configs(tool.stem)))
     for code in code_of(PAGES[page]):
         benchmark = re.search(r"benchmarks/\w+\.py", code)
         known = set(re.findall(r'"(--[\w-]+)"', (ROOT / benchmark[0]).read_text())) if benchmark else ours
@@ -235,8 +236,12 @@ def test_commands_of_the_tools_parse(name: str) -> None:
         if tool != "pretrain":
             words = shlex.split(rest.replace('"${asked[@]}"', "--below-unigram 0.5 --below salt:plain"), comments=True)
             words = [word for word in words if not word.startswith("[")]
-            parse_flags(tool_config(tool), words)
-    assert commands or name in PAGES
+            [config] = tool_configs(tool)
+            parse_flags(config, words)
+    conversions = re.findall(r"tools/convert_checkpoint\.py (import|export)( [^`\n|&]*)", text)
+    for command, rest in conversions:
+        parse_flags({"import": ImportConfig, "export": ExportConfig}[command], shlex.split(rest))
+    assert commands or conversions or name in PAGES
 
 
 def test_every_console_script_is_told() -> None:
@@ -330,7 +335,7 @@ def test_the_quickstart_claims_a_direction_and_no_more() -> None:
     script = (ROOT / "examples/quickstart.sh").read_text()
     runs = ["--run", "plain=p.jsonl", "salt=s.jsonl", "--unigram-of", "tokens"]
     long, short = [
-        parse_flags(tool_config("report"), [*runs, *shlex.split(asked)])
+        parse_flags(tool_configs("report")[0], [*runs, *shlex.split(asked)])
         for asked in re.findall(r"^ *asked=\((.+)\)$", script, re.MULTILINE)
     ]
     assert (long.below, long.below_margin) == (("salt:plain",), 0.05) and not short.below

@@ -23,7 +23,7 @@ LAYERS = (
     ("data", "metrics"),
     ("model", "preprocess", "selection"),
     ("checkpoint",),
-    ("salt",),
+    ("salt", "convert"),
     ("train",),
     ("pretrain", "tools", "benchmarks"),
 )
@@ -79,6 +79,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.cards",
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
+    "megatron_salt.convert.families",
     "megatron_salt.salt.cost",
     "megatron_salt.salt.head_cost",
     "megatron_salt.salt.layer_cost",

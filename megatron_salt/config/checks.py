@@ -13,8 +13,8 @@ from megatron_salt.errors import UserError
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field: --num-layers for num_layers."""
-    return "--" + name.replace("_", "-")
+    """The command-line flag of a field: --num-layers for num_layers, --from for from_, whose name Python keeps for itself."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def at_least(section: object, minimum: float, *names: str) -> None:

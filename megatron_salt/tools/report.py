@@ -21,8 +21,8 @@ from megatron_salt.cli import run_tool
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.metrics.figures import MARKS, chart, draw, table
 from megatron_salt.metrics.history import Axis, Curve, read_curve
-from megatron_salt.tools.report_figures import MARKS, chart, draw, table
 
 BLOCK = 1 << 22
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from megatron_salt.errors import UserError
+from megatron_salt.metrics.figures import HEIGHT, chart, smoothed, table
 from megatron_salt.metrics.history import Axis, read_curve
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.tools.report import ReportConfig, named_pairs, named_runs, report, unigram_entropy
-from megatron_salt.tools.report_figures import HEIGHT, chart, smoothed, table
 from tests.metrics.logs import open_log, record
 
 

@@ -1,0 +1,380 @@
+"""Models of Hugging Face's transformers as our ModelConfig, and back. Pure: it reads and writes the JSON of a config.json.
+
+What our decoder cannot compute is refused by the key and its value. A key that says nothing of the arithmetic is passed over, and a key
+that this module does not know is returned, so that the user hears of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_salt.config import ModelConfig
+from megatron_salt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignModel:
+    """A model that another program trained, in our terms."""
+
+    architecture: str
+    """The class in transformers, such as LlamaForCausalLM."""
+    model: ModelConfig
+    vocabulary_size: int
+    """Rows of its embedding: all of them are in its softmax, whatever its tokenizer has."""
+    context: int
+    """Longest sequence that it may be given, in tokens."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: unknown keys, a context that a sliding window shortens."""
+
+
+class ConfigReader:
+    """Reads a config.json key by key, refuses what does not fit, and remembers which keys were read."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config, self._where, self._seen = config, where, set(_SILENT)
+
+    def refuse(self, key: str, why: str) -> UserError:
+        """The error for a key whose value cannot be taken."""
+        return UserError(f"{self._where}: {key} is {self._config.get(key)!r}: {why}")
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of a key. Raises UserError where it is missing without a default, or of another kind."""
+        self._seen.add(key)
+        value = self._config.get(key)
+        if value is None:
+            if default is None:
+                raise UserError(f"{self._where}: {key} is missing")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise self.refuse(key, f"expected a value of type {kind.__name__}")
+        if isinstance(value, int) and kind is int and value < 1:
+            raise self.refuse(key, "expected a number from 1 on")
+        return value
+
+    def optional(self, key: str, kind: type) -> Any:
+        """The value of a key, or None."""
+        self._seen.add(key)
+        return None if self._config.get(key) is None else self.get(key, kind)
+
+    def must_be(self, key: str, *allowed: Any, default: Any) -> Any:
+        """The value of a key that may have these values alone."""
+        self._seen.add(key)
+        value = self._config.get(key, default)
+        if value not in allowed:
+            raise self.refuse(key, f"this decoder computes only {' or '.join(map(repr, allowed))}")
+        return value
+
+    def unread(self) -> list[str]:
+        """Keys that nothing has read, with values that say something."""
+        return [key for key, value in self._config.items() if key not in self._seen and value not in (None, False, [], {})]
+
+
+def model_of_config(config: Mapping[str, Any], where: str) -> ForeignModel:
+    """The model that a config.json describes. `where` names the file. Raises UserError."""
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    if architecture is None or architecture not in _READERS:
+        raise UserError(f"{where}: architectures is {named!r}; known are {', '.join(_READERS)}")
+    if config.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config is set: quantised weights are not read; give the original weights")
+    reader = ConfigReader(config, where)
+    try:
+        foreign = _READERS[architecture](reader)
+    except UserError as error:
+        text = str(error)
+        raise error if text.startswith(where) else UserError(f"{where}: {text}") from None
+    unread = reader.unread()
+    notes = (f"{where}: not read: {', '.join(unread)}",) if unread else ()
+    return ForeignModel(
+        architecture=architecture,
+        model=foreign.model,
+        vocabulary_size=foreign.vocabulary_size,
+        context=foreign.context,
+        notes=(*foreign.notes, *notes),
+    )
+
+
+def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False, qk_norm: bool = False) -> ForeignModel:
+    """Llama and its relatives: RMSNorm, SwiGLU, rotary embeddings."""
+    reader.must_be("hidden_act", "silu", default="silu")
+    heads, hidden = reader.get("num_attention_heads", int), reader.get("hidden_size", int)
+    attention_bias = False if qkv_bias else reader.get("attention_bias", bool, False)
+    mlp_bias = reader.get("mlp_bias", bool, False)
+    if attention_bias != mlp_bias:
+        raise reader.refuse("attention_bias", f"mlp_bias is {mlp_bias}; either all linear layers have biases, or none has")
+    notes: tuple[str, ...] = ()
+    context = reader.get("max_position_embeddings", int)
+    window = reader.optional("sliding_window", int)
+    layer_kinds = reader.optional("layer_types", list) or []
+    uses_window = reader.get("use_sliding_window", bool, False) if architecture.startswith("Qwen") else True
+    reader.optional("max_window_layers", int)
+    if uses_window and window is not None and window < context:
+        notes = (f"sliding_window {window} is shorter than max_position_embeddings {context}: the context is {window}",)
+        context = window
+    elif any(kind != "full_attention" for kind in layer_kinds):
+        raise reader.refuse("layer_types", "this decoder computes only full_attention")
+    width = reader.optional("head_dim", int)
+    model = ModelConfig(
+        num_layers=reader.get("num_hidden_layers", int),
+        hidden_size=hidden,
+        ffn_hidden_size=reader.get("intermediate_size", int),
+        num_attention_heads=heads,
+        num_query_groups=reader.optional("num_key_value_heads", int),
+        kv_channels=None if width is None or width * heads == hidden else width,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        norm_epsilon=reader.get("rms_norm_eps", float, 1e-6),
+        qk_layernorm=qk_norm,
+        swiglu=True,
+        disable_bias_linear=not mlp_bias,
+        add_qkv_bias=qkv_bias,
+        untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, False),
+        init_method_std=reader.get("initializer_range", float, 0.02),
+        **_rotary(reader, None),
+    )
+    return ForeignModel(
+        architecture=architecture, model=model, vocabulary_size=reader.get("vocab_size", int), context=context, notes=notes
+    )
+
+
+def _gpt_neox(reader: ConfigReader) -> ForeignModel:
+    act = reader.must_be("hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh", default="gelu")
+    reader.must_be("attention_bias", True, default=True)
+    model = ModelConfig(
+        num_layers=reader.get("num_hidden_layers", int),
+        hidden_size=reader.get("hidden_size", int),
+        ffn_hidden_size=reader.get("intermediate_size", int),
+        num_attention_heads=reader.get("num_attention_heads", int),
+        position_embedding_type="rope",
+        normalization="LayerNorm",
+        norm_epsilon=reader.get("layer_norm_eps", float, 1e-5),
+        gelu_tanh=act != "gelu",
+        parallel_residual=reader.get("use_parallel_residual", bool, True),
+        untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, False),
+        init_method_std=reader.get("initializer_range", float, 0.02),
+        **_rotary(reader, reader.get("rotary_pct", float, 0.25)),
+    )
+    return ForeignModel(
+        architecture="GPTNeoXForCausalLM",
+        model=model,
+        vocabulary_size=reader.get("vocab_size", int),
+        context=reader.get("max_position_embeddings", int),
+    )
+
+
+def _gpt2(reader: ConfigReader) -> ForeignModel:
+    act = reader.must_be("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu", default="gelu_new")
+    reader.must_be("scale_attn_weights", True, default=True)
+    reader.must_be("scale_attn_by_inverse_layer_idx", False, default=False)
+    reader.must_be("add_cross_attention", False, default=False)
+    hidden, positions = reader.get("n_embd", int), reader.get("n_positions", int)
+    model = ModelConfig(
+        num_layers=reader.get("n_layer", int),
+        hidden_size=hidden,
+        ffn_hidden_size=reader.optional("n_inner", int) or 4 * hidden,
+        num_attention_heads=reader.get("n_head", int),
+        max_position_embeddings=positions,
+        position_embedding_type="learned_absolute",
+        normalization="LayerNorm",
+        norm_epsilon=reader.get("layer_norm_epsilon", float, 1e-5),
+        gelu_tanh=act != "gelu",
+        untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, True),
+        init_method_std=reader.get("initializer_range", float, 0.02),
+    )
+    return ForeignModel(
+        architecture="GPT2LMHeadModel", model=model, vocabulary_size=reader.get("vocab_size", int), context=positions
+    )
+
+
+def _rotary(reader: ConfigReader, percent: float | None) -> dict[str, Any]:
+    """Fields of ModelConfig for rotary embeddings. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and
+    `rope_scaling` (GPT-NeoX: `rotary_emb_base`)."""
+    key = "rope_parameters" if reader.optional("rope_parameters", dict) else "rope_scaling"
+    rope = dict(reader.optional(key, dict) or {})
+    theta, old_base = reader.optional("rope_theta", float), reader.optional("rotary_emb_base", float)
+    fields: dict[str, Any] = {"rotary_base": float(rope.pop("rope_theta", None) or theta or old_base or 10000.0)}
+    outside = reader.optional("partial_rotary_factor", float)
+    share = rope.pop("partial_rotary_factor", None) or outside or percent
+    if share is not None:
+        fields["rotary_percent"] = float(share)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    if kind == "default":
+        return fields
+    if kind not in ("linear", "llama3"):
+        raise reader.refuse(key, "this decoder scales rotary frequencies by rope_type linear or llama3")
+    names = {
+        "factor": "rope_scaling_factor",
+        "low_freq_factor": "rope_scaling_low_freq_factor",
+        "high_freq_factor": "rope_scaling_high_freq_factor",
+        "original_max_position_embeddings": "rope_scaling_original_context",
+    }
+    needed = list(names) if kind == "llama3" else ["factor"]
+    missing = [name for name in needed if type(rope.get(name)) not in (int, float)]
+    if missing:
+        raise reader.refuse(key, f"it lacks {', '.join(missing)}")
+    fields |= {"rope_scaling": kind} | {names[name]: float(rope[name]) for name in needed}
+    if kind == "llama3":
+        fields["rope_scaling_original_context"] = int(rope["original_max_position_embeddings"])
+    return fields
+
+
+_READERS: Mapping[str, Callable[[ConfigReader], ForeignModel]] = {
+    "LlamaForCausalLM": lambda reader: _llama_like(reader, "LlamaForCausalLM"),
+    "MistralForCausalLM": lambda reader: _llama_like(reader, "MistralForCausalLM"),
+    "Qwen2ForCausalLM": lambda reader: _llama_like(reader, "Qwen2ForCausalLM", qkv_bias=True),
+    "Qwen3ForCausalLM": lambda reader: _llama_like(reader, "Qwen3ForCausalLM", qk_norm=True),
+    "GPTNeoXForCausalLM": _gpt_neox,
+    "GPT2LMHeadModel": _gpt2,
+}
+
+_SILENT = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "pretraining_tp", "tokenizer_class", "attention_dropout", "hidden_dropout", "classifier_dropout",
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "reorder_and_upcast_attn", "_attn_implementation_autoset",
+    "is_decoder", "is_encoder_decoder", "unk_token_id", "is_llama_config", "rope_interleaved", "transformers.js_config",
+    "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+}  # fmt: skip
+"""Keys that say nothing of the forward pass of a pretrained model."""
+
+
+# ---- the other way -----------------------------------------------------------------------------------------------------
+
+
+def config_of_model(model: ModelConfig, vocabulary_size: int, context: int, dtype: str) -> dict[str, Any]:
+    """The config.json of a model of ours. Raises UserError, naming the flags, where no architecture in transformers computes it."""
+    architecture = _architecture_of(model)
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES[architecture],
+        "vocab_size": vocabulary_size,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if architecture == "GPT2LMHeadModel":
+        return config | {
+            "n_embd": model.hidden_size,
+            "n_layer": model.num_layers,
+            "n_head": model.num_attention_heads,
+            "n_inner": model.ffn_width,
+            "n_positions": model.max_position_embeddings or context,
+            "layer_norm_epsilon": model.norm_epsilon,
+            "activation_function": "gelu_new" if model.gelu_tanh else "gelu",
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    config |= {
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_width,
+        "max_position_embeddings": model.max_position_embeddings or context,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": _rope_scaling(model),
+    }
+    if architecture == "GPTNeoXForCausalLM":
+        return config | {
+            "rotary_pct": model.rotary_percent,
+            "rotary_emb_base": model.rotary_base,
+            "layer_norm_eps": model.norm_epsilon,
+            "hidden_act": "gelu_new" if model.gelu_tanh else "gelu",
+            "use_parallel_residual": model.parallel_residual,
+            "attention_bias": True,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+    config |= {
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_width,
+        "rms_norm_eps": model.norm_epsilon,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
+    if architecture == "LlamaForCausalLM":
+        biases = not model.disable_bias_linear
+        config |= {"attention_bias": biases, "mlp_bias": biases}
+    elif architecture == "Qwen3ForCausalLM":
+        config |= {"attention_bias": False}
+    return config
+
+
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "GPT2LMHeadModel": "gpt2",
+}
+
+
+def _architecture_of(model: ModelConfig) -> str:
+    """The class in transformers that computes this model. Raises UserError."""
+    rope = model.position_embedding_type == "rope"
+    if rope and model.swiglu and model.normalization == "RMSNorm" and model.rotary_percent == 1 and not model.parallel_residual:
+        if not model.add_qkv_bias and not model.qk_layernorm:
+            return "LlamaForCausalLM"
+        if model.disable_bias_linear and not (model.add_qkv_bias and model.qk_layernorm):
+            same_width = model.head_width * model.num_attention_heads == model.hidden_size
+            if model.qk_layernorm:
+                return "Qwen3ForCausalLM"
+            if same_width:
+                return "Qwen2ForCausalLM"
+            raise UserError(
+                f"--add-qkv-bias with --kv-channels {model.kv_channels} x --num-attention-heads {model.num_attention_heads} other than "
+                f"--hidden-size {model.hidden_size}: Qwen2 in transformers has no such model"
+            )
+    plain = model.normalization == "LayerNorm" and not (
+        model.swiglu or model.squared_relu or model.disable_bias_linear or model.qk_layernorm
+    )
+    multi_head = model.query_groups == model.num_attention_heads
+    if plain and multi_head and model.head_width * model.num_attention_heads == model.hidden_size:
+        if rope:
+            return "GPTNeoXForCausalLM"
+        if model.position_embedding_type == "learned_absolute" and not model.parallel_residual:
+            return "GPT2LMHeadModel"
+    raise UserError(
+        f"no architecture in transformers computes this model: {', '.join(_described(model))}. Llama, Qwen2 and Qwen3 have rope, RMSNorm "
+        "and --swiglu; GPT-NeoX rope, LayerNorm, GELU and biases; GPT-2 learned positions, LayerNorm, GELU and biases"
+    )
+
+
+def _described(model: ModelConfig) -> Iterable[str]:
+    """The flags that decide the architecture."""
+    yield f"--position-embedding-type {model.position_embedding_type}"
+    yield f"--normalization {model.normalization}"
+    switches = (
+        "swiglu",
+        "squared_relu",
+        "gelu_tanh",
+        "disable_bias_linear",
+        "add_qkv_bias",
+        "qk_layernorm",
+        "parallel_residual",
+    )
+    yield from ("--" + name.replace("_", "-") for name in switches if getattr(model, name))
+    if model.query_groups != model.num_attention_heads:
+        yield f"--num-query-groups {model.query_groups}"
+    if model.rotary_percent != 1:
+        yield f"--rotary-percent {model.rotary_percent:g}"
+
+
+def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    if model.rope_scaling == "none":
+        return None
+    scaling: dict[str, Any] = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": model.rope_scaling_low_freq_factor,
+            "high_freq_factor": model.rope_scaling_high_freq_factor,
+            "original_max_position_embeddings": model.rope_scaling_original_context,
+        }
+    return scaling

@@ -1,0 +1,239 @@
+"""How the tensors of a model in transformers become ours, and back, bit for bit.
+
+Ours are megatron-core's. The rows of a qkv weight lie by query group: its query heads, its key head, its value head. The rows of a gated
+MLP's first weight are the gate, then the value that it multiplies. Tensors of all layers have one key in a checkpoint, with an axis of
+layers in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_salt.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One tensor of one layer, or one outside of the layers: in our checkpoint, and as tensors of the other program."""
+
+    key: str
+    """Its key in a checkpoint."""
+    layer: int | None
+    """None: it belongs to no layer."""
+    shape: Shape
+    """Ours, without the axis of layers."""
+    sources: tuple[tuple[str, Shape], ...]
+    """(name, shape) of each tensor of the other program."""
+    join: Callable[[Sequence[Tensor]], Tensor]
+    """Theirs to ours."""
+    split: Callable[[Tensor], Sequence[Tensor]]
+    """Ours to theirs."""
+    rows: bool = False
+    """Whether row i of ours is row i of theirs, so that it may be converted a few rows at a time. Ours may have more rows: padding."""
+
+
+def parts_of(architecture: str, model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
+    """Every tensor of a model: first the embedding, then layer by layer, then norm and output layer.
+
+    architecture: the class in transformers. context: rows of a table of learned positions.
+    """
+    if architecture == "GPT2LMHeadModel":
+        return _gpt2(model, vocabulary_size, context)
+    if architecture == "GPTNeoXForCausalLM":
+        return _gpt_neox(model, vocabulary_size)
+    return _llama(model, vocabulary_size)
+
+
+# ---- shapes of ours, and the ways to join --------------------------------------------------------------------------------
+
+
+def _copied(key: str, layer: int | None, name: str, shape: Shape) -> Part:
+    return Part(
+        key=key,
+        layer=layer,
+        shape=shape,
+        sources=((name, shape),),
+        join=lambda tensors: tensors[0],
+        split=lambda whole: [whole],
+    )
+
+
+def _vocabulary(key: str, name: str, model: ModelConfig, vocabulary_size: int) -> Part:
+    """A weight with a row for each id: ours has rows of zeros at its end, so that tensor-parallel ranks get equal shares."""
+    rows, width = model.padded_vocabulary_size(vocabulary_size), model.hidden_size
+
+    def padded(tensors: Sequence[Tensor]) -> Tensor:
+        whole = tensors[0].new_zeros(rows, width)
+        whole[:vocabulary_size] = tensors[0]
+        return whole
+
+    return Part(
+        key=key,
+        layer=None,
+        shape=(rows, width),
+        sources=((name, (vocabulary_size, width)),),
+        join=padded,
+        split=lambda whole: [whole[:vocabulary_size]],
+        rows=True,
+    )
+
+
+def _transposed(key: str, layer: int, name: str, shape: Shape) -> Part:
+    """GPT-2's linear layers hold the transposed weight."""
+    return Part(
+        key=key,
+        layer=layer,
+        shape=shape,
+        sources=((name, shape[::-1]),),
+        join=lambda tensors: tensors[0].t().contiguous(),
+        split=lambda whole: [whole.t().contiguous()],
+    )
+
+
+def join_qkv(groups: int, tensors: Sequence[Tensor]) -> Tensor:
+    """[q rows + 2 kv rows, ...] by query group, of query [H d, ...], key and value [G d, ...]."""
+    by_group = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in tensors]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
+
+
+def split_qkv(groups: int, heads: int, whole: Tensor) -> list[Tensor]:
+    """The inverse of `join_qkv`: query, key and value."""
+    by_group = whole.reshape(groups, -1, *whole.shape[1:])
+    width = by_group.size(1) // (heads // groups + 2)
+    sizes = [width * (heads // groups), width, width]
+    return [tensor.flatten(0, 1).contiguous() for tensor in by_group.split(sizes, dim=1)]
+
+
+def _grouped(key: str, layer: int, names: Sequence[str], model: ModelConfig, columns: Shape) -> Part:
+    """Queries, keys and values of a layer: weights (columns: (hidden size,)) or biases (columns: ())."""
+    heads, groups, width = model.num_attention_heads, model.query_groups, model.head_width
+    rows = (heads * width, groups * width, groups * width)
+    return Part(
+        key=key,
+        layer=layer,
+        shape=(sum(rows), *columns),
+        sources=tuple((name, (size, *columns)) for name, size in zip(names, rows, strict=True)),
+        join=partial(join_qkv, groups),
+        split=partial(split_qkv, groups, heads),
+    )
+
+
+def _stacked(key: str, layer: int, names: Sequence[str], shape: Shape) -> Part:
+    """Tensors of equal shape, one under the other."""
+    each = (shape[0] // len(names), *shape[1:])
+    return Part(
+        key=key,
+        layer=layer,
+        shape=shape,
+        sources=tuple((name, each) for name in names),
+        join=lambda tensors: torch.cat(list(tensors)),
+        split=lambda whole: whole.chunk(len(names)),
+    )
+
+
+# ---- families ----------------------------------------------------------------------------------------------------------
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_POSITIONS = "embedding.position_embeddings.weight"
+_QKV, _PROJECTION = "decoder.layers.self_attention.linear_qkv", "decoder.layers.self_attention.linear_proj"
+_FC1, _FC2 = "decoder.layers.mlp.linear_fc1", "decoder.layers.mlp.linear_fc2"
+_FINAL = "decoder.final_layernorm"
+
+
+def _llama(model: ModelConfig, vocabulary_size: int) -> Iterator[Part]:
+    """Llama, Mistral, Qwen2 and Qwen3."""
+    hidden, width, ffn = model.hidden_size, model.head_width, model.ffn_width
+    all_biases = not model.disable_bias_linear
+    yield _vocabulary(EMBEDDING, "model.embed_tokens.weight", model, vocabulary_size)
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        projections = [f"{prefix}self_attn.{kind}_proj" for kind in "qkv"]
+        yield _copied(f"{_QKV}.layer_norm_weight", layer, f"{prefix}input_layernorm.weight", (hidden,))
+        yield _grouped(f"{_QKV}.weight", layer, [f"{name}.weight" for name in projections], model, (hidden,))
+        if all_biases or model.add_qkv_bias:
+            yield _grouped(f"{_QKV}.bias", layer, [f"{name}.bias" for name in projections], model, ())
+        if model.qk_layernorm:
+            for kind in "qk":
+                name = f"{prefix}self_attn.{kind}_norm.weight"
+                yield _copied(f"decoder.layers.self_attention.{kind}_layernorm.weight", layer, name, (width,))
+        projection = f"{prefix}self_attn.o_proj"
+        yield _copied(f"{_PROJECTION}.weight", layer, f"{projection}.weight", (hidden, model.num_attention_heads * width))
+        if all_biases:
+            yield _copied(f"{_PROJECTION}.bias", layer, f"{projection}.bias", (hidden,))
+        yield _copied(f"{_FC1}.layer_norm_weight", layer, f"{prefix}post_attention_layernorm.weight", (hidden,))
+        gated = [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"]
+        yield _stacked(f"{_FC1}.weight", layer, [f"{name}.weight" for name in gated], (2 * ffn, hidden))
+        yield _copied(f"{_FC2}.weight", layer, f"{prefix}mlp.down_proj.weight", (hidden, ffn))
+        if all_biases:
+            yield _stacked(f"{_FC1}.bias", layer, [f"{name}.bias" for name in gated], (2 * ffn,))
+            yield _copied(f"{_FC2}.bias", layer, f"{prefix}mlp.down_proj.bias", (hidden,))
+    yield _copied(f"{_FINAL}.weight", None, "model.norm.weight", (hidden,))
+    if model.untie_embeddings_and_output_weights:
+        yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+
+
+def _gpt_neox(model: ModelConfig, vocabulary_size: int) -> Iterator[Part]:
+    """GPT-NeoX and Pythia. Its qkv weight lies by head, as ours does where every head has its own key and value."""
+    hidden, ffn = model.hidden_size, model.ffn_width
+    yield _vocabulary(EMBEDDING, "gpt_neox.embed_in.weight", model, vocabulary_size)
+    for layer in range(model.num_layers):
+        prefix = f"gpt_neox.layers.{layer}."
+        attention, mlp = f"{prefix}attention.", f"{prefix}mlp."
+        for kind, shape in (("weight", (hidden,)), ("bias", ())):
+            yield _copied(f"{_QKV}.layer_norm_{kind}", layer, f"{prefix}input_layernorm.{kind}", (hidden,))
+            yield _copied(f"{_QKV}.{kind}", layer, f"{attention}query_key_value.{kind}", (3 * hidden, *shape))
+            yield _copied(f"{_PROJECTION}.{kind}", layer, f"{attention}dense.{kind}", (hidden, *shape))
+            yield _copied(f"{_FC1}.layer_norm_{kind}", layer, f"{prefix}post_attention_layernorm.{kind}", (hidden,))
+            yield _copied(f"{_FC1}.{kind}", layer, f"{mlp}dense_h_to_4h.{kind}", (ffn, *shape))
+            yield _copied(f"{_FC2}.{kind}", layer, f"{mlp}dense_4h_to_h.{kind}", (hidden, *((ffn,) if shape else ())))
+    for kind in ("weight", "bias"):
+        yield _copied(f"{_FINAL}.{kind}", None, f"gpt_neox.final_layer_norm.{kind}", (hidden,))
+    if model.untie_embeddings_and_output_weights:
+        yield _vocabulary(OUTPUT, "embed_out.weight", model, vocabulary_size)
+
+
+def _gpt2(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
+    """GPT-2: queries of all heads, then keys, then values; weights transposed."""
+    hidden, ffn = model.hidden_size, model.ffn_width
+    yield _vocabulary(EMBEDDING, "transformer.wte.weight", model, vocabulary_size)
+    yield _copied(_POSITIONS, None, "transformer.wpe.weight", (model.max_position_embeddings or context, hidden))
+    heads = model.num_attention_heads
+    for layer in range(model.num_layers):
+        prefix = f"transformer.h.{layer}."
+        for key, norm in ((_QKV, "ln_1"), (_FC1, "ln_2")):
+            for kind in ("weight", "bias"):
+                yield _copied(f"{key}.layer_norm_{kind}", layer, f"{prefix}{norm}.{kind}", (hidden,))
+        yield Part(
+            key=f"{_QKV}.weight",
+            layer=layer,
+            shape=(3 * hidden, hidden),
+            sources=((f"{prefix}attn.c_attn.weight", (hidden, 3 * hidden)),),
+            join=lambda tensors: join_qkv(heads, tensors[0].t().chunk(3)),
+            split=lambda whole: [torch.cat(split_qkv(heads, heads, whole)).t().contiguous()],
+        )
+        yield Part(
+            key=f"{_QKV}.bias",
+            layer=layer,
+            shape=(3 * hidden,),
+            sources=((f"{prefix}attn.c_attn.bias", (3 * hidden,)),),
+            join=lambda tensors: join_qkv(heads, tensors[0].chunk(3)),
+            split=lambda whole: [torch.cat(split_qkv(heads, heads, whole))],
+        )
+        for key, name, shape in (
+            (_PROJECTION, f"{prefix}attn.c_proj", (hidden, hidden)),
+            (_FC1, f"{prefix}mlp.c_fc", (ffn, hidden)),
+            (_FC2, f"{prefix}mlp.c_proj", (hidden, ffn)),
+        ):
+            yield _transposed(f"{key}.weight", layer, f"{name}.weight", shape)
+            yield _copied(f"{key}.bias", layer, f"{name}.bias", shape[:1])
+    for kind in ("weight", "bias"):
+        yield _copied(f"{_FINAL}.{kind}", None, f"transformer.ln_f.{kind}", (hidden,))
+    if model.untie_embeddings_and_output_weights:
+        yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)

@@ -1,0 +1,109 @@
+"""config.json and ModelConfig: one becomes the other and back; what the decoder cannot compute is refused by key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_salt.config import ModelConfig
+from megatron_salt.convert.families import config_of_model, model_of_config
+from megatron_salt.errors import UserError
+
+LLAMA = ModelConfig(
+    num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=2, position_embedding_type="rope",
+    normalization="RMSNorm", swiglu=True, disable_bias_linear=True, untie_embeddings_and_output_weights=True, norm_epsilon=1e-6,
+)  # fmt: skip
+GPT2 = ModelConfig(
+    num_layers=4, hidden_size=64, ffn_hidden_size=256, num_attention_heads=8, max_position_embeddings=128, gelu_tanh=True
+)
+NEOX = replace(
+    GPT2,
+    position_embedding_type="rope",
+    rotary_percent=0.25,
+    parallel_residual=True,
+    gelu_tanh=False,
+    max_position_embeddings=None,
+)
+KNOWN: dict[str, tuple[str, ModelConfig]] = {
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "llama 3": (
+        "LlamaForCausalLM",
+        replace(
+            LLAMA, rope_scaling="llama3", rope_scaling_factor=32.0, rope_scaling_low_freq_factor=1.5,
+            rope_scaling_high_freq_factor=5.0, rope_scaling_original_context=100, kv_channels=16,
+        ),
+    ),
+    "linear": ("LlamaForCausalLM", replace(LLAMA, rope_scaling="linear", rope_scaling_factor=4.0, rotary_base=5e5)),
+    "with biases": ("LlamaForCausalLM", replace(LLAMA, disable_bias_linear=False)),
+    "qwen2": ("Qwen2ForCausalLM", replace(LLAMA, add_qkv_bias=True)),
+    "qwen3": ("Qwen3ForCausalLM", replace(LLAMA, qk_layernorm=True, kv_channels=16)),
+    "gpt-neox": ("GPTNeoXForCausalLM", NEOX),
+    "gpt-neox in sequence": ("GPTNeoXForCausalLM", replace(NEOX, parallel_residual=False, gelu_tanh=True)),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_model_becomes_a_config_and_the_same_model_again(name: str) -> None:
+    architecture, model = KNOWN[name]
+    config = config_of_model(model, 261, 128, "bfloat16")
+    assert config["architectures"] == [architecture]
+    again = model_of_config(config, "config.json")
+    assert again.notes == () and (again.vocabulary_size, again.context) == (261, 128)
+    assert again.model == replace(model, num_query_groups=model.num_query_groups if architecture[0] in "LQ" else None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(squared_relu=True, swiglu=False),
+        dict(position_embedding_type="none"),
+        dict(normalization="LayerNorm"),
+        dict(rotary_percent=0.5),
+        dict(parallel_residual=True),
+        dict(add_qkv_bias=True, qk_layernorm=True),
+        dict(add_qkv_bias=True, kv_channels=16),
+    ],
+)
+def test_a_model_that_transformers_does_not_know_is_refused_by_flag(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--"):
+        config_of_model(replace(LLAMA, **change), 261, 128, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("llama", {"attention_bias": True}, "attention_bias is True: mlp_bias is False"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling .* linear or llama3"),
+        ("llama 3", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "it lacks low_freq_factor, high_freq_factor"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a number from 1 on"),
+        ("llama", {"vocab_size": None}, "vocab_size is missing"),
+        ("llama", {"num_key_value_heads": 3}, "config.json: .*--num-query-groups 3"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+        ("gpt-neox", {"attention_bias": False}, "attention_bias is False"),
+    ],
+)
+def test_what_the_decoder_cannot_compute_is_refused_by_key(name: str, change: dict[str, Any], words: str) -> None:
+    config = config_of_model(KNOWN[name][1], 261, 128, "float32") | change
+    with pytest.raises(UserError, match=words):
+        model_of_config(config, "config.json")
+
+
+def test_a_sliding_window_shortens_the_context_where_it_is_used() -> None:
+    qwen2 = config_of_model(KNOWN["qwen2"][1], 261, 128, "float32") | {"sliding_window": 64}
+    assert model_of_config(qwen2, "x").context == 128
+    used = model_of_config(qwen2 | {"use_sliding_window": True}, "x")
+    assert used.context == 64 and "sliding_window 64" in used.notes[0]
+    mistral = config_of_model(LLAMA, 261, 128, "float32") | {"architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    assert model_of_config(mistral, "x").context == 64
+
+
+def test_a_key_that_is_not_known_is_told() -> None:
+    foreign = model_of_config(
+        config_of_model(LLAMA, 261, 128, "float32") | {"logit_scale": 2.0, "nothing": None}, "config.json"
+    )
+    assert foreign.notes == ("config.json: not read: logit_scale",)
