@@ -156,7 +156,9 @@ def test_a_student_with_its_teachers_weights_is_at_no_distance_from_it(tmp_path:
     sums = run_ranks(1, teach_with_seed, tmp_path, dtype)[0]
     tokens, ce, kl, teacher_ce = (sums[KD_METRICS.index(name)] for name in ("tokens", "ce", "kl", "teacher_ce"))
     assert abs(kl / tokens) < 1e-6
-    assert ce == pytest.approx(teacher_ce, rel=1e-6)
+    # In bfloat16 the student's logits are rounded to 8 bits, and the teacher's are not. A logit's error is at most 2^-9 of it, of either
+    # sign, so the sum over some hundred tokens is nearer than 2^-13.
+    assert ce == pytest.approx(teacher_ce, rel=1e-6 if dtype == torch.float32 else 2**-13)
     # Where n ids tie, which bfloat16 logits do in a few tokens of these, both models choose the same one in 1/n of cases.
     fewest = tokens if dtype == torch.float32 else 0.95 * tokens
     assert fewest <= sums[KD_METRICS.index("agreement")] <= tokens
