@@ -87,6 +87,14 @@ def test_it_refuses_what_a_start_would(data: str, trained: Path, flags: dict[str
     assert reason in refused(**{"data_path": data, "train_iters": 4, "dry_run": 4} | named)
 
 
+def test_on_the_cpu_it_checks_the_precision_too(data: str) -> None:
+    """With --device cpu no GPU can come that this machine does not have."""
+    fp8 = dict(data_path=data, train_iters=4, bf16=True, fp8_format="hybrid")
+    assert refused(**fp8, dry_run=4, device="cpu") == refused(**fp8, device="cpu")
+    assert "precision: not checked, there is no GPU here" in rehearse(**fp8)
+    assert "precision: student: torch\n" in rehearse(data_path=data, train_iters=4, device="cpu")
+
+
 def test_a_start_refuses_the_same(data: str, trained: Path) -> None:
     flags = dict(data_path=data, train_iters=4, num_layers=3, load=trained)
     assert refused(**flags) == refused(**flags, dry_run=1)
