@@ -50,6 +50,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
     if hardware.capability is None and config.parallel.device != "cpu":
         print("precision: not checked, there is no GPU here")
+        if config.parallel.device == "cuda" and torch.version.cuda is None:
+            print("WARNING: with this torch, which is built without CUDA, a start with --device cuda is refused")
     else:
         precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
         teacher = "" if inputs.teacher is None else f"; teacher: {precisions.teacher}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
@@ -85,6 +86,15 @@ def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
 def test_it_refuses_what_a_start_would(data: str, trained: Path, flags: dict[str, Any], reason: str) -> None:
     named = {name: trained if value == "TRAINED" else value for name, value in flags.items()}
     assert reason in refused(**{"data_path": data, "train_iters": 4, "dry_run": 4} | named)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
+def test_it_warns_of_a_torch_with_which_no_start_gets_a_gpu(data: str) -> None:
+    assert "built without CUDA" in refused(data_path=data, train_iters=2, device="cuda")
+    warned = [
+        "WARNING: with this torch" in rehearse(data_path=data, train_iters=2, device=device) for device in ("cuda", "auto")
+    ]
+    assert warned == [True, False]
 
 
 def test_on_the_cpu_it_checks_the_precision_too(data: str) -> None:
