@@ -62,6 +62,7 @@ train() { # train FLAGS...: the trainer, until it is done
         exec "${wrap[@]}" "${command[@]}" --dry-run "${RANKS:-$(ranks_of_header)}"
     fi
     listens=1
+    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) # ranks on a node, for the host memory of a save
     launch
 }
 
@@ -124,8 +125,9 @@ launch() { # run `command` on all tasks, until it is done
 }
 
 leave_host() { # leave_host HOST WHY: go on without a host
-    unfit=$1 leaving=${leaving:-"host $1"}
+    unfit=$1
     [ "$unfit" != - ] || unfit=$(grep -ohE 'host [^ ]+ cannot be used' "$NODE_LOGS"/*.log | head -n 1 | cut -d' ' -f2) # a tool's word names none
+    leaving=${leaving:-"host $unfit"}
     say "the job goes on without host $unfit: $2"
 }
 

@@ -82,7 +82,7 @@ def prepare_libraries(config: RunConfig, layout: Layout) -> None:
     hide_gpus(config.parallel.device)
     order_launches(layout.tensor, layout.context)
     bound_compile_workers()
-    if config.training.deterministic:
+    if config.training.deterministic and config.parallel.device != "cpu":
         ask_for_determinism()
 
 

@@ -261,9 +261,21 @@ def test_a_host_that_cannot_be_used_is_added_to_those_that_the_job_excludes(tmp_
             SLURM_JOB_ID="7",
         )
         ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        assert f"the job goes on without host {after.split(',')[-1]}: why" in ended.stdout, ended
+        unfit = after.split(",")[-1]
+        assert f"the job goes on without host {unfit}: why" in ended.stdout, ended
+        assert f"left because of host {unfit} at" in ended.stdout, ended
         asked = (tmp_path / "asked").read_text().splitlines()
         assert asked[-3:] == ["requeue 7", "show job --oneliner 7", f"update JobId=7 ExcNodeList={after}"], asked
+
+
+def test_steps_of_one_task_know_how_many_ranks_a_node_has(tmp_path: Path) -> None:
+    """The check before the start is one task on one node, and tells the host memory of a save of all ranks of a node."""
+    script = "source examples/launch.sh; launch() { env | grep LOCAL_WORLD_SIZE; }; train --train-iters 3"
+    environment = dict(
+        PATH="/usr/bin:/bin", RUN_DIR=str(tmp_path), SLURM_JOB_ID="7", SLURM_NTASKS="16", SLURM_JOB_NUM_NODES="2"
+    )
+    ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "LOCAL_WORLD_SIZE=8\n"
 
 
 def test_a_signal_to_all_of_a_task_leaves_the_word_to_the_tool(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ class TrainingConfig:
     """For a launcher: a file that gets one line when the run ends. It does not appear when the run dies.
     The line has a word, the step, the Slurm job (- without one), the job's restart count, and the reason.
     done: the run is complete. left: it saved, and another start goes on. refused: another start would repeat the error.
-    unsaved: the last checkpoint is not on disk. nonfinite: loss or parameters are not finite."""
+    unsaved: the last checkpoint is not on disk. nonfinite: loss or parameters are not finite.
+    machine: a host cannot be used; its name stands in the place of the step."""
 
     max_nonfinite_steps: int = 10
     """End the run after this many steps in a row with a non-finite gradient norm.

@@ -9,6 +9,7 @@ can cause by itself (illegal address, assertion, out of memory in a step) stay w
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -95,12 +96,19 @@ def refuse_half_engine() -> None:
     Imports Transformer Engine where it is installed, which megatron-core does as well. torch must be imported before it.
     """
     if not importable("transformer_engine"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            files = importlib.metadata.distribution("transformer_engine")
+            raise MachineError(
+                this_host(),
+                f"Transformer Engine is there in part (version {files.version} is listed as installed, and there is no package of that "
+                "name): install it whole, see requirements-gpu.txt, or uninstall it",
+            )
         return
     try:
         import transformer_engine
         import transformer_engine.pytorch
 
-        transformer_engine.__version__  # noqa: B018
+        transformer_engine.__version__, transformer_engine.pytorch.Linear  # noqa: B018
     except Exception as error:  # whatever its imports raise: FileNotFoundError, ImportError, OSError of a library, ...
         spec = importlib.util.find_spec("transformer_engine")
         where = next(iter(spec.submodule_search_locations or []), spec.origin) if spec is not None else None

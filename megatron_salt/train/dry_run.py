@@ -16,7 +16,7 @@ from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.config.parallel import Device
 from megatron_salt.model.flops import num_parameters
-from megatron_salt.parallel.hardware import Hardware
+from megatron_salt.parallel.hardware import Hardware, refuse_connections
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
@@ -31,6 +31,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine")
 def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
     hardware = find_hardware()
+    refuse_connections(layout.tensor, layout.context, hardware.capability)
     print("versions:", ", ".join(versions()))
     inputs = read_inputs(config)
     padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
@@ -47,10 +48,14 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
-    if hardware.capability is None:
+    if hardware.capability is None and config.parallel.device != "cpu":
         print("precision: not checked, there is no GPU here")
+        if config.parallel.device == "cuda" and torch.version.cuda is None:
+            print("WARNING: with this torch, which is built without CUDA, a start with --device cuda is refused")
     else:
-        print("precision:", choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware))
+        precisions = choose_precisions(config, plan, None if inputs.teacher is None else inputs.teacher.model, hardware)
+        teacher = "" if inputs.teacher is None else f"; teacher: {precisions.teacher}"
+        print(f"precision: student: {precisions.student}{teacher}")
     for device_type in possible_devices(config.parallel.device, hardware):
         name = {"cpu": "a CPU", "cuda": "a GPU"}[device_type]
         print(f"output head on {name}: {memory_of_head(config, plan, inputs.tokenizer.vocabulary_size, device_type)}")

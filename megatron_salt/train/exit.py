@@ -81,6 +81,8 @@ class ExitPlan:
         self._clock = clock
         self._exit_file, self._looks = exit_file, looks
         self._is_taken: Callable[[], bool] | None = None
+        # The time limit is a reason from the first step on. Else a chain of jobs that are too short would make no progress.
+        self._timed = False
         self.reason: str | None = None
         """The last reason to leave; None: there was none."""
 
@@ -93,6 +95,7 @@ class ExitPlan:
 
         Collective over all ranks, unless nothing is saved and no reason but --exit-interval is configured.
         """
+        self._timed = True
         if (reason := self.reason_to_stop_now()) is not None:
             return reason
         if self._exit_interval is not None and step % self._exit_interval == 0:
@@ -101,7 +104,8 @@ class ExitPlan:
         return None
 
     def reason_to_stop_now(self) -> str | None:
-        """The reasons that do not wait for the end of an evaluation: a signal, the file, the time limit, a --save that was taken.
+        """The reasons that do not wait for the end of an evaluation: a signal, the file, a --save that was taken, and the time limit where
+        a step was made.
 
         The same on every rank: the answer to what was asked last time. Collective as `reason_to_leave` is.
         """
@@ -121,13 +125,10 @@ class ExitPlan:
             self._agreed = None if code == _NONE else self._words(code)
 
     def look(self, doing: str) -> None:
-        """Before the first step: raise LeftEarly on every rank where a signal or the file is a reason to leave. Collective.
-
-        The time limit is no reason here. At least one step is made; else a chain of jobs that are too short would make no progress.
-        """
+        """Before the first step: raise LeftEarly on every rank where a signal or the file is a reason to leave. Collective."""
         if self._watch is None and self._exit_file is None:
             return
-        code = self._begin(self._local_code(timed=False))()
+        code = self._begin(self._local_code())()
         if code != _NONE:
             raise LeftEarly(f"{self._words(code)} while {doing}")
 
@@ -140,7 +141,7 @@ class ExitPlan:
             return _appeared(self._exit_file)
         return f"--exit-duration-in-mins {self._exit_duration_in_mins} is over"
 
-    def _local_code(self, timed: bool = True) -> int:
+    def _local_code(self) -> int:
         if self._is_taken is not None and self._is_taken():
             return _TAKEN  # before any other reason, since nothing can be saved
         if self._watch is not None and self._watch.received:
@@ -148,7 +149,7 @@ class ExitPlan:
         if self._exit_file is not None and self._looks and os.path.lexists(self._exit_file):
             return _FILE
         minutes = self._exit_duration_in_mins
-        return _TIME if timed and minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
+        return _TIME if self._timed and minutes is not None and self._clock() - self._started >= 60 * minutes else _NONE
 
 
 def reason_alone(watch: SignalWatch | None, exit_file: str | None) -> str | None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.gpt import transformer_config
 from megatron_salt.parallel.hardware import COMPILE_WORKERS, DETERMINISTIC, Hardware, ask_for_determinism, bound_compile_workers
@@ -26,8 +27,9 @@ from megatron_salt.parallel.launch import (
     find_hardware,
     seed_everything,
 )
-from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.layout import Layout, student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
+from megatron_salt.pretrain import prepare_libraries
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +150,16 @@ def test_deterministic_sets_what_is_unset_and_refuses_another_value_by_name(unse
     unset.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     with pytest.raises(UserError, match="--deterministic needs NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, and it is 1"):
         ask_for_determinism()
+
+
+def test_on_the_cpu_deterministic_asks_for_no_variables(unset):
+    unset.setenv("CUDA_VISIBLE_DEVICES", "")
+    unset.setenv("NCCL_ALGO", "Tree")
+    on_cpu = RunConfig(training=TrainingConfig(deterministic=True), parallel=ParallelConfig(device="cpu"))
+    prepare_libraries(on_cpu, student_layout(on_cpu.parallel, 1))
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with pytest.raises(UserError, match="--deterministic needs NCCL_ALGO=Ring, and it is Tree"):
+        prepare_libraries(replace(on_cpu, parallel=ParallelConfig(device="cuda")), student_layout(on_cpu.parallel, 1))
 
 
 def test_on_a_gpu_deterministic_turns_torchs_operations_and_megatron_cores_and_on_a_cpu_nothing():

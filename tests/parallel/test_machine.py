@@ -163,6 +163,10 @@ HALF_ENGINES = {  # name: (files, what the message quotes)
     ),
     "a folder that an uninstall left": ({"pytorch/__pycache__/old": ""}, "AttributeError"),
     "a folder that an uninstall left empty": ({"old": ""}, "ModuleNotFoundError"),
+    "files that a full disk left empty": (
+        {"__init__.py": "__version__ = '2.20.2'", "pytorch/__init__.py": ""},
+        "AttributeError: module 'transformer_engine.pytorch' has no attribute 'Linear'",
+    ),
 }
 
 
@@ -190,6 +194,16 @@ def test_half_an_engine_is_found_before_megatron_core_imports_it(monkeypatch, tm
         for module in set(sys.modules) - before:
             del sys.modules[module]
     assert HALF_ENGINES[name][1] in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+@no_engine
+def test_an_engine_that_is_listed_and_not_there_is_half_an_engine(monkeypatch, tmp_path):
+    listed = tmp_path / "transformer_engine-2.20.2.dist-info"
+    listed.mkdir()
+    (listed / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer_engine\nVersion: 2.20.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MachineError, match="host node7 .* is there in part .version 2.20.2 is listed as installed"):
+        refuse_half_engine()
 
 
 @no_engine

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
@@ -85,6 +86,23 @@ def test_it_knows_where_a_run_goes_on(data: str, trained: Path) -> None:
 def test_it_refuses_what_a_start_would(data: str, trained: Path, flags: dict[str, Any], reason: str) -> None:
     named = {name: trained if value == "TRAINED" else value for name, value in flags.items()}
     assert reason in refused(**{"data_path": data, "train_iters": 4, "dry_run": 4} | named)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
+def test_it_warns_of_a_torch_with_which_no_start_gets_a_gpu(data: str) -> None:
+    assert "built without CUDA" in refused(data_path=data, train_iters=2, device="cuda")
+    warned = [
+        "WARNING: with this torch" in rehearse(data_path=data, train_iters=2, device=device) for device in ("cuda", "auto")
+    ]
+    assert warned == [True, False]
+
+
+def test_on_the_cpu_it_checks_the_precision_too(data: str) -> None:
+    """With --device cpu no GPU can come that this machine does not have."""
+    fp8 = dict(data_path=data, train_iters=4, bf16=True, fp8_format="hybrid")
+    assert refused(**fp8, dry_run=4, device="cpu") == refused(**fp8, device="cpu")
+    assert "precision: not checked, there is no GPU here" in rehearse(**fp8)
+    assert "precision: student: torch\n" in rehearse(data_path=data, train_iters=4, device="cpu")
 
 
 def test_a_start_refuses_the_same(data: str, trained: Path) -> None:

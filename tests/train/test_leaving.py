@@ -231,3 +231,13 @@ def test_a_run_whose_last_evaluation_was_cut_short_is_not_done(tmp_path: Path, d
 def decided(save: Path, step: int) -> Path:
     """The file in which a checkpoint holds the result of the evaluation after it."""
     return save / f"iter_{step:07d}" / "evaluated.json"
+
+
+def test_a_chain_of_runs_that_are_too_short_for_an_evaluation_makes_progress(tmp_path: Path, data: str) -> None:
+    """The time limit waits for the evaluation that a run begins with, and for its first step."""
+    flags = dict(data_path=data, train_iters=4, exit_duration_in_mins=0, valid_share=0.2, eval_interval=2, eval_iters=3)
+    assert "evaluation cut short after 0 of 3 batches: --exit-duration-in-mins 0.0 is over" in train(**flags, save=tmp_path).out
+    train(**flags, save=tmp_path, load=tmp_path)
+    assert checkpoints(tmp_path) == [2, 4] and [entry["step"] for entry in entries(tmp_path, "eval")] == [2]
+    train(**flags, save=tmp_path, load=tmp_path)
+    assert [entry["step"] for entry in entries(tmp_path, "eval")] == [2, 4]
