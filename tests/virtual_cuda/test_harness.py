@@ -47,6 +47,21 @@ def test_a_number_on_the_cpu_is_none() -> None:
     assert not report_of(a_number).faults
 
 
+def a_number_that_is_written() -> None:
+    total = torch.zeros(())
+    total += torch.ones((), device=GPU)
+
+
+def a_number_among_joined_tensors() -> None:
+    torch.stack([torch.ones((), device=GPU), torch.zeros(())])
+
+
+@pytest.mark.parametrize("function", [a_number_that_is_written, a_number_among_joined_tensors])
+def test_a_number_on_the_cpu_that_is_written_or_joined_is_a_fault(function: Callable[[], None]) -> None:
+    [fault] = report_of(function).faults
+    assert "mixes devices" in fault.what
+
+
 def cpu_collective() -> None:
     dist.all_reduce(torch.ones(3, device=GPU))
     dist.all_reduce(torch.ones(3))

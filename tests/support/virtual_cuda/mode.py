@@ -20,6 +20,8 @@ _MAY_MIX = frozenset(
     {"aten::copy_", "aten::_to_copy", "aten::set_.source_Tensor", "aten::set_", "aten::detach", "aten::set_data"}
 )
 """Operators that take tensors of the GPU and of the CPU together."""
+_TAKES_NO_NUMBER = frozenset({"aten::cat", "aten::cat.out", "aten::stack", "aten::stack.out"})
+"""Operators for which a CPU tensor without dimensions is no number."""
 _WAITS = {
     "aten::_local_scalar_dense": "item", "aten::nonzero": "nonzero", "aten::masked_select": "masked_select", "aten::equal": "equal",
     "aten::is_nonzero": "is_nonzero", "aten::_unique2": "unique", "aten::unique_dim": "unique", "aten::unique_consecutive": "unique",
@@ -50,7 +52,7 @@ class WatchMode(TorchDispatchMode):
         if not any(map(on_gpu, inputs)):
             with self._recorder.quiet():
                 return func(*args, **kwargs)
-        inspect_devices(self._recorder, name, inputs)
+        inspect_devices(self._recorder, name, inputs, _written(func, args, kwargs))
         _inspect_waits(self._recorder, name, args, kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         with self._recorder.quiet():
@@ -64,17 +66,34 @@ class WatchMode(TorchDispatchMode):
         return result
 
 
-def inspect_devices(recorder: Recorder, name: str, inputs: Sequence[Tensor]) -> None:
-    """Record an operator that mixes devices; a CPU tensor without dimensions passes as a number. Raises after a fork, as CUDA does."""
+def inspect_devices(recorder: Recorder, name: str, inputs: Sequence[Tensor], written: Sequence[Tensor] = ()) -> None:
+    """Record an operator that mixes devices. Raises after a fork, as CUDA does.
+
+    A CPU tensor without dimensions passes as a number, unless the operator joins tensors or writes into it. written: those of `inputs`
+    that it writes into.
+    """
     if os.getpid() != recorder.owner:
         raise RuntimeError(f"{name}: Cannot re-initialize CUDA in forked subprocess")
     if name in _MAY_MIX or name.startswith("c10d::"):
         return
-    if any(tensor.dim() and not on_gpu(tensor) for tensor in inputs):
+    no_numbers = inputs if name in _TAKES_NO_NUMBER else written
+    if any(not on_gpu(tensor) for tensor in no_numbers):
+        recorder.fault(f"{name} mixes devices: {_devices(inputs)}")
+    elif any(tensor.dim() and not on_gpu(tensor) for tensor in inputs):
         if name.startswith(("aten::index", "aten::_index")) and on_gpu(inputs[0]):
             recorder.sync(f"{name} with an index on the CPU")
         else:
             recorder.fault(f"{name} mixes devices: {_devices(inputs)}")
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes into; none of a list of tensors, each of which may lie elsewhere."""
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [value] if isinstance(value, Tensor) else []
+    return found
 
 
 def _devices(inputs: Sequence[Tensor]) -> str:
