@@ -55,9 +55,7 @@ CORE_CONFIG_CONTENT = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
 _SIGNALLED = 128  # plus the signal's number: exit status of a process whose child died of that signal
-_unread: list[
-    Path
-] = []  # directory of the save whose results `finish` has not read; a run that fails leaves it to the next run of the process
+_unread: list[Path] = []  # the save whose results `finish` has not read; a run that fails leaves it to the next one
 _PATIENCE = 30.0  # seconds within which rank 0 must see the files that other ranks wrote
 
 
