@@ -95,6 +95,8 @@ PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file i
 MAY_PATCH = {  # None: anything
     SEAM: None,
     "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
+    # Forgets the results of a save that a failed run left in the process.
+    "megatron_salt.checkpoint.async_writer": {"filesystem_async._results_queue"},
     # A switch that torch has for this, and that a process may set.
     "megatron_salt.parallel.launch": {"torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"},
 }

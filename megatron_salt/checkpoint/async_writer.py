@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -54,6 +55,7 @@ CORE_CONFIG_CONTENT = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
 _SIGNALLED = 128  # plus the signal's number: exit status of a process whose child died of that signal
+_unread: list[Path] = []  # the save whose results `finish` has not read; a run that fails leaves it to the next one
 _PATIENCE = 30.0  # seconds within which rank 0 must see the files that other ranks wrote
 
 
@@ -115,6 +117,10 @@ def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write
     Tensors on a GPU are copied when the write starts. Those on the CPU are read while it runs; the forked process has its own snapshot of
     them. `directory` exists and is visible to every rank.
     """
+    if _unread:
+        # megatron-core has one queue for a process. The results of a save that a failed run left would become this one's .metadata.
+        filesystem_async._results_queue = None
+    _unread[:] = [directory]
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), groups.dp_cp)
     force_all_tensors_to_non_fp8(state)  # weights that the model has in FP8 alone are saved like any other
     with quiet_checkpointing():
@@ -186,6 +192,7 @@ def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
         # Rank 0 could not write .metadata, and the other ranks wait for the verdict that megatron-core broadcasts after it.
         dist.broadcast(torch.ones(1, dtype=torch.int, device=current_device()), src=0)
         problem = f"rank 0: {describe(error)}"
+    _unread.clear()
     own_sums = {} if write.sums.empty() else write.sums.get()
     death = None if write.process is None else _death(write.process.exitcode)
     everyone: list[tuple[dict[str, FileSum], str | None]] = [({}, None)] * dist.get_world_size()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_salt.data.batch import Batches, Microbatch
 from tests.support.checkpoint_runs import flip
 from tests.support.program import (
     DROPOUT,
@@ -23,6 +28,7 @@ from tests.support.program import (
     train,
     write_tokens,
 )  # fmt: skip
+from tests.support.ranks import RankError
 
 SHARDED = dict(use_distributed_optimizer=True)
 OVERLAP = dict(SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -277,3 +283,26 @@ def test_the_evaluation_after_a_linked_checkpoint_is_not_noted_in_what_the_link_
     (mine / theirs.name).symlink_to(theirs)
     train(**evaluated, train_iters=3, save=mine, load=mine)
     assert len(entries(mine, "eval")) == 2 and not (theirs / "evaluated.json").exists()
+
+
+@contextlib.contextmanager
+def reading_fails_in_step_4() -> Iterator[None]:
+    def fetch(batches: Batches, consumed: int) -> list[Microbatch]:
+        if consumed == 3 * GLOBAL_BATCH:
+            time.sleep(1.0)  # so that the results of the save after step 2 are there
+            raise OSError("no data")
+        return original(batches, consumed)
+
+    original = Batches.fetch
+    with mock.patch.object(Batches, "fetch", fetch):
+        yield
+
+
+def test_a_save_that_a_failed_run_left_does_not_spoil_those_of_the_next_run_in_the_process(tmp_path: Path) -> None:
+    flags = dict(data_path=write_tokens(tmp_path / "words"), async_save=True)
+    with pytest.raises(RankError, match="no data"):
+        run(**flags, train_iters=5, save=tmp_path / "failed", save_interval=2, within=reading_fails_in_step_4)
+    flags |= dict(num_layers=3, save=tmp_path / "next", load=tmp_path / "next")
+    train(**flags, train_iters=2)
+    train(**flags, train_iters=3)
+    assert checkpoints(tmp_path / "next") == [2, 3]
