@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.results import result
+from benchmarks.results import above_zero, result, whole
 from megatron_salt.cards import CARDS, Rates, reached
 from megatron_salt.model.loss_chunk import CPU_MIB, gpu_tokens, tokens_within
 
@@ -114,17 +114,15 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--operations", action="store_true", help="print the bytes of each operation")
     asked.add_argument("--card", choices=CARDS, default="NVIDIA H100 80GB HBM3", metavar="NAME", help="default: %(default)s")
-    asked.add_argument("--tflops", type=float, help="10^12 FLOP/s that products reach, instead of the card's")
-    asked.add_argument("--gb-per-s", type=float, help="10^9 bytes/s that are reached, instead of the card's")
-    asked.add_argument("--chunks", nargs="+", type=int, help="tokens of a chunk; default: those of a CPU and of a GPU")
+    asked.add_argument("--tflops", type=above_zero, help="10^12 FLOP/s that products reach, instead of the card's")
+    asked.add_argument("--gb-per-s", type=above_zero, help="10^9 bytes/s that are reached, instead of the card's")
+    asked.add_argument("--chunks", nargs="+", type=whole, help="tokens of a chunk; default: those of a CPU and of a GPU")
     flags = asked.parse_args()
     card = reached(CARDS[flags.card].bf16_tflops, CARDS[flags.card].gb_per_s)
     rates = Rates(
         card.flops if flags.tflops is None else flags.tflops * 1e12,
         card.bytes if flags.gb_per_s is None else flags.gb_per_s * 1e9,
     )
-    if min(rates.flops, rates.bytes, *flags.chunks or [1]) <= 0:
-        asked.error(f"--tflops {flags.tflops}, --gb-per-s {flags.gb_per_s} and --chunks {flags.chunks} must be above 0")
     counts = {path: counted(path) for path in PATHS}
     print_counts(counts, flags.operations)
     print_times(counts, flags.chunks, rates)

@@ -49,7 +49,7 @@ from benchmarks.head_rivals import (
     make_step,
     run,
 )
-from benchmarks.results import result
+from benchmarks.results import above_zero, result, whole
 from megatron_salt.model.loss_chunk import LEAST_GPU_TOKENS, gpu_tokens
 from megatron_salt.parallel.launch import distributed, seed_everything
 from megatron_salt.parallel.layout import Layout
@@ -68,17 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     asked.add_argument("--full", action="store_true", help="every vocabulary; on a CPU also 1 thread and 2, and more pairs")
-    asked.add_argument("--vocabularies", nargs="+", type=int, help="default: 32768")
+    asked.add_argument("--vocabularies", nargs="+", type=whole, help="default: 32768")
     asked.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on a GPU bf16")
-    asked.add_argument("--threads", nargs="+", type=int, help="of a CPU; default: 1")
+    asked.add_argument("--threads", nargs="+", type=whole, help="of a CPU; default: 1")
     asked.add_argument("--forms", nargs="+", choices=OURS, default=list(OURS), help="ours with a teacher, and without")
     asked.add_argument("--rivals", nargs="+", choices=GPU_RIVALS["kd"] + GPU_RIVALS["alone"], help="on a GPU; default: all")
-    asked.add_argument("--chunks", nargs="+", type=int, help="of ours, on a GPU, in tokens; default: 2048 and a run's own")
-    asked.add_argument("--hidden-size", type=int, help="default: 512; on a GPU 2048")
-    asked.add_argument("--teacher-hidden-size", type=int, help="default: 384; on a GPU 1024")
-    asked.add_argument("--tokens", type=int, help="default: 1024; on a GPU 8192")
-    asked.add_argument("--temperature", type=float, default=1.0)
-    asked.add_argument("--pairs", type=int, help="of runs; default: 5, with --full 9; on a GPU 10 runs of each")
+    asked.add_argument("--chunks", nargs="+", type=whole, help="of ours, on a GPU, in tokens; default: 2048 and a run's own")
+    asked.add_argument("--hidden-size", type=whole, help="default: 512; on a GPU 2048")
+    asked.add_argument("--teacher-hidden-size", type=whole, help="default: 384; on a GPU 1024")
+    asked.add_argument("--tokens", type=whole, help="default: 1024; on a GPU 8192")
+    asked.add_argument("--temperature", type=above_zero, default=1.0)
+    asked.add_argument("--pairs", type=whole, help="of runs; default: 5, with --full 9; on a GPU 10 runs of each")
     asked.add_argument("--child", help=argparse.SUPPRESS)
     flags = asked.parse_args(arguments)
     if flags.child:

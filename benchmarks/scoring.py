@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +26,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import stage1_overhead
 import torch
-from results import result
+from results import result, whole
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
@@ -41,22 +42,22 @@ from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.load_teacher import read_teacher
 from megatron_salt.salt.scorer import Scorer, make_scorer
 
+SHAPE = stage1_overhead.SHAPES["middle"]
 GOAL = 0.90
 WINDOWS, MICRO_BATCH = 16, 4
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--pairs", type=int, default=9)
-    asked.add_argument("--vocabulary", type=int, default=stage1_overhead.VOCABULARY)
+    asked.add_argument("--pairs", type=whole, default=9)
+    asked.add_argument("--vocabulary", type=whole, default=SHAPE.vocabulary)
     asked.add_argument("--bf16", action="store_true")
     flags = asked.parse_args()
     torch.set_num_threads(1)
-    stage1_overhead.VOCABULARY = flags.vocabulary
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stage1_overhead.teach_for_one_step(folder, flags.bf16)
-        pairs = measure(folder, flags.pairs)
+        stage1_overhead.teach_for_one_step(folder, replace(SHAPE, vocabulary=flags.vocabulary), flags.bf16)
+        pairs = measure(folder, flags.vocabulary, flags.pairs)
     tokens = WINDOWS * stage1_overhead.SEQ_LENGTH
     for what, seconds in (("scoring", [pair[0] for pair in pairs]), ("bare forward pass", [pair[1] for pair in pairs])):
         print(f"{what:20}{tokens / statistics.median(seconds):>10.0f} tokens/s (CPU seconds)")
@@ -65,10 +66,10 @@ def main() -> None:
     result(f"scoring_over_bare_forward_{flags.vocabulary // 1024}K{'_bf16' if flags.bf16 else ''}", middle, GOAL)
 
 
-def measure(folder: Path, pairs: int) -> list[tuple[float, float]]:
+def measure(folder: Path, vocabulary: int, pairs: int) -> list[tuple[float, float]]:
     """CPU seconds of scoring and of the forward pass, in turns."""
     data = DataConfig(data_path=(str(folder / "data"),))
-    samples, _ = open_training_data(data, stage1_overhead.SEQ_LENGTH, 0, stage1_overhead.VOCABULARY, None)
+    samples, _ = open_training_data(data, stage1_overhead.SEQ_LENGTH, 0, vocabulary, None)
     teacher, timeout = read_teacher(str(folder / "teacher")), timedelta(minutes=5)
     with distributed(timeout):
         scorer = make_scorer(

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.distributed as dist
-from results import result
+from results import result, whole
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
@@ -105,7 +105,7 @@ class Told:
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--steps", type=int, default=20, help="steps of each stage, for each run")
+    asked.add_argument("--steps", type=whole, default=20, help="steps of each stage, for each run")
     asked.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     asked.add_argument("--bf16", action="store_true")
     asked.add_argument("--one-rank", action="store_true", help="leave out the run in two pipeline stages")
