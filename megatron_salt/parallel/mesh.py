@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_salt.parallel.collectives import largest
 from megatron_salt.parallel.device import current_device
+from megatron_salt.parallel.hardware import release
 from megatron_salt.parallel.layout import Coordinates, Layout
 
 
@@ -96,8 +97,8 @@ def make_teacher_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=10)
 def new_group_of(partition: Sequence[Sequence[int]], timeout: timedelta, description: str) -> dist.ProcessGroup:
     """Make this rank's group of a partition, and no other rank's: its members alone take part, in the same order of groups on each.
 
-    torch names such a group after its ranks and the number of groups that the process holds. Members must hold equally many, or each
-    waits under another name: see `_level`. `dist.init_process_group` must not get a device_id: NCCL would split each new group off the
+    torch names such a group after its ranks and a count, which must be the same on all members, or each waits under another name: see
+    `_level`. `dist.init_process_group` must not get a device_id: NCCL would split each new group off the
     world's communicator, which all ranks must do together.
     """
     own = next(ranks for ranks in partition if dist.get_rank() in ranks)
@@ -107,8 +108,11 @@ def new_group_of(partition: Sequence[Sequence[int]], timeout: timedelta, descrip
 def _level(timeout: timedelta) -> tuple[dist.ProcessGroup, ...]:
     """Groups of this rank alone, so many that all ranks then hold equally many groups. Collective over all ranks.
 
-    They differ by one or two: only some pipeline stages have embedding groups.
+    Before torch 2.14 the count in a group's name is that of the groups which the process holds. Ranks differ there by one or two: only some
+    pipeline stages have embedding groups. From 2.14 on it is that of the calls which made groups, which are equally many on all ranks.
     """
+    if release(torch.__version__) >= (2, 14):
+        return ()
     held = len(dist.distributed_c10d._world.pg_names)
     return tuple(new_group_of([[dist.get_rank()]], timeout, "padding") for _ in range(largest(held) - held))
 
