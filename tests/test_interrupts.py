@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def heed_interrupts() -> None:
+    """In a child: SIGINT ends it. Python ignores the signal where its parent did, as background jobs of a shell do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 CONSOLE_SCRIPT = "import sys\nfrom megatron_salt.pretrain import main\nsys.exit(main())\n"
 
 
@@ -29,7 +36,7 @@ def test_an_interrupt_during_an_import_is_one_line(tmp_path: Path, start: str, m
     }[start]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     with subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as program:  # fmt: skip
+                          text=True, preexec_fn=heed_interrupts) as program:  # fmt: skip
         try:
             assert program.stdout is not None and program.stdout.readline() == "importing\n"
             program.send_signal(signal.SIGINT)
@@ -45,4 +52,4 @@ def test_an_interrupt_during_an_import_is_one_line(tmp_path: Path, start: str, m
 def test_a_process_that_only_imports_the_package_keeps_its_handler(command: str) -> None:
     """The second is like a worker of multiprocessing, which has the sys.argv of the program that started it."""
     program = f"import signal; {command}; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, preexec_fn=heed_interrupts)

@@ -13,7 +13,7 @@ from megatron_salt.errors import UserError
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field: --num-layers for num_layers, --from for from_, whose name Python keeps for itself."""
+    """The command-line flag of a field: --num-layers for num_layers. A field whose name Python keeps for itself has a _ at its end."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 

@@ -103,11 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in _COMMANDS:
         return _COMMANDS[command](rest)
     if command in ("-h", "--help"):
-        print(f"{__doc__}\nEach has a --help of its own: import, export.")
+        print(
+            f"usage: {Path(sys.argv[0]).name} [-h] {{import,export}} ...\n\n{__doc__}\nimport and export have a --help of their own."
+        )
         return 0
 
     def refuse() -> int:
         given = f"{command!r} is no command" if command else "no command is given"
+        if command.startswith("--"):
+            raise UserError(f"unknown flag {command}; give import or export first, each has a --help")
         raise UserError(f"{given}{did_you_mean(command, _COMMANDS)}; give import or export, each has a --help")
 
     return exit_status(refuse)
