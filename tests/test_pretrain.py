@@ -118,5 +118,5 @@ def test_warnings_come_from_one_rank(tmp_path: Path, data: str) -> None:
     ended = run(2, data_path=data, train_iters=4, save=tmp_path, load=tmp_path)
     assert [one.status for one in ended] == [0, 0]
     assert [one.err.count("the run's length changed, and so does lr_decay_steps") for one in ended] == [1, 0]
-    assert [one.err.count("saved ") for one in ended] == [0, 1]
+    assert [one.err.count("step 4: saved ") for one in ended] == [0, 1], ended[0].err
     assert ended[0].out == "" and "step 4/4" in ended[1].out and the_error(ended[0].err) == ""
