@@ -79,6 +79,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.cards",
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
+    "megatron_salt.convert.exported_config",
     "megatron_salt.convert.families",
     "megatron_salt.salt.cost",
     "megatron_salt.salt.head_cost",

@@ -17,11 +17,10 @@ from megatron_salt.checkpoint.run_state import CheckpointState
 from megatron_salt.checkpoint.state_file import model_of
 from megatron_salt.config import ModelConfig
 from megatron_salt.convert.checkpoint_writer import refuse_existing, whole_directory
-from megatron_salt.convert.extras import needed
-from megatron_salt.convert.families import config_of_model
+from megatron_salt.convert.exported_config import config_of_model
 from megatron_salt.convert.model_card import model_card
 from megatron_salt.convert.parts import Part, Shape, parts_of
-from megatron_salt.convert.safetensors_folder import CONFIG, INDEX, SINGLE
+from megatron_salt.convert.safetensors_folder import CONFIG, INDEX, SINGLE, safetensors_library
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.convert.tokenizer_files import tokenizer_files
 from megatron_salt.errors import UserError
@@ -86,7 +85,9 @@ def _refuse_missing(parts: Sequence[Part], model: ModelConfig, tensors: TensorFi
 
 def _write_weights(directory: Path, parts: Sequence[Part], tensors: TensorFiles, dtype: torch.dtype, shard_bytes: int) -> None:
     """The safetensors files, and their index where there are several. Memory: one file of them."""
-    save_file = needed("safetensors.torch").save_file
+    safetensors_library()
+    from safetensors.torch import save_file
+
     shards = _shards(parts, dtype.itemsize, shard_bytes)
     names = (
         [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]

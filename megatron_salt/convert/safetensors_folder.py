@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_salt.convert.extras import needed
 from megatron_salt.errors import UserError
 from megatron_salt.small_files import read_json, refuse_outside_names
 
@@ -23,6 +23,19 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Kinds of weights that are read, by their name in safetensors."""
+
+
+def safetensors_library() -> ModuleType:
+    """The library that reads and writes these files. Raises UserError that says how to install it."""
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise UserError(
+            "this needs safetensors, which is not installed: pip install 'megatron-salt[hf]', or pip install safetensors"
+        ) from None
+    return safetensors
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class SafetensorsFolder:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some rows of it, as a copy in memory of its own."""
-        safe_open = needed("safetensors").safe_open
+        safe_open = safetensors_library().safe_open
         with safe_open(self.places[name].file, framework="pt", device="cpu") as file:
             if rows is None:
                 return file.get_tensor(name).clone()
@@ -125,7 +138,7 @@ def _places_of_index(path: Path) -> dict[str, TensorPlace]:
 
 
 def _places_of_file(path: Path) -> dict[str, TensorPlace]:
-    library = needed("safetensors")
+    library = safetensors_library()
     places = {}
     try:
         with library.safe_open(path, framework="pt", device="cpu") as file:

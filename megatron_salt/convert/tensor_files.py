@@ -135,30 +135,31 @@ class TensorFiles:
         assert covered == whole.numel(), f"{key}: the checkpoint holds {covered} of {whole.numel()} numbers"
         reader = FileSystemReader(str(self._directory))
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        reader.read_data(LoadPlan(items), _Into(whole)).wait()
+        plan = LoadPlan(items)
+        reader.read_data(plan, _Into(plan, whole)).wait()
         return whole
 
 
 class _Into(LoadPlanner):
     """torch's plan of a load that puts what is read into one tensor."""
 
-    def __init__(self, whole: Tensor) -> None:
-        self._whole = whole
+    def __init__(self, plan: LoadPlan, whole: Tensor) -> None:
+        self._plan, self._whole = plan, whole
 
     def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """Nothing: the tensor is known."""
 
     def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
+        return self._plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
+        return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: object) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"{read_item.storage_index.fqn} is no tensor, and the plan has tensors alone")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         part = self._whole
