@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -61,6 +62,7 @@ def leaves_a_mess() -> None:
     torch.set_grad_enabled(False)
     os.environ["LEFT_BEHIND"] = "1"
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.getLogger("megatron_salt").setLevel(logging.INFO)
 
 
 def what_is_there() -> dict[str, object]:
@@ -77,6 +79,7 @@ def what_is_there() -> dict[str, object]:
         "grad": torch.is_grad_enabled(),
         "environment": os.environ.get("LEFT_BEHIND"),
         "handler": str(signal.getsignal(signal.SIGTERM)),
+        "log level": logging.getLogger("megatron_salt").level,
         "random": (random.random(), torch.rand(1).item()),
         "world groups": len(dist.distributed_c10d._world.pg_map),
     }

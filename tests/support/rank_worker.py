@@ -179,17 +179,24 @@ def _stack_on_demand(path: Path) -> Iterator[None]:
 def as_before() -> Iterator[None]:
     """Restore the process's settings when the block ends."""
     directory, path, argv = os.getcwd(), list(sys.path), list(sys.argv)
-    log, log_level = list(logging.root.handlers), logging.root.level
+    log, levels = list(logging.root.handlers), _levels_of_loggers()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     with environment({}), warnings.catch_warnings():
         yield
     os.chdir(directory)
     sys.path[:], sys.argv[:] = path, argv
     logging.root.handlers[:] = log
-    logging.root.setLevel(log_level)
+    for logger, level in levels.items():  # a logger that an import made keeps its level
+        logger.setLevel(level)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     gc.enable()
+
+
+def _levels_of_loggers() -> dict[logging.Logger, int]:
+    logging.getLogger("megatron_salt")  # it is there from now on
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    return {one: one.level for one in (logging.root, *loggers)}
 
 
 @contextlib.contextmanager

@@ -164,12 +164,15 @@ def told() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_salt").addHandler(handler)
-    logging.getLogger("megatron_salt").setLevel(logging.INFO)
+    logger = logging.getLogger("megatron_salt")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield lines
     finally:
-        logging.getLogger("megatron_salt").removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def save_teacher(folder: Path, sizes: Sizes, setting: Setting) -> Path:
