@@ -1,9 +1,10 @@
-"""From a directory of another program to a checkpoint of ours. One process, on the CPU."""
+"""From the tensors of another program to a checkpoint of ours. One process, on the CPU. The programs are the folders beside this."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,15 +12,12 @@ import torch
 
 from megatron_salt.checkpoint import safe_unpickle
 from megatron_salt.checkpoint.run_state import ReferenceLosses
-from megatron_salt.config import TokenizerConfig
-from megatron_salt.convert.checkpoint_writer import Converted, refuse_existing, whole_directory, write_checkpoint
-from megatron_salt.convert.families import ForeignModel, model_of_config
+from megatron_salt.convert.checkpoint_writer import Converted, whole_directory, write_checkpoint
+from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.import_weights import Source, choose_dtype, pieces_of
 from megatron_salt.convert.layer_by_layer import lengths_of, outputs_of_checkpoint
-from megatron_salt.convert.safetensors_folder import CONFIG, SafetensorsFolder, read_config
 from megatron_salt.convert.tensor_files import Piece, TensorFiles
-from megatron_salt.convert.tokenizer_of_source import refuse_foreign_ids, tokenizer_of_source
-from megatron_salt.convert.verify import outputs_of_transformers, refuse_other_outputs
+from megatron_salt.convert.verify import Outputs, refuse_other_outputs
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.model.flops import num_parameters
@@ -28,31 +26,16 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
-
-def import_hugging_face(source: Path, out: Path, dtype: str | None, tokenizer: TokenizerConfig, verify: bool) -> None:
-    """Make `out`, a directory of checkpoints with one checkpoint, of a directory of transformers.
-
-    dtype: "float32" or "bfloat16"; None: the source's own. Raises UserError, and leaves nothing behind.
-    """
-    refuse_existing("--to", out)
-    if not source.is_dir():
-        raise UserError(f"{source} is not a directory; give one that save_pretrained wrote, or a clone of a model")
-    where = str(source / CONFIG)
-    foreign = model_of_config(read_config(source), where)
-    vocabulary = tokenizer_of_source(tokenizer, source)
-    refuse_foreign_ids(vocabulary, foreign.vocabulary_size, str(source))
-    for note in foreign.notes:
-        print(note)
-    checked = source if verify else None
-    write_imported(
-        SafetensorsFolder(source), foreign, out, getattr(torch, dtype) if dtype else None, vocabulary, str(source), checked
-    )
+Witness = Callable[[torch.dtype, int, tuple[int, ...]], Outputs | None]
+"""What transformers computes of the same source: with weights rounded to a dtype, over so many ids, on the reference batch of these
+lengths. None: it is not installed."""
 
 
 def write_imported(
-    weights: Source, foreign: ForeignModel, out: Path, wanted: torch.dtype | None, tokenizer: Tokenizer, where: str, checked: Path | None,
+    weights: Source, foreign: ForeignModel, out: Path, wanted: torch.dtype | None, tokenizer: Tokenizer, where: str,
+    witness: Witness | None,
 ) -> None:  # fmt: skip
-    """Make `out` of a source's tensors. where: names the source. checked: a directory whose losses transformers computes; None: nobody.
+    """Make `out` of a source's tensors. where: names the source. witness: see there; None: nobody else computes its losses.
 
     Raises UserError, and leaves nothing behind.
     """
@@ -75,7 +58,7 @@ def write_imported(
         def done(piece: Piece) -> None:
             bar.add(bar.done + 1, [1, _bytes(piece) / 1e6])
 
-        name = write_checkpoint(directory, converted, pieces, lambda made, what: _losses(made, what, checked), done).name
+        name = write_checkpoint(directory, converted, pieces, lambda made, what: _losses(made, what, witness, where), done).name
         print(bar.close())
     print(f"{out / name} is whole; --teacher-load {out} makes it a teacher")
 
@@ -94,7 +77,7 @@ def refuse_no_space(out: Path, needed: int) -> None:
         raise UserError(f"--to {out} needs {needed / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB free")
 
 
-def _losses(directory: Path, converted: Converted, checked: Path | None) -> ReferenceLosses:
+def _losses(directory: Path, converted: Converted, witness: Witness | None, where: str) -> ReferenceLosses:
     """The losses of what was written, layer by layer; compared with those of transformers where it is installed."""
     tensors = TensorFiles(directory, safe_unpickle.read_metadata(directory))
     model, ids = converted.model, converted.vocabulary_size
@@ -105,10 +88,10 @@ def _losses(directory: Path, converted: Converted, checked: Path | None) -> Refe
         own = outputs_of_checkpoint(tensors, model, ids, converted.context, mesh, lambda: bar.add(bar.done + 1, [1]))
     bar.close()
     lengths = lengths_of(converted.context)
-    theirs = None if checked is None else outputs_of_transformers(checked, converted.dtype, ids, lengths)
+    theirs = None if witness is None else witness(converted.dtype, ids, lengths)
     if theirs is not None:
-        refuse_other_outputs(own, theirs, str(checked))
+        refuse_other_outputs(own, theirs, where)
     by = "this program alone" if theirs is None else "transformers and this program"
-    why = " (transformers is not installed)" if theirs is None and checked is not None else ""
+    why = " (transformers is not installed)" if theirs is None and witness is not None else ""
     print(f"loss on the reference batch: {own.losses[-1]:.5f} over {lengths[-1]} tokens, computed by {by}{why}")
     return ReferenceLosses(lengths, tuple(loss if math.isfinite(loss) else None for loss in own.losses), "float32")

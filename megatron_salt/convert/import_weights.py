@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_salt.convert.families import ForeignModel
+from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.parts import EMBEDDING, Part, Shape, parts_of
 from megatron_salt.convert.tensor_files import Piece
 from megatron_salt.errors import UserError

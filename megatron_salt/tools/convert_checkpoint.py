@@ -130,14 +130,14 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"import": _import, "e
 
 def import_checkpoint(config: ImportConfig) -> None:
     """Write the checkpoint. Raises UserError."""
-    from megatron_salt.convert.import_checkpoint import import_hugging_face
+    from megatron_salt.convert.hugging_face.import_directory import import_hugging_face
 
     import_hugging_face(Path(config.source), Path(config.to), config.dtype, config.tokenizer(), config.verify)
 
 
 def export_checkpoint(config: ExportConfig) -> None:
     """Write the directory. Raises UserError."""
-    from megatron_salt.convert.export_checkpoint import export_hugging_face
+    from megatron_salt.convert.hugging_face.export_directory import export_hugging_face
 
     export_hugging_face(
         Path(config.checkpoint), Path(config.out), config.dtype, config.tokenizer, int(config.max_shard_gb * 1e9)

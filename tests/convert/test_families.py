@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_salt.config import ModelConfig
-from megatron_salt.convert.exported_config import config_of_model
-from megatron_salt.convert.families import model_of_config
+from megatron_salt.convert.hugging_face.exported_config import config_of_model
+from megatron_salt.convert.hugging_face.families import model_of_config
 from megatron_salt.errors import UserError
 
 LLAMA = ModelConfig(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.convert.export_checkpoint import _write_weights
-from megatron_salt.convert.safetensors_folder import SafetensorsFolder
+from megatron_salt.convert.hugging_face.export_directory import _write_weights
+from megatron_salt.convert.hugging_face.safetensors_folder import SafetensorsFolder
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 

@@ -17,12 +17,12 @@ from megatron_salt.checkpoint.run_state import CheckpointState
 from megatron_salt.checkpoint.state_file import model_of
 from megatron_salt.config import ModelConfig
 from megatron_salt.convert.checkpoint_writer import refuse_existing, whole_directory
-from megatron_salt.convert.exported_config import config_of_model
-from megatron_salt.convert.model_card import model_card
+from megatron_salt.convert.hugging_face.exported_config import config_of_model
+from megatron_salt.convert.hugging_face.model_card import model_card
+from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX, SINGLE, safetensors_library
+from megatron_salt.convert.hugging_face.tokenizer_files import tokenizer_files
 from megatron_salt.convert.parts import Part, Shape, parts_of
-from megatron_salt.convert.safetensors_folder import CONFIG, INDEX, SINGLE, safetensors_library
 from megatron_salt.convert.tensor_files import TensorFiles
-from megatron_salt.convert.tokenizer_files import tokenizer_files
 from megatron_salt.errors import UserError
 from megatron_salt.files import sync, write_whole
 from megatron_salt.metrics.progress_bar import ProgressBar

@@ -7,26 +7,11 @@ that this module does not know is returned, so that the user hears of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_salt.config import ModelConfig
+from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForeignModel:
-    """A model that another program trained, in our terms."""
-
-    architecture: str
-    """The class in transformers, such as LlamaForCausalLM."""
-    model: ModelConfig
-    vocabulary_size: int
-    """Rows of its embedding: all of them are in its softmax, whatever its tokenizer has."""
-    context: int
-    """Longest sequence that it may be given, in tokens."""
-    notes: tuple[str, ...] = ()
-    """What the user should know: unknown keys, a context that a sliding window shortens."""
 
 
 class ConfigReader:

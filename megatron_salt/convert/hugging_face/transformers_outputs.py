@@ -1,4 +1,6 @@
-"""A program of its own: what transformers computes for token ids. python -m megatron_salt.convert.transformers_outputs DIR DTYPE IN OUT
+"""A program of its own: what transformers computes for token ids.
+
+python -m megatron_salt.convert.hugging_face.transformers_outputs DIR DTYPE IN OUT
 
 IN: npz with int64 `tokens` and `labels` [n, s], float32 `mask` [n, s], and `prompt`, a number of tokens. OUT: npz with float64 `losses`
 [n], the mean over the mask, and float32 `logits` [prompt, vocabulary] of the first row. Weights are rounded to DTYPE;
