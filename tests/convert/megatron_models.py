@@ -178,6 +178,9 @@ def write_checkpoint(root: Path, name: str) -> list[float]:
     causal = torch.ones(CONTEXT, CONTEXT).triu(1).bool()[None, None]
     ddp(part.tokens, part.position_ids, causal).float().square().mean().backward()
     ddp.finish_grad_sync()
+    for parameter in gpt.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):  # else the copies of a norm over heads would part
+            dist.all_reduce(parameter.main_grad, group=mesh.groups.tp)
     optimizer.step()
     content = {"dp_cp_group": mesh.groups.dp_cp, "distrib_optim_sharding_type": "dp_reshardable", **form.content}
     model_state = gpt.sharded_state_dict(metadata=content)
@@ -213,3 +216,16 @@ def write_checkpoint(root: Path, name: str) -> list[float]:
         if not form.has_args:
             (directory / "run_config.yaml").write_text(json.dumps({"model": provider_of(form.model), "train": {}}))
     return losses_of(gpt, mesh)
+
+
+def losses_of_export(root: Path, model: ModelConfig, rows: int) -> tuple[list[float], dict[str, Any]]:
+    """In both ranks: what GPTModel computes after megatron-core has loaded an export, and the args that it found."""
+    mesh = make_student_mesh(student_layout(PARALLEL, 2))
+    seed_everything(8, mesh)
+    gpt = gpt_model(model, rows, False, mesh)
+    directory = str(root / (root / "latest_checkpointed_iteration.txt").read_text())
+    state = {"model": gpt.sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp})}
+    loaded = dist_checkpointing.load(state, directory, strict="log_all")
+    gpt.load_state_dict(loaded["model"], strict=False)
+    assert (loaded["checkpoint_version"], loaded["iteration"]) == (3.0, 0)
+    return losses_of(gpt, mesh), vars(loaded["args"])

@@ -18,8 +18,8 @@ from megatron_salt.convert.parts import EMBEDDING, OUTPUT, Shape
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 
-_NOT_THE_MODEL = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state|opt_param_scheduler|common_state)\b|_extra_state")
-"""Keys that belong to training, or to Transformer Engine's scales. They are never read."""
+_NOT_THE_MODEL = re.compile(r"^(optimizer|chained_|rng|rerun_|opt_param_scheduler|common_state|fp8\.)|_extra_state")
+"""Keys that belong to training, or to the scales of FP8, in Megatron's checkpoints and in ours. They are never read."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LAYERS = "decoder.layers."
 _NORMS = {
