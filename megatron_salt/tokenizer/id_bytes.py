@@ -1,108 +1,213 @@
-"""The bytes of text that each id of a tokenizer stands for. Pure: read from the tokenizer's own files.
+"""What each id of a tokenizer stands for: the bytes of a text, or a role such as the end of a document.
 
-Byte-level vocabularies write a byte as a character (GPT-2's way), SentencePiece writes a space as U+2581 and a lone byte as <0xNN>.
-Added and special tokens stand for their own names. So for text that a lossless tokenizer encodes, the bytes of its ids, joined, are the
-text's; a tokenizer that puts a space before every text has that space too.
+Files of different kinds spell the same bytes in different ways. Byte-level files have one character for each byte, SentencePiece writes a
+space as U+2581 and a single byte as <0xNN>. Added and special tokens stand for themselves. So two tokenizers can be compared id by id.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
-import numpy as np
-
-from megatron_salt.small_files import parse_json
 from megatron_salt.tokenizer.library import BYTE_LEVEL_EOD, BYTE_LEVEL_NAME
+from megatron_salt.tokenizer.sentencepiece_model import user_defined_pieces
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
-SPACE = "\u2581"
-_LONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_PRINTED = [
-    *range(0x21, 0x7F),
-    *range(0xA1, 0xAD),
-    *range(0xAE, 0x100),
-]  # bytes that byte-level vocabularies write as themselves
-_BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
-    chr(0x100 + number): byte for number, byte in enumerate(sorted({*range(256)} - {*_PRINTED}))
+Kind = Literal["text", "added", "control"]
+"""text: a piece of a text. added: a token that is matched in a text as a whole. control: a token that ordinary text does not give."""
+Role = Literal["end of document", "beginning of text", "unknown", "padding"]
+
+_USUAL_NAMES: Mapping[Role, tuple[str, ...]] = {
+    "unknown": ("<unk>", "[UNK]", "<|unk|>"),
+    "padding": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>"),
 }
+"""For files that do not declare the role."""
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\u2581"  # SentencePiece's space
 
 
-def id_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """Bytes of each id in [0, vocabulary_size). An id without a token has none; a special token has its name's."""
-    readers = {
-        "SentencePieceTokenizer": lambda: _of_sentencepiece(tokenizer.files["tokenizer.model"]),
-        "HuggingFaceTokenizer": lambda: _of_tokenizer_json(parse_json(tokenizer.files["tokenizer.json"])),
-        "GPT2BPETokenizer": lambda: _of_vocabulary(parse_json(tokenizer.files["vocab.json"]), byte_level),
-        "ByteLevelTokenizer": lambda: {i: bytes([i]) for i in range(256)} | {BYTE_LEVEL_EOD: BYTE_LEVEL_NAME.encode()},
-    }
-    known = readers[tokenizer.kind]()
-    return [known.get(i, b"") for i in range(tokenizer.vocabulary_size)]
+@dataclass(frozen=True)
+class Meaning:
+    """What one id stands for."""
+
+    content: bytes
+    """The bytes of the text; of a control token its name."""
+    kind: Kind
+    role: Role | None = None
+
+    @property
+    def text(self) -> bytes:
+        """The bytes that the id adds to a text: none for the end of a document and the other roles."""
+        return b"" if self.role is not None else self.content
+
+    def __str__(self) -> str:
+        name = ascii(self.content)[1:] if len(self.content) <= 40 else f"{ascii(self.content[:40])[1:]}..."
+        kind = {"text": "", "added": "added token ", "control": "special token "}[self.kind]
+        return f"{kind}{name}" + (f" ({self.role})" if self.role else "")
 
 
-def byte_counts(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each id stands for: int64 [vocabulary_size]. The ids that end and begin documents are no text: 0."""
-    counts = np.array([len(token) for token in id_bytes(tokenizer)], np.int64)
-    counts[[i for i in (tokenizer.eod, tokenizer.bos) if i is not None]] = 0
-    return counts
+def same_meaning(one: Meaning, other: Meaning) -> bool:
+    """Whether an id stands for the same in two models. Equal roles are the same whatever their names. A piece of a text is not the
+    control token of the same name."""
+    if one.role is not None and one.role == other.role:
+        return True
+    return one.content == other.content and {one.kind, other.kind} != {"text", "control"}
 
 
-def byte_level(token: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary spells; of any other token, its own."""
-    return bytes(_BYTE_OF[char] for char in token) if _BYTE_OF.keys() >= {*token} else token.encode()
+def meanings_of_ids(tokenizer: Tokenizer) -> list[Meaning | None]:
+    """What each id in [0, vocabulary_size) stands for; None: the vocabulary has no token of this id."""
+    meanings, roles = _READERS[tokenizer.kind](tokenizer)
+    found: list[Meaning | None] = [meanings.get(i) for i in range(tokenizer.vocabulary_size)]
+    by_role: dict[int | None, Role] = {i: role for role, i in reversed(list(_all_roles(tokenizer, roles)))}
+    for i, role in by_role.items():
+        if i is not None and (meaning := found[i]) is not None:
+            found[i] = Meaning(meaning.content, "control", role)
+    return found
 
 
-def with_spaces(token: str) -> bytes:
-    """The bytes of a piece that writes a space as U+2581."""
-    return token.replace(SPACE, " ").encode()
+def bytes_of_ids(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes that each id adds to a text: none for the end of a document and the other roles, and for ids without a token."""
+    return [b"" if meaning is None else meaning.text for meaning in meanings_of_ids(tokenizer)]
 
 
-def with_lone_bytes(token: str) -> bytes:
-    """`with_spaces`, where <0xNN> is one byte."""
-    lone = _LONE_BYTE.fullmatch(token)
-    return with_spaces(token) if lone is None else bytes([int(lone.group(1), 16)])
+Roles = Mapping[Role, int | None]
+_Reader = Callable[[Tokenizer], tuple[dict[int, Meaning], Roles]]
+"""A tokenizer -> its ids' meanings, without roles; and the roles that its file declares."""
 
 
-def _of_vocabulary(vocabulary: Mapping[str, int], spelled: Any) -> dict[int, bytes]:
-    return {int(i): spelled(token) for token, i in vocabulary.items()}
+def _all_roles(tokenizer: Tokenizer, declared: Roles) -> Iterator[tuple[Role, int | None]]:
+    """(role, id), the role that counts most first: an id may have several."""
+    yield "end of document", tokenizer.eod
+    yield "beginning of text", tokenizer.bos
+    for role, names in _USUAL_NAMES.items():
+        named = next((tokenizer.special[name] for name in names if name in tokenizer.special), None)
+        yield role, named if declared.get(role) is None else declared[role]
 
 
-def _of_sentencepiece(model: bytes) -> dict[int, bytes]:
+# ---- by kind of tokenizer ----------------------------------------------------------------------------------------------
+
+
+def _of_bytes(tokenizer: Tokenizer) -> tuple[dict[int, Meaning], Roles]:
+    meanings = {i: Meaning(bytes([i]), "text") for i in range(BYTE_LEVEL_EOD)}
+    return meanings | {BYTE_LEVEL_EOD: Meaning(BYTE_LEVEL_NAME.encode(), "control")}, {}
+
+
+def _of_gpt2(tokenizer: Tokenizer) -> tuple[dict[int, Meaning], Roles]:
+    vocabulary = json.loads(tokenizer.files["vocab.json"])
+    special = set(tokenizer.special.values())
+    return {
+        i: Meaning(piece.encode(), "control") if i in special else Meaning(_byte_level(piece), "text")
+        for piece, i in vocabulary.items()
+    }, {}
+
+
+def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[dict[int, Meaning], Roles]:
     import sentencepiece
 
+    model = tokenizer.files["tokenizer.model"]
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
-    return {
-        i: (with_lone_bytes if processor.is_byte(i) else with_spaces)(processor.id_to_piece(i))
-        for i in range(processor.vocab_size())
-    }
+    added, meanings = set(user_defined_pieces(model)), {}
+    for i in range(processor.vocab_size()):
+        piece: str = processor.id_to_piece(i)
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            meanings[i] = Meaning(piece.encode(), "control")
+        elif processor.is_byte(i):
+            meanings[i] = Meaning(_single_byte(piece) or piece.encode(), "text")
+        else:
+            meanings[i] = Meaning(piece.replace(_SPACE, " ").encode(), "added" if piece in added else "text")
+    return meanings, {"unknown": _real(processor.unk_id()), "padding": _real(processor.pad_id())}
 
 
-def _of_tokenizer_json(content: Mapping[str, Any]) -> dict[int, bytes]:
-    model = content["model"]
-    steps = [step for name in ("normalizer", "pre_tokenizer", "decoder") for step in _steps(content.get(name))]
-    kinds = {step["type"] for step in steps}
-    if "ByteLevel" in kinds:
-        spelled: Any = byte_level
-    elif model.get("byte_fallback") or "ByteFallback" in kinds:
-        spelled = with_lone_bytes
-    elif SPACE in json.dumps(steps, ensure_ascii=False):
-        spelled = with_spaces
-    else:
-        spelled = str.encode
-    vocabulary = model["vocab"]
-    if not isinstance(vocabulary, dict):  # a unigram model: pairs of piece and score
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    added = {token["id"]: token["content"].encode() for token in content.get("added_tokens") or ()}
-    return _of_vocabulary(vocabulary, spelled) | added
+def _real(i: int) -> int | None:
+    return i if i >= 0 else None
 
 
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder of a tokenizer.json, and the steps that it is a sequence of."""
-    if isinstance(part, dict):
-        yield part
-        for name in ("normalizers", "pretokenizers", "decoders"):
-            for step in part.get(name) or ():
-                yield from _steps(step)
+def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[int, Meaning], Roles]:
+    import tokenizers
+
+    content = tokenizer.files["tokenizer.json"]
+    library = tokenizers.Tokenizer.from_buffer(content)
+    description: dict[str, Any] = json.loads(content)
+    spell = _spelling(description)
+    meanings = {i: Meaning(spell(piece), "text") for piece, i in library.get_vocab(with_added_tokens=False).items()}
+    for i, token in library.get_added_tokens_decoder().items():
+        name: str = token.content
+        if token.special:
+            meanings[i] = Meaning(name.encode(), "control")
+        else:  # a file made from a SentencePiece model writes the spaces of added tokens as that model does
+            meanings[i] = Meaning((name.replace(_SPACE, " ") if _has_spaces(description) else name).encode(), "added")
+    model, padding = description["model"], description.get("padding") or {}
+    unknown = model.get("unk_id")
+    if unknown is None and isinstance(model.get("unk_token"), str):
+        unknown = library.token_to_id(model["unk_token"])
+    return meanings, {"unknown": unknown, "padding": padding.get("pad_id")}
+
+
+def _spelling(description: Mapping[str, Any]) -> Callable[[str], bytes]:
+    """How the pieces of a tokenizer.json are spelled: a function from a piece to its bytes."""
+    if any(part.get("type") == "ByteLevel" for part in _parts(description)):
+        return _byte_level
+    spaces, single = _has_spaces(description), bool(description["model"].get("byte_fallback"))
+
+    def spell(piece: str) -> bytes:
+        byte = _single_byte(piece) if single else None
+        if byte is not None:
+            return byte
+        return (piece.replace(_SPACE, " ") if spaces else piece).encode("utf-8", errors="replace")
+
+    return spell
+
+
+def _has_spaces(description: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json writes spaces as SentencePiece does: by a Metaspace, or by parts that replace one by the other."""
+    return any(
+        part.get("type") == "Metaspace"
+        or (part.get("type") == "Replace" and _SPACE in (part.get("content"), (part.get("pattern") or {}).get("String")))
+        for part in _parts(description)
+    )
+
+
+def _parts(description: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Normalizers, pre-tokenizers and decoders, those inside a Sequence too."""
+    waiting = [description.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            for name in ("normalizers", "pretokenizers", "decoders"):
+                waiting += part.get(name) or []
+
+
+def _single_byte(piece: str) -> bytes | None:
+    match = _BYTE.fullmatch(piece)
+    return None if match is None else bytes([int(match[1], 16)])
+
+
+def _byte_level(piece: str) -> bytes:
+    """The bytes of a byte-level piece. A piece with other characters, which no text gives, stands for itself."""
+    of_character = _byte_level_alphabet()
+    if all(character in of_character for character in piece):
+        return bytes(of_character[character] for character in piece)
+    return piece.encode("utf-8", errors="replace")
+
+
+@cache
+def _byte_level_alphabet() -> Mapping[str, int]:
+    """Character -> byte. Printable characters of Latin-1 stand for their own byte; the other bytes, in order, for those from U+0100 on.
+    Source: GPT-2's encoder, `bytes_to_unicode`."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_READERS: Mapping[str, _Reader] = {
+    "ByteLevelTokenizer": _of_bytes,
+    "GPT2BPETokenizer": _of_gpt2,
+    "SentencePieceTokenizer": _of_sentencepiece,
+    "HuggingFaceTokenizer": _of_tokenizer_json,
+}
