@@ -23,7 +23,7 @@ LAYERS = (
     ("data", "metrics"),
     ("model", "preprocess", "selection"),
     ("checkpoint",),
-    ("salt", "convert"),
+    ("salt", "convert", "evaluation"),
     ("train",),
     ("pretrain", "tools", "benchmarks"),
 )
@@ -84,6 +84,9 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.convert.hugging_face.families",
     "megatron_salt.convert.megatron.arguments",
     "megatron_salt.convert.megatron.exported_arguments",
+    "megatron_salt.evaluation.metrics",
+    "megatron_salt.evaluation.results",
+    "megatron_salt.evaluation.task_file",
     "megatron_salt.salt.cost",
     "megatron_salt.salt.head_cost",
     "megatron_salt.salt.layer_cost",
