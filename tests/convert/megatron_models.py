@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,13 @@ FORMS = {
 }
 
 
-def write_tokenizer(path: Path) -> None:
-    """tokenizer.json with a token for each byte, and the end of a document."""
+def write_tokenizer(path: Path, more: Sequence[str] = ()) -> None:
+    """tokenizer.json with a token for each byte, the end of a document, and `more`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", *more])
     tokenizer.save(str(path))
 
 
