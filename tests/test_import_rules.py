@@ -80,6 +80,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
     "megatron_salt.convert.foreign_model",
+    "megatron_salt.convert.gguf.architectures",
+    "megatron_salt.convert.gguf.rope_factors",
     "megatron_salt.convert.hugging_face.exported_config",
     "megatron_salt.convert.hugging_face.families",
     "megatron_salt.salt.cost",

@@ -1,6 +1,7 @@
-"""Open models in, trained models out: Hugging Face directories as checkpoints of ours, and back.
+"""Open models in, trained models out: Hugging Face directories and GGUF files as checkpoints of ours, and back.
 
     python tools/convert_checkpoint.py import SmolLM2-1.7B --to teachers/smollm2
+    python tools/convert_checkpoint.py import --from gguf smollm2.gguf --to teachers/smollm2
     python tools/convert_checkpoint.py export runs/salt exported/salt
 
 An imported model is an ordinary checkpoint, under any layout: a teacher for --teacher-load, weights for --load --finetune, a model to
@@ -29,13 +30,13 @@ class ImportConfig:
     """Make a checkpoint of a model that another program trained."""
 
     source: tyro.conf.Positional[str]
-    """Directory of the model: config.json, safetensors, and the files of its tokenizer."""
+    """Directory of the model: config.json, safetensors, and the files of its tokenizer. With --from gguf: one .gguf file."""
 
     to: str
     """Directory of checkpoints to make. It must not exist."""
 
-    from_: Annotated[Literal["hf"], tyro.conf.arg(name="from")] = "hf"
-    """What the source is. hf: a directory of Hugging Face's transformers."""
+    from_: Annotated[Literal["hf", "gguf"], tyro.conf.arg(name="from")] = "hf"
+    """What the source is. hf: a directory of Hugging Face's transformers. gguf: a file of llama.cpp."""
 
     dtype: Dtype | None = None
     """Dtype of the checkpoint. Default: the source's, which must then be float32 or bfloat16 throughout."""
@@ -130,6 +131,11 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"import": _import, "e
 
 def import_checkpoint(config: ImportConfig) -> None:
     """Write the checkpoint. Raises UserError."""
+    if config.from_ == "gguf":
+        from megatron_salt.convert.gguf.import_file import import_gguf
+
+        import_gguf(Path(config.source), Path(config.to), config.dtype, config.tokenizer(), config.verify)
+        return
     from megatron_salt.convert.hugging_face.import_directory import import_hugging_face
 
     import_hugging_face(Path(config.source), Path(config.to), config.dtype, config.tokenizer(), config.verify)
