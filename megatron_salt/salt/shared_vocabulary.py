@@ -51,20 +51,27 @@ def shared_ids(teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> int:
 
 def tokenizer_of(teacher: TeacherCheckpoint) -> Tokenizer:
     """The tokenizer in the teacher's checkpoint. Raises UserError."""
+    directory = teacher.directory / save_directory.TOKENIZER
     try:
-        return load_tokenizer(teacher.directory / save_directory.TOKENIZER)
+        tokenizer = load_tokenizer(directory)
     except UserError as error:
         raise UserError(f"--teacher-load: {error}") from None
+    if tokenizer.fingerprint != teacher.tokenizer_fingerprint:
+        raise UserError(
+            f"--teacher-load {teacher.directory} was trained with tokenizer {teacher.tokenizer_fingerprint}, and {directory} holds "
+            f"{tokenizer.fingerprint}"
+        )
+    return tokenizer
 
 
-def refuse_other_ids(splits: Iterable[Samples | None], shared: int, vocabulary_size: int) -> None:
+def refuse_other_ids(splits: Iterable[Samples], shared: int, vocabulary_size: int) -> None:
     """Raise UserError where the data holds an id that the student has and the teacher has not. Reads all data, unless there is no such id.
 
     shared: see `shared_ids`. vocabulary_size: of the student's tokenizer.
     """
     if shared >= vocabulary_size:
         return
-    windows = {each.file.prefix: each.file for samples in splits if samples is not None for each in samples.windows}
+    windows = {each.file.prefix: each.file for samples in splits for each in samples.windows}
     for file in windows.values():
         for start in range(0, file.num_tokens, _TOKENS_READ):
             tokens = file.read(np.array([start]), min(_TOKENS_READ, file.num_tokens - start))[0]

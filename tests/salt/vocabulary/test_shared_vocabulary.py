@@ -132,7 +132,7 @@ def test_scores_are_over_the_shared_ids(home: Path, taught: Path, tmp_path: Path
     log_p = torch.from_numpy(logits).double().log_softmax(-1)
     expected = -log_p.gather(-1, torch.from_numpy(tokens[:, 1:, None])).mean().item()
     assert table(tmp_path / "index")["mean"].mean() == pytest.approx(expected, rel=1e-5)
-    [evaluated] = entries(taught, "eval")
+    *_, evaluated = entries(taught, "eval")
     assert evaluated["teacher_loss"] == pytest.approx(expected, rel=1e-5)
 
 
