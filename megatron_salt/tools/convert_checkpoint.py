@@ -1,8 +1,9 @@
-"""Open models in, trained models out: Hugging Face directories and GGUF files as checkpoints of ours, and back.
+"""Open models in, trained models out: checkpoints of Hugging Face, Megatron-LM and llama.cpp as checkpoints of ours, and back.
 
     python tools/convert_checkpoint.py import SmolLM2-1.7B --to teachers/smollm2
     python tools/convert_checkpoint.py import --from gguf smollm2.gguf --to teachers/smollm2
     python tools/convert_checkpoint.py export runs/salt exported/salt
+    python tools/convert_checkpoint.py export runs/salt exported/megatron --to megatron
 
 An imported model is an ordinary checkpoint, under any layout: a teacher for --teacher-load, weights for --load --finetune, a model to
 score, evaluate and generate with. One process, on the CPU. Memory is bounded by the largest tensor, not by the model.
@@ -81,8 +82,8 @@ class ExportConfig:
     out: tyro.conf.Positional[str]
     """Directory to make. It must not exist."""
 
-    to: Literal["hf"] = "hf"
-    """What to make. hf: a directory of Hugging Face's transformers."""
+    to: Literal["hf", "megatron"] = "hf"
+    """What to make. hf: a directory of Hugging Face's transformers. megatron: a torch_dist checkpoint for Megatron-LM's --load."""
 
     dtype: Dtype = "bfloat16"
     """Dtype of the weights."""
@@ -91,7 +92,7 @@ class ExportConfig:
     """Write the tokenizer's files. Plain bytes have none: --no-tokenizer."""
 
     max_shard_gb: float = 5.0
-    """Largest safetensors file, in GB."""
+    """hf: largest safetensors file, in GB."""
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.max_shard_gb <= 1000:
@@ -149,6 +150,11 @@ def import_checkpoint(config: ImportConfig) -> None:
 
 def export_checkpoint(config: ExportConfig) -> None:
     """Write the directory. Raises UserError."""
+    if config.to == "megatron":
+        from megatron_salt.convert.megatron.export_torch_dist import export_megatron
+
+        export_megatron(Path(config.checkpoint), Path(config.out), config.dtype, config.tokenizer)
+        return
     from megatron_salt.convert.hugging_face.export_directory import export_hugging_face
 
     export_hugging_face(
