@@ -83,6 +83,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.convert.hugging_face.exported_config",
     "megatron_salt.convert.hugging_face.families",
     "megatron_salt.evaluation.metrics",
+    "megatron_salt.evaluation.public_tasks.prompts",
     "megatron_salt.evaluation.results",
     "megatron_salt.evaluation.task_file",
     "megatron_salt.salt.cost",
