@@ -82,6 +82,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.convert.foreign_model",
     "megatron_salt.convert.hugging_face.exported_config",
     "megatron_salt.convert.hugging_face.families",
+    "megatron_salt.convert.megatron.arguments",
     "megatron_salt.evaluation.metrics",
     "megatron_salt.evaluation.public_tasks.prompts",
     "megatron_salt.evaluation.results",
