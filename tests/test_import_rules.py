@@ -87,6 +87,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.convert.megatron.arguments",
     "megatron_salt.convert.megatron.exported_arguments",
     "megatron_salt.evaluation.metrics",
+    "megatron_salt.evaluation.public_tasks.prompts",
     "megatron_salt.evaluation.results",
     "megatron_salt.evaluation.task_file",
     "megatron_salt.salt.cost",
