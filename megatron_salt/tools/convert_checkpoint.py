@@ -1,6 +1,7 @@
-"""Open models in, trained models out: directories of Hugging Face and checkpoints of Megatron-LM as checkpoints of ours, and back.
+"""Open models in, trained models out: checkpoints of Hugging Face, Megatron-LM and llama.cpp as checkpoints of ours, and back.
 
     python tools/convert_checkpoint.py import SmolLM2-1.7B --to teachers/smollm2
+    python tools/convert_checkpoint.py import --from gguf smollm2.gguf --to teachers/smollm2
     python tools/convert_checkpoint.py export runs/salt exported/salt
     python tools/convert_checkpoint.py export runs/salt exported/megatron --to megatron
 
@@ -30,14 +31,14 @@ class ImportConfig:
     """Make a checkpoint of a model that another program trained."""
 
     source: tyro.conf.Positional[str]
-    """Directory of the model. hf: config.json, safetensors, and the files of its tokenizer."""
+    """The model. hf: a directory with config.json, safetensors, and the files of its tokenizer. gguf: one .gguf file."""
 
     to: str
     """Directory of checkpoints to make. It must not exist."""
 
-    from_: Annotated[Literal["hf", "megatron"], tyro.conf.arg(name="from")] = "hf"
+    from_: Annotated[Literal["hf", "megatron", "gguf"], tyro.conf.arg(name="from")] = "hf"
     """What the source is. hf: a directory of Hugging Face's transformers. megatron: a torch_dist checkpoint of Megatron-LM or
-    Megatron-Bridge, or a directory of such checkpoints."""
+    Megatron-Bridge, or a directory of such checkpoints. gguf: a file of llama.cpp."""
 
     dtype: Dtype | None = None
     """Dtype of the checkpoint. Default: the source's, which must then be float32 or bfloat16 throughout."""
@@ -132,6 +133,11 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"import": _import, "e
 
 def import_checkpoint(config: ImportConfig) -> None:
     """Write the checkpoint. Raises UserError."""
+    if config.from_ == "gguf":
+        from megatron_salt.convert.gguf.import_file import import_gguf
+
+        import_gguf(Path(config.source), Path(config.to), config.dtype, config.tokenizer(), config.verify)
+        return
     if config.from_ == "megatron":
         from megatron_salt.convert.megatron.import_torch_dist import import_megatron
 
