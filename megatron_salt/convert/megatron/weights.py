@@ -98,7 +98,8 @@ class MegatronWeights:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows."""
         if rows is None:
-            return torch.cat([self._read(place, 0, place.shape[0]) for place in self._places[name]])
+            parts = [self._read(place, 0, place.shape[0]) for place in self._places[name]]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         assert len(self._places[name]) == 1, f"{name} is not read by rows"
         return self._read(self._places[name][0], rows.start, rows.stop)
 
