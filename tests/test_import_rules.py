@@ -82,6 +82,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.convert.foreign_model",
     "megatron_salt.convert.hugging_face.exported_config",
     "megatron_salt.convert.hugging_face.families",
+    "megatron_salt.convert.hugging_face.unsupported",
     "megatron_salt.salt.cost",
     "megatron_salt.salt.head_cost",
     "megatron_salt.salt.layer_cost",
