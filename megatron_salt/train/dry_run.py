@@ -15,11 +15,13 @@ import torch
 from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.config.parallel import Device
+from megatron_salt.data.blend import VALID
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.hardware import Hardware, refuse_connections
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.salt.shared_vocabulary import describe_vocabularies
 from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
@@ -45,9 +47,12 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
         f"step: {plan.global_batch_size} samples of {config.training.seq_length} tokens, "
         f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica"
     )
-    print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
+    held_out = ", ".join(f"{len(samples)} held out{of_set(name)}" for name, samples in inputs.valid.items())
+    print(f"data: {len(inputs.train)} samples, {held_out or 'none held out'}")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
+        for line in describe_vocabularies(inputs.teacher, inputs.tokenizer, inputs.shared_ids, inputs.train):
+            print(line)
     if hardware.capability is None and config.parallel.device != "cpu":
         print("precision: not checked, there is no GPU here")
         if config.parallel.device == "cuda" and torch.version.cuda is None:
@@ -68,6 +73,11 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     for line in start.messages:
         print(line)
     print("dry run: nothing found that would stop this run")
+
+
+def of_set(name: str) -> str:
+    """ " in NAME" for a named set, nothing for the held-out data without a name."""
+    return f" in {name.removeprefix(f'{VALID}/')}" if name != VALID else ""
 
 
 def possible_devices(asked: Device, hardware: Hardware) -> tuple[str, ...]:

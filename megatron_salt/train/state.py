@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 
+from torch import Tensor
+
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.run_state import RunState
@@ -20,12 +22,27 @@ from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.cost import scoring_flops, scoring_line
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, model_that_scored
 from megatron_salt.salt.stage1 import Stage1, data_of_stage2
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, model_that_scored
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.step import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """Held-out data that is evaluated and logged under a name of its own."""
+
+    name: str
+    """ "valid", or "valid/NAME" for a named set."""
+
+    batches: Batches
+    num_batches: int
+    """Global batches in one evaluation."""
+
+    byte_counts: Tensor
+    """int64 [vocabulary_size], on the CPU: bytes of text that each id stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +54,9 @@ class Run:
     """Counts of the whole run, steps that are done included; batch sizes of the present stage."""
 
     train: Batches
-    valid: Batches | None
+    valid: tuple[ValidationSet, ...]
+    """What an evaluation reads; empty where the run makes none."""
+
     checkpointer: Checkpointer
     stage1: Stage1 | None
     """None in stage 2, and in a run without a stage 1."""
@@ -56,7 +75,7 @@ def in_stage2(run: Run, progress: RunState) -> tuple[Run, RunState]:
         plan=plan,
         student=replace(run.student, micro_batch_size=plan.micro_batch_size),
         train=train,
-        valid=None if run.valid is None else run.valid.in_microbatches_of(plan.micro_batch_size),
+        valid=tuple(replace(one, batches=one.batches.in_microbatches_of(plan.micro_batch_size)) for one in run.valid),
     )
     return run, progress
 
@@ -107,6 +126,8 @@ def announce(run: Run, progress: RunState, log: RunLog) -> None:
         return
     if run.stage1 is not None and (fidelity := run.stage1.fidelity) is not None:
         log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
+    if run.stage1 is not None and (dropped := run.stage1.dropped) is not None:
+        log.event(step, str(dropped), {"teacher_vocabulary": asdict(dropped)})
     if run.stage_samples is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)
     drawn = progress.position + (total - step) * run.plan.global_batch_size
