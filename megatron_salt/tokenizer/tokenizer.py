@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
 from megatron_salt.files import write_whole
 from megatron_salt.small_files import read_json, read_small
 from megatron_salt.tokenizer.document_ends import ConfigEnds, DeclaredEnds, Ends, in_words, read_config_ends
@@ -117,12 +117,21 @@ def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> T
             )
     contents = {name: _read(flag, given[flag], kind) for flag, name in names.items()}
     origin = ", ".join(f"{flag} {given[flag]}" for flag in names) or f"--tokenizer-type {kind}"
-    library = _OPENERS[kind](contents, origin)
     config_ends = ConfigEnds()
     if kind == "HuggingFaceTokenizer" and (folder := _folder_of(Path(str(config.tokenizer_model)))) is not None:
         config_ends = read_config_ends(folder, "--tokenizer-model")
-    ends = _ends(library, config.eod_token, config_ends, origin)
-    return _tokenizer(kind, contents, library, ends, matches_special)
+    return tokenizer_of_contents(kind, contents, config.eod_token, config_ends, origin, matches_special)
+
+
+def tokenizer_of_contents(
+    kind: str, contents: Mapping[str, bytes], eod_token: str | None, declared: ConfigEnds, origin: str, matches_special: bool = False
+) -> Tokenizer:  # fmt: skip
+    """A tokenizer of `kind` from the contents of its files. declared: the ends that other files declare. origin: for messages.
+
+    UserError when the files are damaged, and when they and `eod_token` leave open which token ends documents.
+    """
+    library = _OPENERS[kind](contents, origin)
+    return _tokenizer(kind, contents, library, _ends(library, eod_token, declared, origin), matches_special)
 
 
 def _folder_of(model: Path) -> Path | None:
@@ -144,7 +153,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ends = Ends(description["eod"], description.get("bos"))  # descriptions of older releases lack bos
         if any(type(i) is not int and i is not None for i in (ends.eod, ends.bos)):
             raise ValueError(f"its ids are {ends}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise file_error(f"no usable tokenizer in {directory}: {path.name}: {error}", error) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"no usable tokenizer in {directory}: {path.name}: {error}") from None
     tokenizer = tokenizer_from_files(kind, contents, origin=str(directory), ends=ends)
     if tokenizer.fingerprint != recorded:
@@ -255,7 +266,7 @@ def _read(flag: str, path: str | None, kind: str) -> bytes:
     try:
         content = read_small(file)
     except OSError as error:
-        raise UserError(f"{flag} {file} cannot be read: {error.strerror}; it takes {_FILES.get(kind, kind)}") from None
+        raise file_error(f"{flag} {file} cannot be read: {error.strerror}; it takes {_FILES.get(kind, kind)}", error) from None
     except ValueError as error:
         raise UserError(f"{flag} {file} cannot be read: {error}") from None
     if not content:
