@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -20,6 +21,7 @@ from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.errors import UserError
 from megatron_salt.model.generate import draw, generate, next_logits
 from megatron_salt.model.gpt import GPT, build_model
+from megatron_salt.parallel.hardware import COMPILE_WORKERS
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
@@ -254,3 +256,11 @@ def test_ranks_that_cannot_split_the_model_are_refused(checkpoint: str, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"--num-attention-heads 4 is not divisible by --tensor-model-parallel-size = 3"):
         generate_text(GenerateConfig(load=checkpoint))
+
+
+def test_the_tool_bounds_the_processes_that_compile_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPILE_WORKERS, "")
+    monkeypatch.delenv(COMPILE_WORKERS)
+    with pytest.raises(UserError, match="no checkpoint"):
+        generate_text(GenerateConfig(load=str(tmp_path)))
+    assert os.environ[COMPILE_WORKERS] == "4"
