@@ -114,20 +114,25 @@ def test_every_layout_computes_what_was_recorded(imported: Callable[[str], Path]
         assert computed.losses == pytest.approx(recorded.losses, rel=1e-5)
 
 
-def test_an_imported_model_teaches(imported: Callable[[str], Path], foreign: Path, tmp_path: Path) -> None:
-    """It is admitted through the gate, under a layout of its own, and the run goes through the switch."""
+@pytest.mark.parametrize("name", ["teacher", "qwen2"])
+def test_an_imported_model_teaches(imported: Callable[[str], Path], foreign: Path, tmp_path: Path, name: str) -> None:
+    """It is admitted through the gate, under a layout of its own, and the run goes through the switch. Also with more rows than ids."""
     import numpy as np
 
-    from tests.support.program import write_tokens
+    from tests.support.program import entries, write_tokens
 
     tokens = np.random.default_rng(0).integers(0, IDS - 1, 8 * 17 * 4).astype(np.uint16)
     data = write_tokens(tmp_path / "bytes", tokens)
     flags = dict(
         tokenizer_type="HuggingFaceTokenizer", tokenizer_model=foreign / "teacher", data_path=data, train_iters=4, kd_steps=2,
-        tensor_model_parallel_size=2, teacher_load=imported("teacher"), teacher_tensor_model_parallel_size=2, save=tmp_path / "run",
+        tensor_model_parallel_size=2, teacher_load=imported(name), teacher_tensor_model_parallel_size=2, save=tmp_path / "run",
+        teacher_max_dropped_mass=0.1,
     )  # fmt: skip
     ended = train(2, **flags)
     assert "came out as" in ended.err and read_state(tmp_path / "run" / "iter_0000004").run.salt is not None
+    dropped = [entry["teacher_vocabulary"] for entry in entries(tmp_path / "run", "event") if "teacher_vocabulary" in entry]
+    assert [(told["all_ids"], told["shared_ids"]) for told in dropped] == ([] if name == "teacher" else [(ROWS, IDS)])
+    assert all(0.001 < told["mean"] < 0.1 for told in dropped)  # 4 / 261 for a model that has learnt nothing
 
 
 # ---- what is seen ------------------------------------------------------------------------------------------------------
