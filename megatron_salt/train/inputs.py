@@ -17,6 +17,8 @@ from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
+from megatron_salt.evaluation.evaluate_task import PreparedTask
+from megatron_salt.evaluation.in_training import read_eval_tasks
 from megatron_salt.salt.load_teacher import TeacherCheckpoint, read_teacher, refuse_unfit
 from megatron_salt.salt.stage1 import resumes_in_stage2
 from megatron_salt.salt.stage_samples import StageSamples
@@ -38,6 +40,8 @@ class Inputs:
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
     stage_samples: StageSamples | None
     """The samples of both stages; None without --stage1-selection."""
+    tasks: tuple[PreparedTask, ...] = ()
+    """The tasks of --eval-tasks."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -59,7 +63,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     stage_samples = None
     if config.salt.stage1_selection is not None:
         stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
-    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, stage_samples=stage_samples)
+    tasks = read_eval_tasks(config.training.eval_tasks, tokenizer, config.training.seq_length)
+    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, stage_samples=stage_samples, tasks=tasks)
 
 
 def _read_some_windows(samples: Samples) -> None:
