@@ -46,11 +46,18 @@ NOT_OURS = {
         "--standalone",
         "--no-python",
     ),  # torchrun
+    *(
+        "--use-checkpoint-args",
+        "--no-bias-gelu-fusion",
+        "--use-rope-scaling",
+        "--dist-ckpt-strictness",
+    ),  # Megatron-LM
     *("--no-deps", "--no-build-isolation", "--only-binary", "--dest", "--wheel-dir"),  # pip
     "--keep",  # tests/gpu/trim_fatbin.py
     *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
     *("--nv", "--bind"),  # apptainer
     *("--check", "--interleave"),  # ruff, numactl
+    *("--model", "--model_args", "--tasks", "--batch_size", "--include_path"),  # lm_eval
 }
 each_page = pytest.mark.parametrize("page", PAGES)
 

@@ -36,7 +36,7 @@ from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.tools.evaluate_data import NamedData, evaluate_data, open_data, parse_data
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
-from megatron_salt.tools.generate_text import newest_checkpoint, read_companions
+from megatron_salt.tools.generate_text import ids_in_softmax, newest_checkpoint, read_companions
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 
 if TYPE_CHECKING:
@@ -223,7 +223,13 @@ def load_model(candidate: Candidate, parallel: ParallelConfig, mesh: Mesh) -> li
     seed_everything(run.training.seed, mesh)  # building a model uses the random generators
     length = run.training.seq_length
     chunks = build_model(
-        run.model, parallel, length, candidate.tokenizer.vocabulary_size, getattr(torch, candidate.dtype), length, mesh
+        run.model,
+        parallel,
+        length,
+        ids_in_softmax(candidate.directory, candidate.tokenizer),
+        getattr(torch, candidate.dtype),
+        length,
+        mesh,
     )
     load_weights(candidate.directory, chunks, mesh)
     return chunks

@@ -121,7 +121,7 @@ def ours(load: str, files: list[str]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.long
 def test_lm_evaluation_harness_finds_the_same_on_the_exported_model(tmp_path: Path) -> None:
-    for package in ("lm_eval", "transformers", "datasets", "accelerate", "peft"):
+    for package in ("lm_eval", "transformers", "datasets", "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     folder, files = tmp_path / "tasks", []
