@@ -115,6 +115,13 @@ def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
     return from_yaml(text, str(path)), load_tokenizer(directory / TOKENIZER)
 
 
+def ids_in_softmax(directory: Path, tokenizer: Tokenizer) -> int:
+    """Ids that a checkpoint's model was trained to choose from: a converted model may have more than its tokenizer. Not collective."""
+    from megatron_salt.checkpoint.state_file import read_state
+
+    return read_state(directory).vocabulary_size or tokenizer.vocabulary_size
+
+
 def prompt_ids(prompt: str, tokenizer: Tokenizer, prepend_bos: bool = False) -> list[int]:
     """Token ids of the prompt, at least one. An empty prompt becomes the end-of-document id, or BOS with `prepend_bos`."""
     try:
@@ -153,15 +160,15 @@ def continue_prompt(
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
         seed_everything(run.training.seed, mesh)  # building a model uses the random generators
         dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-        length, vocabulary_size = run.training.seq_length, tokenizer.vocabulary_size
-        [model] = build_model(run.model, parallel, length, vocabulary_size, dtype, length, mesh)
+        length, ids = run.training.seq_length, ids_in_softmax(directory, tokenizer)
+        [model] = build_model(run.model, parallel, length, ids, dtype, length, mesh)
         load_weights(directory, [model], mesh)
         added = generate(
             model,
             prompt,
             config.max_new_tokens,
             length,
-            vocabulary_size,
+            min(ids, tokenizer.vocabulary_size),  # the others have no text
             tokenizer.eod,
             config.temperature,
             config.top_k,
