@@ -76,6 +76,7 @@ class _Pieces(SavePlanner):
         self._pieces = {MetadataIndex(piece.key, torch.Size(piece.offsets)): piece for piece in pieces}
         assert len(self._pieces) == len(pieces), "two pieces in one place"
         self._done = done
+        self._last: Tensor | None = None
 
     def set_up_planner(self, state_dict: dict, storage_meta: object = None, is_coordinator: bool = False) -> None:
         """Nothing: the pieces are known."""
@@ -102,8 +103,11 @@ class _Pieces(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        if self._last is not None:
+            # It is written. torch's writer keeps the last tensor of every key to the end of the file: together as large as a layer.
+            self._last.untyped_storage().resize_(0)
         piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        tensor = piece.load()
+        self._last = tensor = piece.load()
         assert tuple(tensor.shape) == piece.shape and tensor.dtype == piece.dtype, (piece, tensor.shape, tensor.dtype)
         self._done(piece)
         return tensor
@@ -123,6 +127,13 @@ class TensorFiles:
             for key, entry in entries
             if isinstance(entry, TensorStorageMetadata)
         }
+
+    def row_ranges(self, key: str) -> list[tuple[int, int]]:
+        """(first row, end) of the stored pieces of a tensor, ascending; all rows are in one of them."""
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        starts = sorted({chunk.offsets[0] for chunk in entry.chunks})
+        return list(zip(starts, [*starts[1:], entry.size[0]], strict=True))
 
     def read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
         """A part of a tensor, from whatever pieces it was saved in. Memory: the part, and one stored piece."""

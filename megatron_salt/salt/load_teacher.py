@@ -43,6 +43,7 @@ from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
 from megatron_salt.salt.routing import teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.selection.score_format import IndexManifest
+from megatron_salt.small_files import one_line
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class TeacherCheckpoint:
     """The recorded loss for each length, nats a token."""
     dtype: str
     """Precision of the recorded losses: float32 or bfloat16."""
+    recorded_by: str = "the run that saved it"
+    """Whose losses they are, in words."""
     step: int
     """Steps that it was trained for."""
 
@@ -107,6 +110,7 @@ def read_teacher(load: str) -> TeacherCheckpoint:
         lengths=recorded.lengths,
         losses=losses,
         dtype=recorded.dtype,
+        recorded_by=one_line(recorded.origin),
         step=saved.run.step,
     )
 
@@ -262,10 +266,11 @@ def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, d
             f"{problem} (tolerance {tolerance:g} of it)"
         )
     log.info(
-        "teacher %s: its recorded loss of %.4f over %d tokens came out as %.4f",
+        "teacher %s: its recorded loss of %.4f over %d tokens, computed by %s, came out as %.4f",
         checkpoint.directory,
         checkpoint.losses[len(lengths) - 1],
         lengths[-1],
+        checkpoint.recorded_by,
         losses[-1][0],
     )
 

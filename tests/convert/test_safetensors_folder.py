@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.convert.hugging_face.export_directory import _write_weights
 from megatron_salt.convert.hugging_face.safetensors_folder import SafetensorsFolder
-from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 
 
 def test_a_missing_library_is_named_with_the_way_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from torch.distributed.checkpoint.metadata import Metadata
-
     (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match=r"needs safetensors, which is not installed: pip install 'megatron-salt\[hf\]'"):
         SafetensorsFolder(tmp_path)
-    with pytest.raises(UserError, match="needs safetensors, which is not installed"):
-        _write_weights(tmp_path, [], TensorFiles(tmp_path, Metadata({})), torch.float32, 1)

@@ -2,9 +2,9 @@
 
 python -m megatron_salt.convert.hugging_face.transformers_outputs DIR DTYPE IN OUT
 
-IN: npz with int64 `tokens` and `labels` [n, s], float32 `mask` [n, s], and `prompt`, a number of tokens. OUT: npz with float64 `losses`
-[n], the mean over the mask, and float32 `logits` [prompt, vocabulary] of the first row. Weights are rounded to DTYPE;
-arithmetic is float32.
+IN: npz with int64 `tokens` and `labels` [n, s], float32 `mask` [n, s] that is 1 and from some position on 0, and `prompt`, a number of
+tokens. OUT: npz with float64 `losses` [n], the mean over the mask, and float32 `logits` [prompt, vocabulary] of the first row. Weights
+are rounded to DTYPE; arithmetic is float32.
 
 It shares no process with the rest: the CPU seam patches torch in ways that transformers does not expect, and this process gives the
 memory of the whole model back when it ends.
@@ -40,9 +40,10 @@ def outputs(directory: Path, dtype: torch.dtype, tokens: np.ndarray, labels: np.
         parameter.copy_(parameter.to(dtype).float())
     losses, first = [], None
     for row in range(len(tokens)):
-        logits = model(torch.from_numpy(tokens[row : row + 1])).logits.float()[0]
-        each = F.cross_entropy(logits, torch.from_numpy(labels[row]), reduction="none").double().numpy()
-        losses.append((each * mask[row]).sum() / mask[row].sum())
+        counted = int(mask[row].sum())  # attention is causal: the positions behind them change nothing
+        logits = model(torch.from_numpy(tokens[row : row + 1, :counted])).logits.float()[0]
+        each = F.cross_entropy(logits, torch.from_numpy(labels[row, :counted]), reduction="none")
+        losses.append(float(each.double().mean()))
         if first is None:
             first = logits[:prompt].numpy()
     return {"losses": np.array(losses), "logits": first}
