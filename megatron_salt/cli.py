@@ -9,7 +9,7 @@ status 2. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import errno
+import faulthandler
 import io
 import os
 import re
@@ -29,6 +29,7 @@ from megatron_salt.config import RunConfig, flag
 from megatron_salt.config.run import field_types, sections
 from megatron_salt.config.yaml_text import read_sections, to_yaml, unchecked
 from megatron_salt.errors import LeftEarly, UserError, did_you_mean
+from megatron_salt.files import refusing_file_errors
 from megatron_salt.small_files import read_small
 
 T = TypeVar("T")
@@ -89,26 +90,21 @@ def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Seque
     words = sys.argv[1:] if argv is None else argv
 
     def action() -> int | None:
-        try:
+        with refusing_file_errors():
             return main(parse_flags(config_class, words))
-        except OSError as error:
-            if error.errno not in _FILE_SYSTEM_ERRORS or error.filename is None:
-                raise
-            raise UserError(f"{error.filename} cannot be read or written: {error.strerror}") from error
 
     return exit_status(action)
-
-
-_FILE_SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
-"""Errors that any file may have: permissions, damage, a stale handle, a full disk. They are not bugs."""
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
     """Run `action` and return the exit status.
 
     It is the status that `action` returns (None means 0), or that of a UserError, which is printed on stderr. Ctrl-C gives 130 and one
-    line. A closed stdout (`--help | head`) gives 141, as for a process that SIGPIPE ended.
+    line. A closed stdout (`--help | head`) gives 141, as for a process that SIGPIPE ended. A signal of the hardware, such as SIGBUS where
+    a mapped file was cut short, prints the stack before it ends the process.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)
     if signal.getsignal(signal.SIGINT) is megatron_salt.leave_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

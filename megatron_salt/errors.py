@@ -5,6 +5,9 @@ status. Any other exception is a bug, of ours or of a library, and keeps its tra
 """
 
 import difflib
+import errno
+import os
+import socket
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -57,7 +60,7 @@ class LostRankError(UserError):
 
 
 class MachineError(UserError):
-    """This host cannot run what it was asked to: its GPU, driver or installation. No mistake of the user: another host would do."""
+    """This host cannot run what it was asked to: its GPU, driver, disk or installation. No mistake of the user: another host would do."""
 
     status = 5
     outcome: Outcome = "machine"
@@ -69,6 +72,29 @@ class MachineError(UserError):
 
     def __str__(self) -> str:
         return f"host {self.host} cannot be used: {self.fault}"
+
+
+HOST_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ENXIO", "ENODEV", "ENOMEDIUM", "EUCLEAN", "EREMOTEIO", "ESTALE", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+"""Errors of a disk, or of this host's way to a file server: another host may read the same file. Linux has all, macOS lacks some."""
+
+
+def this_host() -> str:
+    """The name of this host: Slurm's, by which a job can exclude it, or else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def file_error(message: str, error: OSError) -> UserError:
+    """The error to raise where a file cannot be used: MachineError where `error` is a fault of this host, else UserError.
+
+    message: one line that names the file. Call it on the host that saw `error`.
+    """
+    return MachineError(this_host(), message) if error.errno in HOST_FAULTS else UserError(message)
 
 
 Look = Callable[[str], None]

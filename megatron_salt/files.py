@@ -8,6 +8,7 @@ releases the lock when the process ends, also after a kill. On a file system wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -15,7 +16,33 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import HOST_FAULTS, UserError, file_error
+
+_OF_ANY_FILE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}) | HOST_FAULTS
+"""Errors that any file may have: permissions, a full disk, a disk or a server that fails. They are not bugs."""
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, told: str = "") -> Iterator[None]:
+    """Turn an OSError of the block, which reads one file, into one line that names it, see `file_error`.
+
+    told: begins the line, such as the flag that named the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise file_error(f"{told}{path} cannot be read: {error.strerror or error}", error) from error
+
+
+@contextlib.contextmanager
+def refusing_file_errors() -> Iterator[None]:
+    """Turn an OSError that names a file, and that any file may have, into one line, see `file_error`. For the outermost block alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_ANY_FILE or error.filename is None:
+            raise
+        raise file_error(f"{error.filename} cannot be read or written: {error.strerror}", error) from error
 
 
 def refuse_present(flag_name: str, output: str | Path, paths: Collection[Path], overwrite: bool) -> None:

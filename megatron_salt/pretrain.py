@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from megatron_salt.cli import exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import MachineError, UserError
+from megatron_salt.files import refusing_file_errors
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.hardware import ask_for_determinism, bound_compile_workers, hide_gpus, order_launches
 from megatron_salt.parallel.layout import Layout, world_size_from_environment
@@ -39,10 +40,11 @@ def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> No
     started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts.
     """
     try:
-        if dry_run_ranks is None:
-            carry_out(config, started)
-        else:
-            rehearse(config, dry_run_ranks)
+        with refusing_file_errors():
+            if dry_run_ranks is None:
+                carry_out(config, started)
+            else:
+                rehearse(config, dry_run_ranks)
     except UserError as error:
         if error.outcome is not None:
             at = error.host if isinstance(error, MachineError) else None

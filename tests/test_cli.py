@@ -233,7 +233,7 @@ def test_reading_a_run_needs_no_torch_and_little_time():
     assert heavy == [] and float(spent) < 2  # seconds of CPU, interpreter included
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_tool_that_may_not_read_a_file_names_it_in_one_line(capsys, number):
     def main(config: RunConfig) -> None:
         raise OSError(number, os.strerror(number), "there/x.npy")

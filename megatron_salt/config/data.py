@@ -8,6 +8,9 @@ from typing import Literal
 from megatron_salt.config.checks import representable, within
 from megatron_salt.errors import UserError
 
+NAMED_SETS = ("valid_data_path",)
+"""Fields of words that may name sets; YAML may have {NAME: prefix or [weight, prefix, ...]} there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -18,7 +21,9 @@ class DataConfig:
     Without weights every window of every dataset is visited once an epoch."""
 
     valid_data_path: tuple[str, ...] = ()
-    """Held-out data, in the same form as --data-path."""
+    """Held-out data, in the same form as --data-path; or several named sets, NAME=PREFIX each: `prose=p code=q`.
+    A set may be a blend: `prose=0.7 p 0.3 q`. Each set is evaluated and logged by itself.
+    A path whose first part has an equals sign is written ./a=b."""
 
     valid_share: float = 0.0
     """Share of each dataset that is held out from training: its last windows. Only without --valid-data-path."""

@@ -56,7 +56,10 @@ class TrainingConfig:
     """Steps between evaluations on held-out data."""
 
     eval_iters: int = 0
-    """Global batches in one evaluation. 0: no evaluation."""
+    """Global batches in one evaluation; of a named set, at most as many as it has. 0: no evaluation."""
+
+    eval_at_start: bool = True
+    """Evaluate before the first step too, in a run from step 0."""
 
     skip_samples: tuple[str, ...] = ()
     """Skip these ranges A:B of consumed samples, such as 51200:56320 after a loss spike.

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin
 
 from megatron_salt import yaml_core
+from megatron_salt.config.data import NAMED_SETS
 from megatron_salt.config.run import RunConfig, field_types, sections
 from megatron_salt.errors import UserError, did_you_mean
 
@@ -65,7 +66,20 @@ def _section_values(name: str, section: type, entries: Any, source: str) -> dict
             home = next((other for other, members in sections().items() if key in field_types(members)), None)
             hint = f" (it belongs under {home}:)" if home else did_you_mean(str(key), hints)
             raise UserError(f"{source}: unknown key {name}.{key}{hint}")
-    return {key: _typed(value, hints[key], f"{source}: {name}.{key}") for key, value in entries.items()}
+    words = {key: _words_of_sets(value) if key in NAMED_SETS else value for key, value in entries.items()}
+    return {key: _typed(value, hints[key], f"{source}: {name}.{key}") for key, value in words.items()}
+
+
+def _words_of_sets(value: Any) -> Any:
+    """{NAME: prefix or [weight, prefix, ...]} as the words of a command line, NAME=prefix; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    sets = {name: words if isinstance(words, list) else [words] for name, words in value.items()}
+    return [
+        f"{name}={word}" if number == 0 and isinstance(word, (str, int, float)) else word
+        for name, words in sets.items()
+        for number, word in enumerate(words or [""])
+    ]
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

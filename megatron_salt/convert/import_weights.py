@@ -77,7 +77,7 @@ def pieces_of(source: Source, foreign: ForeignModel, dtype: torch.dtype, where: 
             if present is None:
                 wrong.append(f"{name} is missing")
             elif present != shape:
-                wrong.append(f"{name} is {list(present)}, and config.json makes it {list(shape)}")
+                wrong.append(f"{name} is {list(present)}, and the model's configuration makes it {list(shape)}")
     left = sorted(name for name in set(source.names()) - used if not _NO_WEIGHTS.search(name))
     if not model.untie_embeddings_and_output_weights:
         left = _without_tied_copy(source, parts, prefix, left, where)

@@ -1,4 +1,4 @@
-"""How the tensors of a model in transformers become ours, and back, bit for bit.
+"""How the tensors of a model in transformers, or in megatron-core's GPTModel, become ours, and back, bit for bit.
 
 Ours are megatron-core's. The rows of a qkv weight lie by query group: its query heads, its key head, its value head. The rows of a gated
 MLP's first weight are the gate, then the value that it multiplies. Tensors of all layers have one key in a checkpoint, with an axis of
@@ -41,12 +41,14 @@ class Part:
 def parts_of(architecture: str, model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
     """Every tensor of a model: first the embedding, then layer by layer, then norm and output layer.
 
-    architecture: the class in transformers. context: rows of a table of learned positions.
+    architecture: the class in transformers, or GPTModel. context: rows of a table of learned positions.
     """
     if architecture == "GPT2LMHeadModel":
         return _gpt2(model, vocabulary_size, context)
     if architecture == "GPTNeoXForCausalLM":
         return _gpt_neox(model, vocabulary_size)
+    if architecture == "GPTModel":
+        return _gpt_model(model, vocabulary_size, context)
     return _llama(model, vocabulary_size)
 
 
@@ -229,3 +231,32 @@ def _gpt2(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Pa
         yield _copied(f"{_FINAL}.{kind}", None, f"transformer.ln_f.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
         yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+
+
+def _gpt_model(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
+    """megatron-core's GPTModel, whose tensors are ours. The names are those of a layer: ours with the layer's number."""
+    hidden, ffn, heads = model.hidden_size, model.ffn_width, model.num_attention_heads * model.head_width
+    of_norm = ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
+    biases = not model.disable_bias_linear
+    shapes: dict[str, Shape] = {
+        f"{_QKV}.weight": (heads + 2 * model.query_groups * model.head_width, hidden),
+        f"{_PROJECTION}.weight": (hidden, heads),
+        f"{_FC1}.weight": (2 * ffn if model.swiglu else ffn, hidden),
+        f"{_FC2}.weight": (hidden, ffn),
+    }
+    with_bias = (_QKV, _PROJECTION, _FC1, _FC2) if biases else (_QKV,) if model.add_qkv_bias else ()
+    shapes |= {f"{key}.bias": shapes[f"{key}.weight"][:1] for key in with_bias}
+    for kind in of_norm:
+        shapes |= {f"{_QKV}.layer_norm_{kind}": (hidden,), f"{_FC1}.layer_norm_{kind}": (hidden,)}
+        if model.qk_layernorm:
+            shapes |= {f"decoder.layers.self_attention.{name}_layernorm.{kind}": (model.head_width,) for name in "qk"}
+    yield _vocabulary(EMBEDDING, EMBEDDING, model, vocabulary_size)
+    if model.position_embedding_type == "learned_absolute":
+        yield _copied(_POSITIONS, None, _POSITIONS, (model.max_position_embeddings or context, hidden))
+    for layer in range(model.num_layers):
+        for key, shape in shapes.items():
+            yield _copied(key, layer, key.replace("decoder.layers.", f"decoder.layers.{layer}."), shape)
+    for kind in of_norm:
+        yield _copied(f"{_FINAL}.{kind}", None, f"{_FINAL}.{kind}", (hidden,))
+    if model.untie_embeddings_and_output_weights:
+        yield _vocabulary(OUTPUT, OUTPUT, model, vocabulary_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +129,45 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
         counts[index] += 1
     assert min(counts) >= 1 and sum(counts) == BLOCK, (weights, counts)
     return tuple(counts)
+
+
+VALID = "valid"
+"""Name of the held-out data without a name; a named set is VALID/NAME."""
+
+_NAMED = re.compile(r"([A-Za-z0-9_][\w.-]*)=(.*)", re.DOTALL | re.ASCII)
+
+
+def parse_valid_data_path(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """{name of a set: its words, for `parse_data_path`} in the order of the words. UserError naming the flag.
+
+    Without names all words are one set, VALID. NAME=WORD begins the set VALID/NAME, to which the words up to the next name belong.
+    """
+    flag = "--valid-data-path"
+    named = [_NAMED.fullmatch(value) for value in values]
+    if not any(named):
+        return {VALID: tuple(values)} if values else {}
+    if named[0] is None:
+        first = next(match[0] for match in named if match)
+        raise UserError(
+            f"{flag} {values[0]} stands before the first named set, {first}; name every set (write a path that begins with a name and "
+            f"an equals sign as ./{first})"
+        )
+    sets: dict[str, list[str]] = {}
+    name = ""
+    for value, match in zip(values, named, strict=True):
+        if match is not None:
+            name = f"{VALID}/{match[1]}"
+            if name in sets:
+                raise UserError(
+                    f"{flag} names the set {match[1]} twice; a set of several datasets is NAME=WEIGHT PREFIX WEIGHT PREFIX"
+                )
+            sets[name] = []
+        word = value if match is None else match[2]
+        sets[name] += [word] if word else []
+    for name, found in sets.items():
+        if not found:
+            raise UserError(f"{flag} {name.removeprefix(f'{VALID}/')}= names no data")
+    return {name: tuple(found) for name, found in sets.items()}
 
 
 def parse_data_path(values: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from megatron_salt.data.manifest import Manifest, read_manifest, sampled_fingerprint, sampled_hash
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
 
 WAY_OUT = "leave one out, or allow it with --allow-duplicate-inputs"
 
@@ -30,7 +30,7 @@ def refuse_repeated_files(flag_name: str, paths: Sequence[str], compare_bytes: C
                 same = next((pair for pair in itertools.pairwise(group) if filecmp.cmp(*pair, shallow=False)), None)
                 _refuse(flag_name, same, "names {0} and {1}, which hold the same bytes")
     except OSError as error:
-        raise UserError(f"{flag_name} {error.filename} cannot be read: {error.strerror}") from None
+        raise file_error(f"{flag_name} {error.filename or ', '.join(copied)} cannot be read: {error.strerror}", error) from None
 
 
 def refuse_repeated_directories(flag_name: str, paths: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
 
 HEADER = struct.Struct("<9sQBQQ")
 """MAGIC; VERSION, u64; dtype code, u8; number of sequences, u64; number of document boundaries, u64."""
@@ -58,7 +58,7 @@ class TokenFile:
             num_tokens, num_documents, dtype = _read_index(f"{prefix}.idx", f"{flag} {prefix}")
             descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{flag} {prefix}: cannot read {error.filename or prefix}: {error.strerror}") from error
+            raise file_error(f"{flag} {prefix}: cannot read {error.filename or prefix}: {error.strerror}", error) from error
         file = cls(
             prefix=prefix,
             num_tokens=num_tokens,
@@ -96,7 +96,7 @@ class TokenFile:
                     )
                 done += more
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{self.prefix}.bin") from error
+            raise file_error(f"{self.flag} {self.prefix}: cannot read {self.prefix}.bin: {error.strerror}", error) from error
 
 
 def refuse_missing(prefix: str, flag: str) -> None:

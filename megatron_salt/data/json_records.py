@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt import small_files
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
 from megatron_salt.files import whole_file
 
 _JSON_TYPES = {
@@ -44,7 +44,9 @@ def read_record(path: Path, versions: Sequence[int], remedy: str) -> tuple[int, 
         raw = small_files.read_json(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise file_error(f"{path} is not a readable manifest ({error}); {remedy}", error) from None
+    except ValueError as error:
         raise UserError(f"{path} is not a readable manifest ({error}); {remedy}") from None
     if not isinstance(raw, dict) or raw.get("format") not in versions:
         version = small_files.one_line(raw.get("format"), 24) if isinstance(raw, dict) else type(raw).__name__

@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_salt.data.indexed_dataset import HEADER
 from megatron_salt.data.json_records import check_fields, check_types, read_record, write_record
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
+from megatron_salt.files import reading
 
 FORMAT = 1
 _BLOCK_BYTES = 4096
@@ -165,7 +166,7 @@ def sampled_fingerprint(prefix: str) -> str:
     for suffix in (".idx", ".bin"):
         size = _size(prefix, suffix)
         digest.update(f"{suffix} {size}\n".encode())
-        with open(prefix + suffix, "rb") as stream:
+        with reading(prefix + suffix), open(prefix + suffix, "rb") as stream:
             if suffix == ".idx":
                 digest.update(stream.read(HEADER.size))
             _add_blocks(digest, stream, size)
@@ -174,9 +175,10 @@ def sampled_fingerprint(prefix: str) -> str:
 
 def sampled_hash(path: Path) -> str:
     """`sampled:` and a hash of the size and of up to 32 blocks of one file of any kind."""
-    digest, size = content_hash(), path.stat().st_size
-    digest.update(f"{size}\n".encode())
-    with open(path, "rb") as stream:
+    digest = content_hash()
+    with reading(path), open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest.update(f"{size}\n".encode())
         _add_blocks(digest, stream, size)
     return f"sampled:{digest.hexdigest()}"
 
@@ -243,13 +245,14 @@ def _size(prefix: str, suffix: str) -> int:
     try:
         return os.path.getsize(prefix + suffix)
     except OSError as error:
-        raise UserError(
+        raise file_error(
             f"{prefix}{suffix} cannot be read ({error.strerror}): --data-path and --valid-data-path take the "
-            "common prefix of a .bin and an .idx file"
+            "common prefix of a .bin and an .idx file",
+            error,
         ) from None
 
 
 def _hash_file(prefix: str, suffix: str) -> str:
     _size(prefix, suffix)
-    with open(prefix + suffix, "rb") as stream:
+    with reading(prefix + suffix), open(prefix + suffix, "rb") as stream:
         return hashlib.file_digest(stream, content_hash).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_salt.config import DataConfig, TokenizerConfig
-from megatron_salt.data.blend import parse_data_path
+from megatron_salt.data.blend import parse_data_path, parse_valid_data_path
 from megatron_salt.data.indexed_dataset import refuse_missing
 from megatron_salt.data.manifest import read_manifest, tokenizer_directory
 from megatron_salt.errors import UserError
@@ -21,8 +21,11 @@ def tokenizer_of_run(config: TokenizerConfig, data: DataConfig, checkpoint_token
     """
     named = [
         (prefix, flag)
-        for paths, flag in ((data.data_path, "--data-path"), (data.valid_data_path, "--valid-data-path"))
-        for prefix in _prefixes(paths, flag)
+        for words, flag in (
+            (data.data_path, "--data-path"),
+            *((words, "--valid-data-path") for words in parse_valid_data_path(data.valid_data_path).values()),
+        )
+        for prefix in _prefixes(words, flag)
     ]
     for prefix, flag in named:  # missing data is a better message than a missing tokenizer
         refuse_missing(prefix, flag)

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_salt.config import DataConfig
 from megatron_salt.data import manifest
-from megatron_salt.data.blend import Blend, make_blend, parse_data_path, shares
+from megatron_salt.data.blend import VALID, Blend, make_blend, parse_data_path, parse_valid_data_path, shares
 from megatron_salt.data.duplicate_inputs import refuse_repeated_datasets
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.manifest import DatasetFacts
@@ -181,11 +181,11 @@ class Samples:
 
 def open_training_data(
     data: DataConfig, seq_length: int, seed: int, vocabulary_size: int, eod: int | None
-) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None). Every rank calls it; the cost does not grow with the data.
+) -> tuple[Samples, dict[str, Samples]]:
+    """(training samples, {name: held-out samples}). Every rank calls it; the cost does not grow with the data.
 
     UserError, with flag, file and numbers, for data that cannot be used. Held-out data has one order for all seeds: every evaluation
-    that starts at 0 sees the same windows.
+    that starts at 0 sees the same windows. Names: see `parse_valid_data_path`; "valid" for --valid-share.
     """
     masking = Masking(eod, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
 
@@ -208,13 +208,14 @@ def open_training_data(
     held_out = [num_held_out(len(w), data.valid_share, w.file.prefix, seq_length) for w in windows]
     kept = [len(w) - count for w, count in zip(windows, held_out, strict=True)]
     train = split("train", windows, first=[0] * len(windows), sizes=kept, weights=weights, seed=seed)
-    if data.valid_data_path:
-        windows, weights = _open_windows(data.valid_data_path, "--valid-data-path", seq_length, data.allow_duplicate_inputs)
+    if data.valid_share:
+        return train, {VALID: split(VALID, windows, first=kept, sizes=held_out, weights=weights, seed=0)}
+    valid = {}
+    for name, words in parse_valid_data_path(data.valid_data_path).items():
+        windows, weights = _open_windows(words, "--valid-data-path", seq_length, data.allow_duplicate_inputs)
         sizes = [len(w) for w in windows]
-        return train, split("valid", windows, first=[0] * len(windows), sizes=sizes, weights=weights, seed=0)
-    if not data.valid_share:
-        return train, None
-    return train, split("valid", windows, first=kept, sizes=held_out, weights=weights, seed=0)
+        valid[name] = split(name, windows, first=[0] * len(windows), sizes=sizes, weights=weights, seed=0)
+    return train, valid
 
 
 def _open_windows(

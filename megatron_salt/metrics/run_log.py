@@ -129,7 +129,7 @@ class RunLog:
     ) -> None:
         """Record and print an evaluation after `step`: its mean `loss` in nats over `tokens` valid tokens, and its `seconds`.
 
-        name: of the split, such as "valid". beside: further figures by name.
+        name: of the set, "valid" or "valid/NAME". beside: further figures by name.
         """
         if not self._active:
             return
@@ -144,7 +144,7 @@ class RunLog:
             seconds=seconds,
             **(beside or {}),
         )
-        figures = "".join(f"{name.replace('_', ' ')} {value:.4f} | " for name, value in (beside or {}).items())
+        figures = "".join(f"{key.replace('_', ' ')} {value:.4f} | " for key, value in (beside or {}).items())
         print(
             f"step {step}/{self._total_steps} | {name} loss {loss:.4f} | perplexity {perplexity:.4g} | {figures}"
             f"{tokens} tokens in {seconds:.1f} s",

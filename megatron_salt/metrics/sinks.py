@@ -129,12 +129,14 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(entry: Entry) -> dict[str, float]:
-    """{name of a curve: value} for an entry's numbers: train/loss, time/data, valid/loss ...
+    """{name of a curve: value} for an entry's numbers: train/loss, time/data, valid/loss, valid-NAME/loss of a named set ...
+
+    What stands before the first slash is a group of curves in TensorBoard and Weights & Biases.
 
     train/loss is the cross entropy with the data in both stages, so the curve does not jump at the end of stage 1. The loss that
     stage 1 minimises, against the mixed target, is train/mixed_loss.
     """
-    prefix = {"step": "train", "eval": entry.get("name"), "event": "event"}[entry["kind"]]
+    prefix = {"step": "train", "eval": str(entry.get("name")).replace("/", "-"), "event": "event"}[entry["kind"]]
     curves = {
         f"{prefix}/{key}": float(value)
         for key, value in entry.items()

@@ -222,6 +222,11 @@ class GPT(LanguageModule):
         """On the last stage: logits [s/cp, b, padded_vocabulary_size / tp] of hidden states, for generation and tests."""
         return self.output_layer(hidden, weight=self._tied_weight())[0]
 
+    def output_weight(self) -> Tensor:
+        """On the last stage: this rank's rows of the output weight [V/tp, h]."""
+        tied = self._tied_weight()
+        return self.output_layer.weight if tied is None else tied
+
     def _tied_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 

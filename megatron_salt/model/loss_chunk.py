@@ -52,6 +52,13 @@ def tokens_within(mib: int, token_bytes: int) -> int:
     return max(1, tokens)
 
 
+def forward_chunk_tokens(rows: int, on_gpu: bool, mib: int | None = None) -> int:
+    """Tokens whose float32 logits exist at one time where a model only scores. rows: of the output weight on a rank. mib: memory for
+    them; None: 256 MiB, on a GPU at least 2,048 tokens."""
+    tokens = tokens_within(mib or CPU_MIB, rows * 4)
+    return max(LEAST_GPU_TOKENS, tokens) if on_gpu and mib is None else tokens
+
+
 def gpu_tokens(itemsize: int) -> int:
     """Tokens of a chunk C on a GPU: at least 2,048, and so many that the weight gradient's traffic takes under 5% of the head's time.
 

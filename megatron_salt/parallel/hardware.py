@@ -6,7 +6,6 @@ Imports no torch: programs set the variables before its import.
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 
 from megatron_salt.config.parallel import Device
@@ -41,11 +40,6 @@ class Hardware:
 
     transformer_engine: Version | None
     """Installed release; None: not installed."""
-
-
-def this_host() -> str:
-    """The name of this host: Slurm's, by which a job can exclude it, or else its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def hide_gpus(device: Device) -> None:

@@ -22,9 +22,9 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_salt.config.parallel import Device
-from megatron_salt.errors import MachineError, UserError
+from megatron_salt.errors import MachineError, UserError, this_host
 from megatron_salt.parallel.failure import watching
-from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release, this_host
+from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release
 from megatron_salt.parallel.launch_store import launch_from_environment
 from megatron_salt.parallel.machine import naming_faults, no_gpu, refuse_software
 from megatron_salt.parallel.mesh import Mesh

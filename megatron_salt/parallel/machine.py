@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_salt.errors import MachineError, UserError
-from megatron_salt.parallel.hardware import VISIBLE, dotted, release, this_host
+from megatron_salt.errors import MachineError, UserError, this_host
+from megatron_salt.parallel.hardware import VISIBLE, dotted, release
 
 TORCH = (2, 10)
 """First release whose `out_dtype` of mm and addmm on CUDA does what matrix_products.py needs."""

@@ -21,7 +21,7 @@ from megatron_salt.data.batch import Microbatch, make_microbatch
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import LeftEarly, Look, stay
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.loss_chunk import CPU_MIB, LEAST_GPU_TOKENS, tokens_within
+from megatron_salt.model.loss_chunk import forward_chunk_tokens
 from megatron_salt.model.token_scores import TokenScorer, TokenScores, window_scores
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
@@ -183,9 +183,7 @@ def make_scorer(
     seed_everything(0, mesh)  # megatron-core's layers need generators, though nothing is drawn
     rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
     shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
-    chunk_tokens = tokens_within(chunk_mib or CPU_MIB, rows * 4)
-    if chunk_mib is None and current_device().type == "cuda":
-        chunk_tokens = max(LEAST_GPU_TOKENS, chunk_tokens)
+    chunk_tokens = forward_chunk_tokens(rows, current_device().type == "cuda", chunk_mib)
     head = TeacherHead(mesh, replace(shard, sequence_parallel=True), samples.windows[0].seq_length, chunk_tokens)
     admitted, _ = admit(
         teacher,

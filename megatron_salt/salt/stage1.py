@@ -46,8 +46,8 @@ class Stage1:
         return held_out["accuracy"] + self.schedule.kd_stop_margin
 
     def may_cross_over(self, progress: RunState) -> bool:
-        """Whether a crossover would still change the run. It is decided once."""
-        return self.schedule.kd_stop == "crossover" and _salt_of(progress).crossover is None
+        """Whether a crossover would still change the run. It is decided once, and not before the first step."""
+        return progress.step > 0 and self.schedule.kd_stop == "crossover" and _salt_of(progress).crossover is None
 
     def after_crossover(self, progress: RunState) -> RunState:
         """`progress` with a crossover at its step, which moves the end of stage 1."""

@@ -22,6 +22,7 @@ from megatron_salt.data.duplicate_inputs import WAY_OUT, refuse_repeated_directo
 from megatron_salt.data.json_records import read_record
 from megatron_salt.data.manifest import content_hash
 from megatron_salt.errors import UserError
+from megatron_salt.files import reading
 from megatron_salt.selection.score_format import (
     FORMAT,
     INDEX,
@@ -143,7 +144,7 @@ class ScoreIndex:
         self.dtype(column)
         for shard in self.shards:
             path = column_path(shard.path, column)
-            with open(path, "rb") as stream:
+            with reading(path, f"{self.flag_name}: "), open(path, "rb") as stream:
                 actual = hashlib.file_digest(stream, content_hash).hexdigest()
             if actual != shard.hashes[column]:
                 raise UserError(
@@ -280,7 +281,7 @@ def _refuse_gaps(shards: Sequence[Shard], manifest: IndexManifest, flag_name: st
 
 def _read_into(values: np.ndarray, path: Path, offset: int) -> None:
     """Fill contiguous `values` from a file's bytes. UserError where the file has become too short."""
-    with open(path, "rb", buffering=0) as stream:
+    with reading(path), open(path, "rb", buffering=0) as stream:
         stream.seek(offset)
         rest = values.data.cast("B")
         while rest.nbytes:

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_salt.data.json_records import check_fields, read_record, write_record
 from megatron_salt.data.manifest import DatasetFacts, content_hash, sampled_hash
 from megatron_salt.errors import UserError
-from megatron_salt.files import whole_file
+from megatron_salt.files import reading, whole_file
 from megatron_salt.selection.score_format import (
     IndexManifest,
     dataset_differences,
@@ -98,8 +98,11 @@ class Selection:
                 f"the manifest says {manifest.sampled}"
             )
         try:
-            ids = np.load(npy, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            with reading(npy, f"{told}: "):
+                ids = np.load(npy, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{told}: {npy} cannot be read: {str(error).splitlines()[0]}") from None
         if ids.dtype != manifest.dtype or ids.shape != (manifest.num_selected,):
             raise UserError(
@@ -118,7 +121,7 @@ class Selection:
 
     def verify(self) -> None:
         """Read every byte of the list. UserError where its hash is not the recorded one."""
-        with open(self.path, "rb") as stream:
+        with reading(self.path, f"{self.flag_name}: "), open(self.path, "rb") as stream:
             actual = hashlib.file_digest(stream, content_hash).hexdigest()
         if actual != self.manifest.npy_hash:
             raise UserError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
 from megatron_salt.small_files import read_small
 
 DOCUMENT = ("<eod>", "<EOD>")
@@ -111,7 +111,9 @@ def read_config_ends(folder: Path, flag: str) -> ConfigEnds:
             bos += _tokens(content.get("bos_token")) + _tokens(content.get("bos_token_id"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except OSError as error:
+            raise file_error(f"{flag} {folder}: {name} cannot be read: {error.strerror}", error) from None
+        except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{flag} {folder}: {name} cannot be read: {str(error).splitlines()[0]}; mend it or take it away"
             ) from None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, file_error
 from megatron_salt.files import write_whole
 from megatron_salt.small_files import read_json, read_small
 from megatron_salt.tokenizer.document_ends import ConfigEnds, DeclaredEnds, Ends, in_words, read_config_ends
@@ -144,7 +144,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ends = Ends(description["eod"], description.get("bos"))  # descriptions of older releases lack bos
         if any(type(i) is not int and i is not None for i in (ends.eod, ends.bos)):
             raise ValueError(f"its ids are {ends}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise file_error(f"no usable tokenizer in {directory}: {path.name}: {error}", error) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"no usable tokenizer in {directory}: {path.name}: {error}") from None
     tokenizer = tokenizer_from_files(kind, contents, origin=str(directory), ends=ends)
     if tokenizer.fingerprint != recorded:
@@ -255,7 +257,7 @@ def _read(flag: str, path: str | None, kind: str) -> bytes:
     try:
         content = read_small(file)
     except OSError as error:
-        raise UserError(f"{flag} {file} cannot be read: {error.strerror}; it takes {_FILES.get(kind, kind)}") from None
+        raise file_error(f"{flag} {file} cannot be read: {error.strerror}; it takes {_FILES.get(kind, kind)}", error) from None
     except ValueError as error:
         raise UserError(f"{flag} {file} cannot be read: {error}") from None
     if not content:

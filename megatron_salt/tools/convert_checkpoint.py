@@ -29,19 +29,20 @@ class ImportConfig:
     """Make a checkpoint of a model that another program trained."""
 
     source: tyro.conf.Positional[str]
-    """Directory of the model: config.json, safetensors, and the files of its tokenizer."""
+    """Directory of the model. hf: config.json, safetensors, and the files of its tokenizer."""
 
     to: str
     """Directory of checkpoints to make. It must not exist."""
 
-    from_: Annotated[Literal["hf"], tyro.conf.arg(name="from")] = "hf"
-    """What the source is. hf: a directory of Hugging Face's transformers."""
+    from_: Annotated[Literal["hf", "megatron"], tyro.conf.arg(name="from")] = "hf"
+    """What the source is. hf: a directory of Hugging Face's transformers. megatron: a torch_dist checkpoint of Megatron-LM or
+    Megatron-Bridge, or a directory of such checkpoints."""
 
     dtype: Dtype | None = None
     """Dtype of the checkpoint. Default: the source's, which must then be float32 or bfloat16 throughout."""
 
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer"] | None = None
-    """Kind of the model's tokenizer. Default: the one that lies in the source."""
+    """Kind of the model's tokenizer. Default: the one that lies in the source; --from megatron needs it."""
 
     tokenizer_model: str | None = None
     """SentencePiece model file, or tokenizer.json of Hugging Face."""
@@ -56,7 +57,7 @@ class ImportConfig:
     """Text of the token that ends documents. Needed where the tokenizer has several such tokens."""
 
     verify: bool = True
-    """Compare logits and losses with those of transformers, where it is installed. Needs the memory of the whole model in float32."""
+    """hf: compare logits and losses with those of transformers, where it is installed. Needs the memory of the whole model in float32."""
 
     def tokenizer(self) -> TokenizerConfig:
         """The tokenizer's flags."""
@@ -130,6 +131,11 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"import": _import, "e
 
 def import_checkpoint(config: ImportConfig) -> None:
     """Write the checkpoint. Raises UserError."""
+    if config.from_ == "megatron":
+        from megatron_salt.convert.megatron.import_torch_dist import import_megatron
+
+        import_megatron(Path(config.source), Path(config.to), config.dtype, config.tokenizer())
+        return
     from megatron_salt.convert.hugging_face.import_directory import import_hugging_face
 
     import_hugging_face(Path(config.source), Path(config.to), config.dtype, config.tokenizer(), config.verify)

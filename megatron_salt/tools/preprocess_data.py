@@ -39,7 +39,7 @@ from megatron_salt.preprocess.tokenizer_backends import choose_backend
 from megatron_salt.preprocess.worker_pool import SizeLimits, encode_chunks, fit_memory
 from megatron_salt.tokenizer.special_tokens import SpecialTokenFinder, describe_dataset, describe_sample, refuse_special
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
-from megatron_salt.tools.preprocess_config import PreprocessConfig
+from megatron_salt.tools.flags.preprocess_config import PreprocessConfig
 from megatron_salt.tools.preprocess_manifest import (
     clean,
     dependencies,

@@ -23,7 +23,7 @@ from megatron_salt.preprocess.readers import Form
 from megatron_salt.preprocess.sharding import parse_shard
 from megatron_salt.preprocess.staging import StagingArea, leftovers, output_paths, remove, temporary
 from megatron_salt.tokenizer.tokenizer import Tokenizer
-from megatron_salt.tools.preprocess_config import PreprocessConfig
+from megatron_salt.tools.flags.preprocess_config import PreprocessConfig
 
 
 def dependencies(config: PreprocessConfig, files: list[str], forms: list[Form], tokenizer: Tokenizer) -> dict:

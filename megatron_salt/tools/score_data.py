@@ -35,7 +35,7 @@ from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import IndexManifest, claim, is_finished, samples_of, shard_blocks
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
-from megatron_salt.tools.score_config import ScoreConfig
+from megatron_salt.tools.flags.score_config import ScoreConfig
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from megatron_salt.selection.score_reader import ScoreIndex
 from megatron_salt.selection.selection_file import Selection, selection_paths, write_selection
 from megatron_salt.selection.ties import TIE_SEED
 from megatron_salt.selection.window_text import WindowText, find_tokenizer, open_windows
-from megatron_salt.tools.select_config import FLAGS_OF, SelectConfig
+from megatron_salt.tools.flags.select_config import FLAGS_OF, SelectConfig
 
 DEFAULT_SCORE = "median_dropped_10"
 EXPORTED = 256  # windows decoded at a time

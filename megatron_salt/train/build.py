@@ -9,6 +9,9 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatron_salt.checkpoint import retention, save_directory
 from megatron_salt.checkpoint.async_writer import describe
 from megatron_salt.checkpoint.checkpointer import Checkpointer
@@ -17,6 +20,7 @@ from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_li
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.batch import Batches
+from megatron_salt.data.blend import VALID
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import LeftEarly, Look, UserError, stay
@@ -28,13 +32,15 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt.fp8_check import SAMPLES
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
+from megatron_salt.tokenizer.id_bytes import bytes_of_ids
+from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.train.build_model import build_student
 from megatron_salt.train.build_teacher import build_teacher
 from megatron_salt.train.exit import SignalWatch
 from megatron_salt.train.inputs import Inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import PLAIN, Precisions, rest_of_run
-from megatron_salt.train.state import Run, in_stage2
+from megatron_salt.train.state import Run, ValidationSet, in_stage2
 
 
 def build(
@@ -81,17 +87,28 @@ def build(
             skip=parse_skip_samples(skip),
         )
 
+    counts = byte_counts(inputs.tokenizer)
     run = Run(
         student=student,
         plan=plan,
         train=batches(
             inputs.train if inputs.stage_samples is None else inputs.stage_samples.stage1(), config.training.skip_samples
         ),
-        valid=None if inputs.valid is None else batches(inputs.valid, ()),
+        valid=tuple(
+            ValidationSet(
+                name=name,
+                batches=batches(samples, ()),
+                num_batches=evaluated_batches(name, len(samples), config.training.eval_iters, plan.global_batch_size),
+                byte_counts=counts,
+            )
+            for name, samples in (inputs.valid if config.training.eval_iters else {}).items()
+        ),
         checkpointer=checkpointer,
         stage1=None,
         stage_samples=inputs.stage_samples,
     )
+    if progress.step == 0 and config.training.eval_at_start and run.valid:
+        progress = replace(progress, evaluation_due=True)
     resumed = progress if loaded is not None and progress.step > 0 else None
     salt, events = decide_salt(config.salt, resumed, inputs.teacher)
     progress = replace(progress, salt=salt, events=(*progress.events, *events))
@@ -107,8 +124,7 @@ def in_its_stage(
     state, teacher, schedule = progress.salt, inputs.teacher, schedule_of(config.salt)
     if state is None:
         return run, progress
-    evaluates = run.valid is not None and config.training.eval_iters > 0
-    if starts_in_stage2(state, progress, schedule, teacher, evaluates):
+    if starts_in_stage2(state, progress, schedule, teacher, evaluates=bool(run.valid)):
         return in_stage2(run, progress)
     assert schedule is not None
     if teacher is None:
@@ -124,6 +140,16 @@ def in_its_stage(
         look=look,
     )  # fmt: skip
     return replace(run, stage1=Stage1(built, schedule, flops, fidelity)), progress
+
+
+def byte_counts(tokenizer: Tokenizer) -> Tensor:
+    """Bytes of text that each id stands for: int64 [vocabulary_size], on the CPU."""
+    return torch.tensor([len(content) for content in bytes_of_ids(tokenizer)])
+
+
+def evaluated_batches(name: str, num_samples: int, eval_iters: int, global_batch_size: int) -> int:
+    """Global batches in one evaluation: --eval-iters, but of a named set at most as many as it has, so that no sample counts twice."""
+    return eval_iters if name == VALID else min(eval_iters, num_samples // global_batch_size)
 
 
 def own_save(checkpoint: CheckpointConfig, held: contextlib.ExitStack, watch: SignalWatch | None) -> Ownership | None:

@@ -15,6 +15,7 @@ import torch
 from megatron_salt.checkpoint.loading import open_checkpoint
 from megatron_salt.config import RunConfig
 from megatron_salt.config.parallel import Device
+from megatron_salt.data.blend import VALID
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.parallel.hardware import Hardware, refuse_connections
 from megatron_salt.parallel.launch import find_hardware
@@ -45,7 +46,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
         f"step: {plan.global_batch_size} samples of {config.training.seq_length} tokens, "
         f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} a replica"
     )
-    print(f"data: {len(inputs.train)} samples, " + ("none" if inputs.valid is None else str(len(inputs.valid))) + " held out")
+    held_out = ", ".join(f"{len(samples)} held out{of_set(name)}" for name, samples in inputs.valid.items())
+    print(f"data: {len(inputs.train)} samples, {held_out or 'none held out'}")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
     if hardware.capability is None and config.parallel.device != "cpu":
@@ -68,6 +70,11 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     for line in start.messages:
         print(line)
     print("dry run: nothing found that would stop this run")
+
+
+def of_set(name: str) -> str:
+    """ " in NAME" for a named set, nothing for the held-out data without a name."""
+    return f" in {name.removeprefix(f'{VALID}/')}" if name != VALID else ""
 
 
 def possible_devices(asked: Device, hardware: Hardware) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,7 +18,8 @@ from torch import Tensor
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState
-from megatron_salt.data.batch import Batches, ReadAhead
+from megatron_salt.data.batch import Microbatch, ReadAhead
+from megatron_salt.data.blend import VALID
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.model.fp8_teacher import in_bfloat16
@@ -30,42 +31,43 @@ from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.exit import ExitPlan
-from megatron_salt.train.state import Run
+from megatron_salt.train.state import Run, ValidationSet
 from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 
 class CutShort(Exception):
     """A reason to leave came before the last batch of an evaluation; its sums are of no use."""
 
-    def __init__(self, num_done: int, num_batches: int, reason: str) -> None:
-        super().__init__(f"evaluation cut short after {num_done} of {num_batches} batches: {reason}")
+    def __init__(self, num_done: int, reason: str) -> None:
+        super().__init__(f"after {num_done} batches: {reason}")
+        self.num_done = num_done
         self.reason = reason
 
 
 @torch.no_grad()
 def evaluate(
     student: Student,
-    batches: Batches,
-    num_batches: int,
+    held_out: ValidationSet,
     teacher: Teacher | None = None,
     reason_to_stop: Callable[[], str | None] = lambda: None,
 ) -> dict[str, float]:
-    """Means per token of the head's metrics over `num_batches` global batches; with a teacher, also of the teacher's metrics.
+    """Means per token of the head's metrics over the batches of a set, and bits per byte; with a teacher, also the teacher's metrics.
 
     Collective over all ranks; all receive. The student's figures are the same with a teacher and without. reason_to_stop: called before
     each batch, the same on every rank. Raises CutShort on every rank where it returns a reason.
     """
-    mesh, size = student.mesh, student.micro_batch_size
+    mesh, size, num_batches = student.mesh, student.micro_batch_size, held_out.num_batches
     for chunk in student.chunks:
         chunk.eval()
-    reason = None
+    reason, num_bytes = None, 0
     sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=current_device())
     with ReadAhead() as reader:
         for number in range(num_batches):
             if (reason := reason_to_stop()) is not None:
                 break
             consumed, after = (one * student.global_batch_size for one in (number, number + 1))
-            microbatches = reader.fetch(batches, consumed, after if number + 1 < num_batches else None)
+            microbatches = reader.fetch(held_out.batches, consumed, after if number + 1 < num_batches else None)
+            num_bytes += sum(label_bytes(microbatch, held_out.byte_counts) for microbatch in microbatches)
             targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
             inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
             for metrics in run_pipeline(
@@ -75,8 +77,24 @@ def evaluate(
     for chunk in student.chunks:
         chunk.train()
     if reason is not None:
-        raise CutShort(number, num_batches, reason)
-    return means(sums_over_replicas(sums, mesh))
+        raise CutShort(number, reason)
+    # Every context-parallel rank has read the whole windows: one of them counts their bytes.
+    read = torch.tensor([num_bytes if mesh.at.cp == 0 else 0], dtype=torch.float64, device=current_device())
+    *sums_of_metrics, total_bytes = sums_over_replicas(torch.cat([sums, read]), mesh)
+    figures = means(torch.stack(sums_of_metrics))
+    return figures | {"bits_per_byte": bits_per_byte(figures["loss"], figures["tokens"], float(total_bytes))}
+
+
+def label_bytes(microbatch: Microbatch, byte_counts: Tensor) -> int:
+    """Bytes of text of the labels that count. microbatch: on the CPU."""
+    return int(byte_counts[microbatch.labels[microbatch.loss_mask > 0]].sum())
+
+
+def bits_per_byte(loss: float, num_labels: float, num_bytes: float) -> float:
+    """Bits that the model needs for a byte of text. loss: mean over the labels, nats; those that end documents count, with no byte.
+
+    nan where the labels have no byte."""
+    return loss * num_labels / math.log(2) / num_bytes if num_bytes else math.nan
 
 
 def sums_over_replicas(sums: Tensor, mesh: Mesh) -> Tensor:
@@ -99,39 +117,64 @@ def named_means(sums: Tensor) -> dict[str, Tensor]:
     return {"tokens": tokens, **means}
 
 
-def evaluate_run(
-    run: Run, valid: Batches, num_batches: int, progress: RunState, log: RunLog, exit_plan: ExitPlan
-) -> tuple[RunState, str | None]:
-    """Evaluate the student, log it, and in stage 1 decide whether it has passed its teacher. Collective over all ranks.
+def evaluate_run(run: Run, progress: RunState, log: RunLog, exit_plan: ExitPlan) -> tuple[RunState, str | None]:
+    """Evaluate the student on every set, log it, and in stage 1 decide whether it has passed its teacher. Collective over all ranks.
 
     The teacher is frozen, so it is evaluated once. Returns the progress, and the reason to leave where one cut the evaluation short:
-    such an evaluation is logged, decides nothing, and stays due."""
-    started, student, stage1, salt = time.perf_counter(), run.student, run.stage1, progress.salt
+    such an evaluation logs that alone, decides nothing, and stays due."""
+    student, stage1, salt = run.student, run.stage1, progress.salt
     teacher = None if stage1 is None else stage1.teacher
     ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
-    try:
-        figures = evaluate(student, valid, num_batches, teacher if ask_teacher else None, exit_plan.reason_to_stop_now)
-    except CutShort as cut:
-        log.event(progress.step, str(cut))
-        return progress, cut.reason
+    figures: dict[str, dict[str, float]] = {}
+    for one in run.valid:
+        started = time.perf_counter()
+        try:
+            found = evaluate(student, one, teacher if ask_teacher else None, exit_plan.reason_to_stop_now)
+        except CutShort as cut:
+            done = sum(earlier.num_batches for earlier in run.valid[: len(figures)]) + cut.num_done
+            of = sum(each.num_batches for each in run.valid)
+            log.event(progress.step, f"evaluation cut short after {done} of {of} batches: {cut.reason}")
+            return progress, cut.reason
+        figures[one.name] = found | {"seconds": time.perf_counter() - started}
     progress = replace(progress, evaluation_due=False)
     if ask_teacher:
         assert salt is not None
-        salt = replace(salt, teacher_held_out={"loss": figures["teacher_ce"], "accuracy": figures["teacher_accuracy"]})
+        salt = replace(salt, teacher_held_out=teacher_figures(figures))
         progress = replace(progress, salt=salt)
-    beside = {"accuracy": figures["accuracy"]}
-    if teacher is not None and salt is not None and salt.teacher_held_out is not None:
-        beside |= {f"teacher_{name}": value for name, value in salt.teacher_held_out.items()}
-    log.evaluation(progress.step, "valid", figures["loss"], int(figures["tokens"]), time.perf_counter() - started, beside)
+    taught = None if teacher is None or salt is None else salt.teacher_held_out
+    for name, found in figures.items():
+        beside = {key: found[key] for key in ("accuracy", "bits_per_byte")}
+        if taught is not None:
+            of_set = f"{name}/" if f"{name}/loss" in taught else ""
+            beside |= {f"teacher_{key}": taught[of_set + key] for key in ("loss", "accuracy")}
+        log.evaluation(progress.step, name, found["loss"], int(found["tokens"]), found["seconds"], beside)
     if stage1 is None or teacher is None:
         return progress, None
-    return _after_crossover(stage1, progress, figures["accuracy"], log), None
+    return _after_crossover(stage1, progress, over_sets(figures, "accuracy"), log), None
+
+
+def over_sets(figures: Mapping[str, Mapping[str, float]], key: str) -> float:
+    """The mean of a figure over the tokens of all sets: {name of a set: {key: mean over its "tokens"}}."""
+    if len(figures) == 1:  # as it is, without rounding
+        return next(iter(figures.values()))[key]
+    tokens = sum(found["tokens"] for found in figures.values())
+    return sum(found[key] * found["tokens"] for found in figures.values()) / tokens
+
+
+def teacher_figures(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The teacher's "loss" and "accuracy" over the tokens of all sets; of each named set under NAME/loss and NAME/accuracy too."""
+    of_teacher = {"loss": "teacher_ce", "accuracy": "teacher_accuracy"}
+    found = {key: over_sets(figures, metric) for key, metric in of_teacher.items()}
+    for name in figures:
+        if name != VALID:
+            found |= {f"{name}/{key}": figures[name][metric] for key, metric in of_teacher.items()}
+    return found
 
 
 def _after_crossover(stage1: Stage1, progress: RunState, accuracy: float, log: RunLog) -> RunState:
     """Decide whether the student has passed its teacher, and log it. Collective over all ranks; all get rank 0's answer.
 
-    accuracy: the student's, next-token, on held-out data.
+    accuracy: the student's, next-token, over the tokens of all sets. An evaluation before the first step decides nothing.
     """
     passed = from_rank_0(lambda: accuracy > stage1.accuracy_to_pass(progress))
     if not (passed and stage1.may_cross_over(progress)):

@@ -32,7 +32,8 @@ class Inputs:
 
     tokenizer: Tokenizer
     train: Samples
-    valid: Samples | None
+    valid: dict[str, Samples]
+    """Held-out data by the name of its set: "valid", or "valid/NAME" for each named set. Empty: there is none."""
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
     stage_samples: StageSamples | None
@@ -45,13 +46,12 @@ def read_inputs(config: RunConfig) -> Inputs:
     train, valid = open_training_data(
         config.data, config.training.seq_length, config.training.seed, tokenizer.vocabulary_size, tokenizer.eod
     )
-    if config.training.eval_iters and valid is None:
+    if config.training.eval_iters and not valid:
         raise UserError(
             f"--eval-iters {config.training.eval_iters} needs held-out data: give --valid-data-path or --valid-share"
         )
-    for samples in (train, valid):
-        if samples is not None:
-            _read_some_windows(samples)
+    for samples in (train, *valid.values()):
+        _read_some_windows(samples)
     teacher = None
     if config.salt.teacher_load is not None and not _needs_no_teacher(config.checkpoint, config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)

@@ -8,7 +8,7 @@
 | `refused`   | 2 | a mistake of the user's, which another start would only repeat |
 | `unsaved`   | 3 | the last checkpoint is not on disk; another start may fare better |
 | `nonfinite` | 4 | gradients (--max-nonfinite-steps), the last loss, parameters or the optimizer's state are not finite |
-| `machine`   | 5 | a host cannot be used (its GPU, driver or installation); its name stands in the place of the step |
+| `machine`   | 5 | a host cannot be used (its GPU, driver, disk or installation); its name stands in the place of the step |
 
 Without a file the run died. A launcher decides by this line and not by the exit code, which torch, Slurm and signals set as well. It
 names a new file at each start, so that it never reads the line of another job. Standard library alone.

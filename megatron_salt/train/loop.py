@@ -39,9 +39,9 @@ def train(
     announce(run, progress, log)
     garbage.start()
     reason = None
-    if run.valid is not None and training.eval_iters and progress.evaluation_due:
+    if run.valid and progress.evaluation_due:
         with timer.phase("eval"):
-            progress, reason = evaluate_run(run, run.valid, training.eval_iters, progress, log, exit_plan)
+            progress, reason = evaluate_run(run, progress, log, exit_plan)
         if reason is None:
             run.checkpointer.add_evaluation(progress)
     while progress.step < total and reason is None:
@@ -75,15 +75,15 @@ def train(
         if (report := stragglers.after_step(step, reader.seconds)) is not None:
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
-        valid = run.valid if training.eval_iters and (step % training.eval_interval == 0 or step == total) else None
-        progress = replace(progress, evaluation_due=valid is not None)
+        evaluates = bool(run.valid) and (step % training.eval_interval == 0 or step == total)
+        progress = replace(progress, evaluation_due=evaluates)
         with timer.phase("save"):
             run.checkpointer.poll()
         # Save before evaluating: should anything end the evaluation, a resumed run begins with it.
         saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
-        if valid is not None:
+        if evaluates:
             with timer.phase("eval"):
-                progress, cut = evaluate_run(run, valid, training.eval_iters, progress, log, exit_plan)
+                progress, cut = evaluate_run(run, progress, log, exit_plan)
             reason = reason or cut
             if cut is None:
                 run.checkpointer.add_evaluation(progress)

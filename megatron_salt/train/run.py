@@ -17,7 +17,9 @@ from megatron_salt.checkpoint.integrity import DamagedCheckpoint
 from megatron_salt.checkpoint.loading import glance_at_checkpoint, open_checkpoint
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import RunConfig, TrainingConfig, flag
+from megatron_salt.config.data import NAMED_SETS
 from megatron_salt.data.batch import ReadAhead
+from megatron_salt.data.blend import parse_valid_data_path
 from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog
@@ -135,6 +137,8 @@ def compared_flags(config: RunConfig) -> dict[str, object]:
                 compared[f"whether {flag(name)} is given"] = value is not None
             elif name in LISTS_OF_PATHS:
                 compared[f"the number of words in {flag(name)}"] = len(value)
+                if name in NAMED_SETS:
+                    compared[f"the sets of {flag(name)}"] = " ".join(parse_valid_data_path(value)) or "none"
             elif name not in FOR_THE_LAUNCHER:
                 compared[flag(name)] = value
     return compared

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,9 @@ from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.cli import to_yaml
 from megatron_salt.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_salt.data.batch import passed_positions
+from megatron_salt.data.blend import VALID
 from megatron_salt.data.duplicate_inputs import refuse_training_data
+from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages
@@ -101,9 +104,11 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
     """Decide where the run starts. opened: the checkpoint that --load means; None where there is none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
     require_packages(config.logging)
-    if inputs.valid is not None and config.data.valid_data_path and not config.data.allow_valid_in_train:
-        train, valid = ([windows.file.prefix for windows in samples.windows] for samples in (inputs.train, inputs.valid))
-        refuse_training_data(train, valid)
+    if config.data.valid_data_path and not config.data.allow_valid_in_train:
+        for samples in inputs.valid.values():
+            refuse_training_data(*([windows.file.prefix for windows in one.windows] for one in (inputs.train, samples)))
+    if config.training.eval_iters:
+        refuse_small_sets(inputs.valid, plan.global_batch_size)
     identity = identify(config, inputs, name_data(config, plan, inputs))
     progress = _progress(config, layout, plan, identity, opened)
     plan = rest_of_run(config, plan, progress)
@@ -183,6 +188,16 @@ def _progress(
         schedule = build_scheduler(groups, config.optimizer, plan.total_samples, plan.global_batch_size)
         compatibility.schedule_to_load(schedule, opened, identity.schedule_follows_run)
     return progress
+
+
+def refuse_small_sets(valid: Mapping[str, Samples], global_batch_size: int) -> None:
+    """Raise UserError where a named set has fewer samples than a global batch: some would count twice. Pure."""
+    for name, samples in valid.items():
+        if name != VALID and len(samples) < global_batch_size:
+            raise UserError(
+                f"--valid-data-path {name.removeprefix(f'{VALID}/')} has {len(samples)} samples of --seq-length "
+                f"{samples.windows[0].seq_length}, fewer than --global-batch-size {global_batch_size}; give it more data"
+            )
 
 
 def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:

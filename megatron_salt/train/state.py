@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 
+from torch import Tensor
+
 from megatron_salt.checkpoint.changes import CHANGED, tell
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.run_state import RunState
@@ -29,6 +31,21 @@ from megatron_salt.train.step import Student
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """Held-out data that is evaluated and logged under a name of its own."""
+
+    name: str
+    """ "valid", or "valid/NAME" for a named set."""
+
+    batches: Batches
+    num_batches: int
+    """Global batches in one evaluation."""
+
+    byte_counts: Tensor
+    """int64 [vocabulary_size], on the CPU: bytes of text that each id stands for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that the loop needs and does not move: the parts of the run in its present stage."""
 
@@ -37,7 +54,9 @@ class Run:
     """Counts of the whole run, steps that are done included; batch sizes of the present stage."""
 
     train: Batches
-    valid: Batches | None
+    valid: tuple[ValidationSet, ...]
+    """What an evaluation reads; empty where the run makes none."""
+
     checkpointer: Checkpointer
     stage1: Stage1 | None
     """None in stage 2, and in a run without a stage 1."""
@@ -56,7 +75,7 @@ def in_stage2(run: Run, progress: RunState) -> tuple[Run, RunState]:
         plan=plan,
         student=replace(run.student, micro_batch_size=plan.micro_batch_size),
         train=train,
-        valid=None if run.valid is None else run.valid.in_microbatches_of(plan.micro_batch_size),
+        valid=tuple(replace(one, batches=one.batches.in_microbatches_of(plan.micro_batch_size)) for one in run.valid),
     )
     return run, progress
 

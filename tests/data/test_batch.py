@@ -13,6 +13,7 @@ import torch
 
 from megatron_salt.config import DataConfig
 from megatron_salt.data.batch import Batches, stream_positions
+from megatron_salt.data.blend import parse_data_path, parse_valid_data_path
 from megatron_salt.data.masking import Masking
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.data.skip_samples import parse_skip_samples
@@ -184,8 +185,8 @@ def test_masks_need_an_end_of_document_token(data: DataConfig, flag: str, option
 def test_the_held_out_share_is_the_last_windows_of_each_dataset(data: DataConfig, mix: bool) -> None:
     data = weighted(data) if mix else data
     everything = open_train(data)
-    train, valid = open_training_data(dataclasses.replace(data, valid_share=0.1), LENGTH, 1234, 100, EOD)
-    assert valid is not None
+    train, sets = open_training_data(dataclasses.replace(data, valid_share=0.1), LENGTH, 1234, 100, EOD)
+    (valid,) = sets.values()
     held_out: list[int] = []
     first = 0
     for windows in everything.windows:
@@ -199,18 +200,48 @@ def test_the_held_out_share_is_the_last_windows_of_each_dataset(data: DataConfig
 
 
 def test_evaluations_see_the_same_windows_whatever_the_seed(data: DataConfig) -> None:
-    valid = [open_training_data(dataclasses.replace(data, valid_share=0.2), LENGTH, seed, 100, EOD)[1] for seed in (1, 2)]
-    assert valid[0] is not None and valid[1] is not None
+    shared = dataclasses.replace(data, valid_share=0.2)
+    valid = [open_training_data(shared, LENGTH, seed, 100, EOD)[1]["valid"] for seed in (1, 2)]
     assert valid[0].ids(np.arange(50)).tolist() == valid[1].ids(np.arange(50)).tolist()
     assert set(valid[0].locate(valid[0].ids(np.arange(8)))[0].tolist()) == {0, 1}  # a short evaluation samples every dataset
 
 
 def test_valid_data_path_opens_other_files(data: DataConfig) -> None:
     web, code = data.data_path
-    train, valid = open_training_data(DataConfig(data_path=(web,), valid_data_path=("1", code)), LENGTH, 1, 100, EOD)
-    assert valid is not None
-    assert [w.file.prefix for w in train.windows] == [web] and [w.file.prefix for w in valid.windows] == [code]
-    assert open_training_data(data, LENGTH, 1, 100, EOD)[1] is None
+    train, sets = open_training_data(DataConfig(data_path=(web,), valid_data_path=("1", code)), LENGTH, 1, 100, EOD)
+    assert [w.file.prefix for w in train.windows] == [web] and [w.file.prefix for w in sets["valid"].windows] == [code]
+    assert open_training_data(data, LENGTH, 1, 100, EOD)[1] == {}
+
+
+def test_named_sets_are_opened_in_their_order_and_each_may_be_a_blend(data: DataConfig) -> None:
+    web, code = data.data_path
+    words = (f"prose={web}", "mix=0.75", web, "0.25", code)
+    _, sets = open_training_data(DataConfig(data_path=(web,), valid_data_path=words), LENGTH, 1, 100, EOD)
+    assert list(sets) == ["valid/prose", "valid/mix"] and not sets["valid/prose"].weighted
+    assert [w.file.prefix for w in sets["valid/mix"].windows] == [web, code]
+    assert [pool.drawn for pool in sets["valid/mix"].progress(8)] == [6, 2]
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (("prose=a", "prose=b"), "names the set prose twice"),
+        (("a", "code=b"), "a stands before the first named set, code=b; name every set .*as ./code=b"),
+        (("prose=", "code=b"), "prose= names no data"),
+        (("prose=0.5", "a", "b"), "a weight before each prefix, got 0.5 a b"),
+    ],
+)
+def test_names_of_sets_that_make_no_sense_are_refused(words: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(UserError, match=f"--valid-data-path .*{complaint}"):
+        for found in parse_valid_data_path(words).values():
+            parse_data_path(found, "--valid-data-path")
+
+
+def test_a_path_with_an_equals_sign_is_no_name() -> None:
+    assert parse_valid_data_path(("0.5", "./lang=en/a", "0.5", "/data/x=y/b")) == {
+        "valid": ("0.5", "./lang=en/a", "0.5", "/data/x=y/b")
+    }
+    assert parse_valid_data_path(("en=/data/x=y/b",)) == {"valid/en": ("/data/x=y/b",)}
 
 
 def test_more_samples_than_there_are_wrap_and_are_told_with_numbers(data: DataConfig) -> None:
@@ -336,13 +367,14 @@ def test_a_billion_samples_open_and_the_last_is_found_without_an_index(tmp_path:
     prefix = write_sparse(tmp_path / "huge", num_windows * length + 1, 10**6, tail=list(range(1, length + 2)))
     before = bytes_read()
     tracemalloc.start()
-    train, valid = open_training_data(DataConfig(data_path=(prefix,), valid_share=0.001), length, 1, 100, EOD)
+    train, sets = open_training_data(DataConfig(data_path=(prefix,), valid_share=0.001), length, 1, 100, EOD)
+    valid = sets["valid"]
     last = train.tokens(np.array([num_windows - 1]))
     Batches(train, global_batch_size=8, micro_batch_size=8, replica=0, num_replicas=1).fetch(len(train) - 8)
     assert train.fingerprint
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert valid is not None and (len(train), len(valid)) == (num_windows - 10**6, 10**6)
+    assert (len(train), len(valid)) == (num_windows - 10**6, 10**6)
     assert last.tolist() == [list(range(1, length + 2))]
     assert peak < 1 << 20
     assert bytes_read() - before < 1 << 20

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_salt import pretrain
-from megatron_salt.errors import MachineError, UserError
+from megatron_salt.errors import MachineError, UserError, this_host
 from megatron_salt.parallel import failure
-from megatron_salt.parallel.hardware import hide_gpus, this_host
+from megatron_salt.parallel.hardware import hide_gpus
 from megatron_salt.parallel.launch import bind_device, find_hardware
 from megatron_salt.parallel.machine import importable, naming_faults, refuse_half_engine, refuse_software
 from tests.support.program import argv, write_tokens

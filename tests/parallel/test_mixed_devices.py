@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_salt import pretrain
-from megatron_salt.parallel.hardware import this_host
+from megatron_salt.errors import this_host
 from megatron_salt.parallel.launch import distributed
 from tests.parallel.test_rendezvous import launch, lines
 from tests.support.program import argv, write_tokens

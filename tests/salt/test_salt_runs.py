@@ -223,7 +223,7 @@ def telling_whom_it_evaluates() -> Iterator[None]:
     """Make every evaluation print whether the teacher takes part in it."""
 
     def evaluate(*arguments: Any) -> dict[str, float]:
-        print("evaluated", "the student alone" if arguments[3] is None else "student and teacher")
+        print("evaluated", "the student alone" if arguments[2] is None else "student and teacher")
         return original(*arguments)
 
     original = evaluate_module.evaluate
@@ -244,7 +244,7 @@ def test_a_crossover_ends_stage_1_after_the_transition_and_is_a_fact(
     tmp_path: Path, data: str, teacher: Path, world_size: int, flags: dict[str, Any]
 ) -> None:
     """A margin that any student keeps: the first evaluation, at step 1, decides. Resumed anywhere, the run takes the same path."""
-    flags = salt(data, teacher, **flags, **CROSSOVER, **LINEAR, kd_steps=4, kd_stop_margin=-1.0)
+    flags = salt(data, teacher, **flags, **CROSSOVER, **LINEAR, kd_steps=4, kd_stop_margin=-1.0, no_eval_at_start=True)
     ended = train(world_size, **flags, save=tmp_path / "one", save_interval=1, within=telling_whom_it_evaluates)
     one = tmp_path / "one"
     assert with_its_teacher(ended) == [True, False, False, False, False]
@@ -274,7 +274,7 @@ def test_a_crossover_ends_stage_1_after_the_transition_and_is_a_fact(
 
 
 def test_a_crossover_never_lengthens_stage_1_and_one_out_of_reach_never_comes(tmp_path: Path, data: str, teacher: Path) -> None:
-    """min(kd_steps, t + transition), here with t the second evaluation of two steps each."""
+    """min(kd_steps, t + transition), here with t the second evaluation of two steps each. The one before the first step decides nothing."""
     flags = salt(data, teacher, **CROSSOVER | dict(eval_interval=2))
     train(**flags, kd_stop_margin=1.0, save=tmp_path / "never")
     assert len(taught(tmp_path / "never")) == 3 and not events(tmp_path / "never", "crossover")
@@ -291,14 +291,14 @@ def test_a_crossover_never_lengthens_stage_1_and_one_out_of_reach_never_comes(tm
 
 @contextlib.contextmanager
 def not_before_the_second_evaluation() -> Iterator[None]:
-    """Make the student's accuracy at the first evaluation lower than any teacher's."""
+    """Make the student's accuracy at the first evaluation after a step lower than any teacher's."""
     count = 0
 
     def evaluate(*arguments: Any) -> dict[str, float]:
         nonlocal count
         count += 1
         figures = original(*arguments)
-        return figures if count > 1 else figures | {"accuracy": -5.0}
+        return figures if count > 2 else figures | {"accuracy": -5.0}
 
     original = evaluate_module.evaluate
     with mock.patch.object(evaluate_module, "evaluate", evaluate):

@@ -187,6 +187,9 @@ def test_an_exit_file_that_appears_while_the_run_starts_is_a_reason_to_leave_and
     assert not (tmp_path / "save").exists()
 
 
+AT_STEP_2 = dict(eval_interval=2, no_eval_at_start=True)
+
+
 @contextlib.contextmanager
 def signal_to_rank_1_in_the_evaluation() -> Iterator[None]:
     """Only one of the ranks gets the signal, in the third batch of its first evaluation."""
@@ -203,7 +206,7 @@ def signal_to_rank_1_in_the_evaluation() -> Iterator[None]:
 
 
 def test_a_signal_cuts_an_evaluation_short_and_a_resumed_run_begins_with_it(tmp_path: Path, data: str) -> None:
-    flags = dict(data_path=data, train_iters=4, exit_signal_handler=True, valid_share=0.2, eval_interval=2, eval_iters=20)
+    flags = dict(data_path=data, train_iters=4, exit_signal_handler=True, valid_share=0.2, **AT_STEP_2, eval_iters=20)
     two, one = tmp_path / "two", tmp_path / "one"
     ended = train(2, **flags, save=two, save_interval=3, within=signal_to_rank_1_in_the_evaluation)
     assert re.search(r"evaluation cut short after [1-5] of 20 batches: SIGTERM received", ended.out) and not entries(
@@ -219,7 +222,7 @@ def test_a_signal_cuts_an_evaluation_short_and_a_resumed_run_begins_with_it(tmp_
 
 
 def test_a_run_whose_last_evaluation_was_cut_short_is_not_done(tmp_path: Path, data: str) -> None:
-    flags = dict(data_path=data, train_iters=2, exit_signal_handler=True, valid_share=0.2, eval_interval=2, eval_iters=20)
+    flags = dict(data_path=data, train_iters=2, exit_signal_handler=True, valid_share=0.2, **AT_STEP_2, eval_iters=20)
     flags |= dict(save=tmp_path / "run", load=tmp_path / "run", outcome_file=tmp_path / "outcome")
     train(2, **flags, within=signal_to_rank_1_in_the_evaluation)
     assert (tmp_path / "outcome").read_text().startswith("left 2 ") and checkpoints(tmp_path / "run") == [2]
@@ -235,7 +238,7 @@ def decided(save: Path, step: int) -> Path:
 
 def test_a_chain_of_runs_that_are_too_short_for_an_evaluation_makes_progress(tmp_path: Path, data: str) -> None:
     """The time limit waits for the evaluation that a run begins with, and for its first step."""
-    flags = dict(data_path=data, train_iters=4, exit_duration_in_mins=0, valid_share=0.2, eval_interval=2, eval_iters=3)
+    flags = dict(data_path=data, train_iters=4, exit_duration_in_mins=0, valid_share=0.2, **AT_STEP_2, eval_iters=3)
     assert "evaluation cut short after 0 of 3 batches: --exit-duration-in-mins 0.0 is over" in train(**flags, save=tmp_path).out
     train(**flags, save=tmp_path, load=tmp_path)
     assert checkpoints(tmp_path) == [2, 4] and [entry["step"] for entry in entries(tmp_path, "eval")] == [2]

@@ -14,12 +14,14 @@ from megatron_salt.config import ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.train.evaluate import evaluate, means
+from megatron_salt.train.state import ValidationSet
 from megatron_salt.train.step import Student, train_step
 from tests.support.checkpoint_runs import left
 from tests.support.ranks import run_ranks
 from tests.support.small import (
     GLOBAL_BATCH,
     MODELS,
+    VOCABULARY,
     Case,
     Curve,
     batch,
@@ -67,9 +69,13 @@ class HeldOut:
         return batch(self.student, self.case, 20 + consumed // GLOBAL_BATCH)
 
 
+BYTES = torch.arange(VOCABULARY) % 5
+"""Bytes that each id stands for."""
+
+
 def evaluated(student: Student, case: Case, num_batches: int) -> dict[str, float]:
-    held_out: Any = HeldOut(student, case)
-    return evaluate(student, held_out, num_batches)
+    batches: Any = HeldOut(student, case)
+    return evaluate(student, ValidationSet(name="valid", batches=batches, num_batches=num_batches, byte_counts=BYTES))
 
 
 def evaluate_weights(case: Case, world_size: int, weights: Any) -> dict[str, float]:
@@ -80,8 +86,11 @@ def slow_mean(case: Case, weights: Any) -> dict[str, float]:
     """The mean over the tokens of both batches, from the losses of training steps at learning rate 0."""
     student = build_student(replace(case, learning_rate=0.0), 1, weights)
     outcomes = [train_step(student, batch(student, case, step), PhaseTimer()) for step in (20, 21)]
-    sums = [outcome.sums.double().sum(0) for outcome in outcomes if outcome.sums is not None]
-    return means(sums[0] + sums[1])
+    sums = sum(outcome.sums.double().sum(0) for outcome in outcomes if outcome.sums is not None)
+    parts = [part for step in (20, 21) for part in batch(student, case, step)]
+    counted = [(part.labels.flatten().tolist(), part.loss_mask.flatten().tolist()) for part in parts]
+    read = sum(int(BYTES[label]) for labels, masks in counted for label, mask in zip(labels, masks, strict=True) if mask)
+    return means(sums) | {"bits_per_byte": float(sums[1]) / math.log(2) / read}
 
 
 @pytest.mark.parametrize("parallel, world_size", [

@@ -1,0 +1,278 @@
+"""Evaluate checkpoints on likelihood tasks. docs/tasks.md describes task files and metrics.
+
+Any checkpoints of this repository, of any layout; several give a table. Runs in one process, or on all ranks that torchrun starts, with
+tensor and pipeline parallelism; the remaining ranks are data-parallel. Each finished task is written at once. A start with the same flags
+goes on after the last one. SIGTERM, SIGUSR1 and --exit-file end it within two batches, with exit status 3.
+
+    torchrun --nproc-per-node 8 tools/evaluate.py --load runs/salt runs/plain --tasks hellaswag.jsonl piqa.jsonl --output results.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_salt.cli import run_tool
+from megatron_salt.config import ParallelConfig, RunConfig
+from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.evaluation.results import Result, as_markdown, markdown_path, read_results, write_results
+from megatron_salt.evaluation.task_file import Task, read_task, read_tasks
+from megatron_salt.files import sole_writer
+from megatron_salt.metrics.progress_bar import ProgressBar
+from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.failure import fail_together
+from megatron_salt.parallel.hardware import hide_gpus
+from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
+from megatron_salt.parallel.library_warnings import hide_library_warnings
+from megatron_salt.tokenizer.tokenizer import Tokenizer
+from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
+from megatron_salt.tools.generate_text import newest_checkpoint, read_companions
+from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
+
+if TYPE_CHECKING:
+    from megatron_salt.evaluation.evaluate_task import PreparedTask
+    from megatron_salt.model.gpt import GPT
+    from megatron_salt.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+LEFT = 3  # exit status where tasks are left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A checkpoint that is evaluated."""
+
+    load: str
+    """As --load names it."""
+    directory: Path
+    run: RunConfig
+    tokenizer: Tokenizer
+    step: int
+    dtype: str
+    work: list[tuple[PreparedTask, dict[str, Any]]]
+    """Tasks in its tokenizer's ids, and the identity of each result."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
+    return run_tool(EvaluateConfig, lambda config: fail_together(lambda: evaluate(config)), argv)
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Evaluate all checkpoints on all tasks. Every rank calls. Returns the exit status: 0, or LEFT if tasks are left. Raises UserError."""
+    refuse_exit_file(config.exit_file)
+    watch = SignalWatch()
+    try:
+        return _evaluate(config, watch)
+    except LeftEarly as left:
+        left.status = LEFT
+        raise
+    finally:
+        watch.restore()
+
+
+def _evaluate(config: EvaluateConfig, watch: SignalWatch) -> int:
+    hide_library_warnings()
+    hide_gpus(config.device)
+    tasks = read_tasks(config.tasks)
+    shots = read_shots(config, tasks)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+    )
+    layout = student_layout(parallel, world_size_from_environment())
+    candidates = [open_candidate(load, config, parallel, tasks, shots) for load in dict.fromkeys(config.load)]
+
+    import torch.distributed as dist
+
+    from megatron_salt.parallel.collectives import begin_largest
+    from megatron_salt.parallel.launch import distributed
+
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file), device=config.device):
+        is_first = dist.get_rank() == 0
+        logging.basicConfig(level=logging.INFO if is_first else logging.CRITICAL, format="%(message)s")
+        exit_plan = ExitPlan(
+            exit_interval=None, exit_duration_in_mins=None, watch=watch, begin=begin_largest, started=0.0, exit_file=config.exit_file,
+            looks=is_first,
+        )  # fmt: skip
+        try:
+            run_all(config, candidates, parallel, layout, exit_plan, timeout)
+        except LeftEarly as left:
+            if is_first:
+                print(f"left: {left}; the same command goes on", flush=True)
+            return LEFT
+        exit_plan.finish()
+    return 0
+
+
+def read_shots(config: EvaluateConfig, tasks: Sequence[Task]) -> list[Task | None]:
+    """The file of solved examples of each task; None for all without --shots. Raises UserError."""
+    if config.shots == 0:
+        return [None] * len(tasks)
+    if len(config.shot_file) != len(tasks):
+        raise UserError(
+            f"--shots {config.shots} needs a --shot-file for each of {len(tasks)} --tasks, got {len(config.shot_file)}"
+        )
+    return [read_task(path, "--shot-file") for path in config.shot_file]
+
+
+def open_candidate(
+    load: str, config: EvaluateConfig, parallel: ParallelConfig, tasks: Sequence[Task], shots: Sequence[Task | None]
+) -> Candidate:
+    """Read a checkpoint's small files, and encode the tasks with its tokenizer. Not collective. Raises UserError."""
+    from megatron_salt.checkpoint.loading import checkpoint_fingerprint
+    from megatron_salt.checkpoint.state_file import read_state
+    from megatron_salt.evaluation.evaluate_task import prepare_task
+    from megatron_salt.evaluation.requests import first_id
+
+    directory = newest_checkpoint(Path(load))
+    run, tokenizer = read_companions(directory)
+    longest = run.training.seq_length
+    check_shapes(run.model, parallel, longest)
+    dtype = config.dtype or ("bfloat16" if run.training.bf16 else "float32")
+    bos, fingerprint = first_id(tokenizer, config.add_bos), checkpoint_fingerprint(directory)
+    work = []
+    for task, shot_file in zip(tasks, shots, strict=True):
+        prepared = prepare_task(task, tokenizer, bos=bos, longest=longest, shots=shot_file, num_shots=config.shots)
+        work.append(
+            (prepared, {"checkpoint": fingerprint, "dtype": dtype, "bootstrap_seed": config.bootstrap_seed, **prepared.facts})
+        )
+    return Candidate(
+        load=load,
+        directory=directory,
+        run=run,
+        tokenizer=tokenizer,
+        step=read_state(directory).run.step,
+        dtype=dtype,
+        work=work,
+    )
+
+
+def run_all(
+    config: EvaluateConfig, candidates: Sequence[Candidate], parallel: ParallelConfig, layout: Layout, exit_plan: ExitPlan,
+    timeout: timedelta,
+) -> None:  # fmt: skip
+    """Evaluate what the output does not have yet, and print the table. Collective over all ranks; rank 0 writes. Raises LeftEarly."""
+    import torch.distributed as dist
+
+    from megatron_salt.parallel.collectives import from_rank_0
+    from megatron_salt.parallel.mesh import make_student_mesh
+
+    output, is_first = Path(config.output), dist.get_rank() == 0
+    wanted = [identity for one in candidates for _, identity in one.work]
+    with contextlib.ExitStack() as held:
+        from_rank_0(lambda: held.enter_context(sole_writer("--output", output)))
+        results = from_rank_0(lambda: read_results(output, wanted, config.overwrite))
+        mesh = make_student_mesh(layout, timeout=timeout)
+        for candidate in candidates:
+            done = [one["identity"] for one in results]
+            todo = [(prepared, identity) for prepared, identity in candidate.work if identity not in done]
+            if is_first:
+                print(about(candidate, len(todo)), flush=True)
+            if not todo:
+                continue
+            chunks = load_model(candidate, parallel, mesh)
+            exit_plan.look(f"loading {candidate.directory}")
+            for prepared, identity in todo:
+                result = evaluate_one(config, candidate, prepared, identity, chunks, mesh, exit_plan)
+                results = [*results, result]
+                from_rank_0(partial(write_results, output, in_order(results, wanted), config.metrics))
+            del chunks
+            gc.collect()
+        if is_first:
+            print(as_markdown(in_order(results, wanted), config.metrics), end="")
+            print(f"written to {output} and {markdown_path(output)}", flush=True)
+
+
+def about(candidate: Candidate, num_todo: int) -> str:
+    """Lines about a checkpoint, shown before its tasks."""
+    bos = next((identity["bos"] for _, identity in candidate.work), None)
+    lines = [
+        f"{candidate.directory}: step {candidate.step}, {len(candidate.work)} tasks, {len(candidate.work) - num_todo} of them finished "
+        f"before; texts begin with {'no BOS' if bos is None else f'BOS (id {bos})'}; computed in {candidate.dtype}"
+        + ("" if candidate.dtype == "float32" else ", where the log-likelihood of a token may differ by 0.02 between layouts")
+    ]
+    return "\n".join(lines + [prepared.warning for prepared, _ in candidate.work if prepared.warning])
+
+
+def load_model(candidate: Candidate, parallel: ParallelConfig, mesh: Mesh) -> list[GPT]:
+    """This rank's part of a checkpoint's model. Collective over all ranks. Raises UserError."""
+    import torch
+
+    from megatron_salt.checkpoint.loading import load_weights
+    from megatron_salt.model.gpt import build_model
+    from megatron_salt.parallel.launch import seed_everything
+
+    run = candidate.run
+    seed_everything(run.training.seed, mesh)  # building a model uses the random generators
+    length = run.training.seq_length
+    chunks = build_model(
+        run.model, parallel, length, candidate.tokenizer.vocabulary_size, getattr(torch, candidate.dtype), length, mesh
+    )
+    load_weights(candidate.directory, chunks, mesh)
+    return chunks
+
+
+def evaluate_one(
+    config: EvaluateConfig, candidate: Candidate, prepared: PreparedTask, identity: dict[str, Any], chunks: Sequence[GPT], mesh: Mesh,
+    exit_plan: ExitPlan,
+) -> Result:  # fmt: skip
+    """The result of one task. Collective over all ranks; all receive. Raises LeftEarly."""
+    import torch.distributed as dist
+
+    from megatron_salt.evaluation.evaluate_task import evaluate_task
+
+    started, num = time.perf_counter(), len(prepared.requests)
+    bar = None
+    if dist.get_rank() == 0:
+        bar = ProgressBar(
+            ("requests", "tokens"),
+            total=num,
+            unit=" requests",
+            log_interval=config.log_interval,
+            label=f"{prepared.task.name}: ",
+        )
+
+    def progress(num_requests: int, num_tokens: int) -> None:
+        if bar is not None:
+            bar.add(bar.done + num_requests, (num_requests, num_tokens))
+
+    try:
+        found = evaluate_task(
+            prepared,
+            chunks,
+            mesh,
+            batch_tokens=config.batch_tokens,
+            seed=config.bootstrap_seed,
+            reason_to_stop=exit_plan.reason_to_stop_now,
+            on_progress=progress,
+        )
+    finally:
+        summary = None if bar is None else bar.close()
+    if summary is not None:
+        print(f"{prepared.task.name}: {summary}", flush=True)
+    return {
+        "load": candidate.load,
+        "directory": str(candidate.directory),
+        "step": candidate.step,
+        "name": prepared.task.name,
+        "file": prepared.task.path,
+        "identity": identity,
+        "seconds": round(time.perf_counter() - started, 3),
+        **found,
+    }
+
+
+def in_order(results: Sequence[Result], wanted: Sequence[dict[str, Any]]) -> list[Result]:
+    """Results in the order in which the flags name them."""
+    return sorted(results, key=lambda one: wanted.index(one["identity"]))
