@@ -6,7 +6,6 @@ Every tensor that the architecture has must be there, with its shape, and none m
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Protocol
@@ -21,9 +20,6 @@ from megatron_salt.errors import UserError
 
 PIECE_BYTES = 64 << 20
 """Rows are converted a few at a time: so many bytes of ours."""
-
-_NO_WEIGHTS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias))$")
-"""Buffers that old releases of transformers saved beside the weights: masks and frequencies."""
 
 
 class Source(Protocol):
@@ -78,7 +74,7 @@ def pieces_of(source: Source, foreign: ForeignModel, dtype: torch.dtype, where: 
                 wrong.append(f"{name} is missing")
             elif present != shape:
                 wrong.append(f"{name} is {list(present)}, and the model's configuration makes it {list(shape)}")
-    left = sorted(name for name in set(source.names()) - used if not _NO_WEIGHTS.search(name))
+    left = sorted(set(source.names()) - used)
     if not model.untie_embeddings_and_output_weights:
         left = _without_tied_copy(source, parts, prefix, left, where)
     wrong += [f"{name} is left over: this architecture has no such tensor" for name in left]

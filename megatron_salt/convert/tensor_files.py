@@ -64,9 +64,20 @@ def write_tensors(directory: Path, pieces: Sequence[Piece], done: Callable[[Piec
     plan = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([plan])
     [plan] = writer.prepare_global_plan(plans)
-    results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    try:
+        results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    except RuntimeError as error:
+        raise _cause_of(error) from error
     writer.finish(metadata, [results])
     return sorted({place.storage_data.relative_path for place in results})
+
+
+def _cause_of(error: RuntimeError) -> BaseException:
+    """What ended a write: torch's zip file, once left, raises an error of its own over a full disk or Ctrl-C."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError | KeyboardInterrupt):
+        cause = cause.__context__
+    return cause or error
 
 
 class _Pieces(SavePlanner):

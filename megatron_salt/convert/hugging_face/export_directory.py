@@ -18,7 +18,7 @@ from megatron_salt.checkpoint import loading, safe_unpickle, save_directory
 from megatron_salt.checkpoint.run_state import CheckpointState
 from megatron_salt.checkpoint.state_file import model_of
 from megatron_salt.config import ModelConfig
-from megatron_salt.convert.checkpoint_writer import refuse_existing, whole_directory
+from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside, whole_directory
 from megatron_salt.convert.hugging_face.exported_config import config_of_model
 from megatron_salt.convert.hugging_face.model_card import model_card
 from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX, SINGLE
@@ -45,6 +45,7 @@ def export_hugging_face(checkpoint: Path, out: Path, dtype: str, with_tokenizer:
     opened = loading.open_checkpoint(checkpoint, fallback=False, flag_name="CHECKPOINT")
     if opened is None:
         raise UserError(f"CHECKPOINT {checkpoint} holds no checkpoint")
+    refuse_inside("OUT", out, opened.directory)
     state = opened.state
     model = model_of(state.architecture)
     if state.vocabulary_size is None or state.seq_length is None:

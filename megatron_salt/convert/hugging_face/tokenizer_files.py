@@ -38,7 +38,8 @@ def tokenizer_files(tokenizer: Tokenizer, checkpoint: Path, context: int) -> Map
 
 def _without_added_tokens(content: bytes) -> bytes:
     """tokenizer.json without the step that puts tokens before or after a text: training had none."""
-    tree = json.loads(content)
-    tree["post_processor"] = None
-    tree["padding"] = tree["truncation"] = None
+    tree, none = json.loads(content), dict.fromkeys(("post_processor", "padding", "truncation"))
+    if none.items() <= tree.items():
+        return content  # file for file the same tokenizer
+    tree |= none
     return json.dumps(tree, ensure_ascii=False).encode()
