@@ -39,8 +39,8 @@ from megatron_salt.model.kernels.passes import slices
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
-from megatron_salt.salt.load_teacher import read_teacher
-from megatron_salt.salt.scorer import Scorer, make_scorer
+from megatron_salt.salt.scorer import Scorer, make_scorer, teacher_flags
+from megatron_salt.salt.teacher_checkpoint import read_teacher
 
 SHAPE = stage1_overhead.SHAPES["middle"]
 GOAL = 0.90
@@ -76,6 +76,8 @@ def measure(folder: Path, vocabulary: int, pairs: int) -> list[tuple[float, floa
             teacher,
             Layout(),
             samples,
+            flags=teacher_flags(Layout(), 0.01),
+            shared_ids=vocabulary,
             dtype=teacher.dtype,
             micro_batch_size=MICRO_BATCH,
             top_k=(1, 10, 50, 100),

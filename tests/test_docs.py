@@ -18,6 +18,7 @@ import pytest
 from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.tools.convert_checkpoint import ExportConfig, ImportConfig
+from megatron_salt.tools.prepare_task import PrepareTaskConfig
 from megatron_salt.train.plan import check
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,12 @@ NOT_OURS = {
         "--standalone",
         "--no-python",
     ),  # torchrun
+    *(
+        "--use-checkpoint-args",
+        "--no-bias-gelu-fusion",
+        "--use-rope-scaling",
+        "--dist-ckpt-strictness",
+    ),  # Megatron-LM
     *("--no-deps", "--no-build-isolation", "--only-binary", "--dest", "--wheel-dir"),  # pip
     "--keep",  # tests/gpu/trim_fatbin.py
     *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
@@ -241,7 +248,10 @@ def test_commands_of_the_tools_parse(name: str) -> None:
     conversions = re.findall(r"tools/convert_checkpoint\.py (import|export)( [^`\n|&]*)", text)
     for command, rest in conversions:
         parse_flags({"import": ImportConfig, "export": ExportConfig}[command], shlex.split(rest))
-    assert commands or conversions or name in PAGES
+    tasks = re.findall(r"tools/prepare_task\.py( [a-z_]+ --[^`\n|&]*)", text)
+    for words in tasks:
+        parse_flags(PrepareTaskConfig, shlex.split(words))
+    assert commands or conversions or tasks or name in PAGES
 
 
 def test_every_console_script_is_told() -> None:

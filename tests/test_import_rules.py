@@ -16,7 +16,7 @@ PACKAGE = "megatron_salt"
 
 # A module imports its own unit and units of the lines above, never of its own line or below.
 LAYERS = (
-    ("errors", "yaml_core", "small_files", "cards"),
+    ("errors", "yaml_core", "small_files", "cards", "child_processes"),
     ("files", "config"),
     ("cli",),
     ("parallel", "tokenizer"),
@@ -30,6 +30,7 @@ LAYERS = (
 PURE = (  # numpy, the standard library and each other
     "megatron_salt.data.bitmap",
     "megatron_salt.errors",
+    "megatron_salt.child_processes",
     "megatron_salt.small_files",
     "megatron_salt.config",
     "megatron_salt.config.checkpoint",
@@ -80,10 +81,14 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
     "megatron_salt.convert.foreign_model",
+    "megatron_salt.convert.gguf.architectures",
+    "megatron_salt.convert.gguf.rope_factors",
     "megatron_salt.convert.hugging_face.exported_config",
     "megatron_salt.convert.hugging_face.families",
     "megatron_salt.convert.megatron.arguments",
+    "megatron_salt.convert.megatron.exported_arguments",
     "megatron_salt.evaluation.metrics",
+    "megatron_salt.evaluation.public_tasks.prompts",
     "megatron_salt.evaluation.results",
     "megatron_salt.evaluation.task_file",
     "megatron_salt.salt.cost",
@@ -101,7 +106,7 @@ PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file i
 MAY_PATCH = {  # None: anything
     SEAM: None,
     "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
-    # Forgets the results of a save that a failed run left in the process.
+    # A queue that ends with this process, and that has no results of a save that a failed run left.
     "megatron_salt.checkpoint.async_writer": {"filesystem_async._results_queue"},
     # A switch that torch has for this, and that a process may set.
     "megatron_salt.parallel.launch": {"torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"},

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -42,6 +43,7 @@ from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.integrity import FileSum, sum_of_file, write_summed
 from megatron_salt.checkpoint.safe_unpickle import COMMON
 from megatron_salt.checkpoint.sharded_state import State
+from megatron_salt.child_processes import end_at_interrupt, end_with_parent, holding_interrupts, parent_is_gone
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
 from megatron_salt.parallel.collectives import first_problem, from_rank_0
@@ -117,9 +119,9 @@ def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write
     Tensors on a GPU are copied when the write starts. Those on the CPU are read while it runs; the forked process has its own snapshot of
     them. `directory` exists and is visible to every rank.
     """
-    if _unread:
+    if _unread or filesystem_async._results_queue is None:
         # megatron-core has one queue for a process. The results of a save that a failed run left would become this one's .metadata.
-        filesystem_async._results_queue = None
+        filesystem_async._results_queue = _new_queue()
     _unread[:] = [directory]
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), groups.dp_cp)
     force_all_tensors_to_non_fp8(state)  # weights that the model has in FP8 alone are saved like any other
@@ -131,6 +133,13 @@ def plan(state: State, directory: Path, groups: ProcessGroupCollection) -> Write
     if request.async_fn is not None:
         request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, directory, dist.get_rank(), sums))
     return Write(directory, request, sums)
+
+
+def _new_queue() -> Any:
+    """The queue that megatron-core would make, in a process that ends when this one is killed."""
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(end_with_parent)
+    return manager.Queue()  # it keeps the manager
 
 
 @contextlib.contextmanager
@@ -160,7 +169,8 @@ def write_core_files(directory: Path) -> dict[str, FileSum]:
 
 def write_later(write: Write, queue: AsyncCallsQueue, publish: Callable[[], None]) -> None:
     """Start to write this rank's shards. The queue calls `publish` after all ranks have written; `finish` reports errors."""
-    queue.schedule_async_request(write.request._replace(finalize_fns=[publish]))
+    with holding_interrupts():
+        queue.schedule_async_request(write.request._replace(finalize_fns=[publish]))
     write.process = queue.async_calls[-1].async_caller.process
 
 
@@ -173,7 +183,8 @@ def write_now(write: Write) -> None:
     if request.async_fn is not None:
         with quiet_checkpointing():
             write.process = multiprocessing.get_context("fork").Process(target=request.async_fn, args=arguments)
-            write.process.start()
+            with holding_interrupts():
+                write.process.start()
             write.process.join()
 
 
@@ -206,9 +217,16 @@ def finish(write: Write) -> tuple[dict[str, FileSum], str | None]:
 
 
 def _write_and_sum(write: Callable[..., None], directory: Path, rank: int, sums: SimpleQueue, *arguments: Any) -> None:
+    end_at_interrupt()
+    end_with_parent()
     # megatron-core waits for ever for a child of this process that died, so this process must die with it.
     threading.Thread(target=_die_with_child, name="watch of the writing process", daemon=True).start()
-    write(*arguments)
+    try:
+        write(*arguments)
+    except (OSError, EOFError):
+        if parent_is_gone():  # and its queue with it
+            os._exit(1)
+        raise
     sums.put({path.name: sum_of_file(path) for path in directory.glob(f"__{rank}_*.distcp")})
 
 

@@ -157,9 +157,13 @@ class Batches:
 
     def first(self, count: int) -> list[Microbatch]:
         """The first `count` samples of the order, one sample a microbatch: the same on every replica, at any consumed count."""
-        sample_ids, tokens = self.samples.read(np.arange(count))
-        masking = self.samples.masking
-        return [make_microbatch(sample_ids[one : one + 1], tokens[one : one + 1], masking) for one in range(count)]
+        return first_microbatches(self.samples, count)
+
+
+def first_microbatches(samples: Samples, count: int) -> list[Microbatch]:
+    """The first `count` samples of an order, one sample a microbatch."""
+    sample_ids, tokens = samples.read(np.arange(count))
+    return [make_microbatch(sample_ids[one : one + 1], tokens[one : one + 1], samples.masking) for one in range(count)]
 
 
 class ReadAhead:

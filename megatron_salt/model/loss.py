@@ -40,6 +40,10 @@ KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement
 temperature || student). teacher_ce, teacher_accuracy: the teacher's own, at temperature 1. agreement: both choose the same id."""
 
 
+NO_PROBABILITY = -1e20
+"""A teacher's logit of an id that it does not share. exp() of it is 0 at any temperature, and 0 times it is 0: 0 times infinity is not."""
+
+
 @dataclass(frozen=True)
 class SoftTarget:
     """A teacher's part of the target of a batch: its hidden states, which become logits chunk by chunk."""
@@ -55,6 +59,9 @@ class SoftTarget:
 
     kd_weight: float
     """w, the teacher's share of the target, from 0 to 1."""
+
+    shared_ids: int | None = None
+    """The teacher's distribution is over the ids below it. None: over all of the student's ids."""
 
 
 def fused_linear_cross_entropy(
@@ -167,12 +174,18 @@ class _TeacherLogits:
         self.weight = teacher.weight[: shard.real_rows]
         self.mask = mask
         self.buffer = new_logits(size, shard.real_rows, torch.float32, self.weight.device)
+        shared = shard.vocabulary_size if teacher.shared_ids is None else teacher.shared_ids
+        self.columns = max(0, min(shared - shard.first, shard.real_rows))
 
     def of(self, chunk: slice) -> Tensor:
-        """float32 [n, real ids of this rank]; 0 where the mask is 0. The next call overwrites them."""
+        """float32 [n, real ids of this rank]; 0 where the mask is 0, and NO_PROBABILITY for ids that the teacher does not share. The next
+        call overwrites them."""
         mask_n = self.mask[chunk]
         hidden_nh = torch.where(mask_n[:, None] > 0, self.hidden[chunk], 0)
-        return matrix_products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])
+        logits_nv = matrix_products.logits(hidden_nh, self.weight, self.buffer[: mask_n.size(0)])
+        if self.columns < logits_nv.size(1):
+            logits_nv[:, self.columns :] = NO_PROBABILITY
+        return logits_nv
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _divergences(teacher: Teacher, text: Sequence[Microbatch], head: TeacherHead
         counts = sample.loss_mask[0, positions].to(current_device())
         for replica, (reference, other) in enumerate(zip(of_sample_bf16, of_sample_fp8, strict=True)):
             if reference is not None and other is not None and teacher.weight is not None:
-                passed = (reference, other, teacher.weight, counts, head.shard, head.chunk_tokens)
+                passed = (reference, other, teacher.weight, counts, head.shared_shard, head.chunk_tokens)
                 kl, agreement = divergence(*passed, teacher.temperature)
                 kl_at_1, _ = divergence(*passed, 1.0)
                 sums[replica] += torch.stack([counts.sum(dtype=torch.float64), kl, kl_at_1, agreement])

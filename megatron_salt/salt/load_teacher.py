@@ -1,10 +1,10 @@
-"""From --teacher-load to a `Teacher`: read its checkpoint, refuse it where it does not fit, load its weights, and verify them.
+"""From a teacher's checkpoint to a `Teacher`: build it, load its weights, and verify them.
 
-Cheap checks come before expensive ones.
-1. Before ranks join: read the facts of the checkpoint, and compare them with the run's.
-2. Build the body on the teacher's own groups, and load it. Load the output weight straight to the student's last stage.
-3. Run the teacher in the way of a training step. It must reproduce the losses that its checkpoint recorded. In FP8 its predictions must
-   stay near those in bfloat16 (`fp8_check.py`).
+What files tell comes before ranks join: `teacher_checkpoint.py`, `shared_vocabulary.py`. Then:
+1. Build the body on the teacher's own groups, and load it. Load the output weight straight to the student's last stage.
+2. Run the teacher in the way of a training step, over all its own ids. It must reproduce the losses that its checkpoint recorded.
+3. Cut the output weight to the ids that both models have, where they differ (`output_weight.py`).
+4. In FP8 its predictions must stay near those in bfloat16 (`fp8_check.py`).
 Everything that does not fit is a UserError that names both sides.
 """
 
@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,11 +22,8 @@ from torch import Tensor
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-from megatron_salt.checkpoint import loading, rng, save_directory, sharded_state
-from megatron_salt.checkpoint.state_file import model_of, read_state
-from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
+from megatron_salt.checkpoint import loading, rng, sharded_state
+from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
 from megatron_salt.errors import Look, UserError, stay
@@ -35,15 +31,20 @@ from megatron_salt.model.fp8_teacher import in_bfloat16, keep_fp8_alone, raw_ten
 from megatron_salt.model.gpt import GPT, transformer_config
 from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy
 from megatron_salt.model.precision import TORCH, Precision
-from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of, warm_up
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
+from megatron_salt.salt.output_weight import (
+    DroppedMass,
+    cut_rows,
+    head_with_all_ids,
+    load_output_weight,
+    refuse_dropped_mass,
+)
 from megatron_salt.salt.routing import teacher_layout
 from megatron_salt.salt.teacher import Teacher, TeacherHead
-from megatron_salt.selection.score_format import IndexManifest
-from megatron_salt.small_files import one_line
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, teacher_parallel
 
 log = logging.getLogger(__name__)
 
@@ -52,118 +53,15 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-3}
 between layouts in float32, and by 3e-4 where either side is bfloat16."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherCheckpoint:
-    """The facts of a teacher's checkpoint."""
+@dataclass(frozen=True)
+class Admitted:
+    """A teacher that has passed, and what was measured of it."""
 
-    directory: Path
-    model: ModelConfig
-    vocabulary_size: int
-    """Real ids of its tokenizer."""
-    seq_length: int
-    """--seq-length that it was trained with."""
-    tokenizer_fingerprint: str
-    fingerprint: str
-    """Fingerprint of the checkpoint's contents; the path does not matter."""
-    lengths: tuple[int, ...]
-    """Lengths of the fixed batch on which it recorded its loss, see data/reference_batch.py."""
-    losses: tuple[float, ...]
-    """The recorded loss for each length, nats a token."""
-    dtype: str
-    """Precision of the recorded losses: float32 or bfloat16."""
-    recorded_by: str = "the run that saved it"
-    """Whose losses they are, in words."""
-    step: int
-    """Steps that it was trained for."""
-
-
-def read_teacher(load: str) -> TeacherCheckpoint:
-    """Read the facts of --teacher-load. Every rank reads the same small files, without torch.distributed. Raises UserError."""
-    paths = save_directory.candidates(Path(load), flag_name="--teacher-load")
-    if not paths:
-        missing = "" if Path(load).is_dir() else " (there is no such directory)"
-        missing = " (its first save is not finished)" if any(Path(load).glob("iter_*")) else missing
-        raise UserError(
-            f"--teacher-load {load} holds no checkpoint{missing}; a teacher is what a run of this trainer leaves in its "
-            "--save, one iter_* directory or several; examples/teacher_1p5b.sh trains one"
-        )
-    try:
-        saved, fingerprint = read_state(paths[0]), loading.checkpoint_fingerprint(paths[0])
-    except UserError as error:
-        raise UserError(f"--teacher-load: {error}") from None
-    recorded = saved.reference_losses
-    losses = () if recorded is None else tuple(loss for loss in recorded.losses if loss is not None)
-    if recorded is None or len(losses) < len(recorded.losses):
-        raise UserError(
-            f"--teacher-load {paths[0]} has no record of its own loss to be recognised by (it was not finite, or an earlier "
-            "release saved it); save it again from a run that resumes it"
-        )
-    if saved.vocabulary_size is None or saved.seq_length is None:
-        raise UserError(f"--teacher-load {paths[0] / save_directory.STATE}: its architecture lacks vocabulary or seq_length")
-    return TeacherCheckpoint(
-        directory=paths[0],
-        model=model_of(saved.architecture),
-        vocabulary_size=saved.vocabulary_size,
-        seq_length=saved.seq_length,
-        tokenizer_fingerprint=saved.tokenizer,
-        fingerprint=fingerprint,
-        lengths=recorded.lengths,
-        losses=losses,
-        dtype=recorded.dtype,
-        recorded_by=one_line(recorded.origin),
-        step=saved.run.step,
-    )
-
-
-def model_that_scored(scores: IndexManifest, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
-    """The architecture of the teacher that made these scores, where it is the run's teacher or the checkpoint that the index names; else
-    None. Not collective."""
-    if teacher is None or teacher.fingerprint != scores.teacher:
-        try:
-            teacher = read_teacher(scores.teacher_directory)
-        except (UserError, OSError):
-            return None
-    return teacher.model if teacher.fingerprint == scores.teacher else None
-
-
-def refuse_unfit(
-    teacher: TeacherCheckpoint, salt: SaltConfig, tokenizer_fingerprint: str, vocabulary_size: int, seq_length: int
-) -> None:
-    """Raise UserError where the teacher cannot teach the student, whose tokenizer, vocabulary and length are given. Pure."""
-    where = f"--teacher-load {teacher.directory}"
-    if teacher.vocabulary_size != vocabulary_size:
-        raise UserError(
-            f"{where} has a vocabulary of {teacher.vocabulary_size} ids, the student's tokenizer has {vocabulary_size}"
-        )
-    if teacher.tokenizer_fingerprint != tokenizer_fingerprint:
-        raise UserError(
-            f"{where} was trained with tokenizer {teacher.tokenizer_fingerprint}, this run has {tokenizer_fingerprint}"
-        )
-    if teacher.seq_length < seq_length:
-        raise UserError(
-            f"{where} was trained on --seq-length {teacher.seq_length}, shorter than this run's --seq-length {seq_length}"
-        )
-    if min(teacher.lengths) > seq_length:
-        raise UserError(
-            f"{where} recorded its loss on {min(teacher.lengths)} tokens at least, and --seq-length is {seq_length}"
-        )
-    try:
-        check_shapes(teacher.model, teacher_parallel(salt), seq_length)
-    except UserError as error:
-        message = (
-            str(error)
-            .replace("--tensor-model", "--teacher-tensor-model")
-            .replace("--pipeline-model", "--teacher-pipeline-model")
-        )
-        raise UserError(f"{where}: {message}") from None
-
-
-def teacher_parallel(salt: SaltConfig) -> ParallelConfig:
-    """The teacher's parallel sizes, as the flags of a model that is trained alone."""
-    return ParallelConfig(
-        tensor_model_parallel_size=salt.teacher_tensor_model_parallel_size,
-        pipeline_model_parallel_size=salt.teacher_pipeline_model_parallel_size,
-    )
+    teacher: Teacher
+    fidelity: Fidelity | None
+    """How near a teacher in FP8 is to itself in bfloat16; None for any other."""
+    dropped: DroppedMass | None
+    """What the teacher gives to ids that the student does not share; None where it has no such ids."""
 
 
 def admit(
@@ -176,12 +74,14 @@ def admit(
     timeout: timedelta,
     precision: Precision = TORCH,
     text: Sequence[Microbatch] = (),
+    windows: Sequence[Microbatch] = (),
     look: Look = stay,
-) -> tuple[Teacher, Fidelity | None]:
-    """Build, load and verify the teacher; a teacher in FP8 comes with its fidelity. Collective over all ranks. Raises UserError.
+) -> Admitted:
+    """Build, load and verify the teacher. Collective over all ranks. Raises UserError.
 
-    text: samples by which a teacher in FP8 is compared with itself in bfloat16, the same on every rank. look: called between the phases
-    and between the microbatches of each check. The student's random numbers stay as they are.
+    text: samples by which a teacher in FP8 is compared with itself in bfloat16, the same on every rank. windows: samples on which the
+    probability of ids that are not shared is measured, the same on every rank. look: called between the phases and between the
+    microbatches of each check. The student's random numbers stay as they are.
     """
     student = head.student
     layout = teacher_layout(student.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
@@ -196,24 +96,24 @@ def admit(
     loading.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
     sharded_state.load_model([body], sharded_state.load(state, found.directory, mesh.groups))
     look("loading the teacher")
-    weight = load_output_weight(checkpoint, head, dtype)
+    whole, dropped = head_with_all_ids(head, checkpoint.vocabulary_size), None
     teacher = Teacher(
-        body,
-        weight,
-        mesh,
-        student,
-        block_group,
-        microbatches_per_forward=microbatches_per_forward,
-        temperature=salt.kd_teacher_temperature,
-    )
+        body, load_output_weight(checkpoint, whole, dtype), mesh, student, block_group,
+        microbatches_per_forward=microbatches_per_forward, temperature=salt.kd_teacher_temperature, shared_ids=head.shared_ids,
+    )  # fmt: skip
     with in_bfloat16(body):
-        verify(teacher, checkpoint, head, dtype, look)
+        verify(teacher, checkpoint, whole, dtype, look)
+        if checkpoint.vocabulary_size > head.shared_ids:
+            limit = salt.teacher_max_dropped_mass
+            dropped = refuse_dropped_mass(teacher, limit, windows, whole, head.shared_ids, look)
+    if whole is not head and teacher.weight is not None:
+        teacher.replace_weight(cut_rows(teacher.weight, whole.shard, head.shard, head.shared_ids))
     fidelity = None
     if body.precision.fp8_format is not None:
         fidelity = refuse_unfaithful(teacher, salt.teacher_fp8_max_kl, text, head, look)
         keep_fp8_alone(body)
     look("checking the teacher")
-    return teacher, fidelity
+    return Admitted(teacher, fidelity, dropped)
 
 
 def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtype: torch.dtype, precision: Precision) -> GPT:
@@ -228,23 +128,6 @@ def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtyp
     )  # fmt: skip
     rng.restore(names, before)
     return body
-
-
-def load_output_weight(checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: torch.dtype) -> Tensor | None:
-    """The teacher's output weight [V/tp, h_t], cut like the student's, on ranks of the student's last stage; None elsewhere.
-
-    Rows that only one of the two paddings has are zeros or left out. Collective over all ranks; read once and spread over dp x cp.
-    """
-    student, weight, state = head.student, None, {}
-    if student.is_last_stage:
-        untied = checkpoint.model.untie_embeddings_and_output_weights
-        weight = torch.zeros(head.shard.rows, checkpoint.model.hidden_size, dtype=dtype, device=current_device())
-        state["weight"] = ShardedTensor.from_rank_offsets(
-            "output_layer.weight" if untied else "embedding.word_embeddings.weight", weight, (0, student.at.tp, student.layout.tensor),
-            replica_id=dist.get_rank(student.groups.dp_cp), allow_shape_mismatch=True,
-        )  # fmt: skip
-    loaded = sharded_state.load(state, checkpoint.directory, student.groups)
-    return loaded["weight"] if student.is_last_stage else None
 
 
 def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, dtype: torch.dtype, look: Look = stay) -> None:

@@ -7,6 +7,7 @@ take turns. The last microbatch of a block is filled up by repeating its last sa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_salt.config import SaltConfig
-from megatron_salt.data.batch import Microbatch, make_microbatch
+from megatron_salt.data.batch import Microbatch, first_microbatches, make_microbatch
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import LeftEarly, Look, stay
 from megatron_salt.model.gpt import GPT
@@ -29,9 +30,13 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit
+from megatron_salt.salt.load_teacher import admit
+from megatron_salt.salt.output_weight import WINDOWS
 from megatron_salt.salt.teacher import TeacherHead
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.selection.score_format import IndexManifest, columns, content_hashes, samples_of
+
+log = logging.getLogger(__name__)
 
 Rows = dict[str, np.ndarray]
 """Columns of the score index, by name: one value for each of some samples."""
@@ -152,13 +157,14 @@ def score_block(
     return rows
 
 
-def teacher_flags(layout: Layout) -> SaltConfig:
-    """The flags of a training run whose teacher has this layout."""
+def teacher_flags(layout: Layout, max_dropped_mass: float) -> SaltConfig:
+    """The flags of a training run whose teacher has this layout. max_dropped_mass: --teacher-max-dropped-mass."""
     return SaltConfig(
         teacher_load="",
         kd_steps=1,
         teacher_tensor_model_parallel_size=layout.tensor,
         teacher_pipeline_model_parallel_size=layout.pipeline,
+        teacher_max_dropped_mass=max_dropped_mass,
     )
 
 
@@ -167,6 +173,8 @@ def make_scorer(
     layout: Layout,
     samples: Samples,
     *,
+    flags: SaltConfig,
+    shared_ids: int,
     dtype: str,
     micro_batch_size: int,
     top_k: tuple[int, ...],
@@ -176,28 +184,33 @@ def make_scorer(
 ) -> Scorer:
     """The teacher over all ranks, loaded and verified as in a training run. Collective over all ranks. Raises UserError.
 
-    chunk_mib: memory for logits; None: 256 MiB, on a GPU at least 2,048 tokens. There is no student: the layout that admission asks
-    for is the teacher's own.
+    flags: from `teacher_flags`. shared_ids: ids that mean the same to the teacher and in the data, those from 0 up to it. Scores are over
+    these, as the teacher's distribution is in training. chunk_mib: memory for logits; None: 256 MiB, on a GPU at least 2,048 tokens.
+    There is no student: the layout that admission asks for is the teacher's own.
     """
     mesh = make_student_mesh(layout, timeout=timeout)
     seed_everything(0, mesh)  # megatron-core's layers need generators, though nothing is drawn
-    rows = teacher.model.padded_vocabulary_size(teacher.vocabulary_size) // layout.tensor
-    shard = VocabularyShard(mesh.groups.tp, rows, teacher.vocabulary_size, sequence_parallel=False)
+    rows = -(-teacher.model.padded_vocabulary_size(shared_ids) // layout.tensor)
+    shard = VocabularyShard(mesh.groups.tp, rows, shared_ids, sequence_parallel=False)
     chunk_tokens = forward_chunk_tokens(rows, current_device().type == "cuda", chunk_mib)
-    head = TeacherHead(mesh, replace(shard, sequence_parallel=True), samples.windows[0].seq_length, chunk_tokens)
-    admitted, _ = admit(
+    head = TeacherHead(mesh, replace(shard, sequence_parallel=True), samples.windows[0].seq_length, chunk_tokens, shared_ids)
+    admitted = admit(
         teacher,
-        teacher_flags(layout),
+        flags,
         head,
         dtype=getattr(torch, dtype),
         microbatches_per_forward=1,
         timeout=timeout,
+        windows=first_microbatches(samples, WINDOWS),
         look=look,
     )
+    if admitted.dropped is not None:
+        log.info("%s", admitted.dropped)
+    scoring = admitted.teacher
     return Scorer(
-        admitted.body,
-        admitted.weight,
-        admitted.mesh,
+        scoring.body,
+        scoring.weight,
+        scoring.mesh,
         shard=shard,
         samples=samples,
         micro_batch_size=micro_batch_size,

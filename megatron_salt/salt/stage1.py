@@ -13,10 +13,11 @@ from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.salt.fp8_check import Fidelity
-from megatron_salt.salt.load_teacher import TeacherCheckpoint
+from megatron_salt.salt.output_weight import DroppedMass
 from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Stage1:
     """FLOPs of the teacher for an input token, output layer included; 0 without a teacher."""
     fidelity: Fidelity | None = None
     """Distance of a teacher in FP8 from itself in bfloat16; None for any other teacher, and without one."""
+    dropped: DroppedMass | None = None
+    """What the teacher gives to ids that the student does not share; None where it has no such ids, and without a teacher."""
 
     def contains(self, step: int, progress: RunState) -> bool:
         """Whether a step belongs to stage 1."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,13 @@ class TeacherHead:
     """Tokens of a sample."""
     chunk_tokens: int
     """Tokens whose logits are computed at a time."""
+    shared_ids: int
+    """Ids that mean the same to teacher and student: those from 0 up to it. The teacher gives no probability to others."""
+
+    @property
+    def shared_shard(self) -> VocabularyShard:
+        """`shard` with the shared ids alone."""
+        return replace(self.shard, vocabulary_size=self.shared_ids)
 
     def __post_init__(self) -> None:
         assert self.shard.sequence_parallel
@@ -81,11 +88,18 @@ class Teacher:
         *,
         microbatches_per_forward: int,
         temperature: float,
+        shared_ids: int | None = None,
     ) -> None:
         """body: this rank's stage, without output head. weight: output weight [V/tp, h_t], the student's rows of it, on ranks of the
-        student's last stage; None elsewhere. block_group: the ranks of this rank's student replica, in rank order."""
+        student's last stage; None elsewhere. block_group: the ranks of this rank's student replica, in rank order. shared_ids: see
+        `SoftTarget`."""
         self._parts: _Parts | None = _Parts(body.eval().requires_grad_(False), weight, mesh, block_group)
-        self._student, self._merge, self.temperature = student, microbatches_per_forward, temperature
+        self._student, self._merge, self.temperature, self._shared_ids = (
+            student,
+            microbatches_per_forward,
+            temperature,
+            shared_ids,
+        )
         self._place = dist.get_rank(block_group)
 
     @property
@@ -102,6 +116,11 @@ class Teacher:
     def weight(self) -> Tensor | None:
         """Output weight [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere."""
         return self._held.weight
+
+    def replace_weight(self, weight: Tensor) -> None:
+        """Take another output weight, and give up the one before."""
+        assert self.weight is not None
+        self._parts = replace(self._held, weight=weight.requires_grad_(False))
 
     @property
     def mesh(self) -> Mesh:
@@ -124,7 +143,7 @@ class Teacher:
 
     def _soft_target(self, hidden: Tensor, kd_weight: float) -> SoftTarget:
         assert self.weight is not None, "the teacher's output weight is on the student's last stage"
-        return SoftTarget(hidden, self.weight, self.temperature, kd_weight)
+        return SoftTarget(hidden, self.weight, self.temperature, kd_weight, self._shared_ids)
 
     @torch.no_grad()
     def hidden_states(self, microbatches: Sequence[Microbatch], merge: int) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""Edits the file of a SentencePiece model, a protocol buffer: makes a piece a control piece, which no text gives. Pure.
+"""Edits and writes the file of a SentencePiece model, a protocol buffer: makes a piece a control piece, which no text gives. Pure.
 
 SentencePiece always matches a user-defined piece in a text, may match a normal piece, and never matches a control piece. The rest of the
 file stays as it is, so other texts keep their ids.
@@ -6,11 +6,54 @@ file stays as it is, so other texts keep their ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 _PIECES, _PIECE, _TYPE = 1, 1, 3  # ModelProto.pieces, SentencePiece.piece, SentencePiece.type
 _CONTROL, _USER_DEFINED = 3, 4  # values of SentencePiece.Type
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_BYTE = 6  # a value of SentencePiece.Type
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a SentencePiece model."""
+
+    text: str
+    score: float
+    """Pieces with a higher score are merged first."""
+    kind: int
+    """SentencePiece.Type: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 a byte."""
+
+
+def model_of_pieces(
+    pieces: Sequence[Piece], *, unknown: int, bos: int | None, eos: int | None, add_dummy_prefix: bool,
+    remove_extra_whitespaces: bool,
+) -> bytes:  # fmt: skip
+    """The file of a BPE model without a table of normalisation. Field numbers: sentencepiece_model.proto of SentencePiece."""
+    listed = [
+        _field(_PIECES, _field(_PIECE, piece.text.encode()) + _float(2, piece.score) + _number(_TYPE, piece.kind))
+        for piece in pieces
+    ]
+    byte_fallback = any(piece.kind == _BYTE for piece in pieces)
+    trainer = _number(3, 2) + _number(4, len(pieces)) + _number(35, int(byte_fallback)) + _number(40, unknown)
+    trainer += _number(41, -1 if bos is None else bos) + _number(42, -1 if eos is None else eos) + _number(43, -1)
+    normalizer = _field(1, b"identity") + _number(3, int(add_dummy_prefix)) + _number(4, int(remove_extra_whitespaces))
+    return b"".join(listed) + _field(2, trainer) + _field(3, normalizer + _number(5, 1))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | _BYTES) + _varint(len(content)) + content
+
+
+def _number(number: int, value: int) -> bytes:
+    """A field with an integer; a negative one takes 64 bits."""
+    return _varint(number << 3 | _VARINT) + _varint(value & (1 << 64) - 1)
+
+
+def _float(number: int, value: float) -> bytes:
+    return _varint(number << 3 | _FIXED32) + struct.pack("<f", value)
 
 
 def with_control_piece(model: bytes, piece: int) -> bytes:

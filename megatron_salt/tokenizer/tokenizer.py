@@ -117,12 +117,21 @@ def build_tokenizer(config: TokenizerConfig, matches_special: bool = False) -> T
             )
     contents = {name: _read(flag, given[flag], kind) for flag, name in names.items()}
     origin = ", ".join(f"{flag} {given[flag]}" for flag in names) or f"--tokenizer-type {kind}"
-    library = _OPENERS[kind](contents, origin)
     config_ends = ConfigEnds()
     if kind == "HuggingFaceTokenizer" and (folder := _folder_of(Path(str(config.tokenizer_model)))) is not None:
         config_ends = read_config_ends(folder, "--tokenizer-model")
-    ends = _ends(library, config.eod_token, config_ends, origin)
-    return _tokenizer(kind, contents, library, ends, matches_special)
+    return tokenizer_of_contents(kind, contents, config.eod_token, config_ends, origin, matches_special)
+
+
+def tokenizer_of_contents(
+    kind: str, contents: Mapping[str, bytes], eod_token: str | None, declared: ConfigEnds, origin: str, matches_special: bool = False
+) -> Tokenizer:  # fmt: skip
+    """A tokenizer of `kind` from the contents of its files. declared: the ends that other files declare. origin: for messages.
+
+    UserError when the files are damaged, and when they and `eod_token` leave open which token ends documents.
+    """
+    library = _OPENERS[kind](contents, origin)
+    return _tokenizer(kind, contents, library, _ends(library, eod_token, declared, origin), matches_special)
 
 
 def _folder_of(model: Path) -> Path | None:

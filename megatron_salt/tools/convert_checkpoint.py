@@ -1,7 +1,9 @@
-"""Open models in, trained models out: Hugging Face directories as checkpoints of ours, and back.
+"""Open models in, trained models out: checkpoints of Hugging Face, Megatron-LM and llama.cpp as checkpoints of ours, and back.
 
     python tools/convert_checkpoint.py import SmolLM2-1.7B --to teachers/smollm2
+    python tools/convert_checkpoint.py import --from gguf smollm2.gguf --to teachers/smollm2
     python tools/convert_checkpoint.py export runs/salt exported/salt
+    python tools/convert_checkpoint.py export runs/salt exported/megatron --to megatron
 
 An imported model is an ordinary checkpoint, under any layout: a teacher for --teacher-load, weights for --load --finetune, a model to
 score, evaluate and generate with. One process, on the CPU. Memory is bounded by the largest tensor, not by the model.
@@ -29,14 +31,14 @@ class ImportConfig:
     """Make a checkpoint of a model that another program trained."""
 
     source: tyro.conf.Positional[str]
-    """Directory of the model. hf: config.json, safetensors, and the files of its tokenizer."""
+    """The model. hf: a directory with config.json, safetensors, and the files of its tokenizer. gguf: one .gguf file."""
 
     to: str
     """Directory of checkpoints to make. It must not exist."""
 
-    from_: Annotated[Literal["hf", "megatron"], tyro.conf.arg(name="from")] = "hf"
+    from_: Annotated[Literal["hf", "megatron", "gguf"], tyro.conf.arg(name="from")] = "hf"
     """What the source is. hf: a directory of Hugging Face's transformers. megatron: a torch_dist checkpoint of Megatron-LM or
-    Megatron-Bridge, or a directory of such checkpoints."""
+    Megatron-Bridge, or a directory of such checkpoints. gguf: a file of llama.cpp."""
 
     dtype: Dtype | None = None
     """Dtype of the checkpoint. Default: the source's, which must then be float32 or bfloat16 throughout."""
@@ -80,8 +82,8 @@ class ExportConfig:
     out: tyro.conf.Positional[str]
     """Directory to make. It must not exist."""
 
-    to: Literal["hf"] = "hf"
-    """What to make. hf: a directory of Hugging Face's transformers."""
+    to: Literal["hf", "megatron"] = "hf"
+    """What to make. hf: a directory of Hugging Face's transformers. megatron: a torch_dist checkpoint for Megatron-LM's --load."""
 
     dtype: Dtype = "bfloat16"
     """Dtype of the weights."""
@@ -90,7 +92,7 @@ class ExportConfig:
     """Write the tokenizer's files. Plain bytes have none: --no-tokenizer."""
 
     max_shard_gb: float = 5.0
-    """Largest safetensors file, in GB."""
+    """hf: largest safetensors file, in GB."""
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.max_shard_gb <= 1000:
@@ -131,6 +133,11 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"import": _import, "e
 
 def import_checkpoint(config: ImportConfig) -> None:
     """Write the checkpoint. Raises UserError."""
+    if config.from_ == "gguf":
+        from megatron_salt.convert.gguf.import_file import import_gguf
+
+        import_gguf(Path(config.source), Path(config.to), config.dtype, config.tokenizer(), config.verify)
+        return
     if config.from_ == "megatron":
         from megatron_salt.convert.megatron.import_torch_dist import import_megatron
 
@@ -143,6 +150,11 @@ def import_checkpoint(config: ImportConfig) -> None:
 
 def export_checkpoint(config: ExportConfig) -> None:
     """Write the directory. Raises UserError."""
+    if config.to == "megatron":
+        from megatron_salt.convert.megatron.export_torch_dist import export_megatron
+
+        export_megatron(Path(config.checkpoint), Path(config.out), config.dtype, config.tokenizer)
+        return
     from megatron_salt.convert.hugging_face.export_directory import export_hugging_face
 
     export_hugging_face(

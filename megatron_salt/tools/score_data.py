@@ -40,8 +40,8 @@ from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse
 
 if TYPE_CHECKING:
     from megatron_salt.data.samples import Samples
-    from megatron_salt.salt.load_teacher import TeacherCheckpoint
     from megatron_salt.salt.scorer import Rows, Scorer
+    from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     from megatron_salt.checkpoint.save_directory import TOKENIZER
     from megatron_salt.data.run_tokenizer import tokenizer_of_run
     from megatron_salt.data.samples import open_training_data
-    from megatron_salt.salt.load_teacher import read_teacher, refuse_unfit
     from megatron_salt.salt.scorer import teacher_flags
+    from megatron_salt.salt.shared_vocabulary import describe_vocabularies, refuse_other_ids, shared_ids
+    from megatron_salt.salt.teacher_checkpoint import read_teacher, refuse_unfit
 
     layout = scoring_layout(config, world_size_from_environment())
     teacher = read_teacher(config.teacher_load)
@@ -91,16 +92,18 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
         allow_duplicate_inputs=config.allow_duplicate_inputs,
     )  # fmt: skip
     tokenizer = tokenizer_of_run(config.tokenizer, data, teacher.directory / TOKENIZER)
-    refuse_unfit(teacher, teacher_flags(layout), tokenizer.fingerprint, tokenizer.vocabulary_size, length)
-    if max(config.score_top_k) > tokenizer.vocabulary_size:
-        raise UserError(
-            f"--score-top-k {max(config.score_top_k)} is more than the {tokenizer.vocabulary_size} ids of the tokenizer"
-        )
+    refuse_unfit(teacher, teacher_flags(layout, config.teacher_max_dropped_mass), length)
+    shared = shared_ids(teacher, tokenizer)
+    if max(config.score_top_k) > shared:
+        raise UserError(f"--score-top-k {max(config.score_top_k)} is more than the {shared} ids of the tokenizer")
     samples, _ = open_training_data(data, length, seed=0, vocabulary_size=tokenizer.vocabulary_size, eod=tokenizer.eod)
 
     sample_seed = (SAMPLE_SEED if config.sample_seed is None else config.sample_seed) if config.sample is not None else None
 
-    def manifest() -> IndexManifest:
+    def manifest() -> IndexManifest:  # after the checks that one rank makes for all
+        refuse_other_ids([samples], shared, tokenizer.vocabulary_size)
+        for line in describe_vocabularies(teacher, tokenizer, shared, samples):
+            print(line, flush=True)
         masking = {name: getattr(config, name) for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
         return IndexManifest(
             datasets=samples.dataset_facts(),
@@ -119,7 +122,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
             sample_seed=sample_seed,
         )
 
-    return score_shard(config, layout, teacher, samples, manifest, watch)
+    return score_shard(config, layout, teacher, samples, shared, manifest, watch)
 
 
 def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
@@ -132,18 +135,19 @@ def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
 
 
 def score_shard(
-    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, manifest: Callable[[], IndexManifest],
-    watch: SignalWatch,
+    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, shared: int,
+    manifest: Callable[[], IndexManifest], watch: SignalWatch,
 ) -> int:  # fmt: skip
     """Join torch.distributed and score the missing blocks of the shard. Every rank calls. Raises UserError.
 
-    manifest: makes the index's manifest; only rank 0 calls it. Returns the exit status, as `score_data`.
+    shared: ids that mean the same to the teacher and in the data. manifest: makes the index's manifest; only rank 0 calls it.
+    Returns the exit status, as `score_data`.
     """
     import torch.distributed as dist
 
     from megatron_salt.parallel.collectives import begin_largest, from_rank_0
     from megatron_salt.parallel.launch import distributed
-    from megatron_salt.salt.scorer import make_scorer
+    from megatron_salt.salt.scorer import make_scorer, teacher_flags
 
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     with distributed(timeout, leaving=lambda: reason_alone(watch, config.exit_file), device=config.device):
@@ -175,6 +179,8 @@ def score_shard(
                 teacher,
                 layout,
                 samples,
+                flags=teacher_flags(layout, config.teacher_max_dropped_mass),
+                shared_ids=shared,
                 dtype=facts.dtype,
                 micro_batch_size=config.micro_batch_size,
                 top_k=config.score_top_k,

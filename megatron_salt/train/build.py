@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -31,6 +32,8 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt.fp8_check import SAMPLES
+from megatron_salt.salt.output_weight import WINDOWS
+from megatron_salt.salt.shared_vocabulary import describe_vocabularies
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
 from megatron_salt.tokenizer.id_bytes import bytes_of_ids
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -41,6 +44,8 @@ from megatron_salt.train.inputs import Inputs
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.start import PLAIN, Precisions, rest_of_run
 from megatron_salt.train.state import Run, ValidationSet, in_stage2
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -132,14 +137,18 @@ def in_its_stage(
     # The teacher is evaluated anew: the held-out data, or how much of it is used, may have changed.
     progress = replace(progress, salt=replace(state, teacher_held_out=None))
     vocabulary_size = inputs.tokenizer.vocabulary_size
+    if log.isEnabledFor(logging.INFO):  # on one rank: it encodes text
+        for line in describe_vocabularies(teacher, inputs.tokenizer, inputs.shared_ids, inputs.train):
+            log.info("%s", line)
     flops = forward_flops_per_token(
         teacher.model, config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
     )
-    built, fidelity = build_teacher(
-        config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, precision=precision, text=run.train.first(SAMPLES),
-        look=look,
+    windows = [window for one in run.valid for window in one.batches.first(-(-WINDOWS // len(run.valid)))]
+    admitted = build_teacher(
+        config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, shared_ids=inputs.shared_ids, precision=precision,
+        text=run.train.first(SAMPLES), windows=windows or run.train.first(WINDOWS), look=look,
     )  # fmt: skip
-    return replace(run, stage1=Stage1(built, schedule, flops, fidelity)), progress
+    return replace(run, stage1=Stage1(admitted.teacher, schedule, flops, admitted.fidelity, admitted.dropped)), progress
 
 
 def byte_counts(tokenizer: Tokenizer) -> Tensor:

@@ -19,11 +19,11 @@ from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.cost import Prediction, predict
 from megatron_salt.salt.device_rates import LayerShape, find_rates
-from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.head_cost import HeadShape
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, admit, refuse_trainable
+from megatron_salt.salt.load_teacher import Admitted, admit, refuse_trainable
 from megatron_salt.salt.routing import layout_warnings, plan_exchange, teacher_layout
-from megatron_salt.salt.teacher import Teacher, TeacherHead
+from megatron_salt.salt.teacher import TeacherHead
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.train.build_model import dtype_of
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.step import Student
@@ -86,13 +86,12 @@ def predict_cost(
 
 def build_teacher(
     config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
-    precision: Precision, text: Sequence[Microbatch], look: Look,
-) -> tuple[Teacher, Fidelity | None]:  # fmt: skip
-    """The teacher over the student's ranks, after logging what it will cost; a teacher in FP8 comes with its fidelity.
+    shared_ids: int, precision: Precision, text: Sequence[Microbatch], windows: Sequence[Microbatch], look: Look,
+) -> Admitted:  # fmt: skip
+    """The teacher over the student's ranks, after logging what it will cost. Collective over all ranks. Raises UserError.
 
-    Collective over all ranks. Raises UserError.
-
-    text: samples on which a teacher in FP8 is tried, the same on every rank. look: raises LeftEarly between the phases.
+    shared_ids: see `Inputs`. text: samples on which a teacher in FP8 is tried. windows: samples on which the probability of other ids is
+    measured. Both are the same on every rank. look: raises LeftEarly between the phases.
     """
     salt, mesh, training = config.salt, student.mesh, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
@@ -105,19 +104,20 @@ def build_teacher(
     for line in prediction.lines():
         log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)
-    teacher, fidelity = admit(
+    admitted = admit(
         checkpoint,
         salt,
-        TeacherHead(mesh, shard, training.seq_length, chunk),
+        TeacherHead(mesh, shard, training.seq_length, chunk, shared_ids),
         dtype=dtype,
         microbatches_per_forward=plan.teacher_merge,
         timeout=timeout,
         precision=precision,
         text=text,
+        windows=windows,
         look=look,
     )
     groups = student.optimizer.param_groups
-    refuse_trainable(teacher, (tensor for group in groups for tensor in group["params"]))
+    refuse_trainable(admitted.teacher, (tensor for group in groups for tensor in group["params"]))
     log.info(
         "teacher %s: tp %d, pp %d, %d replicas; a step's hidden states take at most %.4f GiB on a rank, copies included",
         checkpoint.directory,
@@ -126,4 +126,4 @@ def build_teacher(
         layout.data,
         exchange,
     )
-    return teacher, fidelity
+    return admitted

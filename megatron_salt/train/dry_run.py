@@ -21,6 +21,7 @@ from megatron_salt.parallel.hardware import Hardware, refuse_connections
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.salt.shared_vocabulary import describe_vocabularies
 from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
@@ -50,6 +51,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, {held_out or 'none held out'}")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
+        for line in describe_vocabularies(inputs.teacher, inputs.tokenizer, inputs.shared_ids, inputs.train):
+            print(line)
     if hardware.capability is None and config.parallel.device != "cpu":
         print("precision: not checked, there is no GPU here")
         if config.parallel.device == "cuda" and torch.version.cuda is None:

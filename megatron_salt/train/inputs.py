@@ -17,9 +17,10 @@ from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, read_teacher, refuse_unfit
+from megatron_salt.salt.shared_vocabulary import shared_ids
 from megatron_salt.salt.stage1 import resumes_in_stage2
 from megatron_salt.salt.stage_samples import StageSamples
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, read_teacher, refuse_unfit
 from megatron_salt.selection.selection_file import Selection
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
@@ -36,6 +37,8 @@ class Inputs:
     """Held-out data by the name of its set: "valid", or "valid/NAME" for each named set. Empty: there is none."""
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
+    shared_ids: int
+    """Ids that mean the same to teacher and student: those from 0 up to it. Without a teacher all of the tokenizer's."""
     stage_samples: StageSamples | None
     """The samples of both stages; None without --stage1-selection."""
 
@@ -55,11 +58,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     teacher = None
     if config.salt.teacher_load is not None and not _needs_no_teacher(config.checkpoint, config.training.eval_iters > 0):
         teacher = read_teacher(config.salt.teacher_load)
-        refuse_unfit(teacher, config.salt, tokenizer.fingerprint, tokenizer.vocabulary_size, config.training.seq_length)
+        refuse_unfit(teacher, config.salt, config.training.seq_length)
     stage_samples = None
     if config.salt.stage1_selection is not None:
         stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
-    return Inputs(tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, stage_samples=stage_samples)
+    shared = tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer)
+    return Inputs(
+        tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, shared_ids=shared, stage_samples=stage_samples
+    )
 
 
 def _read_some_windows(samples: Samples) -> None:

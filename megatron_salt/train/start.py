@@ -43,8 +43,9 @@ from megatron_salt.model.precision_checks import (
 from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.hardware import GIB, Hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.salt.load_teacher import teacher_parallel
+from megatron_salt.salt.shared_vocabulary import refuse_other_ids
 from megatron_salt.salt.stage1 import decide_salt
+from megatron_salt.salt.teacher_checkpoint import teacher_parallel
 from megatron_salt.selection.selection_file import refuse_other_data
 from megatron_salt.train.build_model import build_scheduler, dtype_of
 from megatron_salt.train.build_teacher import refuse_large_exchange
@@ -117,6 +118,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
     salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
+        refuse_other_ids((inputs.train, *inputs.valid.values()), inputs.shared_ids, inputs.tokenizer.vocabulary_size)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     if checkpoint.save is not None and progress.step < plan.total_steps:
         padded = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)

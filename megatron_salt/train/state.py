@@ -22,10 +22,10 @@ from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.collectives import from_rank_0, largest
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.cost import scoring_flops, scoring_line
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, model_that_scored
 from megatron_salt.salt.stage1 import Stage1, data_of_stage2
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, model_that_scored
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.step import Student
 
@@ -126,6 +126,8 @@ def announce(run: Run, progress: RunState, log: RunLog) -> None:
         return
     if run.stage1 is not None and (fidelity := run.stage1.fidelity) is not None:
         log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
+    if run.stage1 is not None and (dropped := run.stage1.dropped) is not None:
+        log.event(step, str(dropped), {"teacher_vocabulary": asdict(dropped)})
     if run.stage_samples is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)
     drawn = progress.position + (total - step) * run.plan.global_batch_size

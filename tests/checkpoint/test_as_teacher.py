@@ -13,7 +13,7 @@ import pytest
 from megatron_salt.checkpoint import integrity, loading, save_directory
 from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.errors import UserError
-from megatron_salt.salt.load_teacher import read_teacher
+from megatron_salt.salt.teacher_checkpoint import read_teacher
 from tests.support.checkpoint_runs import SHARDED, TINY, Run, flip, job, rewrite
 from tests.support.ranks import RankError, run_ranks
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,13 @@ FORMS = {
 }
 
 
-def write_tokenizer(path: Path) -> None:
-    """tokenizer.json with a token for each byte, and the end of a document."""
+def write_tokenizer(path: Path, more: Sequence[str] = ()) -> None:
+    """tokenizer.json with a token for each byte, the end of a document, and `more`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", *more])
     tokenizer.save(str(path))
 
 
@@ -178,6 +179,9 @@ def write_checkpoint(root: Path, name: str) -> list[float]:
     causal = torch.ones(CONTEXT, CONTEXT).triu(1).bool()[None, None]
     ddp(part.tokens, part.position_ids, causal).float().square().mean().backward()
     ddp.finish_grad_sync()
+    for parameter in gpt.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):  # else the copies of a norm over heads would part
+            dist.all_reduce(parameter.main_grad, group=mesh.groups.tp)
     optimizer.step()
     content = {"dp_cp_group": mesh.groups.dp_cp, "distrib_optim_sharding_type": "dp_reshardable", **form.content}
     model_state = gpt.sharded_state_dict(metadata=content)
@@ -213,3 +217,16 @@ def write_checkpoint(root: Path, name: str) -> list[float]:
         if not form.has_args:
             (directory / "run_config.yaml").write_text(json.dumps({"model": provider_of(form.model), "train": {}}))
     return losses_of(gpt, mesh)
+
+
+def losses_of_export(root: Path, model: ModelConfig, rows: int) -> tuple[list[float], dict[str, Any]]:
+    """In both ranks: what GPTModel computes after megatron-core has loaded an export, and the args that it found."""
+    mesh = make_student_mesh(student_layout(PARALLEL, 2))
+    seed_everything(8, mesh)
+    gpt = gpt_model(model, rows, False, mesh)
+    directory = str(root / (root / "latest_checkpointed_iteration.txt").read_text())
+    state = {"model": gpt.sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp})}
+    loaded = dist_checkpointing.load(state, directory, strict="log_all")
+    gpt.load_state_dict(loaded["model"], strict=False)
+    assert (loaded["checkpoint_version"], loaded["iteration"]) == (3.0, 0)
+    return losses_of(gpt, mesh), vars(loaded["args"])

@@ -34,6 +34,8 @@ class Case:
     mask: str = "weights"
     temperature: float = 1.0
     kd_weight: float = 0.667
+    shared_ids: int | None = None
+    """Ids that the teacher has; None: all of the student's."""
 
     @property
     def tolerance(self) -> float:
@@ -64,7 +66,7 @@ def make_inputs(case: Case) -> Inputs:
         return torch.randn(*shape, generator=generator)
 
     weight, teacher_weight = draw(ROWS, HIDDEN) * 1.5 / HIDDEN**0.5, draw(ROWS, TEACHER_HIDDEN) * 1.5 / TEACHER_HIDDEN**0.5
-    labels = torch.randint(0, case.vocabulary_size, (TOKENS,), generator=generator)
+    labels = torch.randint(0, case.shared_ids or case.vocabulary_size, (TOKENS,), generator=generator)
     uniform = torch.rand(TOKENS, generator=generator)
     mask = {"all": (uniform > -1), "weights": uniform.round(decimals=1) * (uniform > 0.3), "none": (uniform > 1)}[
         case.mask
@@ -80,6 +82,8 @@ def oracle(inputs: Inputs, case: Case) -> Outputs:
     hidden, weight = (tensor.double().requires_grad_() for tensor in (inputs.hidden, inputs.weight[: case.vocabulary_size]))
     logits = (hidden @ weight.t()).flatten(0, 1)
     teacher = (inputs.teacher_hidden.double() @ inputs.teacher_weight[: case.vocabulary_size].double().t()).flatten(0, 1)
+    if case.shared_ids is not None:
+        teacher[:, case.shared_ids :] = -1e6
     log_q, log_p = logits.log_softmax(-1), (teacher / case.temperature).log_softmax(-1)
     label = inputs.labels[:, None]
     ce, teacher_ce = -log_q.gather(1, label)[:, 0], -teacher.log_softmax(-1).gather(1, label)[:, 0]
@@ -111,6 +115,7 @@ def call(case: Case, inputs: Inputs, hidden: Tensor, weight: Tensor, with_teache
             inputs.teacher_weight.chunk(tp)[rank].clone(),
             case.temperature,
             case.kd_weight,
+            case.shared_ids,
         )
         if with_teacher
         else None
@@ -150,8 +155,21 @@ GRID = grid(
 @pytest.mark.parametrize("layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight", GRID)
 def test_loss_metrics_and_gradients_equal_full_logits(layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight):
     """With 30 of 64 ids the last rank (of four the last two) has only padding."""
-    case = Case(*layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight)
+    compare_with_oracle(Case(*layout, dtype, chunk, vocabulary_size, mask, temperature, kd_weight))
+
+
+@pytest.mark.parametrize(
+    "layout, shared_ids, temperature",
+    [((1, False), 45, 0.25), ((2, True), 20, 1.0), ((4, True), 45, 4.0), ((4, False), 16, 0.25)],
+)
+def test_a_teacher_with_fewer_ids_gives_the_others_nothing(layout, shared_ids, temperature):
+    """Where some ranks have none of the teacher's ids, too."""
+    compare_with_oracle(Case(*layout, temperature=temperature, shared_ids=shared_ids))
+
+
+def compare_with_oracle(case: Case) -> None:
     inputs = make_inputs(case)
+    dtype, mask, temperature = case.dtype, case.mask, case.temperature
     exact = oracle(inputs, case)
     results = run_ranks(case.tp, on_a_rank, case, inputs)
     for other in results:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +28,7 @@ PP3 = dict(pipeline_model_parallel_size=3, num_layers=3)
 
 def another_tokenizer(root: Path) -> list[str]:
     rewrite(root / "iter_0000002", tokenizer="sha256:other")
-    return [f"{root}/iter_0000002 was trained with tokenizer sha256:other, this run has "]
-
-
-def more_ids(root: Path) -> list[str]:
-    facts = json.loads((root / "iter_0000002" / "state.json").read_bytes())
-    rewrite(root / "iter_0000002", architecture=facts["architecture"] | {"vocabulary": 300})
-    return [f"{root}/iter_0000002 has a vocabulary of 300 ids", "the student's tokenizer has 257"]
+    return [f"{root}/iter_0000002 was trained with tokenizer sha256:other, and ", "/tokenizer holds "]
 
 
 def no_checkpoint(root: Path) -> list[str]:
@@ -61,7 +54,6 @@ def as_it_was(root: Path) -> list[str]:
     "world_size, spoil, flags, words",
     [
         (1, another_tokenizer, {}, []),
-        (1, more_ids, {}, []),
         (1, no_checkpoint, {}, []),
         (1, no_probe, {}, []),
         (1, no_table, {}, []),

@@ -22,8 +22,9 @@ from megatron_salt.config import ParallelConfig, SaltConfig
 from megatron_salt.errors import UserError
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.salt import load_teacher
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, refuse_trainable, refuse_unfit
+from megatron_salt.salt.load_teacher import refuse_trainable
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, read_teacher, refuse_unfit
 from tests.support.ranks import run_ranks
 from tests.support.small import SEQ_LENGTH, Case, build_student
 from tests.support.teaching import TEACHER, TIED_TEACHER, Lesson, admit, head_of, make_teacher
@@ -87,7 +88,7 @@ def gate(lesson: Lesson, world_size: int, damage: Callable[[Teacher], None], dam
     if student.mesh.rank in damaged_ranks:
         with torch.no_grad():
             damage(teacher)
-    checkpoint = load_teacher.read_teacher(lesson.load)
+    checkpoint = read_teacher(lesson.load)
     try:
         load_teacher.verify(teacher, checkpoint, head_of(student, lesson.case), lesson.case.dtype)
     except UserError as error:
@@ -147,8 +148,6 @@ FITTING = TeacherCheckpoint(
 @pytest.mark.parametrize(
     "change, salt, told",
     [
-        (dict(vocabulary_size=300), {}, ["300", "250"]),
-        (dict(tokenizer_fingerprint="tokenizer:bbbb"), {}, ["tokenizer:aaaa", "tokenizer:bbbb"]),
         (dict(seq_length=16, lengths=(16,)), {}, ["--seq-length 16", "--seq-length 32"]),
         (
             {},
@@ -160,9 +159,7 @@ FITTING = TeacherCheckpoint(
 )
 def test_a_teacher_that_does_not_fit_is_refused_with_both_sides(change: dict, salt: dict, told: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        refuse_unfit(
-            replace(FITTING, **change), SaltConfig(teacher_load="teachers", kd_steps=1, **salt), "tokenizer:aaaa", 250, 32
-        )
+        refuse_unfit(replace(FITTING, **change), SaltConfig(teacher_load="teachers", kd_steps=1, **salt), 32)
     assert all(words in str(caught.value) for words in ["--teacher-load teachers/iter_0000100", *told])
 
 
@@ -170,8 +167,6 @@ def test_one_that_fits_is_not() -> None:
     refuse_unfit(
         FITTING,
         SaltConfig(teacher_load="teachers", kd_steps=1, teacher_tensor_model_parallel_size=2),
-        "tokenizer:aaaa",
-        250,
         32,
     )
 

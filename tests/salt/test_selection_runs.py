@@ -15,7 +15,7 @@ import pytest
 from megatron_salt.data.batch import Batches
 from megatron_salt.metrics.history import read_curve
 from megatron_salt.model.flops import flops_per_token, forward_flops_per_token
-from megatron_salt.salt.load_teacher import read_teacher
+from megatron_salt.salt.teacher_checkpoint import read_teacher
 from tests.salt.test_salt_runs import OVERLAP, PP2, RATIO, STEPS, TEACHER_TP2, TP2, events, taught
 from tests.support.program import (
     DROPOUT,

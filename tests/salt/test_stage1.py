@@ -10,9 +10,9 @@ import pytest
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import ModelConfig, SaltConfig
-from megatron_salt.salt.load_teacher import TeacherCheckpoint
 from megatron_salt.salt.schedule import Schedule
 from megatron_salt.salt.stage1 import Stage1, data_of_stage2, decide_salt, resumes_in_stage2, schedule_of, starts_in_stage2
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 
 FLAGS = SaltConfig(teacher_load="teacher", kd_steps=10, kd_transition="linear", kd_transition_steps=2, kd_stop="crossover")
 SCHEDULE = Schedule.of(FLAGS)

@@ -128,7 +128,7 @@ def begin(directory: Path, world_size: int = 1, **flags: Any) -> list[Process]:
     rendezvous = tempfile.mktemp(prefix="rendezvous-", dir=directory)
     context = multiprocessing.get_context("forkserver")
     processes = [
-        context.Process(target=_alone, args=(argv(**flags), rank, world_size, rendezvous, directory / f"rank-{rank}"))
+        context.Process(target=alone, args=(argv(**flags), rank, world_size, rendezvous, directory / f"rank-{rank}"))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -136,7 +136,8 @@ def begin(directory: Path, world_size: int = 1, **flags: Any) -> list[Process]:
     return processes
 
 
-def _alone(words: list[str], rank: int, world_size: int, rendezvous: str, output: Path) -> None:
+def alone(words: list[str], rank: int, world_size: int, rendezvous: str, output: Path) -> None:
+    """The program as one rank, its output in a file. In a process of its own, which leads a process group."""
     import torch
     import torch.distributed as dist
 

@@ -15,7 +15,7 @@ from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, TokenizerConfig
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.vocab_parallel import VocabularyShard
-from megatron_salt.salt import load_teacher
+from megatron_salt.salt import load_teacher, teacher_checkpoint
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
 from megatron_salt.train.evaluate import reference_losses
@@ -87,22 +87,21 @@ def head_of(student: Student, case: Case) -> TeacherHead:
     """How the student's last stage computes the teacher's head."""
     rows = case.model.padded_vocabulary_size(VOCABULARY) // student.mesh.layout.tensor
     shard = VocabularyShard(student.mesh.groups.tp, rows, VOCABULARY, sequence_parallel=True)
-    return TeacherHead(student.mesh, shard, SEQ_LENGTH, CHUNK_TOKENS)
+    return TeacherHead(student.mesh, shard, SEQ_LENGTH, CHUNK_TOKENS, VOCABULARY)
 
 
 def admit(lesson: Lesson, student: Student) -> Teacher:
     """The lesson's teacher over the student's ranks."""
-    checkpoint = load_teacher.read_teacher(lesson.load)
-    load_teacher.refuse_unfit(checkpoint, lesson.salt, "tokenizer:aaaa", VOCABULARY, SEQ_LENGTH)
-    teacher, _ = load_teacher.admit(
+    checkpoint = teacher_checkpoint.read_teacher(lesson.load)
+    teacher_checkpoint.refuse_unfit(checkpoint, lesson.salt, SEQ_LENGTH)
+    return load_teacher.admit(
         checkpoint,
         lesson.salt,
         head_of(student, lesson.case),
         dtype=lesson.case.dtype,
         microbatches_per_forward=lesson.merge,
         timeout=timedelta(minutes=1),
-    )
-    return teacher
+    ).teacher
 
 
 @dataclass(frozen=True)

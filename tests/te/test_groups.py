@@ -17,7 +17,8 @@ from megatron_salt.model.fp8_teacher import in_bfloat16, linears
 from megatron_salt.model.gpt import GPT
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_teacher_mesh
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, build_body
+from megatron_salt.salt.load_teacher import build_body
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from tests.support.ranks import run_ranks
 from tests.te import engine
 

@@ -26,7 +26,8 @@ from megatron_salt.model.precision_checks import refuse_shapes
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout, student_layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, make_teacher_mesh
-from megatron_salt.salt.load_teacher import TeacherCheckpoint, build_body
+from megatron_salt.salt.load_teacher import build_body
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from tests.te import engine
 
 VOCABULARY, LENGTH = 256_000, 1280

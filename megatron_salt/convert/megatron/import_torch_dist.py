@@ -34,6 +34,8 @@ def import_megatron(source: Path, out: Path, dtype: str | None, tokenizer: Token
     ids = vocabulary.vocabulary_size
     foreign = _model_of(folder, ids)
     weights = MegatronWeights(folder.tensors, ids, str(folder.directory))
+    if weights.layers() != foreign.model.num_layers:
+        raise UserError(f"{folder.directory}: num_layers is {foreign.model.num_layers}, and it holds {weights.layers()} layers")
     _tell_padding(weights, ids, folder)
     for note in foreign.notes:
         print(f"{folder.directory}: {note}")
@@ -53,10 +55,9 @@ def _model_of(folder: MegatronFolder, ids: int) -> ForeignModel:
 
 def _tell_padding(weights: MegatronWeights, ids: int, folder: MegatronFolder) -> None:
     """Print which rows of the vocabulary stay behind. Raises UserError where the model has fewer rows than the tokenizer has ids."""
-    shape = weights.rows()
-    if shape is None:
+    rows = weights.rows()
+    if rows == 0:
         raise UserError(f"{folder.directory}: {EMBEDDING} is missing: it holds no GPTModel")
-    rows = shape[0]
     if rows < ids:
         raise UserError(
             f"{folder.directory}: the model has rows for {rows} ids, and the tokenizer has {ids}; it is another model's tokenizer"

@@ -24,7 +24,16 @@ class Arguments:
             self.__dict__.update(state)
 
 
-class Inert:
+class _Named(type):
+    """Makes a message show the class that a pickle named."""
+
+    name = ""
+
+    def __repr__(cls) -> str:
+        return f"<{cls.name}>"
+
+
+class Inert(metaclass=_Named):
     """Stands for an object of a class that is not built. It takes whatever a pickle does to an object, and keeps none of it."""
 
     name = ""
@@ -58,7 +67,7 @@ class _InertUnpickler(pickle.Unpickler):
             return Arguments
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+        return _Named("Inert", (Inert,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
         return Inert()  # the storage of a tensor

@@ -18,8 +18,8 @@ from megatron_salt.convert.parts import EMBEDDING, OUTPUT, Shape
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 
-_NOT_THE_MODEL = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state|opt_param_scheduler|common_state)\b|_extra_state")
-"""Keys that belong to training, or to Transformer Engine's scales. They are never read."""
+_NOT_THE_MODEL = re.compile(r"^(optimizer|chained_|rng|rerun_|opt_param_scheduler|common_state|fp8\.)|_extra_state")
+"""Keys that belong to training, or to the scales of FP8, in Megatron's checkpoints and in ours. They are never read."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LAYERS = "decoder.layers."
 _NORMS = {
@@ -27,6 +27,8 @@ _NORMS = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_LAYERS = 10_000
+"""No model has more: a damaged table of contents may say so."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class MegatronWeights:
                 raise UserError(
                     f"{where}: {key} is {str(dtype).removeprefix('torch.')}; float32, bfloat16 and float16 are read"
                 )
+            if key.startswith(_LAYERS) and not _LAYER.match(key) and (len(shape) < 2 or shape[0] > _MOST_LAYERS):
+                raise UserError(f"{where}: {key} is {list(shape)}: its first axis is none of layers")
             for name, place in _places(key, shape, dtype):
                 self._add(name, place)
         self._rows = {name: vocabulary_size for name in (EMBEDDING, OUTPUT) if name in self._places}
@@ -69,10 +73,15 @@ class MegatronWeights:
         """All names of the model's tensors."""
         return self._places.keys()
 
-    def rows(self) -> Shape | None:
-        """Rows and columns of the embedding, padding included; None where there is none."""
+    def layers(self) -> int:
+        """Number of the model's layers: one more than the largest number of a layer."""
+        numbers = (_LAYER.match(name) for name in self._places)
+        return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+
+    def rows(self) -> int:
+        """Rows of the embedding, padding included; 0 where there is none."""
         places = self._places.get(EMBEDDING)
-        return None if places is None else places[0].shape
+        return 0 if places is None else places[0].shape[0]
 
     def shape(self, name: str) -> Shape | None:
         """The shape of a tensor, without padding; None where there is none of this name."""
@@ -88,10 +97,14 @@ class MegatronWeights:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows."""
-        if rows is None:
-            return torch.cat([self._read(place, 0, place.shape[0]) for place in self._places[name]])
-        assert len(self._places[name]) == 1, f"{name} is not read by rows"
-        return self._read(self._places[name][0], rows.start, rows.stop)
+        start, parts = 0, []
+        for place in self._places[name]:
+            end = start + place.shape[0]
+            first, last = (start, end) if rows is None else (max(start, rows.start), min(end, rows.stop))
+            if first < last:
+                parts.append(self._read(place, first - start, last - start))
+            start = end
+        return torch.cat(parts) if parts[1:] else parts[0]
 
     def _read(self, place: _Place, start: int, stop: int) -> Tensor:
         offsets, shape = (start, *(0 for _ in place.shape[1:])), (stop - start, *place.shape[1:])
@@ -105,7 +118,7 @@ def _places(key: str, shape: Shape, dtype: torch.dtype) -> list[tuple[str, _Plac
     found = _LAYER.match(key)
     if found is not None:
         return [(_name(int(found[1]), key[found.end() :]), _Place(key, None, shape, dtype))]
-    if key.startswith(_LAYERS) and len(shape) > 1:
+    if key.startswith(_LAYERS):
         suffix = key.removeprefix(_LAYERS)
         return [(_name(layer, suffix), _Place(key, layer, shape[1:], dtype)) for layer in range(shape[0])]
     return [(key, _Place(key, None, shape, dtype))]

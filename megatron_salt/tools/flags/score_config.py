@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.config.checks import at_least
+from megatron_salt.config.checks import at_least, within
 from megatron_salt.config.parallel import Device
 from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
@@ -74,6 +74,10 @@ class ScoreConfig:
     loss_chunk_mib: int | None = None
     """MiB of memory for the float32 logits of one chunk of tokens. Default: 256; on a GPU also at least 2048 tokens."""
 
+    teacher_max_dropped_mass: float = 0.01
+    """Refuse a teacher that gives more than this share of its probability to ids that the data's tokenizer does not share, as in training.
+    Scores are over the ids that both have."""
+
     exit_file: str | None = None
     """Leave when this file appears, as after SIGTERM and SIGUSR1. It is not deleted; a start is refused while it exists."""
 
@@ -104,4 +108,5 @@ class ScoreConfig:
             raise UserError(f"--sample must be above 0 and below 1, got {self.sample}; without it every window is scored")
         if self.sample_seed is not None and (self.sample is None or not is_seed(self.sample_seed)):
             raise UserError(f"--sample-seed {self.sample_seed} needs --sample, and is {SEEDS}")
+        within(self, 0.0, 1.0, "teacher_max_dropped_mass")
         parse_shard(self.shard)

@@ -1,16 +1,20 @@
-"""The file is the one that the library writes, byte for byte, in whatever order and slices the rows come."""
+"""Safetensors files: ours are those that the library writes, byte for byte, in whatever order and slices the rows come. To read them needs
+the library; where it is missing, one line says how to get it."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_salt.convert.hugging_face.safetensors_folder import SafetensorsFolder
 from megatron_salt.convert.hugging_face.safetensors_writer import safetensors_file
+from megatron_salt.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,3 +49,10 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch
         safetensors_file(tmp_path / "weights", {}, torch.float32),
     ):
         pass
+
+
+def test_a_missing_library_is_named_with_the_way_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match=r"needs safetensors, which is not installed: pip install 'megatron-salt\[hf\]'"):
+        SafetensorsFolder(tmp_path)

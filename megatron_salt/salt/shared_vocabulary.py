@@ -1,0 +1,144 @@
+"""Which ids mean the same to teacher and student, and how much their tokenizers differ otherwise.
+
+The same tokenizer is the quick case. Any other one must give the same bytes, or the same role, for every id that both have. The teacher may
+have more ids and more rows than that. The student may have more ids too, if its data does not hold them. How the teacher's tokenizer
+would cut a text into tokens does not matter: the ids of the data are what they are. It is only told. Not collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from megatron_salt.checkpoint import save_directory
+from megatron_salt.data.samples import Samples
+from megatron_salt.errors import UserError
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
+from megatron_salt.tokenizer.id_bytes import bytes_of_ids, meanings_of_ids, same_meaning
+from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+SHOWN = 10
+"""Ids that differ and are named in a message."""
+TEXT_BYTES = 1_000_000
+"""Text of the run's data on which the two tokenizers are compared."""
+_TOKENS_READ = 1 << 22  # of a dataset at a time
+
+
+def shared_ids(teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> int:
+    """The number of ids that mean the same to the teacher and to this tokenizer, the student's: those from 0 up to it.
+
+    Reads the tokenizer in the teacher's checkpoint, unless it is the same one. Raises UserError where ids that both have differ.
+    """
+    if teacher.tokenizer_fingerprint == tokenizer.fingerprint:
+        return min(tokenizer.vocabulary_size, teacher.vocabulary_size)
+    theirs = tokenizer_of(teacher)
+    count = min(tokenizer.vocabulary_size, theirs.vocabulary_size, teacher.vocabulary_size)
+    different = [
+        (i, there, here)
+        for i, (there, here) in enumerate(zip(meanings_of_ids(theirs)[:count], meanings_of_ids(tokenizer)[:count], strict=True))
+        if here is not None and (there is None or not same_meaning(there, here))
+    ]
+    if different:
+        shown = "; ".join(f"{i} is {there or 'nothing'} there and {here} here" for i, there, here in different[:SHOWN])
+        raise UserError(
+            f"--teacher-load {teacher.directory}: {len(different)} of {count} ids mean something else to the teacher than to the student's "
+            f"tokenizer: {shown}{'; ...' if len(different) > SHOWN else ''}; make the data with the teacher's tokenizer"
+        )
+    return count
+
+
+def tokenizer_of(teacher: TeacherCheckpoint) -> Tokenizer:
+    """The tokenizer in the teacher's checkpoint. Raises UserError."""
+    directory = teacher.directory / save_directory.TOKENIZER
+    try:
+        tokenizer = load_tokenizer(directory)
+    except UserError as error:
+        raise UserError(f"--teacher-load: {error}") from None
+    if tokenizer.fingerprint != teacher.tokenizer_fingerprint:
+        raise UserError(
+            f"--teacher-load {teacher.directory} was trained with tokenizer {teacher.tokenizer_fingerprint}, and {directory} holds "
+            f"{tokenizer.fingerprint}"
+        )
+    return tokenizer
+
+
+def refuse_other_ids(splits: Iterable[Samples], shared: int, vocabulary_size: int) -> None:
+    """Raise UserError where the data holds an id that the student has and the teacher has not. Reads all data, unless there is no such id.
+
+    shared: see `shared_ids`. vocabulary_size: of the student's tokenizer.
+    """
+    if shared >= vocabulary_size:
+        return
+    windows = {each.file.prefix: each.file for samples in splits for each in samples.windows}
+    for file in windows.values():
+        for start in range(0, file.num_tokens, _TOKENS_READ):
+            tokens = file.read(np.array([start]), min(_TOKENS_READ, file.num_tokens - start))[0]
+            if (tokens >= shared).any():
+                at = int((tokens >= shared).argmax())
+                raise UserError(
+                    f"{file.flag} {file.prefix}: token {start + at} is id {tokens[at]}, which the teacher does not have: it shares "
+                    f"{shared} of the {vocabulary_size} ids of the student's tokenizer, those below {shared}"
+                )
+
+
+# ---- what is told ------------------------------------------------------------------------------------------------------
+
+
+def describe_vocabularies(teacher: TeacherCheckpoint, tokenizer: Tokenizer, shared: int, samples: Samples) -> tuple[str, ...]:
+    """Lines for the user where the vocabularies are not the same; none where they are. Reads 1 MB of `samples` as text."""
+    lines = []
+    if not teacher.vocabulary_size == tokenizer.vocabulary_size == shared:
+        lines.append(
+            f"teacher: {shared} ids mean the same to it and to the student, whose tokenizer has {tokenizer.vocabulary_size}; its softmax "
+            f"has {teacher.vocabulary_size}, and its distribution is renormalised over those that are shared"
+        )
+    if teacher.tokenizer_fingerprint != tokenizer.fingerprint:
+        theirs = tokenizer_of(teacher)
+        texts = list(texts_of(samples, tokenizer, TEXT_BYTES))
+        differ, tokens = segmentation_difference(tokenizer, theirs, texts)
+        size = sum(len(text.encode()) for text in texts)
+        rate = f"cuts {differ} of {tokens} tokens ({differ / max(tokens, 1):.3%}) differently" if differ else "cuts all alike"
+        lines.append(
+            f"teacher: its tokenizer is another {theirs.kind} than the student's with the same ids; on {size / 1e6:.2f} MB of the data as "
+            f"text it {rate}"
+        )
+    return tuple(lines)
+
+
+def texts_of(samples: Samples, tokenizer: Tokenizer, num_bytes: int) -> Iterator[str]:
+    """Texts of the first samples of the order, cut at ends of documents: about `num_bytes` of UTF-8, or all that there is."""
+    size = 0
+    for position in range(len(samples)):
+        ids = samples.read(np.array([position]))[1][0]
+        for part in np.split(ids, np.flatnonzero(ids == (-1 if tokenizer.eod is None else tokenizer.eod))):
+            text = tokenizer.decode(part.tolist()).strip("\ufffd")
+            if text:
+                size += len(text.encode())
+                yield text
+        if size >= num_bytes:
+            return
+
+
+def segmentation_difference(one: Tokenizer, other: Tokenizer, texts: Sequence[str]) -> tuple[int, int]:
+    """(tokens of `one` that `other` does not put at the same place, all tokens of `one`) for these texts."""
+    differ = tokens = 0
+    lengths = [[len(content) for content in bytes_of_ids(tokenizer)] for tokenizer in (one, other)]
+    for mine, theirs in zip(one.encode_batch(texts), other.encode_batch(texts), strict=True):
+        tokens += len(mine)
+        if mine != theirs:
+            differ += len(_placed(mine, lengths[0]) - _placed(theirs, lengths[1]))
+    return differ, tokens
+
+
+def _placed(ids: list[int], lengths: Sequence[int]) -> set[tuple[int, int, int]]:
+    """(bytes from the token's end to the text's, number among tokens of that place, id) of each token. From the end, because some
+    tokenizers put a space before the text."""
+    after = [0, *accumulate(lengths[i] for i in reversed(ids))]
+    seen: dict[int, int] = {}
+    placed = set()
+    for place, i in zip(after, reversed(ids), strict=False):
+        placed.add((place, seen.get(place, 0), i))
+        seen[place] = seen.get(place, 0) + 1
+    return placed
