@@ -138,21 +138,21 @@ def _pieces(source: Source, part: Part, num_layers: int, dtype: torch.dtype, pre
 
 
 def _load(source: Source, join: Join, names: list[str], dtype: torch.dtype, where: str) -> Tensor:
-    return join([_converted(source.read(name), dtype, name, where) for name in names]).contiguous()
+    return join([converted(source.read(name), dtype, name, where) for name in names]).contiguous()
 
 
 def _load_rows(source: Source, name: str, rows: slice, dtype: torch.dtype, where: str) -> Tensor:
-    return _converted(source.read(name, rows), dtype, name, where)
+    return converted(source.read(name, rows), dtype, name, where)
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
+def converted(tensor: Tensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
     """The tensor in the dtype. Raises UserError where it has numbers that are not finite, or too large for the dtype."""
-    converted = tensor.to(dtype)
-    if not all_finite(converted):
+    rounded = tensor.to(dtype)
+    if not all_finite(rounded):
         kind = str(dtype).removeprefix("torch.")
         what = f"too large for {kind}" if all_finite(tensor) else "that are not finite"
         raise UserError(f"{where}: {name} has numbers {what}")
-    return converted
+    return rounded
 
 
 def all_finite(tensor: Tensor) -> bool:

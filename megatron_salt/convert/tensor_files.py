@@ -118,7 +118,7 @@ class _Pieces(SavePlanner):
             # It is written. torch's writer keeps the last tensor of every key to the end of the file: together as large as a layer.
             self._last.untyped_storage().resize_(0)
         piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        self._last = tensor = piece.load()
+        self._last = tensor = piece.load().clone()  # the source may keep what it gave
         assert tuple(tensor.shape) == piece.shape and tensor.dtype == piece.dtype, (piece, tensor.shape, tensor.dtype)
         self._done(piece)
         return tensor

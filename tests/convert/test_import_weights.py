@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_salt.checkpoint import safe_unpickle
 from megatron_salt.config import ModelConfig
 from megatron_salt.convert import import_weights
 from megatron_salt.convert.foreign_model import ForeignModel
+from megatron_salt.convert.hugging_face.export_directory import _write_weights
 from megatron_salt.convert.import_weights import all_finite, pieces_of
 from megatron_salt.convert.parts import Part, parts_of
 from megatron_salt.convert.tensor_files import Piece, TensorFiles, write_tensors
@@ -81,19 +83,22 @@ def test_small_pieces_make_the_whole_tensors(tmp_path: Path, monkeypatch: pytest
     pieces = pieces_of(source, foreign(architecture, model), torch.float32, "x")
     joined = {part.key for part in parts if part.join is not None}
     assert all(4 * math.prod(piece.shape) <= SMALL for piece in pieces if piece.key not in joined)
-    loaded: list[Tensor] = []
+    cloned: list[Tensor] = []
+    clone = Tensor.clone
 
-    def watched(piece: Piece) -> Piece:
-        def load() -> Tensor:
-            assert all(tensor.untyped_storage().nbytes() == 0 for tensor in loaded), "an earlier piece is still in memory"
-            loaded.append(piece.load().clone())
-            return loaded[-1]
+    def watched(tensor: Tensor) -> Tensor:
+        cloned.append(clone(tensor))
+        return cloned[-1]
 
-        return replace(piece, load=load)
+    def done(piece: Piece) -> None:
+        assert [tensor.untyped_storage().nbytes() > 0 for tensor in cloned].count(True) == 1, (
+            "an earlier piece is still in memory"
+        )
 
-    done: list[Piece] = []
-    write_tensors(tmp_path, [watched(piece) for piece in pieces], done.append)
-    assert len(done) == len(pieces)
+    monkeypatch.setattr(Tensor, "clone", watched)
+    write_tensors(tmp_path, pieces, done)
+    monkeypatch.undo()
+    assert len(cloned) == len(pieces)
     files = TensorFiles(tmp_path, safe_unpickle.read_metadata(tmp_path))
     for part in parts:
         expected, zeros = whole(part, source), tuple(0 for _ in part.shape)
@@ -121,6 +126,18 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused() -> None:
             with pytest.raises(UserError, match=f"x: {name} has numbers (that are )?{words}"):
                 for piece in pieces_of(changed, foreign("GPTNeoXForCausalLM", model), dtype, "x"):
                     piece.load()
+
+
+def test_an_export_refuses_numbers_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
+    parts = list(parts_of("LlamaForCausalLM", LLAMA, IDS, CONTEXT))
+    source = random_source(parts)
+    source.tensors["model.layers.3.mlp.up_proj.weight"][1, 2] = 3.4e38
+    write_tensors(tmp_path, pieces_of(source, foreign("LlamaForCausalLM", LLAMA), torch.float32, "x"), lambda piece: None)
+    files = TensorFiles(tmp_path, safe_unpickle.read_metadata(tmp_path))
+    _write_weights(tmp_path, parts, files, torch.float32, 10**9, "x")
+    assert all(torch.equal(tensor, source.tensors[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
+    with pytest.raises(UserError, match="x: decoder.layers.mlp.linear_fc1.weight has numbers too large for bfloat16"):
+        _write_weights(tmp_path, parts, files, torch.bfloat16, 10**9, "x")
 
 
 def test_all_finite() -> None:

@@ -24,6 +24,7 @@ from megatron_salt.convert.hugging_face.model_card import model_card
 from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX, SINGLE
 from megatron_salt.convert.hugging_face.safetensors_writer import safetensors_file
 from megatron_salt.convert.hugging_face.tokenizer_files import tokenizer_files
+from megatron_salt.convert.import_weights import converted
 from megatron_salt.convert.parts import Part, Shape, parts_of
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
@@ -58,7 +59,7 @@ def export_hugging_face(checkpoint: Path, out: Path, dtype: str, with_tokenizer:
     tensors = TensorFiles(opened.directory, safe_unpickle.read_metadata(opened.directory))
     _refuse_missing(parts, model, tensors, opened.directory)
     with whole_directory("OUT", out) as directory:
-        _write_weights(directory, parts, tensors, getattr(torch, dtype), shard_bytes)
+        _write_weights(directory, parts, tensors, getattr(torch, dtype), shard_bytes, str(opened.directory))
         _write_json(directory / CONFIG, config)
         _write_json(directory / "generation_config.json", _ends(tokenizer) | {"do_sample": True})
         for name, content in files.items():
@@ -87,8 +88,13 @@ def _refuse_missing(parts: Sequence[Part], model: ModelConfig, tensors: TensorFi
             raise UserError(f"{directory}: {part.key} is {there}, and its state.json makes it {list(wanted)}")
 
 
-def _write_weights(directory: Path, parts: Sequence[Part], tensors: TensorFiles, dtype: torch.dtype, shard_bytes: int) -> None:
-    """The safetensors files, and their index where there are several. Memory: one tensor of the checkpoint, see `_rows`."""
+def _write_weights(
+    directory: Path, parts: Sequence[Part], tensors: TensorFiles, dtype: torch.dtype, shard_bytes: int, where: str
+) -> None:
+    """The safetensors files, and their index where there are several. Memory: one tensor of the checkpoint, see `_rows`.
+
+    where: names the checkpoint. Raises UserError where a number is not finite in the dtype.
+    """
     shards = _shards(parts, dtype.itemsize, shard_bytes)
     names = (
         [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -103,7 +109,7 @@ def _write_weights(directory: Path, parts: Sequence[Part], tensors: TensorFiles,
                 wanted = {number: name for _, number, name, _ in group}
                 for number, first, rows in _rows(part, tensors):
                     if number in wanted:
-                        write_rows(wanted[number], first, rows)
+                        write_rows(wanted[number], first, converted(rows, dtype, part.key, where))
                 bar.add(bar.done + len(wanted), [len(wanted)])
         total += sum(dtype.itemsize * torch.Size(shape).numel() for shape in shapes.values())
         places |= dict.fromkeys(shapes, file)

@@ -214,10 +214,10 @@ def _rotary(reader: ConfigReader, percent: float | None) -> dict[str, Any]:
         raise reader.refuse(key, f"it lacks {', '.join(missing)}")
     fields |= {"rope_scaling": kind} | {names[name]: value for name, value in found.items()}
     if kind == "llama3":
-        original = rope["original_max_position_embeddings"]
-        if type(original) is not int or not 1 <= original <= LARGEST:
+        original = found["original_max_position_embeddings"]
+        if original is None or original != round(original) or not 1 <= original <= LARGEST:
             raise reader.refuse(key, f"original_max_position_embeddings is no number from 1 to {LARGEST}")
-        fields["rope_scaling_original_context"] = original
+        fields["rope_scaling_original_context"] = round(original)
     return fields
 
 
