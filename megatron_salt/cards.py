@@ -110,3 +110,13 @@ CARDS = {
 def card_named(device_name: str) -> Card | None:
     """The GPU of that name, as `torch.cuda.get_device_name` gives it; None where the table does not have it."""
     return CARDS.get(device_name.strip())
+
+
+def peak_tflops(device_name: str | None, products: Products, given: float | None) -> float | None:
+    """Peak 10^12 FLOP/s of a device in a format, without sparsity; None where nobody knows it.
+
+    device_name: of a GPU; None: a CPU. given: in place of the table, of bf16 or fp32; FP8 counts as twice."""
+    if given is not None:
+        return given * (2 if products == "fp8" else 1)
+    card = None if device_name is None else card_named(device_name)
+    return None if card is None else card.tflops(products)

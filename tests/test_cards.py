@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_salt.cards import CARDS, FLOPS_ALONE, card_named, reached
+from megatron_salt.cards import CARDS, FLOPS_ALONE, card_named, peak_tflops, reached
 
 
 @pytest.mark.parametrize("name, bf16, fp8, gb_per_s", [
@@ -25,6 +25,13 @@ def test_data_sheets_without_sparsity(name, bf16, fp8, gb_per_s):
 @pytest.mark.parametrize("name", ["NVIDIA H100", "NVIDIA A10G", "NVIDIA A100", "Tesla V100-SXM2-16GB", "nvidia h200", ""])
 def test_a_name_that_is_only_alike_is_not_found(name):
     assert card_named(name) is None
+
+
+def test_the_peak_of_a_device_is_the_given_one_or_the_tables_or_unknown():
+    assert peak_tflops("NVIDIA H200", "bf16", None) == 989.5 and peak_tflops("NVIDIA H200", "fp8", None) == 1979
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp8", None) is None  # it has no FP8
+    assert peak_tflops("a new card", "bf16", None) is None is peak_tflops(None, "fp32", None)
+    assert peak_tflops("NVIDIA H200", "bf16", 900.0) == 900.0 and peak_tflops(None, "fp8", 2.0) == 4.0
 
 
 def test_every_card_is_plausible():

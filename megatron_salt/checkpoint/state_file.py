@@ -93,6 +93,7 @@ class _Data(Struct):
 class _Extra(Struct):
     nonfinite_in_a_row: Count | UnsetType = UNSET
     evaluation_due: bool | UnsetType = UNSET
+    teacher_flops: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
 
 
 class _Architecture(Struct):
@@ -130,6 +131,7 @@ def state_content(state: CheckpointState) -> bytes:
     """The bytes of state.json. Pure."""
     run = state.run
     data = {"position": run.position} | ({} if run.stage2_since is None else {"stage2_since": run.stage2_since})
+    extra: dict[str, Any] = {"nonfinite_in_a_row": run.nonfinite_in_a_row, "evaluation_due": run.evaluation_due}
     content = {
         "format": FORMAT,
         "name": state.name,
@@ -141,7 +143,7 @@ def state_content(state: CheckpointState) -> bytes:
         "consumed_samples": run.consumed_samples,
         "data": data,
         "events": run.events,
-        "extra": {"nonfinite_in_a_row": run.nonfinite_in_a_row, "evaluation_due": run.evaluation_due},
+        "extra": extra | ({"teacher_flops": run.teacher_flops} if run.teacher_flops else {}),
         "salt": None if run.salt is None else asdict(run.salt),
         "architecture": state.architecture,
         "tokenizer": state.tokenizer,
@@ -175,6 +177,7 @@ def parse_state(content: Any) -> CheckpointState:
             consumed_samples=state.consumed_samples,
             position=state.data.position or 0,
             stage2_since=None if state.data.stage2_since is UNSET else state.data.stage2_since,
+            teacher_flops=state.extra.teacher_flops or 0.0,
             nonfinite_in_a_row=state.extra.nonfinite_in_a_row or 0,
             evaluation_due=state.extra.evaluation_due is True,
             events=tuple(state.events),
@@ -220,6 +223,7 @@ def _check_numbers(state: _State, content: Mapping[str, Any]) -> None:
         "probe": [] if state.probe is None else state.probe.losses,
         "architecture": content["architecture"],
         "scheduler": content["scheduler"],
+        "extra": 0.0 if state.extra.teacher_flops is UNSET else state.extra.teacher_flops,
         "salt": {} if state.salt is None else state.salt.schedule,
     }
     for name, value in compared.items():

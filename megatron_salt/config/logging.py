@@ -29,8 +29,8 @@ class LoggingConfig:
 
     device_peak_tflops: float | None = None
     """Peak of the device's matrix products in the run's precision (bf16 or float32, FP8 counts as twice), without sparsity.
-    In 10^12 FLOP/s. What start-up says of the cost of stage 1 needs it.
-    Default: from a table of GPUs; a CPU is measured."""
+    In 10^12 FLOP/s. The model FLOP/s utilization (MFU) in the log and what start-up says of the cost of stage 1 need it.
+    Default: from a table of GPUs. A CPU is measured for the cost, and has no MFU."""
 
     device_peak_gb_per_s: float | None = None
     """Peak of the device's memory, in 10^9 bytes/s. Used and found like --device-peak-tflops."""

@@ -1,39 +1,38 @@
-"""Loss curves of runs as a table, as a chart in characters, and as a picture."""
+"""Curves of runs as tables, as a chart in characters, and as a picture. The page for a browser is in page.py."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_salt.files import whole_file
+from megatron_salt.metrics.arms import Arm
 from megatron_salt.metrics.history import Axis, Curve
 
-MARKS = "*o+x#@"
+MARKS = "*o+x#@" + string.ascii_uppercase + string.digits
+"""Of more runs than these, marks come again."""
+
 WIDTH, HEIGHT = 72, 14
 
 
-def table(curves: Sequence[Curve], unigram: float | None) -> str:
-    """Table with a row for each run, followed by notes.
+RUN_HEADS = (
+    "run", "steps", "tokens", "training loss", "held-out loss", "accuracy", "stage 2 from", "tokens/s", "time", "median step",
+    "peak memory",
+)  # fmt: skip
+
+
+def run_rows(curves: Sequence[Curve]) -> list[list[str]]:
+    """A row of RUN_HEADS for each run.
 
     The training loss is the mean of the last twentieth of the steps. tokens/s and time are wall-clock times of steps, without
     evaluations and saves. On a shared machine the median step time suffers least from other processes.
     """
-    heads = [
-        "run",
-        "steps",
-        "tokens",
-        "training loss",
-        "held-out loss",
-        "accuracy",
-        "stage 2 from",
-        "tokens/s",
-        "time",
-        "median step",
-        "peak memory",
-    ]
     rows = []
     for curve in curves:
         last = curve.losses[-max(1, len(curve.losses) // 20) :]
@@ -53,6 +52,18 @@ def table(curves: Sequence[Curve], unigram: float | None) -> str:
                 f"{curve.peak_gib:.2f} GiB",
             ]
         )
+    return rows
+
+
+def table(curves: Sequence[Curve], unigram: float | None) -> str:
+    """`run_rows` with heads, followed by notes."""
+    notes = [note for curve in curves for note in notes_on(curve)]
+    notes += [] if unigram is None else [f"unigram entropy of held-out tokens: {unigram:.4f}"]
+    return "\n".join([in_columns(RUN_HEADS, run_rows(curves)), *notes])
+
+
+def in_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in characters: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [
         "  ".join(
@@ -61,14 +72,10 @@ def table(curves: Sequence[Curve], unigram: float | None) -> str:
         for row in [heads, *rows]
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(
-        lines
-        + [note for curve in curves for note in _notes(curve)]
-        + ([] if unigram is None else [f"unigram entropy of held-out tokens: {unigram:.4f}"])
-    )
+    return "\n".join(lines)
 
 
-def _notes(curve: Curve) -> list[str]:
+def notes_on(curve: Curve) -> list[str]:
     """Lines about a run that do not fit into the table."""
     notes = []
     if curve.teacher is not None:
@@ -103,12 +110,12 @@ def chart(curves: Sequence[Curve], x: Axis, unigram: float | None) -> str:
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
     if unigram is not None:
         grid[row(unigram)] = ["-"] * WIDTH
-    for mark, column in zip(MARKS, columns, strict=False):
+    for mark, column in zip(itertools.cycle(MARKS), columns, strict=False):
         for position, loss in enumerate(column):
             if math.isfinite(loss):
                 grid[row(loss)][position] = mark
     lines = [f"{high - span * i / (HEIGHT - 1):7.3f} |{''.join(line).rstrip()}" for i, line in enumerate(grid)]
-    legend = [f"{mark} {curve.name}" for mark, curve in zip(MARKS, curves, strict=False)]
+    legend = [f"{mark} {curve.name}" for mark, curve in zip(itertools.cycle(MARKS), curves, strict=False)]
     legend += [] if unigram is None else [f"- unigram entropy {unigram:.3f}"]
     axis = f"{'0'.ljust(WIDTH // 2)}{f'{right:.6g} {x}'.rjust(WIDTH // 2)}"
     return "\n".join([f"training loss: {', '.join(legend)}", *lines, " " * 8 + "+" + "-" * WIDTH, " " * 9 + axis])
@@ -123,8 +130,66 @@ def _columns(curve: Curve, x: Axis, right: float) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) -> None:
-    """Draw training losses (thin: raw, thick: smoothed), held-out losses (marks) and switches to stage 2 (vertical lines).
+Panel = tuple[str, ...]
+"""Names of figures that share one vertical axis."""
+
+X_WORDS: dict[Axis, str] = {
+    "steps": "steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs of student and teacher",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure of an arm as it is drawn."""
+
+    label: str
+    arm: int
+    """Number of the arm, which gives the colour"""
+    at: np.ndarray
+    """float64 [n], position on the horizontal axis"""
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    """float64 [n]; equal to `value` for an arm with one seed"""
+    of_steps: bool
+    """Whether the figure is one of training steps, which is drawn smoothed, and not of evaluations."""
+
+
+def lines_of(arms: Sequence[Arm], panel: Panel, x: Axis) -> list[Line]:
+    """What a panel shows. Figures of steps are means over a twenty-fifth of the steps. UserError where an arm lacks a figure."""
+    lines = []
+    for number, arm in enumerate(arms):
+        for figure in panel:
+            band = arm.band(figure)
+            of_steps = figure not in arm.curves[0].of_evaluations
+            value, low, high = band.mean, band.low, band.high
+            if of_steps:
+                window = max(1, len(value) // 25)
+                value, low, high = (smoothed(one, window) for one in (value, low, high))
+            label = arm.name if len(panel) == 1 else f"{arm.name}, {figure}"
+            lines.append(Line(label, number, arm.when(x, band.steps), value, low, high, of_steps))
+    return lines
+
+
+def switches_of(arms: Sequence[Arm], x: Axis) -> list[tuple[int, str, float]]:
+    """(number of the arm, label, position) of each end of stage 1; of seeds that differ, the first seed's."""
+    return [
+        (number, f"{arm.name}, stage 1 ends (step {switch.step})", float(arm.when(x, np.array([switch.step]))[0]))
+        for number, arm in enumerate(arms)
+        if (switch := arm.curves[0].switch) is not None
+    ]
+
+
+def axis_title(panel: Panel) -> str:
+    """What the vertical axis of a panel shows."""
+    if all(figure.endswith("/loss") for figure in panel):
+        return "loss, nats a token"
+    return ", ".join(dict.fromkeys(figure.replace("_", " ") for figure in panel))
+
+
+def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float | None, output: Path) -> None:
+    """Draw a PNG with one plot for each panel: figures of steps as lines (thin: raw, of a single seed), those of evaluations as marks, the
+    band of several seeds shaded, switches to stage 2 as vertical lines. unigram: drawn where a panel shows losses.
 
     The file appears whole or not at all.
     """
@@ -133,47 +198,32 @@ def draw(curves: Sequence[Curve], x: Axis, unigram: float | None, output: Path) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for number, curve in enumerate(curves):
-        at, colour = curve.axis(x), f"C{number}"
-        axes.plot(at, curve.losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(at, smoothed(curve.losses, max(1, len(at) // 25)), color=colour, label=f"{curve.name}, training")
-        evaluated = [step for step in curve.held_out if step in curve.steps]
-        if evaluated:
-            places = [_when(curve, x, step) for step in evaluated]
-            axes.plot(
-                places,
-                [curve.held_out[step] for step in evaluated],
-                "o--",
-                color=colour,
-                markersize=5,
-                linewidth=1,
-                label=f"{curve.name}, held-out",
-            )
-        if curve.switch is not None:
-            axes.axvline(
-                _when(curve, x, curve.switch.step),
-                color=colour,
-                linestyle="--",
-                linewidth=1,
-                label=f"{curve.name}, stage 1 ends (step {curve.switch.step})",
-            )
-    if unigram is not None:
-        axes.axhline(unigram, color="gray", linestyle=":", label="unigram entropy of held-out tokens")
-    axes.set_xlabel({"steps": "steps", "tokens": "tokens", "seconds": "seconds of training"}[x])
-    axes.set_ylabel("loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, plots = pyplot.subplots(len(panels), figsize=(8, 5 * len(panels)), layout="constrained", squeeze=False)
+    for axes, panel in zip(plots[:, 0], panels, strict=True):
+        for line in lines_of(arms, panel, x):
+            colour = f"C{line.arm}"
+            axes.plot(line.at, line.value, "-" if line.of_steps else "o--", color=colour, markersize=5, label=line.label)
+            if not np.array_equal(line.low, line.high):
+                axes.fill_between(line.at, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+        for number, arm in enumerate(arms):
+            for name in panel:
+                if len(arm.curves) == 1 and name in arm.curves[0].of_steps:
+                    axes.plot(
+                        arm.curves[0].axis(x), arm.curves[0].of_steps[name], color=f"C{number}", alpha=0.25, linewidth=0.8
+                    )
+        for number, label, at in switches_of(arms, x):
+            axes.axvline(at, color=f"C{number}", linestyle="--", linewidth=1, label=label)
+        if unigram is not None and axis_title(panel).startswith("loss"):
+            axes.axhline(unigram, color="gray", linestyle=":", label="unigram entropy of held-out tokens")
+        axes.set_xlabel(X_WORDS[x])
+        axes.set_ylabel(axis_title(panel))
+        axes.grid(alpha=0.3)
+        axes.legend()
     try:
         with whole_file(output) as tmp:
             figure.savefig(tmp, format="png", dpi=120)
     finally:
         pyplot.close(figure)
-
-
-def _when(curve: Curve, x: Axis, step: int) -> float:
-    """Position of a step on the horizontal axis."""
-    return float(curve.axis(x)[min(int(np.searchsorted(curve.steps, step)), len(curve.steps) - 1)])
 
 
 def smoothed(losses: np.ndarray, window: int) -> np.ndarray:

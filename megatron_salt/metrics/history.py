@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_salt.errors import UserError
+from megatron_salt.errors import UserError, did_you_mean
 from megatron_salt.small_files import parse_json, read_small
 
-Axis = Literal["steps", "tokens", "seconds"]
+Axis = Literal["steps", "tokens", "seconds", "flops"]
 _LARGEST_LOG = 4 << 30
 
 
@@ -43,12 +43,14 @@ class Curve:
     """int64 [n], read since the log began"""
     seconds: np.ndarray
     """float64 [n], sum of the step times since the log began; evaluations and saves do not count"""
-    held_out: dict[int, float]
-    """{step: held-out loss}"""
-    accuracy: float | None
-    """Share of held-out tokens that the model predicts, in the last evaluation"""
+    flops: np.ndarray | None
+    """float64 [n], of student and teacher since the run began; None: an earlier release wrote the log"""
+    of_steps: dict[str, np.ndarray]
+    """{"train/loss" and so on: float64 [n]}; nan where a step lacks the number"""
+    of_evaluations: dict[str, dict[int, float]]
+    """{"valid/loss", "valid/NAME/bits_per_byte" and so on: {step: value}}, in the order of the log"""
     teacher: tuple[float, float] | None
-    """Held-out loss and accuracy of the teacher"""
+    """Held-out loss and accuracy of the teacher, on the set of `held_out`"""
     switch: Switch | None
     """None: no stage 1, or it lasts to the end"""
     peak_gib: float
@@ -57,13 +59,47 @@ class Curve:
     """Lines that are not JSON: a crash cuts off at most the last one."""
 
     @property
+    def held_out(self) -> dict[int, float]:
+        """{step: held-out loss}; of several sets, on the first one."""
+        return next((values for name, values in self.of_evaluations.items() if name.endswith("/loss")), {})
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of held-out tokens that the model predicts, in the last evaluation; of several sets, on the first one."""
+        found = next((values for name, values in self.of_evaluations.items() if name.endswith("/accuracy")), {})
+        return found[max(found)] if found else None
+
+    @property
     def final(self) -> float | None:
         """The last held-out loss; None where there is none."""
         return self.held_out[max(self.held_out)] if self.held_out else None
 
     def axis(self, x: Axis) -> np.ndarray:
-        """Position of each step on the chosen axis: [n]."""
-        return {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}[x]
+        """Position of each step on the chosen axis: [n]. UserError where the log does not tell FLOPs."""
+        if x == "flops" and self.flops is None:
+            raise UserError(f"--x flops: the log of {self.name} does not tell FLOPs; an earlier release wrote it")
+        positions = {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds, "flops": self.flops}[x]
+        assert positions is not None
+        return positions
+
+    def when(self, x: Axis, steps: np.ndarray) -> np.ndarray:
+        """Position on the chosen axis after so many steps: int [m] -> float64 [m]; 0 before the first step."""
+        return np.concatenate([[0.0], self.axis(x)])[np.searchsorted(self.steps, steps, side="right")]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all figures: those of evaluations first."""
+        return [*self.of_evaluations, *self.of_steps]
+
+    def figure(self, name: str) -> dict[int, float]:
+        """{step: value} of a figure, ascending. UserError, with the names that there are, where the log lacks it."""
+        if name in self.of_evaluations:
+            return dict(sorted(self.of_evaluations[name].items()))
+        if name in self.of_steps:
+            return dict(zip(self.steps.tolist(), self.of_steps[name].tolist(), strict=True))
+        raise UserError(
+            f"--y {name} is not in the log of {self.name}{did_you_mean(name, self.names)}; it has {', '.join(self.names)}"
+        )
 
 
 def read_curve(name: str, path: Path) -> Curve:
@@ -72,20 +108,21 @@ def read_curve(name: str, path: Path) -> Curve:
     steps = {entry["step"]: entry for entry in entries if entry["kind"] == "step"}  # the later of two entries
     if not steps:
         raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
-    evaluations = {entry["step"]: entry for entry in entries if entry["kind"] == "eval"}
+    evaluations = [entry for entry in entries if entry["kind"] == "eval"]
     switches = [entry for entry in entries if entry["kind"] == "event" and entry.get("stage") == 2]
     try:
         rows = [steps[step] for step in sorted(steps)]
-        last = evaluations[max(evaluations)] if evaluations else {}
-        taught = next((entry for entry in reversed(evaluations.values()) if "teacher_loss" in entry), None)
+        first_set = next((entry.get("name") for entry in evaluations if "loss" in entry), None)
+        taught = next((one for one in reversed(evaluations) if one.get("name") == first_set and "teacher_loss" in one), None)
         return Curve(
             name=name,
             steps=np.array([row["step"] for row in rows], np.int64),
             losses=np.array([_loss(row) for row in rows], np.float64),
             tokens=np.cumsum(np.array([int(row["tokens"]) for row in rows], np.int64)),
             seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
-            held_out={step: float(entry["loss"]) for step, entry in evaluations.items() if entry["loss"] is not None},
-            accuracy=None if last.get("accuracy") is None else float(last["accuracy"]),
+            flops=_flops(rows),
+            of_steps=_of_steps(rows),
+            of_evaluations=_of_evaluations(evaluations),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
             switch=_switch(switches[-1]) if switches else None,
             peak_gib=max(float(row["memory_gib"]) for row in rows),
@@ -93,6 +130,39 @@ def read_curve(name: str, path: Path) -> Curve:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"--run {name}={path} is not the log of a run: an entry lacks or garbles {error}") from error
+
+
+_NO_FIGURES = ("kind", "time", "step", "name", "nonfinite")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _of_steps(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """{"train/KEY": [n]} of every number of a step."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if key not in _NO_FIGURES and _is_number(value))
+    found = {
+        f"train/{key}": np.array([row[key] if _is_number(row.get(key)) else np.nan for row in rows], np.float64) for key in keys
+    }
+    return found | {"train/loss": np.array([_loss(row) for row in rows], np.float64)}
+
+
+def _of_evaluations(entries: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """{"NAME/KEY": {step: value}} of every number of an evaluation; of two entries of one step the later counts."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in entries:
+        for key, value in entry.items():
+            if key not in _NO_FIGURES and _is_number(value):
+                found.setdefault(f"{entry.get('name')}/{key}", {})[entry["step"]] = float(value)
+    return found
+
+
+def _flops(rows: list[dict[str, Any]]) -> np.ndarray | None:
+    """FLOPs of student and teacher up to each step; None where a row does not tell them."""
+    if not all("student_flops" in row for row in rows):
+        return None
+    return np.array([row["student_flops"] + row["teacher_flops"] for row in rows], np.float64)
 
 
 def _loss(row: dict[str, Any]) -> float:

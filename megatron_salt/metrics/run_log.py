@@ -23,9 +23,13 @@ from megatron_salt.metrics.run_sinks import open_sinks, require_packages
 
 STEP_KEYS = (
     "kind", "time", "step", "consumed_samples", "loss", "lr", "grad_norm", "nonfinite", "tokens", "seconds", "tokens_per_second",
-    "tflops_per_rank", "memory_gib", "phases",
+    "tflops_per_rank", "student_flops", "teacher_flops", "memory_gib", "phases",
 )  # fmt: skip
-"""Keys of every step's entry. Metrics in `extra` stand beside them and must not repeat one."""
+"""Keys of every step's entry. Metrics in `extra` stand beside them and must not repeat one. tflops_per_rank: of student and teacher.
+student_flops, teacher_flops: in all steps of the run, this one included, over all ranks; without evaluations and scoring."""
+
+MFU = "mfu"
+"""Model FLOP/s utilization of the student: its FLOP/s / the device's peak in the run's precision. Absent where no peak is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,11 @@ class StepRecord:
     seconds: float
     """Wall time of the step: data, forward, backward, optimizer; without evaluations and saves."""
 
+    step_teacher_flops: float = 0.0
+    """FLOPs of the teacher in this step, over all ranks; 0 in a step without a teacher."""
+
     teacher_flops: float = 0.0
-    """FLOPs of the teacher for an input token; 0 in a step without a teacher."""
+    """FLOPs of the teacher in all steps, this one included."""
 
     nonfinite: Tensor | bool = False
     """Whether the step was skipped because its gradient norm was not finite."""
@@ -76,13 +83,16 @@ class RunLog:
         start_step: int,
         total_steps: int,
         flops_per_token: float,
+        seq_length: int,
         world_size: int,
+        peak_tflops: float | None = None,
         config: Mapping[str, Any],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open the sinks where `active`. Every rank calls, so that all refuse a missing package (UserError).
 
         start_step: the step resumed at, 0 for a fresh run; later entries of an interrupted run are dropped.
+        flops_per_token: of the student. peak_tflops: of one rank's device, dense, in the run's precision; None: unknown, so no MFU.
         save: --save, the directory of files that `logging` does not place. config: the whole configuration, for Weights & Biases.
         """
         require_packages(logging)
@@ -90,7 +100,9 @@ class RunLog:
         self._interval = logging.log_interval
         self._total_steps = total_steps
         self._flops_per_token = flops_per_token
+        self._seq_length = seq_length
         self._world_size = world_size
+        self._peak_tflops = peak_tflops
         self._clock = clock
         self._first: tuple[int, float] | None = None  # step and time of the first record, for the ETA
         self._unread: list[StepRecord] = []
@@ -194,11 +206,15 @@ class RunLog:
                 "tokens": record.tokens,
                 "seconds": record.seconds,
                 "tokens_per_second": rate,
-                "tflops_per_rank": self._tflops_per_rank(rate, record.teacher_flops),
+                "tflops_per_rank": self._tflops_per_rank(rate, record.step_teacher_flops / record.tokens),
+                "student_flops": self._flops_per_token * self._seq_length * record.consumed_samples,
+                "teacher_flops": record.teacher_flops,
                 "memory_gib": memory,
                 "phases": dict(record.phases()),
             }
             assert not record.extra.keys() & entry.keys(), f"extra metrics repeat {sorted(record.extra.keys() & entry.keys())}"
+            if self._peak_tflops is not None:
+                entry[MFU] = self._tflops_per_rank(rate, 0.0) / self._peak_tflops
             entry |= dict(zip(record.extra, extra, strict=True))
             self._num_nonfinite += entry["nonfinite"]
             self._since_line.append(entry)
@@ -219,18 +235,20 @@ class RunLog:
         seconds = sum(entry["seconds"] for entry in entries)
         rate = sum(entry["tokens"] for entry in entries) / max(seconds, 1e-9)
         tflops = sum(entry["tflops_per_rank"] * entry["seconds"] for entry in entries) / max(seconds, 1e-9)
+        taught = any(entry["tflops_per_rank"] > self._tflops_per_rank(entry["tokens_per_second"], 0.0) for entry in entries)
         parts = [
             f"step {last['step']}/{self._total_steps}",
             f"loss {mean('loss'):.4f}",
             f"lr {last['lr']:.3e}",
             f"grad norm {mean('grad_norm'):.3f}",
             f"{rate:.0f} tokens/s",
-            f"{tflops:.3g} TFLOP/s a rank",
+            *([] if self._peak_tflops is None else [f"MFU {self._tflops_per_rank(rate, 0.0) / self._peak_tflops:.1%}"]),
+            f"{tflops:.3g} TFLOP/s a rank{' with the teacher' if taught else ''}",
             f"{last['memory_gib']:.2f} GiB",
             f"{last['consumed_samples']} samples",
             f"{_clock_time(self._seconds_left(last))} left",
         ]
-        parts += [f"{name} {mean(name):.4g}" for name in last if name not in STEP_KEYS]
+        parts += [f"{name} {mean(name):.4g}" for name in last if name not in (*STEP_KEYS, MFU)]
         parts += [f"{self._num_nonfinite} non-finite"] if self._num_nonfinite else []
         return " | ".join(parts)
 

@@ -14,6 +14,12 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_name() -> str | None:
+    """Name of the GPU of this process; None on a CPU."""
+    device = current_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a CPU tensor to `current_device()`.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, reached
+from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, peak_tflops, reached
 from megatron_salt.config import LoggingConfig, flag
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
@@ -72,13 +72,7 @@ def rates_of_gpu(name: str, flags: LoggingConfig, student: Products, teacher: Pr
     card = card_named(name)
     own: Products = "bf16" if itemsize == 2 else "fp32"
     gb_per_s = flags.device_peak_gb_per_s or (None if card is None else card.gb_per_s)
-
-    def peak(products: Products) -> float | None:
-        if flags.device_peak_tflops is not None:
-            return flags.device_peak_tflops * (2 if products == "fp8" else 1)
-        return None if card is None else card.tflops(products)
-
-    tflops = {products: peak(products) for products in (own, student, teacher)}
+    tflops = {products: peak_tflops(name, products, flags.device_peak_tflops) for products in (own, student, teacher)}
     missing = [
         text
         for text, known in (("--device-peak-tflops", all(tflops.values())), ("--device-peak-gb-per-s", gb_per_s))

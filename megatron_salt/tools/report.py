@@ -1,7 +1,10 @@
-"""Compare runs by their JSONL logs: a table and a loss curve on the terminal, and a picture.
+"""Compare runs by their JSONL logs: tables and a loss curve on the terminal, a picture, and a page for a browser.
 
-    python tools/report.py --run plain=runs/a/train.jsonl salt=runs/b/train.jsonl --output loss.png \\
-        --unigram-of data/held_out_text_document
+    python tools/report.py --run plain=runs/a/train.jsonl plain=runs/b/train.jsonl salt=runs/c/train.jsonl \\
+        --x flops --y valid/prose/bits_per_byte --output loss.png --html runs.html
+
+Runs of one name are the seeds of one arm: their mean is drawn, with a band from the lowest to the highest. For every pair of arms it says
+when one passed the other's final figure.
 
 The unigram entropy of the held-out tokens is the loss of the best model that knows token frequencies but no context. A language model
 must get below it. For a run with a teacher, the training loss shown is the cross entropy with the data, which can be compared between
@@ -21,8 +24,11 @@ from megatron_salt.cli import run_tool
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
-from megatron_salt.metrics.figures import MARKS, chart, draw, table
+from megatron_salt.metrics.arms import Arm, arms_of, finals, passings
+from megatron_salt.metrics.figures import Panel, chart, draw, in_columns, table
 from megatron_salt.metrics.history import Axis, Curve, read_curve
+from megatron_salt.metrics.page import write_page
+from megatron_salt.metrics.sinks import require_package
 
 BLOCK = 1 << 22
 
@@ -32,16 +38,24 @@ class ReportConfig:
     """Compare runs by their logs."""
 
     run: tuple[str, ...]
-    """NAME=FILE, one or several: a name for the run and its JSONL log (SAVE/train.jsonl). For FILE alone the directory is the name."""
+    """NAME=FILE, one or several: a name for the run and its JSONL log (SAVE/train.jsonl). For FILE alone the directory is the name.
+    Runs with the same NAME are seeds of one arm: their mean is shown, and the band from the lowest to the highest."""
 
     output: str | None = None
     """PNG file to write. Default: none."""
 
+    html: str | None = None
+    """HTML page to write, which needs no network. Needs the plotly package. Default: none."""
+
     overwrite: bool = False
-    """Replace an existing picture."""
+    """Replace an existing picture or page."""
 
     x: Axis = "steps"
-    """Horizontal axis: steps, tokens read, or seconds of training."""
+    """Horizontal axis: steps, tokens read, seconds of training, or FLOPs of student and teacher."""
+
+    y: tuple[str, ...] = ()
+    """Figures to show, such as valid/prose/bits_per_byte or train/grad_norm; each has a plot of its own.
+    The first one decides who has passed whom. Default: the training loss and all held-out losses in one plot."""
 
     unigram_of: str | None = None
     """Prefix of a dataset (.bin/.idx), usually the held-out one. Its unigram entropy is printed, and drawn as a line."""
@@ -58,8 +72,6 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise UserError("--run names no run; give NAME=FILE")
-        if len(self.run) > len(MARKS):
-            raise UserError(f"--run takes up to {len(MARKS)} runs, got {len(self.run)}")
         if self.below_unigram is not None and self.unigram_of is None:
             raise UserError(f"--below-unigram {self.below_unigram} needs --unigram-of")
         if self.below_unigram is not None and not 0 < self.below_unigram < math.inf:
@@ -76,49 +88,90 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: ReportConfig) -> int:
-    """Print the comparison and draw the picture. Returns the exit status: 1 if a required comparison fails. Raises UserError."""
-    if config.output is not None:
-        refuse_present("--output", config.output, [Path(config.output)], config.overwrite)
+    """Print the comparison, draw the picture, write the page. Returns the exit status: 1 if a required comparison fails.
+
+    Raises UserError."""
+    files = [(flag, Path(path)) for flag, path in (("--output", config.output), ("--html", config.html)) if path is not None]
+    for flag, path in files:
+        refuse_present(flag, str(path), [path], config.overwrite)
+    if config.html is not None:
+        require_package("plotly", "--html")
     runs = named_runs(config.run)
-    pairs = named_pairs(config.below, [name for name, _ in runs])
-    curves = [read_curve(name, path) for name, path in runs]
+    pairs = named_pairs(config.below, list(dict.fromkeys(name for name, _ in runs)))
+    arms = arms_of([(name, read_curve(name, path)) for name, path in runs])
+    curves = [curve for arm in arms for curve in arm.curves]
     unigram = None if config.unigram_of is None else unigram_entropy(config.unigram_of)
+    panels = panels_of(arms, config.y)
     print(chart(curves, config.x, unigram))
     print()
     print(table(curves, unigram))
-    if config.output is not None:
-        write_picture(config.output, config.overwrite, lambda output: draw(curves, config.x, unigram, output))
-        print(f"\nwrote {config.output}")
+    compared = compared_figure(arms, config.y)
+    passed = [] if compared is None else passings(arms, compared)
+    if config.y or len(arms) < len(curves):
+        figures = list(config.y) or ([] if compared is None else [compared])
+        print(f"\n{in_columns(('arm', 'seeds', *figures), finals(arms, figures))}")
+    for one in passed:
+        print(one)
+    for flag, path in files:
+        if flag == "--output":
+            write_new(flag, path, config.overwrite, lambda output: draw(arms, panels, config.x, unigram, output))
+        else:
+            write_new(flag, path, config.overwrite, lambda output: write_page(arms, panels, passed, config.x, unigram, output))
+        print(f"\nwrote {path}")
     good = True
     if config.below_unigram is not None:
         assert unigram is not None
         good = require_below_unigram(curves, config.below_unigram, unigram)
-    by_name = {curve.name: curve for curve in curves}
+    by_name = {arm.name: arm for arm in arms}
     for name, other in pairs:
         good &= require_below(by_name[name], by_name[other], config.below_margin)
     return 0 if good else 1
 
 
-def write_picture(output: str, overwrite: bool, draw_to: Callable[[Path], None]) -> None:
-    """Draw the picture while no other process writes it. Raises UserError."""
+def panels_of(arms: Sequence[Arm], y: Sequence[str]) -> list[Panel]:
+    """The plots: one for each figure of --y; without it, one for the training loss and the held-out losses that all arms have."""
+    if y:
+        return [(figure,) for figure in y]
+    shared = [name for name in arms[0].curves[0].of_evaluations if _all_have(arms, name)]
+    return [("train/loss", *(name for name in shared if name.endswith("/loss")))]
+
+
+def compared_figure(arms: Sequence[Arm], y: Sequence[str]) -> str | None:
+    """The figure by which arms are compared: the first of --y, else the first held-out loss; None where one of them has none."""
+    if y:
+        return y[0]
+    return next((name for name in panels_of(arms, ())[0] if name != "train/loss"), None)
+
+
+def _all_have(arms: Sequence[Arm], figure: str) -> bool:
+    return all(figure in curve.of_evaluations for arm in arms for curve in arm.curves)
+
+
+def write_new(flag: str, output: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
+    """Write a file while no other process writes it. Raises UserError."""
     try:
-        with sole_writer("--output", output):
-            refuse_present("--output", output, [Path(output)], overwrite)
-            draw_to(Path(output))
+        with sole_writer(flag, str(output)):
+            refuse_present(flag, str(output), [output], overwrite)
+            write(output)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+        raise UserError(f"{flag} {output} cannot be written: {error.strerror}") from error
 
 
 def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
-    """Split NAME=FILE words. Raises UserError if two runs have the same name."""
-    runs = []
+    """Split NAME=FILE words. Raises UserError where a file is named twice, or where two directories give the same name."""
+    runs, given = [], []
     for word in words:
         name, equals, file = word.rpartition("=")
         path = Path(file)
         runs.append((name if equals else path.resolve().parent.name, path))
+        given.append(bool(equals))
     names = [name for name, _ in runs]
-    if "" in names or len(set(names)) < len(names):
-        raise UserError(f"--run needs a different name for each run, got {', '.join(map(repr, names))}; write NAME=FILE")
+    if "" in names or any(names.count(name) > 1 for name, named in zip(names, given, strict=True) if not named):
+        raise UserError(f"--run needs a name for each run, got {', '.join(map(repr, names))}; write NAME=FILE")
+    files = [path.resolve() for _, path in runs]
+    for (_, path), resolved in zip(runs, files, strict=True):
+        if files.count(resolved) > 1:
+            raise UserError(f"--run names {path} twice; each run has a log of its own")
     return runs
 
 
@@ -156,18 +209,30 @@ def require_below_unigram(curves: Sequence[Curve], share: float, unigram: float)
     return all(verdicts)
 
 
-def require_below(curve: Curve, other: Curve, margin: float) -> bool:
-    """Print whether the last held-out loss of `curve` is below that of `other` plus `margin`, and when it passed it. Returns whether."""
-    if curve.final is None or other.final is None:
-        print(f"FAILED: {curve.name if curve.final is None else other.name} has no held-out loss (--eval-iters)")
+def require_below(arm: Arm, other: Arm, margin: float) -> bool:
+    """Print whether the last held-out loss of `arm` is below that of `other` plus `margin`, and when it passed it. Returns whether.
+
+    Of an arm with several seeds the mean counts."""
+    names = {
+        next((name for name in curve.of_evaluations if name.endswith("/loss")), None) for curve in (*arm.curves, *other.curves)
+    }
+    figure = next(iter(names)) if len(names) == 1 else None
+    if figure is None:
+        missing = next((one for one in (arm, other) if any(curve.final is None for curve in one.curves)), None)
+        if missing is None:
+            print(f"FAILED: {arm.name} and {other.name} have no held-out set in common")
+        else:
+            print(f"FAILED: {missing.name} has no held-out loss (--eval-iters)")
         return False
-    good = curve.final < other.final + margin
+    own, others = arm.band(figure), other.band(figure)
+    final, target = float(own.mean[-1]), float(others.mean[-1])
+    good = final < target + margin
     allowed = f" ({margin:g} above it is allowed)" if margin else ""
     print(
-        f"{'ok' if good else 'FAILED'}: held-out loss of {curve.name} is {curve.final:.4f}, {abs(other.final - curve.final):.4f} "
-        f"{'below' if curve.final < other.final else 'not below'} {other.name}'s {other.final:.4f}{allowed}",
+        f"{'ok' if good else 'FAILED'}: held-out loss of {arm.name} is {final:.4f}, {abs(target - final):.4f} "
+        f"{'below' if final < target else 'not below'} {other.name}'s {target:.4f}{allowed}",
         end="",
     )
-    passed = min((step for step, loss in curve.held_out.items() if loss < other.final), default=None)
-    print(f", which it passed by step {passed} of {curve.steps[-1]}" if passed is not None else "")
+    passed = own.steps[own.mean < target]
+    print(f", which it passed by step {passed[0]} of {arm.last_common_step()}" if len(passed) else "")
     return good

@@ -64,6 +64,7 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
+            teacher_flops=progress.teacher_flops + teacher_flops_of_step(run),
             position=after,
             nonfinite_in_a_row=nonfinite.in_a_row,
         )
@@ -128,6 +129,12 @@ def _save_if_due(
     return True
 
 
+def teacher_flops_of_step(run: Run) -> float:
+    """FLOPs of the teacher in a step of this stage, over all ranks. Pure."""
+    tokens = run.plan.global_batch_size * run.student.seq_length
+    return 0.0 if run.stage1 is None else run.stage1.teacher_flops * tokens
+
+
 def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
     return find_way_out(run.checkpointer, checkpoint, position, run.plan.global_batch_size)
 
@@ -149,7 +156,8 @@ def _record(
         grad_norm=outcome.grad_norm,
         tokens=run.plan.global_batch_size * run.student.seq_length,
         seconds=seconds,
-        teacher_flops=0.0 if run.stage1 is None else run.stage1.teacher_flops,
+        step_teacher_flops=teacher_flops_of_step(run),
+        teacher_flops=progress.teacher_flops,
         nonfinite=not outcome.applied,
         phases=timer.take(),
         extra={}

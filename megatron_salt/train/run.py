@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_salt.cards import Products, peak_tflops
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
@@ -27,6 +28,7 @@ from megatron_salt.metrics.run_sinks import tensorboard_directory
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.parallel.collectives import begin_largest, first_problem, from_rank_0, gathered
+from megatron_salt.parallel.device import device_name
 from megatron_salt.parallel.hardware import refuse_connections
 from megatron_salt.parallel.launch import choose_deterministic_operations, describe, distributed, find_hardware
 from megatron_salt.parallel.layout import Layout
@@ -243,7 +245,8 @@ def open_log(config: RunConfig, start_step: int, total_steps: int, flops: float)
     try:
         log = RunLog(
             config.logging, active=rank == world_size - 1, save=config.checkpoint.save, start_step=start_step,
-            total_steps=total_steps, flops_per_token=flops, world_size=world_size, config=asdict(config),
+            total_steps=total_steps, flops_per_token=flops, seq_length=config.training.seq_length, world_size=world_size,
+            peak_tflops=peak_of_device(config), config=asdict(config),
         )  # fmt: skip
     except UserError as error:
         problem = str(error)
@@ -252,6 +255,13 @@ def open_log(config: RunConfig, start_step: int, total_steps: int, flops: float)
         raise UserError(problem)
     assert log is not None
     return log
+
+
+def peak_of_device(config: RunConfig) -> float | None:
+    """Peak 10^12 FLOP/s of this rank's device in the run's precision, without sparsity; None where neither the table nor a flag has it."""
+    own: Products = "bf16" if config.training.bf16 else "fp32"
+    products = "fp8" if config.quantization.fp8_format is not None else own
+    return peak_tflops(device_name(), products, config.logging.device_peak_tflops)
 
 
 def start_logging(rank: int, world_size: int) -> None:

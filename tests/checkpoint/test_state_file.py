@@ -72,7 +72,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         reference_losses=None,
         optimizer=None,
         scheduler=None,
-        run=RunState(step=7, consumed_samples=56, nonfinite_in_a_row=2, evaluation_due=True, events=({"event": "start"},)),
+        run=RunState(
+            step=7,
+            consumed_samples=56,
+            nonfinite_in_a_row=2,
+            evaluation_due=True,
+            teacher_flops=2.5e17,
+            events=({"event": "start"},),
+        ),
     )
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state

@@ -68,6 +68,8 @@ def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
         "seconds": 0.5,
         "tokens_per_second": 1600.0,
         "tflops_per_rank": 0.4,
+        "student_flops": 800e9,
+        "teacher_flops": 0.0,
         "phases": {"data": 0.1},
         "kl": 0.25,
     }
@@ -76,13 +78,30 @@ def test_a_step_is_one_line_and_one_entry(tmp_path, capsys):
 
 def test_the_arithmetic_of_a_teacher_counts_in_the_steps_that_have_one(tmp_path, capsys):
     with open_log(tmp_path, log_interval=2) as log:
-        log.step(record(1, teacher_flops=5e8))
-        log.step(record(2))
+        log.step(record(1, step_teacher_flops=5e8 * 800, teacher_flops=4e11))
+        log.step(record(2, teacher_flops=4e11))
+        log.step(record(3, teacher_flops=4e11))
+        log.step(record(4, teacher_flops=4e11))
     assert [entry["tflops_per_rank"] for entry in entries(tmp_path)] == [
         0.6,
         0.4,
+        0.4,
+        0.4,
     ]  # 1600 tokens/s * (1e9 and 0.5e9) FLOPs / 4 ranks
-    assert "| 0.5 TFLOP/s a rank |" in capsys.readouterr().out
+    taught, alone = capsys.readouterr().out.splitlines()
+    assert "| 0.5 TFLOP/s a rank with the teacher |" in taught and "| 0.4 TFLOP/s a rank |" in alone
+    assert [(entry["student_flops"], entry["teacher_flops"]) for entry in entries(tmp_path)] == [
+        (8e11 * step, 4e11) for step in (1, 2, 3, 4)
+    ]
+
+
+def test_model_flops_utilization_is_that_of_the_student_alone(tmp_path, capsys):
+    with open_log(tmp_path, log_interval=2, peak_tflops=8.0) as log:
+        log.step(record(1, step_teacher_flops=5e8 * 800))
+        log.step(record(2))
+    assert [entry["mfu"] for entry in entries(tmp_path)] == [0.05, 0.05]  # 0.4 of 8 TFLOP/s
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "| MFU 5.0% | 0.5 TFLOP/s a rank with the teacher |" in line and line.count("MFU") == 1
 
 
 def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, capsys):

@@ -65,6 +65,11 @@ def taught(save: Path) -> list[tuple[Any, ...]]:
     return [tuple(entry[name] for name in names) for entry in entries(save) if "kd_weight" in entry]
 
 
+def total_flops(save: Path) -> list[tuple[float, float]]:
+    """FLOPs of student and teacher up to every step."""
+    return [(entry["student_flops"], entry["teacher_flops"]) for entry in entries(save)]
+
+
 def held_out(save: Path) -> list[tuple[Any, ...]]:
     """The student's figures for every evaluation."""
     return [tuple(entry[name] for name in ("step", "loss", "accuracy", "tokens")) for entry in entries(save, "eval")]
@@ -113,6 +118,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         train(world_size, **flags, load=one / f"iter_{step:07d}", save=two)
         assert numbers(two) == numbers(one)[step:]
         assert taught(two) == taught(one)[step:]
+        assert total_flops(two) == total_flops(one)[step:]
         assert tensors(two, STEPS) == tensors(one, STEPS)
         assert state_of(two, STEPS)["salt"] == state_of(one, STEPS)["salt"] is not None
 

@@ -161,6 +161,8 @@ def test_the_log_tells_what_share_of_the_compute_the_scores_took(tmp_path: Path,
     learned = STEPS * GLOBAL_BATCH * SEQ_LENGTH * flops_per_token(student, SEQ_LENGTH, padded)
     assert event["scoring_flops"] == pytest.approx(taught / (3 * GLOBAL_BATCH) * len(ALL))
     assert event["training_flops"] == pytest.approx(taught + learned)
+    last = entries(tmp_path / "run")[-1]
+    assert (last["student_flops"], last["teacher_flops"]) == pytest.approx((learned, taught))
     share = event["scoring_flops"] / event["training_flops"]
     assert f"{share:.1%} of the {event['training_flops']:.3g} that this run takes" in event["message"]
 

@@ -129,9 +129,12 @@ def test_runs_are_called_as_asked_or_by_their_directory(tmp_path: Path) -> None:
         ("x=y", Path("b/train.jsonl")),
     ]
     assert named_runs([str(tmp_path / "best" / "train.jsonl")])[0][0] == "best"
-    for words in (["a=1", "a=2"], ["=1"], ["runs/a/log", "elsewhere/a/log"]):
-        with pytest.raises(UserError, match="different name"):
+    assert [name for name, _ in named_runs(["a=1", "a=2"])] == ["a", "a"]  # seeds of one arm
+    for words in (["=1"], ["runs/a/log", "elsewhere/a/log"], ["a=1", "2/a/log", "3/a/log"]):
+        with pytest.raises(UserError, match="needs a name for each run"):
             named_runs(words)
+    with pytest.raises(UserError, match="--run names 1 twice"):
+        named_runs(["a=1", "b=./1"])
 
 
 def test_runs_are_compared_by_their_names_even_with_a_colon() -> None:
@@ -145,7 +148,6 @@ def test_runs_are_compared_by_their_names_even_with_a_colon() -> None:
     "flags",
     [
         {"run": ()},
-        {"run": tuple("abcdefg")},
         {"run": ("a",), "below_unigram": 0.5},
         {"run": ("a",), "unigram_of": "p", "below_unigram": math.nan},
         {"run": ("a", "b"), "below_margin": 0.05},
@@ -212,12 +214,12 @@ def test_the_table_has_the_last_figures(tmp_path: Path) -> None:
     assert lines[-1] == "unigram entropy of held-out tokens: 6.5000"
 
 
-@pytest.mark.parametrize("x", ["steps", "tokens", "seconds"])
+@pytest.mark.parametrize("x", ["steps", "tokens", "seconds", "flops"])
 def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: Axis) -> None:
     taught = write_taught_log(tmp_path / "c", [5.0, 4.0, 3.0], 1, {2: 4.5})
     runs = [f"{name}={write_log(tmp_path / name, [5.0, 4.0, 3.0], {2: 4.5})}" for name in "ab"] + [f"c={taught}"]
     picture = tmp_path / "new" / "loss.png"
-    assert report(ReportConfig(tuple(runs), str(picture), x)) == 0
+    assert report(ReportConfig(tuple(runs), str(picture), x=x)) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in picture.parent.iterdir()] == ["loss.png"]
 

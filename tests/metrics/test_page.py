@@ -1,0 +1,83 @@
+"""The page of a comparison: no network, every figure in it, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_salt.errors import UserError
+from megatron_salt.tools.report import ReportConfig, report
+from tests.metrics.logs import write_run
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def falling(shift: float) -> dict[int, dict[str, float]]:
+    losses = {0: 6.0, 2: 5.0 - shift, 4: 4.0 - shift}
+    return {step: {"loss": loss, "bits_per_byte": loss / 2} for step, loss in losses.items()}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two arms, one with two seeds and an odd name."""
+    pytest.importorskip("plotly")
+    home = tmp_path_factory.mktemp("page")
+    figures = {name: {"valid/prose": falling(shift)} for name, shift in (("a", 0.0), ("b", 0.5), ("c", 1.5))}
+    logs = {name: write_run(home / name, [6.0, 5.0, 4.5, 4.25], found, teacher_steps=2) for name, found in figures.items()}
+    runs = (f"plain<i>={logs['a']}", f"plain<i>={logs['b']}", f"salt={logs['c']}")
+    output = home / "runs.html"
+    assert report(ReportConfig(runs, html=str(output), x="flops", y=("valid/prose/bits_per_byte", "train/loss"))) == 0
+    return output
+
+
+def cells(text: str, table: str) -> list[list[str]]:
+    """The rows of a table of the page, without its head."""
+    _, found, rest = text.replace("'", '"').partition(f'<table id="{table}">')
+    assert found
+    rows = rest.partition("</table>")[0].partition("<tbody>")[2].split("</tr>")
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows if "<td>" in row]
+
+
+FINALS = [["plain&lt;i&gt;", "2", "1.8750 (1.7500 to 2.0000)", "4.2500 (4.2500 to 4.2500)"], ["salt", "1", "1.2500", "4.2500"]]
+PASSED = (
+    "salt passed plain&lt;i&gt;'s final valid/prose/bits_per_byte 1.8750 at 50.0% of plain&lt;i&gt;'s steps, 60.0% of its FLOPs, "
+    "50.0% of its seconds"
+)
+
+
+def test_the_page_has_every_figure_and_needs_no_network(page: Path) -> None:
+    text = page.read_text()
+    assert cells(text, "finals") == FINALS
+    assert PASSED in text.replace("&#x27;", "'")
+    assert [row[0] for row in cells(text, "runs")] == ["plain&lt;i&gt; (1)", "plain&lt;i&gt; (2)", "salt"]
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text) and text.count('id="panel-') == 2
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH; apt-get install chromium")
+def test_a_browser_draws_the_page_and_its_figures_can_be_read(page: Path, tmp_path: Path) -> None:
+    words = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += ["--virtual-time-budget=20000", "--window-size=1200,1800"]
+    drawn = subprocess.run(
+        [*words, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert cells(drawn, "finals") == FINALS
+    legend = re.findall(r'<text class="legendtext"[^>]*>([^<]*)', drawn)
+    assert legend == ["plain&lt;i&gt;", "salt"] * 2, "Plotly has drawn both plots"
+    ticks = re.findall(r'<g class="ytick"><text[^>]*>([^<]*)', drawn)
+    assert {"2", "3"} <= set(ticks) and "FLOPs of student and teacher" in drawn
+    screenshot = tmp_path / "page.png"
+    subprocess.run([*words, f"--screenshot={screenshot}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    assert screenshot.read_bytes().startswith(b"\x89PNG") and screenshot.stat().st_size > 20_000
+
+
+def test_without_plotly_the_flag_is_refused_before_a_log_is_read(tmp_path: Path) -> None:
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(UserError, match="--html needs the package plotly"),
+    ):
+        report(ReportConfig((f"a={tmp_path}/nothing.jsonl",), html=str(tmp_path / "page.html")))
