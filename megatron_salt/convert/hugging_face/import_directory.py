@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.convert.checkpoint_writer import refuse_existing
+from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside
 from megatron_salt.convert.hugging_face.families import model_of_config
 from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, SafetensorsFolder, read_config
 from megatron_salt.convert.hugging_face.tokenizer_of_source import note_on_bos, refuse_foreign_ids, tokenizer_of_source
@@ -25,6 +25,7 @@ def import_hugging_face(source: Path, out: Path, dtype: str | None, tokenizer: T
     refuse_existing("--to", out)
     if not source.is_dir():
         raise UserError(f"{source} is not a directory; give one that save_pretrained wrote, or a clone of a model")
+    refuse_inside("--to", out, source)
     where = str(source / CONFIG)
     foreign = model_of_config(read_config(source), where)
     vocabulary = tokenizer_of_source(tokenizer, source)
