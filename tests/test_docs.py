@@ -57,6 +57,7 @@ NOT_OURS = {
     *("--account", "--partition", "--qos", "--nodes", "--time", "--signal", "--ntasks-per-node", "--gpus-per-node"),  # sbatch
     *("--nv", "--bind"),  # apptainer
     *("--check", "--interleave"),  # ruff, numactl
+    *("--model", "--model_args", "--tasks", "--batch_size", "--include_path"),  # lm_eval
 }
 each_page = pytest.mark.parametrize("page", PAGES)
 

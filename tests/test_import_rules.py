@@ -85,6 +85,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.convert.gguf.rope_factors",
     "megatron_salt.convert.hugging_face.exported_config",
     "megatron_salt.convert.hugging_face.families",
+    "megatron_salt.convert.hugging_face.unsupported",
     "megatron_salt.convert.megatron.arguments",
     "megatron_salt.convert.megatron.exported_arguments",
     "megatron_salt.evaluation.metrics",

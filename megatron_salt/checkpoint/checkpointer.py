@@ -299,7 +299,8 @@ class Checkpointer:
             return None
         state = from_rank_0(partial(compatibility.take_over, opened, self._identity, config))
         self._begin(None if config.finetune else opened)
-        loading.load_tensors(opened, config, self._identity.seed, self._mesh, self._chunks, self._optimizer)
+        vocabulary_size = self._identity.architecture.get("vocabulary")
+        loading.load_tensors(opened, config, self._identity.seed, vocabulary_size, self._mesh, self._chunks, self._optimizer)
         if not config.finetune and self._scheduler is not None and opened.state.scheduler is not None:
             compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._identity.schedule_follows_run)
         beside = self._save is not None and os.path.realpath(opened.directory.parent) == os.path.realpath(self._save)

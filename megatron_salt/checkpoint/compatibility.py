@@ -58,6 +58,14 @@ def refuse_other_run(opened: OpenedCheckpoint, run: RunIdentity, finetune: bool,
     if finetune:  # the shapes of the tensors decide whether the weights fit
         for difference in differences:
             log.warning("--finetune from another architecture: %s", difference)
+        ids, others = run.architecture.get("vocabulary"), opened.state.vocabulary_size
+        if ids is not None and others is not None and ids < others:
+            log.warning(
+                "--finetune takes the rows of this run's %d ids; ids %d to %d of the checkpoint are left out",
+                ids,
+                ids,
+                others - 1,
+            )
         return
     if differences:
         raise UserError(

@@ -144,13 +144,15 @@ def load_tensors(
     opened: OpenedCheckpoint,
     config: CheckpointConfig,
     seed: int,
+    vocabulary_size: int | None,
     mesh: Mesh,
     chunks: Sequence[nn.Module],
     optimizer: MegatronOptimizer | None,
 ) -> None:
     """Put a checkpoint's tensors into model, optimizer and generators, as --finetune, --no-load-optim and --no-load-rng say.
 
-    seed: --seed, for generators whose state cannot be used. Raises UserError where this run cannot take the tensors.
+    seed: --seed, for generators whose state cannot be used. vocabulary_size: ids of this run; --finetune takes the rows of these from a
+    checkpoint of more rows, or of another padding. None: the rows must be as many. Raises UserError where this run cannot take the tensors.
     """
     saved = opened.state
     model = sharded_state.model_state(chunks, mesh.groups)
@@ -166,7 +168,10 @@ def load_tensors(
         state["rng"] = sharded_state.rng_state(torch.empty_like(vector), mesh.layout, mesh.rank)
     if scales := fp8_scales.state_to_load(chunks, mesh.groups, opened.sizes):
         state["fp8"] = scales
-    refuse_mismatches(opened.directory, sharded_state.mismatches(state, opened.sizes))
+    wrong = sharded_state.mismatches(state, opened.sizes)
+    if config.finetune and vocabulary_size is not None:
+        wrong = [one for one in wrong if not sharded_state.differs_in_vocabulary(one, vocabulary_size)]
+    refuse_mismatches(opened.directory, wrong)
     loaded = sharded_state.load(state, opened.directory, mesh.groups)
     sharded_state.load_model(chunks, loaded)
     fp8_scales.load_state(chunks, loaded.get("fp8", {}))

@@ -276,6 +276,14 @@ def mismatches(state: State, sizes: dict[str, tuple[int, ...]]) -> list[Mismatch
     return [Mismatch(key, shape, sizes.get(key)) for key, shape in sorted(wanted.items()) if sizes.get(key) != shape]
 
 
+def differs_in_vocabulary(mismatch: Mismatch, vocabulary_size: int) -> bool:
+    """Whether a tensor has a row for each id on both sides, with other padding or more ids in the checkpoint. `load` then reads the rows
+    that both have, and makes the others 0."""
+    saved, wanted = mismatch.saved, mismatch.wanted
+    by_id = mismatch.key in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return by_id and saved is not None and saved[1:] == wanted[1:] and saved[0] >= vocabulary_size
+
+
 def load(state: State, directory: Path, groups: ProcessGroupCollection) -> State:
     """Fill `state` from a checkpoint whose files and pickles have been verified. Collective over all ranks.
 

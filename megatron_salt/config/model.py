@@ -77,6 +77,9 @@ class ModelConfig:
     squared_relu: bool = False
     """Use squared ReLU in the MLP."""
 
+    relu: bool = False
+    """Use ReLU in the MLP, as OPT does."""
+
     disable_bias_linear: bool = False
     """Leave out the biases of linear layers."""
 
@@ -128,6 +131,7 @@ class ModelConfig:
             for flag, given in (
                 ("--swiglu", self.swiglu),
                 ("--squared-relu", self.squared_relu),
+                ("--relu", self.relu),
                 ("--gelu-tanh", self.gelu_tanh),
             )
             if given

@@ -66,7 +66,7 @@ class ParallelConfig:
     """With full recompute: layers in a chunk (uniform), or recomputed layers in a stage (block)."""
 
     device: Device = "auto"
-    """Where every rank computes. auto: on a GPU if the process sees one.
+    """Where every rank computes. auto: on a GPU if the process sees one; a GPU that fails to start ends the run.
     cuda: a rank that sees no GPU ends the run and names its host. cpu: even where there are GPUs."""
 
     distributed_timeout_minutes: float = 10.0

@@ -48,9 +48,11 @@ def parts_of(architecture: str, model: ModelConfig, vocabulary_size: int, contex
         return _gpt2(model, vocabulary_size, context)
     if architecture == "GPTNeoXForCausalLM":
         return _gpt_neox(model, vocabulary_size)
+    if architecture == "OPTForCausalLM":
+        return _opt(model, vocabulary_size, context)
     if architecture == "GPTModel":
         return _gpt_model(model, vocabulary_size, context)
-    return _llama(model, vocabulary_size)
+    return _llama(architecture, model, vocabulary_size)
 
 
 # ---- shapes of ours, and the ways to join --------------------------------------------------------------------------------
@@ -127,6 +129,20 @@ def _grouped(key: str, layer: int, names: Sequence[str], model: ModelConfig, col
     )
 
 
+def _one_under_the_other(key: str, layer: int, name: str, model: ModelConfig, columns: Shape) -> Part:
+    """Queries of all heads, then keys, then values, in one tensor of theirs."""
+    heads, groups, width = model.num_attention_heads, model.query_groups, model.head_width
+    rows = [heads * width, groups * width, groups * width]
+    return Part(
+        key=key,
+        layer=layer,
+        shape=(sum(rows), *columns),
+        sources=((name, (sum(rows), *columns)),),
+        join=lambda tensors: join_qkv(groups, tensors[0].split(rows)),
+        split=lambda whole: [torch.cat(split_qkv(groups, heads, whole))],
+    )
+
+
 def _stacked(key: str, layer: int, names: Sequence[str], shape: Shape) -> Part:
     """Tensors of equal shape, one under the other."""
     each = (shape[0] // len(names), *shape[1:])
@@ -149,36 +165,51 @@ _FC1, _FC2 = "decoder.layers.mlp.linear_fc1", "decoder.layers.mlp.linear_fc2"
 _FINAL = "decoder.final_layernorm"
 
 
-def _llama(model: ModelConfig, vocabulary_size: int) -> Iterator[Part]:
-    """Llama, Mistral, Qwen2 and Qwen3."""
-    hidden, width, ffn = model.hidden_size, model.head_width, model.ffn_width
-    all_biases = not model.disable_bias_linear
+def _llama(architecture: str, model: ModelConfig, vocabulary_size: int) -> Iterator[Part]:
+    """Llama, Mistral, Qwen2, Qwen3, Phi3, StableLM and Starcoder2."""
+    hidden, heads = model.hidden_size, model.num_attention_heads * model.head_width
+    of_norm = ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
+    of_linear = ("weight",) if model.disable_bias_linear else ("weight", "bias")
     yield _vocabulary(EMBEDDING, "model.embed_tokens.weight", model, vocabulary_size)
     for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}."
-        projections = [f"{prefix}self_attn.{kind}_proj" for kind in "qkv"]
-        yield _copied(f"{_QKV}.layer_norm_weight", layer, f"{prefix}input_layernorm.weight", (hidden,))
-        yield _grouped(f"{_QKV}.weight", layer, [f"{name}.weight" for name in projections], model, (hidden,))
-        if all_biases or model.add_qkv_bias:
-            yield _grouped(f"{_QKV}.bias", layer, [f"{name}.bias" for name in projections], model, ())
+        attention = f"model.layers.{layer}.self_attn."
+        for key, norm in ((_QKV, "input_layernorm"), (_FC1, "post_attention_layernorm")):
+            for kind in of_norm:
+                yield _copied(f"{key}.layer_norm_{kind}", layer, f"model.layers.{layer}.{norm}.{kind}", (hidden,))
+        for kind in ("weight", "bias") if model.add_qkv_bias else of_linear:
+            columns = (hidden,) if kind == "weight" else ()
+            if architecture == "Phi3ForCausalLM":
+                yield _one_under_the_other(f"{_QKV}.{kind}", layer, f"{attention}qkv_proj.{kind}", model, columns)
+            else:
+                yield _grouped(f"{_QKV}.{kind}", layer, [f"{attention}{name}_proj.{kind}" for name in "qkv"], model, columns)
         if model.qk_layernorm:
-            for kind in "qk":
-                name = f"{prefix}self_attn.{kind}_norm.weight"
-                yield _copied(f"decoder.layers.self_attention.{kind}_layernorm.weight", layer, name, (width,))
-        projection = f"{prefix}self_attn.o_proj"
-        yield _copied(f"{_PROJECTION}.weight", layer, f"{projection}.weight", (hidden, model.num_attention_heads * width))
-        if all_biases:
-            yield _copied(f"{_PROJECTION}.bias", layer, f"{projection}.bias", (hidden,))
-        yield _copied(f"{_FC1}.layer_norm_weight", layer, f"{prefix}post_attention_layernorm.weight", (hidden,))
-        gated = [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"]
-        yield _stacked(f"{_FC1}.weight", layer, [f"{name}.weight" for name in gated], (2 * ffn, hidden))
-        yield _copied(f"{_FC2}.weight", layer, f"{prefix}mlp.down_proj.weight", (hidden, ffn))
-        if all_biases:
-            yield _stacked(f"{_FC1}.bias", layer, [f"{name}.bias" for name in gated], (2 * ffn,))
-            yield _copied(f"{_FC2}.bias", layer, f"{prefix}mlp.down_proj.bias", (hidden,))
-    yield _copied(f"{_FINAL}.weight", None, "model.norm.weight", (hidden,))
+            for name in "qk":
+                key = f"decoder.layers.self_attention.{name}_layernorm.weight"
+                yield _copied(key, layer, f"{attention}{name}_norm.weight", (model.head_width,))
+        for kind in of_linear:
+            yield _copied(
+                f"{_PROJECTION}.{kind}", layer, f"{attention}o_proj.{kind}", (hidden, heads)[: 2 if kind == "weight" else 1]
+            )
+            yield from _llama_mlp(architecture, model, layer, kind)
+    for kind in of_norm:
+        yield _copied(f"{_FINAL}.{kind}", None, f"model.norm.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
         yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+
+
+def _llama_mlp(architecture: str, model: ModelConfig, layer: int, kind: str) -> Iterator[Part]:
+    """Weights or biases of an MLP: gated, in two tensors or (Phi3) one; or not gated (Starcoder2)."""
+    hidden, ffn, mlp = model.hidden_size, model.ffn_width, f"model.layers.{layer}.mlp."
+    axes = 2 if kind == "weight" else 1
+    second = "c_proj" if architecture == "Starcoder2ForCausalLM" else "down_proj"
+    if architecture == "Starcoder2ForCausalLM":
+        yield _copied(f"{_FC1}.{kind}", layer, f"{mlp}c_fc.{kind}", (ffn, hidden)[:axes])
+    elif architecture == "Phi3ForCausalLM":
+        yield _copied(f"{_FC1}.{kind}", layer, f"{mlp}gate_up_proj.{kind}", (2 * ffn, hidden)[:axes])
+    else:
+        gated = [f"{mlp}{name}_proj.{kind}" for name in ("gate", "up")]
+        yield _stacked(f"{_FC1}.{kind}", layer, gated, (2 * ffn, hidden)[:axes])
+    yield _copied(f"{_FC2}.{kind}", layer, f"{mlp}{second}.{kind}", (hidden, ffn)[:axes])
 
 
 def _gpt_neox(model: ModelConfig, vocabulary_size: int) -> Iterator[Part]:
@@ -237,6 +268,36 @@ def _gpt2(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Pa
             yield _copied(f"{key}.bias", layer, f"{name}.bias", shape[:1])
     for kind in ("weight", "bias"):
         yield _copied(f"{_FINAL}.{kind}", None, f"transformer.ln_f.{kind}", (hidden,))
+    if model.untie_embeddings_and_output_weights:
+        yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+
+
+def _opt(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
+    """OPT. Its table of positions begins with two rows that no position of a text has."""
+    hidden, ffn, rows = model.hidden_size, model.ffn_width, model.max_position_embeddings or context
+    yield _vocabulary(EMBEDDING, "model.decoder.embed_tokens.weight", model, vocabulary_size)
+    yield Part(
+        key=_POSITIONS,
+        layer=None,
+        shape=(rows, hidden),
+        sources=(("model.decoder.embed_positions.weight", (rows + 2, hidden)),),
+        join=lambda tensors: tensors[0][2:].clone(),
+        split=lambda whole: [torch.cat([whole.new_zeros(2, hidden), whole])],
+    )
+    for layer in range(model.num_layers):
+        prefix = f"model.decoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            yield _copied(f"{_QKV}.layer_norm_{kind}", layer, f"{prefix}self_attn_layer_norm.{kind}", (hidden,))
+            yield _copied(f"{_FC1}.layer_norm_{kind}", layer, f"{prefix}final_layer_norm.{kind}", (hidden,))
+        for kind in ("weight",) if model.disable_bias_linear else ("weight", "bias"):
+            axes = 2 if kind == "weight" else 1
+            projections = [f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv"]
+            yield _grouped(f"{_QKV}.{kind}", layer, projections, model, (hidden,)[: axes - 1])
+            yield _copied(f"{_PROJECTION}.{kind}", layer, f"{prefix}self_attn.out_proj.{kind}", (hidden, hidden)[:axes])
+            yield _copied(f"{_FC1}.{kind}", layer, f"{prefix}fc1.{kind}", (ffn, hidden)[:axes])
+            yield _copied(f"{_FC2}.{kind}", layer, f"{prefix}fc2.{kind}", (hidden, ffn)[:axes])
+    for kind in ("weight", "bias"):
+        yield _copied(f"{_FINAL}.{kind}", None, f"model.decoder.final_layer_norm.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
         yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
 

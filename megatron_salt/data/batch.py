@@ -110,8 +110,10 @@ class Batches:
         num_replicas: int,
         skip: SkipRanges = (),
         since: int = 0,
+        end: int | None = None,
     ) -> None:
-        """since: consumed count at which the order of `samples` begins."""
+        """since: consumed count at which the order of `samples` begins. end: consumed count from which on samples only fill the last
+        batch: their loss does not count; None: all count."""
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
@@ -120,7 +122,7 @@ class Batches:
         self.since = since
         self._share = global_batch_size // num_replicas
         self._first = replica * self._share
-        self._skip = skip
+        self._skip, self._end = skip, end
 
     def in_microbatches_of(self, size: int) -> Batches:
         """The same samples of the same global batches, cut into microbatches of another size."""
@@ -139,6 +141,7 @@ class Batches:
             num_replicas=self._num_replicas,
             skip=self._skip,
             since=since,
+            end=self._end,
         )
 
     def position(self, consumed: int) -> int:
@@ -150,10 +153,14 @@ class Batches:
         counts = np.arange(consumed + self._first, consumed + self._first + self._share)
         sample_ids, tokens = self.samples.read(stream_positions(counts, self._skip, self.since))
         size, masking = self.micro_batch_size, self.samples.masking
-        return [
+        microbatches = [
             make_microbatch(sample_ids[start : start + size], tokens[start : start + size], masking)
             for start in range(0, self._share, size)
         ]
+        if self._end is not None:
+            for start, microbatch in zip(range(0, self._share, size), microbatches, strict=True):
+                microbatch.loss_mask[torch.from_numpy(counts[start : start + size] >= self._end)] = 0
+        return microbatches
 
     def first(self, count: int) -> list[Microbatch]:
         """The first `count` samples of the order, one sample a microbatch: the same on every replica, at any consumed count."""

@@ -218,6 +218,24 @@ def open_training_data(
     return train, valid
 
 
+def open_samples(
+    prefix: str, flag_name: str, data: DataConfig, seq_length: int, vocabulary_size: int, eod: int | None
+) -> Samples:
+    """All windows of one dataset, each once, masked as `data` says. Every rank calls. Raises UserError, which names the flag."""
+    windows, _ = _open_windows((prefix,), flag_name, seq_length, allow_duplicates=True)
+    return Samples(
+        prefix,
+        windows=windows,
+        first=[0],
+        sizes=[len(windows[0])],
+        weights=None,
+        seed=0,
+        masking=Masking(eod, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask),
+        vocabulary_size=vocabulary_size,
+        verify=data.verify_data,
+    )
+
+
 def _open_windows(
     data_path: Sequence[str], flag_name: str, seq_length: int, allow_duplicates: bool
 ) -> tuple[list[Windows], list[float] | None]:

@@ -43,7 +43,7 @@ def read_results(path: Path, wanted: Sequence[Mapping[str, Any]], overwrite: boo
 
 
 def write_results(path: Path, results: Sequence[Result], metrics: Collection[str]) -> None:
-    """Write PATH and, beside it, the same as a Markdown table. metrics: those of the table. Raises OSError."""
+    """Write PATH and, beside it, the same as a Markdown table. metrics: of tasks, those of the table. Raises OSError."""
     write_whole(path, (json.dumps({"format": FORMAT, "results": list(results)}, indent=2, ensure_ascii=False) + "\n").encode())
     write_whole(markdown_path(path), as_markdown(results, metrics).encode())
 
@@ -56,7 +56,14 @@ def markdown_path(path: Path) -> Path:
 def as_markdown(results: Sequence[Result], metrics: Collection[str]) -> str:
     """A table with a row for each task and metric, and a column for each checkpoint."""
     loads = list(dict.fromkeys(one["load"] for one in results))
-    rows = list(dict.fromkeys((one["name"], metric) for one in results for metric in one["metrics"] if metric in metrics))
+    rows = list(
+        dict.fromkeys(
+            (one["name"], metric)
+            for one in results
+            for metric in one["metrics"]
+            if metric in metrics or "data" in one["identity"]
+        )
+    )
     found = {(one["load"], one["name"]): one for one in results}
     lines = [
         _row("task", "metric", *(f"{load} (step {_step(results, load)})" for load in loads)),

@@ -66,6 +66,8 @@ def activation_of(model: ModelConfig, compiled: bool) -> Activation:
         return Activation(F.silu, compiled)
     if model.squared_relu:
         return Activation(squared_relu, False)
+    if model.relu:
+        return Activation(F.relu, False)
     if not model.gelu_tanh:
         return Activation(F.gelu, False)
     fused = compiled and not model.disable_bias_linear

@@ -26,7 +26,7 @@ from megatron_salt.errors import MachineError, UserError, this_host
 from megatron_salt.parallel.failure import watching
 from megatron_salt.parallel.hardware import CONNECTIONS, Hardware, dotted, release
 from megatron_salt.parallel.launch_store import launch_from_environment
-from megatron_salt.parallel.machine import naming_faults, no_gpu, refuse_software
+from megatron_salt.parallel.machine import naming_faults, no_gpu, refuse_dead_gpus, refuse_software
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.rendezvous import Backend, RankDevice, meet, no_reason
 
@@ -53,6 +53,8 @@ def bind_device(device: Device = "auto") -> bool:
     if not torch.cuda.is_available():
         if device == "cuda":
             raise no_gpu()
+        if device == "auto":
+            refuse_dead_gpus()
         return False
     if device == "cpu":
         raise UserError("--device cpu: this process has found its GPUs already; start it with CUDA_VISIBLE_DEVICES= instead")

@@ -41,6 +41,9 @@ _HARDWARE = (
 )
 """cudaGetErrorString of codes 3, 35, 46, 100, 214, 220, 226, 714, 802, 803 and 999 (CUDA 13.0): what no program causes by itself."""
 
+_FAILED_STARTS = ("CUDA driver initialization failed", "CUDA unknown error", "Unexpected error from cudaGetDeviceCount")
+"""How torch's message begins where there is a driver and CUDA fails to start (c10/cuda/CUDAFunctions.cpp). Not: no driver, no GPU."""
+
 
 def no_gpu() -> UserError:
     """The error of a process that must compute on a GPU and sees none."""
@@ -52,14 +55,25 @@ def no_gpu() -> UserError:
         return UserError(
             f"--device cuda: {VISIBLE} is {shown!r} and hides every GPU; unset it, ask the launcher for GPUs, or give --device cpu"
         )
-    reason = "torch gives no reason"
+    return MachineError(
+        this_host(),
+        f"--device cuda, and no GPU is seen there ({VISIBLE} {'unset' if shown is None else shown}): {_why_no_cuda()}",
+    )
+
+
+def refuse_dead_gpus() -> None:
+    """Raise MachineError if CUDA fails to start on this host, which is not the same as a host without GPUs. Call it where none is seen."""
+    if torch.version.cuda is not None and (reason := _why_no_cuda()).startswith(_FAILED_STARTS):
+        raise MachineError(this_host(), f"its GPUs do not start: {reason}; --device cpu runs without them")
+
+
+def _why_no_cuda() -> str:
+    """The first line of torch's reason for seeing no GPU."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = _first_line(error)
-    return MachineError(
-        this_host(), f"--device cuda, and no GPU is seen there ({VISIBLE} {'unset' if shown is None else shown}): {reason}"
-    )
+        return _first_line(error)
+    return "torch gives no reason"
 
 
 def refuse_software() -> None:

@@ -91,6 +91,9 @@ class ExportConfig:
     tokenizer: bool = True
     """Write the tokenizer's files. Plain bytes have none: --no-tokenizer."""
 
+    prepend_bos: bool = False
+    """Have the tokenizer begin a text with the beginning-of-sequence id, as preprocess_data.py --prepend-bos does."""
+
     max_shard_gb: float = 5.0
     """hf: largest safetensors file, in GB."""
 
@@ -158,5 +161,10 @@ def export_checkpoint(config: ExportConfig) -> None:
     from megatron_salt.convert.hugging_face.export_directory import export_hugging_face
 
     export_hugging_face(
-        Path(config.checkpoint), Path(config.out), config.dtype, config.tokenizer, int(config.max_shard_gb * 1e9)
+        Path(config.checkpoint),
+        Path(config.out),
+        config.dtype,
+        config.tokenizer,
+        config.prepend_bos,
+        int(config.max_shard_gb * 1e9),
     )

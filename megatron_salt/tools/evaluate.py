@@ -1,10 +1,11 @@
-"""Evaluate checkpoints on likelihood tasks. docs/tasks.md describes task files and metrics.
+"""Evaluate checkpoints on likelihood tasks and tokenized data. docs/tasks.md describes task files and metrics.
 
 Any checkpoints of this repository, of any layout; several give a table. Runs in one process, or on all ranks that torchrun starts, with
 tensor and pipeline parallelism; the remaining ranks are data-parallel. Each finished task is written at once. A start with the same flags
 goes on after the last one. SIGTERM, SIGUSR1 and --exit-file end it within two batches, with exit status 3.
 
     torchrun --nproc-per-node 8 tools/evaluate.py --load runs/salt runs/plain --tasks hellaswag.jsonl piqa.jsonl --output results.json
+    python tools/evaluate.py --load runs/salt --data prose=/data/prose code=/data/code --output results.json
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -33,8 +34,9 @@ from megatron_salt.parallel.hardware import hide_gpus
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.tokenizer.tokenizer import Tokenizer
+from megatron_salt.tools.evaluate_data import NamedData, evaluate_data, open_data, parse_data
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
-from megatron_salt.tools.generate_text import newest_checkpoint, read_companions
+from megatron_salt.tools.generate_text import ids_in_softmax, newest_checkpoint, read_companions
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ class Candidate:
     tokenizer: Tokenizer
     step: int
     dtype: str
-    work: list[tuple[PreparedTask, dict[str, Any]]]
-    """Tasks in its tokenizer's ids, and the identity of each result."""
+    work: list[tuple[PreparedTask | NamedData, dict[str, Any]]]
+    """Tasks in its tokenizer's ids, then its data, and the identity of each result."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,12 +87,13 @@ def _evaluate(config: EvaluateConfig, watch: SignalWatch) -> int:
     hide_gpus(config.device)
     tasks = read_tasks(config.tasks)
     shots = read_shots(config, tasks)
+    data = parse_data(config.data, [task.name for task in tasks])
     parallel = ParallelConfig(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
     )
     layout = student_layout(parallel, world_size_from_environment())
-    candidates = [open_candidate(load, config, parallel, tasks, shots) for load in dict.fromkeys(config.load)]
+    candidates = [open_candidate(load, config, parallel, tasks, shots, data) for load in dict.fromkeys(config.load)]
 
     import torch.distributed as dist
 
@@ -127,9 +130,10 @@ def read_shots(config: EvaluateConfig, tasks: Sequence[Task]) -> list[Task | Non
 
 
 def open_candidate(
-    load: str, config: EvaluateConfig, parallel: ParallelConfig, tasks: Sequence[Task], shots: Sequence[Task | None]
-) -> Candidate:
-    """Read a checkpoint's small files, and encode the tasks with its tokenizer. Not collective. Raises UserError."""
+    load: str, config: EvaluateConfig, parallel: ParallelConfig, tasks: Sequence[Task], shots: Sequence[Task | None],
+    data: Mapping[str, str],
+) -> Candidate:  # fmt: skip
+    """Read a checkpoint's small files, encode the tasks with its tokenizer, and open the data. Not collective. Raises UserError."""
     from megatron_salt.checkpoint.loading import checkpoint_fingerprint
     from megatron_salt.checkpoint.state_file import read_state
     from megatron_salt.evaluation.evaluate_task import prepare_task
@@ -140,13 +144,14 @@ def open_candidate(
     longest = run.training.seq_length
     check_shapes(run.model, parallel, longest)
     dtype = config.dtype or ("bfloat16" if run.training.bf16 else "float32")
-    bos, fingerprint = first_id(tokenizer, config.add_bos), checkpoint_fingerprint(directory)
-    work = []
+    bos, of_all = first_id(tokenizer, config.add_bos), {"checkpoint": checkpoint_fingerprint(directory), "dtype": dtype}
+    work: list[tuple[PreparedTask | NamedData, dict[str, Any]]] = []
     for task, shot_file in zip(tasks, shots, strict=True):
         prepared = prepare_task(task, tokenizer, bos=bos, longest=longest, shots=shot_file, num_shots=config.shots)
-        work.append(
-            (prepared, {"checkpoint": fingerprint, "dtype": dtype, "bootstrap_seed": config.bootstrap_seed, **prepared.facts})
-        )
+        work.append((prepared, of_all | {"bootstrap_seed": config.bootstrap_seed} | prepared.facts))
+    for name, prefix in data.items():
+        opened = open_data(name, prefix, tokenizer, run.data, longest)
+        work.append((opened, of_all | opened.facts))
     return Candidate(
         load=load,
         directory=directory,
@@ -196,13 +201,14 @@ def run_all(
 
 def about(candidate: Candidate, num_todo: int) -> str:
     """Lines about a checkpoint, shown before its tasks."""
-    bos = next((identity["bos"] for _, identity in candidate.work), None)
+    prepared = [one for one, _ in candidate.work if not isinstance(one, NamedData)]
+    bos = next((one.facts["bos"] for one in prepared), None)
     lines = [
-        f"{candidate.directory}: step {candidate.step}, {len(candidate.work)} tasks, {len(candidate.work) - num_todo} of them finished "
+        f"{candidate.directory}: step {candidate.step}, {len(candidate.work)} results, {len(candidate.work) - num_todo} of them finished "
         f"before; texts begin with {'no BOS' if bos is None else f'BOS (id {bos})'}; computed in {candidate.dtype}"
         + ("" if candidate.dtype == "float32" else ", where the log-likelihood of a token may differ by 0.02 between layouts")
     ]
-    return "\n".join(lines + [prepared.warning for prepared, _ in candidate.work if prepared.warning])
+    return "\n".join(lines + [one.warning for one in prepared if one.warning])
 
 
 def load_model(candidate: Candidate, parallel: ParallelConfig, mesh: Mesh) -> list[GPT]:
@@ -217,27 +223,47 @@ def load_model(candidate: Candidate, parallel: ParallelConfig, mesh: Mesh) -> li
     seed_everything(run.training.seed, mesh)  # building a model uses the random generators
     length = run.training.seq_length
     chunks = build_model(
-        run.model, parallel, length, candidate.tokenizer.vocabulary_size, getattr(torch, candidate.dtype), length, mesh
+        run.model,
+        parallel,
+        length,
+        ids_in_softmax(candidate.directory, candidate.tokenizer),
+        getattr(torch, candidate.dtype),
+        length,
+        mesh,
     )
     load_weights(candidate.directory, chunks, mesh)
     return chunks
 
 
 def evaluate_one(
-    config: EvaluateConfig, candidate: Candidate, prepared: PreparedTask, identity: dict[str, Any], chunks: Sequence[GPT], mesh: Mesh,
-    exit_plan: ExitPlan,
+    config: EvaluateConfig, candidate: Candidate, asked: PreparedTask | NamedData, identity: dict[str, Any], chunks: Sequence[GPT],
+    mesh: Mesh, exit_plan: ExitPlan,
 ) -> Result:  # fmt: skip
-    """The result of one task. Collective over all ranks; all receive. Raises LeftEarly."""
+    """The result of one task or dataset. Collective over all ranks; all receive. Raises LeftEarly."""
+    started, stop = time.perf_counter(), exit_plan.reason_to_stop_now
+    if isinstance(asked, NamedData):
+        name, file = asked.name, asked.prefix
+        found = evaluate_data(asked, candidate.tokenizer, chunks, mesh, batch_tokens=config.batch_tokens, reason_to_stop=stop)
+    else:
+        name, file = asked.task.name, asked.task.path
+        found = with_progress(config, asked, chunks, mesh, stop)
+    facts = {"load": candidate.load, "directory": str(candidate.directory), "step": candidate.step, "name": name, "file": file}
+    return {**facts, "identity": identity, "seconds": round(time.perf_counter() - started, 3), **found}
+
+
+def with_progress(
+    config: EvaluateConfig, prepared: PreparedTask, chunks: Sequence[GPT], mesh: Mesh, reason_to_stop: Callable[[], str | None]
+) -> dict[str, Any]:
+    """The figures of a task, with a progress bar on rank 0. Collective over all ranks; all receive. Raises LeftEarly."""
     import torch.distributed as dist
 
     from megatron_salt.evaluation.evaluate_task import evaluate_task
 
-    started, num = time.perf_counter(), len(prepared.requests)
     bar = None
     if dist.get_rank() == 0:
         bar = ProgressBar(
             ("requests", "tokens"),
-            total=num,
+            total=len(prepared.requests),
             unit=" requests",
             log_interval=config.log_interval,
             label=f"{prepared.task.name}: ",
@@ -248,29 +274,18 @@ def evaluate_one(
             bar.add(bar.done + num_requests, (num_requests, num_tokens))
 
     try:
-        found = evaluate_task(
+        return evaluate_task(
             prepared,
             chunks,
             mesh,
             batch_tokens=config.batch_tokens,
             seed=config.bootstrap_seed,
-            reason_to_stop=exit_plan.reason_to_stop_now,
+            reason_to_stop=reason_to_stop,
             on_progress=progress,
         )
     finally:
-        summary = None if bar is None else bar.close()
-    if summary is not None:
-        print(f"{prepared.task.name}: {summary}", flush=True)
-    return {
-        "load": candidate.load,
-        "directory": str(candidate.directory),
-        "step": candidate.step,
-        "name": prepared.task.name,
-        "file": prepared.task.path,
-        "identity": identity,
-        "seconds": round(time.perf_counter() - started, 3),
-        **found,
-    }
+        if bar is not None:
+            print(f"{prepared.task.name}: {bar.close()}", flush=True)
 
 
 def in_order(results: Sequence[Result], wanted: Sequence[dict[str, Any]]) -> list[Result]:

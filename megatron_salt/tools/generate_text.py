@@ -20,7 +20,7 @@ from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import hide_gpus
+from megatron_salt.parallel.hardware import bound_compile_workers, hide_gpus
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.small_files import read_small
@@ -82,6 +82,7 @@ def generate_text(config: GenerateConfig) -> None:
     """Continue the prompt. Every rank calls; rank 0 prints prompt and continuation. Raises UserError."""
     hide_library_warnings()
     hide_gpus(config.device)
+    bound_compile_workers()
     directory = newest_checkpoint(Path(config.load))
     run, tokenizer = read_companions(directory)
     parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())
@@ -112,6 +113,13 @@ def read_companions(directory: Path) -> tuple[RunConfig, Tokenizer]:
     except (OSError, ValueError) as error:
         raise UserError(f"--load {directory}: {path.name} cannot be read: {error}") from error
     return from_yaml(text, str(path)), load_tokenizer(directory / TOKENIZER)
+
+
+def ids_in_softmax(directory: Path, tokenizer: Tokenizer) -> int:
+    """Ids that a checkpoint's model was trained to choose from: a converted model may have more than its tokenizer. Not collective."""
+    from megatron_salt.checkpoint.state_file import read_state
+
+    return read_state(directory).vocabulary_size or tokenizer.vocabulary_size
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer, prepend_bos: bool = False) -> list[int]:
@@ -152,15 +160,15 @@ def continue_prompt(
         mesh = make_student_mesh(student_layout(parallel, dist.get_world_size()))
         seed_everything(run.training.seed, mesh)  # building a model uses the random generators
         dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-        length, vocabulary_size = run.training.seq_length, tokenizer.vocabulary_size
-        [model] = build_model(run.model, parallel, length, vocabulary_size, dtype, length, mesh)
+        length, ids = run.training.seq_length, ids_in_softmax(directory, tokenizer)
+        [model] = build_model(run.model, parallel, length, ids, dtype, length, mesh)
         load_weights(directory, [model], mesh)
         added = generate(
             model,
             prompt,
             config.max_new_tokens,
             length,
-            vocabulary_size,
+            min(ids, tokenizer.vocabulary_size),  # the others have no text
             tokenizer.eod,
             config.temperature,
             config.top_k,

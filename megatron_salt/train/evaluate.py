@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
@@ -44,9 +45,24 @@ class CutShort(Exception):
         self.reason = reason
 
 
+class Evaluated(Protocol):
+    """What an evaluation needs of a model: a student that is trained, or one that was only loaded."""
+
+    @property
+    def chunks(self) -> Sequence[nn.Module]: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def seq_length(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def global_batch_size(self) -> int: ...
+
+
 @torch.no_grad()
 def evaluate(
-    student: Student,
+    student: Evaluated,
     held_out: ValidationSet,
     teacher: Teacher | None = None,
     reason_to_stop: Callable[[], str | None] = lambda: None,

@@ -39,6 +39,7 @@ REFUSED = [
     (ModelConfig, dict(norm_epsilon=float("nan")), "--norm-epsilon"),
     (ModelConfig, dict(init_method_std=-0.1), "--init-method-std must be above 0 and finite, got -0.1"),
     (ModelConfig, dict(swiglu=True, squared_relu=True), "--swiglu and --squared-relu"),
+    (ModelConfig, dict(relu=True, gelu_tanh=True), "--relu and --gelu-tanh"),
     (
         ModelConfig,
         dict(hidden_size=100, num_attention_heads=12),

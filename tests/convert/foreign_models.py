@@ -5,6 +5,7 @@ A program of its own: the CPU seam patches torch in ways that transformers does 
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -46,11 +47,23 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mistral": ("Mistral", dict(_GROUPED, head_dim=16, sliding_window=64)),
     "qwen2": ("Qwen2", dict(_GROUPED, tie_word_embeddings=True, rms_norm_eps=1e-5)),
     "qwen3": ("Qwen3", dict(_GROUPED, head_dim=16)),
+    "phi3": ("Phi3", dict(_GROUPED, pad_token_id=0)),
+    "stablelm": ("StableLm", dict(_GROUPED, use_qkv_bias=True)),
+    "starcoder2": ("Starcoder2", dict(_GROUPED, hidden_act="gelu_pytorch_tanh")),
+    "opt": (
+        "OPT",
+        dict(
+            vocab_size=ROWS, hidden_size=64, ffn_dim=96, num_hidden_layers=4, num_attention_heads=8,
+            max_position_embeddings=CONTEXT, word_embed_proj_dim=64, pad_token_id=0,
+        ),
+    ),
     "gpt-neox": ("GPTNeoX", dict(_SHAPE, rotary_pct=0.25)),
     "gpt-neox in sequence": ("GPTNeoX", dict(_SHAPE, rotary_pct=1.0, use_parallel_residual=False, hidden_act="gelu_new")),
     "gpt2": ("GPT2", dict(vocab_size=ROWS, n_embd=64, n_layer=4, n_head=8, n_positions=CONTEXT)),
     "teacher": ("Llama", dict(_GROUPED, vocab_size=IDS)),  # as many rows as ids
-}
+}  # fmt: skip
+LEAVES_AS = {"phi3": "LlamaForCausalLM", "opt": "GPT2LMHeadModel"}
+"""Models that are exported under another architecture, which computes the same."""
 SHARDED = ("llama", "gpt-neox")
 """Models whose weights lie in several files."""
 
@@ -77,6 +90,7 @@ def make(directory: Path) -> None:
                 parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.05))
         model.save_pretrained(directory / name, max_shard_size="100KB" if name in SHARDED else "5GB")
         tokenizer.save(str(directory / name / "tokenizer.json"))
+        (directory / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from megatron_salt.config import ModelConfig
 from megatron_salt.convert.hugging_face.exported_config import config_of_model
 from megatron_salt.convert.hugging_face.families import model_of_config
+from megatron_salt.convert.hugging_face.unsupported import LACKING
 from megatron_salt.errors import UserError
 
 LLAMA = ModelConfig(
@@ -43,6 +44,12 @@ KNOWN: dict[str, tuple[str, ModelConfig]] = {
     "gpt-neox": ("GPTNeoXForCausalLM", NEOX),
     "gpt-neox in sequence": ("GPTNeoXForCausalLM", replace(NEOX, parallel_residual=False, gelu_tanh=True)),
     "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2 with relu": ("GPT2LMHeadModel", replace(GPT2, gelu_tanh=False, relu=True)),
+    "stablelm": (
+        "StableLmForCausalLM",
+        replace(LLAMA, normalization="LayerNorm", norm_epsilon=1e-5, add_qkv_bias=True, rotary_percent=0.25),
+    ),
+    "starcoder2": ("Starcoder2ForCausalLM", replace(NEOX, rotary_percent=1.0, parallel_residual=False, num_query_groups=2, gelu_tanh=True)),
 }  # fmt: skip
 
 
@@ -53,7 +60,7 @@ def test_a_model_becomes_a_config_and_the_same_model_again(name: str) -> None:
     assert config["architectures"] == [architecture]
     again = model_of_config(config, "config.json")
     assert again.notes == () and (again.vocabulary_size, again.context) == (261, 128)
-    assert again.model == replace(model, num_query_groups=model.num_query_groups if architecture[0] in "LQ" else None)
+    assert again.model == replace(model, num_query_groups=model.num_query_groups if architecture[0] in "LQS" else None)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,9 @@ def test_a_model_becomes_a_config_and_the_same_model_again(name: str) -> None:
     [
         dict(squared_relu=True, swiglu=False),
         dict(position_embedding_type="none"),
-        dict(normalization="LayerNorm"),
+        dict(normalization="LayerNorm", qk_layernorm=True),
+        dict(normalization="LayerNorm", disable_bias_linear=False),
+        dict(normalization="LayerNorm", swiglu=False, rotary_percent=0.5),
         dict(rotary_percent=0.5),
         dict(parallel_residual=True),
         dict(add_qkv_bias=True, qk_layernorm=True),
@@ -84,7 +93,14 @@ def test_a_model_that_transformers_does_not_know_is_refused_by_flag(change: dict
         ("llama", {"num_key_value_heads": 3}, "config.json: .*--num-query-groups 3"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+        ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
+        ("starcoder2", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
+        (
+            "llama",
+            {"architectures": ["Gemma2ForCausalLM"]},
+            "this decoder has no scaled embeddings, .* capped logits; known are Llama",
+        ),
         ("gpt-neox", {"attention_bias": False}, "attention_bias is False"),
     ],
 )
@@ -108,3 +124,42 @@ def test_a_key_that_is_not_known_is_told() -> None:
         config_of_model(LLAMA, 261, 128, "float32") | {"logit_scale": 2.0, "nothing": None}, "config.json"
     )
     assert foreign.notes == ("config.json: not read: logit_scale",)
+
+
+OPT = dict(
+    architectures=["OPTForCausalLM"], vocab_size=261, hidden_size=64, ffn_dim=96, num_hidden_layers=4, num_attention_heads=8,
+    max_position_embeddings=128, word_embed_proj_dim=64, do_layer_norm_before=True, activation_function="relu",
+)  # fmt: skip
+
+
+def test_opt_has_learned_positions_relu_and_biases() -> None:
+    foreign = model_of_config(OPT, "config.json")
+    assert foreign.model == replace(GPT2, gelu_tanh=False, relu=True, ffn_hidden_size=96)
+    assert (foreign.vocabulary_size, foreign.context, foreign.notes) == (261, 128, ())
+
+
+@pytest.mark.parametrize(
+    "change", [dict(do_layer_norm_before=False), dict(word_embed_proj_dim=32), dict(activation_function="silu")]
+)
+def test_an_opt_of_another_build_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(change))):
+        model_of_config(OPT | change, "config.json")
+
+
+def test_every_architecture_is_taken_or_refused_and_not_both() -> None:
+    for architecture in LACKING:
+        with pytest.raises(UserError, match="this decoder has no "):
+            model_of_config({"architectures": [architecture]}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "scaling", [{}, {"rope_type": "default"}, {"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4}]
+)
+def test_both_ways_to_write_rotary_embeddings_mean_the_same(scaling: dict[str, Any]) -> None:
+    """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters; torch_dtype became dtype."""
+    base = config_of_model(LLAMA, 261, 128, "float16")
+    rope = {key: value for key, value in base.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    old = model_of_config(rope | {"torch_dtype": "float16", "rope_theta": 5e5, "rope_scaling": scaling or None}, "config.json")
+    new = model_of_config(rope | {"dtype": "float16", "rope_parameters": scaling | {"rope_theta": 500000}}, "config.json")
+    scaled = dict(rope_scaling="linear", rope_scaling_factor=4.0) if "factor" in scaling else {}
+    assert old == new and old.notes == () and old.model == replace(LLAMA, rotary_base=5e5, **scaled)  # type: ignore[arg-type]

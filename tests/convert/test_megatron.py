@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -22,6 +23,7 @@ from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 from megatron_salt.tools.convert_checkpoint import main
 from tests.convert.megatron_models import CONTEXT, FORMS, IDS, ROWS, losses_of_export, write_checkpoint, write_tokenizer
+from tests.support.program import train, write_tokens
 from tests.support.ranks import run_ranks
 
 
@@ -133,6 +135,21 @@ def test_bfloat16_is_rounded_once(
     assert convert_here(capsys, "import", out / "release", "--from", "megatron", "--to", tmp_path / "again", *tokenizer)[0] == 0
     before, after = tensors_of(root), tensors_of(tmp_path / "again")
     assert all(torch.equal(before[key].bfloat16(), after[key]) for key in before)
+
+
+@pytest.mark.long
+def test_a_trained_model_computes_the_same_in_megatron_core(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's own checkpoint, with optimizer and random state; its reference losses are what GPTModel computes."""
+    tokens = np.random.default_rng(0).integers(0, IDS - 1, 8 * CONTEXT * 3).astype(np.uint16)
+    data = write_tokens(tmp_path / "bytes", tokens)
+    train(2, seq_length=CONTEXT, tensor_model_parallel_size=2, data_path=data, train_iters=2, save=tmp_path / "run")
+    status, told = convert_here(capsys, "export", tmp_path / "run", tmp_path / "out", "--to", "megatron", "--dtype", "float32")
+    assert status == 0, told
+    state = read_state(tmp_path / "run" / "iter_0000002")
+    assert state.reference_losses is not None
+    for losses, args in run_ranks(2, losses_of_export, tmp_path / "out", model_of(state.architecture), ROWS):
+        assert losses == pytest.approx(state.reference_losses.losses, rel=1e-5)
+        assert "tokenizer_type" not in args
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------

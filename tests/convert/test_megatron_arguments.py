@@ -42,6 +42,7 @@ def test_flags_that_a_checkpoint_does_not_give_to_megatron_lm_are_told() -> None
     "change, words",
     [
         (dict(parallel_residual=True), "--parallel-residual"),
+        (dict(swiglu=False, relu=True), "--relu: Megatron-LM has no such activation"),
         (dict(swiglu=False, gelu_tanh=True), "--gelu-tanh with --disable-bias-linear"),
         (dict(rope_scaling="linear"), "--rope-scaling linear with factor 8"),
         (dict(rope_scaling_factor=32.0), "--rope-scaling-factor 32: Megatron-LM computes with 8"),

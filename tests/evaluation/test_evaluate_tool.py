@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_salt.checkpoint.checkpointer import Checkpointer
 from megatron_salt.checkpoint.compatibility import RunIdentity
@@ -19,12 +22,14 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.evaluation.metrics import METRICS
+from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
 from megatron_salt.tools import evaluate as tool
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
+from tests.support.program import write_tokens
 from tests.support.ranks import run_ranks
 from tests.support.small import SMALL
 
@@ -51,12 +56,8 @@ class Ended:
 
 def write_checkpoint(directory: str, step: int, seed: int) -> None:
     """In one rank: write the checkpoint of a run with random weights."""
-    from megatron_salt.model.gpt import build_model
-
     mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
     seed_everything(seed, mesh)
-    import torch
-
     chunks = build_model(RUN.model, ParallelConfig(), CONTEXT, BYTES.vocabulary_size, torch.float32, CONTEXT, mesh)
     identity = RunIdentity(
         yaml=to_yaml(RUN), architecture=asdict(RUN.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
@@ -169,7 +170,7 @@ def test_a_start_goes_on_after_the_last_finished_task(files: Files, alone: Path,
     assert left.status == 3 and "left: received SIGTERM; the same command goes on" in left.out
     assert [one["name"] for one in read(output)] == ["weather", "passages"]
     [ended] = run_ranks(1, main, files.words(output))
-    assert ended.status == 0 and "step 10, 3 tasks, 2 of them finished before" in ended.out
+    assert ended.status == 0 and "step 10, 3 results, 2 of them finished before" in ended.out
     assert "weather: 27 requests, " in ended.out.partition("step 11")[2]
     assert "weather: 27 requests, " not in ended.out.partition("step 11")[0]
     assert metrics(output) == metrics(alone)
@@ -198,6 +199,46 @@ def test_shots_and_bos_are_part_of_a_result(files: Files, tmp_path: Path) -> Non
     assert ended.status == 2 and "has 1 results that these flags do not ask for" in ended.err
 
 
+def plain_losses(load: str, prefix: str) -> tuple[float, float, int]:
+    """In one rank: (loss, accuracy, bytes of labels) of all windows from whole logits, one window at a time."""
+    from megatron_salt.checkpoint.loading import load_weights
+
+    mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
+    seed_everything(0, mesh)
+    chunks = build_model(RUN.model, ParallelConfig(), CONTEXT, BYTES.vocabulary_size, torch.float32, CONTEXT, mesh)
+    load_weights(Path(load), chunks, mesh)
+    tokens = np.fromfile(f"{prefix}.bin", np.uint16).astype(np.int64)
+    losses, right, num_bytes = [], [], 0
+    for first in range(0, (len(tokens) - 1) // CONTEXT * CONTEXT, CONTEXT):
+        window = torch.from_numpy(tokens[first : first + CONTEXT + 1])
+        with torch.no_grad():
+            hidden = chunks[0].eval()(window[None, :-1], torch.arange(CONTEXT)[None], None)
+            logits = chunks[0].logits(hidden)[:, 0, : BYTES.vocabulary_size].double()
+        losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+        right += (logits.argmax(1) == window[1:]).tolist()
+        num_bytes += int((window[1:] != BYTES.eod).sum())
+    return float(np.mean(losses)), float(np.mean(right)), num_bytes
+
+
+@pytest.mark.parametrize("flags, world_size", [([], 3), (["--pipeline-model-parallel-size", 2], 2), ([], 1)])
+def test_every_window_of_a_dataset_counts_once_in_every_layout(
+    files: Files, tmp_path: Path, flags: list, world_size: int
+) -> None:
+    prefix = write_tokens(tmp_path / "words", windows=19)
+    output = tmp_path / "results.json"
+    words = ["--load", files.loads[0], "--data", f"prose={prefix}", "--output", str(output), "--batch-tokens", "100"]
+    ended = run_ranks(world_size, main, [*words, *map(str, flags)])
+    assert [one.status for one in ended] == [0] * world_size, ended
+    [(loss, accuracy, num_bytes)] = run_ranks(1, plain_losses, files.loads[0], prefix)
+    [result] = read(output)
+    figures = {name: figure["value"] for name, figure in result["metrics"].items()}
+    assert (result["windows"], result["tokens"]) == (19 * 16 // CONTEXT, 19 * 16 // CONTEXT * CONTEXT)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5) and figures["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert figures["bits_per_byte"] == pytest.approx(loss * result["tokens"] / math.log(2) / num_bytes, rel=1e-5)
+    assert "| prose | bits_per_byte | " in output.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize(
     "more, complaint",
     [
@@ -206,6 +247,10 @@ def test_shots_and_bos_are_part_of_a_result(files: Files, tmp_path: Path) -> Non
         (["--shot-file", "x.jsonl"], "--shot-file needs --shots"),
         (["--add-bos", "yes"], "--add-bos yes: the ByteLevelTokenizer declares no beginning-of-sequence token"),
         (["--add-bos", "maybe"], "--add-bos maybe is not one of auto, no, yes"),
+        (["--data", "prose"], "--data prose is not of the form NAME=PREFIX"),
+        (["--data", "a=x", "a=y"], "--data a=y: a is the name of another set too"),
+        (["--data", "weather=x"], "--data weather=x: weather is the name of a task too"),
+        (["--data", "a=/nowhere/x"], "--data /nowhere/x"),
         (["--batch-tokens", "0"], "--batch-tokens must be at least 1, got 0"),
         (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size"),
     ],

@@ -20,7 +20,7 @@ from tests.support.program import argv
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements-gpu.txt", "requirements-hf.txt")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", *(f"requirements{extra}.txt" for extra in ("", "-gpu", "-hf", "-eval")))
 
 pytestmark = pytest.mark.long
 

@@ -95,6 +95,32 @@ def test_a_rank_that_must_have_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch):
     assert not isinstance(raised.value, MachineError)
 
 
+@pytest.mark.parametrize(
+    "reason, dead",
+    [
+        ("CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variables.", True),
+        ("CUDA driver initialization failed, you might not have a CUDA gpu.", True),
+        (
+            "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions? Error 802: system not yet initialized",
+            True,
+        ),
+        ("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU.", False),
+        ("No CUDA GPUs are available", False),
+    ],
+)
+def test_under_auto_a_gpu_that_does_not_start_is_at_fault_and_a_missing_one_means_the_cpu(monkeypatch, reason, dead):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", mock.Mock(side_effect=RuntimeError(f"{reason}\nMore")))
+    if dead:
+        with pytest.raises(
+            MachineError, match="^host node7 cannot be used: its GPUs do not start: .*; --device cpu runs without"
+        ):
+            find_hardware("auto")
+    else:
+        assert find_hardware("auto").capability is None
+    assert bind_device("cpu") is False
+
+
 def test_device_cpu_hides_the_gpus_before_torch_sees_them(monkeypatch, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for device in ("auto", "cuda"):

@@ -88,6 +88,8 @@ def mlp(model: ModelConfig, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         x = gate * torch.sigmoid(gate) * value
     elif model.squared_relu:
         x = x.clamp(min=0) ** 2
+    elif model.relu:
+        x = x.clamp(min=0)
     elif model.gelu_tanh:
         x = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     else:

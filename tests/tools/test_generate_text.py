@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.errors import UserError
 from megatron_salt.model.generate import draw, generate, next_logits
 from megatron_salt.model.gpt import GPT, build_model
+from megatron_salt.parallel.hardware import COMPILE_WORKERS
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
@@ -34,12 +38,53 @@ RUN = RunConfig(
     training=TrainingConfig(seq_length=CONTEXT),
 )
 PROMPT = BYTES.encode("def f(x)")
+MORE = 300
+"""Ids of a model that has more than its tokenizer."""
 
 
 def build(parallel: ParallelConfig, world_size: int) -> tuple[list[GPT], object]:
     mesh = make_student_mesh(student_layout(parallel, world_size))
     seed_everything(7, mesh)
     return build_model(RUN.model, parallel, CONTEXT, BYTES.vocabulary_size, torch.float32, CONTEXT, mesh), mesh
+
+
+def write_more_ids(directory: str) -> None:
+    """In one rank: write a checkpoint whose model has more ids than its tokenizer, all of them likelier."""
+    parallel, model = (
+        ParallelConfig(),
+        replace(RUN.model, make_vocab_size_divisible_by=4, untie_embeddings_and_output_weights=True),
+    )
+    mesh = make_student_mesh(student_layout(parallel, 1))
+    seed_everything(7, mesh)
+    chunks = build_model(model, parallel, CONTEXT, MORE, torch.float32, CONTEXT, mesh)
+    with torch.no_grad():
+        chunks[0].output_layer.weight[BYTES.vocabulary_size :] *= 100
+    identity = RunIdentity(
+        yaml=to_yaml(replace(RUN, model=model)), architecture=asdict(model) | {"vocabulary": MORE},
+        tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none", seed=7,
+    )  # fmt: skip
+    checkpointer = Checkpointer(
+        CheckpointConfig(save=directory), identity, BYTES, mesh, chunks=chunks, optimizer=None, scheduler=None
+    )
+    checkpointer.save(RunState(step=1), final=True)
+
+
+def continued_by_tool(directory: str) -> list[int]:
+    """In one rank: what the tool adds to the prompt."""
+    saved = newest_checkpoint(Path(directory))
+    run, tokenizer = read_companions(saved)
+    with mock.patch("megatron_salt.parallel.launch.distributed", return_value=contextlib.nullcontext()):
+        added = module.continue_prompt(
+            GenerateConfig(load=directory, temperature=5.0), saved, run, ParallelConfig(), tokenizer, PROMPT
+        )
+    assert added is not None
+    return added
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path: Path) -> None:
+    run_ranks(1, write_more_ids, str(tmp_path / "more"))
+    [added] = run_ranks(1, continued_by_tool, str(tmp_path / "more"))
+    assert added and max(added) < BYTES.vocabulary_size
 
 
 def write_checkpoint(directory: str, parallel: ParallelConfig, world_size: int) -> None:
@@ -211,3 +256,11 @@ def test_ranks_that_cannot_split_the_model_are_refused(checkpoint: str, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"--num-attention-heads 4 is not divisible by --tensor-model-parallel-size = 3"):
         generate_text(GenerateConfig(load=checkpoint))
+
+
+def test_the_tool_bounds_the_processes_that_compile_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPILE_WORKERS, "")
+    monkeypatch.delenv(COMPILE_WORKERS)
+    with pytest.raises(UserError, match="no checkpoint"):
+        generate_text(GenerateConfig(load=str(tmp_path)))
+    assert os.environ[COMPILE_WORKERS] == "4"

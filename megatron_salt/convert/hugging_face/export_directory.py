@@ -20,13 +20,13 @@ from megatron_salt.convert.checkpoint_writer import refuse_existing, whole_direc
 from megatron_salt.convert.hugging_face.exported_config import config_of_model
 from megatron_salt.convert.hugging_face.model_card import model_card
 from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX, SINGLE, safetensors_library
-from megatron_salt.convert.hugging_face.tokenizer_files import tokenizer_files
+from megatron_salt.convert.hugging_face.tokenizer_files import bos_of_export, read_as_another, tokenizer_files
 from megatron_salt.convert.parts import Part, Shape, parts_of
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 from megatron_salt.files import sync, write_whole
 from megatron_salt.metrics.progress_bar import ProgressBar
-from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_salt.tokenizer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class _Shard:
     tensors: list[tuple[Part, int, str, Shape]]
 
 
-def export_hugging_face(checkpoint: Path, out: Path, dtype: str, with_tokenizer: bool, shard_bytes: int) -> None:
+def export_hugging_face(
+    checkpoint: Path, out: Path, dtype: str, with_tokenizer: bool, prepend_bos: bool, shard_bytes: int
+) -> None:
     """Make `out` of a checkpoint of any layout. Reads the weights alone. Raises UserError, and leaves nothing behind."""
     refuse_existing("OUT", out)
     opened = loading.open_checkpoint(checkpoint, fallback=False, flag_name="CHECKPOINT")
@@ -48,28 +50,40 @@ def export_hugging_face(checkpoint: Path, out: Path, dtype: str, with_tokenizer:
         raise UserError(f"{opened.directory / save_directory.STATE}: its architecture lacks vocabulary or seq_length")
     config = config_of_model(model, state.vocabulary_size, state.seq_length, dtype)
     tokenizer = load_tokenizer(opened.directory / save_directory.TOKENIZER)
-    files = tokenizer_files(tokenizer, opened.directory, state.seq_length) if with_tokenizer else {}
-    config |= _ends(tokenizer)
+    files = tokenizer_files(tokenizer, opened.directory, state.seq_length, prepend_bos) if with_tokenizer else {}
+    begin = bos_of_export(tokenizer, opened.directory) if prepend_bos else tokenizer.eod
+    ends = {
+        "eos_token_id": tokenizer.eod,
+        "bos_token_id": begin,
+    }  # where nothing begins a document, the end of the last one does
+    config |= ends
+    again = (
+        {f"tokenizer/{name}": content for name, content in files.items()}
+        if read_as_another(files, config["architectures"][0])
+        else {}
+    )
     parts = list(parts_of(config["architectures"][0], model, state.vocabulary_size, state.seq_length))
     tensors = TensorFiles(opened.directory, safe_unpickle.read_metadata(opened.directory))
     _refuse_missing(parts, model, tensors, opened.directory)
     with whole_directory("OUT", out) as directory:
         _write_weights(directory, parts, tensors, getattr(torch, dtype), shard_bytes)
         _write_json(directory / CONFIG, config)
-        _write_json(directory / "generation_config.json", _ends(tokenizer) | {"do_sample": True})
-        for name, content in files.items():
+        _write_json(directory / "generation_config.json", ends | {"do_sample": True})
+        for name, content in (*files.items(), *again.items()):
+            (directory / name).parent.mkdir(exist_ok=True)
             write_whole(directory / name, content, durable=True)
         write_whole(directory / "README.md", model_card(opened.directory, state, config).encode(), durable=True)
     print(f"{out}: {config['architectures'][0]} in {dtype}, {_provenance(state)}; transformers loads it")
+    if again:
+        there = out / "tokenizer"
+        print(
+            f"{out}: transformers 5 gives a Qwen2 model the rules of Qwen2's tokenizer, and this is another one; load it from {there}, in "
+            f"lm-eval: --model_args pretrained={out},tokenizer={there}"
+        )
 
 
 def _provenance(state: CheckpointState) -> str:
     return f"{state.run.step} steps, {state.run.consumed_samples} samples, megatron_salt {__version__}"
-
-
-def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Ids that end a text, and that begin one: the end of a document, unless training put a token of its own there."""
-    return {"eos_token_id": tokenizer.eod, "bos_token_id": tokenizer.bos if tokenizer.bos is not None else tokenizer.eod}
 
 
 def _refuse_missing(parts: Sequence[Part], model: ModelConfig, tensors: TensorFiles, directory: Path) -> None:

@@ -29,7 +29,7 @@ def config_of_model(model: ModelConfig, vocabulary_size: int, context: int, dtyp
             "n_inner": model.ffn_width,
             "n_positions": model.max_position_embeddings or context,
             "layer_norm_epsilon": model.norm_epsilon,
-            "activation_function": "gelu_new" if model.gelu_tanh else "gelu",
+            "activation_function": _activation(model),
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
@@ -48,11 +48,33 @@ def config_of_model(model: ModelConfig, vocabulary_size: int, context: int, dtyp
             "rotary_pct": model.rotary_percent,
             "rotary_emb_base": model.rotary_base,
             "layer_norm_eps": model.norm_epsilon,
-            "hidden_act": "gelu_new" if model.gelu_tanh else "gelu",
+            "hidden_act": _activation(model),
             "use_parallel_residual": model.parallel_residual,
             "attention_bias": True,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+        }
+    if architecture == "Starcoder2ForCausalLM":
+        return config | {
+            "num_key_value_heads": model.query_groups,
+            "norm_epsilon": model.norm_epsilon,
+            "hidden_act": _activation(model),
+            "use_bias": not model.disable_bias_linear,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+            "embedding_dropout": 0.0,
+        }
+    if architecture == "StableLmForCausalLM":
+        return config | {
+            "num_key_value_heads": model.query_groups,
+            "layer_norm_eps": model.norm_epsilon,
+            "hidden_act": "silu",
+            "partial_rotary_factor": model.rotary_percent,
+            "use_qkv_bias": model.add_qkv_bias,
+            "qk_layernorm": False,
+            "use_parallel_residual": False,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
         }
     config |= {
         "num_key_value_heads": model.query_groups,
@@ -74,6 +96,8 @@ _MODEL_TYPES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
     "GPTNeoXForCausalLM": "gpt_neox",
     "GPT2LMHeadModel": "gpt2",
 }
@@ -82,11 +106,11 @@ _MODEL_TYPES = {
 def _architecture_of(model: ModelConfig) -> str:
     """The class in transformers that computes this model. Raises UserError."""
     rope = model.position_embedding_type == "rope"
+    same_width = model.head_width * model.num_attention_heads == model.hidden_size
     if rope and model.swiglu and model.normalization == "RMSNorm" and model.rotary_percent == 1 and not model.parallel_residual:
         if not model.add_qkv_bias and not model.qk_layernorm:
             return "LlamaForCausalLM"
         if model.disable_bias_linear and not (model.add_qkv_bias and model.qk_layernorm):
-            same_width = model.head_width * model.num_attention_heads == model.hidden_size
             if model.qk_layernorm:
                 return "Qwen3ForCausalLM"
             if same_width:
@@ -95,18 +119,30 @@ def _architecture_of(model: ModelConfig) -> str:
                 f"--add-qkv-bias with --kv-channels {model.kv_channels} x --num-attention-heads {model.num_attention_heads} other than "
                 f"--hidden-size {model.hidden_size}: Qwen2 in transformers has no such model"
             )
-    plain = model.normalization == "LayerNorm" and not (
-        model.swiglu or model.squared_relu or model.disable_bias_linear or model.qk_layernorm
-    )
+    plain = model.normalization == "LayerNorm" and same_width and not (model.squared_relu or model.qk_layernorm)
     multi_head = model.query_groups == model.num_attention_heads
-    if plain and multi_head and model.head_width * model.num_attention_heads == model.hidden_size:
+    gated = plain and model.swiglu
+    without_gate = plain and not model.swiglu
+    all_biases = not model.disable_bias_linear
+    if gated and rope and not all_biases and not model.parallel_residual:
+        return "StableLmForCausalLM"
+    if without_gate and all_biases and multi_head:
         if rope:
             return "GPTNeoXForCausalLM"
         if model.position_embedding_type == "learned_absolute" and not model.parallel_residual:
             return "GPT2LMHeadModel"
+    if (
+        without_gate
+        and rope
+        and model.rotary_percent == 1
+        and not model.parallel_residual
+        and (all_biases or not model.add_qkv_bias)
+    ):
+        return "Starcoder2ForCausalLM"
     raise UserError(
         f"no architecture in transformers computes this model: {', '.join(_described(model))}. Llama, Qwen2 and Qwen3 have rope, RMSNorm "
-        "and --swiglu; GPT-NeoX rope, LayerNorm, GELU and biases; GPT-2 learned positions, LayerNorm, GELU and biases"
+        "and --swiglu; StableLM rope, LayerNorm and --swiglu; GPT-NeoX and Starcoder2 rope, LayerNorm and GELU or ReLU; GPT-2 learned "
+        "positions, LayerNorm, GELU or ReLU, and biases"
     )
 
 
@@ -117,6 +153,7 @@ def _described(model: ModelConfig) -> Iterable[str]:
     switches = (
         "swiglu",
         "squared_relu",
+        "relu",
         "gelu_tanh",
         "disable_bias_linear",
         "add_qkv_bias",
@@ -128,6 +165,11 @@ def _described(model: ModelConfig) -> Iterable[str]:
         yield f"--num-query-groups {model.query_groups}"
     if model.rotary_percent != 1:
         yield f"--rotary-percent {model.rotary_percent:g}"
+
+
+def _activation(model: ModelConfig) -> str:
+    """The activation of an MLP without a gate, as transformers names it."""
+    return "relu" if model.relu else "gelu_new" if model.gelu_tanh else "gelu"
 
 
 def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_salt.config import ModelConfig
 from megatron_salt.convert.foreign_model import ForeignModel
+from megatron_salt.convert.hugging_face.unsupported import LACKING
 from megatron_salt.errors import UserError
 
 
@@ -63,7 +64,9 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ForeignModel:
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     if architecture is None or architecture not in _READERS:
-        raise UserError(f"{where}: architectures is {named!r}; known are {', '.join(_READERS)}")
+        what = None if architecture is None else LACKING.get(architecture)
+        lacking = "" if what is None else f": this decoder has no {what}"
+        raise UserError(f"{where}: architectures is {named!r}{lacking}; known are {', '.join(_READERS)}")
     if config.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is set: quantised weights are not read; give the original weights")
     reader = ConfigReader(config, where)
@@ -91,17 +94,12 @@ def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False,
     mlp_bias = reader.get("mlp_bias", bool, False)
     if attention_bias != mlp_bias:
         raise reader.refuse("attention_bias", f"mlp_bias is {mlp_bias}; either all linear layers have biases, or none has")
-    notes: tuple[str, ...] = ()
-    context = reader.get("max_position_embeddings", int)
-    window = reader.optional("sliding_window", int)
-    layer_kinds = reader.optional("layer_types", list) or []
-    uses_window = reader.get("use_sliding_window", bool, False) if architecture.startswith("Qwen") else True
-    reader.optional("max_window_layers", int)
-    if uses_window and window is not None and window < context:
-        notes = (f"sliding_window {window} is shorter than max_position_embeddings {context}: the context is {window}",)
-        context = window
-    elif any(kind != "full_attention" for kind in layer_kinds):
-        raise reader.refuse("layer_types", "this decoder computes only full_attention")
+    context, notes = _context(
+        reader, reader.get("use_sliding_window", bool, False) if architecture.startswith("Qwen") else True
+    )
+    reader.optional(
+        "original_max_position_embeddings", int
+    )  # Phi3 has it beside rope_scaling, where it counts for longrope alone
     width = reader.optional("head_dim", int)
     model = ModelConfig(
         num_layers=reader.get("num_hidden_layers", int),
@@ -126,8 +124,107 @@ def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False,
     )
 
 
+def _context(reader: ConfigReader, uses_window: bool) -> tuple[int, tuple[str, ...]]:
+    """The longest context, and what to tell the user. Within a sliding window the model computes as if it had none."""
+    context = reader.get("max_position_embeddings", int)
+    window = reader.optional("sliding_window", int)
+    layer_kinds = reader.optional("layer_types", list) or []
+    reader.optional("max_window_layers", int)
+    if uses_window and window is not None and window < context:
+        return window, (f"sliding_window {window} is shorter than max_position_embeddings {context}: the context is {window}",)
+    if any(kind != "full_attention" for kind in layer_kinds):
+        raise reader.refuse("layer_types", "this decoder computes only full_attention")
+    return context, ()
+
+
+def _activation(reader: ConfigReader, key: str, default: str) -> dict[str, Any]:
+    """Fields of ModelConfig for the activation of an MLP without a gate."""
+    act = reader.must_be(key, "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", default=default)
+    return {"gelu_tanh": act in ("gelu_new", "gelu_pytorch_tanh"), "relu": act == "relu"}
+
+
+def _stablelm(reader: ConfigReader) -> ForeignModel:
+    """LayerNorm, SwiGLU, rotary embeddings on a part of each head; biases of queries, keys and values alone, or none."""
+    reader.must_be("hidden_act", "silu", default="silu")
+    reader.must_be("use_parallel_residual", False, default=False)
+    reader.must_be("qk_layernorm", False, default=False)
+    model = ModelConfig(
+        num_layers=reader.get("num_hidden_layers", int),
+        hidden_size=reader.get("hidden_size", int),
+        ffn_hidden_size=reader.get("intermediate_size", int),
+        num_attention_heads=reader.get("num_attention_heads", int),
+        num_query_groups=reader.optional("num_key_value_heads", int),
+        position_embedding_type="rope",
+        norm_epsilon=reader.get("layer_norm_eps", float, 1e-5),
+        swiglu=True,
+        disable_bias_linear=True,
+        add_qkv_bias=reader.get("use_qkv_bias", bool, False),
+        untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, False),
+        init_method_std=reader.get("initializer_range", float, 0.02),
+        **_rotary(reader, 0.25),
+    )
+    return ForeignModel(
+        architecture="StableLmForCausalLM",
+        model=model,
+        vocabulary_size=reader.get("vocab_size", int),
+        context=reader.get("max_position_embeddings", int),
+    )
+
+
+def _starcoder2(reader: ConfigReader) -> ForeignModel:
+    """LayerNorm, GELU, rotary embeddings, grouped queries."""
+    context, notes = _context(reader, True)
+    model = ModelConfig(
+        num_layers=reader.get("num_hidden_layers", int),
+        hidden_size=reader.get("hidden_size", int),
+        ffn_hidden_size=reader.get("intermediate_size", int),
+        num_attention_heads=reader.get("num_attention_heads", int),
+        num_query_groups=reader.optional("num_key_value_heads", int),
+        position_embedding_type="rope",
+        norm_epsilon=reader.get("norm_epsilon", float, 1e-5),
+        disable_bias_linear=not reader.get("use_bias", bool, True),
+        untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, True),
+        init_method_std=reader.get("initializer_range", float, 0.02),
+        **_activation(reader, "hidden_act", "gelu_pytorch_tanh"),
+        **_rotary(reader, None),
+    )
+    return ForeignModel(
+        architecture="Starcoder2ForCausalLM",
+        model=model,
+        vocabulary_size=reader.get("vocab_size", int),
+        context=context,
+        notes=notes,
+    )
+
+
+def _opt(reader: ConfigReader) -> ForeignModel:
+    """Learned positions, LayerNorm, ReLU, biases. OPT-350m has its norms elsewhere, and is refused."""
+    for key, only in (
+        ("do_layer_norm_before", True),
+        ("_remove_final_layer_norm", False),
+        ("layer_norm_elementwise_affine", True),
+    ):
+        reader.must_be(key, only, default=only)
+    hidden, positions = reader.get("hidden_size", int), reader.get("max_position_embeddings", int)
+    if reader.optional("word_embed_proj_dim", int) not in (None, hidden):
+        raise reader.refuse("word_embed_proj_dim", f"this decoder's embedding is as wide as hidden_size, {hidden}")
+    model = ModelConfig(
+        num_layers=reader.get("num_hidden_layers", int),
+        hidden_size=hidden,
+        ffn_hidden_size=reader.get("ffn_dim", int),
+        num_attention_heads=reader.get("num_attention_heads", int),
+        max_position_embeddings=positions,
+        disable_bias_linear=not reader.get("enable_bias", bool, True),
+        untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, True),
+        init_method_std=reader.get("init_std", float, 0.02),
+        **_activation(reader, "activation_function", "relu"),
+    )
+    return ForeignModel(
+        architecture="OPTForCausalLM", model=model, vocabulary_size=reader.get("vocab_size", int), context=positions
+    )
+
+
 def _gpt_neox(reader: ConfigReader) -> ForeignModel:
-    act = reader.must_be("hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh", default="gelu")
     reader.must_be("attention_bias", True, default=True)
     model = ModelConfig(
         num_layers=reader.get("num_hidden_layers", int),
@@ -137,10 +234,10 @@ def _gpt_neox(reader: ConfigReader) -> ForeignModel:
         position_embedding_type="rope",
         normalization="LayerNorm",
         norm_epsilon=reader.get("layer_norm_eps", float, 1e-5),
-        gelu_tanh=act != "gelu",
         parallel_residual=reader.get("use_parallel_residual", bool, True),
         untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, False),
         init_method_std=reader.get("initializer_range", float, 0.02),
+        **_activation(reader, "hidden_act", "gelu"),
         **_rotary(reader, reader.get("rotary_pct", float, 0.25)),
     )
     return ForeignModel(
@@ -152,7 +249,6 @@ def _gpt_neox(reader: ConfigReader) -> ForeignModel:
 
 
 def _gpt2(reader: ConfigReader) -> ForeignModel:
-    act = reader.must_be("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu", default="gelu_new")
     reader.must_be("scale_attn_weights", True, default=True)
     reader.must_be("scale_attn_by_inverse_layer_idx", False, default=False)
     reader.must_be("add_cross_attention", False, default=False)
@@ -166,9 +262,9 @@ def _gpt2(reader: ConfigReader) -> ForeignModel:
         position_embedding_type="learned_absolute",
         normalization="LayerNorm",
         norm_epsilon=reader.get("layer_norm_epsilon", float, 1e-5),
-        gelu_tanh=act != "gelu",
         untie_embeddings_and_output_weights=not reader.get("tie_word_embeddings", bool, True),
         init_method_std=reader.get("initializer_range", float, 0.02),
+        **_activation(reader, "activation_function", "gelu_new"),
     )
     return ForeignModel(
         architecture="GPT2LMHeadModel", model=model, vocabulary_size=reader.get("vocab_size", int), context=positions
@@ -213,8 +309,12 @@ _READERS: Mapping[str, Callable[[ConfigReader], ForeignModel]] = {
     "MistralForCausalLM": lambda reader: _llama_like(reader, "MistralForCausalLM"),
     "Qwen2ForCausalLM": lambda reader: _llama_like(reader, "Qwen2ForCausalLM", qkv_bias=True),
     "Qwen3ForCausalLM": lambda reader: _llama_like(reader, "Qwen3ForCausalLM", qk_norm=True),
+    "Phi3ForCausalLM": lambda reader: _llama_like(reader, "Phi3ForCausalLM"),
+    "StableLmForCausalLM": _stablelm,
+    "Starcoder2ForCausalLM": _starcoder2,
     "GPTNeoXForCausalLM": _gpt_neox,
     "GPT2LMHeadModel": _gpt2,
+    "OPTForCausalLM": _opt,
 }
 
 _SILENT = {
@@ -224,5 +324,6 @@ _SILENT = {
     "summary_type", "summary_use_proj", "task_specific_params", "reorder_and_upcast_attn", "_attn_implementation_autoset",
     "is_decoder", "is_encoder_decoder", "unk_token_id", "is_llama_config", "rope_interleaved", "transformers.js_config",
     "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+    "residual_dropout", "embedding_dropout", "dropout", "layerdrop",
 }  # fmt: skip
 """Keys that say nothing of the forward pass of a pretrained model."""

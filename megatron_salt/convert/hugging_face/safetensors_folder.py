@@ -106,8 +106,11 @@ def _places(directory: Path) -> dict[str, TensorPlace]:
     if others:
         raise UserError(f"{directory} has {', '.join(others[:3])}, and no {INDEX}, which says what lies where")
     if any(directory.glob("*.bin")):
+        new = f"{directory}-safetensors"
         raise UserError(
-            f"{directory} holds pickles (*.bin) and no safetensors; load and save it with transformers, which writes safetensors"
+            f'{directory} holds pickles (*.bin), which are not opened, and no safetensors; convert it: python -c "from transformers import '
+            f"AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer; Model.from_pretrained({str(directory)!r}, dtype='auto')"
+            f'.save_pretrained({new!r}); Tokenizer.from_pretrained({str(directory)!r}).save_pretrained({new!r})"'
         )
     raise UserError(f"{directory} holds neither {SINGLE} nor {INDEX}")
 

@@ -79,7 +79,9 @@ def _directory_of(source: Path) -> Path:
     try:
         last = read_small(tracker, 100).decode().strip()
     except OSError:
-        raise UserError(f"{source} holds neither {METADATA} nor {TRACKER}: it is no checkpoint of Megatron-LM") from None
+        raise UserError(
+            f"{source} holds neither {METADATA} nor {TRACKER}; give one iter_* directory of torch_dist files"
+        ) from None
     except ValueError as error:
         raise UserError(f"{tracker} cannot be read: {error}") from None
     if last != "release" and not (last.isascii() and last.isdecimal()):

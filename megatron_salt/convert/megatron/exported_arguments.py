@@ -91,6 +91,8 @@ def _refuse_unknown(model: ModelConfig) -> None:
     """Raise UserError, naming the flags, where Megatron-LM's decoder does not compute this model."""
     if model.parallel_residual:
         raise UserError("--parallel-residual: Megatron-LM has no such layer")
+    if model.relu:
+        raise UserError("--relu: Megatron-LM has no such activation")
     if model.gelu_tanh and model.disable_bias_linear:
         raise UserError("--gelu-tanh with --disable-bias-linear: Megatron-LM computes GELU by tanh only where it adds a bias")
     if model.rope_scaling == "linear":

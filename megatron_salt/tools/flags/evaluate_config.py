@@ -19,17 +19,20 @@ class EvaluateConfig:
     load: tuple[str, ...]
     """Directories of checkpoints, of which the latest is used, or iter_* directories. Several give a table."""
 
-    tasks: tuple[str, ...]
-    """Task files: JSONL, see docs/tasks.md. A task is named after its file."""
-
     output: str
     """JSON file of the results; a Markdown table is written beside it. A start with the same flags adds what is missing."""
+
+    tasks: tuple[str, ...] = ()
+    """Task files: JSONL, see docs/tasks.md. A task is named after its file."""
+
+    data: tuple[str, ...] = ()
+    """NAME=PREFIX of .bin/.idx pairs, made with the checkpoints' tokenizer: loss, accuracy and bits per byte of all windows."""
 
     overwrite: bool = False
     """Replace an --output that holds other results."""
 
     metrics: tuple[str, ...] = KNOWN
-    """Metrics of the table. The JSON always has all."""
+    """Metrics of tasks in the table. The JSON always has all."""
 
     shots: int = 0
     """Solved examples before each context, separated by an empty line."""
@@ -70,9 +73,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_tokens", "log_interval")
         at_least(self, 0, "shots")
-        for name in ("load", "tasks"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} names nothing")
+        if not self.load:
+            raise UserError("--load names no checkpoint")
+        if not (self.tasks or self.data):
+            raise UserError("nothing is asked: give --tasks or --data")
         if self.shot_file and not self.shots:
             raise UserError("--shot-file needs --shots: how many of its examples are shown")
         if not is_seed(self.bootstrap_seed):

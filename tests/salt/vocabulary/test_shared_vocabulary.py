@@ -24,6 +24,7 @@ from tests.support.program import (
     numbers,
     refused,
     refused_at_once,
+    run,
     train,
     write_tokens,
 )
@@ -188,3 +189,37 @@ def test_the_rate_counts_tokens_that_lie_elsewhere(tmp_path: Path) -> None:
     assert segmentation_difference(first, second, ["xabcdab", "cdcd"]) == (2, 6)  # x ab cd ab; cd cd
     assert segmentation_difference(second, first, ["xabcdab", "cdcd"]) == (4, 8)  # x a b cd a b; cd cd
     assert segmentation_difference(first, first, ["xabcdab"]) == (0, 4)
+
+
+# ---- a student from a model of more ids --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size, layout", [(1, {}), (2, dict(tensor_model_parallel_size=2))])
+def test_a_student_begins_with_the_rows_that_it_has_ids_for(home: Path, tmp_path: Path, world_size: int, layout: dict) -> None:
+    """From 384 rows to 384, to 258, and from 258 to 384 and to 258 again: padding and ids that are left out change nothing."""
+
+    def agree(one: str, other: str) -> bool:
+        """Bit for bit on one rank. Two ranks divide the rows in another way, and add in another order."""
+        pairs = zip(numbers(tmp_path / one), numbers(tmp_path / other), strict=True)
+        return all(mine == (pytest.approx(yours, rel=1e-6) if layout else yours) for mine, yours in pairs)
+
+    flags = dict(data_path=home / "data", train_iters=2, finetune=True) | layout
+    for name, multiple in (("same", 128), ("cut", 2)):
+        ended, *_ = run(world_size, load=home / "more", save=tmp_path / name, make_vocab_size_divisible_by=multiple, **flags)
+        assert (
+            ended.status == 0
+            and "takes the rows of this run's 257 ids; ids 257 to 259 of the checkpoint are left out" in ended.err
+        )
+    assert agree("same", "cut")
+    for name, multiple in (("longer", 128), ("again", 2)):
+        train(world_size, load=tmp_path / "cut", save=tmp_path / name, make_vocab_size_divisible_by=multiple, **flags)
+    assert agree("longer", "again")
+    if world_size == 1:
+        message = refused(
+            load=tmp_path / "cut",
+            save=tmp_path / "run",
+            make_vocab_size_divisible_by=4,
+            **flags,
+            **hugging_face(home / "more.json"),
+        )
+        assert "embedding.word_embeddings.weight is [258, 32] there and [260, 32] here" in message

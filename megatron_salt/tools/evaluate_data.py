@@ -1,0 +1,110 @@
+"""Losses of evaluate.py on tokenized data: every window of a dataset once, as a training run evaluates it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_salt.config import DataConfig
+from megatron_salt.data.manifest import read_manifest
+from megatron_salt.data.samples import Samples, open_samples
+from megatron_salt.errors import LeftEarly, UserError
+from megatron_salt.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_salt.model.gpt import GPT
+    from megatron_salt.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedData:
+    """A dataset for one checkpoint: its windows have the checkpoint's length."""
+
+    name: str
+    prefix: str
+    samples: Samples
+    facts: dict[str, Any]
+    """All that decides the figures beside the model, ready for JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model without an optimizer, as `train.evaluate.evaluate` takes it."""
+
+    chunks: Sequence[GPT]
+    mesh: Mesh
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+
+
+def parse_data(words: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """{name: prefix} of --data. taken: names of tasks. Raises UserError."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, prefix = word.partition("=")
+        if not (name and equals and prefix):
+            raise UserError(f"--data {word} is not of the form NAME=PREFIX")
+        if name in found or name in taken:
+            raise UserError(f"--data {word}: {name} is the name of {'another set' if name in found else 'a task'} too")
+        found[name] = prefix
+    return found
+
+
+def open_data(name: str, prefix: str, tokenizer: Tokenizer, data: DataConfig, seq_length: int) -> NamedData:
+    """Open a dataset for a checkpoint. data: the flags of its training, which say how documents are masked. Raises UserError."""
+    samples = open_samples(prefix, "--data", data, seq_length, tokenizer.vocabulary_size, tokenizer.eod)
+    made = read_manifest(prefix)
+    if made is not None and made.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--data {name}={prefix} was made with tokenizer {made.tokenizer_fingerprint}, the checkpoint's is {tokenizer.fingerprint}"
+        )
+    masking = {flag: getattr(data, flag) for flag in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
+    facts = {"data": name, "fingerprint": samples.fingerprint, "seq_length": seq_length, **masking}
+    return NamedData(name=name, prefix=prefix, samples=samples, facts=facts)
+
+
+def evaluate_data(
+    data: NamedData,
+    tokenizer: Tokenizer,
+    chunks: Sequence[GPT],
+    mesh: Mesh,
+    *,
+    batch_tokens: int,
+    reason_to_stop: Callable[[], str | None],
+) -> dict[str, Any]:
+    """The figures of all windows, ready for JSON. Collective over all ranks; all receive. Raises LeftEarly."""
+    from megatron_salt.data.batch import Batches
+    from megatron_salt.train.build import byte_counts
+    from megatron_salt.train.evaluate import CutShort, evaluate
+    from megatron_salt.train.state import ValidationSet
+
+    samples, replicas = data.samples, mesh.layout.data
+    length, count = samples.windows[0].seq_length, len(samples)
+    micro = max(1, min(batch_tokens // length, math.ceil(count / replicas)))
+    stages = mesh.layout.pipeline
+    share = micro * stages  # so many microbatches that the pipeline is not mostly idle
+    model = LoadedModel(chunks=chunks, mesh=mesh, seq_length=length, micro_batch_size=micro, global_batch_size=share * replicas)
+    batches = Batches(
+        samples,
+        global_batch_size=model.global_batch_size,
+        micro_batch_size=micro,
+        replica=mesh.at.dp,
+        num_replicas=replicas,
+        end=count,
+    )
+    num_batches = math.ceil(count / model.global_batch_size)
+    held_out = ValidationSet(name=data.name, batches=batches, num_batches=num_batches, byte_counts=byte_counts(tokenizer))
+    try:
+        found = evaluate(model, held_out, reason_to_stop=reason_to_stop)
+    except CutShort as cut:
+        raise LeftEarly(cut.reason) from None
+    perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
+    figures = {"loss": found["loss"], "perplexity": perplexity} | {key: found[key] for key in ("accuracy", "bits_per_byte")}
+    return {
+        "windows": count,
+        "tokens": int(found["tokens"]),
+        "metrics": {name: {"value": value} for name, value in figures.items() if math.isfinite(value)},
+    }
