@@ -29,7 +29,7 @@ from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 from megatron_salt.files import sole_writer
 from tests.convert.conftest import convert_in_rank
-from tests.convert.test_import_weights import Tensors, whole
+from tests.convert.weights.test_import_weights import Tensors, whole
 from tests.support.mutations import Mutation, kept, mutations
 from tests.support.program import Ended
 
