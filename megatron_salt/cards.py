@@ -1,7 +1,8 @@
 """What a GPU can do, by the name that the driver gives it: peak FLOP/s, memory and its bytes/s. Pure.
 
-Figures are the vendor's, without sparsity: where a data sheet gives a rate with sparsity alone, it is halved here. A GPU that is not in
-the table is unknown; nothing is guessed from the likeness of names, because cards of one name differ by a factor of two.
+Figures are the vendor's, without sparsity: where a data sheet gives a rate with sparsity alone, it is halved here. What is marked "our
+reading" was not compared with a copy of the data sheet when the table was last checked (2026-11). A GPU that is not in the table is
+unknown; nothing is guessed from the likeness of names, because cards of one name differ by a factor of two.
 No program reaches a peak. `reached` says which part of it the predictions of this package count on.
 """
 
@@ -77,32 +78,37 @@ CARDS = {
     "NVIDIA A100-PCIE-40GB": _ampere(312, 19.5, 1555, 40),
     "NVIDIA A100-SXM4-80GB": _ampere(312, 19.5, 2039, 80),
     "NVIDIA A100 80GB PCIe": _ampere(312, 19.5, 1935, 80),
-    # NVIDIA A10, A30, A40 and RTX A6000 data sheets; half of the tensor rates "with sparsity".
+    # NVIDIA A40 data sheet: 149.7 | 299.4 TFLOPS without | with sparsity, BF16 with FP32 accumulate.
+    "NVIDIA A40": _ampere(149.7, 37.4, 696, 48),
+    # NVIDIA A10, A30 and RTX A6000 data sheets, our reading; half of the tensor rates "with sparsity".
     "NVIDIA A10": _ampere(125, 31.2, 600, 24),
     "NVIDIA A30": _ampere(165, 10.3, 933, 24),
-    "NVIDIA A40": _ampere(149.7, 37.4, 696, 48),
     "NVIDIA RTX A6000": _ampere(154.8, 38.7, 768, 48),
-    # NVIDIA Ampere GA102 whitepaper, appendix A: BF16 with FP32 accumulate.
+    # NVIDIA Ampere GA102 whitepaper, appendix A, our reading: BF16 with FP32 accumulate.
     "NVIDIA GeForce RTX 3090": _ampere(71, 35.6, 936, 24),
-    # NVIDIA Ada GPU architecture whitepaper, appendix A: BF16 with FP32 accumulate, FP8 with FP32 accumulate.
+    # NVIDIA Ada GPU architecture whitepaper, appendix A, our reading: BF16 with FP32 accumulate, FP8 with FP32 accumulate.
     "NVIDIA GeForce RTX 4090": _with_fp8(165.2, 82.6, 1008, 24),
-    # NVIDIA L4, L40, L40S and RTX 6000 Ada data sheets; half of the tensor rates "with sparsity".
-    "NVIDIA L4": _with_fp8(121, 30.3, 300, 24),
-    "NVIDIA L40": _with_fp8(181, 90.5, 864, 48),
-    "NVIDIA L40S": _with_fp8(362, 91.6, 864, 48, fp8=733),
+    # NVIDIA L4 data sheet: 242 and 485 TFLOPS of BF16 and FP8 with sparsity.
+    "NVIDIA L4": _with_fp8(121, 30.3, 300, 24, fp8=242.5),
+    # NVIDIA L40 and L40S data sheets, without | with sparsity: BF16 181.05 | 362.1 and 362.05 | 733, FP8 362 | 724 and 733 | 1,466.
+    "NVIDIA L40": _with_fp8(181.05, 90.5, 864, 48, fp8=362),
+    "NVIDIA L40S": _with_fp8(362.05, 91.6, 864, 48, fp8=733),
+    # NVIDIA RTX 6000 Ada data sheet, our reading; half of the tensor rate "with sparsity".
     "NVIDIA RTX 6000 Ada Generation": _with_fp8(364, 91.1, 960, 48),
-    # NVIDIA H100 and H100 NVL data sheets: 1,979, 1,513 and 1,671 TFLOPS with sparsity.
+    # NVIDIA H100 data sheet, SXM and PCIe: 1,979 and 1,513 TFLOPS with sparsity, 67 and 51 of FP32, 3,350 and 2,000 GB/s.
     "NVIDIA H100 80GB HBM3": _with_fp8(989.5, 67, 3350, 80),
     "NVIDIA H100 PCIe": _with_fp8(756.5, 51, 2000, 80),
+    # NVIDIA H100 NVL data sheet, our reading: 1,671 TFLOPS with sparsity.
     "NVIDIA H100 NVL": _with_fp8(835.5, 60, 3900, 94),
-    # NVIDIA H200 data sheet, SXM and NVL: 1,979 and 1,671 TFLOPS with sparsity.
+    # NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, 4.8 TB/s. NVL, our reading: 1,671 TFLOPS with sparsity.
     "NVIDIA H200": _with_fp8(989.5, 67, 4800, 141),
     "NVIDIA H200 NVL": _with_fp8(835.5, 60, 4800, 141),
-    # NVIDIA GH200 data sheet: the H100 with 96 GB of HBM3 at 4 TB/s. The name counts the CPU's memory.
+    # NVIDIA GH200 data sheet, our reading: the H100 with 96 GB of HBM3 at 4 TB/s. The name counts the CPU's memory.
     "NVIDIA GH200 480GB": _with_fp8(989.5, 67, 4000, 96),
-    # NVIDIA DGX B200 data sheet: eight GPUs have 72 PFLOPS of FP8 with sparsity, 64 TB/s and 1,440 GB. FP32: HGX B200, 600 TFLOPS.
-    "NVIDIA B200": _with_fp8(2250, 75, 8000, 180),
-    # NVIDIA GB200 NVL72 data sheet: 72 GPUs have 360 PFLOPS of BF16 with sparsity, 5,760 TFLOPS of FP32, 576 TB/s and 13.4 TB.
+    # NVIDIA Blackwell data sheet, a GPU of HGX B200: 4.5 PFLOPS of BF16 with sparsity, 75 TFLOPS of FP32, 180 GB at 7.7 TB/s. That of
+    # DGX B200 gives 64 TB/s for eight of them.
+    "NVIDIA B200": _with_fp8(2250, 75, 7700, 180),
+    # The same data sheet, a GPU of GB200 NVL72: 5 PFLOPS of BF16 with sparsity, 80 TFLOPS of FP32, 186 GB at 8 TB/s.
     "NVIDIA GB200": _with_fp8(2500, 80, 8000, 186),
 }  # fmt: skip
 

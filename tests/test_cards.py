@@ -13,8 +13,8 @@ from megatron_salt.cards import CARDS, FLOPS_ALONE, card_named, peak_tflops, rea
     ("NVIDIA A100-SXM4-80GB", 312, None, 2039),
     ("NVIDIA H100 80GB HBM3", 989.5, 1979, 3350),
     ("NVIDIA H200", 989.5, 1979, 4800),
-    ("NVIDIA B200", 2250, 4500, 8000),
-    ("NVIDIA L40S", 362, 733, 864),
+    ("NVIDIA B200", 2250, 4500, 7700),
+    ("NVIDIA L40S", 362.05, 733, 864),
 ])  # fmt: skip
 def test_data_sheets_without_sparsity(name, bf16, fp8, gb_per_s):
     card = card_named(name)

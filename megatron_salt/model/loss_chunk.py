@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_salt.cards import CARDS, reached
 from megatron_salt.config import TrainingConfig
 
 CPU_MIB = 256
@@ -17,12 +18,13 @@ LEAST_GPU_TOKENS = 2048
 """Products of fewer rows leave parts of a GPU without work."""
 TRAFFIC_SHARE = 0.05
 """The largest share of the head's time on a GPU that reading and writing the weight gradient may take."""
-FLOPS_PER_BYTE = {2: 700 / 3.0, 4: 47 / 3.0}
+_CARD = CARDS["NVIDIA H100 80GB HBM3"]
+_RATES = {2: reached(_CARD.bf16_tflops, _CARD.gb_per_s), 4: reached(_CARD.fp32_tflops, _CARD.gb_per_s)}
+FLOPS_PER_BYTE = {itemsize: rates.flops / rates.bytes for itemsize, rates in _RATES.items()}
 """{bytes of a number: FLOPs that a GPU multiplies in the time in which it moves one byte of its memory}, for `gpu_tokens`.
 
-bfloat16 and float32, by the data sheet of the H100 SXM: 70% of its 989 and 67 TFLOP/s without sparsity, 90% of its 3.35 TB/s. The two
-shares are our assumption; they were not measured. One figure serves all GPUs, so that a run rounds alike on each. Where a GPU does less
-for each byte, as A100, H200 and B200 do, the traffic's share is smaller.
+bfloat16 and float32 on the H100 SXM, by the table of cards. One figure serves all GPUs, so that a run rounds alike on each. Where a GPU
+does less for each byte, as A100 and H200 do, the traffic's share is smaller; on B200 it is larger by a quarter.
 """
 _TEACHER_BYTES = 4
 """Bytes of a teacher's logit: float32."""

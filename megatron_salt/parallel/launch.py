@@ -134,10 +134,12 @@ def distributed(
             held.callback(connection.close)
             held.enter_context(watching(launch))
             connection.store.set_timeout(timeout)
+            # torchrun's store outlives a run: a second one in the same processes must not read the addresses of the first.
+            start = connection.store.add(f"starts/{launch.rank}", 1)
             dist.init_process_group(  # without device_id, see mesh.new_group_of
                 backend,
                 timeout=timeout,
-                store=dist.PrefixStore("world", connection.store),
+                store=dist.PrefixStore(f"world/{start}", connection.store),
                 rank=launch.rank,
                 world_size=launch.world_size,
             )

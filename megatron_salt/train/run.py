@@ -39,7 +39,7 @@ from megatron_salt.train.inputs import Inputs, read_inputs
 from megatron_salt.train.launcher import Word, write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
-from megatron_salt.train.start import choose_precisions, decide_start, host_memory_of_save
+from megatron_salt.train.start import HostMemory, choose_precisions, decide_start, host_memory_of_save
 from megatron_salt.train.state import log_cost_of_scores, log_start
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 PATHS = (
     "save", "load", "exit_file", "teacher_load", "stage1_selection", "tokenizer_model", "vocab_file", "merge_file",
 )  # fmt: skip
-LISTS_OF_PATHS = ("data_path", "valid_data_path")
+LISTS_OF_PATHS = ("data_path", "valid_data_path", "eval_tasks")
 FOR_THE_LAUNCHER = ("outcome_file",)
 
 
@@ -78,7 +78,9 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         )  # fmt: skip
         try:
             exit_plan.look("reading the data")
-            identity, opened = decide_together(config, plan, layout, inputs, exit_plan.look)
+            identity, memory_of_load, opened = decide_together(config, plan, layout, inputs, exit_plan.look)
+            if memory_of_load is not None:
+                log_memory(memory_of_load)
             run, start = build(
                 config, plan, layout, inputs, identity, timeout=timeout, precisions=precisions, held=held, opened=opened, watch=watch,
                 look=exit_plan.look,
@@ -92,10 +94,9 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         padded_vocabulary_size = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         flops = flops_per_token(config.model, config.training.seq_length, padded_vocabulary_size)
         if config.checkpoint.save is not None and config.parallel.use_distributed_optimizer:
-            memory = host_memory_of_save(
-                config.model, config.parallel, layout, padded_vocabulary_size, config.training.seq_length
+            log_memory(
+                host_memory_of_save(config.model, config.parallel, layout, padded_vocabulary_size, config.training.seq_length)
             )
-            log.log(logging.INFO if memory.fits else logging.WARNING, "%s", memory.line)
         with open_log(config, start.step, run.plan.total_steps, flops) as run_log, ReadAhead() as reader:
             log_start(config.training, plan, layout, start, parameters, run_log)
             if run.stage1 is not None and run.stage_samples is not None:
@@ -148,20 +149,22 @@ def compared_flags(config: RunConfig) -> dict[str, object]:
 
 def decide_together(
     config: RunConfig, plan: RunPlan, layout: Layout, inputs: Inputs, look: Look
-) -> tuple[RunIdentity, OpenedCheckpoint | None]:
+) -> tuple[RunIdentity, HostMemory | None, OpenedCheckpoint | None]:
     """Decide the start on rank 0 and raise its UserError on every rank, before --save is made. Collective over all ranks.
 
-    Returns the identity of the run, and the checkpoint of --load where that is not in --save. A checkpoint in --save is opened later,
-    once that directory is this run's own; until then its state.json must do. look: called while files are verified.
+    Returns the identity of the run, the host memory that loading takes where that is much, and the checkpoint of --load where that is not
+    in --save. A checkpoint in --save is opened later, once that directory is this run's own; until then its state.json must do. look:
+    called while files are verified.
     """
     checkpoint, load = config.checkpoint, None if config.checkpoint.load is None else Path(config.checkpoint.load)
 
-    def decide(opened: OpenedCheckpoint | None) -> RunIdentity:
+    def decide(opened: OpenedCheckpoint | None) -> tuple[RunIdentity, HostMemory | None]:
         logging.disable(logging.ERROR)  # loading the checkpoint logs the same again
         try:
             if load is not None and opened is None:
                 opened = glance_at_checkpoint(load, checkpoint.load_fallback)
-            return decide_start(config, layout, plan, inputs, opened).identity
+            start = decide_start(config, layout, plan, inputs, opened)
+            return start.identity, start.memory_of_load
         finally:
             logging.disable(logging.NOTSET)
 
@@ -171,11 +174,16 @@ def decide_together(
     ):
         opened = open_checkpoint(load, checkpoint.load_fallback, look=look)
     try:
-        return from_rank_0(lambda: decide(opened)), opened
+        return *from_rank_0(lambda: decide(opened)), opened
     except DamagedCheckpoint:
         assert load is not None
         open_checkpoint(load, checkpoint.load_fallback)  # names everything that is damaged
         raise
+
+
+def log_memory(memory: HostMemory) -> None:
+    """Log the line, as a warning where this machine has too little."""
+    log.log(logging.INFO if memory.fits else logging.WARNING, "%s", memory.line)
 
 
 def write_end(training: TrainingConfig, total_steps: int, progress: RunState, reason: str | None) -> None:
@@ -183,7 +191,7 @@ def write_end(training: TrainingConfig, total_steps: int, progress: RunState, re
     word: Word = "left"
     if progress.step < total_steps:
         message = f"before its last step, {total_steps}"
-    elif progress.evaluation_due and training.eval_iters:
+    elif progress.evaluation_due and (training.eval_iters or training.eval_tasks):
         message = "before its last evaluation"
     else:
         word, message = "done", "after its last step"

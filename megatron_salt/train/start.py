@@ -98,7 +98,9 @@ class Start:
     plan: RunPlan
     """Counts of the whole run, steps that are done included."""
     messages: tuple[str, ...]
-    """Lines for the user about changed flags and --save."""
+    """Lines for the user about changed flags, --load and --save."""
+    memory_of_load: HostMemory | None
+    """None: no optimizer's state is loaded that loads under any layout."""
 
 
 def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, opened: OpenedCheckpoint | None) -> Start:
@@ -120,8 +122,12 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
         refuse_other_ids((inputs.train, *inputs.valid.values()), inputs.shared_ids, inputs.tokenizer.vocabulary_size)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
+    padded = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+    memory_of_load = None
+    if gathers_to_load(checkpoint, opened):
+        memory_of_load = host_memory_of_load(config.model, config.parallel, layout, padded, config.training.seq_length)
+        messages += (memory_of_load.line,)
     if checkpoint.save is not None and progress.step < plan.total_steps:
-        padded = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
         size = num_parameters(config.model, padded, config.training.seq_length) * (
             dtype_of(config.training).itemsize + OPTIMIZER_BYTES
         )
@@ -129,7 +135,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         if config.parallel.use_distributed_optimizer:
             messages += (host_memory_of_save(config.model, config.parallel, layout, padded, config.training.seq_length).line,)
     refuse_unusable(config.logging, checkpoint.save)
-    return Start(identity=identity, progress=progress, plan=plan, messages=messages)
+    return Start(identity=identity, progress=progress, plan=plan, messages=messages, memory_of_load=memory_of_load)
 
 
 def rest_of_run(config: RunConfig, plan: RunPlan, progress: RunState) -> RunPlan:
@@ -242,8 +248,8 @@ def check_room(checkpoint: CheckpointConfig, gib: float) -> str:
 
 
 @dataclass(frozen=True)
-class SaveMemory:
-    """Host memory of a save that loads under any layout."""
+class HostMemory:
+    """Host memory of a save that loads under any layout, or of loading it."""
 
     line: str
     """For the log."""
@@ -253,27 +259,40 @@ class SaveMemory:
 
 def host_memory_of_save(
     model: ModelConfig, parallel: ParallelConfig, layout: Layout, padded_vocabulary_size: int, seq_length: int
-) -> SaveMemory:
-    """What a fully reshardable save of the distributed optimizer takes of the memory of this machine, if it is like the run's nodes.
-
-    Ranks on a node: as torchrun or Slurm says, else 8.
-    """
+) -> HostMemory:
+    """What a fully reshardable save of the distributed optimizer takes of the memory of this machine, if it is like the run's nodes."""
     share = parameters_of_rank(model, parallel, padded_vocabulary_size, seq_length)
     largest = padded_vocabulary_size * model.hidden_size // parallel.tensor_model_parallel_size
     gib = reshardable_save_bytes(share, largest, parallel, layout.data * layout.context) / GIB
+    also = ", and so does --overlap-grad-reduce" if layout.pipeline == 1 and not parallel.overlap_grad_reduce else ""
+    return _on_a_node("a save that loads under any layout (the last one, --save-at) gathers", gib, layout, also)
+
+
+def gathers_to_load(checkpoint: CheckpointConfig, opened: OpenedCheckpoint | None) -> bool:
+    """Whether ranks load an optimizer's state of the form that loads under any layout, and so each the whole of its part. Pure."""
+    if opened is None or checkpoint.finetune or checkpoint.no_load_optim or opened.state.optimizer is None:
+        return False
+    return opened.state.optimizer.form == "fully_reshardable"
+
+
+def host_memory_of_load(
+    model: ModelConfig, parallel: ParallelConfig, layout: Layout, padded_vocabulary_size: int, seq_length: int
+) -> HostMemory:
+    """What it takes to load such a save, see `host_memory_of_save`."""
+    share = parameters_of_rank(model, parallel, padded_vocabulary_size, seq_length)
+    return _on_a_node("loading a save that loads under any layout takes about", reshardable_load_bytes(share) / GIB, layout)
+
+
+def _on_a_node(what: str, gib: float, layout: Layout, also: str = "") -> HostMemory:
+    """gib: of each rank. also: another way to need less. Ranks on a node: as torchrun or Slurm says, else 8."""
     told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "8"
     ranks = min(int(told), layout.world_size)
     total = psutil.virtual_memory().total / GIB
-    line = (
-        f"host memory: a save that loads under any layout (the last one, --save-at) gathers {gib:.2f} GiB on each rank, {ranks * gib:.2f} "
-        f"GiB on a node of {ranks}; this machine has {total:.2f} GiB"
-    )
+    line = f"host memory: {what} {gib:.2f} GiB on each rank, {ranks * gib:.2f} GiB on a node of {ranks}; this machine has {total:.2f} GiB"
     if fits := ranks * gib <= total:
-        return SaveMemory(line, fits)
+        return HostMemory(line, fits)
     smaller = "a larger --tensor-model-parallel-size or --pipeline-model-parallel-size makes it smaller"
-    if layout.pipeline == 1 and not parallel.overlap_grad_reduce:
-        smaller += ", and so does --overlap-grad-reduce"
-    return SaveMemory(f"WARNING: {line}; {smaller}", fits)
+    return HostMemory(f"WARNING: {line}; {smaller}{also}", fits)
 
 
 def parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, padded_vocabulary_size: int, seq_length: int) -> int:
@@ -302,3 +321,11 @@ def reshardable_save_bytes(parameters: int, largest: int, parallel: ParallelConf
     if parallel.overlap_grad_reduce and parallel.pipeline_model_parallel_size == 1:  # else there is one bucket a chunk
         bucket = min(bucket, (parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * num_shards)) + largest)
     return OPTIMIZER_BYTES * parameters + OPTIMIZER_BYTES * bucket // num_shards + 3 * 4 * bucket
+
+
+def reshardable_load_bytes(parameters: int) -> int:
+    """Most host memory that one rank takes to load the optimizer's state of its `parameters`, within a tenth. Pure.
+
+    megatron-core makes the whole state of the rank's part, reads it again beside that, and exchanges pieces (0.16.1 and 0.19.2).
+    """
+    return (2 * OPTIMIZER_BYTES + 4) * parameters

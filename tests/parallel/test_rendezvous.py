@@ -105,10 +105,14 @@ def run(
     return launch(tmp_path, world_size, report_every, {rank: (work, rank == fails, where, how, join) for rank in ranks})
 
 
-def launch(tmp_path: Path, world_size: int, report_every: float, calls: dict[int, tuple[Any, ...]]) -> list[Ended]:
-    """Run a function with its arguments on each rank, as srun would start them: no agent, one node."""
+def launch(
+    tmp_path: Path, world_size: int, report_every: float, calls: dict[int, tuple[Any, ...]], agent: dist.TCPStore | None = None
+) -> list[Ended]:
+    """Run a function with its arguments on each rank of one node, as srun would start them, or with a store as torchrun's agent has it."""
     run_ranks(1, os.getpid)  # the pool's fork server has made the imports
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    port = free_port() if agent is None else agent.port
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent is not None)}
     context = multiprocessing.get_context("forkserver")
     processes = [
         context.Process(target=alone, args=(rank, environment, tmp_path / "rank", report_every, *call))
@@ -248,6 +252,18 @@ def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:
     ended = run(tmp_path, 3, 9, "nowhere", "mistake")
     assert [(one.status, one.err) for one in ended] == [(0, "")] * 3, ended
     assert all(one.when("left") for one in ended)
+
+
+def test_ranks_that_torchrun_started_may_join_a_second_time(tmp_path: Path) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended = launch(tmp_path, 2, 30.0, dict.fromkeys(range(2), (twice,)), agent)
+    assert [(one.status, one.err) for one in ended] == [(0, "")] * 2, ended
+
+
+def twice() -> None:
+    """The program of a rank that makes two runs, one after the other."""
+    for _ in range(2):
+        work(False, "", "", 60.0)
 
 
 def test_a_run_whose_data_one_rank_does_not_see_is_refused_on_all_and_told_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,10 +16,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_salt.checkpoint import sharded_state
+from megatron_salt.checkpoint import loading, sharded_state
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.parallel.layout import Layout, student_layout
-from megatron_salt.train.start import host_memory_of_save, parameters_of_rank, reshardable_save_bytes
+from megatron_salt.train.start import (
+    host_memory_of_save,
+    parameters_of_rank,
+    reshardable_load_bytes,
+    reshardable_save_bytes,
+)
+from tests.support.checkpoint_runs import Run, job, start
 from tests.support.program import refused, run, train, write_tokens
 from tests.support.ranks import run_ranks
 from tests.support.small import MODELS, SEQ_LENGTH, VOCABULARY, Case, build_student, train_student
@@ -237,8 +244,47 @@ def test_a_save_that_this_machine_cannot_hold_is_told_with_what_would_help(monke
             assert (word in told.line) is not fits
 
 
+def measure_a_load(run: Run, world_size: int) -> tuple[int, int]:
+    """(parameters of this rank, most bytes at one time while it reads a checkpoint's tensors)."""
+    memory, load_tensors = HostMemory(), loading.load_tensors
+
+    def measured(*arguments: Any) -> None:
+        with memory:
+            load_tensors(*arguments)
+
+    with mock.patch.object(loading, "load_tensors", measured):
+        student, _, progress = start(run, world_size)
+    assert progress is not None
+    return sum(parameter.numel() for chunk in student.chunks for parameter in chunk.parameters()), memory.peak
+
+
+@pytest.mark.parametrize(
+    "model, world_size, layout",
+    [
+        pytest.param("untied", 1, {}, marks=pytest.mark.long),
+        pytest.param("untied", 2, dict(tensor_model_parallel_size=2), marks=pytest.mark.long),
+        ("tied", 2, dict(overlap_grad_reduce=True, ddp_bucket_size=10_000)),
+    ],
+)
+def test_host_memory_of_a_load_is_predicted(tmp_path: Path, model: str, world_size: int, layout: dict[str, Any]) -> None:
+    """Oracle: every tensor that is made while a checkpoint's tensors are read."""
+    parallel = ParallelConfig(use_distributed_optimizer=True, **layout)
+    run = Run(save=str(tmp_path), parallel=parallel, model=MODELS[model])
+    run_ranks(world_size, job, run, world_size, 1, (1,), True)
+    measured = run_ranks(world_size, measure_a_load, replace(run, save=None, load=str(tmp_path)), world_size)
+    predicted = reshardable_load_bytes(max(own for own, _ in measured))
+    assert predicted == pytest.approx(max(peak for _, peak in measured), rel=0.1)
+
+
 def test_a_dry_run_and_a_start_tell_what_a_save_takes(tmp_path: Path, data: str) -> None:
     flags = dict(data_path=data, train_iters=3, save=tmp_path / "run", **DISTRIBUTED)
     (dry,) = run(1, **flags, dry_run=1)
     assert "host memory: a save that loads under any layout" in dry.out and "on a node of 1" in dry.out
     assert "host memory" not in run(1, **(flags | dict(use_distributed_optimizer=None)), dry_run=1)[0].out
+    first = train(**(flags | dict(train_iters=2)))
+    assert first.err.count("host memory") == 1
+    for load, times in ((dict(), 1), (dict(no_load_optim=True), 0)):
+        flags["load"] = flags["save"]
+        (dry,) = run(1, **flags, **load, dry_run=1)
+        assert dry.out.count("host memory: loading a save that loads under any layout takes about") == times
+    assert train(**flags).err.count("host memory: loading a save") == 1
