@@ -58,6 +58,7 @@ NOT_OURS = {
     *("--nv", "--bind"),  # apptainer
     *("--check", "--interleave"),  # ruff, numactl
     *("--model", "--model_args", "--tasks", "--batch_size", "--include_path"),  # lm_eval
+    "--local-dir",  # hf
 }
 each_page = pytest.mark.parametrize("page", PAGES)
 

@@ -20,6 +20,7 @@ from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.train.plan import check
 from megatron_salt.train.start import choose_precisions
+from tests.convert.real_model import LENGTH, WINDOWS
 from tests.test_docs import tool_configs
 
 ROOT = Path(__file__).parents[1]
@@ -283,3 +284,14 @@ def test_a_signal_to_all_of_a_task_leaves_the_word_to_the_tool(tmp_path: Path) -
     leaves = "trap 'echo leaving; exit 3' USR1; kill -USR1 0; sleep 1"
     assert task(tmp_path, leaves) == (3, "unsaved", "leaving\n")
     assert task(tmp_path, "kill -USR1 0; sleep 5")[:2] == (128 + signal.SIGUSR1, "")
+
+
+def test_the_foreign_teachers_comparison_reads_what_the_run_evaluates() -> None:
+    run = from_yaml((EXAMPLES / "foreign_teacher.yaml").read_text(), "foreign_teacher.yaml")
+    training = run.training
+    assert (training.seq_length, training.eval_iters * (training.global_batch_size or 0)) == (LENGTH, WINDOWS)
+    assert run.salt.kd_steps is not None and run.salt.kd_steps < (training.train_iters or 0)  # both stages
+    [directory] = re.findall(r"^RUN=(\S+)$", (EXAMPLES / "foreign_teacher.sh").read_text(), re.M)
+    assert run.salt.teacher_load == f"{directory}/teacher" and run.checkpoint.save == f"{directory}/student"
+    assert run.data.data_path == (f"{directory}/data/train_text_document",)
+    assert run.data.valid_data_path == (f"{directory}/data/held_out_text_document",)

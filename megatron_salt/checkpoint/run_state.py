@@ -82,6 +82,13 @@ class ReferenceLosses:
     """Mean cross entropy of each microbatch; None where it is not finite."""
     dtype: str
     """"float32" or "bfloat16": what the losses were computed in, whatever the run trains in."""
+    computed_by: str | None = None
+    """Whose losses they are, where a conversion wrote the checkpoint. None: those of the run that saved it."""
+
+    @property
+    def origin(self) -> str:
+        """Whose losses they are, in words."""
+        return self.computed_by or "the run that saved it"
 
 
 @dataclass(frozen=True)

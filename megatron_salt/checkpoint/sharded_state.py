@@ -70,9 +70,11 @@ def settled(chunks: Sequence[nn.Module]) -> Iterator[None]:
     waiting = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
     for chunk in waiting:
         chunk.disable_forward_pre_hook()
-    yield
-    for chunk in waiting:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in waiting:
+            chunk.enable_forward_pre_hook()
 
 
 # ---- what is saved -----------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class _Probe(Struct):
     lengths: list[Size]
     losses: list[float | None]
     dtype: str
+    computed_by: str | None = None
 
 
 class _Layout(Struct):
@@ -147,7 +148,7 @@ def state_content(state: CheckpointState) -> bytes:
         "architecture": state.architecture,
         "tokenizer": state.tokenizer,
         "data_fingerprint": state.data_fingerprint,
-        "probe": None if state.reference_losses is None else asdict(state.reference_losses),
+        "probe": None if state.reference_losses is None else _probe_content(state.reference_losses),
         "layout": state.layout.sizes,
         "chunks": state.chunks,
         "rng": state.rng,
@@ -185,7 +186,7 @@ def parse_state(content: Any) -> CheckpointState:
         architecture=content["architecture"],
         tokenizer=state.tokenizer,
         data_fingerprint=state.data_fingerprint,
-        reference_losses=None if probe is None else ReferenceLosses(tuple(probe.lengths), tuple(probe.losses), probe.dtype),
+        reference_losses=None if probe is None else _reference_losses(probe),
         layout=Layout(**msgspec.structs.asdict(state.layout)),
         chunks=state.chunks,
         rng=state.rng,
@@ -198,6 +199,15 @@ def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
     """The model of a checkpoint with this `CheckpointState.architecture`; absent fields have their defaults. Raises ValueError."""
     known = {field.name: architecture[field.name] for field in fields(ModelConfig) if field.name in architecture}
     return _converted(known, ModelConfig)
+
+
+def _probe_content(recorded: ReferenceLosses) -> dict[str, Any]:
+    """A run writes the names that the first release wrote."""
+    return {name: value for name, value in asdict(recorded).items() if (name, value) != ("computed_by", None)}
+
+
+def _reference_losses(probe: _Probe) -> ReferenceLosses:
+    return ReferenceLosses(tuple(probe.lengths), tuple(probe.losses), probe.dtype, probe.computed_by)
 
 
 def _salt_state(salt: _Salt | None) -> SaltState | None:

@@ -61,6 +61,12 @@ class TrainingConfig:
     eval_at_start: bool = True
     """Evaluate before the first step too, in a run from step 0."""
 
+    eval_tasks: tuple[str, ...] = ()
+    """Task files, JSONL as docs/tasks.md describes them, on which the student is evaluated in training."""
+
+    eval_tasks_interval: int | None = None
+    """Steps between evaluations on --eval-tasks; they come at the end and with --eval-at-start too. Default: --eval-interval."""
+
     skip_samples: tuple[str, ...] = ()
     """Skip these ranges A:B of consumed samples, such as 51200:56320 after a loss spike.
     The same flags always give the same order of samples."""
@@ -119,6 +125,7 @@ class TrainingConfig:
             "loss_chunk_tokens",
             "loss_chunk_mib",
             "eval_interval",
+            "eval_tasks_interval",
             "exit_interval",
             "max_nonfinite_steps",
         )
@@ -128,6 +135,8 @@ class TrainingConfig:
             raise UserError(
                 f"--train-iters {self.train_iters} and --train-samples {self.train_samples} are two lengths of one run; give one"
             )
+        if self.eval_tasks_interval is not None and not self.eval_tasks:
+            raise UserError(f"--eval-tasks-interval {self.eval_tasks_interval} needs --eval-tasks: the task files")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise UserError(
                 f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}"

@@ -6,10 +6,11 @@ appears whole or not at all: everything is written to OUT.partial, which gets it
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_salt.config import ModelConfig, RunConfig, TrainingConfig
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.convert.tensor_files import Piece, write_tensors
 from megatron_salt.errors import UserError
-from megatron_salt.files import sync
+from megatron_salt.files import sole_writer, sync
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -50,28 +51,71 @@ class Converted:
 def whole_directory(flag_name: str, out: Path) -> Iterator[Path]:
     """The name under which to fill a directory `out`; it gets its own name when the block ends. After an error nothing is left.
 
-    Raises UserError where `out` exists.
+    After a kill `out.partial` is left; the next call removes it. Raises UserError where `out` exists or cannot be made, or another
+    process is making it; the block's OSError gets a name of a file.
     """
     partial = out.with_name(out.name + ".partial")
     refuse_existing(flag_name, out)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
-        yield partial
-        sync(partial)
-        refuse_existing(flag_name, out)
-        partial.rename(out)
-        sync(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with _empty_directory(flag_name, out, partial):
+            yield partial
+            sync(partial)
+            refuse_existing(flag_name, out)
+            partial.rename(out)
+            sync(out.parent)
+    except BaseException as error:
+        for parent in made:  # the deepest first; another process may use it
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
 
 
+@contextmanager
+def _empty_directory(flag_name: str, out: Path, partial: Path) -> Iterator[None]:
+    """`partial` is an empty directory of this process alone; it is removed where the block raises. Raises UserError."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(sole_writer(flag_name, out))
+            remove(partial)
+            partial.mkdir()
+        except OSError as error:
+            raise UserError(f"{flag_name} {out} cannot be made: {error.strerror}") from None
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                remove(partial)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a directory with all that is in it, or a file, or a link and not what it names. Nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def refuse_existing(flag_name: str, out: Path) -> None:
-    """Raise UserError where there is something of this name already."""
-    if out.is_symlink() or out.exists():
+    """Raise UserError where there is something of this name already, or nothing can be made there."""
+    try:
+        exists = os.path.lexists(out)
+        parent = next(parent for parent in out.absolute().parents if parent.exists())
+    except OSError as error:
+        raise UserError(f"{flag_name} {out} cannot be made: {error.strerror}") from None
+    if exists:
         raise UserError(f"{flag_name} {out} exists; give a directory that does not, or remove it")
+    if not parent.is_dir():
+        raise UserError(f"{flag_name} {out} cannot be made: {parent} is not a directory")
+
+
+def refuse_inside(flag_name: str, out: Path, source: Path) -> None:
+    """Raise UserError where `out` lies in the directory that it is made of."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{flag_name} {out} lies inside of {source}, which is read; give another directory")
 
 
 def write_checkpoint(

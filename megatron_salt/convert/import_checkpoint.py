@@ -94,4 +94,5 @@ def _losses(directory: Path, converted: Converted, witness: Witness | None, wher
     by = "this program alone" if theirs is None else "transformers and this program"
     why = " (transformers is not installed)" if theirs is None and witness is not None else ""
     print(f"loss on the reference batch: {own.losses[-1]:.5f} over {lengths[-1]} tokens, computed by {by}{why}")
-    return ReferenceLosses(lengths, tuple(loss if math.isfinite(loss) else None for loss in own.losses), "float32")
+    losses = tuple(loss if math.isfinite(loss) else None for loss in own.losses)
+    return ReferenceLosses(lengths, losses, "float32", computed_by=by)

@@ -6,8 +6,7 @@ Every tensor that the architecture has must be there, with its shape, and none m
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -15,15 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron_salt.convert.foreign_model import ForeignModel
-from megatron_salt.convert.parts import EMBEDDING, Part, Shape, parts_of
+from megatron_salt.convert.parts import EMBEDDING, Join, Part, Shape, parts_of
 from megatron_salt.convert.tensor_files import Piece
 from megatron_salt.errors import UserError
 
 PIECE_BYTES = 64 << 20
-"""Rows of a vocabulary are converted a few at a time: so many bytes of ours."""
-
-_NO_WEIGHTS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias))$")
-"""Buffers that old releases of transformers saved beside the weights: masks and frequencies."""
+"""Rows are converted a few at a time: so many bytes of ours."""
 
 
 class Source(Protocol):
@@ -65,6 +61,8 @@ def pieces_of(source: Source, foreign: ForeignModel, dtype: torch.dtype, where: 
     where it is not finite.
     """
     model = foreign.model
+    if model.num_layers > len(source.names()):
+        raise UserError(f"{where}: {model.num_layers} layers, and it holds {len(source.names())} tensors")
     parts = list(parts_of(foreign.architecture, model, foreign.vocabulary_size, foreign.context))
     prefix = _prefix_left_out(source, parts)
     wrong, used = [], set()
@@ -76,7 +74,7 @@ def pieces_of(source: Source, foreign: ForeignModel, dtype: torch.dtype, where: 
                 wrong.append(f"{name} is missing")
             elif present != shape:
                 wrong.append(f"{name} is {list(present)}, and the model's configuration makes it {list(shape)}")
-    left = sorted(name for name in set(source.names()) - used if not _NO_WEIGHTS.search(name))
+    left = sorted(set(source.names()) - used)
     if not model.untie_embeddings_and_output_weights:
         left = _without_tied_copy(source, parts, prefix, left, where)
     wrong += [f"{name} is left over: this architecture has no such tensor" for name in left]
@@ -109,49 +107,57 @@ def _without_tied_copy(source: Source, parts: list[Part], prefix: str, left: lis
 def _row_slices(shape: Shape | None, itemsize: int) -> Iterator[slice]:
     """All rows of a tensor, in slices of about `PIECE_BYTES`."""
     assert shape is not None
-    step = max(1, PIECE_BYTES // (itemsize * math.prod(shape[1:])))
+    step = max(1, PIECE_BYTES // (itemsize * max(1, math.prod(shape[1:]))))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
 def _pieces(source: Source, part: Part, num_layers: int, dtype: torch.dtype, prefix: str, where: str) -> Iterator[Piece]:
-    """One piece, or several of a vocabulary's rows."""
+    """One piece, or several of a part's rows."""
     names = [name.removeprefix(prefix) for name, _ in part.sources]
-    if part.rows:
-        real = part.sources[0][1][0]
-        for rows in _row_slices(part.shape, dtype.itemsize):
-            shape = (rows.stop - rows.start, *part.shape[1:])
-            load = partial(_load_rows, source, names[0], rows, real, shape, dtype, where)
-            yield Piece(key=part.key, size=part.shape, offsets=(rows.start, 0), shape=shape, dtype=dtype, load=load)
+    zeros = tuple(0 for _ in part.shape[1:])
+
+    def piece(first: int, rows: int, load: Callable[[], Tensor]) -> Piece:
+        shape = (rows, *part.shape[1:])
+        if part.layer is None:
+            return Piece(key=part.key, size=part.shape, offsets=(first, *zeros), shape=shape, dtype=dtype, load=load)
+        size, offsets = (num_layers, *part.shape), (part.layer, first, *zeros)
+        return Piece(key=part.key, size=size, offsets=offsets, shape=(1, *shape), dtype=dtype, load=lambda: load()[None])
+
+    if part.join is not None:
+        yield piece(0, part.shape[0], partial(_load, source, part.join, names, dtype, where))
         return
-    in_front: Shape = () if part.layer is None else (1,)
-    load = partial(_load, source, part, names, in_front, dtype, where)
-    zeros = tuple(0 for _ in part.shape)
-    yield Piece(
-        key=part.key,
-        size=part.shape if part.layer is None else (num_layers, *part.shape),
-        offsets=zeros if part.layer is None else (part.layer, *zeros),
-        shape=(*in_front, *part.shape),
-        dtype=dtype,
-        load=load,
-    )
+    end = 0
+    for name, (_, shape) in zip(names, part.sources, strict=True):
+        for rows in _row_slices(shape, dtype.itemsize):
+            yield piece(end + rows.start, rows.stop - rows.start, partial(_load_rows, source, name, rows, dtype, where))
+        end += shape[0]
+    for rows in _row_slices((part.shape[0] - end, *part.shape[1:]), dtype.itemsize):
+        padding = (rows.stop - rows.start, *part.shape[1:])
+        yield piece(end + rows.start, padding[0], partial(torch.zeros, padding, dtype=dtype))
 
 
-def _load(source: Source, part: Part, names: list[str], in_front: Shape, dtype: torch.dtype, where: str) -> Tensor:
-    tensors = [_checked(source.read(name), name, where) for name in names]
-    return part.join(tensors).to(dtype).reshape(*in_front, *part.shape).contiguous()
+def _load(source: Source, join: Join, names: list[str], dtype: torch.dtype, where: str) -> Tensor:
+    return join([converted(source.read(name), dtype, name, where) for name in names]).contiguous()
 
 
-def _load_rows(source: Source, name: str, rows: slice, real: int, shape: Shape, dtype: torch.dtype, where: str) -> Tensor:
-    """Rows of a vocabulary: those of ids, then zeros."""
-    piece = torch.zeros(shape, dtype=dtype)
-    if rows.start < real:
-        present = slice(rows.start, min(rows.stop, real))
-        piece[: present.stop - present.start] = _checked(source.read(name, present), name, where)
-    return piece
+def _load_rows(source: Source, name: str, rows: slice, dtype: torch.dtype, where: str) -> Tensor:
+    return converted(source.read(name, rows), dtype, name, where)
 
 
-def _checked(tensor: Tensor, name: str, where: str) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{where}: {name} has numbers that are not finite")
-    return tensor
+def converted(tensor: Tensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
+    """The tensor in the dtype. Raises UserError where it has numbers that are not finite, or too large for the dtype."""
+    rounded = tensor.to(dtype)
+    if not all_finite(rounded):
+        kind = str(dtype).removeprefix("torch.")
+        what = f"too large for {kind}" if all_finite(tensor) else "that are not finite"
+        raise UserError(f"{where}: {name} has numbers {what}")
+    return rounded
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. Memory: none of the tensor's size, as torch.isfinite would take."""
+    if not tensor.numel():
+        return True
+    smallest, largest = torch.aminmax(tensor)  # NaN where there is one
+    return math.isfinite(smallest) and math.isfinite(largest)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_salt.config import ModelConfig
 
 Shape = tuple[int, ...]
+Join = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,10 @@ class Part:
     """Ours, without the axis of layers."""
     sources: tuple[tuple[str, Shape], ...]
     """(name, shape) of each tensor of the other program."""
-    join: Callable[[Sequence[Tensor]], Tensor]
-    """Theirs to ours."""
+    join: Join | None
+    """Theirs to ours. None: the rows of ours are those of theirs, source after source, then zeros; so a few are converted at a time."""
     split: Callable[[Tensor], Sequence[Tensor]]
     """Ours to theirs."""
-    rows: bool = False
-    """Whether row i of ours is row i of theirs, so that it may be converted a few rows at a time. Ours may have more rows: padding."""
 
 
 def parts_of(architecture: str, model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
@@ -64,7 +63,7 @@ def _copied(key: str, layer: int | None, name: str, shape: Shape) -> Part:
         layer=layer,
         shape=shape,
         sources=((name, shape),),
-        join=lambda tensors: tensors[0],
+        join=None,
         split=lambda whole: [whole],
     )
 
@@ -72,20 +71,13 @@ def _copied(key: str, layer: int | None, name: str, shape: Shape) -> Part:
 def _vocabulary(key: str, name: str, model: ModelConfig, vocabulary_size: int) -> Part:
     """A weight with a row for each id: ours has rows of zeros at its end, so that tensor-parallel ranks get equal shares."""
     rows, width = model.padded_vocabulary_size(vocabulary_size), model.hidden_size
-
-    def padded(tensors: Sequence[Tensor]) -> Tensor:
-        whole = tensors[0].new_zeros(rows, width)
-        whole[:vocabulary_size] = tensors[0]
-        return whole
-
     return Part(
         key=key,
         layer=None,
         shape=(rows, width),
         sources=((name, (vocabulary_size, width)),),
-        join=padded,
+        join=None,
         split=lambda whole: [whole[:vocabulary_size]],
-        rows=True,
     )
 
 
@@ -151,7 +143,7 @@ def _stacked(key: str, layer: int, names: Sequence[str], shape: Shape) -> Part:
         layer=layer,
         shape=shape,
         sources=tuple((name, each) for name in names),
-        join=lambda tensors: torch.cat(list(tensors)),
+        join=None,
         split=lambda whole: whole.chunk(len(names)),
     )
 

@@ -64,9 +64,20 @@ def write_tensors(directory: Path, pieces: Sequence[Piece], done: Callable[[Piec
     plan = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([plan])
     [plan] = writer.prepare_global_plan(plans)
-    results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    try:
+        results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    except RuntimeError as error:
+        raise _cause_of(error) from error
     writer.finish(metadata, [results])
     return sorted({place.storage_data.relative_path for place in results})
+
+
+def _cause_of(error: RuntimeError) -> BaseException:
+    """What ended a write: torch's zip file, once left, raises an error of its own over a full disk or Ctrl-C."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError | KeyboardInterrupt):
+        cause = cause.__context__
+    return cause or error
 
 
 class _Pieces(SavePlanner):
@@ -76,6 +87,7 @@ class _Pieces(SavePlanner):
         self._pieces = {MetadataIndex(piece.key, torch.Size(piece.offsets)): piece for piece in pieces}
         assert len(self._pieces) == len(pieces), "two pieces in one place"
         self._done = done
+        self._last: Tensor | None = None
 
     def set_up_planner(self, state_dict: dict, storage_meta: object = None, is_coordinator: bool = False) -> None:
         """Nothing: the pieces are known."""
@@ -102,8 +114,11 @@ class _Pieces(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        if self._last is not None:
+            # It is written. torch's writer keeps the last tensor of every key to the end of the file: together as large as a layer.
+            self._last.untyped_storage().resize_(0)
         piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        tensor = piece.load()
+        self._last = tensor = piece.load().clone()  # the source may keep what it gave
         assert tuple(tensor.shape) == piece.shape and tensor.dtype == piece.dtype, (piece, tensor.shape, tensor.dtype)
         self._done(piece)
         return tensor
@@ -123,6 +138,13 @@ class TensorFiles:
             for key, entry in entries
             if isinstance(entry, TensorStorageMetadata)
         }
+
+    def row_ranges(self, key: str) -> list[tuple[int, int]]:
+        """(first row, end) of the stored pieces of a tensor, ascending; all rows are in one of them."""
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        starts = sorted({chunk.offsets[0] for chunk in entry.chunks})
+        return list(zip(starts, [*starts[1:], entry.size[0]], strict=True))
 
     def read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
         """A part of a tensor, from whatever pieces it was saved in. Memory: the part, and one stored piece."""

@@ -43,13 +43,20 @@ class PreparedTask:
 
 
 def prepare_task(
-    task: Task, tokenizer: Tokenizer, *, bos: int | None, longest: int, shots: Task | None, num_shots: int
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    bos: int | None,
+    longest: int,
+    shots: Task | None = None,
+    num_shots: int = 0,
+    flag_name: str = "--tasks",
 ) -> PreparedTask:
     """The requests of a task. bos: first id of every text; None: no such id. longest: tokens that the model takes. shots: solved examples,
-    of which `num_shots` come first. Raises UserError, which names the line of the task file."""
+    of which `num_shots` come first. flag_name: the flag that named the file. Raises UserError, which names the line of the task file."""
     by_example = without_shots(task) if shots is None or num_shots == 0 else with_shots(task, shots, num_shots)
     pairs = [pair for pairs in by_example for pair in pairs]
-    places = [f"--tasks {task.path}, line {one.line}" for one in task.examples for _ in one.pairs]
+    places = [f"{flag_name} {task.path}, line {one.line}" for one in task.examples for _ in one.pairs]
     facts = {
         "task": task.name,
         "sha256": task.sha256,

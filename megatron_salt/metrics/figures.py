@@ -145,6 +145,8 @@ class Line:
     label: str
     arm: int
     """Number of the arm, which gives the colour"""
+    place: int
+    """Number of the figure in its panel, which gives the mark"""
     at: np.ndarray
     """float64 [n], position on the horizontal axis"""
     value: np.ndarray
@@ -159,7 +161,7 @@ def lines_of(arms: Sequence[Arm], panel: Panel, x: Axis) -> list[Line]:
     """What a panel shows. Figures of steps are means over a twenty-fifth of the steps. UserError where an arm lacks a figure."""
     lines = []
     for number, arm in enumerate(arms):
-        for figure in panel:
+        for place, figure in enumerate(panel):
             band = arm.band(figure)
             of_steps = figure not in arm.curves[0].of_evaluations
             value, low, high = band.mean, band.low, band.high
@@ -167,7 +169,7 @@ def lines_of(arms: Sequence[Arm], panel: Panel, x: Axis) -> list[Line]:
                 window = max(1, len(value) // 25)
                 value, low, high = (smoothed(one, window) for one in (value, low, high))
             label = arm.name if len(panel) == 1 else f"{arm.name}, {figure}"
-            lines.append(Line(label, number, arm.when(x, band.steps), value, low, high, of_steps))
+            lines.append(Line(label, number, place, arm.when(x, band.steps), value, low, high, of_steps))
     return lines
 
 
@@ -202,7 +204,8 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
     for axes, panel in zip(plots[:, 0], panels, strict=True):
         for line in lines_of(arms, panel, x):
             colour = f"C{line.arm}"
-            axes.plot(line.at, line.value, "-" if line.of_steps else "o--", color=colour, markersize=5, label=line.label)
+            style = "-" if line.of_steps else f"{'os^Dv'[line.place % 5]}--"
+            axes.plot(line.at, line.value, style, color=colour, markersize=5, label=line.label)
             if not np.array_equal(line.low, line.high):
                 axes.fill_between(line.at, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
         for number, arm in enumerate(arms):

@@ -67,9 +67,9 @@ def _plot(arms: Sequence[Arm], panel: Panel, x: Axis, unigram: float | None) -> 
             edges: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
             plot.add_scatter(x=at, y=low, **edges)
             plot.add_scatter(x=at, y=high, fill="tonexty", fillcolor=f"{colour}33", **edges)
-        style = {"mode": "lines", "line": {"color": colour}}
+        style: dict[str, Any] = {"mode": "lines", "line": {"color": colour}}
         if not line.of_steps:
-            style = {"mode": "lines+markers", "line": {"color": colour, "dash": "dot"}}
+            style = {"mode": "lines+markers", "line": {"color": colour, "dash": "dot"}, "marker": {"symbol": line.place}}
         plot.add_scatter(x=at, y=value, name=escape(line.label), **style)
     for number, label, position in switches_of(arms, x):
         plot.add_vline(x=position, line_dash="dash", line_color=_COLOURS[number % len(_COLOURS)], annotation_text=escape(label))

@@ -108,6 +108,7 @@ class RunLog:
         self._unread: list[StepRecord] = []
         self._since_line: list[dict[str, Any]] = []
         self._num_nonfinite = 0
+        self._begun, self._task_seconds = clock(), 0.0
         self._sinks = open_sinks(logging, save, start_step, config) if active else []
 
     def __enter__(self) -> Self:
@@ -160,6 +161,30 @@ class RunLog:
         print(
             f"step {step}/{self._total_steps} | {name} loss {loss:.4f} | perplexity {perplexity:.4g} | {figures}"
             f"{tokens} tokens in {seconds:.1f} s",
+            flush=True,
+        )
+
+    def task(self, step: int, name: str, result: Mapping[str, Any]) -> None:
+        """Record and print a likelihood task after `step`, and what all tasks have cost since the log began.
+
+        name: of the task. result: {"metrics": {name: {"value", "stderr"}}, "examples", "cut", "seconds"}.
+        """
+        if not self._active:
+            return
+        self._task_seconds += result["seconds"]
+        share = min(1.0, self._task_seconds / max(self._clock() - self._begun, 1e-9))
+        metrics = result["metrics"]
+        values = {key: figure["value"] for key, figure in metrics.items()}
+        errors = {f"{key}_stderr": figure["stderr"] for key, figure in metrics.items()}
+        facts = {key: result[key] for key in ("examples", "cut", "seconds")}
+        self._write(kind="task", step=step, name=name, **values, **errors, **facts, share_of_time=share)
+        shown = "".join(
+            f"{key.replace('_', ' ')} {figure['value']:.4f} ± {figure['stderr']:.4f} | " for key, figure in metrics.items()
+        )
+        cut = f", {result['cut']} contexts cut" if result["cut"] else ""
+        print(
+            f"step {step}/{self._total_steps} | task {name} | {shown}{result['examples']} examples{cut} in {result['seconds']:.1f} s; "
+            f"tasks take {share:.1%} of the time",
             flush=True,
         )
 

@@ -1,7 +1,7 @@
 """The sinks of a run's numbers: a JSONL file, TensorBoard, Weights & Biases.
 
-A sink takes entries: flat dicts with `kind` ("step", "eval" or "event"), `step`, and numbers. A run that crashed resumes at an earlier
-step. Every sink then drops its entries of later steps, so that a curve has one value a step.
+A sink takes entries: flat dicts with `kind` ("step", "eval", "task" or "event"), `step`, and numbers. A run that crashed resumes at an
+earlier step. Every sink then drops its entries of later steps, so that a curve has one value a step.
 
 One rank alone opens sinks. A missing package, or a path that can never be written, is a UserError. A disk that is full or read-only, or a
 server that does not answer, may raise anything; retrying_sink.py tries again. An entry is written once `write` has returned.
@@ -129,14 +129,16 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(entry: Entry) -> dict[str, float]:
-    """{name of a curve: value} for an entry's numbers: train/loss, time/data, valid/loss, valid-NAME/loss of a named set ...
+    """{name of a curve: value} for an entry's numbers: train/loss, time/data, valid/loss, valid-NAME/loss of a named set,
+    task-NAME/acc of a task ...
 
     What stands before the first slash is a group of curves in TensorBoard and Weights & Biases.
 
     train/loss is the cross entropy with the data in both stages, so the curve does not jump at the end of stage 1. The loss that
     stage 1 minimises, against the mixed target, is train/mixed_loss.
     """
-    prefix = {"step": "train", "eval": str(entry.get("name")).replace("/", "-"), "event": "event"}[entry["kind"]]
+    own_name = str(entry.get("name")).replace("/", "-")
+    prefix = {"step": "train", "eval": own_name, "task": f"task-{own_name}", "event": "event"}[entry["kind"]]
     curves = {
         f"{prefix}/{key}": float(value)
         for key, value in entry.items()

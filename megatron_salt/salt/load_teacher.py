@@ -149,10 +149,11 @@ def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, d
             f"{problem} (tolerance {tolerance:g} of it)"
         )
     log.info(
-        "teacher %s: its recorded loss of %.4f over %d tokens came out as %.4f",
+        "teacher %s: its recorded loss of %.4f over %d tokens, computed by %s, came out as %.4f",
         checkpoint.directory,
         checkpoint.losses[len(lengths) - 1],
         lengths[-1],
+        checkpoint.recorded_by,
         losses[-1][0],
     )
 

@@ -14,6 +14,7 @@ from megatron_salt.config import ModelConfig, ParallelConfig, SaltConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.selection.score_format import IndexManifest
+from megatron_salt.small_files import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class TeacherCheckpoint:
     """The recorded loss for each length, nats a token."""
     dtype: str
     """Precision of the recorded losses: float32 or bfloat16."""
+    recorded_by: str = "the run that saved it"
+    """Whose losses they are, in words."""
     step: int
     """Steps that it was trained for."""
 
@@ -72,6 +75,7 @@ def read_teacher(load: str) -> TeacherCheckpoint:
         lengths=recorded.lengths,
         losses=losses,
         dtype=recorded.dtype,
+        recorded_by=one_line(recorded.origin),
         step=saved.run.step,
     )
 

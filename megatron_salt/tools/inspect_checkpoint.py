@@ -19,7 +19,7 @@ from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.cli import run_tool
 from megatron_salt.config import flag
 from megatron_salt.errors import UserError
-from megatron_salt.small_files import read_small
+from megatron_salt.small_files import one_line, read_small
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -119,7 +119,7 @@ def _own_loss(recorded: ReferenceLosses | None) -> str:
         f"{'not finite' if loss is None else format(loss, '.5f')} over {length}"
         for length, loss in zip(recorded.lengths, recorded.losses, strict=True)
     ]
-    return f"{', '.join(losses)} tokens, {recorded.dtype}"
+    return f"{', '.join(losses)} tokens, {recorded.dtype}, computed by {one_line(recorded.origin)}"
 
 
 def _stages(run: RunState) -> list[str]:

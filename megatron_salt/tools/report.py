@@ -25,7 +25,7 @@ from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_present, sole_writer
 from megatron_salt.metrics.arms import Arm, arms_of, finals, passings
-from megatron_salt.metrics.figures import Panel, chart, draw, in_columns, table
+from megatron_salt.metrics.figures import Panel, chart, draw, in_columns, lines_of, table
 from megatron_salt.metrics.history import Axis, Curve, read_curve
 from megatron_salt.metrics.page import write_page
 from megatron_salt.metrics.sinks import require_package
@@ -102,6 +102,8 @@ def report(config: ReportConfig) -> int:
     curves = [curve for arm in arms for curve in arm.curves]
     unigram = None if config.unigram_of is None else unigram_entropy(config.unigram_of)
     panels = panels_of(arms, config.y)
+    for panel in panels:
+        lines_of(arms, panel, config.x)  # refuses what a log lacks before anything is printed
     print(chart(curves, config.x, unigram))
     print()
     print(table(curves, unigram))

@@ -108,11 +108,12 @@ def build(
             )
             for name, samples in (inputs.valid if config.training.eval_iters else {}).items()
         ),
+        tasks=inputs.tasks,
         checkpointer=checkpointer,
         stage1=None,
         stage_samples=inputs.stage_samples,
     )
-    if progress.step == 0 and config.training.eval_at_start and run.valid:
+    if progress.step == 0 and config.training.eval_at_start and (run.valid or run.tasks):
         progress = replace(progress, evaluation_due=True)
     resumed = progress if loaded is not None and progress.step > 0 else None
     salt, events = decide_salt(config.salt, resumed, inputs.teacher)

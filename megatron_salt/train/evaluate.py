@@ -22,6 +22,9 @@ from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState
 from megatron_salt.data.batch import Microbatch, ReadAhead
 from megatron_salt.data.blend import VALID
 from megatron_salt.data.reference_batch import fixed_batch, prefix_lengths
+from megatron_salt.errors import LeftEarly
+from megatron_salt.evaluation.evaluate_task import PreparedTask
+from megatron_salt.evaluation.in_training import evaluate_tasks
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.model.fp8_teacher import in_bfloat16
 from megatron_salt.model.loss import KD_METRICS, METRICS
@@ -133,25 +136,40 @@ def named_means(sums: Tensor) -> dict[str, Tensor]:
     return {"tokens": tokens, **means}
 
 
-def evaluate_run(run: Run, progress: RunState, log: RunLog, exit_plan: ExitPlan) -> tuple[RunState, str | None]:
-    """Evaluate the student on every set, log it, and in stage 1 decide whether it has passed its teacher. Collective over all ranks.
+def evaluate_run(
+    run: Run,
+    valid: Sequence[ValidationSet],
+    tasks: Sequence[PreparedTask],
+    progress: RunState,
+    log: RunLog,
+    exit_plan: ExitPlan,
+) -> tuple[RunState, str | None]:
+    """Evaluate the student on these of the run's sets and tasks, log it, and in stage 1 decide whether it has passed its teacher.
+    Collective over all ranks.
 
     The teacher is frozen, so it is evaluated once. Returns the progress, and the reason to leave where one cut the evaluation short:
     such an evaluation logs that alone, decides nothing, and stays due."""
     student, stage1, salt = run.student, run.stage1, progress.salt
     teacher = None if stage1 is None else stage1.teacher
-    ask_teacher = teacher is not None and salt is not None and salt.teacher_held_out is None
+    ask_teacher = bool(valid) and teacher is not None and salt is not None and salt.teacher_held_out is None
     figures: dict[str, dict[str, float]] = {}
-    for one in run.valid:
+    for one in valid:
         started = time.perf_counter()
         try:
             found = evaluate(student, one, teacher if ask_teacher else None, exit_plan.reason_to_stop_now)
         except CutShort as cut:
-            done = sum(earlier.num_batches for earlier in run.valid[: len(figures)]) + cut.num_done
-            of = sum(each.num_batches for each in run.valid)
+            done = sum(earlier.num_batches for earlier in valid[: len(figures)]) + cut.num_done
+            of = sum(each.num_batches for each in valid)
             log.event(progress.step, f"evaluation cut short after {done} of {of} batches: {cut.reason}")
             return progress, cut.reason
         figures[one.name] = found | {"seconds": time.perf_counter() - started}
+    try:
+        of_tasks = evaluate_tasks(
+            tasks, student.chunks, student.mesh, student.micro_batch_size * student.seq_length, exit_plan.reason_to_stop_now
+        )
+    except LeftEarly as left:
+        log.event(progress.step, f"evaluation of {len(tasks)} tasks cut short: {left.reason}")
+        return progress, left.reason
     progress = replace(progress, evaluation_due=False)
     if ask_teacher:
         assert salt is not None
@@ -164,7 +182,9 @@ def evaluate_run(run: Run, progress: RunState, log: RunLog, exit_plan: ExitPlan)
             of_set = f"{name}/" if f"{name}/loss" in taught else ""
             beside |= {f"teacher_{key}": taught[of_set + key] for key in ("loss", "accuracy")}
         log.evaluation(progress.step, name, found["loss"], int(found["tokens"]), found["seconds"], beside)
-    if stage1 is None or teacher is None:
+    for task, result in of_tasks.items():
+        log.task(progress.step, task, result)
+    if stage1 is None or teacher is None or not figures:
         return progress, None
     return _after_crossover(stage1, progress, over_sets(figures, "accuracy"), log), None
 

@@ -17,6 +17,8 @@ from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
+from megatron_salt.evaluation.evaluate_task import PreparedTask
+from megatron_salt.evaluation.in_training import read_eval_tasks
 from megatron_salt.salt.shared_vocabulary import shared_ids
 from megatron_salt.salt.stage1 import resumes_in_stage2
 from megatron_salt.salt.stage_samples import StageSamples
@@ -41,6 +43,8 @@ class Inputs:
     """Ids that mean the same to teacher and student: those from 0 up to it. Without a teacher all of the tokenizer's."""
     stage_samples: StageSamples | None
     """The samples of both stages; None without --stage1-selection."""
+    tasks: tuple[PreparedTask, ...] = ()
+    """The tasks of --eval-tasks."""
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -62,9 +66,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     stage_samples = None
     if config.salt.stage1_selection is not None:
         stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
-    shared = tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer)
     return Inputs(
-        tokenizer=tokenizer, train=train, valid=valid, teacher=teacher, shared_ids=shared, stage_samples=stage_samples
+        tokenizer=tokenizer,
+        train=train,
+        valid=valid,
+        teacher=teacher,
+        shared_ids=tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer),
+        stage_samples=stage_samples,
+        tasks=read_eval_tasks(config.training.eval_tasks, tokenizer, config.training.seq_length),
     )
 
 

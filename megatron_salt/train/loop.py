@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.data.batch import ReadAhead
+from megatron_salt.evaluation.evaluate_task import PreparedTask
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
 from megatron_salt.metrics.run_log import RunLog, StepRecord
@@ -21,7 +22,7 @@ from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
 from megatron_salt.train.evaluate import evaluate_run, named_means, reference_losses
 from megatron_salt.train.exit import ExitPlan
 from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, refuse_nonfinite, refuse_nonfinite_losses
-from megatron_salt.train.state import Run, announce, enter_stage2
+from megatron_salt.train.state import Run, ValidationSet, announce, enter_stage2
 from megatron_salt.train.step import StepOutcome, train_step
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
@@ -39,9 +40,12 @@ def train(
     announce(run, progress, log)
     garbage.start()
     reason = None
-    if run.valid and progress.evaluation_due:
+    due = _evaluations_due(run, training, progress.step)
+    if not any(due):
+        due = run.valid, ()  # it became due under other flags
+    if progress.evaluation_due and any(due):
         with timer.phase("eval"):
-            progress, reason = evaluate_run(run, progress, log, exit_plan)
+            progress, reason = evaluate_run(run, *due, progress, log, exit_plan)
         if reason is None:
             run.checkpointer.add_evaluation(progress)
     while progress.step < total and reason is None:
@@ -76,15 +80,15 @@ def train(
         if (report := stragglers.after_step(step, reader.seconds)) is not None:
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
-        evaluates = bool(run.valid) and (step % training.eval_interval == 0 or step == total)
-        progress = replace(progress, evaluation_due=evaluates)
+        due = _evaluations_due(run, training, step)
+        progress = replace(progress, evaluation_due=any(due))
         with timer.phase("save"):
             run.checkpointer.poll()
         # Save before evaluating: should anything end the evaluation, a resumed run begins with it.
         saved = _save_if_due(run, checkpoint, progress, timer, log, leaving=reason is not None, final=step == total)
-        if evaluates:
+        if any(due):
             with timer.phase("eval"):
-                progress, cut = evaluate_run(run, progress, log, exit_plan)
+                progress, cut = evaluate_run(run, *due, progress, log, exit_plan)
             reason = reason or cut
             if cut is None:
                 run.checkpointer.add_evaluation(progress)
@@ -102,6 +106,18 @@ def train(
     if reason is not None:
         log.event(progress.step, f"leaving: {reason}")
     return progress
+
+
+def _evaluations_due(
+    run: Run, training: TrainingConfig, step: int
+) -> tuple[tuple[ValidationSet, ...], tuple[PreparedTask, ...]]:
+    """The held-out sets and the tasks that are evaluated after `step`, the last step and step 0 included. Pure."""
+
+    def is_due(interval: int) -> bool:
+        return step % interval == 0 or step == run.plan.total_steps
+
+    sets = run.valid if is_due(training.eval_interval) else ()
+    return sets, run.tasks if is_due(training.eval_tasks_interval or training.eval_interval) else ()
 
 
 def _save_if_due(

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 PATHS = (
     "save", "load", "exit_file", "teacher_load", "stage1_selection", "tokenizer_model", "vocab_file", "merge_file",
 )  # fmt: skip
-LISTS_OF_PATHS = ("data_path", "valid_data_path")
+LISTS_OF_PATHS = ("data_path", "valid_data_path", "eval_tasks")
 FOR_THE_LAUNCHER = ("outcome_file",)
 
 
@@ -191,7 +191,7 @@ def write_end(training: TrainingConfig, total_steps: int, progress: RunState, re
     word: Word = "left"
     if progress.step < total_steps:
         message = f"before its last step, {total_steps}"
-    elif progress.evaluation_due and training.eval_iters:
+    elif progress.evaluation_due and (training.eval_iters or training.eval_tasks):
         message = "before its last evaluation"
     else:
         word, message = "done", "after its last step"

@@ -17,6 +17,7 @@ from megatron_salt.checkpoint.run_state import RunState
 from megatron_salt.config import TrainingConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.data.skip_samples import parse_skip_samples
+from megatron_salt.evaluation.evaluate_task import PreparedTask
 from megatron_salt.metrics.memory import forget_peak_memory, memory_in_use_gib
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.collectives import from_rank_0, largest
@@ -56,6 +57,9 @@ class Run:
     train: Batches
     valid: tuple[ValidationSet, ...]
     """What an evaluation reads; empty where the run makes none."""
+
+    tasks: tuple[PreparedTask, ...] = ()
+    """Likelihood tasks that are evaluated in training."""
 
     checkpointer: Checkpointer
     stage1: Stage1 | None

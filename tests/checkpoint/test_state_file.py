@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_salt.checkpoint.integrity import DamagedCheckpoint
-from megatron_salt.checkpoint.run_state import RunState, SaltState
+from megatron_salt.checkpoint.run_state import ReferenceLosses, RunState, SaltState
 from megatron_salt.checkpoint.save_directory import STATE
 from megatron_salt.checkpoint.state_file import EVALUATED, parse_state, read_state, state_content, write_evaluation, write_state
 from megatron_salt.errors import UserError
@@ -83,6 +83,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     )
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
+    converted = replace(state, reference_losses=ReferenceLosses((16, 32), (5.5, None), "float32", "this program alone"))
+    assert parse_state(json.loads(state_content(converted))) == converted
     salt = replace(STAGE_1, crossover=7)
     write_evaluation(tmp_path, replace(state.run, salt=salt))
     assert read_state(tmp_path) == replace(state, run=replace(state.run, salt=salt, evaluation_due=False))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from megatron_salt.tools import convert_checkpoint
+from tests.support.program import Ended
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +33,25 @@ def convert(*words: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "tools/convert_checkpoint.py", *map(str, words)]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def _conversion(words: list[str]) -> Ended:
+    """Run the tool. Called in the rank."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            mock.patch("megatron_salt.convert.import_checkpoint.distributed", return_value=contextlib.nullcontext())
+        )
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        status = convert_checkpoint.main(words)
+    return Ended(status, out.getvalue(), err.getvalue())
+
+
+def convert_in_rank(*words: object) -> Ended:
+    """Run the tool in a rank of the pool, which has made its imports. transformers may not run there: give --no-verify."""
+    (ended,) = run_ranks(1, _conversion, list(map(str, words)), timeout=120)
+    return ended
 
 
 def refusal(*words: object) -> str:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.convert.hugging_face.tokenizer_files import read_as_another, tokenizer_files
@@ -74,13 +75,13 @@ def byte_level(directory: Path) -> Path:
     return directory
 
 
-def sentence_piece(path: Path, model_type: str) -> Path:
+def sentence_piece(path: Path, model_type: str, **settings: Any) -> Path:
     """A SentencePiece model with bytes for what it has no piece for. Returns its file."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter([TEXTS[0], TEXTS[2], TEXTS[3]]), model_prefix=str(path), model_type=model_type,
-        vocab_size=340, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        vocab_size=340, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
     )  # fmt: skip
     return path.with_suffix(".model")
 
@@ -157,6 +158,22 @@ def test_a_model_whose_data_had_bos_gets_it(
 def test_bos_is_refused_where_there_is_none(tokenizers_of_all_kinds: dict[str, Tokenizer], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--prepend-bos: the GPT2BPETokenizer in .* declares no beginning-of-sequence token"):
         tokenizer_files(tokenizers_of_all_kinds["GPT2BPETokenizer"], tmp_path, 77, True)
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_user_defined_pieces_are_matched_or_the_model_is_refused(tmp_path: Path, model_type: str) -> None:
+    """Text is cut at them, so <sep> keeps its id. SentencePiece keeps one of spaces whole where it removes other spaces: refused."""
+    for pieces, refused in ((["<sep>", "er"], False), (["    "], True)):
+        path = sentence_piece(tmp_path / str(refused), model_type, user_defined_symbols=pieces)
+        tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path)))
+        if refused:
+            with pytest.raises(UserError, match="as a tokenizer.json .* --no-tokenizer"):
+                tokenizer_files(tokenizer, tmp_path, 77, False)
+            continue
+        written = tokenizers.Tokenizer.from_buffer(tokenizer_files(tokenizer, tmp_path, 77, False)["tokenizer.json"])
+        texts = [*TEXTS, "over<sep>there <sep>", "<sep>"]
+        assert [written.encode(text).ids for text in texts] == tokenizer.encode_batch(texts)
+        assert written.token_to_id("<sep>") in written.encode("over<sep>").ids
 
 
 def test_plain_bytes_have_no_form_for_transformers(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_model_that_transformers_does_not_know_is_refused_by_flag(change: dict
         ("llama", {"attention_bias": True}, "attention_bias is True: mlp_bias is False"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling .* linear or llama3"),
         ("llama 3", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "it lacks low_freq_factor, high_freq_factor"),
-        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a number from 1 on"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a number from 1 to 2147483647"),
         ("llama", {"vocab_size": None}, "vocab_size is missing"),
         ("llama", {"num_key_value_heads": 3}, "config.json: .*--num-query-groups 3"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import models, processors
 
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.convert.hugging_face.tokenizer_of_source import refuse_foreign_ids, tokenizer_of_source
+from megatron_salt.convert.hugging_face.tokenizer_of_source import note_on_bos, refuse_foreign_ids, tokenizer_of_source
 from megatron_salt.errors import UserError
 
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
@@ -47,6 +47,10 @@ def test_documents_end_as_in_training_and_not_as_turns_do(tmp_path: Path, name: 
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     read = tokenizer_of_source(TokenizerConfig(), tmp_path)
     assert (read.eod, read.bos) == (model.token_to_id(end), None if begin is None else model.token_to_id(begin))
+    note = note_on_bos(read, "there")
+    assert note is None if begin is None else f"there: its tokenizer begins a text with {begin!r}" in str(note)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(model.to_str()) | {"post_processor": None}))
+    assert note_on_bos(tokenizer_of_source(TokenizerConfig(), tmp_path), "there") is None
     with pytest.raises(UserError, match=f"has rows for 0 ids, and the tokenizer has {len(special)}"):
         refuse_foreign_ids(read, 0, "x")
 

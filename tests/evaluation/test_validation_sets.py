@@ -35,6 +35,7 @@ from tests.support.program import (
     entries,
     numbers,
     refused,
+    state_of,
     tensors,
     train,
     write_tokens,
@@ -152,10 +153,37 @@ def test_an_evaluation_at_the_start_that_is_cut_short_says_so_and_comes_with_the
 
 
 def test_no_evaluation_at_the_start_where_none_is_asked_for(tmp_path: Path, home: Path, evaluated: Path) -> None:
-    """The old form of the flag: one set without a name."""
-    train(**flags(home, valid_data_path=[home / "prose"]), no_eval_at_start=True, save=tmp_path)
+    """The old form of the flag: one set without a name. A given peak of the device gives an MFU; a CPU alone has none."""
+    train(**flags(home, valid_data_path=[home / "prose"]), no_eval_at_start=True, device_peak_tflops=0.5, save=tmp_path)
     assert [(entry["step"], entry["name"]) for entry in entries(tmp_path, "eval")] == [(2, "valid"), (4, "valid")]
     assert numbers(tmp_path) == numbers(evaluated)
+    assert [entry["mfu"] for entry in entries(tmp_path)] == pytest.approx(
+        [e["tflops_per_rank"] / 0.5 for e in entries(tmp_path)]
+    )
+    assert not any("mfu" in entry for entry in entries(evaluated))
+
+
+def test_the_teacher_is_evaluated_once_on_every_set(tmp_path: Path, evaluated: Path, home: Path) -> None:
+    """Before the first step, and again by a resumed run. The teacher is the student of the plain run, whose figures are known."""
+    teacher = {entry["name"]: entry for entry in entries(evaluated, "eval")[-2:]}
+    taught = flags(home, teacher_load=evaluated, kd_steps=3)
+    train(**taught, save=tmp_path / "one", save_interval=1)
+    train(**taught, load=tmp_path / "one" / "iter_0000001", save=tmp_path / "two")
+    assert figures(tmp_path / "two") == [found for found in figures(tmp_path / "one") if found[0] > 1]
+    for save, steps in ((tmp_path / "one", [0, 0, 2, 2]), (tmp_path / "two", [2, 2])):
+        found = [entry for entry in entries(save, "eval") if "teacher_loss" in entry]
+        assert [entry["step"] for entry in found] == steps
+        for entry in found:
+            expected = teacher[entry["name"]]
+            assert (entry["teacher_loss"], entry["teacher_accuracy"]) == pytest.approx(
+                (expected["loss"], expected["accuracy"]), rel=1e-5
+            )
+    held_out = state_of(tmp_path / "one", 3)["salt"]["teacher_held_out"]
+    tokens = {name: entry["tokens"] for name, entry in teacher.items()}
+    assert set(held_out) == {"loss", "accuracy", *(f"{name}/{key}" for name in teacher for key in ("loss", "accuracy"))}
+    assert held_out["accuracy"] == pytest.approx(
+        sum(entry["accuracy"] * tokens[name] for name, entry in teacher.items()) / sum(tokens.values())
+    )
 
 
 def test_a_set_that_is_smaller_than_a_batch_is_refused(home: Path) -> None:

@@ -170,6 +170,7 @@ def test_curves_are_named_by_kind():
     )
     assert sinks.scalars(step | {"loss": 1.5, "ce": 2.0})["train/mixed_loss"] == 1.5
     assert sinks.scalars({"kind": "eval", "step": 3, "name": "valid", "loss": 1.0}) == {"valid/loss": 1.0}
+    assert sinks.scalars({"kind": "eval", "step": 3, "name": "valid/prose", "loss": 1.0}) == {"valid-prose/loss": 1.0}
 
 
 @pytest.mark.parametrize("active", [True, False])

@@ -68,7 +68,7 @@ def test_a_crossover_counts_once_and_moves_the_end_of_stage_1() -> None:
     assert stage1.accuracy_to_pass(before) == pytest.approx(0.45) and stage1.may_cross_over(before)
     after = stage1.after_crossover(before)
     assert after.salt == replace(SALT, teacher_held_out=FIGURES, crossover=4, stage1_end=6)
-    assert not stage1.may_cross_over(after)
+    assert not stage1.may_cross_over(after) and not stage1.may_cross_over(replace(before, step=0))
     assert [stage1.contains(step, after) for step in (6, 7)] == [True, False]
     assert stage1.kd_weight(6, after) > 0 == stage1.kd_weight(7, after)
     assert not Stage1(None, replace(SCHEDULE, kd_stop="steps")).may_cross_over(before)

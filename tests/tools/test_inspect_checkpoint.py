@@ -53,7 +53,8 @@ def test_the_report_says_in_which_stage_it_is_and_with_which_teacher(
     run_ranks(1, save_in_stage, Run(save=str(tmp_path)), RunState(step=step, consumed_samples=8 * step, salt=salt), recorded)
     assert inspect_checkpoint(InspectConfig(load=str(tmp_path))) == 0
     report = capsys.readouterr().out
-    assert f"stage        {message}" in report and "own loss     5.50000 over 16, not finite over 32 tokens, bfloat16" in report
+    own = "5.50000 over 16, not finite over 32 tokens, bfloat16, computed by the run that saved it"
+    assert f"stage        {message}" in report and f"own loss     {own}\n" in report
     assert "schedule     --kd-steps 5, --kd-weight 0.5, --kd-transition step" in report
     assert "teacher      sha256:abcd, then in /teachers/one" in report
     assert ("held out     the teacher's loss 3.25, accuracy 0.5" in report) == (held_out is not None)

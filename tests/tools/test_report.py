@@ -224,6 +224,16 @@ def test_a_picture_of_several_runs_is_written_whole(tmp_path: Path, x: Axis) -> 
     assert [path.name for path in picture.parent.iterdir()] == ["loss.png"]
 
 
+def test_a_figure_that_a_log_lacks_is_refused_before_anything_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write_log(tmp_path / "a", [3.0], {1: 2.0})
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--y valid/lss is not in the log of a "):
+        report(ReportConfig((f"a={log}",), y=("valid/loss", "valid/lss")))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> None:
     log = write_log(tmp_path / "a", [3.0])
     with pytest.raises(UserError, match="--output .* cannot be written"):

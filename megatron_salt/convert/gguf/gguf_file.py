@@ -106,8 +106,9 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         tensors = {str(tensor.name): _stored(library, tensor) for tensor in reader.tensors}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is damaged or no GGUF file: {str(error).splitlines()[0]}") from None
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no GGUF file: {why}") from None
     strange = sorted({f"{name} is {stored.kind}" for name, stored in tensors.items() if not _can_read(library, stored.kind)})
     if strange:
         raise UserError(f"{path}: {strange[0]}, a type whose numbers cannot be read; {len(strange)} tensors have such types")

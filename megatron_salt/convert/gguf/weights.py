@@ -50,11 +50,13 @@ class GgufWeights:
         return {name: self._file.dtype(stored) for name, stored in self._names.items()}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some rows of a vocabulary."""
+        """A tensor, or some of its rows."""
         stored = self._names[name]
-        if rows is not None:
+        restore = _restore(stored, self._foreign)
+        if restore is None:
             return self._file.read(stored, rows)
-        return _restore(stored, self._foreign)(self._file.read(stored))
+        whole = restore(self._file.read(stored))
+        return whole if rows is None else whole[rows]
 
     def _transposed(self, stored: str, shape: Shape) -> bool:
         return self._foreign.architecture == "GPT2LMHeadModel" and stored.startswith("blk.") and len(shape) == 2
@@ -84,8 +86,8 @@ def _name_in_file(spelled: Any, name: str) -> str:
     return f"{spelled.get_name(stem)}.{kind}"
 
 
-def _restore(stored: str, foreign: ForeignModel) -> Restore:
-    """How a tensor of the file becomes that of transformers."""
+def _restore(stored: str, foreign: ForeignModel) -> Restore | None:
+    """How a tensor of the file becomes that of transformers. None: it is that."""
     model, kind = foreign.model, stored.split(".")[2] if stored.startswith("blk.") else ""
     if foreign.architecture == "LlamaForCausalLM" and kind in ("attn_q", "attn_k"):
         return partial(halves_apart, model.num_attention_heads if kind == "attn_q" else model.query_groups)
@@ -93,7 +95,7 @@ def _restore(stored: str, foreign: ForeignModel) -> Restore:
         return lambda tensor: tensor.t() if tensor.ndim == 2 else tensor
     if foreign.architecture == "GPTNeoXForCausalLM" and kind == "attn_qkv":
         return partial(by_head, model.num_attention_heads)
-    return lambda tensor: tensor
+    return None
 
 
 def halves_apart(heads: int, tensor: Tensor) -> Tensor:

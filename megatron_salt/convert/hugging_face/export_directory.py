@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from megatron_salt.checkpoint import loading, safe_unpickle, save_directory
 from megatron_salt.checkpoint.run_state import CheckpointState
 from megatron_salt.checkpoint.state_file import model_of
 from megatron_salt.config import ModelConfig
-from megatron_salt.convert.checkpoint_writer import refuse_existing, whole_directory
+from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside, whole_directory
 from megatron_salt.convert.hugging_face.exported_config import config_of_model
 from megatron_salt.convert.hugging_face.model_card import model_card
-from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX, SINGLE, safetensors_library
+from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX, SINGLE
+from megatron_salt.convert.hugging_face.safetensors_writer import safetensors_file
 from megatron_salt.convert.hugging_face.tokenizer_files import bos_of_export, read_as_another, tokenizer_files
+from megatron_salt.convert.import_weights import converted
 from megatron_salt.convert.parts import Part, Shape, parts_of
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
-from megatron_salt.files import sync, write_whole
+from megatron_salt.files import write_whole
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.tokenizer.tokenizer import load_tokenizer
 
@@ -44,6 +48,7 @@ def export_hugging_face(
     opened = loading.open_checkpoint(checkpoint, fallback=False, flag_name="CHECKPOINT")
     if opened is None:
         raise UserError(f"CHECKPOINT {checkpoint} holds no checkpoint")
+    refuse_inside("OUT", out, opened.directory)
     state = opened.state
     model = model_of(state.architecture)
     if state.vocabulary_size is None or state.seq_length is None:
@@ -66,7 +71,7 @@ def export_hugging_face(
     tensors = TensorFiles(opened.directory, safe_unpickle.read_metadata(opened.directory))
     _refuse_missing(parts, model, tensors, opened.directory)
     with whole_directory("OUT", out) as directory:
-        _write_weights(directory, parts, tensors, getattr(torch, dtype), shard_bytes)
+        _write_weights(directory, parts, tensors, getattr(torch, dtype), shard_bytes, str(opened.directory))
         _write_json(directory / CONFIG, config)
         _write_json(directory / "generation_config.json", ends | {"do_sample": True})
         for name, content in (*files.items(), *again.items()):
@@ -97,11 +102,13 @@ def _refuse_missing(parts: Sequence[Part], model: ModelConfig, tensors: TensorFi
             raise UserError(f"{directory}: {part.key} is {there}, and its state.json makes it {list(wanted)}")
 
 
-def _write_weights(directory: Path, parts: Sequence[Part], tensors: TensorFiles, dtype: torch.dtype, shard_bytes: int) -> None:
-    """The safetensors files, and their index where there are several. Memory: one file of them."""
-    safetensors_library()
-    from safetensors.torch import save_file
+def _write_weights(
+    directory: Path, parts: Sequence[Part], tensors: TensorFiles, dtype: torch.dtype, shard_bytes: int, where: str
+) -> None:
+    """The safetensors files, and their index where there are several. Memory: one tensor of the checkpoint, see `_rows`.
 
+    where: names the checkpoint. Raises UserError where a number is not finite in the dtype.
+    """
     shards = _shards(parts, dtype.itemsize, shard_bytes)
     names = (
         [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -110,12 +117,16 @@ def _write_weights(directory: Path, parts: Sequence[Part], tensors: TensorFiles,
     places: dict[str, str] = {}
     total = 0
     for file, shard in zip(names, shards, strict=True):
-        contents = dict(_contents(shard, tensors, dtype))
-        save_file(contents, directory / file, metadata={"format": "pt"})
-        sync(directory / file)
-        total += sum(tensor.nbytes for tensor in contents.values())
-        places |= dict.fromkeys(contents, file)
-        bar.add(bar.done + len(contents), [len(contents)])
+        shapes = {name: shape for _, _, name, shape in shard.tensors}
+        with safetensors_file(directory / file, shapes, dtype) as write_rows:
+            for part, group in groupby(shard.tensors, key=itemgetter(0)):
+                wanted = {number: name for _, number, name, _ in group}
+                for number, first, rows in _rows(part, tensors):
+                    if number in wanted:
+                        write_rows(wanted[number], first, converted(rows, dtype, part.key, where))
+                bar.add(bar.done + len(wanted), [len(wanted)])
+        total += sum(dtype.itemsize * torch.Size(shape).numel() for shape in shapes.values())
+        places |= dict.fromkeys(shapes, file)
     print(bar.close())
     if len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
@@ -135,22 +146,18 @@ def _shards(parts: Sequence[Part], itemsize: int, shard_bytes: int) -> list[_Sha
     return shards
 
 
-def _contents(shard: _Shard, tensors: TensorFiles, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one file. A part that gives several tensors is read once."""
-    last: tuple[Part, Sequence[Tensor]] | None = None
-    for part, number, name, shape in shard.tensors:
-        if last is None or last[0] is not part:
-            last = (part, part.split(_read(part, tensors)))
-        tensor = last[1][number]
-        assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-        yield name, tensor.to(dtype).clone().contiguous()
-
-
-def _read(part: Part, tensors: TensorFiles) -> Tensor:
-    zeros = tuple(0 for _ in part.shape)
-    if part.layer is None:
-        return tensors.read(part.key, zeros, part.shape)
-    return tensors.read(part.key, (part.layer, *zeros), (1, *part.shape))[0]
+def _rows(part: Part, tensors: TensorFiles) -> Iterator[tuple[int, int, Tensor]]:
+    """(number of their tensor in the part, its first row, rows) of all of its rows. A vocabulary comes as it was saved, piece by piece."""
+    if part.layer is not None:
+        zeros = tuple(0 for _ in part.shape)
+        whole = tensors.read(part.key, (part.layer, *zeros), (1, *part.shape))[0]
+        yield from ((number, 0, tensor) for number, tensor in enumerate(part.split(whole)))
+        return
+    [(_, shape)] = part.sources
+    for first, end in tensors.row_ranges(part.key):
+        end = min(end, shape[0])  # what follows is our padding
+        if first < end:
+            yield 0, first, tensors.read(part.key, (first, *(0 for _ in shape[1:])), (end - first, *shape[1:]))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

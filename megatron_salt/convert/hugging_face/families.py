@@ -14,6 +14,9 @@ from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.hugging_face.unsupported import LACKING
 from megatron_salt.errors import UserError
 
+LARGEST = 2**31 - 1
+"""No size of a model is larger."""
+
 
 class ConfigReader:
     """Reads a config.json key by key, refuses what does not fit, and remembers which keys were read."""
@@ -37,8 +40,8 @@ class ConfigReader:
             value = float(value)
         if type(value) is not kind:
             raise self.refuse(key, f"expected a value of type {kind.__name__}")
-        if isinstance(value, int) and kind is int and value < 1:
-            raise self.refuse(key, "expected a number from 1 on")
+        if isinstance(value, int) and kind is int and not 1 <= value <= LARGEST:
+            raise self.refuse(key, f"expected a number from 1 to {LARGEST}")
         return value
 
     def optional(self, key: str, kind: type) -> Any:
@@ -276,14 +279,20 @@ def _rotary(reader: ConfigReader, percent: float | None) -> dict[str, Any]:
     `rope_scaling` (GPT-NeoX: `rotary_emb_base`)."""
     key = "rope_parameters" if reader.optional("rope_parameters", dict) else "rope_scaling"
     rope = dict(reader.optional(key, dict) or {})
-    theta, old_base = reader.optional("rope_theta", float), reader.optional("rotary_emb_base", float)
-    fields: dict[str, Any] = {"rotary_base": float(rope.pop("rope_theta", None) or theta or old_base or 10000.0)}
-    outside = reader.optional("partial_rotary_factor", float)
-    share = rope.pop("partial_rotary_factor", None) or outside or percent
-    if share is not None:
-        fields["rotary_percent"] = float(share)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
+
+    def number(name: str) -> float | None:
+        value = rope.get(name)
+        if value is not None and type(value) not in (int, float):
+            raise reader.refuse(key, f"{name} is no number")
+        return None if value is None else float(value)
+
+    def first(*values: float | None) -> float | None:
+        return next((value for value in values if value is not None), None)
+
+    base = first(number("rope_theta"), reader.optional("rope_theta", float), reader.optional("rotary_emb_base", float), 10000.0)
+    share = first(number("partial_rotary_factor"), reader.optional("partial_rotary_factor", float), percent)
+    fields: dict[str, Any] = {"rotary_base": base} | ({} if share is None else {"rotary_percent": share})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return fields
     if kind not in ("linear", "llama3"):
@@ -295,12 +304,16 @@ def _rotary(reader: ConfigReader, percent: float | None) -> dict[str, Any]:
         "original_max_position_embeddings": "rope_scaling_original_context",
     }
     needed = list(names) if kind == "llama3" else ["factor"]
-    missing = [name for name in needed if type(rope.get(name)) not in (int, float)]
+    found = {name: number(name) for name in needed}
+    missing = [name for name, value in found.items() if value is None]
     if missing:
         raise reader.refuse(key, f"it lacks {', '.join(missing)}")
-    fields |= {"rope_scaling": kind} | {names[name]: float(rope[name]) for name in needed}
+    fields |= {"rope_scaling": kind} | {names[name]: value for name, value in found.items()}
     if kind == "llama3":
-        fields["rope_scaling_original_context"] = int(rope["original_max_position_embeddings"])
+        original = found["original_max_position_embeddings"]
+        if original is None or original != round(original) or not 1 <= original <= LARGEST:
+            raise reader.refuse(key, f"original_max_position_embeddings is no number from 1 to {LARGEST}")
+        fields["rope_scaling_original_context"] = round(original)
     return fields
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.convert.checkpoint_writer import refuse_existing
+from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside
 from megatron_salt.convert.hugging_face.families import model_of_config
 from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, SafetensorsFolder, read_config
-from megatron_salt.convert.hugging_face.tokenizer_of_source import refuse_foreign_ids, tokenizer_of_source
+from megatron_salt.convert.hugging_face.tokenizer_of_source import note_on_bos, refuse_foreign_ids, tokenizer_of_source
 from megatron_salt.convert.hugging_face.transformers_process import outputs_of_transformers
 from megatron_salt.convert.import_checkpoint import write_imported
 from megatron_salt.errors import UserError
@@ -25,12 +25,14 @@ def import_hugging_face(source: Path, out: Path, dtype: str | None, tokenizer: T
     refuse_existing("--to", out)
     if not source.is_dir():
         raise UserError(f"{source} is not a directory; give one that save_pretrained wrote, or a clone of a model")
+    refuse_inside("--to", out, source)
     where = str(source / CONFIG)
     foreign = model_of_config(read_config(source), where)
     vocabulary = tokenizer_of_source(tokenizer, source)
     refuse_foreign_ids(vocabulary, foreign.vocabulary_size, str(source))
-    for note in foreign.notes:
-        print(note)
+    for note in (*foreign.notes, note_on_bos(vocabulary, str(source))):
+        if note is not None:
+            print(note)
     witness = partial(outputs_of_transformers, source) if verify else None
     write_imported(
         SafetensorsFolder(source), foreign, out, getattr(torch, dtype) if dtype else None, vocabulary, str(source), witness

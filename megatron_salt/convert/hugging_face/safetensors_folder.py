@@ -6,6 +6,8 @@ holds no weights are refused by name. A tensor's bytes are mapped only while it 
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Kinds of weights that are read, by their name in safetensors."""
+
+
+NO_WEIGHTS = re.compile(r"(\.rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias))$")
+"""Buffers that old releases of transformers saved beside the weights: masks and frequencies, in dtypes of their own."""
 
 
 def safetensors_library() -> ModuleType:
@@ -98,9 +104,9 @@ class SafetensorsFolder:
 
 def _places(directory: Path) -> dict[str, TensorPlace]:
     index, single = directory / INDEX, directory / SINGLE
-    if index.exists():
+    if os.path.lexists(index):
         return _places_of_index(index)
-    if single.exists():
+    if os.path.lexists(single):
         return _places_of_file(single)
     others = sorted(path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else []
     if others:
@@ -132,7 +138,7 @@ def _places_of_index(path: Path) -> dict[str, TensorPlace]:
         if not file.is_file():
             raise UserError(f"{path} names {name}, and there is no such file")
         places |= _places_of_file(file)
-    missing = sorted(names.keys() - places.keys())
+    missing = sorted(name for name in names.keys() - places.keys() if not NO_WEIGHTS.search(name))
     if missing:
         raise UserError(
             f"{path} names {missing[0]}, which no file holds" + (f"; and {len(missing) - 1} more" if missing[1:] else "")
@@ -143,9 +149,13 @@ def _places_of_index(path: Path) -> dict[str, TensorPlace]:
 def _places_of_file(path: Path) -> dict[str, TensorPlace]:
     library = safetensors_library()
     places = {}
+    if not path.is_file():  # to open a FIFO would wait for ever
+        raise UserError(f"{path} cannot be read: it is not a regular file, or a link to nothing")
     try:
         with library.safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict: it has no iterator)
+                if NO_WEIGHTS.search(name):
+                    continue
                 part = file.get_slice(name)
                 places[name] = TensorPlace(path, tuple(part.get_shape()), part.get_dtype())
     except OSError as error:

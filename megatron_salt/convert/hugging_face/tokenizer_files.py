@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_salt.convert.hugging_face.sentencepiece_json import json_of_sentencepiece
 from megatron_salt.errors import UserError
-from megatron_salt.tokenizer.sentencepiece_model import with_control_piece
+from megatron_salt.tokenizer.sentencepiece_model import user_defined_pieces, with_control_piece
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 
 
@@ -87,11 +87,13 @@ def _as_json(tokenizer: Tokenizer, checkpoint: Path) -> bytes:
 
 
 def _refuse_other_ids(tokenizer: Tokenizer, content: bytes, checkpoint: Path) -> None:
-    """Raise UserError where a tokenizer.json gives other ids than the tokenizer on one of `_SAMPLE`."""
+    """Raise UserError where a tokenizer.json gives other ids than the tokenizer on one of `_SAMPLE`, or beside a user-defined piece."""
     import tokenizers
 
     written = tokenizers.Tokenizer.from_buffer(content)
-    for text, ids in zip(_SAMPLE, tokenizer.encode_batch(_SAMPLE), strict=True):
+    pieces = user_defined_pieces(tokenizer.files["tokenizer.model"]) if tokenizer.kind == "SentencePieceTokenizer" else []
+    texts = [*_SAMPLE, *(f"a{piece}b  {piece} c{piece}" for piece in pieces if piece not in tokenizer.special)]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         theirs = written.encode(text, add_special_tokens=False).ids
         if theirs != ids:
             raise UserError(

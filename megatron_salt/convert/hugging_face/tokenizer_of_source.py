@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.errors import UserError
+from megatron_salt.tokenizer.document_ends import ends_of_post_processor
 from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 
 Kind = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer"]
@@ -31,6 +33,17 @@ def tokenizer_of_source(config: TokenizerConfig, directory: Path) -> Tokenizer:
             return build_tokenizer(TokenizerConfig(tokenizer_type=kind, eod_token=config.eod_token, **files))
     names = ", ".join(name for name, _ in _KINDS)
     raise UserError(f"{directory} holds no tokenizer ({names}); give --tokenizer-type and --tokenizer-model")
+
+
+def note_on_bos(tokenizer: Tokenizer, where: str) -> str | None:
+    """What to tell the user of a tokenizer.json that puts a token before each text; None where it puts none, or is of another kind."""
+    if tokenizer.kind != "HuggingFaceTokenizer" or tokenizer.bos is None:
+        return None
+    declared = ends_of_post_processor(json.loads(tokenizer.files["tokenizer.json"]).get("post_processor"))
+    if tokenizer.bos not in declared.bos:
+        return None
+    name = next((repr(name) for name, i in tokenizer.special.items() if i == tokenizer.bos), f"id {tokenizer.bos}")
+    return f"{where}: its tokenizer begins a text with {name}, as its training did; prepare data for it with --prepend-bos"
 
 
 def refuse_foreign_ids(tokenizer: Tokenizer, vocabulary_size: int, where: str) -> None:

@@ -3,8 +3,8 @@
 python -m megatron_salt.convert.hugging_face.transformers_outputs SOURCE DTYPE IN OUT [KEYS]
 
 SOURCE: a directory, or a GGUF file, whose config gets the keys of the JSON object KEYS. IN: npz with int64 `tokens` and `labels` [n, s],
-float32 `mask` [n, s], and `prompt`, a number of tokens. OUT: npz with float64 `losses` [n], the mean over the mask, and float32 `logits`
-[prompt, vocabulary] of the first row. Weights are rounded to DTYPE; arithmetic is float32.
+float32 `mask` [n, s] that is 1 and from some position on 0, and `prompt`, a number of tokens. OUT: npz with float64 `losses` [n], the
+mean over the mask, and float32 `logits` [prompt, vocabulary] of the first row. Weights are rounded to DTYPE; arithmetic is float32.
 
 It shares no process with the rest: the CPU seam patches torch in ways that transformers does not expect, and this process gives the
 memory of the whole model back when it ends.
@@ -30,9 +30,10 @@ def outputs(model: Any, dtype: torch.dtype, tokens: np.ndarray, labels: np.ndarr
         parameter.copy_(parameter.to(dtype).float())
     losses, first = [], None
     for row in range(len(tokens)):
-        logits = model(torch.from_numpy(tokens[row : row + 1])).logits.float()[0]
-        each = F.cross_entropy(logits, torch.from_numpy(labels[row]), reduction="none").double().numpy()
-        losses.append((each * mask[row]).sum() / mask[row].sum())
+        counted = int(mask[row].sum())  # attention is causal: the positions behind them change nothing
+        logits = model(torch.from_numpy(tokens[row : row + 1, :counted])).logits.float()[0]
+        each = F.cross_entropy(logits, torch.from_numpy(labels[row, :counted]), reduction="none")
+        losses.append(float(each.double().mean()))
         if first is None:
             first = logits[:prompt].numpy()
     return {"losses": np.array(losses), "logits": first}

@@ -96,7 +96,10 @@ def _metadata(directory: Path) -> Metadata:
     """The table of contents. Raises UserError where it cannot be read, or names a file that is not there."""
     if not (directory / METADATA).is_file():
         raise UserError(f"{directory} holds no {METADATA}: it is no whole torch_dist checkpoint")
-    metadata = safe_unpickle.read_metadata(directory)
+    try:
+        metadata = safe_unpickle.read_metadata(directory)
+    except safe_unpickle.Unreadable as error:
+        raise UserError(f"{error}; it is damaged, or a newer torch wrote it") from None
     names = {place.relative_path for place in (metadata.storage_data or {}).values()}
     try:
         refuse_outside_names(names)

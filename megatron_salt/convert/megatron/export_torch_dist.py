@@ -12,7 +12,7 @@ import torch
 from megatron_salt.checkpoint import loading, safe_unpickle, save_directory
 from megatron_salt.checkpoint.async_writer import CORE_CONFIG, CORE_CONFIG_CONTENT
 from megatron_salt.checkpoint.state_file import model_of
-from megatron_salt.convert.checkpoint_writer import refuse_existing, whole_directory
+from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside, whole_directory
 from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.import_weights import pieces_of
 from megatron_salt.convert.megatron.arguments import ARCHITECTURE
@@ -37,6 +37,7 @@ def export_megatron(checkpoint: Path, out: Path, dtype: str, with_tokenizer: boo
     opened = loading.open_checkpoint(checkpoint, fallback=False, flag_name="CHECKPOINT")
     if opened is None:
         raise UserError(f"CHECKPOINT {checkpoint} holds no checkpoint")
+    refuse_inside("OUT", out, opened.directory)
     state, source = opened.state, opened.directory
     model, ids, context = model_of(state.architecture), state.vocabulary_size, state.seq_length
     if ids is None or context is None:

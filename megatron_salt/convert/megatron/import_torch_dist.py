@@ -8,7 +8,7 @@ import torch
 
 from megatron_salt.checkpoint.safe_unpickle import COMMON
 from megatron_salt.config import TokenizerConfig
-from megatron_salt.convert.checkpoint_writer import refuse_existing
+from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside
 from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.import_checkpoint import write_imported
 from megatron_salt.convert.megatron.arguments import model_of_args, model_of_provider
@@ -30,6 +30,7 @@ def import_megatron(source: Path, out: Path, dtype: str | None, tokenizer: Token
             "--from megatron needs --tokenizer-type: a checkpoint of Megatron holds no tokenizer, and its rows beyond the ids are padding"
         )
     folder = open_folder(source)
+    refuse_inside("--to", out, folder.directory)
     vocabulary = build_tokenizer(tokenizer)
     ids = vocabulary.vocabulary_size
     foreign = _model_of(folder, ids)

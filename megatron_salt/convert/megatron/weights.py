@@ -97,10 +97,14 @@ class MegatronWeights:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows."""
-        if rows is None:
-            return torch.cat([self._read(place, 0, place.shape[0]) for place in self._places[name]])
-        assert len(self._places[name]) == 1, f"{name} is not read by rows"
-        return self._read(self._places[name][0], rows.start, rows.stop)
+        start, parts = 0, []
+        for place in self._places[name]:
+            end = start + place.shape[0]
+            first, last = (start, end) if rows is None else (max(start, rows.start), min(end, rows.stop))
+            if first < last:
+                parts.append(self._read(place, first - start, last - start))
+            start = end
+        return torch.cat(parts) if parts[1:] else parts[0]
 
     def _read(self, place: _Place, start: int, stop: int) -> Tensor:
         offsets, shape = (start, *(0 for _ in place.shape[1:])), (stop - start, *place.shape[1:])

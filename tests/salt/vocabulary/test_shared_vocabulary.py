@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from megatron_salt import pretrain
 from megatron_salt.config import TokenizerConfig
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.data.windows import Windows
@@ -20,6 +21,7 @@ from megatron_salt.tokenizer.tokenizer import build_tokenizer
 from tests.support.program import (
     NUM_WINDOWS,
     VOCABULARY,
+    argv,
     entries,
     numbers,
     refused,
@@ -98,7 +100,7 @@ def test_what_it_gives_to_other_ids_is_told(taught: Path) -> None:
     "world_size, layout",
     [
         (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, teacher_pipeline_model_parallel_size=2)),
-        (2, dict(tensor_model_parallel_size=2, teacher_tensor_model_parallel_size=2)),
+        pytest.param(2, dict(tensor_model_parallel_size=2, teacher_tensor_model_parallel_size=2), marks=pytest.mark.long),
     ],
 )
 def test_every_layout_teaches_the_same(home: Path, taught: Path, tmp_path: Path, world_size: int, layout: dict) -> None:
@@ -120,6 +122,12 @@ def test_more_than_the_limit_is_refused(home: Path, tmp_path: Path) -> None:
     message = refused(save=tmp_path / "run", **lesson(home, teacher_max_dropped_mass=0.001))
     assert "of its probability to ids that the student does not have" in message and "ids from 257 to 259" in message
     assert "--teacher-max-dropped-mass 0.001" in message
+
+
+def test_a_dry_run_tells_the_same(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(argv(dry_run=1, **lesson(home))) == 0
+    told = capsys.readouterr().out
+    assert "257 ids mean the same to it and to the student" in told and "cuts all alike" in told
 
 
 def test_scores_are_over_the_shared_ids(home: Path, taught: Path, tmp_path: Path) -> None:
@@ -194,7 +202,9 @@ def test_the_rate_counts_tokens_that_lie_elsewhere(tmp_path: Path) -> None:
 # ---- a student from a model of more ids --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size, layout", [(1, {}), (2, dict(tensor_model_parallel_size=2))])
+@pytest.mark.parametrize(
+    "world_size, layout", [(1, {}), pytest.param(2, dict(tensor_model_parallel_size=2), marks=pytest.mark.long)]
+)
 def test_a_student_begins_with_the_rows_that_it_has_ids_for(home: Path, tmp_path: Path, world_size: int, layout: dict) -> None:
     """From 384 rows to 384, to 258, and from 258 to 384 and to 258 again: padding and ids that are left out change nothing."""
 
