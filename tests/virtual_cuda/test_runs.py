@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.train.evaluate import evaluate
 from megatron_salt.train.step import finish_step, train_step
 from tests.support.virtual_cuda.recorder import Report, Sync
 from tests.virtual_cuda.runs import CASES, FULL, Run, losses_on_the_cpu, virtual_run
@@ -76,9 +77,11 @@ def test_losses_are_those_of_a_cpu_run(name: str) -> None:
 
 
 @cases
-def test_the_host_never_waits_inside_a_microbatch(name: str) -> None:
-    for report in reports(virtual_run(name)):
-        assert [one for one in report.syncs if one.inside & MICROBATCH and name_of(train_step) in one.inside] == []
+@pytest.mark.parametrize("work", [evaluate, train_step])
+def test_the_host_never_waits_inside_a_microbatch(name: str, work: Callable[..., Any]) -> None:
+    waits = [one for report in reports(virtual_run(name)) for one in report.syncs if name_of(work) in one.inside]
+    assert waits, "it waits for figures behind the microbatches"
+    assert [one for one in waits if one.inside & MICROBATCH] == []
 
 
 def waits_of_a_step(name: str, logs: bool) -> dict[str, int]:
@@ -115,5 +118,8 @@ def test_a_step_has_as_many_kernels_as_recorded(name: str) -> None:
     if os.environ.get("RECORD_KERNELS") == "1":
         release[name] = counted
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    assert name in release, (
+        f"{RECORD.name} has no {name!r} for megatron-core {megatron_core_version()}: {__doc__.splitlines()[3]}"
+    )
     for kind, ranks in counted.items():
         assert ranks == pytest.approx(release[name][kind], rel=MOST_CHANGE), kind

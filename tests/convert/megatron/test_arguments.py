@@ -11,7 +11,7 @@ from megatron_salt.config import ModelConfig
 from megatron_salt.convert.megatron.arguments import model_of_args, model_of_provider
 from megatron_salt.convert.megatron.exported_arguments import args_of_model, flags_to_give
 from megatron_salt.errors import UserError
-from tests.convert.megatron_models import CONTEXT, GPT2, IDS, LLAMA, args_of, provider_of
+from tests.convert.megatron.megatron_models import CONTEXT, GPT2, IDS, LLAMA, args_of, provider_of
 
 PLAIN = replace(LLAMA, rope_scaling="none", qk_layernorm=False, add_qkv_bias=False, kv_channels=None, num_query_groups=None)
 KNOWN = {

@@ -22,7 +22,15 @@ from megatron_salt.convert.megatron.weights import MegatronWeights
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 from megatron_salt.tools.convert_checkpoint import main
-from tests.convert.megatron_models import CONTEXT, FORMS, IDS, ROWS, losses_of_export, write_checkpoint, write_tokenizer
+from tests.convert.megatron.megatron_models import (
+    CONTEXT,
+    FORMS,
+    IDS,
+    ROWS,
+    losses_of_export,
+    write_checkpoint,
+    write_tokenizer,
+)
 from tests.support.program import train, write_tokens
 from tests.support.ranks import run_ranks
 
