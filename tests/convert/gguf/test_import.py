@@ -25,8 +25,6 @@ from megatron_salt.convert.parts import parts_of
 from megatron_salt.errors import UserError
 from tests.convert.conftest import convert
 from tests.convert.gguf.gguf_files import CONFIGS, ROWS, random_tensors, write_gguf
-from tests.convert.test_import_weights import Tensors, whole
-from tests.convert.gguf_files import CONFIGS, ROWS, random_tensors, write_gguf
 from tests.convert.weights.test_import_weights import Tensors, whole
 
 
