@@ -15,7 +15,7 @@ import numpy as np
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.history import Axis, Curve
 
-_MORE_IS_BETTER = ("acc", "agreement", "log_likelihood", "margin", "mfu", "tflops", "tokens_per_second")
+_MORE_IS_BETTER = ("acc", "agreement", "log_likelihood", "logprob", "margin", "mfu", "tflops", "tokens_per_second")
 
 
 def more_is_better(figure: str) -> bool:

@@ -48,7 +48,8 @@ class Curve:
     of_steps: dict[str, np.ndarray]
     """{"train/loss" and so on: float64 [n]}; nan where a step lacks the number"""
     of_evaluations: dict[str, dict[int, float]]
-    """{"valid/loss", "valid/NAME/bits_per_byte" and so on: {step: value}}, in the order of the log"""
+    """{"valid/loss", "valid/NAME/bits_per_byte" and so on: {step: value}}, in the order of the log; after them those of tasks:
+    "task/NAME/acc" and so on"""
     teacher: tuple[float, float] | None
     """Held-out loss and accuracy of the teacher, on the set of `held_out`"""
     switch: Switch | None
@@ -109,6 +110,7 @@ def read_curve(name: str, path: Path) -> Curve:
     if not steps:
         raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
     evaluations = [entry for entry in entries if entry["kind"] == "eval"]
+    tasks = [entry | {"name": f"task/{entry.get('name')}"} for entry in entries if entry["kind"] == "task"]
     switches = [entry for entry in entries if entry["kind"] == "event" and entry.get("stage") == 2]
     try:
         rows = [steps[step] for step in sorted(steps)]
@@ -122,7 +124,7 @@ def read_curve(name: str, path: Path) -> Curve:
             seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
             flops=_flops(rows),
             of_steps=_of_steps(rows),
-            of_evaluations=_of_evaluations(evaluations),
+            of_evaluations=_of_evaluations([*evaluations, *tasks]),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
             switch=_switch(switches[-1]) if switches else None,
             peak_gib=max(float(row["memory_gib"]) for row in rows),
@@ -149,7 +151,7 @@ def _of_steps(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _of_evaluations(entries: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """{"NAME/KEY": {step: value}} of every number of an evaluation; of two entries of one step the later counts."""
+    """{"NAME/KEY": {step: value}} of every number of an evaluation or a task; of two entries of one step the later counts."""
     found: dict[str, dict[int, float]] = {}
     for entry in entries:
         for key, value in entry.items():
