@@ -88,6 +88,8 @@ def notes_on(curve: Curve) -> list[str]:
             else (f"; memory in use {at.gib_before:.3f} GiB before the teacher was freed, {at.gib_after:.3f} GiB after")
         )
         notes.append(f"{curve.name}: stage 1 ended after step {at.step}{freed}")
+    if not curve.is_whole:
+        notes.append(f"{curve.name}: its log begins with step {curve.steps[0]}; tokens and seconds count from there")
     if curve.unread_lines:
         notes.append(f"{curve.name}: {curve.unread_lines} lines of its log could not be read")
     return notes

@@ -54,7 +54,7 @@ class ReportConfig:
     """Horizontal axis: steps, tokens read, seconds of training, or FLOPs of student and teacher."""
 
     y: tuple[str, ...] = ()
-    """Figures to show, such as valid/prose/bits_per_byte, task/NAME/acc or train/grad_norm; each has a plot of its own.
+    """Figures to show, such as valid/prose/bits_per_byte or train/grad_norm; each has a plot of its own.
     The first one decides who has passed whom. Default: the training loss and all held-out losses in one plot."""
 
     unigram_of: str | None = None

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.metrics.arms import more_is_better
 from megatron_salt.metrics.figures import HEIGHT, chart, smoothed, table
 from megatron_salt.metrics.history import Axis, read_curve
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
@@ -233,34 +232,6 @@ def test_a_figure_that_a_log_lacks_is_refused_before_anything_is_printed(
     with pytest.raises(UserError, match="--y valid/lss is not in the log of a "):
         report(ReportConfig((f"a={log}",), y=("valid/loss", "valid/lss")))
     assert capsys.readouterr().out == ""
-
-
-def test_a_task_is_a_figure_as_an_evaluation_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It takes part in the comparison, and is no held-out loss."""
-    for name, last in (("a", 0.5), ("b", 0.75)):
-        (tmp_path / name).mkdir()
-        with open_log(tmp_path / name, total_steps=2) as log:
-            for step, value in ((1, 0.25), (2, last)):
-                log.step(record(step, 3.0))
-                figures = {"acc": {"value": value, "stderr": 0.125}, "loss": {"value": 1.0, "stderr": 0.5}}
-                log.task(step, "letters", {"metrics": figures, "examples": 8, "cut": 0, "seconds": 0.5})
-                log.evaluation(step, "valid", 2.0, tokens=1000, seconds=1.0)
-    runs = tuple(f"{name}={tmp_path / name / 'log.jsonl'}" for name in "ab")
-    curve = read_curve("a", tmp_path / "a" / "log.jsonl")
-    assert curve.figure("task/letters/acc") == {1: 0.25, 2: 0.5} and curve.figure("task/letters/acc_stderr")[2] == 0.125
-    assert curve.final == 2.0
-    assert [more_is_better(f"task/letters/{name}") for name in ("acc_norm", "logprob_per_byte", "perplexity")] == [
-        True,
-        True,
-        False,
-    ]
-    capsys.readouterr()
-    assert report(ReportConfig(runs, y=("task/letters/acc",))) == 0
-    printed = capsys.readouterr().out
-    assert "b passed a's final task/letters/acc 0.5000 at 100.0%" in printed
-    assert "a: b's final task/letters/acc 0.7500 not reached" in printed
-    with pytest.raises(UserError, match="did you mean task/letters/acc"):
-        report(ReportConfig(runs, y=("task/letters/ac",)))
 
 
 def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from megatron_salt.errors import UserError
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that hold numbers as they are."""
+_LONGEST_ARRAY = 1 << 22
+"""Values. A list of merges, the longest array of a model's metadata, has some hundred thousand."""
 
 
 def gguf_library() -> ModuleType:
@@ -88,13 +90,23 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     library = gguf_library()
 
     class Reader(library.GGUFReader):  # type: ignore[name-defined]
-        """Raises where the file ends too early: the library would take an empty array for the missing bytes."""
+        """Raises where the file ends too early: the library would take an empty array for the missing bytes. Raises where an array of
+        the metadata is absurdly long: the library would make an object of every byte to the end of the file."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
             if end > len(self.data):
                 raise ValueError(f"it is cut off: it has {len(self.data)} bytes, and names what ends at byte {end}")
             return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == library.GGUFValueType.ARRAY:
+                [length] = self._get(orig_offs + 4, np.uint64)
+                if length > _LONGEST_ARRAY:
+                    raise ValueError(
+                        f"an array of its metadata has {length} values, more than the {_LONGEST_ARRAY} that are read"
+                    )
+            return super()._get_field_parts(orig_offs, raw_type)
 
     if not path.is_file():
         raise UserError(f"{path} is not a file; --from gguf takes one .gguf file")
