@@ -148,6 +148,13 @@ def test_scores_are_over_the_shared_ids(home: Path, taught: Path, tmp_path: Path
     assert evaluated["teacher_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_without_evaluations_it_is_measured_on_held_out_data_all_the_same(home: Path, taught: Path, tmp_path: Path) -> None:
+    train(save=tmp_path / "run", **lesson(home, eval_iters=0, train_iters=2, kd_steps=1))
+    assert dropped(tmp_path / "run") == dropped(taught)
+    train(save=tmp_path / "none", **lesson(home, eval_iters=0, train_iters=2, kd_steps=1, valid_data_path=None))
+    assert dropped(tmp_path / "none")["mean"] != dropped(taught)["mean"]
+
+
 # ---- a student of more ids ---------------------------------------------------------------------------------------------
 
 
