@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_salt.errors import UserError
 
 Shape = tuple[int, ...]
 
@@ -147,19 +150,37 @@ class TensorFiles:
         return list(zip(starts, [*starts[1:], entry.size[0]], strict=True))
 
     def read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
-        """A part of a tensor, from whatever pieces it was saved in. Memory: the part, and one stored piece."""
+        """A part of a tensor, from whatever pieces it was saved in. Memory: the part, and one stored piece.
+
+        Raises UserError where the pieces do not make the part, or cannot be read.
+        """
         entry = self._metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata)
         whole = torch.empty(shape, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         covered = sum(item.lengths.numel() for item in items)
-        assert covered == whole.numel(), f"{key}: the checkpoint holds {covered} of {whole.numel()} numbers"
-        reader = FileSystemReader(str(self._directory))
-        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        if covered != whole.numel():
+            raise UserError(
+                f"{self._directory}: {key} is damaged: its pieces hold {covered} of the {whole.numel()} numbers of {list(shape)}"
+            )
         plan = LoadPlan(items)
-        reader.read_data(plan, _Into(plan, whole)).wait()
+        try:
+            reader = FileSystemReader(str(self._directory))
+            reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            reader.read_data(plan, _Into(plan, whole)).wait()
+        except MemoryError:
+            raise
+        except Exception as error:  # torch finds damage in its own ways; weights_only lets no pickle run
+            files = sorted({str(place.relative_path) for place in self._places(items)}) or ["its table of contents"]
+            why = error.strerror if isinstance(error, OSError) and error.strerror else f"damaged ({type(error).__name__})"
+            raise UserError(f"{self._directory}: {key} cannot be read from {' and '.join(files[:3])}: {why}") from None
         return whole
+
+    def _places(self, items: Sequence[ReadItem]) -> list[Any]:
+        """Where the table of contents says that these pieces lie."""
+        places = self._metadata.storage_data or {}
+        return [places[item.storage_index] for item in items if item.storage_index in places]
 
 
 class _Into(LoadPlanner):

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_salt import yaml_core
 from megatron_salt.checkpoint import safe_unpickle
@@ -100,6 +108,8 @@ def _metadata(directory: Path) -> Metadata:
         metadata = safe_unpickle.read_metadata(directory)
     except safe_unpickle.Unreadable as error:
         raise UserError(f"{error}; it is damaged, or a newer torch wrote it") from None
+    if not _well_formed(metadata):
+        raise UserError(f"{directory / METADATA} is damaged: it is no table of tensors and of where they lie")
     names = {place.relative_path for place in (metadata.storage_data or {}).values()}
     try:
         refuse_outside_names(names)
@@ -109,6 +119,31 @@ def _metadata(directory: Path) -> Metadata:
     if absent:
         raise UserError(f"{directory / METADATA} names {absent[0]}, and there is no such file")
     return metadata
+
+
+def _well_formed(metadata: Any) -> bool:
+    """Whether the table of contents has the types that it declares: a pickle can put anything anywhere."""
+    entries, places = metadata.state_dict_metadata, metadata.storage_data or {}
+    if not isinstance(entries, dict) or not isinstance(places, dict):
+        return False
+    for key, entry in entries.items():
+        if not isinstance(key, str):
+            return False
+        if isinstance(entry, TensorStorageMetadata) and not (
+            isinstance(entry.size, torch.Size)
+            and isinstance(entry.properties, TensorProperties)
+            and isinstance(entry.chunks, list)
+            and all(isinstance(chunk, ChunkStorageMetadata) for chunk in entry.chunks)
+            and all(len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks)
+        ):
+            return False
+    return all(
+        isinstance(place, _StorageInfo)
+        and isinstance(place.relative_path, str)
+        and type(place.offset) is int
+        and type(place.length) is int
+        for place in places.values()
+    )
 
 
 def _common(directory: Path, metadata: Metadata) -> Any:

@@ -221,6 +221,36 @@ def _point_outside(metadata: Metadata) -> None:
         place.relative_path = "../../x.distcp"
 
 
+def _halve_pieces(metadata: Metadata) -> None:
+    entry = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
+    assert isinstance(entry, TensorStorageMetadata)
+    entry.chunks.pop()
+
+
+def _place_nothing(metadata: Metadata) -> None:
+    metadata.storage_data = {}
+
+
+def _no_table(metadata: Metadata) -> None:
+    metadata.state_dict_metadata = [metadata.state_dict_metadata]  # type: ignore[assignment]
+
+
+def _no_size(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].size = "large"  # type: ignore[union-attr]
+
+
+def _evil_piece(directory: Path) -> None:
+    """A pickle in the place of a tensor."""
+    metadata, content = read_metadata(directory), io.BytesIO()
+    torch.save(Evil(directory.parents[1] / "ran"), content)
+    for index, place in (metadata.storage_data or {}).items():
+        if index.fqn == "decoder.layers.mlp.linear_fc2.weight":
+            path = directory / place.relative_path
+            place.offset, place.length = path.stat().st_size, len(content.getvalue())
+            path.write_bytes(path.read_bytes() + content.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 def _write(name: str, content: bytes) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         (directory / name).write_bytes(content)
@@ -250,6 +280,13 @@ def _track(text: str) -> Callable[[Path], None]:
         (_metadata(_add_tensor), ["decoder.layers.0.mlp.router.weight is left over"]),
         (_metadata(_many_layers), ["decoder.layers.mlp.linear_fc2.weight is [20000, 64, 96]", "none of layers"]),
         (_metadata(_point_outside), [".metadata", "../../x.distcp"]),
+        (_metadata(_halve_pieces), ["decoder.layers.mlp.linear_fc2.weight is damaged", "hold 3072 of the 6144 numbers"]),
+        (_metadata(_place_nothing), ["cannot be read from its table of contents", "damaged"]),
+        (_metadata(_no_table), [".metadata is damaged"]),
+        (_metadata(_no_size), [".metadata is damaged"]),
+        (_evil_piece, ["decoder.layers.mlp.linear_fc2.weight cannot be read", "damaged (UnpicklingError)"]),
+        (_write("__1_0.distcp", b""), ["__1_0.distcp: damaged"]),
+        (_write("__1_0.distcp", b"\0" * 2000), ["__1_0.distcp: damaged"]),
         (_remove("__1_0.distcp"), [".metadata names __1_0.distcp, and there is no such file"]),
         (_cut("common.pt"), ["common.pt cannot be read"]),
         (_write("common.pt", b"no archive"), ["common.pt cannot be read"]),
