@@ -215,3 +215,12 @@ def _parse(path: Path) -> tuple[int, str | None]:
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1]), match[2]
+
+
+def how_to_import(load: Path) -> str:
+    """The end of a message about a path that holds no checkpoint: what makes one of an open model; empty where it is none."""
+    if load.suffix == ".gguf" and load.is_file():
+        return f"; salt-convert import --from gguf {load} --to OUT makes one of this model"
+    if (load / "config.json").is_file():
+        return f"; salt-convert import {load} --to OUT makes one of this model"
+    return ""

@@ -50,6 +50,8 @@ def read_teacher(load: str) -> TeacherCheckpoint:
     if not paths:
         missing = "" if Path(load).is_dir() else " (there is no such directory)"
         missing = " (its first save is not finished)" if any(Path(load).glob("iter_*")) else missing
+        if how := save_directory.how_to_import(Path(load)):
+            raise UserError(f"--teacher-load {load} holds no checkpoint{how}")
         raise UserError(
             f"--teacher-load {load} holds no checkpoint{missing}; a teacher is what a run of this trainer leaves in its "
             "--save, one iter_* directory or several; examples/teacher_1p5b.sh trains one"

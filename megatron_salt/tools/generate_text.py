@@ -99,7 +99,7 @@ def newest_checkpoint(load: Path) -> Path:
 
     candidates = save_directory.candidates(load)
     if not candidates:
-        raise UserError(f"--load {load} holds no checkpoint")
+        raise UserError(f"--load {load} holds no checkpoint{save_directory.how_to_import(load)}")
     return candidates[0]
 
 

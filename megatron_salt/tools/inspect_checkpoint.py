@@ -53,7 +53,7 @@ def inspect_checkpoint(config: InspectConfig) -> int:
     """Print the report. Returns 0. Raises DamagedCheckpoint, which with --verify names every damaged file."""
     candidates = save_directory.candidates(Path(config.load))
     if not candidates:
-        raise UserError(f"--load {config.load} holds no checkpoint")
+        raise UserError(f"--load {config.load} holds no checkpoint{save_directory.how_to_import(Path(config.load))}")
     directory = candidates[0]
     sums = integrity.read_checksums(directory, required=(integrity.METADATA, save_directory.STATE))
     damage = integrity.damaged_files(directory, sums) if config.verify else []

@@ -12,6 +12,8 @@ import pytest
 from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.save_directory import STATE, TRACKER
 from megatron_salt.errors import UserError
+from megatron_salt.salt.teacher_checkpoint import read_teacher
+from megatron_salt.tools.generate_text import newest_checkpoint
 
 
 def put(root: Path, step: int, content: str = "new") -> Path:
@@ -175,3 +177,17 @@ def test_a_deletion_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypat
         assert "iter_0000010.deleting" in line
     assert save_directory.make_room(tmp_path, []) == []
     assert {path.name for path in tmp_path.iterdir()} == {TRACKER, "iter_0000020"}
+
+
+def test_an_open_model_in_place_of_a_checkpoint_is_told_how_it_comes_in(tmp_path: Path) -> None:
+    model, file = tmp_path / "SmolLM2", tmp_path / "small.gguf"
+    model.mkdir()
+    for load in (model, file):
+        assert save_directory.how_to_import(load) == ""
+    (model / "config.json").write_text("{}")
+    file.write_bytes(b"GGUF")
+    for load, source in ((model, model), (file, f"--from gguf {file}")):
+        with pytest.raises(UserError, match=f"holds no checkpoint; salt-convert import {source} --to OUT makes one"):
+            read_teacher(str(load))
+        with pytest.raises(UserError, match=f"holds no checkpoint; salt-convert import {source} --to OUT makes one"):
+            newest_checkpoint(load)

@@ -45,14 +45,16 @@ def texts(found: Any, name: str) -> list[str]:
 
 
 def index(label: Any, first: int = 0) -> int:
-    """The index that a label names, counted from `first`: a number, also as text, or a truth value."""
+    """The index that a label names, counted from `first`: a whole number, also as text, or a truth value."""
     if isinstance(label, bool):
         return int(label)
     try:
+        if isinstance(label, float) and label != int(label):  # a soft label names no choice
+            raise ValueError
         return int(label) - first
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"its label is {one_line(label, 40)!r}, no number: a split without labels cannot be scored; --labels names their file"
+            f"its label is {one_line(label, 40)!r}, no whole number: a split without labels cannot be scored; --labels names their file"
         ) from None
 
 
