@@ -223,7 +223,8 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
         axes.set_xlabel(X_WORDS[x])
         axes.set_ylabel(axis_title(panel))
         axes.grid(alpha=0.3)
-        axes.legend()
+        for text in axes.legend().get_texts():
+            text.set_parse_math(False)  # a name may have dollar signs
     try:
         with whole_file(output) as tmp:
             figure.savefig(tmp, format="png", dpi=120)

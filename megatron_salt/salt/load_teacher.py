@@ -153,7 +153,7 @@ def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, d
     problem = first_problem("; ".join(wrong) or None)
     if problem is not None:
         raise UserError(
-            f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: its loss on the fixed batch was "
+            f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: of its losses on the fixed batch, "
             f"{problem} (tolerance {tolerance:g} of it)"
         )
     log.info(

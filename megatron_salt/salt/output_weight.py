@@ -123,13 +123,16 @@ def refuse_dropped_mass(
     dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
     mean = sums[1:].max() / sums[0].clamp(min=1)  # NaN stays NaN
     value = float(mean)
-    problem = first_problem(None if value <= max_mass else f"{value:.3g}")  # not (a <= b) also rejects NaN
-    if problem is not None:
-        raise UserError(
-            f"the teacher gives {problem} of its probability to ids that the student does not have, or that differ (on {len(windows)} "
-            f"windows of the run's data; ids from {shared_ids} to {head.shard.vocabulary_size - 1}), more than --teacher-max-dropped-mass "
+    problem = None
+    if not value <= max_mass:  # not (a <= b) also rejects NaN
+        problem = (
+            f"the teacher gives {value:.3g} of its probability to ids that the student does not share (on {len(windows)} windows of the "
+            f"run's data; ids from {shared_ids} to {head.shard.vocabulary_size - 1}), more than --teacher-max-dropped-mass "
             f"{max_mass:g}; make the data with the teacher's own tokenizer, or raise the limit"
         )
+    problem = first_problem(problem)
+    if problem is not None:
+        raise UserError(problem)
     dist.all_reduce(mean, op=dist.ReduceOp.MAX)  # blocks differ in rounding
     return DroppedMass(float(mean), len(windows), shared_ids, head.shard.vocabulary_size, max_mass)
 

@@ -96,6 +96,8 @@ def config_of_metadata(
     for key, allowed in _NEUTRAL.items():
         reader.must_be(key, *allowed)
     reader.must_be("vocab_size", embedding[0])
+    if not 1 <= reader.get("block_count", int) <= len(shapes):
+        raise reader.refuse(reader.prefix + "block_count", f"the file has {len(shapes)} tensors, and each layer has some")
     config = _READERS[name](reader, shapes)
     apart = {}
     if name != "gpt2":
