@@ -3,7 +3,7 @@
 A rank that raises writes its failure into the launch's store before its connections close. Only the first writer prints its error. A
 thread of each other rank reads the store every two seconds. When it finds a failure, it gives the main thread five seconds to end, and
 then ends the process with the same status. A killed rank writes nothing: the others see its connections close, and write that they
-have seen it. Ranks that do not are the dead ones.
+have seen it. Ranks that do not are the dead ones, unless this machine shows that they live: a rank may be slow on a crowded one.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from dataclasses import asdict, dataclass
 
 from megatron_salt.cli import exit_status
 from megatron_salt.errors import LeftEarly, LostRankError, UserError
-from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, launch_from_environment, listens, named
+from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, launch_from_environment, listens, lives, named
 
 POLL_SECONDS = 2.0  # between reads of the store
 PATIENCE = (
     5.0  # seconds that a main thread has to end by itself, and that a failed rank tries to reach the store before it prints
 )
 RETRY_SECONDS = 60.0  # a failed rank goes on trying: rank 0, which hosts the store, may be late
-LINGER = 30.0  # seconds that the process of the store waits until all other ranks have read the failure
-_FAILED, _ASKED = "failed", "asked"  # keys: the first failure; set when all ranks have been asked whether they live
+LINGER = 30.0  # seconds that the process of the store waits at most until all other ranks have read the failure
+_FAILED, _TOLD = "failed", "told"  # keys: the first failure; set when its rank needs the store no more
+_ASKED = "asked"  # the value of _TOLD where that rank has waited for the silent ones
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
          "remote process exited")  # fmt: skip
 """Words of gloo's and NCCL's errors when another process is gone."""
@@ -158,8 +159,11 @@ def _report(launch: Launch, error: Exception) -> int:
         first = own
     if first != own:
         return _follow(launch, connection, first)
-    if _is_lost(error):
+    asks = _is_lost(error)
+    if asks:
         error = LostRankError(_message_of_lost(connection, error))
+    with contextlib.suppress(RuntimeError):
+        connection.store.set(_TOLD, _ASKED if asks else "")
     _print_error(error)
     if launch.hosts:
         _linger(connection, 2 * POLL_SECONDS if lost or left else LINGER)
@@ -200,8 +204,7 @@ def _print_error(error: Exception) -> None:
 def _message_of_lost(connection: StoreConnection, error: Exception) -> str:
     """The message that names the ranks that do not answer, after a connection was lost."""
     try:
-        dead = _unseen(connection, 3 * POLL_SECONDS)
-        connection.store.set(_ASKED, "")
+        dead = _silent(connection, 3 * POLL_SECONDS)
         hosts = sorted(
             {connection.store.get(f"host/{rank}").decode() for rank in dead if connection.store.check([f"host/{rank}"])}
         )
@@ -236,19 +239,37 @@ def _read(connection: StoreConnection) -> Failure:
 
 
 def _linger(connection: StoreConnection, seconds: float) -> None:
-    """In the process that hosts the store: wait until all other ranks have seen the failure, or one has asked for the silent ones."""
-    deadline = time.monotonic() + seconds
-    everybody = [f"seen/{rank}" for rank in connection.launch.others]
-    while time.monotonic() < deadline and not connection.store.check(everybody) and not connection.store.check([_ASKED]):
+    """In the process that hosts the store: wait until the rank that failed has told it and the others have seen it.
+
+    Ranks that this process cannot see get `seconds`, or until they have been asked for; living ones of this machine get LINGER.
+    """
+    begun = time.monotonic()
+    while True:
+        told = connection.store.get(_TOLD).decode() if connection.store.check([_TOLD]) else None
+        found = [lives(connection, rank) for rank in _unseen(connection)]
+        waits = True in found or (None in found and told != _ASKED)
+        limit = LINGER if True in found or told is None else seconds
+        if (told is not None and not waits) or time.monotonic() - begun >= limit:
+            return
         time.sleep(0.1)
 
 
-def _unseen(connection: StoreConnection, seconds: float) -> list[int]:
-    """Wait up to `seconds` until all other ranks have seen the failure. Returns those that have not."""
+def _silent(connection: StoreConnection, seconds: float) -> list[int]:
+    """The ranks that have not seen the failure and are dead, as far as this process can see. Waits up to `seconds` for those that may
+    live. Where all of them seem to live, one of them is on its way out: then all of them."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = {rank: lives(connection, rank) for rank in _unseen(connection)}
+        if not any(state is not False for state in found.values()) or time.monotonic() >= deadline:
+            return [rank for rank, state in found.items() if not state] or list(found)
+        time.sleep(0.1)
+
+
+def _unseen(connection: StoreConnection) -> list[int]:
+    """The other ranks that have not seen the failure."""
     others = connection.launch.others
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not connection.store.check([f"seen/{rank}" for rank in others]):
-        time.sleep(0.1)
+    if connection.store.check([f"seen/{rank}" for rank in others]):
+        return []
     return [rank for rank in others if not connection.store.check([f"seen/{rank}"])]
 
 

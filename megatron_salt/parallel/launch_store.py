@@ -9,6 +9,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_salt.errors import UserError
@@ -104,6 +105,29 @@ def gone(launch: Launch) -> str:
     """The message when the process of the store has closed its connections."""
     who = "torchrun's agent" if launch.agent_hosts else "rank 0"
     return f"{who} at {launch.address}:{launch.port} does not answer any more (killed? out of memory?)"
+
+
+def this_process() -> str:
+    """What tells other processes of this machine whether this one lives: start of the machine, pid namespace, pid. Empty outside Linux."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')} {os.getpid()}"
+    except OSError:
+        return ""
+
+
+def lives(connection: StoreConnection, rank: int) -> bool | None:
+    """Whether the process of a rank runs; None where this process cannot see it: on another machine, or before it has joined."""
+    key = f"process/{rank}"
+    if not connection.store.check([key]):
+        return None
+    *place, pid = connection.store.get(key).decode().split() or [""]
+    if not pid or place != this_process().split()[:-1]:
+        return None
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # a killed process that its parent has not asked for is a zombie
 
 
 def named(ranks: list[int]) -> str:

@@ -17,7 +17,7 @@ from typing import Literal
 from megatron_salt.config.parallel import Device
 from megatron_salt.errors import LeftEarly, LostRankError, MachineError, UserError
 from megatron_salt.parallel.failure import refuse_failed
-from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, listens, named
+from megatron_salt.parallel.launch_store import Launch, StoreConnection, gone, listens, named, this_process
 
 Backend = Literal["nccl", "gloo"]
 """nccl: on a GPU; gloo: on the CPU."""
@@ -53,6 +53,7 @@ def meet(launch: Launch, timeout: timedelta, own: RankDevice, leaving: Callable[
     deadline = time.monotonic() + timeout.total_seconds()
     connection = _reach_host(launch, timeout, deadline, leaving)
     connection.store.set(f"host/{launch.rank}", socket.gethostname())
+    connection.store.set(f"process/{launch.rank}", this_process())
     _refuse_mixed_devices(connection, own)
     # Twice: a rank that dies while it waits is missing the second time.
     for call in ("joined", "ready"):

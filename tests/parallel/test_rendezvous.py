@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from megatron_salt import pretrain
 from megatron_salt.cli import exit_status
 from megatron_salt.errors import UserError
-from megatron_salt.parallel import rendezvous
+from megatron_salt.parallel import failure, rendezvous
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.launch import distributed
 from tests.support.program import argv, write_tokens
@@ -178,6 +179,27 @@ def test_a_killed_rank_is_named_by_one_of_the_others(tmp_path: Path, fails: int)
         f"error: rank {fails} at {socket.gethostname()} does not answer any more (killed? out of memory?)"
     ), line
     assert time.time() - max(began, ended[fails].when("failing")) < SOON
+
+
+def starving() -> None:
+    """The program of three ranks: rank 1 stops rank 2 for longer than anybody waits for a silent rank, and is killed."""
+    with distributed(timedelta(minutes=5), timedelta(seconds=60)):
+        pids: list[int] = [0] * 3
+        dist.all_gather_object(pids, os.getpid())
+        if dist.get_rank() == 1:
+            command = f"kill -STOP {pids[2]}; sleep {6 * failure.POLL_SECONDS}; kill -CONT {pids[2]}"
+            subprocess.Popen(["sh", "-c", command], start_new_session=True)
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.long
+def test_a_survivor_that_is_slow_is_not_listed_as_dead_and_finds_the_store(tmp_path: Path) -> None:
+    ended = launch(tmp_path, 3, 30.0, dict.fromkeys(range(3), (starving,)))
+    assert [one.status for one in ended] == [1, -signal.SIGKILL, 1], ended
+    [line] = lines(ended)
+    assert line.startswith(f"error: rank 1 at {socket.gethostname()} does not answer any more"), line
 
 
 def test_the_death_of_the_rank_that_hosts_the_store_ends_the_others(tmp_path: Path) -> None:
