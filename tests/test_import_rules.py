@@ -98,6 +98,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.salt.routing",
     "megatron_salt.salt.schedule",
     "megatron_salt.metrics.arms",
+    "megatron_salt.metrics.figure_text",
     "megatron_salt.metrics.history",
     "megatron_salt.train.plan",
     "megatron_salt.train.exit",

@@ -66,6 +66,20 @@ def refuse_other_run(opened: OpenedCheckpoint, run: RunIdentity, finetune: bool,
                 ids,
                 others - 1,
             )
+        elif ids is not None and others is not None and ids > others:
+            log.warning(
+                "--finetune: the checkpoint has %d ids; ids %d to %d of this run begin with rows that were never trained",
+                others,
+                others,
+                ids - 1,
+            )
+        if opened.state.tokenizer != run.tokenizer_fingerprint:
+            log.warning(
+                "--finetune: %s was trained with tokenizer %s, this run has %s; each id keeps its row, whatever it means there",
+                opened.directory,
+                opened.state.tokenizer,
+                run.tokenizer_fingerprint,
+            )
         return
     if differences:
         raise UserError(

@@ -7,6 +7,7 @@ their accuracies leave chance (DataDecide, arXiv 2504.11393).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,8 @@ def of_example(example: Example, said: Answers, is_greedy: bool) -> dict[str, fl
 def estimates(values: Mapping[str, Sequence[float]], seed: int) -> dict[str, Estimate]:
     """{metric: mean over examples and its standard error}; for perplexity exp(-mean). values: {metric: one value an example}.
 
+    A perplexity is left out where it, or its standard error, is too large for a number.
+
     Each of RESAMPLES times as many examples as there are are drawn with replacement, the same for all metrics. The standard error is the
     standard deviation of the metric over these draws. The same seed and number of examples give the same draws.
     """
@@ -96,7 +99,13 @@ def estimates(values: Mapping[str, Sequence[float]], seed: int) -> dict[str, Est
     def figure(name: str, means: np.ndarray) -> np.ndarray:
         return np.exp(-means) if name == "perplexity" else means
 
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = {
+            name: Estimate(float(figure(name, table[row].mean())), float(figure(name, draws[row]).std(ddof=1)))
+            for row, name in enumerate(names)
+        }
     return {
-        name: Estimate(float(figure(name, table[row].mean())), float(figure(name, draws[row]).std(ddof=1)))
-        for row, name in enumerate(names)
+        name: one
+        for name, one in found.items()
+        if name != "perplexity" or (math.isfinite(one.value) and math.isfinite(one.stderr))
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
+from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.small_files import read_json
 
 FORMAT = 1
@@ -83,7 +84,7 @@ def _cell(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return ""
     error = estimate.get("stderr")
-    return f"{estimate['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return figure_text(estimate["value"]) + ("" if error is None else f" ± {figure_text(error)}")
 
 
 def _step(results: Sequence[Result], load: str) -> int:

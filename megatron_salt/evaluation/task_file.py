@@ -12,6 +12,7 @@ contexts:      {"contexts": [A, B, ...], "continuation": " text", "gold": 0}   a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,8 @@ def example_of(record: dict[str, Any], form: Form, line: int) -> Example:
     if form in ("choices", "contexts"):
         gold = record["gold"]
         if type(gold) is not int or not 0 <= gold < len(pairs):
-            raise ValueError(f"'gold' is {one_line(gold, 40)}, which is no index of the {len(pairs)} {form}, from 0")
+            written = one_line(json.dumps(gold), 40)  # "1" is not 1
+            raise ValueError(f"'gold' is {written}, which is no index of the {len(pairs)} {form}, from 0")
     if empty := [number for number, (_, continuation) in enumerate(pairs) if not continuation.strip()]:
         raise ValueError(f"the continuation is empty in answer {empty[0]}" if len(pairs) > 1 else "the continuation is empty")
     if not all(answers):

@@ -15,12 +15,13 @@ import numpy as np
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.history import Axis, Curve
 
-_MORE_IS_BETTER = ("acc", "agreement", "log_likelihood", "margin", "mfu", "tflops", "tokens_per_second")
+_MORE_IS_BETTER = ("acc", "agreement", "logprob", "margin", "mfu", "tflops", "tokens_per_second")
 
 
 def more_is_better(figure: str) -> bool:
     """Whether a higher value of a figure is better: of accuracies, likelihoods and rates, not of losses."""
-    return figure.rpartition("/")[2].removeprefix("teacher_").startswith(_MORE_IS_BETTER)
+    name = figure.rpartition("/")[2].removeprefix("teacher_")
+    return name.startswith(_MORE_IS_BETTER) and not name.endswith("_stderr")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Passing:
     target: float
     """The other's final figure"""
     shares: dict[Axis, float] | None
-    """Position of the arm at its first better value / the other's whole length, by axis; FLOPs only where both logs tell them. None: not
-    reached."""
+    """Position of the arm at its first better value / the other's whole length, by axis; FLOPs only where both logs tell them,
+    seconds only where both logs begin with the run. None: not reached."""
 
     def __str__(self) -> str:
         target = f"{self.other}'s final {self.figure} {self.target:.4f}"
@@ -108,8 +109,11 @@ def passing(arm: Arm, other: Arm, figure: str) -> Passing:
         return Passing(arm.name, other.name, figure, target, None)
     at, end = own.steps[[int(np.argmax(better))]], np.array([other.last_common_step()])
     axes: list[Axis] = ["steps", "flops", "seconds"]
-    if any(curve.flops is None for curve in (*arm.curves, *other.curves)):
+    curves = (*arm.curves, *other.curves)
+    if any(curve.flops is None for curve in curves):
         axes.remove("flops")
+    if not all(curve.is_whole for curve in curves):
+        axes.remove("seconds")
     shares = {axis: float(arm.when(axis, at)[0] / max(other.when(axis, end)[0], 1e-300)) for axis in axes}
     return Passing(arm.name, other.name, figure, target, shares)
 

@@ -88,6 +88,8 @@ def notes_on(curve: Curve) -> list[str]:
             else (f"; memory in use {at.gib_before:.3f} GiB before the teacher was freed, {at.gib_after:.3f} GiB after")
         )
         notes.append(f"{curve.name}: stage 1 ended after step {at.step}{freed}")
+    if not curve.is_whole:
+        notes.append(f"{curve.name}: its log begins with step {curve.steps[0]}; tokens and seconds count from there")
     if curve.unread_lines:
         notes.append(f"{curve.name}: {curve.unread_lines} lines of its log could not be read")
     return notes
@@ -221,7 +223,8 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
         axes.set_xlabel(X_WORDS[x])
         axes.set_ylabel(axis_title(panel))
         axes.grid(alpha=0.3)
-        axes.legend()
+        for text in axes.legend().get_texts():
+            text.set_parse_math(False)  # a name may have dollar signs
     try:
         with whole_file(output) as tmp:
             figure.savefig(tmp, format="png", dpi=120)

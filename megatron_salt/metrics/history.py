@@ -48,7 +48,8 @@ class Curve:
     of_steps: dict[str, np.ndarray]
     """{"train/loss" and so on: float64 [n]}; nan where a step lacks the number"""
     of_evaluations: dict[str, dict[int, float]]
-    """{"valid/loss", "valid/NAME/bits_per_byte" and so on: {step: value}}, in the order of the log"""
+    """{"valid/loss", "valid/NAME/bits_per_byte", "task/NAME/acc" and so on: {step: value}}, in the order of the log, tasks last; nan where
+    the number was not finite"""
     teacher: tuple[float, float] | None
     """Held-out loss and accuracy of the teacher, on the set of `held_out`"""
     switch: Switch | None
@@ -68,6 +69,11 @@ class Curve:
         """Share of held-out tokens that the model predicts, in the last evaluation; of several sets, on the first one."""
         found = next((values for name, values in self.of_evaluations.items() if name.endswith("/accuracy")), {})
         return found[max(found)] if found else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the log begins with the run's first step. Else its tokens and seconds are those of a part."""
+        return bool(self.steps[0] == 1)
 
     @property
     def final(self) -> float | None:
@@ -109,6 +115,7 @@ def read_curve(name: str, path: Path) -> Curve:
     if not steps:
         raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
     evaluations = [entry for entry in entries if entry["kind"] == "eval"]
+    tasks = [entry | {"name": f"task/{entry.get('name')}"} for entry in entries if entry["kind"] == "task"]
     switches = [entry for entry in entries if entry["kind"] == "event" and entry.get("stage") == 2]
     try:
         rows = [steps[step] for step in sorted(steps)]
@@ -122,7 +129,7 @@ def read_curve(name: str, path: Path) -> Curve:
             seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
             flops=_flops(rows),
             of_steps=_of_steps(rows),
-            of_evaluations=_of_evaluations(evaluations),
+            of_evaluations=_of_evaluations(evaluations) | _of_evaluations(tasks),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
             switch=_switch(switches[-1]) if switches else None,
             peak_gib=max(float(row["memory_gib"]) for row in rows),
@@ -149,12 +156,14 @@ def _of_steps(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _of_evaluations(entries: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """{"NAME/KEY": {step: value}} of every number of an evaluation; of two entries of one step the later counts."""
+    """{"NAME/KEY": {step: value}} of every number of an evaluation; of two entries of one step the later counts.
+
+    The log writes null for a number that is not finite: nan here, so that no earlier evaluation passes for the last one."""
     found: dict[str, dict[int, float]] = {}
     for entry in entries:
         for key, value in entry.items():
-            if key not in _NO_FIGURES and _is_number(value):
-                found.setdefault(f"{entry.get('name')}/{key}", {})[entry["step"]] = float(value)
+            if key not in _NO_FIGURES and (value is None or _is_number(value)):
+                found.setdefault(f"{entry.get('name')}/{key}", {})[entry["step"]] = np.nan if value is None else float(value)
     return found
 
 

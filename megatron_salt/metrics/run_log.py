@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_salt.config import LoggingConfig
+from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.memory import peak_memory_gib
 from megatron_salt.metrics.run_sinks import open_sinks, require_packages
 
@@ -179,7 +180,8 @@ class RunLog:
         facts = {key: result[key] for key in ("examples", "cut", "seconds")}
         self._write(kind="task", step=step, name=name, **values, **errors, **facts, share_of_time=share)
         shown = "".join(
-            f"{key.replace('_', ' ')} {figure['value']:.4f} ± {figure['stderr']:.4f} | " for key, figure in metrics.items()
+            f"{key.replace('_', ' ')} {figure_text(figure['value'])} ± {figure_text(figure['stderr'])} | "
+            for key, figure in metrics.items()
         )
         cut = f", {result['cut']} contexts cut" if result["cut"] else ""
         print(

@@ -36,10 +36,12 @@ from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of, warm_up
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
 from megatron_salt.salt.output_weight import (
+    BosLosses,
     DroppedMass,
     cut_rows,
     head_with_all_ids,
     load_output_weight,
+    losses_with_bos,
     refuse_dropped_mass,
 )
 from megatron_salt.salt.routing import teacher_layout
@@ -62,6 +64,8 @@ class Admitted:
     """How near a teacher in FP8 is to itself in bfloat16; None for any other."""
     dropped: DroppedMass | None
     """What the teacher gives to ids that the student does not share; None where it has no such ids."""
+    bos_losses: BosLosses | None = None
+    """Loss of an imported teacher with and without BOS; None where the data has its BOS, or it knows none."""
 
 
 def admit(
@@ -75,12 +79,14 @@ def admit(
     precision: Precision = TORCH,
     text: Sequence[Microbatch] = (),
     windows: Sequence[Microbatch] = (),
+    bos: int | None = None,
     look: Look = stay,
 ) -> Admitted:
     """Build, load and verify the teacher. Collective over all ranks. Raises UserError.
 
     text: samples by which a teacher in FP8 is compared with itself in bfloat16, the same on every rank. windows: samples on which the
-    probability of ids that are not shared is measured, the same on every rank. look: called between the phases and between the
+    probability of ids that are not shared is measured, the same on every rank. bos: see `shared_vocabulary.missing_bos`; on the windows the
+    loss is measured with and without it. look: called between the phases and between the
     microbatches of each check. The student's random numbers stay as they are.
     """
     student = head.student
@@ -96,7 +102,7 @@ def admit(
     loading.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
     sharded_state.load_model([body], sharded_state.load(state, found.directory, mesh.groups))
     look("loading the teacher")
-    whole, dropped = head_with_all_ids(head, checkpoint.vocabulary_size), None
+    whole, dropped, bos_losses = head_with_all_ids(head, checkpoint.vocabulary_size), None, None
     teacher = Teacher(
         body, load_output_weight(checkpoint, whole, dtype), mesh, student, block_group,
         microbatches_per_forward=microbatches_per_forward, temperature=salt.kd_teacher_temperature, shared_ids=head.shared_ids,
@@ -106,6 +112,8 @@ def admit(
         if checkpoint.vocabulary_size > head.shared_ids:
             limit = salt.teacher_max_dropped_mass
             dropped = refuse_dropped_mass(teacher, limit, windows, whole, head.shared_ids, look)
+        if bos is not None:
+            bos_losses = losses_with_bos(teacher, bos, windows, whole, look)
     if whole is not head and teacher.weight is not None:
         teacher.replace_weight(cut_rows(teacher.weight, whole.shard, head.shard, head.shared_ids))
     fidelity = None
@@ -113,7 +121,7 @@ def admit(
         fidelity = refuse_unfaithful(teacher, salt.teacher_fp8_max_kl, text, head, look)
         keep_fp8_alone(body)
     look("checking the teacher")
-    return Admitted(teacher, fidelity, dropped)
+    return Admitted(teacher, fidelity, dropped, bos_losses)
 
 
 def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtype: torch.dtype, precision: Precision) -> GPT:
@@ -145,7 +153,7 @@ def verify(teacher: Teacher, checkpoint: TeacherCheckpoint, head: TeacherHead, d
     problem = first_problem("; ".join(wrong) or None)
     if problem is not None:
         raise UserError(
-            f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: its loss on the fixed batch was "
+            f"the teacher in --teacher-load {checkpoint.directory} is not what was saved: of its losses on the fixed batch, "
             f"{problem} (tolerance {tolerance:g} of it)"
         )
     log.info(

@@ -2,7 +2,8 @@
 
 The check of the teacher's recorded losses needs all its rows, so they come first, cut evenly over the student's tensor-parallel ranks. In
 training the teacher's distribution is renormalised over the shared ids. The probability that it loses by that is measured, and bounded by
---teacher-max-dropped-mass.
+--teacher-max-dropped-mass. Of an imported teacher whose texts had a BOS, the loss on the
+same samples is measured with and without it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError, stay
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import new_logits, slices
-from megatron_salt.model.loss import gather_sequence
+from megatron_salt.model.loss import METRICS, fused_linear_cross_entropy, gather_sequence
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
@@ -31,7 +32,7 @@ from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 
 WINDOWS = 16
-"""Samples of the run on which the dropped probability is measured."""
+"""Samples of the run on which the dropped probability, and the loss with BOS, are measured."""
 
 
 def head_with_all_ids(head: TeacherHead, vocabulary_size: int) -> TeacherHead:
@@ -122,13 +123,16 @@ def refuse_dropped_mass(
     dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
     mean = sums[1:].max() / sums[0].clamp(min=1)  # NaN stays NaN
     value = float(mean)
-    problem = first_problem(None if value <= max_mass else f"{value:.3g}")  # not (a <= b) also rejects NaN
-    if problem is not None:
-        raise UserError(
-            f"the teacher gives {problem} of its probability to ids that the student does not have, or that differ (on {len(windows)} "
-            f"windows of the run's data; ids from {shared_ids} to {head.shard.vocabulary_size - 1}), more than --teacher-max-dropped-mass "
+    problem = None
+    if not value <= max_mass:  # not (a <= b) also rejects NaN
+        problem = (
+            f"the teacher gives {value:.3g} of its probability to ids that the student does not share (on {len(windows)} windows of the "
+            f"run's data; ids from {shared_ids} to {head.shard.vocabulary_size - 1}), more than --teacher-max-dropped-mass "
             f"{max_mass:g}; make the data with the teacher's own tokenizer, or raise the limit"
         )
+    problem = first_problem(problem)
+    if problem is not None:
+        raise UserError(problem)
     dist.all_reduce(mean, op=dist.ReduceOp.MAX)  # blocks differ in rounding
     return DroppedMass(float(mean), len(windows), shared_ids, head.shard.vocabulary_size, max_mass)
 
@@ -162,3 +166,60 @@ def dropped_mass(
         dist.all_reduce(sums, group=shard.group)
         total += torch.where(counts, sums[1] / sums[0], 0).sum()
     return total
+
+
+# ---- with and without BOS ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BosLosses:
+    """Loss of a teacher on samples of the run as they are, and with BOS in place of the first token of each."""
+
+    without: float
+    """Mean cross entropy over the tokens that count, nats a token, over all of the teacher's own ids."""
+    beginning: float
+    """The same with BOS. The labels are the same ones."""
+    bos: int
+    windows: int
+
+    def __str__(self) -> str:
+        return (
+            f"teacher: its tokenizer begins a text with BOS (id {self.bos}), and the data has none; on {self.windows} windows of the "
+            f"run its loss is {self.without:.4f} as the data is, and {self.beginning:.4f} with BOS in place of the first token of each"
+        )
+
+
+@torch.no_grad()
+def losses_with_bos(
+    teacher: Teacher, bos: int, windows: Sequence[Microbatch], head: TeacherHead, look: Look = stay
+) -> BosLosses:
+    """The teacher's loss without and with BOS. Collective over all ranks; all get the same result. The teacher must still have its whole
+    output weight, which `head` cuts.
+
+    windows: one sample a microbatch, the same on every rank; the replicas of a block share them. look: called before each forward.
+    """
+    sums = torch.zeros(2, len(METRICS), dtype=torch.float64, device=current_device())
+    positions = head.own_positions()
+    for number, variant in enumerate((windows, [begun_with(bos, window) for window in windows])):
+        for start in range(0, len(variant), teacher.replicas):
+            look("measuring the teacher's loss with and without BOS")
+            some = variant[start : start + teacher.replicas]
+            for window, hidden in zip(some, teacher.hidden_states(some, merge=1), strict=True):
+                if hidden is not None and teacher.weight is not None:
+                    labels = window.labels[0, positions].to(current_device())
+                    mask = window.loss_mask[0, positions].to(current_device())
+                    sums[number] += fused_linear_cross_entropy(
+                        hidden, teacher.weight, labels, mask, head.shard, head.chunk_tokens
+                    )[1]
+    dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
+    losses = sums[:, METRICS.index("loss")] / sums[:, METRICS.index("tokens")].clamp(min=1)
+    dist.all_reduce(losses, op=dist.ReduceOp.MAX)  # blocks differ in rounding
+    without, beginning = losses.tolist()
+    return BosLosses(without, beginning, bos, len(windows))
+
+
+def begun_with(bos: int, window: Microbatch) -> Microbatch:
+    """The samples with BOS in place of the first token of each; labels, mask, positions and documents stay."""
+    tokens = window.tokens.clone()
+    tokens[:, 0] = bos
+    return replace(window, tokens=tokens)

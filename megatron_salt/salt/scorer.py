@@ -180,12 +180,14 @@ def make_scorer(
     top_k: tuple[int, ...],
     chunk_mib: int | None,
     timeout: timedelta,
+    bos: int | None = None,
     look: Look = stay,
 ) -> Scorer:
     """The teacher over all ranks, loaded and verified as in a training run. Collective over all ranks. Raises UserError.
 
     flags: from `teacher_flags`. shared_ids: ids that mean the same to the teacher and in the data, those from 0 up to it. Scores are over
     these, as the teacher's distribution is in training. chunk_mib: memory for logits; None: 256 MiB, on a GPU at least 2,048 tokens.
+    bos: see `shared_vocabulary.missing_bos`.
     There is no student: the layout that admission asks for is the teacher's own.
     """
     mesh = make_student_mesh(layout, timeout=timeout)
@@ -202,10 +204,12 @@ def make_scorer(
         microbatches_per_forward=1,
         timeout=timeout,
         windows=first_microbatches(samples, WINDOWS),
+        bos=bos,
         look=look,
     )
-    if admitted.dropped is not None:
-        log.info("%s", admitted.dropped)
+    for measured in (admitted.dropped, admitted.bos_losses):
+        if measured is not None:
+            log.info("%s", measured)
     scoring = admitted.teacher
     return Scorer(
         scoring.body,

@@ -13,6 +13,8 @@ from itertools import accumulate
 import numpy as np
 
 from megatron_salt.checkpoint import save_directory
+from megatron_salt.data.batch import Microbatch
+from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import UserError
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
@@ -81,6 +83,26 @@ def refuse_other_ids(splits: Iterable[Samples], shared: int, vocabulary_size: in
                     f"{file.flag} {file.prefix}: token {start + at} is id {tokens[at]}, which the teacher does not have: it shares "
                     f"{shared} of the {vocabulary_size} ids of the student's tokenizer, those below {shared}"
                 )
+
+
+def missing_bos(
+    teacher: TeacherCheckpoint, tokenizer: Tokenizer, samples: Iterable[Samples], windows: Sequence[Microbatch]
+) -> int | None:
+    """The id with which an imported teacher's own tokenizer begins a text, where the run's data does not begin its documents so.
+
+    None for a teacher that this program trained, for a tokenizer without such an id, and where a manifest of `samples` or a token of
+    `windows` shows the id. tokenizer: the student's. Raises UserError.
+    """
+    if not teacher.imported:
+        return None
+    same = teacher.tokenizer_fingerprint == tokenizer.fingerprint
+    bos = (tokenizer if same else tokenizer_of(teacher)).bos
+    if bos is None or bos >= teacher.vocabulary_size:
+        return None
+    if any(bool((window.tokens == bos).any()) for window in windows):
+        return None
+    manifests = [read_manifest(prefix) for prefix in {each.file.prefix for one in samples for each in one.windows}]
+    return None if any(manifest is not None and manifest.bos == bos for manifest in manifests) else bos
 
 
 # ---- what is told ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.salt.fp8_check import Fidelity
-from megatron_salt.salt.output_weight import DroppedMass
+from megatron_salt.salt.output_weight import BosLosses, DroppedMass
 from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
@@ -33,6 +33,8 @@ class Stage1:
     """Distance of a teacher in FP8 from itself in bfloat16; None for any other teacher, and without one."""
     dropped: DroppedMass | None = None
     """What the teacher gives to ids that the student does not share; None where it has no such ids, and without a teacher."""
+    bos_losses: BosLosses | None = None
+    """Loss of an imported teacher with and without BOS; None where the data has its BOS, it knows none, and without such a teacher."""
 
     def contains(self, step: int, progress: RunState) -> bool:
         """Whether a step belongs to stage 1."""

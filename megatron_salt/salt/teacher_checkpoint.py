@@ -40,6 +40,8 @@ class TeacherCheckpoint:
     """Whose losses they are, in words."""
     step: int
     """Steps that it was trained for."""
+    imported: bool = False
+    """Whether its weights came from another program."""
 
 
 def read_teacher(load: str) -> TeacherCheckpoint:
@@ -77,6 +79,7 @@ def read_teacher(load: str) -> TeacherCheckpoint:
         dtype=recorded.dtype,
         recorded_by=one_line(recorded.origin),
         step=saved.run.step,
+        imported=any(event["event"] == "import" for event in saved.run.events),
     )
 
 

@@ -14,7 +14,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -177,7 +177,7 @@ def run_all(
     wanted = [identity for one in candidates for _, identity in one.work]
     with contextlib.ExitStack() as held:
         from_rank_0(lambda: held.enter_context(sole_writer("--output", output)))
-        results = from_rank_0(lambda: read_results(output, wanted, config.overwrite))
+        results = from_rank_0(lambda: as_named_now(read_results(output, wanted, config.overwrite), candidates))
         mesh = make_student_mesh(layout, timeout=timeout)
         for candidate in candidates:
             done = [one["identity"] for one in results]
@@ -194,6 +194,7 @@ def run_all(
                 from_rank_0(partial(write_results, output, in_order(results, wanted), config.metrics))
             del chunks
             gc.collect()
+        from_rank_0(partial(write_results, output, in_order(results, wanted), config.metrics))  # --metrics may be others now
         if is_first:
             print(as_markdown(in_order(results, wanted), config.metrics), end="")
             print(f"written to {output} and {markdown_path(output)}", flush=True)
@@ -240,52 +241,60 @@ def evaluate_one(
     mesh: Mesh, exit_plan: ExitPlan,
 ) -> Result:  # fmt: skip
     """The result of one task or dataset. Collective over all ranks; all receive. Raises LeftEarly."""
-    started, stop = time.perf_counter(), exit_plan.reason_to_stop_now
-    if isinstance(asked, NamedData):
-        name, file = asked.name, asked.prefix
-        found = evaluate_data(asked, candidate.tokenizer, chunks, mesh, batch_tokens=config.batch_tokens, reason_to_stop=stop)
-    else:
-        name, file = asked.task.name, asked.task.path
-        found = with_progress(config, asked, chunks, mesh, stop)
-    facts = {"load": candidate.load, "directory": str(candidate.directory), "step": candidate.step, "name": name, "file": file}
-    return {**facts, "identity": identity, "seconds": round(time.perf_counter() - started, 3), **found}
-
-
-def with_progress(
-    config: EvaluateConfig, prepared: PreparedTask, chunks: Sequence[GPT], mesh: Mesh, reason_to_stop: Callable[[], str | None]
-) -> dict[str, Any]:
-    """The figures of a task, with a progress bar on rank 0. Collective over all ranks; all receive. Raises LeftEarly."""
-    import torch.distributed as dist
-
     from megatron_salt.evaluation.evaluate_task import evaluate_task
 
-    bar = None
-    if dist.get_rank() == 0:
-        bar = ProgressBar(
-            ("requests", "tokens"),
-            total=len(prepared.requests),
-            unit=" requests",
-            log_interval=config.log_interval,
-            label=f"{prepared.task.name}: ",
-        )
+    started, stop = time.perf_counter(), exit_plan.reason_to_stop_now
+    if isinstance(asked, NamedData):
+        with progress_of(config, asked.name, "windows", len(asked.samples)) as progress:
+            found = evaluate_data(
+                asked,
+                candidate.tokenizer,
+                chunks,
+                mesh,
+                batch_tokens=config.batch_tokens,
+                reason_to_stop=stop,
+                on_progress=progress,
+            )
+    else:
+        with progress_of(config, asked.task.name, "requests", len(asked.requests)) as progress:
+            found = evaluate_task(
+                asked,
+                chunks,
+                mesh,
+                batch_tokens=config.batch_tokens,
+                seed=config.bootstrap_seed,
+                reason_to_stop=stop,
+                on_progress=progress,
+            )
+    names = names_of(candidate, asked)
+    return {**names, "identity": identity, "seconds": round(time.perf_counter() - started, 3), **found}
 
-    def progress(num_requests: int, num_tokens: int) -> None:
-        if bar is not None:
-            bar.add(bar.done + num_requests, (num_requests, num_tokens))
 
+def names_of(candidate: Candidate, asked: PreparedTask | NamedData) -> dict[str, Any]:
+    """What a result says of where its checkpoint and its file were found."""
+    name, file = (asked.name, asked.prefix) if isinstance(asked, NamedData) else (asked.task.name, asked.task.path)
+    return {"load": candidate.load, "directory": str(candidate.directory), "step": candidate.step, "name": name, "file": file}
+
+
+def as_named_now(results: Sequence[Result], candidates: Sequence[Candidate]) -> list[Result]:
+    """Results of earlier starts, with the paths that this start's flags give: --load runs/a may have been --load runs/a/ before."""
+    work = [(identity, names_of(one, asked)) for one in candidates for asked, identity in one.work]
+    return [{**result, **next(names for identity, names in work if identity == result["identity"])} for result in results]
+
+
+@contextlib.contextmanager
+def progress_of(config: EvaluateConfig, name: str, unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A function that takes how many more requests or windows, and tokens, are done, and shows them on rank 0."""
+    import torch.distributed as dist
+
+    if dist.get_rank() != 0:
+        yield lambda num, num_tokens: None
+        return
+    bar = ProgressBar((unit, "tokens"), total=total, unit=f" {unit}", log_interval=config.log_interval, label=f"{name}: ")
     try:
-        return evaluate_task(
-            prepared,
-            chunks,
-            mesh,
-            batch_tokens=config.batch_tokens,
-            seed=config.bootstrap_seed,
-            reason_to_stop=reason_to_stop,
-            on_progress=progress,
-        )
+        yield lambda num, num_tokens: bar.add(bar.done + num, (num, num_tokens))
     finally:
-        if bar is not None:
-            print(f"{prepared.task.name}: {bar.close()}", flush=True)
+        print(f"{name}: {bar.close()}", flush=True)
 
 
 def in_order(results: Sequence[Result], wanted: Sequence[dict[str, Any]]) -> list[Result]:

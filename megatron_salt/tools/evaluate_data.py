@@ -74,8 +74,11 @@ def evaluate_data(
     *,
     batch_tokens: int,
     reason_to_stop: Callable[[], str | None],
+    on_progress: Callable[[int, int], None] = lambda num_windows, num_tokens: None,
 ) -> dict[str, Any]:
-    """The figures of all windows, ready for JSON. Collective over all ranks; all receive. Raises LeftEarly."""
+    """The figures of all windows, ready for JSON. Collective over all ranks; all receive. Raises LeftEarly.
+
+    on_progress: called with the windows and tokens that all replicas together have done since the last call."""
     from megatron_salt.data.batch import Batches
     from megatron_salt.train.build import byte_counts
     from megatron_salt.train.evaluate import CutShort, evaluate
@@ -97,8 +100,13 @@ def evaluate_data(
     )
     num_batches = math.ceil(count / model.global_batch_size)
     held_out = ValidationSet(name=data.name, batches=batches, num_batches=num_batches, byte_counts=byte_counts(tokenizer))
+
+    def batch_done(number: int) -> None:
+        num_windows = min(count, (number + 1) * model.global_batch_size) - number * model.global_batch_size
+        on_progress(num_windows, num_windows * length)
+
     try:
-        found = evaluate(model, held_out, reason_to_stop=reason_to_stop)
+        found = evaluate(model, held_out, reason_to_stop=reason_to_stop, on_batch=batch_done)
     except CutShort as cut:
         raise LeftEarly(cut.reason) from None
     perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf

@@ -77,10 +77,12 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.save_directory import TOKENIZER
+    from megatron_salt.data.batch import first_microbatches
     from megatron_salt.data.run_tokenizer import tokenizer_of_run
     from megatron_salt.data.samples import open_training_data
+    from megatron_salt.salt.output_weight import WINDOWS
     from megatron_salt.salt.scorer import teacher_flags
-    from megatron_salt.salt.shared_vocabulary import describe_vocabularies, refuse_other_ids, shared_ids
+    from megatron_salt.salt.shared_vocabulary import describe_vocabularies, missing_bos, refuse_other_ids, shared_ids
     from megatron_salt.salt.teacher_checkpoint import read_teacher, refuse_unfit
 
     layout = scoring_layout(config, world_size_from_environment())
@@ -97,6 +99,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     if max(config.score_top_k) > shared:
         raise UserError(f"--score-top-k {max(config.score_top_k)} is more than the {shared} ids of the tokenizer")
     samples, _ = open_training_data(data, length, seed=0, vocabulary_size=tokenizer.vocabulary_size, eod=tokenizer.eod)
+    bos = missing_bos(teacher, tokenizer, (samples,), first_microbatches(samples, WINDOWS))
 
     sample_seed = (SAMPLE_SEED if config.sample_seed is None else config.sample_seed) if config.sample is not None else None
 
@@ -122,7 +125,7 @@ def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
             sample_seed=sample_seed,
         )
 
-    return score_shard(config, layout, teacher, samples, shared, manifest, watch)
+    return score_shard(config, layout, teacher, samples, shared, bos, manifest, watch)
 
 
 def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
@@ -135,13 +138,13 @@ def scoring_layout(config: ScoreConfig, world_size: int) -> Layout:
 
 
 def score_shard(
-    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, shared: int,
+    config: ScoreConfig, layout: Layout, teacher: TeacherCheckpoint, samples: Samples, shared: int, bos: int | None,
     manifest: Callable[[], IndexManifest], watch: SignalWatch,
 ) -> int:  # fmt: skip
     """Join torch.distributed and score the missing blocks of the shard. Every rank calls. Raises UserError.
 
-    shared: ids that mean the same to the teacher and in the data. manifest: makes the index's manifest; only rank 0 calls it.
-    Returns the exit status, as `score_data`.
+    shared: ids that mean the same to the teacher and in the data. bos: see `missing_bos`. manifest: makes the index's manifest; only rank 0
+    calls it. Returns the exit status, as `score_data`.
     """
     import torch.distributed as dist
 
@@ -186,6 +189,7 @@ def score_shard(
                 top_k=config.score_top_k,
                 chunk_mib=config.loss_chunk_mib,
                 timeout=timeout,
+                bos=bos,
                 look=exit_plan.look,
             )
         except LeftEarly as left:

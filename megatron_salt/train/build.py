@@ -20,7 +20,7 @@ from megatron_salt.checkpoint.compatibility import RunIdentity
 from megatron_salt.checkpoint.owner import Ownership, acquire, myself, refuse_living
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint, RunState
 from megatron_salt.config import CheckpointConfig, RunConfig
-from megatron_salt.data.batch import Batches
+from megatron_salt.data.batch import Batches, first_microbatches
 from megatron_salt.data.blend import VALID
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
@@ -33,7 +33,7 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt.fp8_check import SAMPLES
 from megatron_salt.salt.output_weight import WINDOWS
-from megatron_salt.salt.shared_vocabulary import describe_vocabularies
+from megatron_salt.salt.shared_vocabulary import describe_vocabularies, missing_bos
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
 from megatron_salt.tokenizer.id_bytes import bytes_of_ids
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -144,12 +144,15 @@ def in_its_stage(
     flops = forward_flops_per_token(
         teacher.model, config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
     )
-    windows = [window for one in run.valid for window in one.batches.first(-(-WINDOWS // len(run.valid)))]
+    unseen = tuple(inputs.valid.values()) or (run.train.samples,)  # also with --eval-iters 0
+    windows = [window for samples in unseen for window in first_microbatches(samples, -(-WINDOWS // len(unseen)))]
+    bos = missing_bos(teacher, inputs.tokenizer, (inputs.train, *inputs.valid.values()), windows)
     admitted = build_teacher(
         config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, shared_ids=inputs.shared_ids, precision=precision,
-        text=run.train.first(SAMPLES), windows=windows or run.train.first(WINDOWS), look=look,
+        text=run.train.first(SAMPLES), windows=windows, bos=bos, look=look,
     )  # fmt: skip
-    return replace(run, stage1=Stage1(admitted.teacher, schedule, flops, admitted.fidelity, admitted.dropped)), progress
+    measured = admitted.fidelity, admitted.dropped, admitted.bos_losses
+    return replace(run, stage1=Stage1(admitted.teacher, schedule, flops, *measured)), progress
 
 
 def byte_counts(tokenizer: Tokenizer) -> Tensor:

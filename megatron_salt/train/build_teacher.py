@@ -86,12 +86,12 @@ def predict_cost(
 
 def build_teacher(
     config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
-    shared_ids: int, precision: Precision, text: Sequence[Microbatch], windows: Sequence[Microbatch], look: Look,
+    shared_ids: int, precision: Precision, text: Sequence[Microbatch], windows: Sequence[Microbatch], bos: int | None, look: Look,
 ) -> Admitted:  # fmt: skip
     """The teacher over the student's ranks, after logging what it will cost. Collective over all ranks. Raises UserError.
 
     shared_ids: see `Inputs`. text: samples on which a teacher in FP8 is tried. windows: samples on which the probability of other ids is
-    measured. Both are the same on every rank. look: raises LeftEarly between the phases.
+    measured. Both are the same on every rank. bos: see `shared_vocabulary.missing_bos`. look: raises LeftEarly between the phases.
     """
     salt, mesh, training = config.salt, student.mesh, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
@@ -114,6 +114,7 @@ def build_teacher(
         precision=precision,
         text=text,
         windows=windows,
+        bos=bos,
         look=look,
     )
     groups = student.optimizer.param_groups

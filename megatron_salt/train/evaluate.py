@@ -69,11 +69,12 @@ def evaluate(
     held_out: ValidationSet,
     teacher: Teacher | None = None,
     reason_to_stop: Callable[[], str | None] = lambda: None,
+    on_batch: Callable[[int], None] = lambda number: None,
 ) -> dict[str, float]:
     """Means per token of the head's metrics over the batches of a set, and bits per byte; with a teacher, also the teacher's metrics.
 
     Collective over all ranks; all receive. The student's figures are the same with a teacher and without. reason_to_stop: called before
-    each batch, the same on every rank. Raises CutShort on every rank where it returns a reason.
+    each batch, the same on every rank. Raises CutShort on every rank where it returns a reason. on_batch: called after each batch.
     """
     mesh, size, num_batches = student.mesh, student.micro_batch_size, held_out.num_batches
     for chunk in student.chunks:
@@ -93,6 +94,7 @@ def evaluate(
                 student.chunks, forward_step, inputs, mesh, student.seq_length, size, forward_only=True
             ):
                 sums += metrics
+            on_batch(number)
     for chunk in student.chunks:
         chunk.train()
     if reason is not None:

@@ -132,6 +132,8 @@ def announce(run: Run, progress: RunState, log: RunLog) -> None:
         log.event(step, str(fidelity), {"teacher_fp8": asdict(fidelity)})
     if run.stage1 is not None and (dropped := run.stage1.dropped) is not None:
         log.event(step, str(dropped), {"teacher_vocabulary": asdict(dropped)})
+    if run.stage1 is not None and (bos_losses := run.stage1.bos_losses) is not None:
+        log.event(step, str(bos_losses), {"teacher_bos": asdict(bos_losses)})
     if run.stage_samples is not None and run.stage1 is not None and progress.salt is not None:
         total = min(total, progress.salt.stage1_end)
     drawn = progress.position + (total - step) * run.plan.global_batch_size

@@ -119,6 +119,15 @@ def test_a_sliding_window_shortens_the_context_where_it_is_used() -> None:
     assert model_of_config(mistral, "x").context == 64
 
 
+def test_a_key_that_is_missing_means_what_it_means_to_transformers() -> None:
+    config = config_of_model(LLAMA, 261, 32768, "float32") | {"architectures": ["MistralForCausalLM"]}
+    assert model_of_config(config, "x").context == 4096
+    assert model_of_config(config | {"sliding_window": None}, "x").context == 32768
+    del config["rms_norm_eps"]
+    assert model_of_config(config, "x").model.norm_epsilon == 1e-6
+    assert model_of_config(config | {"architectures": ["Phi3ForCausalLM"]}, "x").model.norm_epsilon == 1e-5
+
+
 def test_a_key_that_is_not_known_is_told() -> None:
     foreign = model_of_config(
         config_of_model(LLAMA, 261, 128, "float32") | {"logit_scale": 2.0, "nothing": None}, "config.json"

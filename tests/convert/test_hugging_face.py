@@ -21,6 +21,7 @@ from megatron_salt.model.gpt import build_model
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
+from megatron_salt.salt.teacher_checkpoint import read_teacher
 from megatron_salt.train.evaluate import reference_losses
 from megatron_salt.train.step import Student
 from tests.convert.conftest import convert, refusal
@@ -130,6 +131,7 @@ def test_an_imported_model_teaches(imported: Callable[[str], Path], foreign: Pat
     )  # fmt: skip
     ended = train(2, **flags)
     assert "computed by transformers and this program, came out as" in ended.err
+    assert read_teacher(str(imported(name))).imported and not read_teacher(str(tmp_path / "run")).imported
     assert read_state(tmp_path / "run" / "iter_0000004").run.salt is not None
     dropped = [entry["teacher_vocabulary"] for entry in entries(tmp_path / "run", "event") if "teacher_vocabulary" in entry]
     assert [(told["all_ids"], told["shared_ids"]) for told in dropped] == ([] if name == "teacher" else [(ROWS, IDS)])

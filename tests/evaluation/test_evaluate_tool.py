@@ -178,6 +178,19 @@ def test_a_start_goes_on_after_the_last_finished_task(files: Files, alone: Path,
     assert again.status == 0 and "requests, " not in again.out and output.with_suffix(".md").read_text() in again.out
 
 
+def test_a_later_start_may_spell_paths_and_metrics_otherwise(files: Files, alone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    output.write_bytes(alone.read_bytes())
+    load, other = files.loads[0] + "/", files.loads[1]
+    words = ["--load", load, other, "--tasks", *files.tasks, "--output", str(output), "--metrics", "acc"]
+    [ended] = run_ranks(1, main, words)
+    assert ended.status == 0 and "requests, " not in ended.out, ended
+    table = output.with_suffix(".md").read_text().splitlines()
+    assert table[0] == f"| task | metric | {load} (step 10) | {other} (step 11) |" and len(table) == 5
+    assert [one["load"] for one in read(output)] == [load] * 3 + [other] * 3
+    assert metrics(output) == metrics(alone)
+
+
 def test_other_results_are_not_replaced_unasked(files: Files, alone: Path) -> None:
     before = alone.read_bytes()
     words = ["--load", files.loads[0], "--tasks", files.tasks[0], "--output", str(alone)]
@@ -232,6 +245,7 @@ def test_every_window_of_a_dataset_counts_once_in_every_layout(
     [(loss, accuracy, num_bytes)] = run_ranks(1, plain_losses, files.loads[0], prefix)
     [result] = read(output)
     figures = {name: figure["value"] for name, figure in result["metrics"].items()}
+    assert "prose: 6 windows, 288 tokens in " in ended[0].out
     assert (result["windows"], result["tokens"]) == (19 * 16 // CONTEXT, 19 * 16 // CONTEXT * CONTEXT)
     assert figures["loss"] == pytest.approx(loss, rel=1e-5) and figures["accuracy"] == pytest.approx(accuracy, abs=1e-3)
     assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)

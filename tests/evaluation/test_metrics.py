@@ -10,6 +10,7 @@ import pytest
 from megatron_salt.errors import UserError
 from megatron_salt.evaluation.metrics import Answers, estimates, of_example, refuse_unknown
 from megatron_salt.evaluation.task_file import Example
+from megatron_salt.metrics.figure_text import figure_text
 
 
 def example(*answers: str, gold: int) -> Example:
@@ -67,3 +68,14 @@ def test_an_unknown_metric_is_refused_by_name():
         refuse_unknown(("acc", "acc_nrom"))
     with pytest.raises(UserError, match="--metrics names one twice: acc acc"):
         refuse_unknown(("acc", "acc"))
+
+
+def test_a_perplexity_that_is_too_large_for_a_number_is_left_out() -> None:
+    column = [-900.0, -2.0, -1000.0]
+    assert list(estimates({"acc": [0.0, 1.0, 0.0], "perplexity": [-2.0] * 3}, seed=1)) == ["acc", "perplexity"]
+    assert list(estimates({"acc": [0.0, 1.0, 0.0], "perplexity": [-1000.0] * 3}, seed=1)) == ["acc"]
+    assert list(estimates({"acc": [0.0, 1.0, 0.0], "perplexity": column}, seed=1)) == ["acc"]  # the standard error is
+
+
+def test_a_large_figure_is_short() -> None:
+    assert [figure_text(value) for value in (-1.23456, 99999.5, 2.16429e35)] == ["-1.2346", "99999.5000", "2.164e+35"]

@@ -259,6 +259,10 @@ def test_flags_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.Captur
             ["arc", "--input", source, "--output", output, "--labels", tmp_path / "labels"],
             "--labels: the labels of arc stand in its own",
         ),
+        (
+            ["piqa", "--input", source, "--output", output, "--labels", tmp_path / "no.lst"],
+            f"--labels {tmp_path / 'no.lst'} cannot be",
+        ),
         (["piqa", "--input", tmp_path / "absent", "--output", output], "absent: no such file"),
         (["piqa", "--input", source, "--output", source], "rows.jsonl exists; --overwrite replaces it"),
     ):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_salt.errors import UserError
+from megatron_salt.evaluation import metrics
 from megatron_salt.metrics.arms import Arm, arms_of, finals, more_is_better, passing, passings
-from megatron_salt.metrics.figures import lines_of
+from megatron_salt.metrics.figures import lines_of, table
 from megatron_salt.metrics.history import read_curve
+from megatron_salt.tools.report import require_below
 from tests.metrics.logs import write_run
 
 BITS = "valid/prose/bits_per_byte"
@@ -71,7 +75,7 @@ def test_passing_is_told_in_shares_of_the_others_whole_length(arms: tuple[Arm, A
 
 
 def test_of_accuracies_more_is_better(arms: tuple[Arm, Arm]) -> None:
-    assert more_is_better("valid/accuracy") and more_is_better("tasks/x/acc_norm") and not more_is_better("valid/loss")
+    assert more_is_better("valid/accuracy") and more_is_better("task/x/acc_norm") and not more_is_better("valid/loss")
     found = passing(arms[1], arms[0], "valid/prose/accuracy")
     assert found.shares is not None and found.shares["steps"] == 0.5
 
@@ -83,6 +87,38 @@ def test_logs_of_an_earlier_release_have_no_flops(tmp_path: Path, arms: tuple[Ar
     assert passing(old, arms[0], BITS).shares == pytest.approx({"steps": 2 / 8, "seconds": 1 / 4})
     with pytest.raises(UserError, match="--x flops: the log of old does not tell FLOPs"):
         lines_of([old], (BITS,), "flops")
+
+
+def test_of_every_figure_of_a_task_it_is_known_which_way_is_better() -> None:
+    less = {"perplexity"}
+    for name in {name for names in metrics.METRICS.values() for name in names}:
+        assert more_is_better(f"task/x/{name}") == (name not in less), name
+        assert not more_is_better(f"task/x/{name}_stderr")
+
+
+def test_figures_of_tasks_are_figures(tmp_path: Path) -> None:
+    log = write_run(tmp_path / "run", [4.0] * 2, evaluated(3.0, 2.0))
+    with open(log, "a") as file:
+        for step, value in ((0, -2.5), (2, -1.5)):
+            file.write(json.dumps({"kind": "task", "step": step, "name": "piqa", "logprob_per_byte": value}) + "\n")
+    curve = read_curve("run", log)
+    assert curve.figure("task/piqa/logprob_per_byte") == {0: -2.5, 2: -1.5} and curve.final == 4.0
+
+
+def test_an_evaluation_that_is_not_finite_is_the_last_all_the_same(tmp_path: Path, arms: tuple[Arm, Arm]) -> None:
+    log = write_run(tmp_path / "lost", [4.0] * 4, evaluated(3.0, 2.0, math.nan))
+    (lost,) = arms_of([("lost", read_curve("lost", log))])
+    assert finals([lost], [BITS]) == [["lost", "1", "nan"]] and math.isnan(lost.curves[0].final or 0.0)
+    assert passing(arms[0], lost, BITS).shares is None and not require_below(lost, arms[0], 100.0)
+
+
+def test_seconds_of_a_log_that_begins_later_are_not_compared(tmp_path: Path, arms: tuple[Arm, Arm]) -> None:
+    """A run that was resumed with another --save."""
+    log = write_run(tmp_path / "rest", [4.0] * 6, evaluated(5.5, 3.5, 2.5, 2.0))
+    log.write_text("".join(line for line in log.open() if json.loads(line)["step"] > 2))
+    (rest,) = arms_of([("rest", read_curve("rest", log))])
+    assert passing(rest, arms[0], BITS).shares == pytest.approx({"steps": 4 / 8, "flops": 3.2 / 6.4})
+    assert "rest: its log begins with step 3; tokens and seconds count from there" in table(rest.curves, None)
 
 
 def test_a_figure_that_is_not_there_is_refused_with_those_that_are(arms: tuple[Arm, Arm]) -> None:

@@ -15,7 +15,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.metrics.figures import HEIGHT, chart, smoothed, table
 from megatron_salt.metrics.history import Axis, read_curve
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
-from megatron_salt.tools.report import ReportConfig, named_pairs, named_runs, report, unigram_entropy
+from megatron_salt.tools.report import ReportConfig, main, named_pairs, named_runs, report, unigram_entropy
 from tests.metrics.logs import open_log, record
 
 
@@ -232,6 +232,11 @@ def test_a_figure_that_a_log_lacks_is_refused_before_anything_is_printed(
     with pytest.raises(UserError, match="--y valid/lss is not in the log of a "):
         report(ReportConfig((f"a={log}",), y=("valid/loss", "valid/lss")))
     assert capsys.readouterr().out == ""
+
+
+def test_a_picture_takes_names_with_dollar_signs(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "a", [4.0, 3.0])
+    assert main(["--run", rf"a$\x$={log}", "--output", str(tmp_path / "loss.png")]) == 0
 
 
 def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> None:

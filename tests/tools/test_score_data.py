@@ -30,12 +30,12 @@ from tests.support.scoring import NUM_SAMPLES, TOP_K, argv, refused, same, score
 from tests.support.selections import files_in
 
 
-def full_logits(directory: str, tokens: np.ndarray, inside_documents: bool) -> np.ndarray:
+def full_logits(directory: str, tokens: np.ndarray, inside_documents: bool, vocabulary: int = VOCABULARY) -> np.ndarray:
     """In one rank: the teacher's logits of each window, computed alone by the head's linear layer: float32 [n, s, V]."""
     mesh = make_student_mesh(student_layout(from_yaml(Path(directory, "run.yaml").read_text(), "").parallel, 1))
     seed_everything(0, mesh)
     run = from_yaml(Path(directory, "run.yaml").read_text(), "")
-    [model] = build_model(run.model, run.parallel, SEQ_LENGTH, VOCABULARY, torch.float32, 100, mesh)
+    [model] = build_model(run.model, run.parallel, SEQ_LENGTH, vocabulary, torch.float32, 100, mesh)
     load_weights(Path(directory), [model], mesh)
     rows = []
     with torch.no_grad():
@@ -43,7 +43,7 @@ def full_logits(directory: str, tokens: np.ndarray, inside_documents: bool) -> n
             is_eod = window[None] == EOD
             documents = (is_eod.cumsum(1) - is_eod.long()) if inside_documents else None
             mask = attention_mask(documents, SEQ_LENGTH, model.cp_group, torch.device("cpu"))
-            rows.append(model.logits(model(window[None], torch.arange(SEQ_LENGTH)[None], mask))[:, 0, :VOCABULARY].numpy())
+            rows.append(model.logits(model(window[None], torch.arange(SEQ_LENGTH)[None], mask))[:, 0, :vocabulary].numpy())
     return np.stack(rows)
 
 

@@ -5,6 +5,7 @@ What our decoder cannot compute is refused by the key and its value. hugging_fac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def config_of_metadata(
     """
     reader = MetadataReader(metadata, where)
     name = metadata.get("general.architecture")
-    if name not in _READERS:
+    if not isinstance(name, str) or name not in _READERS:
         raise reader.refuse("general.architecture", f"known are {', '.join(_READERS)}")
     if metadata.get("general.type", "model") != "model":
         raise reader.refuse("general.type", "only whole models are read")
@@ -97,10 +98,10 @@ def config_of_metadata(
     reader.must_be("vocab_size", embedding[0])
     if not 1 <= reader.get("block_count", int) <= len(shapes):
         raise reader.refuse(reader.prefix + "block_count", f"the file has {len(shapes)} tensors, and each layer has some")
-    config = _READERS[str(name)](reader, shapes)
+    config = _READERS[name](reader, shapes)
     apart = {}
     if name != "gpt2":
-        config["rope_parameters"] = _rope(reader, rope_divisors)
+        config["rope_parameters"] = _rope(reader, rope_divisors, config.get("head_dim"))
         if len(config["rope_parameters"]) > 2:
             apart["rope_parameters"] = config["rope_parameters"]
     apart |= {
@@ -175,9 +176,12 @@ def _gpt2(reader: MetadataReader, shapes: Mapping[str, tuple[int, ...]]) -> dict
     }
 
 
-def _rope(reader: MetadataReader, divisors: np.ndarray | None) -> dict[str, Any]:
-    """The rope_parameters of transformers: rope_theta, rope_type, and the numbers of a scaling."""
-    rope: dict[str, Any] = {"rope_theta": reader.optional("rope.freq_base", float) or 10000.0, "rope_type": "default"}
+def _rope(reader: MetadataReader, divisors: np.ndarray | None, width: int | None) -> dict[str, Any]:
+    """The rope_parameters of transformers: rope_theta, rope_type, and the numbers of a scaling. width: of a head that is all rotated."""
+    base = reader.optional("rope.freq_base", float) or 10000.0
+    if not 0 < base < math.inf:
+        raise reader.refuse(f"{reader.prefix}rope.freq_base", "expected a finite number above 0")
+    rope: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}
     reader.must_be("rope.scaling.type", "none", "linear")
     reader.must_be("rope.scaling.attn_factor", 1.0)
     reader.must_be("rope.scaling.yarn_log_multiplier", 0.0)
@@ -188,6 +192,10 @@ def _rope(reader: MetadataReader, divisors: np.ndarray | None) -> dict[str, Any]
         rope |= {"rope_type": "linear", "factor": factor}
     if divisors is None or bool((divisors == 1).all()):
         return rope
+    if width is not None and divisors.shape != (width // 2,):
+        raise UserError(
+            f"{reader.where}: {ROPE_FACTORS} is {list(divisors.shape)}, and the head width {width} makes it [{width // 2}]"
+        )
     scaling = llama3_scaling(divisors, rope["rope_theta"])
     if scaling is None or rope["rope_type"] == "linear":
         raise UserError(

@@ -49,6 +49,10 @@ class ConfigReader:
         self._seen.add(key)
         return None if self._config.get(key) is None else self.get(key, kind)
 
+    def given(self, key: str) -> bool:
+        """Whether the key is there; its value may be null."""
+        return key in self._config
+
     def must_be(self, key: str, *allowed: Any, default: Any) -> Any:
         """The value of a key that may have these values alone."""
         self._seen.add(key)
@@ -98,7 +102,9 @@ def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False,
     if attention_bias != mlp_bias:
         raise reader.refuse("attention_bias", f"mlp_bias is {mlp_bias}; either all linear layers have biases, or none has")
     context, notes = _context(
-        reader, reader.get("use_sliding_window", bool, False) if architecture.startswith("Qwen") else True
+        reader,
+        reader.get("use_sliding_window", bool, False) if architecture.startswith("Qwen") else True,
+        default_window=4096 if architecture == "MistralForCausalLM" else None,
     )
     reader.optional(
         "original_max_position_embeddings", int
@@ -113,7 +119,7 @@ def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False,
         kv_channels=None if width is None or width * heads == hidden else width,
         position_embedding_type="rope",
         normalization="RMSNorm",
-        norm_epsilon=reader.get("rms_norm_eps", float, 1e-6),
+        norm_epsilon=reader.get("rms_norm_eps", float, 1e-5 if architecture == "Phi3ForCausalLM" else 1e-6),
         qk_layernorm=qk_norm,
         swiglu=True,
         disable_bias_linear=not mlp_bias,
@@ -127,10 +133,13 @@ def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False,
     )
 
 
-def _context(reader: ConfigReader, uses_window: bool) -> tuple[int, tuple[str, ...]]:
-    """The longest context, and what to tell the user. Within a sliding window the model computes as if it had none."""
+def _context(reader: ConfigReader, uses_window: bool, default_window: int | None = None) -> tuple[int, tuple[str, ...]]:
+    """The longest context, and what to tell the user. Within a sliding window the model computes as if it had none.
+
+    default_window: of a model whose config does not say.
+    """
     context = reader.get("max_position_embeddings", int)
-    window = reader.optional("sliding_window", int)
+    window = reader.optional("sliding_window", int) if reader.given("sliding_window") else default_window
     layer_kinds = reader.optional("layer_types", list) or []
     reader.optional("max_window_layers", int)
     if uses_window and window is not None and window < context:

@@ -137,7 +137,10 @@ def _places_of_index(path: Path) -> dict[str, TensorPlace]:
         file = path.parent / name
         if not file.is_file():
             raise UserError(f"{path} names {name}, and there is no such file")
-        places |= _places_of_file(file)
+        found = _places_of_file(file)
+        places |= {
+            tensor: place for tensor, place in found.items() if names.get(tensor, name) == name
+        }  # a file may hold it too
     missing = sorted(name for name in names.keys() - places.keys() if not NO_WEIGHTS.search(name))
     if missing:
         raise UserError(

@@ -57,21 +57,23 @@ def read_rows(path: str, columns: Sequence[str] = (), text_is_json: bool = False
 
 def read_labels(path: str) -> list[str]:
     """The labels of a file with one a line. Raises UserError."""
-    return [line.strip() for line in _text(path, _read(path)).splitlines() if line.strip()]
+    content = _text(path, _read(path, "--labels"), "--labels")
+    return [line.strip() for line in content.splitlines() if line.strip()]
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, flag_name: str = "--input") -> bytes:
     try:
         return read_small(Path(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"--input {path} cannot be read: {error.strerror if isinstance(error, OSError) else error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{flag_name} {path} cannot be read: {reason}") from None
 
 
-def _text(path: str, content: bytes) -> str:
+def _text(path: str, content: bytes, flag_name: str = "--input") -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--input {path}: byte {error.start} is not UTF-8") from None
+        raise UserError(f"{flag_name} {path}: byte {error.start} is not UTF-8") from None
 
 
 def _parse(content: bytes, path: str, line: int | None) -> Any:

@@ -62,7 +62,7 @@ class EvaluateConfig:
     """Leave when this file appears, as after SIGTERM and SIGUSR1. It is not deleted; a start is refused while it exists."""
 
     log_interval: int = 1000
-    """Requests between lines of progress."""
+    """Requests, or windows of --data, between lines of progress."""
 
     device: Device = "auto"
     """Where every rank computes, as in the training run: auto, cuda or cpu."""

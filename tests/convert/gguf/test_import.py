@@ -185,7 +185,34 @@ def test_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     assert "version 9" in refused(path)
     path.write_bytes(content[:8] + struct.pack("<QQ", 1 << 60, 1 << 60) + content[24:])  # counts that no file has
     assert "is damaged" in refused(path)
+    kind = content.index(b"general.architecture") + len("general.architecture")
+    path.write_bytes(content[:kind] + struct.pack("<IIQ", 9, 8, 1) + content[kind + 4 :])  # the name in a list
+    assert "general.architecture is ['llama']" in refused(path)
+    path.write_bytes(content[:kind] + struct.pack("<IIQ", 9, 0, 1 << 40) + content[kind + 4 :])
+    assert "it claims 1099511627776 values in an array" in refused(path)
     assert "is not a file" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("base", [float("nan"), float("inf"), -1.0])
+def test_a_base_of_rotary_frequencies_that_is_no_base_is_refused(tmp_path: Path, base: float) -> None:
+    write_gguf(tmp_path / "x.gguf", LLAMA, random_tensors(LLAMA), llama__rope__freq_base=base)
+    assert f"llama.rope.freq_base is {base}" in refused(tmp_path / "x.gguf")
+
+
+def test_divisors_of_another_number_of_frequencies_are_refused() -> None:
+    metadata = {
+        "general.architecture": "llama",
+        **{f"llama.{key}": 2 for key in _LLAMA_SIZES},
+        "llama.attention.key_length": 64,
+    }
+    metadata["llama.attention.layer_norm_rms_epsilon"] = 1e-5
+    with pytest.raises(UserError, match=r"rope_freqs.weight is \[16\], and the head width 64 makes it \[32\]"):
+        config_of_metadata(
+            metadata, {"token_embd.weight": (ROWS, 64), "rope_freqs.weight": (16,)}, np.full(16, 2.0), False, "x"
+        )
+
+
+_LLAMA_SIZES = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
