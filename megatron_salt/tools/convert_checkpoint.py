@@ -43,7 +43,9 @@ class ImportConfig:
     dtype: Dtype | None = None
     """Dtype of the checkpoint. Default: the source's, which must then be float32 or bfloat16 throughout."""
 
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer"] | None = None
+    tokenizer_type: (
+        Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteLevelTokenizer"] | None
+    ) = None
     """Kind of the model's tokenizer. Default: the one that lies in the source; --from megatron needs it."""
 
     tokenizer_model: str | None = None

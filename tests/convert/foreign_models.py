@@ -1,4 +1,4 @@
-"""Random models of transformers, at shapes that hide no trap: python -m tests.convert.foreign_models DIRECTORY
+"""Random models of transformers, at shapes that hide no trap: python -m tests.convert.foreign_models DIRECTORY [NAME ...]
 
 A program of its own: the CPU seam patches torch in ways that transformers does not expect.
 """
@@ -68,8 +68,8 @@ SHARDED = ("llama", "gpt-neox")
 """Models whose weights lie in several files."""
 
 
-def make(directory: Path) -> None:
-    """A folder for each model."""
+def make(directory: Path, *names: str) -> None:
+    """A folder for each model, or for those of these names."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -81,7 +81,8 @@ def make(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    for name, (family, sizes) in MODELS.items():
+    for name in names or MODELS:
+        family, sizes = MODELS[name]
         head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
         config = getattr(transformers, f"{family}Config")(**sizes, eos_token_id=IDS - 1, bos_token_id=IDS - 1)
         model = getattr(transformers, head)(config).float()
@@ -94,4 +95,4 @@ def make(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), *sys.argv[2:])

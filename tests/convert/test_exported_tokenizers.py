@@ -75,13 +75,13 @@ def byte_level(directory: Path) -> Path:
     return directory
 
 
-def sentence_piece(path: Path, model_type: str, **settings: Any) -> Path:
-    """A SentencePiece model with bytes for what it has no piece for. Returns its file."""
+def sentence_piece(path: Path, model_type: str, byte_fallback: bool = True, **settings: Any) -> Path:
+    """A SentencePiece model, with bytes for what it has no piece for, or none. Returns its file."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter([TEXTS[0], TEXTS[2], TEXTS[3]]), model_prefix=str(path), model_type=model_type,
-        vocab_size=340, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
+        vocab_size=340 if byte_fallback else 80, byte_fallback=byte_fallback, hard_vocab_limit=False, minloglevel=2, **settings,
     )  # fmt: skip
     return path.with_suffix(".model")
 
@@ -158,6 +158,24 @@ def test_a_model_whose_data_had_bos_gets_it(
 def test_bos_is_refused_where_there_is_none(tokenizers_of_all_kinds: dict[str, Tokenizer], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--prepend-bos: the GPT2BPETokenizer in .* declares no beginning-of-sequence token"):
         tokenizer_files(tokenizers_of_all_kinds["GPT2BPETokenizer"], tmp_path, 77, True)
+
+
+UNKNOWN = ["x .", "東京", "🙂 x", "zzZQ#@ ~", "ﬁ ½ e\u0301", " x ⁇ y "]
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_text_is_decoded_as_sentencepiece_decodes_it(tmp_path: Path, model_type: str) -> None:
+    """By SentencePiece's default settings, without bytes: an unknown piece is its own sign, a space before a text comes and goes."""
+    import sentencepiece
+
+    path = sentence_piece(tmp_path / "model", model_type, byte_fallback=False)
+    oracle = sentencepiece.SentencePieceProcessor(str(path))
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path)))
+    written = tokenizers.Tokenizer.from_buffer(tokenizer_files(tokenizer, tmp_path, 77, False)["tokenizer.json"])
+    texts = [*TEXTS, *UNKNOWN]
+    ids = [written.encode(text).ids for text in texts]
+    assert ids == oracle.encode(texts) and sum(oracle.unk_id() in each for each in ids) > 5
+    assert [written.decode(each, skip_special_tokens=False) for each in ids] == oracle.decode(ids)
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])

@@ -9,12 +9,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.convert.conftest import convert
+from tests.convert.conftest import convert_in_rank, run_module
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 NAMES = ("local_questions", "local_last_words", "local_whole_texts")
@@ -43,18 +42,19 @@ def log_likelihoods(out: Path) -> dict[tuple[str, int], list[float]]:
 
 
 @pytest.mark.long
-def test_lm_eval_finds_the_same_in_an_export_as_in_the_source(
-    foreign: Path, imported: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_lm_eval_finds_the_same_in_an_export_as_in_the_source(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron-salt[eval]'")
-    source, export = foreign / "llama", tmp_path / "export"
-    ended = convert("export", imported("llama"), export, "--dtype", "float32")
-    assert ended.returncode == 0, ended.stderr
+    source, export = tmp_path / "llama", tmp_path / "export"
+    made = run_module("tests.convert.foreign_models", tmp_path, "llama")
+    assert made.returncode == 0, made.stderr
+    for words in (("import", source, "--to", tmp_path / "run", "--no-verify"), ("export", tmp_path / "run", export)):
+        ended = convert_in_rank(*words, "--dtype", "float32")
+        assert ended.status == 0, ended
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     program = LM_EVAL.replace("TASKS", repr(",".join(NAMES)))
-    words = [source, tmp_path / "of source", export, tmp_path / "of export"]
+    directories = [source, tmp_path / "of source", export, tmp_path / "of export"]
     evaluated = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)], cwd=TASKS, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program, *map(str, directories)], cwd=TASKS, env=environment, capture_output=True, text=True
     )
     assert evaluated.returncode == 0, evaluated.stderr
     of_source, of_export = log_likelihoods(tmp_path / "of source"), log_likelihoods(tmp_path / "of export")

@@ -31,6 +31,7 @@ from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer, tokenizer_from_files
 from megatron_salt.tools import evaluate as tool
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
+from tests.convert.conftest import convert_in_rank
 from tests.support.ranks import run_ranks
 from tests.support.small import SMALL
 
@@ -144,7 +145,8 @@ def test_lm_evaluation_harness_finds_the_same_on_the_exported_model(tmp_path: Pa
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    call("tools/convert_checkpoint.py", "export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
+    exported = convert_in_rank("export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
+    assert exported.status == 0, exported
     expected = json.loads(call("-m", "tests.evaluation.lm_eval_process", tmp_path / "out", folder, *TASKS).splitlines()[-1])
     for name in TASKS:
         theirs, mine = expected[name], found[name]

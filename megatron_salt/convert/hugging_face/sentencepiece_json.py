@@ -78,9 +78,13 @@ def _normalizers(spec: Any) -> list[tokenizers.normalizers.Normalizer]:
 
 
 def _decoder(proto: Any) -> tokenizers.decoders.Decoder:
-    from tokenizers import decoders
+    from tokenizers import Regex, decoders
 
-    steps: list[tokenizers.decoders.Decoder] = [decoders.Replace(_SPACE, " ")]
+    unknown = rf"\A{_literal(proto.pieces[proto.trainer_spec.unk_id].piece)}\z"  # each token is tried alone
+    steps: list[tokenizers.decoders.Decoder] = [
+        decoders.Replace(_SPACE, " "),
+        decoders.Replace(Regex(unknown), proto.trainer_spec.unk_surface),
+    ]
     steps += [decoders.ByteFallback()] if proto.trainer_spec.byte_fallback else []
     steps.append(decoders.Fuse())
     if proto.normalizer_spec.add_dummy_prefix:

@@ -21,6 +21,7 @@ from megatron_salt.checkpoint.state_file import model_of, read_state
 from megatron_salt.convert.megatron.weights import MegatronWeights
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
+from megatron_salt.tokenizer.tokenizer import load_tokenizer
 from megatron_salt.tools.convert_checkpoint import main
 from tests.convert.megatron.megatron_models import (
     CONTEXT,
@@ -158,6 +159,23 @@ def test_a_trained_model_computes_the_same_in_megatron_core(tmp_path: Path, caps
     for losses, args in run_ranks(2, losses_of_export, tmp_path / "out", model_of(state.architecture), ROWS):
         assert losses == pytest.approx(state.reference_losses.losses, rel=1e-5)
         assert "tokenizer_type" not in args
+    words = ("--from", "megatron", "--to", tmp_path / "again", "--tokenizer-type", "ByteLevelTokenizer")
+    assert convert_here(capsys, "import", tmp_path / "out", *words)[0] == 0
+    before, after = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "again")
+    for key, tensor in after.items():
+        rows = slice(IDS if "word_embeddings" in key or "output_layer" in key else None)  # the others are padding
+        assert torch.equal(before[key][rows], tensor[rows]), key
+
+
+def test_a_model_of_bytes_is_imported_without_a_file(
+    written: Written, imported: Imported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--from", "megatron", "--to", tmp_path / "bytes", "--tokenizer-type", "ByteLevelTokenizer")
+    status, told = convert_here(capsys, "import", written("stacked layers")[0], *words)
+    assert status == 0, told
+    assert load_tokenizer(next((tmp_path / "bytes").glob("iter_*")) / "tokenizer").kind == "ByteLevelTokenizer"
+    ours, theirs = tensors_of(tmp_path / "bytes"), tensors_of(imported("stacked layers")[0])
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------
