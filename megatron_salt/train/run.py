@@ -39,7 +39,7 @@ from megatron_salt.train.inputs import Inputs, read_inputs
 from megatron_salt.train.launcher import Word, write_outcome
 from megatron_salt.train.loop import train
 from megatron_salt.train.plan import RunPlan
-from megatron_salt.train.start import HostMemory, choose_precisions, decide_start, host_memory_of_save
+from megatron_salt.train.start import HostMemory, choose_precisions, decide_start, host_memory_of_save, told_of_flags
 from megatron_salt.train.state import log_cost_of_scores, log_start
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ def run_session(config: RunConfig, layout: Layout, plan: RunPlan, watch: SignalW
         if config.training.deterministic:
             log.info("%s", choose_deterministic_operations())
         log.info("student: %s%s", precisions.student, "" if inputs.teacher is None else f"; teacher: {precisions.teacher}")
+        for line in told_of_flags(config):
+            log.warning("%s", line)
         exit_plan = ExitPlan(
             exit_interval=config.training.exit_interval, exit_duration_in_mins=config.training.exit_duration_in_mins,
             watch=watch, begin=begin_largest, started=started, exit_file=config.training.exit_file, looks=rank == 0,

@@ -103,6 +103,13 @@ class Start:
     """None: no optimizer's state is loaded that loads under any layout."""
 
 
+def told_of_flags(config: RunConfig) -> tuple[str, ...]:
+    """What a user may not have meant. Pure."""
+    if config.data.valid_data_path and not config.training.eval_iters:
+        return ("--valid-data-path is given, and nothing is evaluated on it: --eval-iters is 0",)
+    return ()
+
+
 def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Inputs, opened: OpenedCheckpoint | None) -> Start:
     """Decide where the run starts. opened: the checkpoint that --load means; None where there is none. Raises UserError."""
     checkpoint, teacher = config.checkpoint, inputs.teacher
@@ -122,6 +129,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
         refuse_other_ids((inputs.train, *inputs.valid.values()), inputs.shared_ids, inputs.tokenizer.vocabulary_size)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
+    messages += told_of_flags(config)
     padded = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
     memory_of_load = None
     if gathers_to_load(checkpoint, opened):

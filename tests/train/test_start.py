@@ -288,3 +288,12 @@ def test_a_dry_run_and_a_start_tell_what_a_save_takes(tmp_path: Path, data: str)
         (dry,) = run(1, **flags, **load, dry_run=1)
         assert dry.out.count("host memory: loading a save that loads under any layout takes about") == times
     assert train(**flags).err.count("host memory: loading a save") == 1
+
+
+def test_held_out_data_that_is_not_evaluated_is_told(tmp_path: Path, data: str) -> None:
+    told = "--valid-data-path is given, and nothing is evaluated on it: --eval-iters is 0"
+    flags: dict[str, Any] = dict(data_path=data, valid_data_path=write_tokens(tmp_path / "held_out", seed=1), train_iters=2)
+    for more in (dict[str, Any](), dict[str, Any](dry_run=1)):
+        [silent, said] = run(1, **flags, eval_iters=1, **more), run(1, **flags, **more)
+        assert [one.status for one in (*silent, *said)] == [0, 0], said[0].err
+        assert told in said[0].out + said[0].err and told not in silent[0].out + silent[0].err
