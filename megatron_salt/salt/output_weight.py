@@ -2,8 +2,7 @@
 
 The check of the teacher's recorded losses needs all its rows, so they come first, cut evenly over the student's tensor-parallel ranks. In
 training the teacher's distribution is renormalised over the shared ids. The probability that it loses by that is measured, and bounded by
---teacher-max-dropped-mass. Of an imported teacher whose texts had a BOS, the loss on the
-same samples is measured with and without it.
+--teacher-max-dropped-mass. Of an imported teacher whose texts had a BOS, the loss on the same samples is measured with and without it.
 """
 
 from __future__ import annotations
