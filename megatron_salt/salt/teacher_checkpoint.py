@@ -26,7 +26,7 @@ class TeacherCheckpoint:
     vocabulary_size: int
     """Ids in its softmax. A converted model may have more than its tokenizer."""
     seq_length: int
-    """--seq-length that it was trained with."""
+    """--seq-length that it was trained with; of an imported model its context."""
     tokenizer_fingerprint: str
     fingerprint: str
     """Fingerprint of the checkpoint's contents; the path does not matter."""
@@ -100,9 +100,10 @@ def refuse_unfit(teacher: TeacherCheckpoint, salt: SaltConfig, seq_length: int) 
     """Raise UserError where the teacher cannot read the student's samples, or cannot be split as the flags say. Pure."""
     where = f"--teacher-load {teacher.directory}"
     if teacher.seq_length < seq_length:
-        raise UserError(
-            f"{where} was trained on --seq-length {teacher.seq_length}, shorter than this run's --seq-length {seq_length}"
-        )
+        shorter = f"shorter than this run's --seq-length {seq_length}"
+        if teacher.imported:
+            raise UserError(f"{where} is an imported model whose context is {teacher.seq_length} tokens, {shorter}")
+        raise UserError(f"{where} was trained on --seq-length {teacher.seq_length}, {shorter}")
     if min(teacher.lengths) > seq_length:
         raise UserError(
             f"{where} recorded its loss on {min(teacher.lengths)} tokens at least, and --seq-length is {seq_length}"
