@@ -88,12 +88,17 @@ def read_teacher(load: str) -> TeacherCheckpoint:
 def model_that_scored(scores: IndexManifest, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
     """The architecture of the teacher that made these scores, where it is the run's teacher or the checkpoint that the index names; else
     None. Not collective."""
-    if teacher is None or teacher.fingerprint != scores.teacher:
+    return model_of_teacher(scores.teacher, scores.teacher_directory, teacher)
+
+
+def model_of_teacher(fingerprint: str, directory: str, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
+    """The architecture of the teacher with this fingerprint, where it is `teacher` or lies in `directory`; else None. Not collective."""
+    if teacher is None or teacher.fingerprint != fingerprint:
         try:
-            teacher = read_teacher(scores.teacher_directory)
+            teacher = read_teacher(directory)
         except (UserError, OSError):
             return None
-    return teacher.model if teacher.fingerprint == scores.teacher else None
+    return teacher.model if teacher.fingerprint == fingerprint else None
 
 
 def refuse_unfit(teacher: TeacherCheckpoint, salt: SaltConfig, seq_length: int) -> None:
