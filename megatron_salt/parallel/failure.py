@@ -259,7 +259,10 @@ def _silent(connection: StoreConnection, seconds: float) -> list[int]:
     live. Where all of them seem to live, one of them is on its way out: then all of them."""
     deadline = time.monotonic() + seconds
     while True:
-        found = {rank: lives(connection, rank) for rank in _unseen(connection)}
+        asked = {rank: lives(connection, rank) for rank in _unseen(connection)}
+        found = {
+            rank: asked[rank] for rank in _unseen(connection) if rank in asked
+        }  # since then one may have seen it and ended
         if not any(state is not False for state in found.values()) or time.monotonic() >= deadline:
             return [rank for rank, state in found.items() if not state] or list(found)
         time.sleep(0.1)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel import failure, rendezvous
 from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.launch import distributed
+from megatron_salt.parallel.launch_store import Launch
 from tests.support.program import argv, write_tokens
 from tests.support.ranks import run_ranks
 
@@ -179,6 +181,21 @@ def test_a_killed_rank_is_named_by_one_of_the_others(tmp_path: Path, fails: int)
         f"error: rank {fails} at {socket.gethostname()} does not answer any more (killed? out of memory?)"
     ), line
     assert time.time() - max(began, ended[fails].when("failing")) < SOON
+
+
+def test_a_rank_that_sees_the_failure_and_ends_is_not_listed_as_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may do so between the two looks of the rank that asks: at the store, and at the process."""
+    store = dist.HashStore()
+    launch = Launch(rank=0, world_size=3, local_rank=0, address="localhost", port=1, agent_hosts=False, attempt="0")
+    connection: Any = SimpleNamespace(store=store, launch=launch)
+
+    def ends(_: object, rank: int) -> bool:
+        if rank == 2:
+            store.set("seen/2", "")
+        return False
+
+    monkeypatch.setattr(failure, "lives", ends)
+    assert failure._silent(connection, 0.0) == [1]
 
 
 def starving() -> None:

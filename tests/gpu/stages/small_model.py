@@ -106,7 +106,8 @@ def ran(dtype: str, scratch: Path) -> Numbers:
     with programs_with_seeded_weights():
         run_program(argv(**flags, train_iters=3, save=folder / "teacher"))
         run_program(argv(**flags, train_iters=PROGRAM_STEPS, kd_steps=PROGRAM_STAGE1, teacher_load=folder / "teacher",
-                         save=folder / "student", num_layers=3, valid_share=0.2, eval_interval=3, eval_iters=1))  # fmt: skip
+                         save=folder / "student", num_layers=3, valid_share=0.2, eval_interval=3, eval_iters=1,
+                         no_eval_at_start=True))  # fmt: skip
     words = scoring.argv(teacher_load=folder / "teacher", data_path=data, output=folder / "scores")
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
