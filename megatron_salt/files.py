@@ -58,6 +58,12 @@ def refuse_present(flag_name: str, output: str | Path, paths: Collection[Path], 
         raise UserError(f"{flag_name} {output}: {', '.join(present)} exists; --overwrite replaces it")
 
 
+def refuse_directory(flag_name: str, output: Path) -> None:
+    """Raise UserError if `output`, the name of a file, is a directory: no --overwrite replaces it."""
+    if output.is_dir():
+        raise UserError(f"{flag_name} {output} is a directory; give the name of a file")
+
+
 def _is_replaceable(path: Path) -> bool:
     mode = path.lstat().st_mode
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)

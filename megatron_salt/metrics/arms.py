@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_salt.errors import UserError
+from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.history import Axis, Curve
 
 _MORE_IS_BETTER = ("acc", "agreement", "logprob", "margin", "mfu", "tflops", "tokens_per_second")
@@ -51,7 +52,7 @@ class Arm:
         if not steps:
             raise UserError(f"--y {figure}: the {len(seeds)} runs of {self.name} have it at no common step")
         values = np.array([[seed[step] for step in steps] for seed in seeds], np.float64)
-        mean = values[0] if len(seeds) == 1 else values.mean(0)
+        mean = values[0] if len(seeds) == 1 else (values / len(seeds)).sum(0)  # a sum of the largest numbers would be infinite
         return Band(np.array(steps, np.int64), mean, values.min(0), values.max(0))
 
     def when(self, x: Axis, steps: np.ndarray) -> np.ndarray:
@@ -93,7 +94,7 @@ class Passing:
     seconds only where both logs begin with the run. None: not reached."""
 
     def __str__(self) -> str:
-        target = f"{self.other}'s final {self.figure} {self.target:.4f}"
+        target = f"{self.other}'s final {self.figure} {figure_text(self.target)}"
         if self.shares is None:
             return f"{self.arm}: {target} not reached"
         words = {"steps": f"{self.other}'s steps", "flops": "its FLOPs", "seconds": "its seconds"}
@@ -128,7 +129,7 @@ def finals(arms: Sequence[Arm], figures: Sequence[str]) -> list[list[str]]:
 
     def cell(arm: Arm, figure: str) -> str:
         band = arm.band(figure)
-        text = f"{band.mean[-1]:.4f}"
-        return text if len(arm.curves) == 1 else f"{text} ({band.low[-1]:.4f} to {band.high[-1]:.4f})"
+        text = figure_text(band.mean[-1])
+        return text if len(arm.curves) == 1 else f"{text} ({figure_text(band.low[-1])} to {figure_text(band.high[-1])})"
 
     return [[arm.name, str(len(arm.curves)), *(cell(arm, figure) for figure in figures)] for arm in arms]

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_salt.files import whole_file
 from megatron_salt.metrics.arms import Arm
+from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.history import Axis, Curve
 
 MARKS = "*o+x#@" + string.ascii_uppercase + string.digits
@@ -42,8 +43,8 @@ def run_rows(curves: Sequence[Curve]) -> list[list[str]]:
                 curve.name,
                 str(curve.steps[-1]),
                 str(tokens),
-                f"{np.nanmean(last):.4f}" if np.isfinite(last).any() else "nan",
-                "-" if curve.final is None else f"{curve.final:.4f}",
+                figure_text(smoothed(last, len(last))[-1]),
+                "-" if curve.final is None else figure_text(curve.final),
                 "-" if curve.accuracy is None else f"{curve.accuracy:.2%}",
                 "-" if curve.switch is None else f"step {curve.switch.step + 1}",
                 f"{tokens / max(seconds, 1e-9):.0f}",
@@ -104,10 +105,10 @@ def chart(curves: Sequence[Curve], x: Axis, unigram: float | None) -> str:
     if not heights.size:
         return "no finite loss"
     low, high = float(heights.min()), float(heights.max())
-    span = max(high - low, 1e-6)
+    half = max(high / 2 - low / 2, 5e-7)  # of the span, which may be too large for a number
 
     def row(loss: float) -> int:
-        return round((high - loss) / span * (HEIGHT - 1))
+        return round((high / 2 - loss / 2) / half * (HEIGHT - 1))
 
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
     if unigram is not None:
@@ -116,20 +117,25 @@ def chart(curves: Sequence[Curve], x: Axis, unigram: float | None) -> str:
         for position, loss in enumerate(column):
             if math.isfinite(loss):
                 grid[row(loss)][position] = mark
-    lines = [f"{high - span * i / (HEIGHT - 1):7.3f} |{''.join(line).rstrip()}" for i, line in enumerate(grid)]
+    levels = [high - half * (i / (HEIGHT - 1)) - half * (i / (HEIGHT - 1)) for i in range(HEIGHT)]
+    labels = [f"{level:7.3f}" if abs(level) < 1e6 else f"{level:.3g}" for level in levels]
+    margin = max(map(len, labels))
+    lines = [f"{label:>{margin}} |{''.join(line).rstrip()}" for label, line in zip(labels, grid, strict=True)]
     legend = [f"{mark} {curve.name}" for mark, curve in zip(itertools.cycle(MARKS), curves, strict=False)]
     legend += [] if unigram is None else [f"- unigram entropy {unigram:.3f}"]
     axis = f"{'0'.ljust(WIDTH // 2)}{f'{right:.6g} {x}'.rjust(WIDTH // 2)}"
-    return "\n".join([f"training loss: {', '.join(legend)}", *lines, " " * 8 + "+" + "-" * WIDTH, " " * 9 + axis])
+    return "\n".join(
+        [f"training loss: {', '.join(legend)}", *lines, " " * margin + " +" + "-" * WIDTH, " " * margin + "  " + axis]
+    )
 
 
 def _columns(curve: Curve, x: Axis, right: float) -> np.ndarray:
     """Mean loss in each of WIDTH equal slices of [0, right], float64 [WIDTH]; nan for a slice without steps."""
     where = np.minimum((curve.axis(x) / right * WIDTH).astype(int), WIDTH - 1)
     finite = np.isfinite(curve.losses)
-    sums = np.bincount(where[finite], curve.losses[finite], WIDTH)
     counts = np.bincount(where[finite], minlength=WIDTH)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    means = np.bincount(where[finite], curve.losses[finite] / counts[where[finite]], WIDTH)
+    return np.where(counts > 0, means, np.nan)
 
 
 Panel = tuple[str, ...]
@@ -171,8 +177,14 @@ def lines_of(arms: Sequence[Arm], panel: Panel, x: Axis) -> list[Line]:
                 window = max(1, len(value) // 25)
                 value, low, high = (smoothed(one, window) for one in (value, low, high))
             label = arm.name if len(panel) == 1 else f"{arm.name}, {figure}"
+            value, low, high = map(drawable, (value, low, high))
             lines.append(Line(label, number, place, arm.when(x, band.steps), value, low, high, of_steps))
     return lines
+
+
+def drawable(values: np.ndarray) -> np.ndarray:
+    """The values with nan for those that are not finite. Beyond 1e300 they lie at 1e300: the length of an axis must be a number too."""
+    return np.where(np.isfinite(values), np.clip(values, -1e300, 1e300), np.nan)
 
 
 def switches_of(arms: Sequence[Arm], x: Axis) -> list[tuple[int, str, float]]:
@@ -213,9 +225,8 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
         for number, arm in enumerate(arms):
             for name in panel:
                 if len(arm.curves) == 1 and name in arm.curves[0].of_steps:
-                    axes.plot(
-                        arm.curves[0].axis(x), arm.curves[0].of_steps[name], color=f"C{number}", alpha=0.25, linewidth=0.8
-                    )
+                    raw = drawable(arm.curves[0].of_steps[name])
+                    axes.plot(arm.curves[0].axis(x), raw, color=f"C{number}", alpha=0.25, linewidth=0.8)
         for number, label, at in switches_of(arms, x):
             axes.axvline(at, color=f"C{number}", linestyle="--", linewidth=1, label=label)
         if unigram is not None and axis_title(panel).startswith("loss"):
@@ -235,8 +246,20 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
 def smoothed(losses: np.ndarray, window: int) -> np.ndarray:
     """At each step, the mean of the finite losses among the last `window` steps: float64 [n] -> [n]; nan if there is none."""
     finite = np.isfinite(losses)
-    sums = np.cumsum(np.where(finite, losses, 0.0))
-    counts = np.cumsum(finite)
-    sums[window:] -= sums[:-window].copy()
-    counts[window:] -= counts[:-window].copy()
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    shares = _sums(
+        np.where(finite, losses, 0.0) / window, window
+    )  # divided first: a sum of the largest numbers would be infinite
+    counts = _sums(finite.astype(np.float64), window)
+    return np.where(counts > 0, shares * (window / np.maximum(counts, 1)), np.nan)
+
+
+def _sums(values: np.ndarray, window: int) -> np.ndarray:
+    """At each position, the sum of the last `window` values: float64 [n] -> [n].
+
+    A difference of two sums from the beginning would lose all that follows a value which is far larger. So each sum is that of the end of
+    one block of `window` values, and of the beginning of the next."""
+    blocks = np.pad(values, (window, -len(values) % window)).reshape(-1, window)
+    heads = np.cumsum(blocks, axis=1)
+    tails = np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1]
+    after = np.pad(tails[:-1, 1:], ((0, 0), (0, 1)))  # of the block before, what the window still holds
+    return (heads[1:] + after).reshape(-1)[: len(values)]

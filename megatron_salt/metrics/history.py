@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_salt.errors import UserError, did_you_mean
-from megatron_salt.small_files import parse_json, read_small
+from megatron_salt.small_files import one_line, parse_json, read_small
 
 Axis = Literal["steps", "tokens", "seconds", "flops"]
 _LARGEST_LOG = 4 << 30
@@ -49,7 +49,7 @@ class Curve:
     """{"train/loss" and so on: float64 [n]}; nan where a step lacks the number"""
     of_evaluations: dict[str, dict[int, float]]
     """{"valid/loss", "valid/NAME/bits_per_byte", "task/NAME/acc" and so on: {step: value}}, in the order of the log, tasks last; nan where
-    the number was not finite"""
+    the number was not finite, and inf for a perplexity that was too large"""
     teacher: tuple[float, float] | None
     """Held-out loss and accuracy of the teacher, on the set of `held_out`"""
     switch: Switch | None
@@ -117,7 +117,7 @@ def read_curve(name: str, path: Path) -> Curve:
     if not steps:
         raise UserError(f"--run {name}={path} is not the log of a run: no line in it is a step")
     evaluations = [entry for entry in entries if entry["kind"] == "eval"]
-    tasks = [entry | {"name": f"task/{entry.get('name')}"} for entry in entries if entry["kind"] == "task"]
+    tasks = [entry for entry in entries if entry["kind"] == "task"]
     switches = [entry for entry in entries if entry["kind"] == "event" and entry.get("stage") == 2]
     try:
         rows = [steps[step] for step in sorted(steps)]
@@ -131,7 +131,7 @@ def read_curve(name: str, path: Path) -> Curve:
             seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
             flops=_flops(rows),
             of_steps=_of_steps(rows),
-            of_evaluations=_of_evaluations(evaluations) | _of_evaluations(tasks),
+            of_evaluations=_of_evaluations(evaluations) | _of_evaluations(tasks, "task/"),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
             switch=_switch(switches[-1]) if switches else None,
             peak_gib=max(float(row["memory_gib"]) for row in rows),
@@ -157,16 +157,32 @@ def _of_steps(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return found | {"train/loss": np.array([_loss(row) for row in rows], np.float64)}
 
 
-def _of_evaluations(entries: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+def _of_evaluations(entries: list[dict[str, Any]], prefix: str = "") -> dict[str, dict[int, float]]:
     """{"NAME/KEY": {step: value}} of every number of an evaluation; of two entries of one step the later counts.
 
-    The log writes null for a number that is not finite: nan here, so that no earlier evaluation passes for the last one."""
+    Raises KeyError and ValueError for an entry without a name, and for a value that is no number."""
     found: dict[str, dict[int, float]] = {}
     for entry in entries:
-        for key, value in entry.items():
-            if key not in _NO_FIGURES and (value is None or _is_number(value)):
-                found.setdefault(f"{entry.get('name')}/{key}", {})[entry["step"]] = np.nan if value is None else float(value)
+        name = entry["name"]
+        if not (isinstance(name, str) and name):
+            raise ValueError(f"'name' of an evaluation at step {entry['step']}: {one_line(name, 40)}")
+        for key in entry:
+            if key not in _NO_FIGURES:
+                found.setdefault(f"{prefix}{name}/{key}", {})[entry["step"]] = _number(entry, key)
     return found
+
+
+def _number(entry: dict[str, Any], key: str) -> float:
+    """A number of an entry. Raises KeyError and ValueError where there is none.
+
+    The log writes null for a number that is not finite. It is nan here, so that no earlier evaluation passes for the last one; but the
+    perplexity of a finite loss can only be too large."""
+    value = entry[key]
+    if value is None:
+        return np.inf if key == "perplexity" and _is_number(entry.get("loss")) else np.nan
+    if not _is_number(value):
+        raise ValueError(f"{key!r} at step {entry['step']}: {one_line(value, 40)}")
+    return float(value)
 
 
 def _flops(rows: list[dict[str, Any]]) -> np.ndarray | None:
@@ -178,8 +194,8 @@ def _flops(rows: list[dict[str, Any]]) -> np.ndarray | None:
 
 def _loss(row: dict[str, Any]) -> float:
     """Cross entropy with the data. In stage 1 it is `ce`, beside `loss`, which is against the mixed target."""
-    loss = row.get("ce", row["loss"])
-    return np.nan if loss is None else float(loss)
+    loss = _number(row, "loss")
+    return _number(row, "ce") if "ce" in row else loss
 
 
 def _switch(entry: dict[str, Any]) -> Switch:

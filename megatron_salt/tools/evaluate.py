@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.evaluation.results import Result, as_markdown, markdown_path, read_results, write_results
 from megatron_salt.evaluation.task_file import Task, read_task, read_tasks
-from megatron_salt.files import sole_writer
+from megatron_salt.files import refuse_directory, sole_writer
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import fail_together
@@ -34,7 +34,7 @@ from megatron_salt.parallel.hardware import hide_gpus
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.tokenizer.tokenizer import Tokenizer
-from megatron_salt.tools.evaluate_data import NamedData, evaluate_data, open_data, parse_data
+from megatron_salt.tools.evaluate_data import NamedData, evaluate_data, open_data, parse_data, window_length
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
 from megatron_salt.tools.generate_text import ids_in_softmax, newest_checkpoint, read_companions
 from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
@@ -56,6 +56,7 @@ class Candidate:
     load: str
     """As --load names it."""
     directory: Path
+    fingerprint: str
     run: RunConfig
     tokenizer: Tokenizer
     step: int
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> int:
     """Evaluate all checkpoints on all tasks. Every rank calls. Returns the exit status: 0, or LEFT if tasks are left. Raises UserError."""
     refuse_exit_file(config.exit_file)
+    for path in (Path(config.output), markdown_path(Path(config.output))):
+        refuse_directory("--output", path)
     watch = SignalWatch()
     try:
         return _evaluate(config, watch)
@@ -93,7 +96,10 @@ def _evaluate(config: EvaluateConfig, watch: SignalWatch) -> int:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
     )
     layout = student_layout(parallel, world_size_from_environment())
-    candidates = [open_candidate(load, config, parallel, tasks, shots, data) for load in dict.fromkeys(config.load)]
+    opened = [open_candidate(load, config, parallel, tasks, shots) for load in config.load]
+    refuse_same(opened)
+    window = window_length(config.seq_length, {one.load: one.run.training.seq_length for one in opened})
+    candidates = [with_data(one, config, data, window) for one in opened]
 
     import torch.distributed as dist
 
@@ -130,10 +136,9 @@ def read_shots(config: EvaluateConfig, tasks: Sequence[Task]) -> list[Task | Non
 
 
 def open_candidate(
-    load: str, config: EvaluateConfig, parallel: ParallelConfig, tasks: Sequence[Task], shots: Sequence[Task | None],
-    data: Mapping[str, str],
-) -> Candidate:  # fmt: skip
-    """Read a checkpoint's small files, encode the tasks with its tokenizer, and open the data. Not collective. Raises UserError."""
+    load: str, config: EvaluateConfig, parallel: ParallelConfig, tasks: Sequence[Task], shots: Sequence[Task | None]
+) -> Candidate:
+    """Read a checkpoint's small files, and encode the tasks with its tokenizer. Not collective. Raises UserError."""
     from megatron_salt.checkpoint.loading import checkpoint_fingerprint
     from megatron_salt.checkpoint.state_file import read_state
     from megatron_salt.evaluation.evaluate_task import prepare_task
@@ -141,26 +146,54 @@ def open_candidate(
 
     directory = newest_checkpoint(Path(load))
     run, tokenizer = read_companions(directory)
-    longest = run.training.seq_length
-    check_shapes(run.model, parallel, longest)
+    longest, fingerprint = run.training.seq_length, checkpoint_fingerprint(directory)
     dtype = config.dtype or ("bfloat16" if run.training.bf16 else "float32")
-    bos, of_all = first_id(tokenizer, config.add_bos), {"checkpoint": checkpoint_fingerprint(directory), "dtype": dtype}
+    decides = {"checkpoint": fingerprint, "dtype": dtype, "bootstrap_seed": config.bootstrap_seed}
     work: list[tuple[PreparedTask | NamedData, dict[str, Any]]] = []
-    for task, shot_file in zip(tasks, shots, strict=True):
-        prepared = prepare_task(task, tokenizer, bos=bos, longest=longest, shots=shot_file, num_shots=config.shots)
-        work.append((prepared, of_all | {"bootstrap_seed": config.bootstrap_seed} | prepared.facts))
-    for name, prefix in data.items():
-        opened = open_data(name, prefix, tokenizer, run.data, longest)
-        work.append((opened, of_all | opened.facts))
+    with naming(load, config):
+        check_shapes(run.model, parallel, longest)
+        bos = first_id(tokenizer, config.add_bos)
+        for task, shot_file in zip(tasks, shots, strict=True):
+            prepared = prepare_task(task, tokenizer, bos=bos, longest=longest, shots=shot_file, num_shots=config.shots)
+            work.append((prepared, decides | prepared.facts))
     return Candidate(
         load=load,
         directory=directory,
+        fingerprint=fingerprint,
         run=run,
         tokenizer=tokenizer,
         step=read_state(directory).run.step,
         dtype=dtype,
         work=work,
     )
+
+
+def with_data(candidate: Candidate, config: EvaluateConfig, data: Mapping[str, str], window: int) -> Candidate:
+    """The candidate with the data, {name: prefix}, in windows of so many tokens as further work. Not collective. Raises UserError."""
+    with naming(candidate.load, config):
+        opened = [open_data(name, prefix, candidate.tokenizer, candidate.run.data, window) for name, prefix in data.items()]
+    decides = {"checkpoint": candidate.fingerprint, "dtype": candidate.dtype}
+    return replace(candidate, work=[*candidate.work, *((one, decides | one.facts) for one in opened)])
+
+
+@contextlib.contextmanager
+def naming(load: str, config: EvaluateConfig) -> Iterator[None]:
+    """Say in a UserError of the block which checkpoint of several it is about."""
+    try:
+        yield
+    except UserError as error:
+        if len(config.load) == 1 or type(error) is not UserError:
+            raise
+        raise UserError(f"{error} (with --load {load})") from error
+
+
+def refuse_same(candidates: Sequence[Candidate]) -> None:
+    """Raise UserError where two of --load are one checkpoint, however they are spelled: results are known by their checkpoint."""
+    first: dict[str, Candidate] = {}
+    for one in candidates:
+        same = first.setdefault(one.fingerprint, one)
+        if same is not one:
+            raise UserError(f"--load {same.load} and {one.load} are the same checkpoint, {one.directory.name}; give it once")
 
 
 def run_all(
@@ -209,6 +242,8 @@ def about(candidate: Candidate, num_todo: int) -> str:
         f"before; texts begin with {'no BOS' if bos is None else f'BOS (id {bos})'}; computed in {candidate.dtype}"
         + ("" if candidate.dtype == "float32" else ", where the log-likelihood of a token may differ by 0.02 between layouts")
     ]
+    if lengths := [one.facts["seq_length"] for one, _ in candidate.work if isinstance(one, NamedData)]:
+        lines.append(f"windows of --data have {lengths[0]} tokens, the model takes {candidate.run.training.seq_length}")
     return "\n".join(lines + [one.warning for one in prepared if one.warning])
 
 

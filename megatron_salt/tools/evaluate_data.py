@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedData:
-    """A dataset for one checkpoint: its windows have the checkpoint's length."""
+    """A dataset in windows of one length, masked as in a checkpoint's training."""
 
     name: str
     prefix: str
@@ -53,8 +53,22 @@ def parse_data(words: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def window_length(asked: int | None, contexts: Mapping[str, int]) -> int:
+    """Tokens of a window of --data, the same for all checkpoints. asked: --seq-length; None: the shortest context.
+
+    contexts: {checkpoint as --load names it: tokens that its model takes}. Raises UserError."""
+    load = min(contexts, key=lambda one: contexts[one])
+    if asked is not None and asked > contexts[load]:
+        raise UserError(
+            f"--seq-length {asked} is longer than the {contexts[load]} tokens that the model of --load {load} takes"
+        )
+    return contexts[load] if asked is None else asked
+
+
 def open_data(name: str, prefix: str, tokenizer: Tokenizer, data: DataConfig, seq_length: int) -> NamedData:
-    """Open a dataset for a checkpoint. data: the flags of its training, which say how documents are masked. Raises UserError."""
+    """Open a dataset for a checkpoint. data: the flags of its training, which say how documents are masked. seq_length: of a window.
+
+    Raises UserError."""
     samples = open_samples(prefix, "--data", data, seq_length, tokenizer.vocabulary_size, tokenizer.eod)
     made = read_manifest(prefix)
     if made is not None and made.tokenizer_fingerprint != tokenizer.fingerprint:

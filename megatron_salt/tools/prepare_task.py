@@ -17,7 +17,7 @@ import tyro
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError, did_you_mean
 from megatron_salt.evaluation.public_tasks.formats import FORMATS, task_lines
-from megatron_salt.files import refuse_present, write_whole
+from megatron_salt.files import refuse_directory, refuse_present, write_whole
 from megatron_salt.preprocess.inputs import input_files
 
 
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare_task(config: PrepareTaskConfig) -> None:
     """Write the task file. Raises UserError."""
     output = Path(config.output)
+    refuse_directory("--output", output)
     refuse_present("--output", config.output, [output], config.overwrite)
     files = input_files(config.input, allow_duplicates=False)
     lines = task_lines(config.name, files, config.labels)

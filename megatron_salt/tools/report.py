@@ -23,8 +23,9 @@ import numpy as np
 from megatron_salt.cli import run_tool
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import refuse_directory, refuse_present, sole_writer
 from megatron_salt.metrics.arms import Arm, arms_of, finals, passings
+from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.figures import Panel, chart, draw, in_columns, lines_of, table
 from megatron_salt.metrics.history import Axis, Curve, read_curve
 from megatron_salt.metrics.page import write_page
@@ -93,6 +94,7 @@ def report(config: ReportConfig) -> int:
     Raises UserError."""
     files = [(flag, Path(path)) for flag, path in (("--output", config.output), ("--html", config.html)) if path is not None]
     for flag, path in files:
+        refuse_directory(flag, path)
         refuse_present(flag, str(path), [path], config.overwrite)
     if config.html is not None:
         require_package("plotly", "--html")
@@ -231,8 +233,8 @@ def require_below(arm: Arm, other: Arm, margin: float) -> bool:
     good = final < target + margin
     allowed = f" ({margin:g} above it is allowed)" if margin else ""
     print(
-        f"{'ok' if good else 'FAILED'}: held-out loss of {arm.name} is {final:.4f}, {abs(target - final):.4f} "
-        f"{'below' if final < target else 'not below'} {other.name}'s {target:.4f}{allowed}",
+        f"{'ok' if good else 'FAILED'}: held-out loss of {arm.name} is {figure_text(final)}, {figure_text(abs(target - final))} "
+        f"{'below' if final < target else 'not below'} {other.name}'s {figure_text(target)}{allowed}",
         end="",
     )
     passed = own.steps[own.mean < target]

@@ -21,7 +21,7 @@ from typing import Literal
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole_file
+from megatron_salt.files import refuse_directory, refuse_present, sole_writer, whole_file
 from megatron_salt.preprocess.inputs import BadLines, input_files
 from megatron_salt.preprocess.parse import Parser
 from megatron_salt.preprocess.readers import chunks, form_of, uncompressed_name
@@ -101,6 +101,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     """Read the text, train, write the model. Raises UserError."""
     files = input_files(config.input, config.allow_duplicate_inputs)
     output = Path(config.output)
+    refuse_directory("--output", output)
     refuse_present("--output", output, [output], config.overwrite)
     bad_lines = BadLines(config.max_bad_lines)
     texts = itertools.chain.from_iterable(

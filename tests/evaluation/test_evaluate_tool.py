@@ -54,13 +54,14 @@ class Ended:
     err: str
 
 
-def write_checkpoint(directory: str, step: int, seed: int) -> None:
+def write_checkpoint(directory: str, step: int, seed: int, context: int = CONTEXT) -> None:
     """In one rank: write the checkpoint of a run with random weights."""
+    run = replace(RUN, training=TrainingConfig(seq_length=context))
     mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
     seed_everything(seed, mesh)
-    chunks = build_model(RUN.model, ParallelConfig(), CONTEXT, BYTES.vocabulary_size, torch.float32, CONTEXT, mesh)
+    chunks = build_model(run.model, ParallelConfig(), context, BYTES.vocabulary_size, torch.float32, context, mesh)
     identity = RunIdentity(
-        yaml=to_yaml(RUN), architecture=asdict(RUN.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
+        yaml=to_yaml(run), architecture=asdict(run.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
         seed=7,
     )  # fmt: skip
     checkpointer = Checkpointer(
@@ -253,6 +254,76 @@ def test_every_window_of_a_dataset_counts_once_in_every_layout(
     assert "| prose | bits_per_byte | " in output.with_suffix(".md").read_text()
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The first run's weights with a context of 32."""
+    load = str(tmp_path_factory.mktemp("short") / "short")
+    run_ranks(1, write_checkpoint, load, 10, 0, 32)
+    return load
+
+
+def test_all_checkpoints_of_a_call_have_windows_of_one_length(files: Files, short: str, tmp_path: Path) -> None:
+    """Of the same weights, so with the same figures; by default in windows of the shorter context."""
+    prefix, output = write_tokens(tmp_path / "words", windows=19), tmp_path / "results.json"
+    words = ["--load", files.loads[0], short, "--data", f"prose={prefix}", "--output", str(output)]
+    [ended] = run_ranks(1, main, words)
+    assert ended.status == 0, ended
+    assert [one["identity"]["seq_length"] for one in read(output)] == [32, 32]
+    assert "windows of --data have 32 tokens, the model takes 48\n" in ended.out
+    assert "windows of --data have 32 tokens, the model takes 32\n" in ended.out
+    long, own = (one["metrics"] for one in read(output))
+    assert long == own
+    [other] = run_ranks(1, main, [*words, "--seq-length", "16"])
+    assert other.status == 2 and "has 2 results that these flags do not ask for" in other.err
+    [asked] = run_ranks(1, main, [*words, "--seq-length", "16", "--overwrite"])
+    assert asked.status == 0 and [one["windows"] for one in read(output)] == [19, 19]
+    assert read(output)[0]["metrics"]["loss"] != long["loss"]
+
+
+def test_windows_longer_than_a_model_takes_name_the_checkpoint(
+    files: Files, short: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--load", files.loads[0], short, "--data", "a=x", "--seq-length", "48", "--output", str(tmp_path / "r.json")]
+    assert tool.main(words) == 2
+    assert f"--seq-length 48 is longer than the 32 tokens that the model of --load {short} takes" in capsys.readouterr().err
+
+
+def test_of_several_checkpoints_the_message_names_the_one_that_cannot(
+    files: Files, short: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "long.jsonl"
+    task.write_text(json.dumps({"context": "a", "continuation": "b" * 40}))
+    more = ["--tasks", str(task), "--output", str(tmp_path / "r.json")]
+    assert tool.main(["--load", files.loads[0], short, *more]) == 2
+    err = capsys.readouterr().err
+    assert f"long.jsonl, line 1: the continuation has 40 tokens, the model takes 32 (with --load {short})\n" in err
+    assert tool.main(["--load", short, *more]) == 2
+    assert capsys.readouterr().err.endswith("the model takes 32\n")
+
+
+@pytest.mark.parametrize("spelled", ["", "/iter_0000010", "/../salt"])
+def test_one_checkpoint_under_two_names_is_refused(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelled: str
+) -> None:
+    load = files.loads[0]
+    words = ["--load", load, load + spelled, "--tasks", files.tasks[0], "--output", str(tmp_path / "r.json")]
+    assert tool.main(words) == 2
+    err = capsys.readouterr().err
+    assert f"--load {load} and {load}{spelled} are the same checkpoint, iter_0000010; give it once" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, more", [("", []), ("", ["--overwrite"]), ("r.json", [])])
+def test_an_output_that_is_a_directory_is_refused_as_such(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: list[str]
+) -> None:
+    (tmp_path / "r.md").mkdir()
+    assert tool.main(files.words(tmp_path / name, *more)) == 2
+    err = capsys.readouterr().err
+    assert f"--output {tmp_path / (name and 'r.md')} is a directory" in err and "--overwrite" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["r.md"]
+
+
 @pytest.mark.parametrize(
     "more, complaint",
     [
@@ -265,6 +336,8 @@ def test_every_window_of_a_dataset_counts_once_in_every_layout(
         (["--data", "a=x", "a=y"], "--data a=y: a is the name of another set too"),
         (["--data", "weather=x"], "--data weather=x: weather is the name of a task too"),
         (["--data", "a=/nowhere/x"], "--data /nowhere/x"),
+        (["--seq-length", "8"], "--seq-length 8 needs --data"),
+        (["--data", "a=x", "--seq-length", "0"], "--seq-length must be at least 1, got 0"),
         (["--batch-tokens", "0"], "--batch-tokens must be at least 1, got 0"),
         (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size"),
     ],

@@ -185,6 +185,17 @@ def test_mmlu_is_read_from_its_authors_files(tmp_path: Path) -> None:
     assert prepare("mmlu", tmp_path / "task.jsonl", "--input", path).examples == prepared("mmlu", tmp_path).examples
 
 
+@pytest.mark.parametrize("header", ["question,A,B,C,D,answer", ",Question,Subject,A,B,C,D,Answer"])
+def test_a_header_in_a_file_of_mmlu_is_named(header: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = tmp_path / "anatomy_test.csv", tmp_path / "task.jsonl"
+    path.write_text(f"\ufeff{header}\nWhich?,one,two,three,five,B\n", encoding="utf-8")
+    assert tool.main(["mmlu", "--input", str(path), "--output", str(output)]) == 2
+    err = capsys.readouterr().err
+    assert f"{path}, line 1 is a header ({header.replace(',', ', ')}); this data set" in err and err.count("\n") == 1
+    path.write_text("question,answer it,two,three,five,B\nWhich?,Question,two,three,Answer now,B\n")
+    assert len(prepare("mmlu", output, "--input", path).examples) == 2
+
+
 def test_race_is_read_from_its_authors_files_and_from_the_hubs(tmp_path: Path) -> None:
     questions = ["Ann has a  _  .", "Who is old?", "The dog is  _  ."]
     options = [["cat", "dog", "cow", "hen"], ["Ann", "The dog", "A cat", "Nobody"], ["new", "red", "old", "gone"]]
@@ -251,7 +262,8 @@ def test_a_bad_row_is_refused_with_file_and_line(
 def test_flags_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_jsonl(tmp_path / "rows.jsonl", ROWS["piqa"])
     (tmp_path / "labels").write_text("0\n")
-    output = tmp_path / "task.jsonl"
+    output, folder = tmp_path / "task.jsonl", tmp_path / "folder.jsonl"
+    folder.mkdir()
     for words, complaint in (
         (["piqqa", "--input", source, "--output", output], "piqqa is no data set (did you mean piqa?)"),
         (["piqa", "--input", source, "--output", tmp_path / "task"], "must end in .jsonl: the task is named after it"),
@@ -265,6 +277,8 @@ def test_flags_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.Captur
             f"--labels {tmp_path / 'no.lst'} cannot be",
         ),
         (["piqa", "--input", tmp_path / "absent", "--output", output], "absent: no such file"),
+        (["piqa", "--input", source, "--output", folder], "folder.jsonl is a directory; give the name of a file"),
+        (["piqa", "--input", source, "--output", folder, "--overwrite"], "folder.jsonl is a directory"),
         (["piqa", "--input", source, "--output", source], "rows.jsonl exists; --overwrite replaces it"),
     ):
         assert tool.main([str(word) for word in words]) == 2

@@ -18,6 +18,8 @@ from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.tools.report import ReportConfig, main, named_pairs, named_runs, report, unigram_entropy
 from tests.metrics.logs import open_log, record
 
+STEP = '{"kind": "step", "step": 1, "loss": 3.0, "tokens": 8, "seconds": 1, "memory_gib": 1}'
+
 
 def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
     """Write a run's log with 800 tokens and half a second for each step."""
@@ -107,7 +109,12 @@ def test_of_a_step_told_twice_the_later_counts(tmp_path: Path) -> None:
         ("", "no line in it is a step"),
         ("loss,step\n3.0,1\n", "no line in it is a step"),
         ('{"kind": "step", "step": 1, "loss": 3.0}\n', "lacks or garbles 'tokens'"),
-        ('{"kind": "step", "step": 1, "loss": "low", "tokens": 8, "seconds": 1}\n', "garbles"),
+        (f'{STEP}\n{{"kind": "eval", "step": 1, "name": "valid", "loss": "low"}}', "garbles 'loss' at step 1: low"),
+        (f'{STEP}\n{{"kind": "task", "step": 1, "name": "piqa", "acc": true}}', "garbles 'acc' at step 1: True"),
+        (f'{STEP}\n{{"kind": "eval", "step": 1, "loss": 2.0}}', "lacks or garbles 'name'"),
+        (f'{STEP}\n{{"kind": "task", "step": 1, "name": null, "acc": 0.5}}', "garbles 'name' of an evaluation at step 1: None"),
+        ('{"kind": "step", "step": 1, "loss": "3.0", "tokens": 8, "seconds": 1}\n', "garbles 'loss' at step 1: 3.0"),
+        ('{"kind": "step", "step": 1, "loss": 3, "ce": [], "tokens": 8, "seconds": 1}\n', "garbles 'ce' at step 1: []"),
     ],
 )
 def test_what_is_no_log_is_refused_by_name(tmp_path: Path, content: str, complaint: str) -> None:
@@ -197,6 +204,46 @@ def test_the_chart_falls_where_the_loss_falls(tmp_path: Path) -> None:
     assert rows[-1].endswith("600 steps")
 
 
+@pytest.mark.parametrize("html", [[], ["--html"]])
+def test_losses_as_large_as_a_number_may_be_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], html: list[str]
+) -> None:
+    if html:
+        pytest.importorskip("plotly")
+    wild = write_log(tmp_path / "a", [1e308, -1e308, 1e308, 1.7e308, 3.0, 2.0] * 10, {60: 1e308})
+    calm = write_log(tmp_path / "b", [4.0] * 60, {60: 3.0})
+    words = ["--run", f"wild={wild}", f"wild={calm}", f"calm={calm.parent / '..' / 'c' / 'log.jsonl'}"]
+    write_log(tmp_path / "c", [4.0] * 60, {60: 2.0})
+    capsys.readouterr()
+    with np.errstate(over="raise", invalid="raise"):
+        assert main([*words, *html, *([str(tmp_path / "page.html")] if html else ["--output", str(tmp_path / "p.png")])]) == 0
+    out = capsys.readouterr().out
+    rows = out.splitlines()[1 : HEIGHT + 1]
+    assert "*" in rows[0] and "*" in rows[-1] and rows[0].startswith("  1.7e+308 |") and rows[-1].startswith("   -1e+308 |")
+    assert len({row.index("|") for row in rows}) == 1
+    assert sum("+" in row.partition("|")[2] for row in rows) == 1  # the calm run lies on one row
+    assert re.search(r"wild +2 +5e\+307 \(3\.0000 to 1e\+308\)", out)
+
+
+def test_smoothing_forgets_a_loss_that_was_far_larger() -> None:
+    losses = np.array([3.0, 1e30, 5.0, 4.0, 2.0, 1.0])
+    assert smoothed(losses, 2)[3:].tolist() == [4.5, 3.0, 1.5]
+    assert smoothed(np.full(9, 1.7e308), 4).tolist() == pytest.approx([1.7e308] * 9)
+
+
+def test_a_perplexity_too_large_for_a_number_is_infinite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log has null for it. Of a loss that is not finite the perplexity is no number either."""
+    path = write_log(tmp_path / "a", [4.0] * 3, {1: 800.0, 2: math.nan, 3: 900.0})
+    assert '"perplexity": null' in path.read_text()
+    found = read_curve("a", path).figure("valid/perplexity")
+    assert found[1] == found[3] == math.inf and math.isnan(found[2])
+    good = write_log(tmp_path / "b", [4.0] * 3, {1: 800.0, 3: 2.0})
+    words = ["--run", f"a={path}", f"b={good}", "--y", "valid/perplexity", "--output", str(tmp_path / "p.png")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^a +1 +inf$", out, re.MULTILINE) and "b passed a's final valid/perplexity inf at 100.0%" in out
+
+
 def test_a_run_without_a_finite_loss_still_has_a_report(tmp_path: Path) -> None:
     curve = read_curve("lost", write_log(tmp_path / "a", [math.nan]))
     assert chart([curve], "steps", None) == "no finite loss"
@@ -243,6 +290,14 @@ def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> 
     log = write_log(tmp_path / "a", [3.0])
     with pytest.raises(UserError, match="--output .* cannot be written"):
         report(ReportConfig((str(log),), str(log / "loss.png")))
+
+
+@pytest.mark.parametrize("flag", ["--output", "--html"])
+def test_a_directory_is_no_picture_and_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    log = write_log(tmp_path / "a", [3.0])
+    assert main(["--run", str(log), flag, str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{flag} {tmp_path} is a directory" in err and "--overwrite" not in err
 
 
 @pytest.mark.parametrize("held_out, share, status", [({2: 9.0, 3: 1.0}, 0.8, 0), ({2: 0.1, 3: 1.3}, 0.8, 1), ({}, 0.8, 1)])

@@ -164,6 +164,11 @@ def test_bad_lines_up_to_the_limit_are_left_out(tmp_path, corpus):
     assert (tmp_path / "m").read_bytes() == (tmp_path / "clean").read_bytes()
 
 
+def test_a_directory_is_no_model(tmp_path, corpus, capsys):
+    assert run([corpus], tmp_path, "--overwrite") == 2
+    assert f"--output {tmp_path} is a directory; give the name of a file" in capsys.readouterr().err
+
+
 def test_a_model_that_exists_is_kept_without_overwrite(tmp_path, corpus, capsys):
     (tmp_path / "m").write_bytes(b"old")
     assert run([corpus], tmp_path / "m") == 2

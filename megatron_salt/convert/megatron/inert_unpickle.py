@@ -12,7 +12,7 @@ import zipfile
 from collections import OrderedDict
 from typing import Any
 
-from megatron_salt.checkpoint.safe_unpickle import Unreadable, refuse_memory_bomb
+from megatron_salt.checkpoint.safe_unpickle import Unreadable
 from megatron_salt.small_files import LARGEST
 
 
@@ -83,9 +83,7 @@ def read_inert(content: io.BufferedIOBase, where: str) -> Any:
             size = archive.getinfo(names[0]).file_size
             if size > LARGEST:
                 raise ValueError(f"its pickle has {size} bytes, more than the {LARGEST} that are read")
-            pickled = archive.read(names[0])
-            refuse_memory_bomb(pickled)
-            return _InertUnpickler(io.BytesIO(pickled)).load()
+            return _InertUnpickler(io.BytesIO(archive.read(names[0]))).load()
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()[:40])
         raise Unreadable(f"{where} cannot be read: {type(error).__name__}: {reason}") from None

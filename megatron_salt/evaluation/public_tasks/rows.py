@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.errors import UserError
-from megatron_salt.small_files import parse_json, read_small
+from megatron_salt.small_files import one_line, parse_json, read_small
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def _row(values: Any, path: str, number: int) -> Row:
 
 def _csv(path: str, text: str, columns: Sequence[str], delimiter: str) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows, names = [], list(columns)
+    rows: list[Row] = []
+    names = list(columns)
     try:
         for cells in reader:
             if not cells:
@@ -101,6 +102,11 @@ def _csv(path: str, text: str, columns: Sequence[str], delimiter: str) -> list[R
             if not names:
                 names = cells
                 continue
+            if not rows and columns and _is_header(cells, columns):
+                raise UserError(
+                    f"--input {path}, line {reader.line_num} is a header ({one_line(', '.join(cells), 80)}); this data set is distributed "
+                    f"without one: delete the line, and keep the columns {', '.join(columns)}"
+                )
             if len(cells) != len(names):
                 raise UserError(
                     f"--input {path}, line {reader.line_num} has {len(cells)} cells, not the {len(names)} of {', '.join(names)}"
@@ -109,6 +115,11 @@ def _csv(path: str, text: str, columns: Sequence[str], delimiter: str) -> list[R
     except csv.Error as error:
         raise UserError(f"--input {path}, line {reader.line_num}: {error}") from None
     return rows
+
+
+def _is_header(cells: Sequence[str], columns: Sequence[str]) -> bool:
+    """Whether cells name the first and the last of the columns, in any order, as no row does."""
+    return {columns[0].casefold(), columns[-1].casefold()} <= {cell.strip().casefold() for cell in cells}
 
 
 def _parquet(path: str) -> list[dict[str, Any]]:

@@ -28,6 +28,9 @@ class EvaluateConfig:
     data: tuple[str, ...] = ()
     """NAME=PREFIX of .bin/.idx pairs, made with the checkpoints' tokenizer: loss, accuracy and bits per byte of all windows."""
 
+    seq_length: int | None = None
+    """Tokens of each window of --data, for all checkpoints. Default: what the model with the shortest context takes."""
+
     overwrite: bool = False
     """Replace an --output that holds other results."""
 
@@ -71,12 +74,14 @@ class EvaluateConfig:
     """Minutes after which a waiting collective fails."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch_tokens", "log_interval")
+        at_least(self, 1, "batch_tokens", "log_interval", "seq_length")
         at_least(self, 0, "shots")
         if not self.load:
             raise UserError("--load names no checkpoint")
         if not (self.tasks or self.data):
             raise UserError("nothing is asked: give --tasks or --data")
+        if self.seq_length is not None and not self.data:
+            raise UserError(f"--seq-length {self.seq_length} needs --data: it is the length of its windows")
         if self.shot_file and not self.shots:
             raise UserError("--shot-file needs --shots: how many of its examples are shown")
         if not is_seed(self.bootstrap_seed):

@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,12 +280,6 @@ def _cut(name: str) -> Callable[[Path], None]:
     return lambda directory: _write(name, (directory / name).read_bytes()[:-200])(directory)
 
 
-def _memory_bomb(directory: Path) -> None:
-    """A pickle for which Python's unpickler makes a table of gigabytes."""
-    with zipfile.ZipFile(directory / "common.pt", "w") as archive:
-        archive.writestr("common/data.pkl", b"\x80\x02Nr\xff\xff\xff\x0f.")
-
-
 def _remove(pattern: str) -> Callable[[Path], None]:
     return lambda directory: next(directory.glob(pattern)).unlink()
 
@@ -315,7 +308,6 @@ def _track(text: str) -> Callable[[Path], None]:
         (_remove("__1_0.distcp"), [".metadata names __1_0.distcp, and there is no such file"]),
         (_cut("common.pt"), ["common.pt cannot be read"]),
         (_write("common.pt", b"no archive"), ["common.pt cannot be read"]),
-        (_memory_bomb, ["common.pt cannot be read", "asks for place 268435455 of the memo"]),
         (_common(lambda content, _: content.pop("args")), ["does not say which model it holds", "run_config.yaml"]),
         (_common(lambda content, ran: content.update(args=Evil(ran))), ["does not say which model it holds"]),
         (_args(num_experts=8), ["(args): num_experts is 8"]),
