@@ -60,8 +60,8 @@ class RunState:
     """Samples drawn from the order of this data. It restarts at 0 with --new-data, `consumed_samples` does not."""
     stage2_since: int | None = None
     """The position at which stage 2 began; None: the run has no selection, or is in stage 1."""
-    teacher_flops: float = 0.0
-    """FLOPs of the teacher in all these steps. A run that an earlier release began counts them from its first step with this one."""
+    teacher_flops: float | None = 0.0
+    """FLOPs of the teacher in all these steps. None: an earlier release made some of them and did not count."""
     nonfinite_in_a_row: int = 0
     """Steps that were skipped one after the other, up to this one, because gradients were not finite."""
     evaluation_due: bool = False

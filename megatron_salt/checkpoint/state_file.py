@@ -177,7 +177,7 @@ def parse_state(content: Any) -> CheckpointState:
             consumed_samples=state.consumed_samples,
             position=state.data.position or 0,
             stage2_since=None if state.data.stage2_since is UNSET else state.data.stage2_since,
-            teacher_flops=state.extra.teacher_flops or 0.0,
+            teacher_flops=_teacher_flops(state),
             nonfinite_in_a_row=state.extra.nonfinite_in_a_row or 0,
             evaluation_due=state.extra.evaluation_due is True,
             events=tuple(state.events),
@@ -212,6 +212,12 @@ def _reference_losses(probe: _Probe) -> ReferenceLosses:
 
 def _salt_state(salt: _Salt | None) -> SaltState | None:
     return None if salt is None else SaltState(**msgspec.structs.asdict(salt))
+
+
+def _teacher_flops(state: _State) -> float | None:
+    if state.extra.teacher_flops is not UNSET:
+        return state.extra.teacher_flops
+    return 0.0 if state.salt is None or state.salt.teacher is None or state.step == 0 else None
 
 
 def _check_numbers(state: _State, content: Mapping[str, Any]) -> None:

@@ -83,7 +83,9 @@ class Curve:
     def axis(self, x: Axis) -> np.ndarray:
         """Position of each step on the chosen axis: [n]. UserError where the log does not tell FLOPs."""
         if x == "flops" and self.flops is None:
-            raise UserError(f"--x flops: the log of {self.name} does not tell FLOPs; an earlier release wrote it")
+            raise UserError(
+                f"--x flops: the log of {self.name} does not tell FLOPs; an earlier release wrote it or began the run"
+            )
         positions = {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds, "flops": self.flops}[x]
         assert positions is not None
         return positions
@@ -185,7 +187,7 @@ def _number(entry: dict[str, Any], key: str) -> float:
 
 def _flops(rows: list[dict[str, Any]]) -> np.ndarray | None:
     """FLOPs of student and teacher up to each step; None where a row does not tell them."""
-    if not all("student_flops" in row for row in rows):
+    if not all("student_flops" in row and row["teacher_flops"] is not None for row in rows):
         return None
     return np.array([row["student_flops"] + row["teacher_flops"] for row in rows], np.float64)
 

@@ -59,8 +59,8 @@ class StepRecord:
     step_teacher_flops: float = 0.0
     """FLOPs of the teacher in this step, over all ranks; 0 in a step without a teacher."""
 
-    teacher_flops: float = 0.0
-    """FLOPs of the teacher in all steps, this one included."""
+    teacher_flops: float | None = 0.0
+    """FLOPs of the teacher in all steps, this one included; None: unknown."""
 
     nonfinite: Tensor | bool = False
     """Whether the step was skipped because its gradient norm was not finite."""

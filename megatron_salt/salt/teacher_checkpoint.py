@@ -26,7 +26,7 @@ class TeacherCheckpoint:
     vocabulary_size: int
     """Ids in its softmax. A converted model may have more than its tokenizer."""
     seq_length: int
-    """--seq-length that it was trained with."""
+    """--seq-length that it was trained with; of an imported model its context."""
     tokenizer_fingerprint: str
     fingerprint: str
     """Fingerprint of the checkpoint's contents; the path does not matter."""
@@ -88,21 +88,27 @@ def read_teacher(load: str) -> TeacherCheckpoint:
 def model_that_scored(scores: IndexManifest, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
     """The architecture of the teacher that made these scores, where it is the run's teacher or the checkpoint that the index names; else
     None. Not collective."""
-    if teacher is None or teacher.fingerprint != scores.teacher:
+    return model_of_teacher(scores.teacher, scores.teacher_directory, teacher)
+
+
+def model_of_teacher(fingerprint: str, directory: str, teacher: TeacherCheckpoint | None) -> ModelConfig | None:
+    """The architecture of the teacher with this fingerprint, where it is `teacher` or lies in `directory`; else None. Not collective."""
+    if teacher is None or teacher.fingerprint != fingerprint:
         try:
-            teacher = read_teacher(scores.teacher_directory)
+            teacher = read_teacher(directory)
         except (UserError, OSError):
             return None
-    return teacher.model if teacher.fingerprint == scores.teacher else None
+    return teacher.model if teacher.fingerprint == fingerprint else None
 
 
 def refuse_unfit(teacher: TeacherCheckpoint, salt: SaltConfig, seq_length: int) -> None:
     """Raise UserError where the teacher cannot read the student's samples, or cannot be split as the flags say. Pure."""
     where = f"--teacher-load {teacher.directory}"
     if teacher.seq_length < seq_length:
-        raise UserError(
-            f"{where} was trained on --seq-length {teacher.seq_length}, shorter than this run's --seq-length {seq_length}"
-        )
+        shorter = f"shorter than this run's --seq-length {seq_length}"
+        if teacher.imported:
+            raise UserError(f"{where} is an imported model whose context is {teacher.seq_length} tokens, {shorter}")
+        raise UserError(f"{where} was trained on --seq-length {teacher.seq_length}, {shorter}")
     if min(teacher.lengths) > seq_length:
         raise UserError(
             f"{where} recorded its loss on {min(teacher.lengths)} tokens at least, and --seq-length is {seq_length}"

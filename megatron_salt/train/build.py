@@ -35,6 +35,7 @@ from megatron_salt.salt.fp8_check import SAMPLES
 from megatron_salt.salt.output_weight import WINDOWS
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies, missing_bos
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
+from megatron_salt.salt.teacher_checkpoint import model_of_teacher
 from megatron_salt.tokenizer.id_bytes import bytes_of_ids
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.train.build_model import build_student
@@ -118,6 +119,9 @@ def build(
     resumed = progress if loaded is not None and progress.step > 0 else None
     salt, events = decide_salt(config.salt, resumed, inputs.teacher)
     progress = replace(progress, salt=salt, events=(*progress.events, *events))
+    if progress.teacher_flops is None:
+        uncounted = progress
+        progress = replace(progress, teacher_flops=from_rank_0(lambda: uncounted_teacher_flops(uncounted, config, inputs)))
     return in_its_stage(run, progress, config, inputs, timeout=timeout, precision=precisions.teacher, look=look_before_step)
 
 
@@ -153,6 +157,20 @@ def in_its_stage(
     )  # fmt: skip
     measured = admitted.fidelity, admitted.dropped, admitted.bos_losses
     return replace(run, stage1=Stage1(admitted.teacher, schedule, flops, *measured)), progress
+
+
+def uncounted_teacher_flops(progress: RunState, config: RunConfig, inputs: Inputs) -> float | None:
+    """FLOPs of the teacher in all steps that are done, where an earlier release did not count them; None without the teacher's
+    checkpoint. Exact as long as all steps had one global batch size. Not collective."""
+    state = progress.salt
+    if state is None or state.teacher is None or state.teacher_directory is None:
+        return None
+    model = model_of_teacher(state.teacher, state.teacher_directory, inputs.teacher)
+    if model is None:
+        return None
+    length, rows = config.training.seq_length, config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
+    samples = progress.consumed_samples * min(progress.step, state.stage1_end) / progress.step
+    return samples * length * forward_flops_per_token(model, length, rows)
 
 
 def byte_counts(tokenizer: Tokenizer) -> Tensor:

@@ -68,7 +68,7 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            teacher_flops=progress.teacher_flops + teacher_flops_of_step(run),
+            teacher_flops=None if progress.teacher_flops is None else progress.teacher_flops + teacher_flops_of_step(run),
             position=after,
             nonfinite_in_a_row=nonfinite.in_a_row,
         )

@@ -153,6 +153,13 @@ def log_start(training: TrainingConfig, plan: RunPlan, layout: Layout, start: Ru
     for event in start.events:
         if event["event"] == CHANGED and event["step"] == start.step:
             log.event(start.step, tell(event), {name: event[name] for name in ("flag", "from", "to")})
+    if start.teacher_flops is None and start.salt is not None:
+        log.event(
+            start.step,
+            f"teacher_flops are not told: an earlier release did not count them up to this step, and the teacher {start.salt.teacher} is "
+            f"not in {start.salt.teacher_directory}",
+            {"teacher_flops": None},
+        )
     if ranges := parse_skip_samples(training.skip_samples):
         left_out = sum(end - first for first, end in ranges)
         log.event(

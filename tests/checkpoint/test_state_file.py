@@ -41,8 +41,8 @@ def old_content(step: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "step, expected",
     [
-        (2, RunState(step=2, consumed_samples=16, position=16, salt=STAGE_1)),
-        (4, RunState(step=4, consumed_samples=32, position=32, stage2_since=24, salt=STAGE_1)),
+        (2, RunState(step=2, consumed_samples=16, position=16, teacher_flops=None, salt=STAGE_1)),
+        (4, RunState(step=4, consumed_samples=32, position=32, stage2_since=24, teacher_flops=None, salt=STAGE_1)),
     ],
 )
 def test_an_old_checkpoint_says_where_its_run_was(step: int, expected: RunState) -> None:

@@ -80,9 +80,10 @@ def test_of_accuracies_more_is_better(arms: tuple[Arm, Arm]) -> None:
     assert found.shares is not None and found.shares["steps"] == 0.5
 
 
-def test_logs_of_an_earlier_release_have_no_flops(tmp_path: Path, arms: tuple[Arm, Arm]) -> None:
+@pytest.mark.parametrize("change", [('"student_flops"', '"another"'), ('"teacher_flops": 0.0', '"teacher_flops": null')])
+def test_logs_of_an_earlier_release_have_no_flops(tmp_path: Path, arms: tuple[Arm, Arm], change: tuple[str, str]) -> None:
     log = write_run(tmp_path / "old", [5.0] * 4, evaluated(6.0, 2.5, 2.5))
-    log.write_text(log.read_text().replace('"student_flops"', '"another"'))
+    log.write_text(log.read_text().replace(*change))
     (old,) = arms_of([("old", read_curve("old", log))])
     assert passing(old, arms[0], BITS).shares == pytest.approx({"steps": 2 / 8, "seconds": 1 / 4})
     with pytest.raises(UserError, match="--x flops: the log of old does not tell FLOPs"):

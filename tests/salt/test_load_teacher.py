@@ -148,7 +148,8 @@ FITTING = TeacherCheckpoint(
 @pytest.mark.parametrize(
     "change, salt, told",
     [
-        (dict(seq_length=16, lengths=(16,)), {}, ["--seq-length 16", "--seq-length 32"]),
+        (dict(seq_length=16, lengths=(16,)), {}, ["was trained on --seq-length 16, shorter than this run's --seq-length 32"]),
+        (dict(seq_length=16, imported=True), {}, ["context is 16 tokens, shorter than this run's --seq-length 32"]),
         (
             {},
             dict(teacher_tensor_model_parallel_size=3),

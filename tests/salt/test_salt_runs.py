@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from megatron_salt.train import evaluate as evaluate_module
+from tests.support.checkpoint_runs import rewrite
 from tests.support.program import DROPOUT, Ended, entries, losses, numbers, refused, state_of, tensors, train, write_tokens
 
 STEPS = 5
@@ -121,6 +123,29 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         assert total_flops(two) == total_flops(one)[step:]
         assert tensors(two, STEPS) == tensors(one, STEPS)
         assert state_of(two, STEPS)["salt"] == state_of(one, STEPS)["salt"] is not None
+
+
+def test_flops_that_an_earlier_release_did_not_count_are_derived_or_told_as_unknown(
+    tmp_path: Path, data: str, teacher: Path
+) -> None:
+    """Resumed in stage 1, in stage 2 and without the teacher."""
+    flags = salt(data, Path(shutil.copytree(teacher, tmp_path / "teacher")))
+    one = tmp_path / "one"
+    train(1, **flags, save=one, save_interval=1)
+    for step, is_there in ((2, True), (4, True), (4, False)):
+        old = Path(shutil.copytree(one / f"iter_{step:07d}", tmp_path / f"{step} {is_there}" / f"iter_{step:07d}"))
+        extra = state_of(one, step)["extra"]
+        assert extra.pop("teacher_flops") == total_flops(one)[step - 1][1]
+        rewrite(old, extra=extra)
+        if not is_there:
+            shutil.rmtree(tmp_path / "teacher")
+        ended = train(1, **(flags if step == 2 else plain(flags)), load=old, save=tmp_path / "two" / old.parent.name)
+        found = total_flops(tmp_path / "two" / old.parent.name)
+        assert ("teacher_flops are not told" in ended.out) == (not is_there)
+        if is_there:
+            assert np.array(found) == pytest.approx(np.array(total_flops(one)[step:]))
+        else:
+            assert found == [(student, None) for student, _ in total_flops(one)[step:]]
 
 
 @pytest.mark.long

@@ -63,6 +63,13 @@ class MetadataReader:
             raise UserError(f"{self.where}: {self.prefix}{name} is missing")
         return value
 
+    def size(self, name: str, default: int) -> int:
+        """The value of a key that is a size or a count. Raises UserError where it is not from 1 on."""
+        value = self.optional(name, int)
+        if value is not None and value < 1:
+            raise self.refuse(self.prefix + name, "expected a number from 1 on")
+        return default if value is None else value
+
     def must_be(self, name: str, *allowed: Any) -> None:
         """Raise UserError where a key is there and has another value."""
         key = self.prefix + name
@@ -131,11 +138,11 @@ def _llama_like(architecture: str) -> Callable[[MetadataReader, Mapping[str, tup
     def read(reader: MetadataReader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         config = _sizes(reader) | {"architectures": [architecture]}
         heads = config["num_attention_heads"]
-        width = reader.optional("attention.key_length", int) or config["hidden_size"] // max(heads, 1)
+        width = reader.size("attention.key_length", config["hidden_size"] // max(heads, 1))
         reader.must_be("attention.value_length", width)
         reader.must_be("rope.dimension_count", width)
         config |= {
-            "num_key_value_heads": reader.optional("attention.head_count_kv", int) or heads,
+            "num_key_value_heads": reader.size("attention.head_count_kv", heads),
             "head_dim": width,
             "rms_norm_eps": reader.get("attention.layer_norm_rms_epsilon", float),
         }
@@ -178,7 +185,8 @@ def _gpt2(reader: MetadataReader, shapes: Mapping[str, tuple[int, ...]]) -> dict
 
 def _rope(reader: MetadataReader, divisors: np.ndarray | None, width: int | None) -> dict[str, Any]:
     """The rope_parameters of transformers: rope_theta, rope_type, and the numbers of a scaling. width: of a head that is all rotated."""
-    base = reader.optional("rope.freq_base", float) or 10000.0
+    base = reader.optional("rope.freq_base", float)
+    base = 10000.0 if base is None else base
     if not 0 < base < math.inf:
         raise reader.refuse(f"{reader.prefix}rope.freq_base", "expected a finite number above 0")
     rope: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}

@@ -17,6 +17,8 @@ from megatron_salt.errors import UserError
 
 ARCHITECTURE = "GPTModel"
 """megatron-core's class."""
+LARGEST_NUMBER = 2**31 - 1
+"""No size, count or context of a model is larger."""
 CORE_ROPE_FACTOR = 8.0
 """By which megatron-core stretches rotary frequencies where a program does not say."""
 
@@ -70,8 +72,8 @@ class _Reader:
             value = float(value)
         if type(value) is not kind:
             raise self.refuse(name, f"expected a value of type {kind.__name__}")
-        if isinstance(value, int) and kind is int and value < 1:
-            raise self.refuse(name, "expected a number from 1 on")
+        if isinstance(value, int) and kind is int and not 1 <= value <= LARGEST_NUMBER:
+            raise self.refuse(name, f"expected a number from 1 to {LARGEST_NUMBER}")
         return value
 
     def optional(self, name: str, kind: type) -> Any:
@@ -199,6 +201,7 @@ def _model(
     normalization = reader.get("normalization", str, "LayerNorm")
     if normalization not in ("LayerNorm", "RMSNorm"):
         raise reader.refuse("normalization", "this decoder computes only LayerNorm and RMSNorm")
+    reader.optional("seq_length", int)  # of the training; a file in which it is no length is damaged
     context, notes = _context(reader, reader.get(context_name, int))
     kind: Literal["learned_absolute", "rope", "none"] = positions  # type: ignore[assignment]  # `_positions` has looked
     try:
@@ -236,8 +239,8 @@ def _context(reader: _Reader, longest: int) -> tuple[int, tuple[str, ...]]:
     window = reader.value("window_size")
     if window is None:
         return longest, ()
-    if not isinstance(window, list | tuple) or not window or type(window[0]) is not int:
-        raise reader.refuse("window_size", "expected two numbers")
+    if not isinstance(window, list | tuple) or len(window) != 2 or any(type(side) is not int or side < -1 for side in window):
+        raise reader.refuse("window_size", "expected two numbers from -1 on")
     if window[0] < 0 or window[0] + 1 >= longest:
         return longest, ()
     return window[0] + 1, (

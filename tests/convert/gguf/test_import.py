@@ -193,10 +193,16 @@ def test_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     assert "is not a file" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("base", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("base", [float("nan"), float("inf"), -1.0, 0.0])
 def test_a_base_of_rotary_frequencies_that_is_no_base_is_refused(tmp_path: Path, base: float) -> None:
     write_gguf(tmp_path / "x.gguf", LLAMA, random_tensors(LLAMA), llama__rope__freq_base=base)
     assert f"llama.rope.freq_base is {base}" in refused(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("key", ["attention.key_length", "attention.head_count_kv"])
+def test_a_size_of_0_is_not_taken_for_a_missing_one(tmp_path: Path, key: str) -> None:
+    write_gguf(tmp_path / "x.gguf", LLAMA, random_tensors(LLAMA), **{f"llama__{key.replace('.', '__')}": 0})
+    assert f"llama.{key} is 0: expected a number from 1 on" in refused(tmp_path / "x.gguf")
 
 
 def test_divisors_of_another_number_of_frequencies_are_refused() -> None:

@@ -79,7 +79,8 @@ def test_newer_args_call_the_epsilon_by_megatron_cores_name() -> None:
 def test_a_window_shortens_the_context() -> None:
     foreign = model_of_args(vars(args_of(LLAMA)) | {"window_size": (31, 0)}, IDS, "x")
     assert foreign.context == 32 and "window_size [31, 0]" in foreign.notes[0]
-    assert model_of_args(vars(args_of(LLAMA)) | {"window_size": (63, 0)}, IDS, "x").context == CONTEXT
+    for wide in ((63, 0), (-1, 0), (-1, -1)):
+        assert model_of_args(vars(args_of(LLAMA)) | {"window_size": wide}, IDS, "x").context == CONTEXT
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,13 @@ def test_a_window_shortens_the_context() -> None:
         (dict(position_embedding_type="learned_absolute", add_position_embedding=False), "add_position_embedding is False"),
         (dict(num_layers=None), "num_layers is missing"),
         (dict(hidden_size="64"), "hidden_size is 64: expected a value of type int"),
-        (dict(num_layers=0), "num_layers is 0: expected a number from 1 on"),
+        (dict(num_layers=0), "num_layers is 0: expected a number from 1 to 2147483647"),
+        (dict(max_position_embeddings=10**12), "max_position_embeddings is 1000000000000: expected a number from 1 to"),
+        (dict(seq_length=-1), "seq_length is -1: expected a number from 1 to"),
+        (dict(window_size=[1]), r"window_size is \[1\]: expected two numbers from -1 on"),
+        (dict(window_size=[1, 0, 0]), r"window_size is \[1, 0, 0\]: expected two numbers"),
+        (dict(window_size=[31, None]), r"window_size is \[31, None\]: expected two numbers"),
+        (dict(window_size=[-2, 0]), r"window_size is \[-2, 0\]: expected two numbers"),
         (dict(num_query_groups=3), "^args: --num-attention-heads 8 is not divisible by --num-query-groups 3"),
     ],
 )

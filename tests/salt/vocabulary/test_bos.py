@@ -14,10 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_salt.config import DataConfig
 from megatron_salt.data.indexed_dataset import TokenFile
+from megatron_salt.data.samples import open_training_data
 from megatron_salt.data.windows import Windows
+from megatron_salt.salt import scorer
+from megatron_salt.salt.output_weight import BosLosses
+from megatron_salt.salt.shared_vocabulary import missing_bos, tokenizer_of
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, read_teacher
 from tests.salt.vocabulary.test_shared_vocabulary import hugging_face, tokenizer_json
+from tests.support import scoring
+from tests.support.datasets import run, write_lines
 from tests.support.program import VOCABULARY, entries, train, write_tokens
 from tests.support.ranks import run_ranks
 from tests.tools.test_score_data import full_logits
@@ -101,3 +108,37 @@ def test_nothing_is_told_of_a_teacher_of_this_program_or_where_the_data_has_it(h
     flags["data_path"] = write_tokens(tmp_path / "data", tokens)
     train(save=tmp_path / "has", within=imported, **flags, **RUN, **hugging_face(home / "bos.json"))
     assert told(tmp_path / "has") == []
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_a_manifest_tells_of_bos_in_data_whose_first_windows_have_none(home: Path, tmp_path: Path, prepend: bool) -> None:
+    teacher = replace(read_teacher(str(home / "teacher")), imported=True)
+    corpus = write_lines(tmp_path / "corpus.jsonl", ["a text that fills some windows of the data"] * 3)
+    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(home / "bos.json")]
+    assert run(corpus, tmp_path / "d", "--append-eod", *["--prepend-bos"] * prepend, tokenizer=words) == 0
+    data, tokenizer = DataConfig(data_path=(f"{tmp_path / 'd'}_text_document",)), tokenizer_of(teacher)
+    samples, _ = open_training_data(data, 16, seed=0, vocabulary_size=tokenizer.vocabulary_size, eod=tokenizer.eod)
+    assert missing_bos(teacher, tokenizer, (samples,), ()) == (None if prepend else BOS)
+
+
+def score_imported(words: list[str]) -> tuple[int, list[BosLosses]]:
+    """In one rank: score_data with a teacher that was imported; the exit status, and the losses that it tells."""
+
+    def read(load: str) -> TeacherCheckpoint:
+        return replace(read_teacher(load), imported=True)
+
+    with (
+        mock.patch("megatron_salt.salt.teacher_checkpoint.read_teacher", read),
+        mock.patch.object(scorer.log, "info") as told_of,
+    ):
+        ended = scoring.main(words)
+    return ended.status, [call.args[1] for call in told_of.call_args_list if isinstance(call.args[1], BosLosses)]
+
+
+def test_scoring_tells_both_losses(home: Path, tmp_path: Path) -> None:
+    flags = dict(teacher_load=home / "teacher", data_path=home / "valid", tokenizer_type="ByteLevelTokenizer")
+    words = scoring.argv(**flags, output=tmp_path / "index", teacher_max_dropped_mass=0.05)
+    [(status, [found])] = run_ranks(1, score_imported, words)
+    assert (status, found.bos, found.windows) == (0, BOS, 16)
+    assert found.without == pytest.approx(loss(home, None), rel=1e-5)
+    assert found.beginning == pytest.approx(loss(home, BOS), rel=1e-5)
