@@ -106,7 +106,7 @@ def write_checkpoint(directory: str) -> None:
 def ours(load: str, files: list[str]) -> dict[str, dict[str, Any]]:
     """In one rank: what evaluate.py computes, in the form of lm_eval_process."""
     config = EvaluateConfig(load=(load,), tasks=tuple(files), output="unused")
-    candidate = tool.open_candidate(load, config, ParallelConfig(), read_tasks(files), [None] * len(files), {})
+    candidate = tool.open_candidate(load, config, ParallelConfig(), read_tasks(files), [None] * len(files))
     mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
     chunks = tool.load_model(candidate, ParallelConfig(), mesh)
     result = {}

@@ -65,7 +65,7 @@ def figures(save: Path) -> list[dict[str, Any]]:
 def by_the_tool(save: str, files: list[str]) -> dict[str, dict[str, Any]]:
     """In one rank: the figures of the saved checkpoint by evaluate.py."""
     config = EvaluateConfig(load=(save,), tasks=tuple(files), output="unused")
-    candidate = tool.open_candidate(save, config, ParallelConfig(), read_tasks(files), [None] * len(files), {})
+    candidate = tool.open_candidate(save, config, ParallelConfig(), read_tasks(files), [None] * len(files))
     mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
     chunks = tool.load_model(candidate, ParallelConfig(), mesh)
     return {
