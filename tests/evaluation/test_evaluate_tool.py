@@ -272,7 +272,9 @@ def test_all_checkpoints_of_a_call_have_windows_of_one_length(files: Files, shor
     assert "windows of --data have 32 tokens, the model takes 48\n" in ended.out
     assert "windows of --data have 32 tokens, the model takes 32\n" in ended.out
     long, own = (one["metrics"] for one in read(output))
-    assert long == own
+    assert {name: one["value"] for name, one in long.items()} == pytest.approx(
+        {name: one["value"] for name, one in own.items()}, rel=1e-5
+    )  # sums of float32 in another order
     [other] = run_ranks(1, main, [*words, "--seq-length", "16"])
     assert other.status == 2 and "has 2 results that these flags do not ask for" in other.err
     [asked] = run_ranks(1, main, [*words, "--seq-length", "16", "--overwrite"])
