@@ -80,6 +80,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.cards",
     "megatron_salt.parallel.hardware",
     "megatron_salt.parallel.layout",
+    "megatron_salt.convert.config_reader",
     "megatron_salt.convert.foreign_model",
     "megatron_salt.convert.gguf.architectures",
     "megatron_salt.convert.gguf.rope_factors",

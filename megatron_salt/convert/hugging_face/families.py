@@ -10,60 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_salt.config import ModelConfig
+from megatron_salt.convert.config_reader import LARGEST, ConfigReader
 from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.hugging_face.unsupported import LACKING
 from megatron_salt.errors import UserError
-
-LARGEST = 2**31 - 1
-"""No size of a model is larger."""
-
-
-class ConfigReader:
-    """Reads a config.json key by key, refuses what does not fit, and remembers which keys were read."""
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self._config, self._where, self._seen = config, where, set(_SILENT)
-
-    def refuse(self, key: str, why: str) -> UserError:
-        """The error for a key whose value cannot be taken."""
-        return UserError(f"{self._where}: {key} is {self._config.get(key)!r}: {why}")
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of a key. Raises UserError where it is missing without a default, or of another kind."""
-        self._seen.add(key)
-        value = self._config.get(key)
-        if value is None:
-            if default is None:
-                raise UserError(f"{self._where}: {key} is missing")
-            return default
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise self.refuse(key, f"expected a value of type {kind.__name__}")
-        if isinstance(value, int) and kind is int and not 1 <= value <= LARGEST:
-            raise self.refuse(key, f"expected a number from 1 to {LARGEST}")
-        return value
-
-    def optional(self, key: str, kind: type) -> Any:
-        """The value of a key, or None."""
-        self._seen.add(key)
-        return None if self._config.get(key) is None else self.get(key, kind)
-
-    def given(self, key: str) -> bool:
-        """Whether the key is there; its value may be null."""
-        return key in self._config
-
-    def must_be(self, key: str, *allowed: Any, default: Any) -> Any:
-        """The value of a key that may have these values alone."""
-        self._seen.add(key)
-        value = self._config.get(key, default)
-        if value not in allowed:
-            raise self.refuse(key, f"this decoder computes only {' or '.join(map(repr, allowed))}")
-        return value
-
-    def unread(self) -> list[str]:
-        """Keys that nothing has read, with values that say something."""
-        return [key for key, value in self._config.items() if key not in self._seen and value not in (None, False, [], {})]
 
 
 def model_of_config(config: Mapping[str, Any], where: str) -> ForeignModel:
@@ -76,12 +26,11 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ForeignModel:
         raise UserError(f"{where}: architectures is {named!r}{lacking}; known are {', '.join(_READERS)}")
     if config.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is set: quantised weights are not read; give the original weights")
-    reader = ConfigReader(config, where)
+    reader = ConfigReader(config, where, silent=_SILENT)
     try:
         foreign = _READERS[architecture](reader)
     except UserError as error:
-        text = str(error)
-        raise error if text.startswith(where) else UserError(f"{where}: {text}") from None
+        raise reader.in_file(error) from None
     unread = reader.unread()
     notes = (f"{where}: not read: {', '.join(unread)}",) if unread else ()
     return ForeignModel(
@@ -111,10 +60,7 @@ def _llama_like(reader: ConfigReader, architecture: str, qkv_bias: bool = False,
     )  # Phi3 has it beside rope_scaling, where it counts for longrope alone
     width = reader.optional("head_dim", int)
     model = ModelConfig(
-        num_layers=reader.get("num_hidden_layers", int),
-        hidden_size=hidden,
-        ffn_hidden_size=reader.get("intermediate_size", int),
-        num_attention_heads=heads,
+        **_sizes(reader),
         num_query_groups=reader.optional("num_key_value_heads", int),
         kv_channels=None if width is None or width * heads == hidden else width,
         position_embedding_type="rope",
@@ -149,6 +95,16 @@ def _context(reader: ConfigReader, uses_window: bool, default_window: int | None
     return context, ()
 
 
+def _sizes(reader: ConfigReader) -> dict[str, Any]:
+    """Fields of ModelConfig for the sizes that most families call by the same names."""
+    return {
+        "num_layers": reader.get("num_hidden_layers", int),
+        "hidden_size": reader.get("hidden_size", int),
+        "ffn_hidden_size": reader.get("intermediate_size", int),
+        "num_attention_heads": reader.get("num_attention_heads", int),
+    }
+
+
 def _activation(reader: ConfigReader, key: str, default: str) -> dict[str, Any]:
     """Fields of ModelConfig for the activation of an MLP without a gate."""
     act = reader.must_be(key, "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", default=default)
@@ -161,10 +117,7 @@ def _stablelm(reader: ConfigReader) -> ForeignModel:
     reader.must_be("use_parallel_residual", False, default=False)
     reader.must_be("qk_layernorm", False, default=False)
     model = ModelConfig(
-        num_layers=reader.get("num_hidden_layers", int),
-        hidden_size=reader.get("hidden_size", int),
-        ffn_hidden_size=reader.get("intermediate_size", int),
-        num_attention_heads=reader.get("num_attention_heads", int),
+        **_sizes(reader),
         num_query_groups=reader.optional("num_key_value_heads", int),
         position_embedding_type="rope",
         norm_epsilon=reader.get("layer_norm_eps", float, 1e-5),
@@ -187,10 +140,7 @@ def _starcoder2(reader: ConfigReader) -> ForeignModel:
     """LayerNorm, GELU, rotary embeddings, grouped queries."""
     context, notes = _context(reader, True)
     model = ModelConfig(
-        num_layers=reader.get("num_hidden_layers", int),
-        hidden_size=reader.get("hidden_size", int),
-        ffn_hidden_size=reader.get("intermediate_size", int),
-        num_attention_heads=reader.get("num_attention_heads", int),
+        **_sizes(reader),
         num_query_groups=reader.optional("num_key_value_heads", int),
         position_embedding_type="rope",
         norm_epsilon=reader.get("norm_epsilon", float, 1e-5),
@@ -239,10 +189,7 @@ def _opt(reader: ConfigReader) -> ForeignModel:
 def _gpt_neox(reader: ConfigReader) -> ForeignModel:
     reader.must_be("attention_bias", True, default=True)
     model = ModelConfig(
-        num_layers=reader.get("num_hidden_layers", int),
-        hidden_size=reader.get("hidden_size", int),
-        ffn_hidden_size=reader.get("intermediate_size", int),
-        num_attention_heads=reader.get("num_attention_heads", int),
+        **_sizes(reader),
         position_embedding_type="rope",
         normalization="LayerNorm",
         norm_epsilon=reader.get("layer_norm_eps", float, 1e-5),

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from megatron_salt.config import ModelConfig
+from megatron_salt.convert.config_reader import ConfigReader
 from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.errors import UserError
 
 ARCHITECTURE = "GPTModel"
 """megatron-core's class."""
-LARGEST_NUMBER = 2**31 - 1
-"""No size, count or context of a model is larger."""
 CORE_ROPE_FACTOR = 8.0
 """By which megatron-core stretches rotary frequencies where a program does not say."""
 
@@ -42,61 +41,24 @@ _DEFAULT_SPECS = (
 _CORE_ACTIVATIONS = {"silu": "swiglu", "gelu": "gelu", "fast_gelu": "gelu_tanh", "squared_relu": "squared_relu"}
 
 
-class _Reader:
-    """Reads what a model says about itself; every error names the file, the name and the value."""
+def _refuse_used(reader: ConfigReader, *names: str) -> None:
+    """Raise UserError where one of the names has a value other than None, False and 0."""
+    for name in names:
+        value = reader.value(name)
+        if any(value) if isinstance(value, list | tuple) else value:
+            raise reader.refuse(name, "this decoder does not compute it")
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self._where = values, where
 
-    def refuse(self, name: str, why: str) -> UserError:
-        """The error for a value that cannot be taken."""
-        return UserError(f"{self._where}: {name} is {str(self._values.get(name))[:100]}: {why}")
-
-    def in_file(self, error: UserError) -> UserError:
-        """The same error, with the name of the file."""
-        text = str(error)
-        return error if text.startswith(self._where) else UserError(f"{self._where}: {text}")
-
-    def value(self, name: str) -> Any:
-        """The value of a name, of any kind; None where there is none."""
-        return self._values.get(name)
-
-    def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """The value of a name. Raises UserError where it is missing without a default, or of another kind."""
-        value = self._values.get(name)
-        if value is None:
-            if default is None:
-                raise UserError(f"{self._where}: {name} is missing")
-            return default
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise self.refuse(name, f"expected a value of type {kind.__name__}")
-        if isinstance(value, int) and kind is int and not 1 <= value <= LARGEST_NUMBER:
-            raise self.refuse(name, f"expected a number from 1 to {LARGEST_NUMBER}")
-        return value
-
-    def optional(self, name: str, kind: type) -> Any:
-        """The value of a name, or None."""
-        return None if self._values.get(name) is None else self.get(name, kind)
-
-    def refuse_used(self, *names: str) -> None:
-        """Raise UserError where one of the names has a value other than None, False and 0."""
-        for name in names:
-            value = self._values.get(name)
-            if any(value) if isinstance(value, list | tuple) else value:
-                raise self.refuse(name, "this decoder does not compute it")
-
-    def target(self, name: str) -> str:
-        """The last word of a class or function that YAML names as {_target_: ...}; "" where there is none."""
-        value = self._values.get(name)
-        named = value.get("_target_") if isinstance(value, dict) else value
-        return named.split(".")[-1] if isinstance(named, str) else ""
+def _target(reader: ConfigReader, name: str) -> str:
+    """The last word of a class or function that YAML names as {_target_: ...}; "" where there is none."""
+    value = reader.value(name)
+    named = value.get("_target_") if isinstance(value, dict) else value
+    return named.split(".")[-1] if isinstance(named, str) else ""
 
 
 def model_of_args(args: Mapping[str, Any], vocabulary_size: int, where: str) -> ForeignModel:
     """The model that Megatron-LM's args describe. `where` names them. Raises UserError."""
-    reader = _Reader(args, where)
+    reader = ConfigReader(args, where, show=str)
     biases = reader.get("add_bias_linear", bool, True)
     if reader.get("swiglu", bool, False):
         activation = "swiglu"
@@ -136,15 +98,15 @@ def model_of_args(args: Mapping[str, Any], vocabulary_size: int, where: str) -> 
 def model_of_provider(provider: Mapping[str, Any], vocabulary_size: int, where: str) -> ForeignModel:
     """The model in Megatron-Bridge's run_config.yaml, with the file's own words. `where` names the file. Raises UserError."""
     inner = provider.get("transformer")
-    reader = _Reader({**inner, **provider} if isinstance(inner, dict) else provider, where)
-    kind = reader.target("_target_")
+    reader = ConfigReader({**inner, **provider} if isinstance(inner, dict) else provider, where, show=str)
+    kind = _target(reader, "_target_")
     if not _OUR_PROVIDERS.match(kind) or _OTHER_PROVIDERS.search(kind):
         raise reader.refuse(
             "_target_", "known are GPTModelProvider and GPTModelConfig, and the providers of Llama, Mistral and Qwen"
         )
-    if reader.target("transformer_layer_spec") not in ("", *_DEFAULT_SPECS):
+    if _target(reader, "transformer_layer_spec") not in ("", *_DEFAULT_SPECS):
         raise reader.refuse("transformer_layer_spec", f"known are {', '.join(_DEFAULT_SPECS)}")
-    activation = _CORE_ACTIVATIONS.get(reader.target("activation_func"))
+    activation = _CORE_ACTIVATIONS.get(_target(reader, "activation_func"))
     if activation is None or (activation == "swiglu") != reader.get("gated_linear_unit", bool, False):
         raise reader.refuse(
             "activation_func", f"gated_linear_unit is {provider.get('gated_linear_unit')}: not computed by this decoder"
@@ -174,13 +136,13 @@ def model_of_provider(provider: Mapping[str, Any], vocabulary_size: int, where: 
     )
 
 
-def _gelu(reader: _Reader, fused: bool) -> str:
+def _gelu(reader: ConfigReader, fused: bool) -> str:
     """Which GELU: megatron-core's kernel that adds the bias too computes the approximation by tanh, torch's function does not."""
-    reader.refuse_used("use_te_activation_func")
+    _refuse_used(reader, "use_te_activation_func")
     return "gelu_tanh" if fused else "gelu"
 
 
-def _positions(reader: _Reader) -> str:
+def _positions(reader: ConfigReader) -> str:
     kind = reader.get("position_embedding_type", str, "learned_absolute")
     if kind not in ("learned_absolute", "rope", "none"):
         raise reader.refuse("position_embedding_type", "this decoder computes only learned_absolute, rope and none")
@@ -188,11 +150,11 @@ def _positions(reader: _Reader) -> str:
 
 
 def _model(
-    reader: _Reader, vocabulary_size: int, *, activation: str, positions: str, scaling: tuple[str, float], grouped: bool, tied: bool,
+    reader: ConfigReader, vocabulary_size: int, *, activation: str, positions: str, scaling: tuple[str, float], grouped: bool, tied: bool,
     context_name: str, epsilon_name: str,
 ) -> ForeignModel:  # fmt: skip
     """The model, of what both programs call by the same names, and of what they do not."""
-    reader.refuse_used(*_MUST_BE_OFF)
+    _refuse_used(reader, *_MUST_BE_OFF)
     if reader.get("softmax_type", str, "vanilla") != "vanilla":
         raise reader.refuse("softmax_type", "this decoder computes only vanilla")
     hidden, heads = reader.get("hidden_size", int), reader.get("num_attention_heads", int)
@@ -234,7 +196,7 @@ def _model(
     return ForeignModel(architecture=ARCHITECTURE, model=model, vocabulary_size=vocabulary_size, context=context, notes=notes)
 
 
-def _context(reader: _Reader, longest: int) -> tuple[int, tuple[str, ...]]:
+def _context(reader: ConfigReader, longest: int) -> tuple[int, tuple[str, ...]]:
     """The longest sequence that the model may be given: a sliding window shortens it. And what to tell of it."""
     window = reader.value("window_size")
     if window is None:
