@@ -19,7 +19,7 @@ from megatron_salt.config import RunConfig
 from megatron_salt.errors import MachineError, UserError
 from megatron_salt.files import refusing_file_errors
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import ask_for_determinism, bound_compile_workers, hide_gpus, order_launches
+from megatron_salt.parallel.hardware import ask_for_determinism, order_launches, prepare_environment
 from megatron_salt.parallel.layout import Layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
@@ -81,9 +81,8 @@ def rehearse(config: RunConfig, world_size: int) -> None:
 
 def prepare_libraries(config: RunConfig, layout: Layout) -> None:
     """Set the environment variables that torch, CUDA and NCCL read when they start. Raises UserError."""
-    hide_gpus(config.parallel.device)
+    prepare_environment(config.parallel.device)
     order_launches(layout.tensor, layout.context)
-    bound_compile_workers()
     if config.training.deterministic and config.parallel.device != "cpu":
         ask_for_determinism()
 

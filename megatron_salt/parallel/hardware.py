@@ -42,6 +42,12 @@ class Hardware:
     """Installed release; None: not installed."""
 
 
+def prepare_environment(device: Device) -> None:
+    """What every program that computes sets before torch is imported. device: --device."""
+    hide_gpus(device)
+    bound_compile_workers()
+
+
 def hide_gpus(device: Device) -> None:
     """With --device cpu, hide the GPUs from this process and its children. Call it before the first question about CUDA."""
     if device == "cpu":

@@ -30,14 +30,14 @@ from megatron_salt.files import refuse_directory, sole_writer
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import hide_gpus
+from megatron_salt.parallel.hardware import prepare_environment
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.tokenizer.tokenizer import Tokenizer
 from megatron_salt.tools.evaluate_data import NamedData, evaluate_data, open_data, parse_data, window_length
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
 from megatron_salt.tools.generate_text import ids_in_softmax, newest_checkpoint, read_companions
-from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
+from megatron_salt.train.exit import ExitPlan, SignalWatch, leaving_with, reason_alone
 
 if TYPE_CHECKING:
     from megatron_salt.evaluation.evaluate_task import PreparedTask
@@ -72,22 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Evaluate all checkpoints on all tasks. Every rank calls. Returns the exit status: 0, or LEFT if tasks are left. Raises UserError."""
-    refuse_exit_file(config.exit_file)
     for path in (Path(config.output), markdown_path(Path(config.output))):
         refuse_directory("--output", path)
-    watch = SignalWatch()
-    try:
+    with leaving_with(LEFT, config.exit_file) as watch:
         return _evaluate(config, watch)
-    except LeftEarly as left:
-        left.status = LEFT
-        raise
-    finally:
-        watch.restore()
 
 
 def _evaluate(config: EvaluateConfig, watch: SignalWatch) -> int:
     hide_library_warnings()
-    hide_gpus(config.device)
+    prepare_environment(config.device)
     tasks = read_tasks(config.tasks)
     shots = read_shots(config, tasks)
     data = parse_data(config.data, [task.name for task in tasks])

@@ -20,7 +20,7 @@ from megatron_salt.data.order import SEEDS, is_seed
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import bound_compile_workers, hide_gpus
+from megatron_salt.parallel.hardware import prepare_environment
 from megatron_salt.parallel.layout import student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.small_files import read_small
@@ -81,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate_text(config: GenerateConfig) -> None:
     """Continue the prompt. Every rank calls; rank 0 prints prompt and continuation. Raises UserError."""
     hide_library_warnings()
-    hide_gpus(config.device)
-    bound_compile_workers()
+    prepare_environment(config.device)
     directory = newest_checkpoint(Path(config.load))
     run, tokenizer = read_companions(directory)
     parallel = ParallelConfig(tensor_model_parallel_size=world_size_from_environment())

@@ -27,7 +27,7 @@ from megatron_salt.config import DataConfig, ParallelConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.parallel.failure import fail_together
-from megatron_salt.parallel.hardware import bound_compile_workers, hide_gpus
+from megatron_salt.parallel.hardware import prepare_environment
 from megatron_salt.parallel.layout import Layout, student_layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
 from megatron_salt.preprocess.sharding import parse_shard
@@ -36,7 +36,7 @@ from megatron_salt.selection.score_format import IndexManifest, claim, is_finish
 from megatron_salt.selection.score_reader import CHUNK
 from megatron_salt.selection.score_writer import ShardWriter
 from megatron_salt.tools.flags.score_config import ScoreConfig
-from megatron_salt.train.exit import ExitPlan, SignalWatch, reason_alone, refuse_exit_file
+from megatron_salt.train.exit import ExitPlan, SignalWatch, leaving_with, reason_alone
 
 if TYPE_CHECKING:
     from megatron_salt.data.samples import Samples
@@ -59,21 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score_data(config: ScoreConfig) -> int:
     """Score the shard. Returns the exit status: 0, or LEFT if the shard is not finished. Raises UserError."""
-    refuse_exit_file(config.exit_file)
-    watch = SignalWatch()
-    try:
+    with leaving_with(LEFT, config.exit_file) as watch:
         return _score_data(config, watch)
-    except LeftEarly as left:
-        left.status = LEFT
-        raise
-    finally:
-        watch.restore()
 
 
 def _score_data(config: ScoreConfig, watch: SignalWatch) -> int:
     hide_library_warnings()
-    hide_gpus(config.device)
-    bound_compile_workers()
+    prepare_environment(config.device)
     import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
     from megatron_salt.checkpoint.save_directory import TOKENIZER

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -46,6 +47,23 @@ class SignalWatch:
             os.kill(os.getpid(), number)
         elif not self.received:
             self.received = number
+
+
+@contextmanager
+def leaving_with(status: int, exit_file: str | None) -> Iterator[SignalWatch]:
+    """Watches signals while a tool works that the same command continues. A LeftEarly out of the block gets `status`.
+
+    Raises UserError where `exit_file` (--exit-file) is there already.
+    """
+    refuse_exit_file(exit_file)
+    watch = SignalWatch()
+    try:
+        yield watch
+    except LeftEarly as left:
+        left.status = status
+        raise
+    finally:
+        watch.restore()
 
 
 class ExitPlan:

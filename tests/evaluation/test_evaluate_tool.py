@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, To
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.evaluation.metrics import METRICS
 from megatron_salt.model.gpt import build_model
+from megatron_salt.parallel.hardware import COMPILE_WORKERS
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
@@ -359,3 +361,11 @@ def test_a_file_that_holds_no_results_is_not_replaced(files: Files, tmp_path: Pa
     [ended] = run_ranks(1, main, files.words(output))
     assert ended.status == 2 and "r.json exists and cannot be added to: it holds no results of this format" in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_the_tool_bounds_the_processes_that_compile_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPILE_WORKERS, "")
+    monkeypatch.delenv(COMPILE_WORKERS)
+    words = ["--load", str(tmp_path), "--tasks", str(tmp_path / "absent.jsonl"), "--output", str(tmp_path / "results.json")]
+    assert tool.main(words) == 2
+    assert os.environ[COMPILE_WORKERS] == "4"
