@@ -25,6 +25,7 @@ LAYERS = (
     ("checkpoint",),
     ("salt", "convert", "evaluation"),
     ("train",),
+    ("study",),
     ("pretrain", "tools", "benchmarks"),
 )
 PURE = (  # numpy, the standard library and each other
@@ -101,6 +102,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.metrics.arms",
     "megatron_salt.metrics.figure_text",
     "megatron_salt.metrics.history",
+    "megatron_salt.study.results",
     "megatron_salt.train.plan",
     "megatron_salt.train.exit",
 )
