@@ -102,6 +102,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.metrics.arms",
     "megatron_salt.metrics.figure_text",
     "megatron_salt.metrics.history",
+    "megatron_salt.study.job",
     "megatron_salt.study.results",
     "megatron_salt.train.plan",
     "megatron_salt.train.exit",
