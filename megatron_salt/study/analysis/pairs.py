@@ -128,5 +128,6 @@ def _partners(results: Sequence[RunResult], by_seed: dict[int, RunResult], again
 def _require_one_of_each_seed(runs: Sequence[RunResult]) -> None:
     by_seed: dict[int, RunResult] = {}
     for run in runs:
-        if (other := by_seed.setdefault(run.seed, run)) is not run:
-            raise UserError(f"two runs of {run.label} have seed {run.seed}: {other.directory} and {run.directory}")
+        if run.seed in by_seed:
+            raise UserError(f"two runs of {run.label} have seed {run.seed}: {by_seed[run.seed].directory} and {run.directory}")
+        by_seed[run.seed] = run
