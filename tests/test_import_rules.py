@@ -108,6 +108,11 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.study.definition.study",
     "megatron_salt.study.job",
     "megatron_salt.study.results",
+    "megatron_salt.study.jobs.estimate",
+    "megatron_salt.study.jobs.outcome",
+    "megatron_salt.study.jobs.progress",
+    "megatron_salt.study.jobs.status",
+    "megatron_salt.train.launcher",
     "megatron_salt.train.plan",
     "megatron_salt.train.exit",
 )

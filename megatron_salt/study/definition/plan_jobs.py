@@ -39,7 +39,7 @@ JobKind = Literal["teacher", "score", "select", "grow", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedRun:
+class StudyRun:
     """One run of the study: an arm with one seed and one value on at most one axis."""
 
     arm: str
@@ -66,7 +66,7 @@ class StudyPlan:
 
     jobs: tuple[Job, ...]
     """Each after those that it needs"""
-    runs: tuple[PlannedRun, ...]
+    runs: tuple[StudyRun, ...]
     configs: Mapping[str, RunConfig]
     """{job: configuration} of every job of training"""
 
@@ -129,7 +129,7 @@ class _Planner:
     def __init__(self, study: Study, facts: TeacherFacts | None) -> None:
         self.study, self.facts = study, facts
         self.jobs: dict[str, Job] = {}
-        self.runs: list[PlannedRun] = []
+        self.runs: list[StudyRun] = []
         self.configs: dict[str, RunConfig] = {}
 
     def config_of(self, arm: Arm, seed: int, setting: Mapping[str, Any]) -> RunConfig:
@@ -168,7 +168,7 @@ class _Planner:
             begin = ("--load", str(stacked_of(study, place)), FINETUNE)
         settings = {axis: as_text(value) for axis, value in setting.items()}
         name = "-".join(place.parts)
-        run = PlannedRun(
+        run = StudyRun(
             arm=arm.name,
             kind=arm.kind,
             seed=seed,
@@ -206,7 +206,7 @@ class _Planner:
         config: RunConfig,
         ranks: int,
         needs: Iterable[str] = (),
-        run: PlannedRun | None = None,
+        run: StudyRun | None = None,
         begin: tuple[str, ...] = (),
     ) -> None:
         """Add a job of training. begin: flags of a start without a checkpoint of its own."""
