@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from megatron_salt.metrics.figures import X_WORDS
-from megatron_salt.metrics.history import Axis
-
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;margin:0 auto;max-width:70em;padding:1em}
 h1{font-size:1.5em;line-height:1.25;margin:.2em 0 .6em}h2{font-size:1.2em;margin:1.8em 0 .4em}h3{font-size:1em;margin:1.2em 0 .3em}
@@ -38,9 +35,13 @@ function drawAll(axis) {
     Plotly.react(name, figure.data, figure.layout, {displaylogo: false, responsive: true});
   }
 }
-const choices = [...document.querySelectorAll("input[name=axis]")];
-choices.forEach(choice => choice.addEventListener("change", () => drawAll(choice.value)));
-drawAll((choices.find(choice => choice.checked) || {}).value);
+const choices = [...document.querySelectorAll(".axis input")];
+function choose(axis) {
+  choices.forEach(choice => { choice.checked = choice.value === axis; });
+  drawAll(axis);
+}
+choices.forEach(choice => choice.addEventListener("change", () => choose(choice.value)));
+choose((choices.find(choice => choice.checked) || {}).value);
 """
 
 
@@ -91,15 +92,19 @@ def table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]], captio
     )
 
 
-def axis_switch(axes: Sequence[Axis], chosen: Axis, words: Mapping[Axis, str] = X_WORDS) -> str:
-    """Radio buttons for the horizontal axis of all plots; nothing where there is one axis."""
-    if len(axes) < 2:
+def axis_switch(words: Mapping[str, str], chosen: str, group: str = "axis") -> str:
+    """Radio buttons for the horizontal axis of all plots; nothing where there is one axis.
+
+    words: {name of the axis, a key of `Plot.by_axis`: what it is called}. group: name of the buttons; several groups on a page move
+    together.
+    """
+    if len(words) < 2:
         return ""
     buttons = "".join(
-        f"<label><input type='radio' name='axis' value='{axis}'{' checked' if axis == chosen else ''}> {escape(words[axis])}</label>"
-        for axis in axes
+        f"<label><input type='radio' name='{group}' value='{axis}'{' checked' if axis == chosen else ''}> {escape(called)}</label>"
+        for axis, called in words.items()
     )
-    return f"<fieldset><legend>Horizontal axis of the curves</legend>{buttons}</fieldset>"
+    return f"<fieldset class='axis'><legend>Horizontal axis of the curves</legend>{buttons}</fieldset>"
 
 
 def scripts(plots: Sequence[Plot]) -> str:

@@ -5,7 +5,8 @@ Plotly is an optional dependency. Nothing is imported from it before a page is w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, get_args
@@ -45,11 +46,11 @@ def write_page(
     x: the axis that is shown first; the page can switch to the others."""
     figures = list(dict.fromkeys(figure for panel in panels for figure in panel))
     curves = [curve for arm in arms for curve in arm.curves]
-    axes = axes_of(arms)
+    axes = {axis: Horizontal(axis, X_WORDS[axis]) for axis in axes_of(arms)}
     plots = [curve_plot(f"panel-{number}", arms, panel, axes, unigram) for number, panel in enumerate(panels)]
     parts = [
         "<h1>Comparison of runs</h1>",
-        axis_switch(axes, x),
+        axis_switch({name: axis.words for name, axis in axes.items()}, x),
         *(plot.to_html() for plot in plots),
         "<h2>At the end</h2>",
         table("finals", ("arm", "seeds", *figures), finals(arms, figures)),
@@ -71,11 +72,23 @@ def axes_of(arms: Sequence[Arm]) -> list[Axis]:
     return [axis for axis in get_args(Axis) if axis != "flops" or known]
 
 
-def curve_plot(name: str, arms: Sequence[Arm], panel: Panel, axes: Sequence[Axis], unigram: float | None = None) -> Plot:
+@dataclass(frozen=True)
+class Horizontal:
+    """A horizontal axis of a page."""
+
+    axis: Axis
+    words: str
+    before: tuple[float, ...] = ()
+    """Where each arm begins, such as the FLOPs of its teacher's training; empty: all at 0"""
+
+
+def curve_plot(
+    name: str, arms: Sequence[Arm], panel: Panel, axes: Mapping[str, Horizontal], unigram: float | None = None
+) -> Plot:
     """A panel on each axis. UserError where an arm lacks a figure."""
-    ends = "; ".join(f"{line.label} {end_words(line)}" for line in lines_of(arms, panel, axes[0]))
+    ends = "; ".join(f"{line.label} {end_words(line)}" for line in lines_of(arms, panel, "steps"))
     caption = f"{axis_title(panel)[:1].upper()}{axis_title(panel)[1:]}. At the end: {ends}."
-    return Plot(name, {axis: _figure(arms, panel, axis, unigram) for axis in axes}, caption)
+    return Plot(name, {key: _figure(arms, panel, axis, unigram) for key, axis in axes.items()}, caption)
 
 
 def empty_figure(**layout: Any) -> Any:
@@ -90,11 +103,13 @@ def empty_figure(**layout: Any) -> Any:
     return graph_objects.Figure(layout=style | layout)
 
 
-def _figure(arms: Sequence[Arm], panel: Panel, x: Axis, unigram: float | None) -> Any:
-    plot = empty_figure()
-    for line in lines_of(arms, panel, x):
+def _figure(arms: Sequence[Arm], panel: Panel, x: Horizontal, unigram: float | None) -> Any:
+    plot, before = empty_figure(), x.before or (0.0,) * len(arms)
+    for line in lines_of(arms, panel, x.axis):
         kept = np.unique(np.linspace(0, len(line.at) - 1, min(len(line.at), MOST_POINTS)).astype(np.int64))
-        at, value, low, high = ([_number(one) for one in values[kept]] for values in (line.at, line.value, line.low, line.high))
+        at, value, low, high = (
+            [_number(one) for one in values[kept]] for values in (line.at + before[line.arm], line.value, line.low, line.high)
+        )
         colour = COLOURS[line.arm % len(COLOURS)]
         if low != high:
             edges: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
@@ -104,14 +119,14 @@ def _figure(arms: Sequence[Arm], panel: Panel, x: Axis, unigram: float | None) -
         if not line.of_steps:
             style |= {"mode": "lines+markers", "marker": {"symbol": MARKS[(line.arm + 3 * line.place) % len(MARKS)], "size": 7}}
         plot.add_scatter(x=at, y=value, name=escape(line.label), **style)
-    for number, label, position in switches_of(arms, x):
+    for number, label, position in switches_of(arms, x.axis):
         plot.add_vline(
-            x=position, line_dash="dash", line_color=COLOURS[number % len(COLOURS)],
+            x=position + before[number], line_dash="dash", line_color=COLOURS[number % len(COLOURS)],
             annotation={"text": escape(label), "textangle": -90, "font": {"size": 10}, "yanchor": "top"},
         )  # fmt: skip
     if unigram is not None and axis_title(panel).startswith("loss"):
         plot.add_hline(y=unigram, line_dash="dot", line_color="gray", annotation_text="unigram entropy of held-out tokens")
-    plot.update_xaxes(title=X_WORDS[x], rangemode="tozero")
+    plot.update_xaxes(title=x.words, rangemode="tozero")
     plot.update_yaxes(title=axis_title(panel))
     return plot
 
