@@ -46,7 +46,7 @@ def write_page(
     x: the axis that is shown first; the page can switch to the others."""
     figures = list(dict.fromkeys(figure for panel in panels for figure in panel))
     curves = [curve for arm in arms for curve in arm.curves]
-    axes = {axis: Horizontal(axis, X_WORDS[axis]) for axis in axes_of(arms)}
+    axes: dict[str, Horizontal] = {axis: Horizontal(axis, X_WORDS[axis]) for axis in axes_of(arms)}
     plots = [curve_plot(f"panel-{number}", arms, panel, axes, unigram) for number, panel in enumerate(panels)]
     parts = [
         "<h1>Comparison of runs</h1>",
