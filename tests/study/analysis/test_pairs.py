@@ -59,6 +59,8 @@ def test_a_partner_has_the_settings_that_the_other_arm_has() -> None:
         assert pair.arm is one and pair.against.settings == {"lr": one.settings["lr"]}
     only = run("baseline", 1, CURVE)
     assert pair_runs([only, *salt], "salt lr=1e-3 w=1", "baseline").pairs[0].against is only
+    assert pair_runs([only, *rates, *salt], "salt lr=1e-3 w=1", "baseline").pairs[0].against is rates[0]
+    assert pair_runs([*rates, *salt], "salt lr=1e-3 w=1", "baseline lr=2e-3").pairs[0].against is rates[1]
     nearest = run("baseline", 1, CURVE, settings={"lr": "1e-3", "w": "1"})
     assert pair_runs([*rates, nearest, *salt], "salt lr=1e-3 w=1", "baseline").pairs[0].against is nearest
 
