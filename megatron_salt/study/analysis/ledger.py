@@ -2,7 +2,8 @@
 
 FLOPs of the run come from its own log (`student_flops`, `teacher_flops`), which counts matrix products as Megatron-LM does; the split into
 layers and output heads follows model/flops.py. Evaluations are in no account. Seconds are those of training steps on the run's own ranks;
-evaluations and saves are told beside them. What was done before the run (a `Preparation`) is added by the kind of its arm.
+evaluations and saves are told beside them. What was done before the run (a `Preparation`) is added by the kind of its arm. A run that
+reads a teacher's cache is charged with what it computed; what the cache spared it is told beside.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from megatron_salt.config import ModelConfig, RunConfig
-from megatron_salt.metrics.history import Curve
+from megatron_salt.metrics.history import CacheUse, Curve
 from megatron_salt.model.flops import head_flops, layer_flops
 from megatron_salt.study.results import Kind, RunResult, RunState
 
@@ -115,6 +116,10 @@ class RunCost:
     """Of training steps: {"data", "teacher", "forward-backward", "optimizer", "other"}. None: no log, or one of a part of the run"""
     beside: Mapping[str, float]
     """Seconds of evaluations ("eval", tasks included) and of saves ("save") in the log; in no account. The last save is not in the log."""
+    spared: float
+    """FLOPs of the teacher's layers that were not computed, because a cache had what they would give; in no account"""
+    cache: CacheUse | None
+    """None: the run had no --teacher-cache, or its log does not tell"""
     preparation: Preparation
 
     def before(self, account: Account) -> dict[Before, Spent] | None:
@@ -139,14 +144,17 @@ class RunCost:
 def cost_of(result: RunResult, preparation: Preparation) -> RunCost:
     """The cost of a run, from its log and its own record of its flags."""
     curve = result.curve
+    flops = None if curve is None else _run_flops(curve, result.config, preparation.teacher)
     return RunCost(
         label=result.label,
         kind=result.kind,
         seed=result.seed,
         state=result.state,
-        flops=None if curve is None else _run_flops(curve, result.config, preparation.teacher),
+        flops=flops,
         seconds=_run_seconds(curve) if curve is not None and curve.is_whole else None,
         beside={} if curve is None else {"eval": _evaluation_seconds(curve), "save": curve.phases.get("save", 0.0)},
+        spared=0.0 if curve is None or flops is None else _spared(curve, result.config, preparation.teacher, flops),
+        cache=None if curve is None else curve.teacher_cache,
         preparation=preparation,
     )
 
@@ -171,7 +179,7 @@ def _run_flops(curve: Curve, config: RunConfig | None, teacher: ModelConfig | No
     rows = output_rows(curve, config)
     if teacher is None or rows is None:
         return found | {"teacher": of_teacher}
-    head = _taught_tokens(curve, teacher, length, rows) * head_flops(teacher, rows)
+    head = min(_taught_tokens(curve, teacher, length, rows) * head_flops(teacher, rows), of_teacher)
     return found | {"teacher layers": of_teacher - head, "teacher head": head}
 
 
@@ -194,6 +202,16 @@ def _taught_tokens(curve: Curve, teacher: ModelConfig, length: int, rows: int) -
     if not curve.is_whole:
         tokens[0] = flops[0] / (teacher.num_layers * layer_flops(teacher, length) + head_flops(teacher, rows))
     return float(tokens[grew].sum())
+
+
+def _spared(curve: Curve, config: RunConfig | None, teacher: ModelConfig | None, flops: Mapping[RunPhase, float]) -> float:
+    """See `RunCost.spared`; 0 for a run without a cache."""
+    if "train/teacher_cached" not in curve.of_steps or config is None or teacher is None or "teacher layers" not in flops:
+        return 0.0
+    length, rows = config.training.seq_length, output_rows(curve, config)
+    assert rows is not None
+    live = _taught_tokens(curve, teacher, length, rows) * teacher.num_layers * layer_flops(teacher, length)
+    return max(0.0, live - flops["teacher layers"])
 
 
 _TRAINING = ("data", "teacher", "forward-backward", "optimizer")
@@ -220,6 +238,9 @@ FLOP_HEADS = (
 SECOND_HEADS = (
     "run", "seed", "state", *_TRAINING, "other", "teacher training", "scoring", "selection", "grow source",
     *(f"seconds, {words}" for words in ACCOUNT_WORDS.values()), "evaluations beside", "saves beside",
+)  # fmt: skip
+CACHE_HEADS = (
+    "run", "seed", "state", "FLOPs not computed", "MiB read", "seconds reading", "MiB written", "seconds writing",
 )  # fmt: skip
 ACCOUNT_HEADS = (
     "arm", "finished", *(f"{unit}, {words}" for words in ACCOUNT_WORDS.values() for unit in ("FLOPs", "seconds")),
@@ -261,6 +282,19 @@ def second_rows(costs: Sequence[RunCost]) -> list[list[str]]:
         return [*_names(cost), *map(number, [*cells, *totals, cost.beside.get("eval"), cost.beside.get("save")])]
 
     return [row(cost) for cost in costs]
+
+
+def cache_rows(costs: Sequence[RunCost]) -> list[list[str]]:
+    """Rows of CACHE_HEADS, of the runs with a teacher's cache alone. Seconds are those of threads beside the training."""
+    rows = []
+    for cost in costs:
+        use = cost.cache
+        if use is not None:
+            cells = [use.bytes_read / 2**20, use.seconds_reading, use.bytes_written / 2**20, use.seconds_writing]
+            rows.append([*_names(cost), number(cost.spared), *map(number, cells)])
+        elif cost.spared:
+            rows.append([*_names(cost), number(cost.spared), *"----"])
+    return rows
 
 
 def account_rows(costs: Sequence[RunCost]) -> list[list[str]]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_salt.metrics.history import read_curve
+from megatron_salt.errors import UserError
+from megatron_salt.metrics.history import CacheUse, read_curve
 from megatron_salt.study.analysis.ledger import (
     ACCOUNT_HEADS,
     ACCOUNTS,
+    CACHE_HEADS,
     FLOP_HEADS,
     SECOND_HEADS,
     Preparation,
     Spent,
     account_rows,
+    cache_rows,
     cost_of,
     costs_of,
     flop_rows,
@@ -97,13 +101,35 @@ def test_what_is_not_known_is_told_as_such() -> None:
     assert set(flop_rows([none])[0][3:7]) == {"-"}
 
 
-def test_a_cached_teacher_costs_its_head_alone() -> None:
-    """Where the layers' output was read from a cache, `teacher_flops` has the head's 40 FLOPs a token."""
+def test_a_cached_teacher_costs_its_head_and_what_the_cache_lacked(tmp_path: Path) -> None:
+    """`teacher_flops` has the head's 40 FLOPs for all 72 tokens of stage 1, and the layers' 88 for a half of them."""
     whole = run("salt", 1, CURVE, teacher_steps=4)
-    assert whole.curve is not None and whole.curve.flops is not None
-    cached = whole.curve.of_steps | {"train/teacher_flops": whole.curve.of_steps["train/teacher_flops"] * 40 / 128}
-    cost = cost_of(replace(whole, curve=replace(whole.curve, of_steps=cached)), PREPARATION)
-    assert cost.flops is not None and cost.flops["teacher layers"] == 0 and cost.flops["teacher head"] == 40 * 72
+    assert whole.curve is not None
+    half = {"train/teacher_flops": whole.curve.of_steps["train/teacher_flops"] * (40 + 44) / 128}
+    cached = half | {"train/teacher_cached": np.full(10, 0.5)}
+    use = CacheUse(3 << 20, 1 << 20, 0.5, 0.25)
+    cost = cost_of(
+        replace(whole, curve=replace(whole.curve, of_steps=whole.curve.of_steps | cached, teacher_cache=use)), PREPARATION
+    )
+    assert cost.flops is not None and cost.flops["teacher layers"] == 44 * 72 and cost.flops["teacher head"] == 40 * 72
+    assert cost.spared == 44 * 72 and cost.total_flops("existed") == 10 * STUDENT_STEP + 84 * 72
+    plain = cost_of(whole, PREPARATION)
+    assert plain.spared == 0 and plain.cache is None
+    assert cache_rows([plain, cost]) == [["salt", "1", "finished", "3168", "3", "0.5", "1", "0.25"]]
+    assert len(CACHE_HEADS) == 8
+
+
+def test_the_use_of_a_cache_is_summed_over_the_starts_of_a_run(tmp_path: Path) -> None:
+    facts = {"bytes_read": 7, "bytes_written": 2, "seconds_reading": 0.5, "seconds_writing": 0.125, "steps": 2}
+    with open_log(tmp_path) as log:
+        log.step(record(1))
+        log.event(1, "leaving", {"teacher_cache": facts})
+        log.event(1, "teacher cache", {"teacher_cache": facts | {"bytes_read": 1}})
+    assert read_curve("salt", tmp_path / "log.jsonl").teacher_cache == CacheUse(8, 4, 1.0, 0.25)
+    log_file = tmp_path / "log.jsonl"
+    log_file.write_text(log_file.read_text().replace("bytes_written", "bytes"))
+    with pytest.raises(UserError, match="an entry lacks or garbles 'bytes_written'"):
+        read_curve("salt", log_file)
 
 
 def test_rows_of_the_output_weight_follow_from_the_log() -> None:
