@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_salt.errors import UserError
+
 TRAINER = "megatron_salt.pretrain"
 
 
@@ -23,7 +25,7 @@ class Job:
     """Program and arguments after the launcher, such as ("-m", "megatron_salt.pretrain", "--config", ...). Whoever starts a trainer adds
     --outcome-file; --save, --load and --exit-signal-handler stand here"""
     ranks: int
-    """Processes of torchrun; 0: a plain Python program without ranks"""
+    """Processes, which torchrun starts where there are several; 0: a plain Python program without ranks"""
     directory: Path
     """Its own alone: its log and outcome file go there, whoever starts it makes it; --save of a run"""
     needs: tuple[str, ...]
@@ -70,4 +72,4 @@ class SlurmOptions:
     def __post_init__(self) -> None:
         for name in ("ranks_per_node", "cpus_per_task"):
             if getattr(self, name) < 1:
-                raise ValueError(f"slurm: {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"slurm: {name} must be at least 1, got {getattr(self, name)}")

@@ -54,8 +54,6 @@ class Inputs:
 
     teacher_load: str | None = None
     stage1_selection: str | None = None
-    grown: str | None = None
-    """Directory of the stacked checkpoint"""
     teacher_flops: float | None = None
     """FLOPs of the teacher's training"""
     vocabulary_size: int | None = None
@@ -105,8 +103,6 @@ def arm_flags(
         return own | {"teacher_load": inputs.teacher_load, "kd_steps": plan.total_steps}
     if arm.kind == "longer":
         return own | longer(build(overlaid(base, own)), ranks, inputs)
-    if arm.kind == "grow":
-        return own | {"load": inputs.grown, "finetune": True}
     return own
 
 

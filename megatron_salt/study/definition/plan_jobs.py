@@ -7,9 +7,9 @@ there once. Runs come seed by seed, so that a study that is stopped half-way has
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_salt.config import RunConfig, flag
 from megatron_salt.config.run import field_types, sections
@@ -34,10 +34,12 @@ from megatron_salt.train.plan import check
 
 CONFIG = "config.yaml"
 """In the directory of a job of training: what it is started with"""
+FINETUNE = "--finetune"
+JobKind = Literal["teacher", "score", "select", "grow", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedRun:
+class StudyRun:
     """One run of the study: an arm with one seed and one value on at most one axis."""
 
     arm: str
@@ -64,7 +66,7 @@ class StudyPlan:
 
     jobs: tuple[Job, ...]
     """Each after those that it needs"""
-    runs: tuple[PlannedRun, ...]
+    runs: tuple[StudyRun, ...]
     configs: Mapping[str, RunConfig]
     """{job: configuration} of every job of training"""
 
@@ -87,6 +89,13 @@ class TeacherFacts:
     """Ids of the data's tokenizer"""
     training_flops: Mapping[str, float]
     """{teacher: FLOPs of its training}"""
+
+
+def goes_on(job: Job) -> Job:
+    """The job as it is started where it has a checkpoint of its own: without the flags of its first start, `--load DIR --finetune`."""
+    if FINETUNE not in job.command:
+        return job
+    return replace(job, command=job.command[: job.command.index("--load")])
 
 
 def plan_jobs(study: Study, facts: TeacherFacts | None) -> StudyPlan:
@@ -120,7 +129,7 @@ class _Planner:
     def __init__(self, study: Study, facts: TeacherFacts | None) -> None:
         self.study, self.facts = study, facts
         self.jobs: dict[str, Job] = {}
-        self.runs: list[PlannedRun] = []
+        self.runs: list[StudyRun] = []
         self.configs: dict[str, RunConfig] = {}
 
     def config_of(self, arm: Arm, seed: int, setting: Mapping[str, Any]) -> RunConfig:
@@ -132,7 +141,6 @@ class _Planner:
             inputs = Inputs(
                 teacher_load=None if teacher is None else str(checkpoints_of(study, teacher)),
                 stage1_selection=None if arm.selection is None else str(selection_of(study, arm, seed)),
-                grown=str(stacked_of(study, place_of(arm, seed, setting))),
                 teacher_flops=None if facts is None or teacher is None else facts.training_flops[teacher.name],
                 vocabulary_size=None if facts is None else facts.vocabulary_size,
             )
@@ -148,7 +156,8 @@ class _Planner:
         """Add a run and what it needs."""
         study, place = self.study, place_of(arm, seed, setting)
         config = self.config_of(arm, seed, setting)
-        needs = []
+        needs: list[str] = []
+        begin: tuple[str, ...] = ()
         if config.salt.teacher_load is not None:
             assert arm.teacher is not None
             needs += self._teacher(study.teachers[arm.teacher])
@@ -156,9 +165,10 @@ class _Planner:
             needs.append(self._selection(arm, seed, config))
         if arm.grow is not None:
             needs.append(self._grown(arm, config, place))
+            begin = ("--load", str(stacked_of(study, place)), FINETUNE)
         settings = {axis: as_text(value) for axis, value in setting.items()}
         name = "-".join(place.parts)
-        run = PlannedRun(
+        run = StudyRun(
             arm=arm.name,
             kind=arm.kind,
             seed=seed,
@@ -169,7 +179,7 @@ class _Planner:
             teacher=arm.teacher,
         )
         self.runs.append(run)
-        self._training(name, "run", config, study.ranks, needs, run)
+        self._training(name, "run", config, study.ranks, needs, run, begin)
 
     def _teacher(self, teacher: Teacher) -> list[str]:
         """Names of the jobs that make a teacher: none where it exists."""
@@ -186,19 +196,27 @@ class _Planner:
             check(config, teacher.ranks)
         except UserError as error:
             raise UserError(f"teacher {teacher.name}: {error}") from error
-        self._training(name, "teacher", config, teacher.ranks, [], None)
+        self._training(name, "teacher", config, teacher.ranks)
         return [name]
 
     def _training(
-        self, name: str, kind: Any, config: RunConfig, ranks: int, needs: Iterable[str], run: PlannedRun | None
+        self,
+        name: str,
+        kind: JobKind,
+        config: RunConfig,
+        ranks: int,
+        needs: Iterable[str] = (),
+        run: StudyRun | None = None,
+        begin: tuple[str, ...] = (),
     ) -> None:
+        """Add a job of training. begin: flags of a start without a checkpoint of its own."""
         assert config.checkpoint.save is not None
         directory = Path(config.checkpoint.save)
         self.configs[name] = config
         job = Job(
             name=name,
             kind=kind,
-            command=("-m", TRAINER, "--config", str(directory / CONFIG)),
+            command=("-m", TRAINER, "--config", str(directory / CONFIG), *begin),
             ranks=ranks,
             directory=directory,
             needs=tuple(needs),
@@ -226,7 +244,7 @@ class _Planner:
         except UserError as error:
             raise UserError(f"arm {arm.name}, the model that is stacked: {error}") from error
         source = f"source-{'-'.join(place.parts)}"
-        self._training(source, "grow", shallow, self.study.ranks, [], None)
+        self._training(source, "grow", shallow, self.study.ranks)
         stacking = stack_job(self.study, config, place, source)
         self._add(stacking)
         return stacking.name

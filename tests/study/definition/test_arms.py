@@ -16,9 +16,7 @@ BASE = {
 SALT = {"kd_steps": 4, "kd_weight": 0.5, "stage2_data": "unseen", "kd_transition": "linear", "kd_transition_steps": 2}
 STEP_FLOPS = 2 * 4 * 3 * (2 * (2 * (8 * 8 * 4 + 2 * 8 * 32) + 2 * 2 * 8 * 2) + 2 * 8 * 12)
 """Of BASE: 2 samples x 4 tokens x (forward + backward) x (2 layers x (projections, an MLP of width 4 h, attention) + head of 12 rows)"""
-INPUTS = Inputs(
-    teacher_load="teacher", stage1_selection="s.npy", grown="grown", teacher_flops=3.9 * STEP_FLOPS, vocabulary_size=10
-)
+INPUTS = Inputs(teacher_load="teacher", stage1_selection="s.npy", teacher_flops=3.9 * STEP_FLOPS, vocabulary_size=10)
 
 
 def flags(kind: Kind, setting=None, base=BASE, **own):
@@ -35,7 +33,7 @@ def flags(kind: Kind, setting=None, base=BASE, **own):
         ("ds_only", {"stage1_selection": "s.npy", "kd_steps": 4, "kd_weight": 0.0, "stage2_data": "unseen"}),
         ("rkd", {"teacher_load": "teacher", "kd_steps": 10, "kd_weight": 0.5}),
         ("longer", {"train_iters": 13}),
-        ("grow", {"load": "grown", "finetune": True}),
+        ("grow", {}),
     ],
 )  # fmt: skip
 def test_flags_of_each_kind(kind, expected):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_salt.cli import parse_flags
 from megatron_salt.errors import UserError
-from megatron_salt.study.definition.plan_jobs import TeacherFacts, plan_jobs
+from megatron_salt.study.definition.plan_jobs import TeacherFacts, goes_on, plan_jobs
 from megatron_salt.study.definition.study import KINDS
 from megatron_salt.tools.flags.score_config import ScoreConfig
 from megatron_salt.tools.flags.select_config import SelectConfig
@@ -57,11 +57,14 @@ def test_runs_of_a_seed_differ_in_nothing_but_what_the_arm_is_about():
         assert config.checkpoint.save == str(run.directory) == f"out/runs/{run.arm}/seed_{run.seed}"
         if run.arm in ("salt", "rkd"):
             assert replace(config, salt=plain.salt, checkpoint=plain.checkpoint) == plain
-        if run.arm != "grow":  # goes on from its own checkpoint
-            assert config.checkpoint.load == config.checkpoint.save
-    grown = next(run.config for run in plan.runs if run.arm == "grow")
-    assert grown.checkpoint.load == "out/grow/grow/seed_1/stacked/checkpoint"
-    assert grown.checkpoint.finetune
+        assert config.checkpoint.load == config.checkpoint.save  # goes on from its own checkpoint
+
+
+def test_a_grown_run_begins_with_the_stacked_weights_and_goes_on_from_its_own():
+    job = next(job for job in plan_jobs(study(arms=ALL), FACTS).jobs if job.name == "grow-seed_1")
+    ordinary = ("-m", "megatron_salt.pretrain", "--config", "out/runs/grow/seed_1/config.yaml")
+    assert job.command == (*ordinary, "--load", "out/grow/grow/seed_1/stacked/checkpoint", "--finetune")
+    assert goes_on(job).command == goes_on(goes_on(job)).command == ordinary
 
 
 def test_the_jobs_before_runs_are_commands_of_the_tools():
