@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from megatron_salt.study.definition.plan_jobs import StudyPlan
     from megatron_salt.study.definition.study import Study
 
+REPORT = "report"
+"""In OUTPUT: the page, Markdown, CSV files and pictures"""
+
 T = TypeVar("T")
 
 
@@ -78,6 +81,7 @@ def study(command: StudyCommand) -> int:
 
     path = Path(command.study)
     defined = read_study(path)
+    text = path.read_bytes()
     longer = {arm.teacher for arm in defined.arms if arm.kind == "longer" and arm.teacher is not None}
     whole = plan_jobs(defined, read_teacher_facts(defined, longer) if longer else None)
     plan = whole.part(
@@ -92,11 +96,11 @@ def study(command: StudyCommand) -> int:
     status = 0
     if not command.only_report:
         with sole_writer("output", defined.output):
-            jobs = begin(plan, defined.output, path.read_bytes())
+            jobs = begin(plan, defined.output, text)
         slurm = (defined.slurm or SlurmOptions()) if command.slurm else None
         status = run_jobs(jobs, defined.output, command.local, slurm=slurm)
     if status < 128:
-        report(defined, whole, path)
+        report(defined, whole, text.decode("utf-8"))
     return status
 
 
@@ -126,9 +130,13 @@ def show(defined: Study, plan: StudyPlan) -> None:
     print(f"FLOPs: {total:.3g} in all, {rest:.3g} of them in jobs that are not done")
 
 
-def report(defined: Study, plan: StudyPlan, path: Path) -> None:
-    """Write the report of all runs of a plan, whatever state they are in."""
+def report(defined: Study, plan: StudyPlan, definition: str) -> None:
+    """Write the report of all runs of a plan, whatever state they are in, and print their states. definition: text of STUDY.yaml."""
+    from megatron_salt.study.preparations import read_preparations
     from megatron_salt.study.read_runs import PlannedRun, read_run
+    from megatron_salt.study.report.facts import StudyFacts
+    from megatron_salt.study.report.machine import this_machine
+    from megatron_salt.study.report.write import write_report
 
     steps = {job.name: job.steps for job in plan.jobs}
     results = [
@@ -139,10 +147,20 @@ def report(defined: Study, plan: StudyPlan, path: Path) -> None:
         )
         for run in plan.runs
     ]
+    facts = StudyFacts(
+        name=defined.output.name,
+        primary=defined.primary,
+        figures=defined.figures,
+        preparation_of=read_preparations(defined, plan),
+        definition=definition,
+        machine=this_machine(),
+    )
+    written = write_report(facts, results, defined.output / REPORT)
     for result in results:
         final = None if result.curve is None else result.curve.final
         figure = "" if final is None else f"  held-out loss {final:.4f}"
         print(f"{result.label}, seed {result.seed}: {result.state}{figure}{f': {result.reason}' if result.reason else ''}")
+    print("wrote", *written)
 
 
 def _known(given: Collection[T], known: Sequence[T], flag_name: str) -> Collection[T]:
