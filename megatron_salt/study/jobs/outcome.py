@@ -49,8 +49,8 @@ def read_outcome(path: Path) -> Outcome | None:
 def last_error(log: Path, since: int = 0) -> str | None:
     """The last error in a log after its first `since` bytes, in one line; its last line where no error is named; None: it is empty.
 
-    An error is a line with "error: ", as our programs and launch.sh end, or else the last line of a traceback. A line of launch.sh that
-    only says "see the log" is none.
+    An error is a line with "error: ", as our programs and launch.sh end, or else the last line of a traceback. Where launch.sh only says
+    "see the log", the program's own error stands above it.
     """
     lines = [line for line in _tail(log, since) if line.strip()]
     refusals = [match[1] for line in lines if (match := _ERROR.match(line)) and not line.endswith(SEE_LOG)]
