@@ -99,6 +99,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.salt.layer_cost",
     "megatron_salt.salt.routing",
     "megatron_salt.salt.schedule",
+    "megatron_salt.salt.teacher_cache.manifest",
+    "megatron_salt.salt.teacher_cache.shards",
     "megatron_salt.metrics.arms",
     "megatron_salt.metrics.figure_text",
     "megatron_salt.metrics.history",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.study.analysis.crossings import SCALES, Crossing, Crossings, Scale, positions
 from megatron_salt.study.analysis.ledger import USED, Preparation, PreparationOf, number, output_rows
@@ -59,7 +61,7 @@ class Economics:
         head = f"{self.arm}, by {words}: {len(reached)} of {len(self.seeds)} seeds pass {self.against}'s final {self.figure}"
         if not reached:
             return f"{head}: no teacher pays, however cheap"
-        shares = [seed.share for seed in reached if seed.share is not None]
+        shares = [max(seed.share, 0.0) for seed in reached if seed.share is not None]
         if len(shares) < len(reached):
             return f"{head}: what the teacher may cost is not known"
         if max(shares) <= 0:
@@ -72,7 +74,7 @@ class Economics:
         if len(numbers) == len(reached):
             least, most = min(numbers), max(numbers)
             span = f"{least}" if least == most else f"{least} to {most}"
-            text += f"; it must be shared by at least {span} run{'' if most == 1 else 's'}"
+            text += "; it pays in a single run" if most == 1 else f"; it must be shared by at least {span} runs"
         return text
 
 
@@ -92,13 +94,13 @@ def economics(found: Crossings, preparation_of: PreparationOf, unit: Payer) -> E
 def _break_even(crossing: Crossing, preparation_of: PreparationOf, unit: Payer) -> BreakEven:
     if crossing.step is None:
         return BreakEven(seed=crossing.seed, reached=False, saved=0.0, share=0.0, token_share=None, runs_to_share=None)
-    share = crossing.shares[Scale(unit, "existed")]
+    at = positions(crossing.pair.arm, np.array([crossing.step]), Scale(unit, "existed"), preparation_of)
     whole = _whole(crossing, preparation_of, unit)
-    if share is None or whole is None:
+    if at is None or not whole:
         return BreakEven(seed=crossing.seed, reached=True, saved=None, share=None, token_share=None, runs_to_share=None)
-    saved, preparation = (1 - share) * whole, preparation_of(crossing.pair.arm)
+    saved, preparation = whole - float(at[0]), preparation_of(crossing.pair.arm)
     return BreakEven(
-        seed=crossing.seed, reached=True, saved=saved, share=1 - share,
+        seed=crossing.seed, reached=True, saved=saved, share=saved / whole,
         token_share=_token_share(crossing, preparation, saved) if unit == "flops" else None,
         runs_to_share=_runs_to_share(crossing, preparation, saved, unit),
     )  # fmt: skip
