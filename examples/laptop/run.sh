@@ -4,6 +4,7 @@
 #
 #     PIECES="1_learning_rate 3_main" PYTHON=python3 bash examples/laptop/run.sh [flags of tools/study.py]
 set -euo pipefail
+shopt -s nullglob
 cd "$(dirname "$0")/../.."
 
 PYTHON="${PYTHON:-python3}"
@@ -19,8 +20,10 @@ for piece in $PIECES; do
     "$PYTHON" tools/study.py "examples/laptop/$piece.yaml" --local 2 "$@"
 done
 
-# What a run evaluates while it trains is a part of each set. This is the whole of them, once, for the runs of the main piece.
-if [[ " $PIECES " == *" 3_main "* && " $* " != *" --dry-run "* ]]; then
-    "$PYTHON" tools/evaluate.py --load runs/laptop/3_main/runs/*/seed_* --output runs/laptop/3_main/whole_sets.json \
-        --data "test=$DATA/test_text_document" "prose=$DATA/prose_text_document" "python=$DATA/python_text_document" --overwrite
+# What a run evaluates while it trains is a part of each set. This is the whole of them, once, for the runs of the primary question.
+# A later start adds what is missing.
+ended=(runs/laptop/3_main/runs/{baseline,salt}/seed_*/latest_checkpointed_iteration.txt)
+if [[ " $PIECES " == *" 3_main "* && ${#ended[@]} -gt 0 ]]; then
+    "$PYTHON" tools/evaluate.py --load "${ended[@]%/*}" --output runs/laptop/3_main/whole_sets.json \
+        --data "test=$DATA/test_text_document" "prose=$DATA/prose_text_document" "python=$DATA/python_text_document"
 fi
