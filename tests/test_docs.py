@@ -29,12 +29,17 @@ PAGES = {
 README = PAGES["README.md"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-PROGRAMS = [ROOT / "megatron_salt/tools" / tool.name for tool in TOOLS]
+BODIES = {
+    tool.stem: next(re.finditer(r"^from (megatron_salt[\w.]+) import main$", tool.read_text(), re.MULTILINE))[1]
+    for tool in TOOLS
+}
+"""The module with the code of each tool: what tools/NAME.py runs."""
+PROGRAMS = [ROOT / f"{module.replace('.', '/')}.py" for module in BODIES.values()]
 SCRIPTS = {
-    name: target.partition(":")[0].rpartition(".")[2]
+    name: {module: tool for tool, module in BODIES.items()}.get(target.partition(":")[0], "pretrain")
     for name, target in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
 }
-"""Console scripts: name to the module's own name, such as salt-score to score_data."""
+"""Console scripts: name to that of the tool, such as salt-score to score_data."""
 NOT_OURS = {
     *(
         "--full",
@@ -104,11 +109,13 @@ def flags_of(config_class: type) -> set[str]:
 
 def tool_configs(name: str) -> list[type]:
     """The flags of a tool; of each command, where it has several."""
-    module = importlib.import_module(f"megatron_salt.tools.{name}")
+    module = importlib.import_module(BODIES[name])
     return [
         member
         for name, member in vars(module).items()
-        if name.endswith("Config") and dataclasses.is_dataclass(member) and member.__module__.startswith("megatron_salt.tools.")
+        if name.endswith("Config")
+        and dataclasses.is_dataclass(member)
+        and not member.__module__.startswith("megatron_salt.config")
     ]
 
 
