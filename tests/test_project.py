@@ -99,12 +99,14 @@ def executable(path: Path, text: str) -> None:
 
 
 def continuous_integration(tmp_path: Path, **environment: str) -> str:
-    """What `.ci/run` prints when `make` only says what it was called with, by a user who is not root and has a Python 3.12."""
+    """What `.ci/run` prints when `make` only says what it was called with, by a user who is not root and has a Python 3.12.
+
+    make.log in `tmp_path` has every call, those whose output is not shown too."""
     copy = tmp_path / "home/repository/.ci/run"
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text((ROOT / ".ci/run").read_text())
     programs = tmp_path / "bin"
-    executable(programs / "make", 'echo "make $* [${PIP_FIND_LINKS:-}]"')
+    executable(programs / "make", f'echo "make $* [${{PIP_FIND_LINKS:-}}]" | tee -a {tmp_path}/make.log')
     executable(programs / "id", "echo 1000")
     executable(programs / "python3.12", "exit 0")
     ended = subprocess.run(
@@ -124,11 +126,16 @@ def test_ci_takes_a_built_extension_where_there_is_one(tmp_path: Path, given: bo
     said = continuous_integration(tmp_path, **environment)
     assert f"make test-te PYTHON=python3.12, with built extensions from: {sources} (" in said
     assert f"make test-te PYTHON=python3.12 [{sources}]" in said
+    made = [line.partition(" [")[0] for line in (tmp_path / "make.log").read_text().splitlines()]
+    assert made[0] == "make setup-dev"
+    ahead = ["make .venv-docs/.installed", "make setup-dev PYTHON=python3.12", "make .venv-te/.installed PYTHON=python3.12"]
+    assert [line for line in made if line in ahead] == ahead and made.index(ahead[-1]) < made.index("make docs")
 
 
 def test_ci_compiles_where_there_is_no_built_extension(tmp_path: Path) -> None:
     said = continuous_integration(tmp_path)
     assert "from: nowhere, so it is compiled" in said and "make test-te PYTHON=python3.12 []" in said
+    assert "make .venv-te" not in (tmp_path / "make.log").read_text()
     assert "left out: make test-slurm, which needs root" in said
 
 

@@ -39,7 +39,7 @@ NOT_REPORTED = {
     "optimizer": {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"},
     "data": {"data_path", "verify_data"},  # other data is refused, or an event of its own
     "salt": {  # another teacher or schedule likewise
-        "teacher_load", "teacher_exchange_max_gib", "teacher_fp8_max_kl", "teacher_max_dropped_mass", "stage1_selection",
+        "teacher_load", "teacher_cache", "teacher_exchange_max_gib", "teacher_fp8_max_kl", "teacher_max_dropped_mass", "stage1_selection",
         "override_kd_schedule", "kd_weight", "kd_teacher_temperature", "kd_steps", "kd_transition", "kd_transition_steps",
         "kd_stop", "kd_stop_margin",
     },

@@ -57,6 +57,13 @@ class SaltConfig:
     """Refuse a run whose teacher hidden states take more than this in one step, in GiB.
     It counts the rank with most of them, with their copies in the buffers of the exchange."""
 
+    teacher_cache: str | None = None
+    """Directory in which the teacher's last hidden states are kept, so that other runs need not compute them.
+    A run writes what it computes, and reads what the directory had when the run began.
+    A run with the order of the first one has its curves bit for bit, whatever its weight or temperature.
+    Other teachers, data or sequence lengths are refused. All ranks must see the directory.
+    Size: hidden size x 2 bytes a token in bfloat16, x 4 in float32."""
+
     kd_weight: float = 0.667
     """Weight w of the teacher in stage 1. The loss of a token is
     (1 - w) x cross entropy with the label + w x cross entropy with the teacher's distribution."""
@@ -138,6 +145,11 @@ class SaltConfig:
             )
         if self.teacher_load is not None and self.kd_steps is None:
             raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
+        if self.teacher_cache is not None and self.teacher_load is None:
+            raise UserError(
+                f"--teacher-cache {self.teacher_cache} needs --teacher-load: it keeps what a teacher computes, and the teacher's "
+                "output layer is not in it"
+            )
         if self.stage1_selection is not None and self.kd_steps is None:
             raise UserError(f"--stage1-selection {self.stage1_selection} needs --kd-steps, the length of stage 1")
         if self.kd_steps is None and self.stage2_micro_batch_size is not None:

@@ -7,7 +7,7 @@ Types are checked here. The sections' own checks run when the sections are const
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -43,6 +43,21 @@ def read_sections(text: str, source: str) -> dict[str, dict[str, Any]]:
     return {name: _section_values(name, sections()[name], entries, source) for name, entries in tree.items()}
 
 
+def typed_leaf(name: Any, value: Any, where: str, known: Iterable[type] = ()) -> tuple[str, Any]:
+    """(section, value with the field's type) of one setting, `name: value`, outside of its section.
+
+    known: sections that may be named; default all. where: begins the message. Raises UserError.
+    """
+    allowed = {section: field_types(kind) for section, kind in sections().items() if not known or kind in known}
+    home = next((section for section, members in allowed.items() if name in members), None)
+    if home is None:
+        names = [leaf for members in allowed.values() for leaf in members]
+        raise UserError(f"{where}: unknown flag {name}{did_you_mean(str(name).replace('-', '_').lstrip('_'), names)}")
+    if name in NAMED_SETS:
+        value = _words_of_sets(value)
+    return home, typed_value(value, field_types(sections()[home])[name], f"{where}.{name}")
+
+
 def _load(text: str, source: str) -> dict[str, Any]:
     try:
         tree = yaml_core.load(text)
@@ -67,7 +82,7 @@ def _section_values(name: str, section: type, entries: Any, source: str) -> dict
             hint = f" (it belongs under {home}:)" if home else did_you_mean(str(key), hints)
             raise UserError(f"{source}: unknown key {name}.{key}{hint}")
     words = {key: _words_of_sets(value) if key in NAMED_SETS else value for key, value in entries.items()}
-    return {key: _typed(value, hints[key], f"{source}: {name}.{key}") for key, value in words.items()}
+    return {key: typed_value(value, hints[key], f"{source}: {name}.{key}") for key, value in words.items()}
 
 
 def _words_of_sets(value: Any) -> Any:
@@ -82,12 +97,12 @@ def _words_of_sets(value: Any) -> Any:
     ]
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
+def typed_value(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`; an int may stand for a float, a list for a tuple. `where` begins the error message."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         inner = next(choice for choice in choices if choice is not type(None))
-        return None if value is None else _typed(value, inner, where)
+        return None if value is None else typed_value(value, inner, where)
     if origin is Literal:
         if value in choices:
             return value
@@ -97,7 +112,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise UserError(f"{where}: expected a list such as [a, b], got {_described(value)}")
-        return tuple(_typed(_as_word(item, choices[0]), choices[0], f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(typed_value(_as_word(item, choices[0]), choices[0], f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is hint:

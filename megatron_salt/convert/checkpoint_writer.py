@@ -48,22 +48,28 @@ class Converted:
 
 
 @contextmanager
-def whole_directory(flag_name: str, out: Path) -> Iterator[Path]:
+def whole_directory(flag_name: str, out: Path, replaces: bool = False) -> Iterator[Path]:
     """The name under which to fill a directory `out`; it gets its own name when the block ends. After an error nothing is left.
 
-    After a kill `out.partial` is left; the next call removes it. Raises UserError where `out` exists or cannot be made, or another
-    process is making it; the block's OSError gets a name of a file.
+    replaces: a directory of that name makes room at the very end; until then, and after an error, it is as before. After a kill
+    `out.partial` is left, or the old one as `out.replaced`; the next call removes them. Raises UserError where `out` exists or cannot be
+    made, or another process is making it; the block's OSError gets a name of a file.
     """
     partial = out.with_name(out.name + ".partial")
-    refuse_existing(flag_name, out)
+    if not replaces:
+        refuse_existing(flag_name, out)
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         with _empty_directory(flag_name, out, partial):
             yield partial
             sync(partial)
+            if replaces:
+                _make_room(out)
             refuse_existing(flag_name, out)
             partial.rename(out)
             sync(out.parent)
+            if replaces:
+                remove(_replaced(out))
     except BaseException as error:
         for parent in made:  # the deepest first; another process may use it
             with suppress(OSError):
@@ -71,6 +77,17 @@ def whole_directory(flag_name: str, out: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:
             raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(out.name + ".replaced")
+
+
+def _make_room(out: Path) -> None:
+    """Rename a directory of this name, if there is one."""
+    if out.is_dir() and not out.is_symlink():
+        remove(_replaced(out))
+        out.rename(_replaced(out))
 
 
 @contextmanager

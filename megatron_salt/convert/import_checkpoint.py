@@ -41,7 +41,7 @@ def write_imported(
     """
     dtype = choose_dtype(weights.dtypes(), wanted, where)
     pieces = pieces_of(weights, foreign, dtype, where)
-    refuse_no_space(out, sum(map(_bytes, pieces)))
+    refuse_no_space("--to", out, sum(map(_bytes, pieces)))
     parameters = num_parameters(foreign.model, foreign.vocabulary_size, foreign.context)
     print(f"{where}: {foreign.architecture}, {parameters / 1e9:.3f}B parameters, context {foreign.context}; written in {dtype}")
     converted = Converted(
@@ -58,7 +58,9 @@ def write_imported(
         def done(piece: Piece) -> None:
             bar.add(bar.done + 1, [1, _bytes(piece) / 1e6])
 
-        name = write_checkpoint(directory, converted, pieces, lambda made, what: _losses(made, what, witness, where), done).name
+        name = write_checkpoint(
+            directory, converted, pieces, lambda made, what: recorded_losses(made, what, witness, where), done
+        ).name
         print(bar.close())
     print(f"{out / name} is whole; --teacher-load {out} makes it a teacher")
 
@@ -67,17 +69,17 @@ def _bytes(piece: Piece) -> int:
     return piece.dtype.itemsize * math.prod(piece.shape)
 
 
-def refuse_no_space(out: Path, needed: int) -> None:
+def refuse_no_space(flag_name: str, out: Path, needed: int) -> None:
     """Raise UserError where the file system has not the room for `needed` bytes."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise UserError(f"--to {out} needs {needed / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB free")
+        raise UserError(f"{flag_name} {out} needs {needed / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB free")
 
 
-def _losses(directory: Path, converted: Converted, witness: Witness | None, where: str) -> ReferenceLosses:
+def recorded_losses(directory: Path, converted: Converted, witness: Witness | None, where: str) -> ReferenceLosses:
     """The losses of what was written, layer by layer; compared with those of transformers where it is installed."""
     tensors = TensorFiles(directory, safe_unpickle.read_metadata(directory))
     model, ids = converted.model, converted.vocabulary_size

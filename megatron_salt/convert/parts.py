@@ -7,14 +7,16 @@ layers in front.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_salt.config import ModelConfig
+from megatron_salt.errors import UserError
 
 Shape = tuple[int, ...]
 Join = Callable[[Sequence[Tensor]], Tensor]
@@ -52,6 +54,21 @@ def parts_of(architecture: str, model: ModelConfig, vocabulary_size: int, contex
     if architecture == "GPTModel":
         return _gpt_model(model, vocabulary_size, context)
     return _llama(architecture, model, vocabulary_size)
+
+
+def refuse_missing(
+    parts: Sequence[Part], num_layers: int, sizes: Mapping[str, tuple[Shape, torch.dtype]], directory: Path
+) -> None:
+    """Raise UserError where a checkpoint lacks a tensor of its model, or has it in another shape.
+
+    sizes: of the tensors that the checkpoint in `directory` holds.
+    """
+    for part in parts:
+        wanted = part.shape if part.layer is None else (num_layers, *part.shape)
+        saved = sizes[part.key][0] if part.key in sizes else None
+        if saved != wanted:
+            there = "missing" if saved is None else str(list(saved))
+            raise UserError(f"{directory}: {part.key} is {there}, and its state.json makes it {list(wanted)}")
 
 
 # ---- shapes of ours, and the ways to join --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ next step's microbatches in a thread while the device works on this step's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +23,17 @@ from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import SkipRanges
 from megatron_salt.parallel.device import to_device
 from megatron_salt.parallel.layout import context_slice
+
+
+@dataclass(frozen=True)
+class CachedHidden:
+    """The teacher's last hidden states of a microbatch, as far as a cache holds them (salt/teacher_cache)."""
+
+    present: np.ndarray
+    """bool [b]: which samples the cache holds"""
+    hidden: Tensor | None
+    """[s/(cp*tp), b, h_t], this rank's share of the sequence, on the CPU; undefined where a sample is not present. None on ranks that are
+    not of the student's last stage"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,8 @@ class Microbatch:
     """int64 [b, L]: index of the token's document in the sample, from 0; None without --reset-attention-mask"""
     sample_ids: np.ndarray
     """int64 [b]: global ids"""
+    cached: CachedHidden | None = None
+    """None: no sample of the step is in a cache. `to_device` leaves it out"""
 
     def to_device(self, context_parallel_size: int = 1, cp_rank: int = 0) -> Microbatch:
         """The microbatch on `current_device()`, cut to the positions of a context-parallel rank: [b, L / context_parallel_size].
@@ -93,6 +106,23 @@ def merge_microbatches(microbatches: Sequence[Microbatch]) -> Microbatch:
     )
 
 
+def take_samples(microbatch: Microbatch, rows: np.ndarray) -> Microbatch:
+    """A microbatch of these samples of another one, in this order: int [n]."""
+    index = torch.from_numpy(rows)
+    return Microbatch(
+        tokens=microbatch.tokens[index],
+        labels=microbatch.labels[index],
+        loss_mask=microbatch.loss_mask[index],
+        position_ids=microbatch.position_ids[index],
+        documents=None if microbatch.documents is None else microbatch.documents[index],
+        sample_ids=microbatch.sample_ids[rows],
+    )
+
+
+AddCached = Callable[[list[Microbatch]], list[Microbatch]]
+"""Adds `Microbatch.cached` to the microbatches of a step. Called in the thread that reads them."""
+
+
 class Batches:
     """The share of one data-parallel replica in each global batch.
 
@@ -111,9 +141,10 @@ class Batches:
         skip: SkipRanges = (),
         since: int = 0,
         end: int | None = None,
+        add_cached: AddCached | None = None,
     ) -> None:
         """since: consumed count at which the order of `samples` begins. end: consumed count from which on samples only fill the last
-        batch: their loss does not count; None: all count."""
+        batch: their loss does not count; None: all count. add_cached: None where there is no cache."""
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, (global_batch_size, micro_batch_size, num_replicas)
         assert 0 <= replica < num_replicas, (replica, num_replicas)
         self.samples = samples
@@ -122,7 +153,13 @@ class Batches:
         self.since = since
         self._share = global_batch_size // num_replicas
         self._first = replica * self._share
-        self._skip, self._end = skip, end
+        self._skip, self._end, self._add_cached = skip, end, add_cached
+
+    def with_cached(self, add_cached: AddCached) -> Batches:
+        """The same, with hidden states of a cache. `in_microbatches_of` and `going_on_with` leave them out again."""
+        batches = self._like(self.samples, micro_batch_size=self.micro_batch_size, since=self.since)
+        batches._add_cached = add_cached
+        return batches
 
     def in_microbatches_of(self, size: int) -> Batches:
         """The same samples of the same global batches, cut into microbatches of another size."""
@@ -148,6 +185,10 @@ class Batches:
         """Position in the order after `consumed` samples: samples drawn plus samples that --skip-samples jumped over."""
         return int(passed_positions(np.array([consumed]), self._skip, self.since)[0])
 
+    def sample_ids(self, consumed: int, count: int) -> np.ndarray:
+        """Global ids of the `count` samples, of all replicas, that follow after `consumed` samples: int64 [count]."""
+        return self.samples.ids(stream_positions(np.arange(consumed, consumed + count), self._skip, self.since))
+
     def fetch(self, consumed: int) -> list[Microbatch]:
         """Microbatches of this replica in the step that starts after `consumed` samples."""
         counts = np.arange(consumed + self._first, consumed + self._first + self._share)
@@ -160,7 +201,7 @@ class Batches:
         if self._end is not None:
             for start, microbatch in zip(range(0, self._share, size), microbatches, strict=True):
                 microbatch.loss_mask[torch.from_numpy(counts[start : start + size] >= self._end)] = 0
-        return microbatches
+        return microbatches if self._add_cached is None else self._add_cached(microbatches)
 
     def first(self, count: int) -> list[Microbatch]:
         """The first `count` samples of the order, one sample a microbatch: the same on every replica, at any consumed count."""

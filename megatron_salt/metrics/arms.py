@@ -6,7 +6,6 @@ seed. Positions on an axis (seconds, FLOPs) are means over the seeds too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,13 +101,19 @@ class Passing:
         return f"{self.arm} passed {target} at {', '.join(told)}"
 
 
+def first_better(steps: np.ndarray, values: np.ndarray, target: float, figure: str) -> int | None:
+    """The first of the steps, ascending, whose value is better than `target`, not as good; None: none is, or the target is not a number."""
+    better = values > target if more_is_better(figure) else values < target
+    return int(steps[np.argmax(better)]) if better.any() else None
+
+
 def passing(arm: Arm, other: Arm, figure: str) -> Passing:
     """When `arm` was first better than the other's final figure. UserError where one of them lacks it."""
     own, target = arm.band(figure), float(other.band(figure).mean[-1])
-    better = own.mean > target if more_is_better(figure) else own.mean < target
-    if not better.any() or math.isnan(target):
+    step = first_better(own.steps, own.mean, target, figure)
+    if step is None:
         return Passing(arm.name, other.name, figure, target, None)
-    at, end = own.steps[[int(np.argmax(better))]], np.array([other.last_common_step()])
+    at, end = np.array([step]), np.array([other.last_common_step()])
     axes: list[Axis] = ["steps", "flops", "seconds"]
     curves = (*arm.curves, *other.curves)
     if any(curve.flops is None for curve in curves):

@@ -45,6 +45,9 @@ class Curve:
     """float64 [n], sum of the step times since the log began; evaluations and saves do not count"""
     flops: np.ndarray | None
     """float64 [n], of student and teacher since the run began; None: an earlier release wrote the log"""
+    phases: dict[str, float]
+    """{"data", "teacher", "forward-backward", "optimizer", "eval", "save": seconds}, sums over the log; what comes after the last step is
+    not in them"""
     of_steps: dict[str, np.ndarray]
     """{"train/loss" and so on: float64 [n]}; nan where a step lacks the number"""
     of_evaluations: dict[str, dict[int, float]]
@@ -130,6 +133,7 @@ def read_curve(name: str, path: Path) -> Curve:
             tokens=np.cumsum(np.array([int(row["tokens"]) for row in rows], np.int64)),
             seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
             flops=_flops(rows),
+            phases=_phases(rows),
             of_steps=_of_steps(rows),
             of_evaluations=_of_evaluations(evaluations) | _of_evaluations(tasks, "task/"),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
@@ -190,6 +194,15 @@ def _flops(rows: list[dict[str, Any]]) -> np.ndarray | None:
     if not all("student_flops" in row and row["teacher_flops"] is not None for row in rows):
         return None
     return np.array([row["student_flops"] + row["teacher_flops"] for row in rows], np.float64)
+
+
+def _phases(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """{phase: seconds} summed over the steps; empty for a log without phases. ValueError for seconds that are no number."""
+    found: dict[str, float] = {}
+    for row in rows:
+        for phase in row.get("phases", {}):
+            found[phase] = found.get(phase, 0.0) + _number(row["phases"] | {"step": row["step"]}, phase)
+    return found
 
 
 def _loss(row: dict[str, Any]) -> float:

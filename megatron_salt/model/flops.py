@@ -29,9 +29,14 @@ def head_flops(model: ModelConfig, padded_vocabulary_size: int) -> float:
     return 2.0 * model.hidden_size * padded_vocabulary_size
 
 
+def body_flops(model: ModelConfig, seq_length: int) -> float:
+    """All layers, without the output layer: what a teacher's cache saves."""
+    return model.num_layers * layer_flops(model, seq_length)
+
+
 def forward_flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size: int) -> float:
     """FLOPs of the forward pass of one token, output layer included: the cost of a teacher."""
-    return model.num_layers * layer_flops(model, seq_length) + head_flops(model, padded_vocabulary_size)
+    return body_flops(model, seq_length) + head_flops(model, padded_vocabulary_size)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocabulary_size: int) -> float:

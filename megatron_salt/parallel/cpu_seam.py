@@ -4,7 +4,8 @@ Import it before any `megatron` import: that applies the patches once, and insta
 GPU (`torch.cuda.is_available()`) it patches nothing else, so megatron-core and torch run unchanged. Without a GPU the CPU answers
 device="cuda" in factory calls, `.cuda()`, `Tensor.type()`, `torch.cuda.*`, autocast and the CUDA random generator, and
 gradient-accumulation fusion gets a CPU version of its weight-gradient kernel. Of megatron-core's functions only two are replaced:
-the random-state helpers in `tensor_parallel/random.py`, which call torch's C code for CUDA.
+the random-state helpers in `tensor_parallel/random.py`, which call torch's C code for CUDA. Those that it marks for torch.compile
+stay as they are written.
 """
 
 from __future__ import annotations
@@ -162,6 +163,21 @@ def _map_autocast() -> None:
     torch.amp.custom_fwd, torch.amp.custom_bwd = on_the_cpu(torch.amp.custom_fwd), on_the_cpu(torch.amp.custom_bwd)
 
 
+def _import_megatron_uncompiled() -> None:
+    """megatron-core marks its fused functions for torch.compile, which imports torch's compiler: a third of the time that a process takes
+    to start. A run on the CPU calls none of them."""
+
+    def as_written(function: Callable) -> Callable:
+        return function
+
+    compiler, torch.compile = torch.compile, as_written
+    try:
+        import megatron.core.jit as jit
+    finally:
+        torch.compile = compiler
+    jit.disable_jit_fuser()  # for modules that are imported later
+
+
 def _map_generator() -> None:
     """The default CPU generator is also the CUDA generator. With a separate one every dropout would have to name it."""
     generator = torch.random.default_generator
@@ -214,4 +230,5 @@ if _ON_CPU:
     _install()
 refuse_half_engine()  # megatron-core's imports would end in a traceback
 if _ON_CPU:
+    _import_megatron_uncompiled()
     _map_generator()

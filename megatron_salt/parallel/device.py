@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 SENDS_COPY = torch.cuda.is_available()
@@ -26,6 +29,28 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     A copy to a GPU goes through pinned memory and is asynchronous; torch keeps the pinned buffer until the copy is done.
     """
     return tensor.pin_memory().to(current_device(), non_blocking=True) if torch.cuda.is_available() else tensor
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Undefined memory on the host, from which `to_device` copies without another copy: pinned where there is a GPU."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
+def begin_to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Begin to copy a tensor to the host. -> (the copy, contiguous; a function that waits until it is whole, from any thread).
+
+    Nothing here waits for the device.
+    """
+    copy = host_buffer(tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)
+    if not tensor.is_cuda:
+        return copy, _nothing
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, partial(reach, arrived)
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
 def reach(event: torch.cuda.Event) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint import loading, rng, sharded_state
+from megatron_salt.checkpoint.run_state import OpenedCheckpoint
 from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
@@ -80,13 +81,15 @@ def admit(
     text: Sequence[Microbatch] = (),
     windows: Sequence[Microbatch] = (),
     bos: int | None = None,
+    with_body: bool = True,
     look: Look = stay,
 ) -> Admitted:
     """Build, load and verify the teacher. Collective over all ranks. Raises UserError.
 
     text: samples by which a teacher in FP8 is compared with itself in bfloat16, the same on every rank. windows: samples on which the
     probability of ids that are not shared is measured, the same on every rank. bos: see `shared_vocabulary.missing_bos`; on the windows the
-    loss is measured with and without it. look: called between the phases and between the
+    loss is measured with and without it. with_body: False: the output weight alone, for a run whose cache holds all that the layers would
+    compute; nothing can be measured then, and the run that filled the cache did. look: called between the phases and between the
     microbatches of each check. The student's random numbers stay as they are.
     """
     student = head.student
@@ -97,31 +100,44 @@ def admit(
     mesh = make_teacher_mesh(layout, timeout)
     block_group = new_group_of(student.layout.groups("tp", "cp", "pp"), timeout, "block of the teacher")
     warm_up(block_group)
-    body = build_body(checkpoint, salt, mesh, dtype, precision)
-    state = sharded_state.model_state([body], mesh.groups)
-    loading.refuse_mismatches(found.directory, sharded_state.mismatches(state, found.sizes))
-    sharded_state.load_model([body], sharded_state.load(state, found.directory, mesh.groups))
+    body = load_body(checkpoint, salt, mesh, found, dtype, precision) if with_body else None
     look("loading the teacher")
-    whole, dropped, bos_losses = head_with_all_ids(head, checkpoint.vocabulary_size), None, None
+    whole, dropped, bos_losses, fidelity = head_with_all_ids(head, checkpoint.vocabulary_size), None, None, None
     teacher = Teacher(
         body, load_output_weight(checkpoint, whole, dtype), mesh, student, block_group,
         microbatches_per_forward=microbatches_per_forward, temperature=salt.kd_teacher_temperature, shared_ids=head.shared_ids,
     )  # fmt: skip
-    with in_bfloat16(body):
-        verify(teacher, checkpoint, whole, dtype, look)
-        if checkpoint.vocabulary_size > head.shared_ids:
-            limit = salt.teacher_max_dropped_mass
-            dropped = refuse_dropped_mass(teacher, limit, windows, whole, head.shared_ids, look)
-        if bos is not None:
-            bos_losses = losses_with_bos(teacher, bos, windows, whole, look)
+    if body is not None:
+        with in_bfloat16(body):
+            verify(teacher, checkpoint, whole, dtype, look)
+            if checkpoint.vocabulary_size > head.shared_ids:
+                limit = salt.teacher_max_dropped_mass
+                dropped = refuse_dropped_mass(teacher, limit, windows, whole, head.shared_ids, look)
+            if bos is not None:
+                bos_losses = losses_with_bos(teacher, bos, windows, whole, look)
     if whole is not head and teacher.weight is not None:
         teacher.replace_weight(cut_rows(teacher.weight, whole.shard, head.shard, head.shared_ids))
-    fidelity = None
-    if body.precision.fp8_format is not None:
+    if body is not None and body.precision.fp8_format is not None:
         fidelity = refuse_unfaithful(teacher, salt.teacher_fp8_max_kl, text, head, look)
         keep_fp8_alone(body)
     look("checking the teacher")
     return Admitted(teacher, fidelity, dropped, bos_losses)
+
+
+def load_body(
+    checkpoint: TeacherCheckpoint,
+    salt: SaltConfig,
+    mesh: Mesh,
+    opened: OpenedCheckpoint,
+    dtype: torch.dtype,
+    precision: Precision,
+) -> GPT:
+    """This rank's stage of the teacher, without output head. Collective over all ranks. Raises UserError."""
+    body = build_body(checkpoint, salt, mesh, dtype, precision)
+    state = sharded_state.model_state([body], mesh.groups)
+    loading.refuse_mismatches(opened.directory, sharded_state.mismatches(state, opened.sizes))
+    sharded_state.load_model([body], sharded_state.load(state, opened.directory, mesh.groups))
+    return body
 
 
 def build_body(checkpoint: TeacherCheckpoint, salt: SaltConfig, mesh: Mesh, dtype: torch.dtype, precision: Precision) -> GPT:
@@ -188,7 +204,7 @@ def losses_of(
 
 def refuse_trainable(teacher: Teacher, optimized: Iterable[Tensor]) -> None:
     """Assert that no tensor of the teacher requires a gradient, or shares memory with a tensor that the optimizer changes."""
-    own = [*teacher.body.parameters(), *teacher.body.buffers(), *([] if teacher.weight is None else [teacher.weight])]
+    own = teacher.tensors
     assert not any(tensor.requires_grad for tensor in own), "a parameter of the teacher requires a gradient"
     storages = {raw.untyped_storage().data_ptr() for tensor in own for raw in raw_tensors(tensor) if raw.numel()}
     moved = {tensor.untyped_storage().data_ptr() for tensor in optimized if tensor.numel()}

@@ -147,7 +147,7 @@ def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge
             microbatch,
             source=(j + c * tp) % ttp + ttp * (tpp - 1 + tpp * (microbatch // merge % replicas)),
             target=j + tp * (c + cp * (student.pipeline - 1)),
-            positions=tuple(_cut(context_slice(seq_length, cp, c), j, tp)),
+            positions=tuple(received_positions(student, seq_length, c, j)),
         )
         for microbatch in range(num_microbatches) for c in range(cp) for j in range(tp)
     ]  # fmt: skip
@@ -159,6 +159,11 @@ def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge
         piece_length=seq_length // (tp * cp),
         pieces=tuple(sorted(pieces, key=lambda piece: (piece.source, piece.target, piece.microbatch))),
     )
+
+
+def received_positions(student: Layout, seq_length: int, cp_rank: int, tp_rank: int) -> list[slice]:
+    """Positions of a sequence whose hidden states a rank of the student's last stage takes, in its order."""
+    return _cut(context_slice(seq_length, student.context, cp_rank), tp_rank, student.tensor)
 
 
 def check_sequence(student: Layout, seq_length: int) -> None:

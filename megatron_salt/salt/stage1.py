@@ -17,6 +17,7 @@ from megatron_salt.salt.output_weight import BosLosses, DroppedMass
 from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher_cache.cache import StepUse, TeacherCache
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 
 
@@ -29,12 +30,16 @@ class Stage1:
     schedule: Schedule
     teacher_flops: float = 0.0
     """FLOPs of the teacher for an input token, output layer included; 0 without a teacher."""
+    teacher_body_flops: float = 0.0
+    """Those of them that are no work of the output layer."""
     fidelity: Fidelity | None = None
     """Distance of a teacher in FP8 from itself in bfloat16; None for any other teacher, and without one."""
     dropped: DroppedMass | None = None
     """What the teacher gives to ids that the student does not share; None where it has no such ids, and without a teacher."""
     bos_losses: BosLosses | None = None
     """Loss of an imported teacher with and without BOS; None where the data has its BOS, it knows none, and without such a teacher."""
+    cache: TeacherCache | None = None
+    """None: no --teacher-cache."""
 
     def contains(self, step: int, progress: RunState) -> bool:
         """Whether a step belongs to stage 1."""
@@ -43,6 +48,11 @@ class Stage1:
     def kd_weight(self, step: int, progress: RunState) -> float:
         """The teacher's weight in the loss of a step."""
         return self.schedule.at(step, _salt_of(progress).stage1_end)
+
+    def flops_of_step(self, tokens: int, use: StepUse | None) -> float:
+        """FLOPs of the teacher in a step of `tokens` input tokens, over all ranks: those that are computed. use: None without a cache."""
+        saved = 0.0 if use is None else self.teacher_body_flops * (1.0 - use.computed)
+        return tokens * (self.teacher_flops - saved)
 
     def accuracy_to_pass(self, progress: RunState) -> float:
         """The student's held-out accuracy must be above this for a crossover: the teacher's plus --kd-stop-margin."""

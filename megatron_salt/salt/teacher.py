@@ -1,7 +1,8 @@
 """The teacher in use: a frozen, forward-only model over the student's own ranks, and how it is freed.
 
 One step of stage 1 has three phases. Hidden states travel between ranks, logits never do.
-A: each replica of the teacher runs its share of the microbatches through the teacher's own pipeline.
+A: each replica of the teacher runs its share of the microbatches through the teacher's own pipeline. Samples that a cache holds
+(teacher_cache/) take no part in A and B.
 B: one all-to-all inside a block (the ranks of one student replica) brings the last hidden states to the student's last stage, cut as
 that stage needs them. A block of one rank has nothing to send.
 C: the student's own schedule runs on microbatches that carry a `SoftTarget`.
@@ -11,9 +12,10 @@ Every rank goes through A, B and C in this order. On each rank a phase begins wh
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,10 +34,14 @@ from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.routing import ExchangePlan, Piece, plan_exchange
+from megatron_salt.salt.teacher_cache.missing import join, missing_microbatches, presence, rows_to_compute
 
-_ForwardInput = tuple[Microbatch, list[tuple[slice, slice]]]
-"""Microbatches of the student, merged into one on this rank's device; and the parts of their hidden states that this rank sends:
-(positions, samples) of each piece, in the order of the pieces."""
+Keep = Callable[[np.ndarray, Tensor], None]
+"""Takes sample ids, int64 [n], and their last hidden states [s, n, h_t]. Of the ranks that hold the same ones, one calls."""
+
+_ForwardInput = tuple[Microbatch, list[tuple[slice, slice]], Keep | None]
+"""Microbatches of the student, merged into one on this rank's device; the parts of their hidden states that this rank sends, (positions,
+samples) of each piece, in the order of the pieces; and what takes all their hidden states, where this rank shall keep them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class TeacherHead:
 class _Parts:
     """What `free` gives up."""
 
-    body: GPT
+    body: GPT | None
     weight: Tensor | None
     mesh: Mesh
     block_group: dist.ProcessGroup
@@ -80,7 +86,7 @@ class Teacher:
 
     def __init__(
         self,
-        body: GPT,
+        body: GPT | None,
         weight: Tensor | None,
         mesh: Mesh,
         student: Mesh,
@@ -90,10 +96,11 @@ class Teacher:
         temperature: float,
         shared_ids: int | None = None,
     ) -> None:
-        """body: this rank's stage, without output head. weight: output weight [V/tp, h_t], the student's rows of it, on ranks of the
-        student's last stage; None elsewhere. block_group: the ranks of this rank's student replica, in rank order. shared_ids: see
-        `SoftTarget`."""
-        self._parts: _Parts | None = _Parts(body.eval().requires_grad_(False), weight, mesh, block_group)
+        """body: this rank's stage, without output head; None where a cache holds all that it would compute. weight: output weight
+        [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere. block_group: the ranks of this rank's
+        student replica, in rank order. shared_ids: see `SoftTarget`."""
+        body = None if body is None else body.eval().requires_grad_(False)
+        self._parts: _Parts | None = _Parts(body, weight, mesh, block_group)
         self._student, self._merge, self.temperature, self._shared_ids = (
             student,
             microbatches_per_forward,
@@ -110,7 +117,15 @@ class Teacher:
     @property
     def body(self) -> GPT:
         """This rank's stage, without output head."""
+        assert self._held.body is not None, "the teacher's layers were not loaded: a cache holds what they would compute"
         return self._held.body
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers that this rank holds."""
+        body, weight = self._held.body, self.weight
+        of_body = [] if body is None else [*body.parameters(), *body.buffers()]
+        return of_body + ([] if weight is None else [weight])
 
     @property
     def weight(self) -> Tensor | None:
@@ -133,31 +148,53 @@ class Teacher:
         return self._held.block_group
 
     @torch.no_grad()
-    def annotate(self, microbatches: Sequence[Microbatch], kd_weight: float) -> list[SoftTarget | None]:
+    def annotate(
+        self, microbatches: Sequence[Microbatch], kd_weight: float, keep: Keep | None = None
+    ) -> list[SoftTarget | None]:
         """Phases A and B: the teacher's part of each microbatch of this student replica, all of one shape. Collective over all ranks. Ranks
-        of the student's last stage receive; the others get None for each microbatch."""
-        return [
-            None if hidden is None else self._soft_target(hidden, kd_weight)
-            for hidden in self.hidden_states(microbatches, self._merge)
-        ]
+        of the student's last stage receive; the others get None for each microbatch. keep: see `hidden_states`."""
+        present = presence(microbatches)
+        if not present.any():
+            hidden = self.hidden_states(microbatches, self._merge, keep)
+        else:
+            hidden = self._with_cached(microbatches, present, keep)
+        return [None if one is None else self._soft_target(one, kd_weight) for one in hidden]
+
+    def _with_cached(self, microbatches: Sequence[Microbatch], present: np.ndarray, keep: Keep | None) -> list[Tensor | None]:
+        """Hidden states as `hidden_states` returns them. The teacher computes those alone that no cache holds."""
+        size = len(microbatches[0].sample_ids)
+        rows = rows_to_compute(present, self._merge * size)
+        computed = self.hidden_states(missing_microbatches(microbatches, rows), self._merge, keep) if len(rows) else []
+        hidden = []
+        for number, one in enumerate(microbatches):
+            assert one.cached is not None, "all microbatches of a step have been looked up, or none"
+            hidden.append(join(one.cached, number * size, rows, computed))
+        return hidden
 
     def _soft_target(self, hidden: Tensor, kd_weight: float) -> SoftTarget:
         assert self.weight is not None, "the teacher's output weight is on the student's last stage"
         return SoftTarget(hidden, self.weight, self.temperature, kd_weight, self._shared_ids)
 
     @torch.no_grad()
-    def hidden_states(self, microbatches: Sequence[Microbatch], merge: int) -> list[Tensor | None]:
+    def hidden_states(self, microbatches: Sequence[Microbatch], merge: int, keep: Keep | None = None) -> list[Tensor | None]:
         """Last hidden states of each microbatch, this rank's share of the sequence [s/(cp*tp), b, h_t], on ranks of the student's last
-        stage; None elsewhere. One forward of the teacher takes `merge` microbatches. Collective over all ranks."""
+        stage; None elsewhere. One forward of the teacher takes `merge` microbatches. Collective over all ranks.
+
+        keep: gets the hidden states of every forward once, on one rank of the teacher's last stage."""
         samples, length = microbatches[0].tokens.shape
         plan = plan_exchange(self._student.layout, self.mesh.layout, len(microbatches), merge, length)
         inputs = [
-            _forward_input(microbatches, plan, forward, self._place, samples) for forward in plan.forwards_of(self._replica)
+            _forward_input(microbatches, plan, forward, self._place, samples, keep if self._keeps(turn) else None)
+            for turn, forward in enumerate(plan.forwards_of(self._replica))
         ]
         outputs: list[Tensor] = []
         if inputs:  # on the teacher's last stage: for each forward the values to send
             outputs = run_pipeline([self.body], _forward_step, inputs, self.mesh, length, merge * samples, forward_only=True)
         return self._exchange(plan, outputs, len(microbatches), samples)
+
+    def _keeps(self, turn: int) -> bool:
+        """Whether this rank keeps the hidden states of its replica's forward number `turn`: the ranks that hold them take turns."""
+        return self.mesh.is_last_stage and self.mesh.at.tp == turn % self.mesh.layout.tensor
 
     def _exchange(self, plan: ExchangePlan, outputs: list[Tensor], count: int, samples: int) -> list[Tensor | None]:
         """Phase B. outputs: for each forward of this rank the values of its pieces, concatenated."""
@@ -211,7 +248,8 @@ class Teacher:
         """Bytes of the teacher's weights and buffers on this rank; 0 once it is freed."""
         if self._parts is None:
             return 0
-        return tensor_bytes(self.body) + (0 if self.weight is None else self.weight.nbytes)
+        body = self._parts.body
+        return (0 if body is None else tensor_bytes(body)) + (0 if self.weight is None else self.weight.nbytes)
 
     @property
     def _replica(self) -> int:
@@ -236,24 +274,26 @@ def _pieces(plan: ExchangePlan, forward: int, place: int) -> list[Piece]:
 
 
 def _forward_input(
-    microbatches: Sequence[Microbatch], plan: ExchangePlan, forward: int, place: int, samples: int
+    microbatches: Sequence[Microbatch], plan: ExchangePlan, forward: int, place: int, samples: int, keep: Keep | None
 ) -> _ForwardInput:
     numbers = plan.microbatches_of(forward)
     cuts = []
     for piece in _pieces(plan, forward, place):
         first = (piece.microbatch - numbers.start) * samples
         cuts += [(positions, slice(first, first + samples)) for positions in piece.positions]
-    return merge_microbatches([microbatches[number] for number in numbers]).to_device(), cuts
+    return merge_microbatches([microbatches[number] for number in numbers]).to_device(), cuts, keep
 
 
 def _forward_step(body: nn.Module, merged: _ForwardInput) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, a "loss" function). Its metrics are the pieces of the hidden states that this rank sends."""
     assert isinstance(body, GPT)
-    batch, cuts = merged
+    batch, cuts, keep = merged
     hidden = body(*body.inputs(batch))
 
     def cut(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         none = torch.zeros((), device=hidden.device)
+        if keep is not None:
+            keep(batch.sample_ids, hidden)
         parts = [hidden[positions, samples].reshape(-1) for positions, samples in cuts]
         return none, none.int(), torch.cat([hidden.new_empty(0), *parts])
 

@@ -25,7 +25,7 @@ from megatron_salt.data.blend import VALID
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import LeftEarly, Look, UserError, stay
-from megatron_salt.model.flops import forward_flops_per_token
+from megatron_salt.model.flops import body_flops, forward_flops_per_token
 from megatron_salt.model.precision import Precision
 from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
@@ -35,10 +35,12 @@ from megatron_salt.salt.fp8_check import SAMPLES
 from megatron_salt.salt.output_weight import WINDOWS
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies, missing_bos
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
-from megatron_salt.salt.teacher_checkpoint import model_of_teacher
+from megatron_salt.salt.teacher_cache.cache import TeacherCache, open_cache
+from megatron_salt.salt.teacher_cache.of_run import held_out_facts, manifest_of, rounding_of, why_layers_are_needed
+from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, model_of_teacher
 from megatron_salt.tokenizer.id_bytes import bytes_of_ids
 from megatron_salt.tokenizer.tokenizer import Tokenizer
-from megatron_salt.train.build_model import build_student
+from megatron_salt.train.build_model import build_student, dtype_of
 from megatron_salt.train.build_teacher import build_teacher
 from megatron_salt.train.exit import SignalWatch
 from megatron_salt.train.inputs import Inputs
@@ -151,12 +153,40 @@ def in_its_stage(
     unseen = tuple(inputs.valid.values()) or (run.train.samples,)  # also with --eval-iters 0
     windows = [window for samples in unseen for window in first_microbatches(samples, -(-WINDOWS // len(unseen)))]
     bos = missing_bos(teacher, inputs.tokenizer, (inputs.train, *inputs.valid.values()), windows)
+    cache = open_teacher_cache(run, config, inputs, teacher, precision)
+    why: str | None = "there is no cache"
+    if cache is not None:
+        run = replace(run, train=run.train.with_cached(cache.add_cached))
+        progress = replace(progress, salt=replace(state, teacher_held_out=cache.held_out))
+        left = (min(state.stage1_end, run.plan.total_steps) - progress.step) * run.plan.global_batch_size
+        holds_all = cache.holds(run.train, progress.position, progress.position + left)
+        evaluates = bool(run.valid) and cache.held_out is None
+        why = why_layers_are_needed(holds_all, precision, teacher, inputs.shared_ids, bos, evaluates)
+        log.info("teacher cache: the teacher's layers are %s", "not loaded" if why is None else f"loaded: {why}")
     admitted = build_teacher(
         config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, shared_ids=inputs.shared_ids, precision=precision,
-        text=run.train.first(SAMPLES), windows=windows, bos=bos, look=look,
+        text=run.train.first(SAMPLES), windows=windows, bos=bos, with_body=why is not None, look=look,
     )  # fmt: skip
-    measured = admitted.fidelity, admitted.dropped, admitted.bos_losses
-    return replace(run, stage1=Stage1(admitted.teacher, schedule, flops, *measured)), progress
+    stage1 = Stage1(
+        admitted.teacher, schedule, flops, teacher_body_flops=body_flops(teacher.model, config.training.seq_length),
+        fidelity=admitted.fidelity, dropped=admitted.dropped, bos_losses=admitted.bos_losses, cache=cache,
+    )  # fmt: skip
+    return replace(run, stage1=stage1), progress
+
+
+def open_teacher_cache(
+    run: Run, config: RunConfig, inputs: Inputs, teacher: TeacherCheckpoint, precision: Precision
+) -> TeacherCache | None:
+    """The cache of --teacher-cache; None without the flag. precision: the teacher's. Collective over all ranks. Raises UserError."""
+    if config.salt.teacher_cache is None:
+        return None
+    salt, samples = config.salt, run.plan.micro_batch_size * run.plan.teacher_merge
+    sets = {one.name: (one.batches.samples, one.num_batches * run.plan.global_batch_size) for one in run.valid}
+    rounding = rounding_of(salt, samples, precision)
+    return open_cache(
+        Path(config.salt.teacher_cache), lambda: manifest_of(salt, teacher, inputs.train, dtype_of(config.training), rounding),
+        run.student.mesh, forward_samples=samples, held_out=lambda: held_out_facts(sets, inputs.shared_ids), sets=tuple(sets),
+    )  # fmt: skip
 
 
 def uncounted_teacher_flops(progress: RunState, config: RunConfig, inputs: Inputs) -> float | None:

@@ -86,12 +86,14 @@ def predict_cost(
 
 def build_teacher(
     config: RunConfig, plan: RunPlan, checkpoint: TeacherCheckpoint, student: Student, vocabulary_size: int, *, timeout: timedelta,
-    shared_ids: int, precision: Precision, text: Sequence[Microbatch], windows: Sequence[Microbatch], bos: int | None, look: Look,
+    shared_ids: int, precision: Precision, text: Sequence[Microbatch], windows: Sequence[Microbatch], bos: int | None,
+    with_body: bool, look: Look,
 ) -> Admitted:  # fmt: skip
     """The teacher over the student's ranks, after logging what it will cost. Collective over all ranks. Raises UserError.
 
     shared_ids: see `Inputs`. text: samples on which a teacher in FP8 is tried. windows: samples on which the probability of other ids is
-    measured. Both are the same on every rank. bos: see `shared_vocabulary.missing_bos`. look: raises LeftEarly between the phases.
+    measured. Both are the same on every rank. bos: see `shared_vocabulary.missing_bos`. with_body: see `admit`. look: raises
+    LeftEarly between the phases.
     """
     salt, mesh, training = config.salt, student.mesh, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
@@ -100,9 +102,9 @@ def build_teacher(
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk = chunk_tokens(training, rows, current_device().type)
-    prediction = predict_cost(config, plan, checkpoint.model, vocabulary_size, precision)
-    for line in prediction.lines():
-        log.info("%s", line)
+    if with_body:  # the prediction counts the teacher's layers
+        for line in predict_cost(config, plan, checkpoint.model, vocabulary_size, precision).lines():
+            log.info("%s", line)
     shard = VocabularyShard(mesh.groups.tp, rows, vocabulary_size, sequence_parallel=True)
     admitted = admit(
         checkpoint,
@@ -115,6 +117,7 @@ def build_teacher(
         text=text,
         windows=windows,
         bos=bos,
+        with_body=with_body,
         look=look,
     )
     groups = student.optimizer.param_groups

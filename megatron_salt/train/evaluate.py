@@ -177,6 +177,8 @@ def evaluate_run(
         assert salt is not None
         salt = replace(salt, teacher_held_out=teacher_figures(figures))
         progress = replace(progress, salt=salt)
+        if stage1 is not None and stage1.cache is not None and salt.teacher_held_out is not None:
+            stage1.cache.keep_held_out(salt.teacher_held_out)
     taught = None if teacher is None or salt is None else salt.teacher_held_out
     for name, found in figures.items():
         beside = {key: found[key] for key in ("accuracy", "bits_per_byte")}

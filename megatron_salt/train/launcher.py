@@ -9,8 +9,9 @@
 | `unsaved`   | 3 | the last checkpoint is not on disk; another start may fare better |
 | `nonfinite` | 4 | gradients (--max-nonfinite-steps), the last loss, parameters or the optimizer's state are not finite |
 | `machine`   | 5 | a host cannot be used (its GPU, driver, disk or installation); its name stands in the place of the step |
+| `died`      |   | whoever started it found no line when it had ended; written by a study (study/jobs/) alone |
 
-Without a file the run died. A launcher decides by this line and not by the exit code, which torch, Slurm and signals set as well. It
+Without a line the run died. A launcher decides by this line and not by the exit code, which torch, Slurm and signals set as well. It
 names a new file at each start, so that it never reads the line of another job. Standard library alone.
 """
 
@@ -24,7 +25,7 @@ from typing import Literal
 
 from megatron_salt.files import whole_file
 
-Word = Literal["done", "left", "refused", "unsaved", "nonfinite", "machine"]
+Word = Literal["done", "left", "refused", "unsaved", "nonfinite", "machine", "died"]
 
 log = logging.getLogger(__name__)
 

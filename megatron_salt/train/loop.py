@@ -19,10 +19,11 @@ from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
 from megatron_salt.metrics.run_log import RunLog, StepRecord
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
+from megatron_salt.salt.teacher_cache.cache import StepUse
 from megatron_salt.train.evaluate import evaluate_run, named_means, reference_losses
 from megatron_salt.train.exit import ExitPlan
 from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, refuse_nonfinite, refuse_nonfinite_losses
-from megatron_salt.train.state import Run, ValidationSet, announce, enter_stage2
+from megatron_salt.train.state import Run, ValidationSet, announce, enter_stage2, finish_cache
 from megatron_salt.train.step import StepOutcome, train_step
 
 SHOWN = ("ce", "kl", "teacher_ce", "agreement")
@@ -60,7 +61,13 @@ def train(
             same_data_follows = step < total and (stage1 is None or stage1.contains(step + 1, progress))
             microbatches = reader.fetch(run.train, progress.position, after if same_data_follows else None)
         kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
-        outcome = train_step(run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight)
+        cache = None if stage1 is None else stage1.cache
+        use = None if cache is None else cache.use_of_step(run.train, progress.position, run.plan.global_batch_size)
+        teacher_flops = teacher_flops_of_step(run, use)
+        outcome = train_step(
+            run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight,
+            None if cache is None else cache.keep,
+        )  # fmt: skip
         nonfinite.note(step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, after))
         if step == total:
             nonfinite.note_last(outcome)
@@ -68,12 +75,12 @@ def train(
             progress,
             step=step,
             consumed_samples=progress.consumed_samples + run.plan.global_batch_size,
-            teacher_flops=None if progress.teacher_flops is None else progress.teacher_flops + teacher_flops_of_step(run),
+            teacher_flops=None if progress.teacher_flops is None else progress.teacher_flops + teacher_flops,
             position=after,
             nonfinite_in_a_row=nonfinite.in_a_row,
         )
         seconds = time.perf_counter() - started
-        record = _record(run, progress, outcome, learning_rate, kd_weight, seconds, timer)
+        record = _record(run, progress, outcome, learning_rate, kd_weight, teacher_flops, use, seconds, timer)
         log.step(record)
         garbage.after_step(step)
         heartbeat.beat(step)
@@ -94,6 +101,7 @@ def train(
                 run.checkpointer.add_evaluation(progress)
             elif not saved:
                 _save_if_due(run, checkpoint, progress, timer, log, leaving=True)
+    finish_cache(run, progress, log)
     profiler.stop(progress.step + 1)
     garbage.stop()
     run.checkpointer.finish()
@@ -145,10 +153,10 @@ def _save_if_due(
     return True
 
 
-def teacher_flops_of_step(run: Run) -> float:
-    """FLOPs of the teacher in a step of this stage, over all ranks. Pure."""
+def teacher_flops_of_step(run: Run, use: StepUse | None) -> float:
+    """FLOPs of the teacher in a step of this stage, over all ranks. use: of the teacher's cache; None without one. Pure."""
     tokens = run.plan.global_batch_size * run.student.seq_length
-    return 0.0 if run.stage1 is None else run.stage1.teacher_flops * tokens
+    return 0.0 if run.stage1 is None else run.stage1.flops_of_step(tokens, use)
 
 
 def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
@@ -156,7 +164,8 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
 
 
 def _record(
-    run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, kd_weight: float, seconds: float, timer: PhaseTimer
+    run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, kd_weight: float, teacher_flops: float,
+    use: StepUse | None, seconds: float, timer: PhaseTimer,
 ) -> StepRecord:  # fmt: skip
     """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage."""
     figures: dict[str, Tensor] = {}
@@ -172,11 +181,13 @@ def _record(
         grad_norm=outcome.grad_norm,
         tokens=run.plan.global_batch_size * run.student.seq_length,
         seconds=seconds,
-        step_teacher_flops=teacher_flops_of_step(run),
+        step_teacher_flops=teacher_flops,
         teacher_flops=progress.teacher_flops,
         nonfinite=not outcome.applied,
         phases=timer.take(),
         extra={}
         if run.stage1 is None
-        else {"kd_weight": kd_weight} | {name: figures[name] for name in SHOWN if name in figures},
+        else {"kd_weight": kd_weight}
+        | {name: figures[name] for name in SHOWN if name in figures}
+        | ({} if use is None else {"teacher_cached": use.cached}),
     )

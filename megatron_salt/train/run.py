@@ -45,7 +45,8 @@ from megatron_salt.train.state import log_cost_of_scores, log_start
 log = logging.getLogger(__name__)
 
 PATHS = (
-    "save", "load", "exit_file", "teacher_load", "stage1_selection", "tokenizer_model", "vocab_file", "merge_file",
+    "save", "load", "exit_file", "teacher_load", "teacher_cache", "stage1_selection", "tokenizer_model", "vocab_file",
+    "merge_file",
 )  # fmt: skip
 LISTS_OF_PATHS = ("data_path", "valid_data_path", "eval_tasks")
 FOR_THE_LAUNCHER = ("outcome_file",)

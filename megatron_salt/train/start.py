@@ -45,6 +45,8 @@ from megatron_salt.parallel.hardware import GIB, Hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.shared_vocabulary import refuse_other_ids
 from megatron_salt.salt.stage1 import decide_salt
+from megatron_salt.salt.teacher_cache.manifest import refuse_other
+from megatron_salt.salt.teacher_cache.of_run import manifest_of
 from megatron_salt.salt.teacher_checkpoint import teacher_parallel
 from megatron_salt.selection.selection_file import refuse_other_data
 from megatron_salt.train.build_model import build_scheduler, dtype_of
@@ -127,6 +129,9 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
     salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
+        if config.salt.teacher_cache is not None:
+            manifest = manifest_of(config.salt, teacher, inputs.train, dtype_of(config.training), {})
+            refuse_other(Path(config.salt.teacher_cache), manifest)
         refuse_other_ids((inputs.train, *inputs.valid.values()), inputs.shared_ids, inputs.tokenizer.vocabulary_size)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     messages += told_of_flags(config)

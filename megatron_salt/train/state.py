@@ -26,6 +26,7 @@ from megatron_salt.salt.cost import scoring_flops, scoring_line
 from megatron_salt.salt.stage1 import Stage1, data_of_stage2
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher_cache.cache import cache_line
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, model_that_scored
 from megatron_salt.train.plan import RunPlan
 from megatron_salt.train.step import Student
@@ -86,6 +87,7 @@ def in_stage2(run: Run, progress: RunState) -> tuple[Run, RunState]:
 
 def enter_stage2(run: Run, stage1: Stage1, progress: RunState, log: RunLog) -> tuple[Run, RunState]:
     """Free the teacher, and go on with the data of stage 2. Collective over all ranks."""
+    finish_cache(run, progress, log)
     if stage1.teacher is not None:
         free_teacher(stage1.teacher, progress, run.plan.stage2_micro_batch_size, log)
     in_stage1 = run.train
@@ -104,6 +106,16 @@ def enter_stage2(run: Run, stage1: Stage1, progress: RunState, log: RunLog) -> t
     )
     announce(run, progress, log)
     return run, progress
+
+
+def finish_cache(run: Run, progress: RunState, log: RunLog) -> None:
+    """At the end of stage 1, or of the run in it: write what the teacher's cache still lacks, and log its use. Collective over all
+    ranks."""
+    if run.stage1 is None or run.stage1.cache is None:
+        return
+    totals = run.stage1.cache.finish()
+    if totals.steps:
+        log.event(progress.step, cache_line(totals, run.plan.global_batch_size), {"teacher_cache": asdict(totals)})
 
 
 def free_teacher(teacher: Teacher, progress: RunState, micro_batch_size: int, log: RunLog) -> None:

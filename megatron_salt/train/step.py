@@ -26,7 +26,7 @@ from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
-from megatron_salt.salt.teacher import Teacher
+from megatron_salt.salt.teacher import Keep, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +98,15 @@ def train_step(
     timer: PhaseTimer,
     teacher: Teacher | None = None,
     kd_weight: float = 0.0,
+    keep: Keep | None = None,
 ) -> StepOutcome:
-    """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks."""
+    """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks.
+
+    keep: takes what the teacher computes, for a cache."""
     targets: list[SoftTarget | None] = [None] * len(microbatches)
     if teacher is not None:
         with timer.phase("teacher"):
-            targets = teacher.annotate(microbatches, kd_weight)
+            targets = teacher.annotate(microbatches, kd_weight, keep)
     with timer.phase("forward-backward"):
         for chunk in student.chunks:
             chunk.zero_grad_buffer()

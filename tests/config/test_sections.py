@@ -99,6 +99,7 @@ REFUSED = [
     (CheckpointConfig, dict(save="x", save_at=(0, 5)), "--save-at must be at least 1, got 0 5"),
     (SaltConfig, dict(kd_steps=5), "--kd-steps 5 needs a teacher: give --teacher-load"),
     (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps"),
+    (SaltConfig, dict(teacher_cache="c"), "--teacher-cache c needs --teacher-load"),
     (SaltConfig, dict(stage2_micro_batch_size=2), "--stage2-micro-batch-size 2 needs a stage 1"),
     (SaltConfig, TEACHER | dict(kd_steps=0), "--kd-steps must be at least 1, got 0"),
     (SaltConfig, TEACHER | dict(kd_weight=1.01), "--kd-weight must lie in [0.0, 1.0], got 1.01"),

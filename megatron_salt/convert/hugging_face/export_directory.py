@@ -17,7 +17,6 @@ from megatron_salt import __version__
 from megatron_salt.checkpoint import loading, safe_unpickle, save_directory
 from megatron_salt.checkpoint.run_state import CheckpointState
 from megatron_salt.checkpoint.state_file import model_of
-from megatron_salt.config import ModelConfig
 from megatron_salt.convert.checkpoint_writer import refuse_existing, refuse_inside, whole_directory
 from megatron_salt.convert.hugging_face.exported_config import config_of_model
 from megatron_salt.convert.hugging_face.model_card import model_card
@@ -25,7 +24,7 @@ from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX,
 from megatron_salt.convert.hugging_face.safetensors_writer import safetensors_file
 from megatron_salt.convert.hugging_face.tokenizer_files import bos_of_export, read_as_another, tokenizer_files
 from megatron_salt.convert.import_weights import converted
-from megatron_salt.convert.parts import Part, Shape, parts_of
+from megatron_salt.convert.parts import Part, Shape, parts_of, refuse_missing
 from megatron_salt.convert.tensor_files import TensorFiles
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
@@ -69,7 +68,7 @@ def export_hugging_face(
     )
     parts = list(parts_of(config["architectures"][0], model, state.vocabulary_size, state.seq_length))
     tensors = TensorFiles(opened.directory, safe_unpickle.read_metadata(opened.directory))
-    _refuse_missing(parts, model, tensors, opened.directory)
+    refuse_missing(parts, model.num_layers, tensors.sizes(), opened.directory)
     with whole_directory("OUT", out) as directory:
         _write_weights(directory, parts, tensors, getattr(torch, dtype), shard_bytes, str(opened.directory))
         _write_json(directory / CONFIG, config)
@@ -89,17 +88,6 @@ def export_hugging_face(
 
 def _provenance(state: CheckpointState) -> str:
     return f"{state.run.step} steps, {state.run.consumed_samples} samples, megatron_salt {__version__}"
-
-
-def _refuse_missing(parts: Sequence[Part], model: ModelConfig, tensors: TensorFiles, directory: Path) -> None:
-    """Raise UserError where the checkpoint lacks a tensor of the model, or has it in another shape."""
-    sizes = tensors.sizes()
-    for part in parts:
-        wanted = part.shape if part.layer is None else (model.num_layers, *part.shape)
-        saved = sizes.get(part.key, (None,))[0]
-        if saved != wanted:
-            there = "missing" if saved is None else str(list(saved))
-            raise UserError(f"{directory}: {part.key} is {there}, and its state.json makes it {list(wanted)}")
 
 
 def _write_weights(

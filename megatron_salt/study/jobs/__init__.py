@@ -1,0 +1,1 @@
+"""Starts a study's jobs, on this machine or on Slurm, and watches them."""

@@ -1,0 +1,84 @@
+"""The states of a study's jobs, and which jobs may start. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_salt.errors import UserError, did_you_mean
+from megatron_salt.study.job import Job
+from megatron_salt.study.jobs.outcome import Outcome
+
+State = Literal["waiting", "queued", "running", "done", "left", "failed", "not run"]
+ENDED = ("done", "left", "failed", "not run")
+"""States in which this start of the study does nothing more for a job"""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One job, as the study sees it."""
+
+    state: State
+    reason: str = ""
+    """Why it failed, left, or is not run: one line"""
+
+
+WAITING, QUEUED, RUNNING = Status("waiting"), Status("queued"), Status("running")
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Raise UserError where names or directories repeat, a job needs one that does not stand before it, or steps are missing."""
+    before: dict[str, Job] = {}
+    directories: dict[str, str] = {}
+    for job in jobs:
+        if job.name in before:
+            raise UserError(f"two jobs of the study have the name {job.name}")
+        other = directories.setdefault(str(job.directory), job.name)
+        if other != job.name:
+            raise UserError(f"jobs {other} and {job.name} of the study both write into {job.directory}")
+        for need in job.needs:
+            if need not in before:
+                raise UserError(f"job {job.name} needs {need}, which does not stand before it{did_you_mean(need, before)}")
+        before[job.name] = job
+
+
+def status_after(outcome: Outcome | None) -> Status:
+    """The status of a job that has ended with this outcome; None: it wrote nothing, or what it wrote cannot be read."""
+    if outcome is None:
+        return Status("failed", "it ended without a word")
+    if outcome.word == "done":
+        return Status("done")
+    if outcome.word == "left":
+        return Status("left", outcome.reason)
+    return Status("failed", f"{outcome.word}: {outcome.reason}")
+
+
+def status_at_start(outcome: Outcome | None) -> Status:
+    """The status of a job before this start of the study does anything.
+
+    done stays done. Numbers that are not finite would only come again, so `nonfinite` stays failed. Whatever else ended early starts again:
+    the user may have mended the cause, and what the job has saved is not lost.
+    """
+    if outcome is not None and outcome.word in ("done", "nonfinite"):
+        return status_after(outcome)
+    return WAITING
+
+
+def ready(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Job]:
+    """The waiting jobs whose needs are done, in the study's order."""
+    return [
+        job
+        for job in jobs
+        if statuses[job.name].state == "waiting" and all(statuses[need].state == "done" for need in job.needs)
+    ]
+
+
+def blocked(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> dict[str, Status]:
+    """{name: status} of waiting jobs that can no longer start, because a job that they need failed, left or is not run itself."""
+    found = dict(statuses)
+    for job in jobs:  # needs stand before
+        lost = [need for need in job.needs if found[need].state in ("failed", "left", "not run")]
+        if found[job.name].state == "waiting" and lost:
+            found[job.name] = Status("not run", f"needs {', '.join(lost)}")
+    return {name: status for name, status in found.items() if status != statuses[name]}

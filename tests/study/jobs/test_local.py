@@ -1,0 +1,161 @@
+"""A study's jobs on this machine: order, number at once, failures, resuming, and leaving without orphans."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_salt.errors import UserError
+from megatron_salt.study import execute
+from megatron_salt.study.execute import run_jobs
+from megatron_salt.study.job import Job
+from megatron_salt.study.jobs.local import environment_of, shares_of_gpus, visible_gpus
+from megatron_salt.study.jobs.outcome import read_outcome
+from tests.study.jobs.small_jobs import began, job, wait_for
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "POLL_SECONDS", 0.02)
+
+
+def study(jobs: Sequence[Job], base: Path, local: int = 1) -> tuple[int, str]:
+    """Exit status of a study, and what it showed."""
+    shown = io.StringIO()
+    return run_jobs(jobs, base, local, out=shown), shown.getvalue()
+
+
+def test_a_job_waits_for_its_needs_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    # d stands before its turn only by its needs; with two at once the order of ends is not that of the list
+    jobs = [
+        job(tmp_path, "a", "time.sleep(0.3)"),
+        job(tmp_path, "b"),
+        job(tmp_path, "c", needs=("a",)),
+        job(tmp_path, "d", needs=("b", "c")),
+    ]
+    status, shown = study(jobs, tmp_path, local=2)
+    assert status == 0 and sorted(began(tmp_path)[:2]) == ["a", "b"] and began(tmp_path)[2:] == ["c", "d"]
+    assert "4 of 4 jobs done" in shown
+    assert study(jobs, tmp_path, local=2)[0] == 0
+    assert len(began(tmp_path)) == 4
+
+
+def test_at_most_so_many_run_at_once(tmp_path: Path) -> None:
+    count = "at_work = base / 'at_work'; at_work.mkdir(exist_ok=True); (at_work / name).touch()\n"
+    count += "open(base / 'most', 'a').write(f'{len(list(at_work.iterdir()))} '); time.sleep(0.4); (at_work / name).unlink()"
+    assert study([job(tmp_path, name, count) for name in "abcd"], tmp_path, local=2)[0] == 0
+    assert max(map(int, (tmp_path / "most").read_text().split())) == 2
+
+
+def test_a_failed_job_tells_why_and_stops_only_what_needs_it(tmp_path: Path) -> None:
+    jobs = [
+        job(tmp_path, "bad", "raise ValueError('seven is not six')"),
+        job(tmp_path, "refused", "print('error: --lr must be above 0', file=sys.stderr); sys.exit(2)"),
+        job(tmp_path, "killed", "os.kill(os.getpid(), 9)"),
+        job(tmp_path, "child", needs=("bad",)),
+        job(tmp_path, "grandchild", needs=("child",)),
+        job(tmp_path, "other"),
+    ]  # fmt: skip
+    status, shown = study(jobs, tmp_path, local=3)
+    assert status == 1 and "1 of 6 jobs done" in shown
+    assert "bad: failed: died: ValueError: seven is not six (exit status 1)" in shown
+    assert "refused: failed: refused: --lr must be above 0" in shown
+    assert "killed: failed: died: " in shown and "killed by SIGKILL" in shown
+    assert "child: not run: needs bad" in shown and "grandchild: not run: needs child" in shown
+    assert "child" not in began(tmp_path) and "other" in began(tmp_path)
+    # the user mends it: what failed starts again, what is done does not
+    mended = [job(tmp_path, "bad"), *jobs[3:]]
+    assert study(mended, tmp_path)[0] == 0
+    assert began(tmp_path).count("other") == 1 and began(tmp_path)[-3:] == ["bad", "child", "grandchild"]
+
+
+def test_a_run_that_is_not_finite_is_not_started_again(tmp_path: Path) -> None:
+    one = job(tmp_path, "nan", "print('error: the loss is not finite'); sys.exit(4)")
+    assert study([one], tmp_path)[0] == 1
+    status, shown = study([one], tmp_path)
+    assert status == 1 and began(tmp_path) == ["nan"]
+    assert "nan: failed: nonfinite: the loss is not finite" in shown
+
+
+def test_jobs_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    one = job(tmp_path, "a")
+    with pytest.raises(UserError, match="two jobs of the study have the name a"):
+        study([one, one], tmp_path)
+    with pytest.raises(UserError, match=r"job b needs aa, which does not stand before it \(did you mean a\?\)"):
+        study([one, job(tmp_path, "b", needs=("aa",))], tmp_path)
+    with pytest.raises(UserError, match="--local must be at least 1 job at a time, got 0"):
+        study([one], tmp_path, local=0)
+    assert began(tmp_path) == []
+
+
+STUDY = """
+import sys
+from pathlib import Path
+from megatron_salt.study import execute
+from tests.study.jobs.small_jobs import job
+base = Path(sys.argv[1])
+saves = "import signal\\ndef save(*_):\\n    (base / (name + '.saved')).touch(); sys.exit(3)\\nsignal.signal(signal.SIGTERM, save)\\n"
+saves += "(base / (name + '.pid')).write_text(str(os.getpid()))\\nwhile True: time.sleep(0.02)"
+sys.exit(execute.run_jobs([job(base, "a", saves), job(base, "b", saves), job(base, "c")], base, 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_lets_jobs_save_and_leaves_no_child(tmp_path: Path, number: signal.Signals) -> None:
+    """Killed by SIGKILL the study can do nothing: its jobs see that it is gone."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STUDY, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as program:  # fmt: skip
+        pids = [tmp_path / f"{name}.pid" for name in "ab"]
+        wait_for(lambda: all(path.exists() and path.read_text() for path in pids))
+        with pytest.raises(UserError, match=r"output .* is being written by process \d+"):
+            run_jobs([job(tmp_path, "c")], tmp_path, 1, out=io.StringIO())
+        program.send_signal(number)
+        shown, _ = program.communicate(timeout=60)
+    assert program.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not any(psutil.pid_exists(int(path.read_text())) for path in pids))
+    wait_for(lambda: all(read_outcome(tmp_path / name / "outcome.txt") for name in "ab"))
+    assert (tmp_path / "a.saved").exists() and (tmp_path / "b.saved").exists() and not (tmp_path / "c").exists()
+    left = read_outcome(tmp_path / "a/outcome.txt")
+    assert left is not None and left.word == "left"
+    if number != signal.SIGKILL:
+        assert "2 left" in shown and "the same command goes on" in shown
+    # the same study again: all three
+    jobs = [job(tmp_path, name) for name in "abc"]
+    assert study(jobs, tmp_path, local=3)[0] == 0
+    assert sorted(began(tmp_path)[2:]) == ["a", "b", "c"]
+
+
+def test_a_job_shares_the_cores_and_is_no_rank_of_anything(tmp_path: Path) -> None:
+    one = job(tmp_path, "a")
+    inherited = {"RANK": "1", "WORLD_SIZE": "2", "HOME": "/root"}
+    found = environment_of(one, inherited, 2, "4,5", 16)
+    assert found["OMP_NUM_THREADS"] == "8" and found["CUDA_VISIBLE_DEVICES"] == "4,5" and found["HOME"] == "/root"
+    assert not {"RANK", "WORLD_SIZE"} & set(found)
+    assert environment_of(one, {"OMP_NUM_THREADS": "3"}, 2, None, 16)["OMP_NUM_THREADS"] == "3"
+    assert environment_of(one, {}, 4, None, 2)["OMP_NUM_THREADS"] == "1"
+    (tmp_path / "log").touch()
+    assert os.pathsep.join([str(ROOT), "x"]) == environment_of(one, {"PYTHONPATH": "x"}, 1, None, 1)["PYTHONPATH"]
+
+
+def test_gpus_are_shared_among_jobs(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}, tmp_path) == ["0", "1"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3,GPU-5a"}, tmp_path) == ["3", "GPU-5a"]
+    assert shares_of_gpus(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3"]
+    assert shares_of_gpus([], 2) == [None, None]
+    with pytest.raises(UserError, match="--local 3: this machine shows 2 GPUs"):
+        shares_of_gpus(["0", "1"], 3)
