@@ -1,8 +1,8 @@
 """Run a study, or go on with it, or only report: arms x seeds of ordinary runs, as STUDY.yaml says. docs/study.md describes the file.
 
-    python tools/study.py --dry-run STUDY.yaml      # what would be done, and what is done
-    python tools/study.py --local 2 STUDY.yaml      # two jobs at a time on this machine
-    python tools/study.py --only-report STUDY.yaml
+    python tools/study.py STUDY.yaml --dry-run      # what would be done, and what is done
+    python tools/study.py STUDY.yaml --local 2      # two jobs at a time on this machine
+    python tools/study.py STUDY.yaml --only-report
 
 Every run is an ordinary run of pretrain in a directory of its own. What is done is not done again; a run that was stopped goes on. One that
 fails is shown with its reason, and does not stop the others.
