@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,9 @@ def test_on_a_terminal_there_is_a_table_with_the_running_jobs_first(monkeypatch:
     with Display(out) as display:
         display.show(view())
         display.end(view(plain_seed_1=Status("failed", "[red]not markup[/red]")), "")
-    shown = out.getvalue()
-    assert shown.index("salt ") < shown.index("plain ") < shown.index("score ")
+    shown = re.sub("\x1b\\[[^A-Za-z]*[A-Za-z]", "", out.getvalue())
+    rows = [line.split()[:2] for line in shown.splitlines()]
+    assert rows.index(["salt", "running"]) < rows.index(["plain", "waiting"]) < rows.index(["score", "done"])
     assert "plain-seed_1: failed: [red]not" in shown
     assert "100/400" in shown and "3.2500" in shown and "2m30s" in shown and "[red]not markup[/red]" in shown
 
