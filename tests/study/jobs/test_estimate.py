@@ -96,8 +96,10 @@ def test_a_log_is_read_as_it_grows(tmp_path: Path) -> None:
     assert (found.step, found.step_seconds, found.seconds) == (3, 2.0, 15.0)
     assert found.held_out is not None and math.isnan(found.held_out)
     new = tmp_path / "new"  # a run that resumes replaces its log
-    new.write_text(text(step(1, 1.0)))
+    new.write_text(text(*(step(number, 1.0) for number in range(1, 41))))  # longer than what was read
     new.rename(log)
+    assert reader.read() == Progress(40, None, 1.0, 40.0, 0.0)
+    log.write_text(text(step(1, 1.0)))  # or cuts it back
     assert reader.read() == Progress(1, None, 1.0, 1.0, 0.0)
 
 

@@ -99,4 +99,5 @@ def test_the_ranks_of_torchrun_save_and_none_stays(tmp_path: Path) -> None:
     status, shown = stopped_when(pids, "of 2\n", job, tmp_path / "study")
     assert status == 128 + signal.SIGTERM and "1 left" in shown
     wait_for(lambda: not any(psutil.pid_exists(int(line.split()[0])) for line in pids.read_text().splitlines()))
+    assert "death signal" not in job.log.read_text()  # torchrun itself got none: it would kill its ranks after 30 s
     assert len(list(tmp_path.glob("saved-*"))) == len(pids.read_text().splitlines())
