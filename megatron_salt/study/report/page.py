@@ -163,5 +163,5 @@ def _differences(name: str, group: Sequence[Comparison]) -> Plot:
         f"{one.arm} less {one.against}: {', '.join(f'{value:+.4f}' for value in one.differences)}" for one in group
     )
     return Plot(
-        name, {"all": plot}, f"{figure}, a dot for each seed; {side} 0 is better. {told}.", f"{6 + 2.5 * len(group):.3g}em"
+        name, {"all": plot}, f"{figure}, a dot for each seed; {side} 0 is better. {told}.", f"{100 + 40 * len(group)}px"
     )
