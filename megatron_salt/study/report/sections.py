@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_salt.metrics.arms import Arm
+from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.study.analysis.crossings import (
     CROSSING_HEADS,
     CROSSOVER_HEADS,
@@ -50,6 +53,21 @@ class Section:
     tables: tuple[Table, ...] = ()
     listing: str = ""
     """Text in a fixed width below them, such as a YAML file"""
+
+
+def ends(arms: Sequence[Arm], figures: Sequence[str]) -> Section:
+    """The last value of each figure of each arm: mean over its seeds, lowest and highest."""
+
+    def cell(arm: Arm, figure: str) -> str:
+        values = [found[max(found)] for curve in arm.curves if (found := curve.of_evaluations.get(figure, {}))]
+        if not values:
+            return "-"
+        mean, low, high = (figure_text(value) for value in (math.fsum(values) / len(values), min(values), max(values)))
+        return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+
+    rows = [[arm.name, str(len(arm.curves)), *(cell(arm, figure) for figure in figures)] for arm in arms]
+    title = "Last value of each figure, mean over the seeds (lowest to highest); runs that cannot be compared stand alone"
+    return Section(name="ends", title="At the end", tables=_some(Table("finals", title, ("arm", "seeds", *figures), rows)))
 
 
 def differences(comparisons: Sequence[Comparison]) -> Section:
