@@ -28,7 +28,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
 # One pytest process per core, up to 8; each runs whole files. Two cores gain too: the ranks of a test mostly wait for each other.
-PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+# The order of the files is that of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 # Transformer Engine's extension fits one release of torch. So its tests have their own environment, with that release.

@@ -17,6 +17,7 @@ import pytest
 
 from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
+from megatron_salt.study.command import StudyCommand
 from megatron_salt.tools.convert_checkpoint import ExportConfig, ImportConfig
 from megatron_salt.tools.prepare_task import PrepareTaskConfig
 from megatron_salt.train.plan import check
@@ -113,7 +114,7 @@ def tool_configs(name: str) -> list[type]:
     return [
         member
         for name, member in vars(module).items()
-        if name.endswith("Config")
+        if name.endswith(("Config", "Command"))
         and dataclasses.is_dataclass(member)
         and not member.__module__.startswith("megatron_salt.config")
     ]
@@ -260,7 +261,10 @@ def test_commands_of_the_tools_parse(name: str) -> None:
     tasks = re.findall(r"tools/prepare_task\.py( [a-z_]+ --[^`\n|&]*)", text)
     for words in tasks:
         parse_flags(PrepareTaskConfig, shlex.split(words))
-    assert commands or conversions or tasks or name in PAGES
+    studies = re.findall(r"tools/study\.py( [\w./]+\.yaml[^`\n|&]*)", text)
+    for words in studies:
+        parse_flags(StudyCommand, shlex.split(words, comments=True))
+    assert commands or conversions or tasks or studies or name in PAGES
 
 
 def test_every_console_script_is_told() -> None:

@@ -18,7 +18,6 @@ from megatron_salt.cli import known_flags, run_tool
 from megatron_salt.config import RunConfig
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.model.flops import forward_flops_per_token, num_parameters
-from megatron_salt.study.command import StudyCommand
 from megatron_salt.study.definition.arms import build, training_flops
 from megatron_salt.study.definition.plan_jobs import StudyPlan, TeacherFacts, plan_jobs
 from megatron_salt.study.definition.study import Study
@@ -273,6 +272,5 @@ def test_the_scripts_commands_have_flags_that_exist() -> None:
         commands = re.findall(r"tools/(\w+)\.py([^\n]*)", re.sub(r"^#.*", "", text, flags=re.M))
         assert commands
         for tool, rest in commands:
-            configs = [StudyCommand] if tool == "study" else tool_configs(tool)
-            known = {name for config in configs for name in known_flags(config)}
+            known = {name for config in tool_configs(tool) for name in known_flags(config)}
             assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) <= known, (script, tool)
