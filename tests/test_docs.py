@@ -17,7 +17,7 @@ import pytest
 
 from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
-from megatron_salt.study.command import StudyCommand
+from megatron_salt.study.command import StudyConfig
 from megatron_salt.tools.convert_checkpoint import ExportConfig, ImportConfig
 from megatron_salt.tools.prepare_task import PrepareTaskConfig
 from megatron_salt.train.plan import check
@@ -114,7 +114,7 @@ def tool_configs(name: str) -> list[type]:
     return [
         member
         for name, member in vars(module).items()
-        if name.endswith(("Config", "Command"))
+        if name.endswith("Config")
         and dataclasses.is_dataclass(member)
         and not member.__module__.startswith("megatron_salt.config")
     ]
@@ -247,7 +247,7 @@ def test_flags_exist(page: str) -> None:
 @pytest.mark.parametrize("name", [*PAGES, "examples/quickstart.sh", *(str(path.relative_to(ROOT)) for path in PROGRAMS)])
 def test_commands_of_the_tools_parse(name: str) -> None:
     text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
-    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))( +--[^`\n|&]*)", text)
+    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))((?: +[A-Z]+\.yaml)? +--[^`\n|&]*)", text)
     for tool, script, rest in commands:
         tool = tool or SCRIPTS[script]
         if tool != "pretrain":
@@ -263,7 +263,7 @@ def test_commands_of_the_tools_parse(name: str) -> None:
         parse_flags(PrepareTaskConfig, shlex.split(words))
     studies = re.findall(r"tools/study\.py( [\w./]+\.yaml[^`\n|&]*)", text)
     for words in studies:
-        parse_flags(StudyCommand, shlex.split(words, comments=True))
+        parse_flags(StudyConfig, shlex.split(words, comments=True))
     assert commands or conversions or tasks or studies or name in PAGES
 
 
