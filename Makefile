@@ -74,7 +74,7 @@ quickstart: setup  ## A whole run on 2 CPU ranks in 6 minutes: text, tokens, a t
 quickstart-short:  ## The quickstart with fewer steps, in under 3 minutes; also quickstart SHORT=1
 	@$(MAKE) --no-print-directory quickstart SHORT=1
 
-laptop-study: setup  ## Does SALT pay? Studies of a student of 2.4M parameters, some hours on two cores; PIECES=1_learning_rate: one of them
+laptop-study: setup-dev  ## Does SALT pay? Studies of a student of 2.4M parameters, some hours on two cores; PIECES=1_learning_rate: one of them
 	PYTHON=$(abspath $(BIN))/python PIECES="$(PIECES)" bash examples/laptop/run.sh
 
 foreign-teacher: setup-dev  ## SmolLM2-135M from PyPI (93 MB) as teacher of a tiny student, on 2 CPU ranks; the student goes out to transformers
