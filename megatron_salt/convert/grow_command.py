@@ -11,6 +11,7 @@ CPU. Memory is bounded by a layer, not by the model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,3 +51,7 @@ def grow(config: GrowConfig) -> None:
     from megatron_salt.convert.grow import grow_checkpoint  # torch
 
     grow_checkpoint(Path(config.load), config.num_layers, Path(config.save), config.overwrite)
+
+
+if __name__ == "__main__":  # the jobs of a study
+    sys.exit(main())

@@ -185,8 +185,15 @@ def lines_of(arms: Sequence[Arm], panel: Panel, x: Axis) -> list[Line]:
     return lines
 
 
+def shows_losses(panel: Panel) -> bool:
+    """Whether a panel shows nothing but losses, in nats a token."""
+    return all(figure.endswith("/loss") for figure in panel)
+
+
 def end_words(line: Line) -> str:
     """The last value of a line in words, with its band: "3.2100 (3.2000 to 3.2200)"."""
+    if math.isnan(line.value[-1]):
+        return "not finite"
     last, low, high = (figure_text(float(values[-1])) for values in (line.value, line.low, line.high))
     return last if low == high else f"{last} ({low} to {high})"
 
@@ -207,8 +214,8 @@ def switches_of(arms: Sequence[Arm], x: Axis) -> list[tuple[int, str, float]]:
 
 def axis_title(panel: Panel) -> str:
     """What the vertical axis of a panel shows."""
-    if all(figure.endswith("/loss") for figure in panel):
-        return "loss, nats a token"
+    if shows_losses(panel):
+        return f"{panel[0] if len(panel) == 1 else 'loss'}, nats a token"
     return ", ".join(dict.fromkeys(figure.replace("_", " ") for figure in panel))
 
 
@@ -227,7 +234,7 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
     for axes, panel in zip(plots[:, 0], panels, strict=True):
         for line in lines_of(arms, panel, x):
             colour = COLOURS[line.arm % len(COLOURS)]
-            style = "-" if line.of_steps else f"{'os^Dv'[line.place % 5]}--"
+            style = "-" if line.of_steps else f"{'os^Dv'[(line.arm + line.place) % 5]}--"
             axes.plot(line.at, line.value, style, color=colour, markersize=5, label=line.label)
             if not np.array_equal(line.low, line.high):
                 axes.fill_between(line.at, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
@@ -238,7 +245,7 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
                     axes.plot(arm.curves[0].axis(x), raw, color=COLOURS[number % len(COLOURS)], alpha=0.25, linewidth=0.8)
         for number, label, at in switches_of(arms, x):
             axes.axvline(at, color=COLOURS[number % len(COLOURS)], linestyle="--", linewidth=1, label=label)
-        if unigram is not None and axis_title(panel).startswith("loss"):
+        if unigram is not None and shows_losses(panel):
             axes.axhline(unigram, color="gray", linestyle=":", label="unigram entropy of held-out tokens")
         axes.set_xlabel(X_WORDS[x])
         axes.set_ylabel(axis_title(panel))

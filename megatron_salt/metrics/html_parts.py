@@ -16,11 +16,18 @@ STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;margin:0 auto;max-width:70em;padding:1em}
 h1{font-size:1.5em;line-height:1.25;margin:.2em 0 .6em}h2{font-size:1.2em;margin:1.8em 0 .4em}h3{font-size:1em;margin:1.2em 0 .3em}
 .scroll{overflow-x:auto;margin:.6em 0}table{border-collapse:collapse}caption{text-align:left;padding:.3em 0;color:#444}
+ul{padding-left:1.2em}
 td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #ccc;white-space:nowrap}thead th{vertical-align:bottom}
 td:first-child,th:first-child{text-align:left}tbody th{font-weight:normal}
 figure{margin:1em 0}figcaption{color:#444;font-size:.92em}.plot{height:26em}
 fieldset{border:1px solid #767676;border-radius:.3em;margin:1em 0;padding:.2em .8em}label{display:inline-block;padding:.35em 1em .35em 0}
 :focus-visible{outline:3px solid #0072b2;outline-offset:2px}pre{overflow-x:auto;background:#f4f4f4;padding:.8em}
+.first{display:grid;gap:0 2em;grid-template-columns:minmax(0,1fr)}.first td,.first tbody th{white-space:normal}.first .plot{height:22em}
+#answer{font-size:1.2em;line-height:1.35;border-left:.3em solid #0072b2;padding-left:.7em}
+.warning{border-left:.3em solid #d55e00;padding-left:.7em}
+h2 small{font-weight:normal;border:1px solid #767676;border-radius:.3em;padding:0 .4em}
+summary{cursor:pointer;padding:.3em 0}section{scroll-margin-top:1em}
+@media(min-width:64em){.first{grid-template-columns:minmax(0,1fr) minmax(0,1fr)}body{max-width:80em}}
 @media(max-width:40em){body{padding:.6em;font-size:15px}.plot{height:21em}td,th{padding:.25em .45em}}
 @media print{
 .scroll,pre{overflow:visible}fieldset,.modebar{display:none!important}figure,tr{break-inside:avoid}
@@ -55,12 +62,15 @@ class Plot:
     """{axis: Plotly figure}; a plot that has no time axis has one entry of any name, which the switch leaves alone"""
     caption: str
     """What it shows, in words: also the text for those who cannot see it"""
+    height: str = ""
+    """In CSS; empty: that of all plots"""
 
     def to_html(self) -> str:
         """The place of the plot. `scripts` draws it."""
         label = f"{self.name}-caption"
+        style = f" style='height:{self.height}'" if self.height else ""
         return (
-            f"<figure><div class='plot' id='{self.name}' role='group' aria-labelledby='{label}'></div>"
+            f"<figure><div class='plot' id='{self.name}'{style} role='group' aria-labelledby='{label}'></div>"
             f"<figcaption id='{label}'>{escape(self.caption)}</figcaption></figure>"
         )
 

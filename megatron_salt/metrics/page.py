@@ -25,6 +25,7 @@ from megatron_salt.metrics.figures import (
     lines_of,
     notes_on,
     run_rows,
+    shows_losses,
     switches_of,
 )
 from megatron_salt.metrics.history import Axis
@@ -119,12 +120,15 @@ def _figure(arms: Sequence[Arm], panel: Panel, x: Horizontal, unigram: float | N
         if not line.of_steps:
             style |= {"mode": "lines+markers", "marker": {"symbol": MARKS[(line.arm + 3 * line.place) % len(MARKS)], "size": 7}}
         plot.add_scatter(x=at, y=value, name=escape(line.label), **style)
-    for number, label, position in switches_of(arms, x.axis):
+    ends = [(position + before[number], number) for number, _, position in switches_of(arms, x.axis)]
+    for position, number in ends:
         plot.add_vline(
-            x=position + before[number], line_dash="dash", line_color=COLOURS[number % len(COLOURS)],
-            annotation={"text": escape(label), "textangle": -90, "font": {"size": 10}, "yanchor": "top"},
-        )  # fmt: skip
-    if unigram is not None and axis_title(panel).startswith("loss"):
+            x=position, line={"dash": DASHES[number % len(DASHES)], "color": COLOURS[number % len(COLOURS)], "width": 1.5}
+        )
+    if ends:  # one text: those of several arms would lie on each other
+        text = {"text": "stage 1 ends", "textangle": -90, "font": {"size": 11}, "showarrow": False}
+        plot.add_annotation(x=min(ends)[0], y=1, yref="paper", xanchor="right", yanchor="top", **text)
+    if unigram is not None and shows_losses(panel):
         plot.add_hline(y=unigram, line_dash="dot", line_color="gray", annotation_text="unigram entropy of held-out tokens")
     plot.update_xaxes(title=x.words, rangemode="tozero")
     plot.update_yaxes(title=axis_title(panel))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -313,3 +314,7 @@ def num_not_finite(rows: Rows) -> int:
 def say(config: ScoreConfig, text: str) -> None:
     """Print a line about this job's shard."""
     print(f"shard {config.shard}: {text}", flush=True)
+
+
+if __name__ == "__main__":  # torchrun -m, and the jobs of a study
+    sys.exit(main())

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def select_data(config: SelectConfig) -> None:
     """Check the inputs, choose, write the selection and its report. Raises UserError."""
+    started = time.monotonic()
     index = ScoreIndex.open(config.scores, allow_duplicates=config.allow_duplicate_inputs)
     if not config.allow_duplicate_inputs:
         refuse_equal_datasets(index)
@@ -74,6 +77,7 @@ def select_data(config: SelectConfig) -> None:
         ) from error
     print(written, end="")
     print("\nwrote", *outputs[1:2], *outputs[:1], *outputs[2:])
+    print(f"chosen in {time.monotonic() - started:.1f} s")
 
 
 def write_outputs(config: SelectConfig, choice: Choice, outputs: Sequence[Path], text: WindowText | str) -> str:
@@ -198,3 +202,7 @@ def export(choice: Choice, text: WindowText, path: Path) -> None:
                         "text": content,
                     }
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":  # torchrun -m, and the jobs of a study
+    sys.exit(main())

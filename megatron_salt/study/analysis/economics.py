@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+import numpy as np
 
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.study.analysis.crossings import SCALES, Crossing, Crossings, Scale, positions
-from megatron_salt.study.analysis.ledger import USED, Preparation, PreparationOf, number, output_rows
+from megatron_salt.study.analysis.ledger import USED, Payer, Preparation, PreparationOf, Spent, number, output_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,6 @@ class BreakEven:
     runs_to_share: int | None
     """Least number of runs that must share the teacher, its scores and the selection before each has saved; None: not known, or no
     number is enough"""
-
-
-Payer = Literal["flops", "seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class Economics:
         head = f"{self.arm}, by {words}: {len(reached)} of {len(self.seeds)} seeds pass {self.against}'s final {self.figure}"
         if not reached:
             return f"{head}: no teacher pays, however cheap"
-        shares = [seed.share for seed in reached if seed.share is not None]
+        shares = [max(seed.share, 0.0) for seed in reached if seed.share is not None]
         if len(shares) < len(reached):
             return f"{head}: what the teacher may cost is not known"
         if max(shares) <= 0:
@@ -72,7 +70,7 @@ class Economics:
         if len(numbers) == len(reached):
             least, most = min(numbers), max(numbers)
             span = f"{least}" if least == most else f"{least} to {most}"
-            text += f"; it must be shared by at least {span} run{'' if most == 1 else 's'}"
+            text += "; it pays in a single run" if most == 1 else f"; it must be shared by at least {span} runs"
         return text
 
 
@@ -92,13 +90,13 @@ def economics(found: Crossings, preparation_of: PreparationOf, unit: Payer) -> E
 def _break_even(crossing: Crossing, preparation_of: PreparationOf, unit: Payer) -> BreakEven:
     if crossing.step is None:
         return BreakEven(seed=crossing.seed, reached=False, saved=0.0, share=0.0, token_share=None, runs_to_share=None)
-    share = crossing.shares[Scale(unit, "existed")]
+    at = positions(crossing.pair.arm, np.array([crossing.step]), Scale(unit, "existed"), preparation_of)
     whole = _whole(crossing, preparation_of, unit)
-    if share is None or whole is None:
+    if at is None or not whole:
         return BreakEven(seed=crossing.seed, reached=True, saved=None, share=None, token_share=None, runs_to_share=None)
-    saved, preparation = (1 - share) * whole, preparation_of(crossing.pair.arm)
+    saved, preparation = whole - float(at[0]), preparation_of(crossing.pair.arm)
     return BreakEven(
-        seed=crossing.seed, reached=True, saved=saved, share=1 - share,
+        seed=crossing.seed, reached=True, saved=saved, share=saved / whole,
         token_share=_token_share(crossing, preparation, saved) if unit == "flops" else None,
         runs_to_share=_runs_to_share(crossing, preparation, saved, unit),
     )  # fmt: skip
@@ -127,26 +125,29 @@ def _token_share(crossing: Crossing, preparation: Preparation, saved: float) -> 
 
 def _runs_to_share(crossing: Crossing, preparation: Preparation, saved: float, unit: Payer) -> int | None:
     """The least M with (training + scores + selection) / M <= what the run saves beside them."""
-    training = preparation.teacher_training
-    if training is None:
+    training, scores = _of_unit(preparation.teacher_training, unit), _scores(crossing, preparation, unit)
+    if training is None or scores is None:
         return None
-    scores = _scores(crossing, preparation, unit)
-    beside = saved + scores
-    shared = (training.flops if unit == "flops" else training.seconds) + scores
+    beside, shared = saved + scores, training + scores
     return max(1, math.ceil(shared / beside)) if beside > 0 else None
 
 
-def _scores(crossing: Crossing, preparation: Preparation, unit: Payer) -> float:
-    """Cost of scores and selection of an arm that uses them."""
+def _scores(crossing: Crossing, preparation: Preparation, unit: Payer) -> float | None:
+    """Cost of scores and selection of an arm that uses them; None: not known."""
     if "scoring" not in USED[crossing.pair.arm.kind]:
         return 0.0
-    both = (preparation.scoring, preparation.selection)
-    return math.fsum(spent.flops if unit == "flops" else spent.seconds for spent in both)
+    scoring, selection = _of_unit(preparation.scoring, unit), _of_unit(preparation.selection, unit)
+    return None if scoring is None or selection is None else scoring + selection
+
+
+def _of_unit(spent: Spent, unit: Payer) -> float | None:
+    return spent.flops if unit == "flops" else spent.seconds
 
 
 def _scoring_share(crossing: Crossing, preparation_of: PreparationOf, unit: Payer) -> float | None:
     whole = _whole(crossing, preparation_of, unit)
-    return None if not whole else _scores(crossing, preparation_of(crossing.pair.arm), unit) / whole
+    scores = _scores(crossing, preparation_of(crossing.pair.arm), unit)
+    return None if not whole or scores is None else scores / whole
 
 
 def _span(shares: Sequence[float]) -> str:

@@ -41,10 +41,11 @@ class Pairing:
 
 
 def pair_runs(results: Sequence[RunResult], arm: str, against: str) -> Pairing:
-    """Pair the runs with label `arm`, each with its partner of `against`: a label, or the name of an arm.
+    """Pair the runs with label `arm`, each with its partner of `against`: the name of an arm, or the label of some of its runs.
 
-    Of an arm's runs, the partner has the settings of the run on all axes that the arm has: SALT at one learning rate is paired with the
-    baseline at that rate, and with the only baseline where there is one. UserError for a label that no run has, or for two runs of a seed.
+    Of an arm's runs, the partner is the one with most settings of the run, and no other settings: SALT at one learning rate is paired with
+    the baseline at that rate, and with the plain baseline where there is none. UserError for a label that no run has, or for two runs of a
+    seed.
     """
     by_seed = {run.seed: run for run in _runs_of(results, arm)}
     partners = _partners(results, by_seed, against)
@@ -113,12 +114,10 @@ def _runs_of(results: Sequence[RunResult], label: str) -> list[RunResult]:
 
 def _partners(results: Sequence[RunResult], by_seed: dict[int, RunResult], against: str) -> dict[int, RunResult]:
     """{seed: the run of `against`}, for the seeds of `by_seed` and for those that it lacks."""
-    if any(run.label == against for run in results):
-        return {run.seed: run for run in _runs_of(results, against)}
     settings = next(iter(by_seed.values())).settings
     fitting = [run for run in results if run.arm == against and run.settings.items() <= settings.items()]
     if not fitting:
-        _runs_of(results, against)  # raises
+        return {run.seed: run for run in _runs_of(results, against)}
     most = max(len(run.settings) for run in fitting)
     fitting = [run for run in fitting if len(run.settings) == most]
     _require_one_of_each_seed(fitting)
@@ -128,5 +127,6 @@ def _partners(results: Sequence[RunResult], by_seed: dict[int, RunResult], again
 def _require_one_of_each_seed(runs: Sequence[RunResult]) -> None:
     by_seed: dict[int, RunResult] = {}
     for run in runs:
-        if (other := by_seed.setdefault(run.seed, run)) is not run:
-            raise UserError(f"two runs of {run.label} have seed {run.seed}: {other.directory} and {run.directory}")
+        if run.seed in by_seed:
+            raise UserError(f"two runs of {run.label} have seed {run.seed}: {by_seed[run.seed].directory} and {run.directory}")
+        by_seed[run.seed] = run

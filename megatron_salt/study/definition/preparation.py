@@ -19,7 +19,7 @@ from megatron_salt.config import RunConfig, flag
 from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError
 from megatron_salt.study.definition.arms import build, overlaid
-from megatron_salt.study.definition.study import Arm, Sections, Study, Teacher
+from megatron_salt.study.definition.study import Arm, Sections, SelectionRule, Study, Teacher
 from megatron_salt.study.job import Job
 
 _TOP_K = (1, 10, 50, 100)
@@ -40,10 +40,8 @@ def score_job(study: Study, teacher: Teacher, arm: Arm, config: RunConfig, needs
     """The job that scores the windows of a run's training data. needs: the jobs that make the teacher."""
     rule, data, load = arm.selection, config.data, checkpoints_of(study, teacher)
     assert rule is not None
-    step = [] if rule.scorer_step is None else [str(rule.scorer_step)]
-    sample = [] if rule.sample is None else [f"sample_{rule.sample}"]
-    name = "-".join([teacher.name, *step, *sample])
-    directory, top = study.output / "scores" / name, rule.score.rpartition("_")[2]
+    name, top = scoring_name(teacher, rule), rule.score.rpartition("_")[2]
+    directory = study.output / "scores" / name.removeprefix("score-")
     flags = {
         "teacher_load": str(load if rule.scorer_step is None else directory_of(load, rule.scorer_step)),
         "data_path": data.data_path,
@@ -62,7 +60,14 @@ def score_job(study: Study, teacher: Teacher, arm: Arm, config: RunConfig, needs
         **vars(config.tokenizer),
     }
     command = ("-m", "megatron_salt.tools.score_data", *words(flags))
-    return Job(name=f"score-{name}", kind="score", command=command, ranks=study.ranks, directory=directory, needs=tuple(needs))
+    return Job(name=name, kind="score", command=command, ranks=study.ranks, directory=directory, needs=tuple(needs))
+
+
+def scoring_name(teacher: Teacher, rule: SelectionRule) -> str:
+    """Name of the job that scores for a rule."""
+    step = [] if rule.scorer_step is None else [str(rule.scorer_step)]
+    sample = [] if rule.sample is None else [f"sample_{rule.sample}"]
+    return "-".join(["score", teacher.name, *step, *sample])
 
 
 def select_job(study: Study, arm: Arm, seed: int, config: RunConfig, scoring: Job) -> Job:

@@ -1,17 +1,19 @@
-"""What the training of teachers took, and the size of the vocabulary: from the study's data and from checkpoints of teachers."""
+"""FLOPs of teachers' training, and of all jobs before they begin: from the study's data and from checkpoints of teachers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_salt.checkpoint.save_directory import candidates
 from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.data.blend import parse_data_path
+from megatron_salt.data.manifest import read_manifest
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import flops_per_token, forward_flops_per_token
 from megatron_salt.study.definition.arms import build, training_flops
-from megatron_salt.study.definition.plan_jobs import TeacherFacts
+from megatron_salt.study.definition.plan_jobs import StudyPlan, TeacherFacts
+from megatron_salt.study.definition.preparation import scoring_name
 from megatron_salt.study.definition.study import Study, Teacher
 from megatron_salt.train.plan import check
 
@@ -77,20 +79,41 @@ def model_of_teacher(study: Study, name: str) -> ModelConfig:
     return read_teacher(teacher.load).model
 
 
-@dataclass(frozen=True)
-class PlannedFlops:
-    """FLOPs of a run before it begins."""
+def planned_flops(study: Study, plan: StudyPlan) -> dict[str, float | None]:
+    """{job: FLOPs}, as logs will count them, if stage 1 lasts --kd-steps and no window is skipped. None: the size of the data is not known.
 
-    student: float
-    teacher: float
-    """Forward passes of the teacher in stage 1"""
+    Reads the tokenizer beside the data, manifests and checkpoints of teachers. Raises UserError.
+    """
+    vocabulary_size, models = vocabulary_of(study), {name: model_of_teacher(study, name) for name in study.teachers}
+    teachers = {run.job: models[run.teacher] for run in plan.runs if run.teacher is not None}
+    ranks = {job.name: job.ranks for job in plan.jobs}
+    flops: dict[str, float | None] = {
+        name: run_flops(config, ranks[name], vocabulary_size, teachers.get(name)) for name, config in plan.configs.items()
+    }
+    for run in plan.runs:
+        arm = study.arm(run.arm)
+        if arm.selection is None or arm.teacher is None:
+            continue
+        scoring = scoring_name(study.teachers[arm.teacher], arm.selection)
+        rows = run.config.model.padded_vocabulary_size(vocabulary_size)
+        token = forward_flops_per_token(models[arm.teacher], run.config.training.seq_length, rows)
+        tokens = _tokens(run.config)
+        flops[scoring] = None if tokens is None else tokens * (arm.selection.sample or 1.0) * token
+    return {job.name: flops.get(job.name, 0.0) for job in plan.jobs}
 
 
-def planned_flops(config: RunConfig, ranks: int, vocabulary_size: int, teacher: ModelConfig | None) -> PlannedFlops:
-    """FLOPs of a run as its log will count them, if stage 1 lasts --kd-steps. Raises UserError."""
+def run_flops(config: RunConfig, ranks: int, vocabulary_size: int, teacher: ModelConfig | None) -> float:
+    """FLOPs of a run: of the student, and of the teacher's forward passes in stage 1. Raises UserError."""
+    student = training_flops(config, ranks, vocabulary_size)
+    if teacher is None or config.salt.teacher_load is None or config.salt.kd_steps is None:
+        return student
     _, plan = check(config, ranks)
     length, rows = config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
-    taught = 0 if teacher is None or config.salt.kd_steps is None else min(config.salt.kd_steps, plan.total_steps)
-    tokens = taught * plan.global_batch_size * length
-    forward = 0.0 if teacher is None else forward_flops_per_token(teacher, length, rows)
-    return PlannedFlops(training_flops(config, ranks, vocabulary_size), tokens * forward)
+    tokens = min(config.salt.kd_steps, plan.total_steps) * plan.global_batch_size * length
+    return student + tokens * forward_flops_per_token(teacher, length, rows)
+
+
+def _tokens(config: RunConfig) -> int | None:
+    """Tokens of a run's training data; None where a dataset has no manifest."""
+    manifests = [read_manifest(prefix) for prefix in parse_data_path(config.data.data_path, "--data-path")[0]]
+    return sum(found.tokens for found in manifests if found is not None) if all(manifests) else None

@@ -11,13 +11,14 @@ import json
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
 from megatron_salt.small_files import one_line, read_json
 from megatron_salt.study.job import TRAINER, Job, SlurmOptions
-from megatron_salt.study.jobs.outcome import last_error, read_outcome
+from megatron_salt.study.jobs.outcome import SEE_LOG, last_error, read_outcome
 from megatron_salt.study.jobs.status import QUEUED, RUNNING, Status, status_after
 
 LAUNCHER = Path("examples/launch.sh")
@@ -95,7 +96,8 @@ class SlurmJobs:
         """The status of a job that is no longer in the queue."""
         outcome = read_outcome(job.outcome)
         if outcome is not None:
-            return status_after(outcome)
+            error = last_error(job.log) if outcome.reason == SEE_LOG else None
+            return status_after(outcome if error is None else replace(outcome, reason=error))
         lost = [need for need in job.needs if statuses[need].state in ("failed", "left", "not run")]
         if lost:  # Slurm has cancelled it
             return Status("not run", f"needs {', '.join(lost)}")
