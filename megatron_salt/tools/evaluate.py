@@ -25,7 +25,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.errors import LeftEarly, UserError
 from megatron_salt.evaluation.results import Result, as_markdown, markdown_path, read_results, write_results
-from megatron_salt.evaluation.task_file import Task, read_task, read_tasks
+from megatron_salt.evaluation.task_file import Task, read_shots, read_tasks
 from megatron_salt.files import refuse_directory, sole_writer
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.model.shapes import check_shapes
@@ -82,7 +82,7 @@ def _evaluate(config: EvaluateConfig, watch: SignalWatch) -> int:
     hide_library_warnings()
     prepare_environment(config.device)
     tasks = read_tasks(config.tasks)
-    shots = read_shots(config, tasks)
+    shots = read_shots(config.shots, config.shot_file, len(tasks))
     data = parse_data(config.data, [task.name for task in tasks])
     parallel = ParallelConfig(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -115,17 +115,6 @@ def _evaluate(config: EvaluateConfig, watch: SignalWatch) -> int:
             return LEFT
         exit_plan.finish()
     return 0
-
-
-def read_shots(config: EvaluateConfig, tasks: Sequence[Task]) -> list[Task | None]:
-    """The file of solved examples of each task; None for all without --shots. Raises UserError."""
-    if config.shots == 0:
-        return [None] * len(tasks)
-    if len(config.shot_file) != len(tasks):
-        raise UserError(
-            f"--shots {config.shots} needs a --shot-file for each of {len(tasks)} --tasks, got {len(config.shot_file)}"
-        )
-    return [read_task(path, "--shot-file") for path in config.shot_file]
 
 
 def open_candidate(
