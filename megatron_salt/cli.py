@@ -33,6 +33,7 @@ from megatron_salt.files import refusing_file_errors
 from megatron_salt.small_files import read_small
 
 T = TypeVar("T")
+R = TypeVar("R", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,16 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
 
     Raises UserError for mistakes of the user. --help and --print-config print to stdout and raise SystemExit(0).
     """
+    command_line = parse_over_file(CommandLine, argv)
+    run = RunConfig(**{name: getattr(command_line, name) for name in sections()})
+    if command_line.print_config:
+        print(to_yaml(run), end="")
+        raise SystemExit(0)
+    return run, command_line.dry_run
+
+
+def parse_over_file(config_class: type[R], argv: Sequence[str]) -> R:
+    """A run's configuration and what `config_class` adds to it, from flags over the YAML file of --config. Raises UserError."""
     path = _config_path(argv)
     values: Mapping[str, Mapping[str, Any]] = {}
     if path is not None:
@@ -72,13 +83,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
         except (OSError, ValueError) as error:
             raise UserError(f"--config {path} cannot be read: {error}") from error
         values = read_sections(text, path)
-    defaults = CommandLine(**{name: unchecked(section, values.get(name, {})) for name, section in sections().items()})
-    command_line = parse_flags(CommandLine, argv, defaults)
-    run = RunConfig(**{name: getattr(command_line, name) for name in sections()})
-    if command_line.print_config:
-        print(to_yaml(run), end="")
-        raise SystemExit(0)
-    return run, command_line.dry_run
+    defaults = config_class(**{name: unchecked(section, values.get(name, {})) for name, section in sections().items()})
+    return parse_flags(config_class, argv, defaults)
 
 
 def run_tool(config_class: type[T], main: Callable[[T], int | None], argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ LAYERS = (
     ("checkpoint",),
     ("salt", "convert", "evaluation"),
     ("train",),
+    ("planner",),
     ("study",),
     ("pretrain", "tools", "benchmarks"),
 )
@@ -104,6 +105,14 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.metrics.arms",
     "megatron_salt.metrics.figure_text",
     "megatron_salt.metrics.history",
+    "megatron_salt.planner.chunk_memory",
+    "megatron_salt.planner.compose",
+    "megatron_salt.planner.memory",
+    "megatron_salt.planner.planned_run",
+    "megatron_salt.planner.schedule",
+    "megatron_salt.planner.static",
+    "megatron_salt.planner.table",
+    "megatron_salt.planner.trace",
     "megatron_salt.study.definition.arms",
     "megatron_salt.study.definition.plan_jobs",
     "megatron_salt.study.definition.preparation",
@@ -138,6 +147,8 @@ PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file i
 MAY_PATCH = {  # None: anything
     SEAM: None,
     "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
+    # In a child process alone, inside a block: torch cannot convert fake parameters.
+    "megatron_salt.planner.fake_world": {"nn.Module.to"},
     # A queue that ends with this process, and that has no results of a save that a failed run left.
     "megatron_salt.checkpoint.async_writer": {"filesystem_async._results_queue"},
     # A switch that torch has for this, and that a process may set.

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_salt.metrics.arms import first_better, more_is_better
 from megatron_salt.metrics.figure_text import figure_text
-from megatron_salt.study.analysis.ledger import ACCOUNT_WORDS, ACCOUNTS, Account, PreparationOf, before
+from megatron_salt.study.analysis.ledger import ACCOUNT_WORDS, ACCOUNTS, Account, PreparationOf, total_before
 from megatron_salt.study.analysis.pairs import Pair, pair_runs, value_at
 from megatron_salt.study.analysis.statistics import signed
 from megatron_salt.study.results import RunResult
@@ -49,11 +49,8 @@ def positions(run: RunResult, steps: np.ndarray, scale: Scale, preparation_of: P
         return None
     if scale.unit == "steps":
         return steps.astype(np.float64)
-    charged = before(run.kind, preparation_of(run), scale.account)
-    if charged is None:
-        return None
-    spent = [part.flops if scale.unit == "flops" else part.seconds for part in charged.values()]
-    return curve.when(scale.unit, steps) + math.fsum(spent)
+    charged = total_before(run.kind, preparation_of(run), scale.account, scale.unit)
+    return None if charged is None else curve.when(scale.unit, steps) + charged
 
 
 # --- crossings --------------------------------------------------------------------------------------------------------

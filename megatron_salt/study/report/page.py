@@ -5,7 +5,6 @@ It needs no network, see metrics/html_parts.py. Plotly is an optional dependency
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_salt.metrics.figures import COLOURS
 from megatron_salt.metrics.history import Axis
 from megatron_salt.metrics.html_parts import Plot, axis_switch, document, scripts, table
 from megatron_salt.metrics.page import Horizontal, curve_plot, empty_figure
-from megatron_salt.study.analysis.ledger import Account, PreparationOf, before
+from megatron_salt.study.analysis.ledger import Account, PreparationOf, total_before
 from megatron_salt.study.analysis.statistics import Comparison
 from megatron_salt.study.report.content import Answer, Report
 from megatron_salt.study.report.pictures import arms_with, better_side, by_figure
@@ -112,10 +111,7 @@ def _axes(curves: Sequence[tuple[Arm, RunResult]], preparation_of: PreparationOf
 
 def _start(run: RunResult, axis: Axis, account: Account, preparation_of: PreparationOf) -> float | None:
     """What was done before a run's first step; None: not known."""
-    charged = before(run.kind, preparation_of(run), account)
-    if charged is None:
-        return None
-    return math.fsum(spent.flops if axis == "flops" else spent.seconds for spent in charged.values())
+    return total_before(run.kind, preparation_of(run), account, "flops" if axis == "flops" else "seconds")
 
 
 def _curves(report: Report, number: int, figure: str, axes: dict[str, Horizontal]) -> Plot | None:

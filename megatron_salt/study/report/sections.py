@@ -20,11 +20,13 @@ from megatron_salt.study.analysis.crossings import (
 from megatron_salt.study.analysis.economics import BREAK_EVEN_HEADS, SAVING_HEADS, break_even_rows, economics, saving_rows
 from megatron_salt.study.analysis.ledger import (
     ACCOUNT_HEADS,
+    CACHE_HEADS,
     FLOP_HEADS,
     SECOND_HEADS,
     PreparationOf,
     RunCost,
     account_rows,
+    cache_rows,
     flop_rows,
     second_rows,
 )
@@ -120,6 +122,9 @@ def ledger(costs: Sequence[RunCost]) -> Section:
         Table("ledger", "Mean over the finished runs of an arm", ACCOUNT_HEADS, account_rows(costs)),
         Table("ledger-flops", "FLOPs of each run, by phase", FLOP_HEADS, flop_rows(costs), folded=True),
         Table("ledger-seconds", "Seconds of each run, by phase", SECOND_HEADS, second_rows(costs), folded=True),
+        Table(
+            "ledger-cache", "Runs with a teacher's cache: what it spared them is in no account", CACHE_HEADS, cache_rows(costs)
+        ),
     )
     return Section(name="costs", title="What the runs cost", words=words, tables=_some(*tables))
 

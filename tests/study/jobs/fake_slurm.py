@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_salt.files import write_whole
+
 _PROGRAM = """#!{python}
 import json, sys
 from pathlib import Path
@@ -22,7 +24,8 @@ if program == "sbatch":
         sys.exit("sbatch: error: invalid partition specified: none")
     number = str(len(jobs) + 100)
     jobs[number] = [next(word[11:] for word in words if word.startswith("--job-name=")), "PENDING", words]
-    path.write_text(json.dumps(jobs))
+    path.with_suffix(".new").write_text(json.dumps(jobs))
+    path.with_suffix(".new").rename(path)
     print(number + ";cluster")
 elif program == "squeue":
     assert words == ["--noheader", "--me", "--format=%i|%j|%T"], words
@@ -61,7 +64,7 @@ class FakeSlurm:
         """Let a job have this state. Only PENDING, RUNNING and COMPLETING are in the queue."""
         jobs = json.loads(self._path.read_text())
         jobs[number][1] = state
-        self._path.write_text(json.dumps(jobs))
+        write_whole(self._path, json.dumps(jobs).encode())
 
     def silent(self, is_silent: bool) -> None:
         """Whether the controller does not answer."""

@@ -177,7 +177,16 @@ def test_a_signal_ends_the_look_and_not_the_jobs(tmp_path: Path, slurm: FakeSlur
 
 
 def in_background(work: Callable[[], None], action: Callable[[], int]) -> int:
-    thread = threading.Thread(target=work)
+    """`action`, while a thread does `work`. If that fails, the study is told to leave: a failure, not a wait."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    thread = threading.Thread(target=guarded)
     thread.start()
     try:
         return action()

@@ -1,0 +1,1 @@
+"""The planner: will a run fit its GPUs, before it waits in a queue."""

@@ -1,0 +1,97 @@
+"""The run that is planned: flags, layout and what the planner knows beside them; and what has to be traced for it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.model.loss_chunk import chunk_tokens
+from megatron_salt.model.precision import Precision
+from megatron_salt.parallel.hardware import Capability
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.planner.trace import Device, StudentRequest, TeacherRequest, TraceSetting, TraceTask
+from megatron_salt.train.plan import RunPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """A run as its flags give it. `config` has passed `train/plan.py`, which gave layout and plan."""
+
+    config: RunConfig
+    layout: Layout
+    plan: RunPlan
+    vocabulary_size: int | None
+    """Ids of the tokenizer; None: read it"""
+    teacher_config: str | None
+    """YAML file with the teacher's architecture, for a teacher that has no checkpoint yet"""
+    device: Device
+    capability: Capability | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTeacher:
+    """The teacher of the run."""
+
+    model: ModelConfig
+    vocabulary_size: int
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A run, before it starts. `config` has passed `train/plan.py`, which gave layout and plan."""
+
+    config: RunConfig
+    layout: Layout
+    plan: RunPlan
+    vocabulary_size: int
+    """Ids of the tokenizer"""
+    precision: Precision
+    """The student's"""
+    teacher: PlannedTeacher | None
+    device: Device
+    capability: Capability | None
+    """Of the GPU; None on a CPU"""
+
+    @property
+    def rows(self) -> int:
+        """Rows of embedding and output weight on a rank."""
+        return self.config.model.padded_vocabulary_size(self.vocabulary_size) // self.layout.tensor
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter."""
+        return 2 if self.config.training.bf16 else 4
+
+    def ends(self) -> tuple[tuple[bool, bool], ...]:
+        """(has the embedding, has the head) of the kinds of model chunks that are traced."""
+        return ((True, False), (False, True)) if self.layout.pipeline > 1 else ((True, True),)
+
+    def student_requests(self, taught: bool) -> dict[tuple[bool, bool], StudentRequest]:
+        """What is traced of the student in stage 1 (taught) or stage 2, by `ends`."""
+        samples = self.plan.micro_batch_size if taught else self.plan.stage2_micro_batch_size
+        teacher_hidden = self.teacher.model.hidden_size if taught and self.teacher is not None else None
+        return {
+            (first, last): StudentRequest(
+                first=first, last=last, samples=samples, teacher_hidden=teacher_hidden if last else None
+            )
+            for first, last in self.ends()
+        }
+
+    def trace_task(self) -> TraceTask:
+        """Everything to trace."""
+        config, salt = self.config, self.config.salt
+        setting = TraceSetting(
+            model=config.model, parallel=config.parallel, seq_length=config.training.seq_length, vocabulary_size=self.vocabulary_size,
+            chunk_tokens=chunk_tokens(config.training, self.rows, self.device), bf16=config.training.bf16,
+            documents=config.data.reset_attention_mask, precision=self.precision,
+        )  # fmt: skip
+        asked = list(self.student_requests(taught=False).values())
+        teacher = None
+        if self.teacher is not None:
+            asked += self.student_requests(taught=True).values()
+            teacher = TeacherRequest(
+                model=self.teacher.model, vocabulary_size=self.teacher.vocabulary_size,
+                tensor=salt.teacher_tensor_model_parallel_size, samples=self.plan.micro_batch_size * self.plan.teacher_merge,
+            )  # fmt: skip
+        return TraceTask(setting=setting, device=self.device, student=tuple(dict.fromkeys(asked)), teacher=teacher)

@@ -1,0 +1,107 @@
+"""What the planner reads beside the flags: the tokenizer's size, the teacher's architecture; and what follows for precision and saves.
+
+In the child process, because these modules import torch. Everything that a start would refuse here is a UserError with its message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_salt.checkpoint import save_directory
+from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.config.yaml_text import from_yaml
+from megatron_salt.data.run_tokenizer import tokenizer_of_run
+from megatron_salt.errors import UserError
+from megatron_salt.model.precision import student_precision, teacher_precision
+from megatron_salt.model.shapes import check_shapes
+from megatron_salt.parallel.hardware import Hardware
+from megatron_salt.planner.memory import HostMemory
+from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher, RunFlags
+from megatron_salt.planner.static import stage_tensors, student_bytes
+from megatron_salt.salt.teacher_checkpoint import read_teacher, refuse_unfit, teacher_parallel
+from megatron_salt.small_files import read_small
+from megatron_salt.train.start import choose_precisions, parameters_of_rank, reshardable_save_bytes
+
+RELEASES = {"cuda": (13, 0), "transformer_engine": (2, 20)}
+"""CUDA and Transformer Engine that a planned GPU is taken to have: those of requirements-gpu.txt."""
+
+
+def read_run(flags: RunFlags) -> PlannedRun:
+    """Read what the flags name. Raises UserError."""
+    config = flags.config
+    vocabulary_size = flags.vocabulary_size or _tokenizer_size(config)
+    teacher = _teacher(config, flags.teacher_config, vocabulary_size)
+    model = None if teacher is None else teacher[0]
+    if flags.device == "cpu":
+        masks = config.data.reset_attention_mask
+        student, taught = (
+            student_precision(config.quantization, "torch", None, masks),
+            teacher_precision(config.salt, "torch", None, masks),
+        )
+    else:
+        precisions = choose_precisions(config, flags.plan, model, Hardware(flags.capability, **RELEASES))
+        student, taught = precisions.student, precisions.teacher
+    return PlannedRun(
+        config=config, layout=flags.layout, plan=flags.plan, vocabulary_size=vocabulary_size, precision=student,
+        teacher=None if teacher is None else PlannedTeacher(model=teacher[0], vocabulary_size=teacher[1], precision=taught),
+        device=flags.device, capability=flags.capability,
+    )  # fmt: skip
+
+
+def _tokenizer_size(config: RunConfig) -> int:
+    load = config.checkpoint.load
+    found = [] if load is None else save_directory.candidates(Path(load), fallback=True)
+    try:
+        return tokenizer_of_run(
+            config.tokenizer, config.data, found[0] / save_directory.TOKENIZER if found else None
+        ).vocabulary_size
+    except UserError as error:
+        raise UserError(f"{error}; or give --vocabulary-size, to plan before the data is there") from None
+
+
+def _teacher(config: RunConfig, path: str | None, vocabulary_size: int) -> tuple[ModelConfig, int] | None:
+    """(architecture, ids) of the teacher; None without one."""
+    salt, length = config.salt, config.training.seq_length
+    if salt.teacher_load is None:
+        return None
+    if path is None:
+        try:
+            teacher = read_teacher(salt.teacher_load)
+        except UserError as error:
+            raise UserError(f"{error}; or give --teacher-config, to plan before the teacher is there") from None
+        refuse_unfit(teacher, salt, length)
+        return teacher.model, teacher.vocabulary_size
+    try:
+        text = read_small(Path(path)).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--teacher-config {path} cannot be read: {error}") from None
+    model = from_yaml(text, path).model
+    check_shapes(model, teacher_parallel(salt), length)
+    return model, vocabulary_size
+
+
+def host_memory(run: PlannedRun) -> HostMemory:
+    """Host memory that the saves of a rank take. The rank with most parameters counts."""
+    config, parallel, checkpoint = run.config, run.config.parallel, run.config.checkpoint
+    if checkpoint.save is None:
+        return HostMemory(staged=0, gathered=0)
+    shards = run.layout.data * run.layout.context
+    tensors = stage_tensors(
+        config.model, parallel, rows=run.rows, seq_length=config.training.seq_length, precision=run.precision
+    )
+    staged = 0
+    if checkpoint.async_save:
+        held = [
+            student_bytes(
+                stage, parallel, run.layout, itemsize=run.itemsize, precision=run.precision, capability=run.capability
+            )
+            for stage in tensors
+        ]
+        share = shards if not parallel.use_distributed_optimizer else 1  # copies of one state are shared out among their ranks
+        staged = max(one["parameters"] // shards + one["optimizer"] // share for one in held)
+    gathered = 0
+    if parallel.use_distributed_optimizer:
+        padded = config.model.padded_vocabulary_size(run.vocabulary_size)
+        parameters = parameters_of_rank(config.model, parallel, padded, config.training.seq_length)
+        gathered = reshardable_save_bytes(parameters, padded * config.model.hidden_size // run.layout.tensor, parallel, shards)
+    return HostMemory(staged=staged, gathered=gathered)

@@ -1,0 +1,52 @@
+"""Starts the child process that traces, and takes what it found. The process that calls is not changed: every shim is in the child."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TypeVar
+
+from megatron_salt.child_processes import end_at_interrupt, end_with_parent, holding_interrupts
+from megatron_salt.parallel.hardware import VISIBLE
+from megatron_salt.planner.memory import HostMemory
+from megatron_salt.planner.planned_run import PlannedRun, RunFlags
+from megatron_salt.planner.trace import Traces
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+
+def read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
+    """What the flags name, the traces of the run's parts, and the host memory of its saves. Raises UserError.
+
+    It takes seconds, most of them for the imports of torch and megatron-core.
+    """
+    return in_child(_read_and_trace, flags)
+
+
+def in_child(function: Callable[[T], A], task: T) -> A:
+    """`function(task)` in a process of its own, which sees no GPU and compiles nothing. Both are pickled."""
+    with ProcessPoolExecutor(1, get_context("spawn"), prepare) as pool:
+        with holding_interrupts():
+            future = pool.submit(function, task)
+        return future.result()
+
+
+def prepare() -> None:
+    """What the child does before torch is imported."""
+    end_with_parent()
+    end_at_interrupt()
+    os.environ.update({VISIBLE: "", "TORCHDYNAMO_DISABLE": "1"})
+    os.environ.pop("TRITON_INTERPRET", None)
+    warnings.simplefilter("ignore")
+
+
+def _read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
+    from megatron_salt.planner.read_run import host_memory, read_run  # torch and megatron-core, and the patches of the seam
+    from megatron_salt.planner.tracer import trace_all
+
+    run = read_run(flags)
+    return run, trace_all(run.trace_task()), host_memory(run)
