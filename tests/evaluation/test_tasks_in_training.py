@@ -22,7 +22,7 @@ from megatron_salt.evaluation.evaluate_task import evaluate_task
 from megatron_salt.evaluation.task_file import read_shots, read_tasks
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.tools import evaluate as tool
+from megatron_salt.tools.evaluated.candidate import load_model, open_candidate
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
 from megatron_salt.train import loop
 from tests.support.program import DROPOUT, entries, numbers, refused, tensors, train, write_tokens
@@ -70,9 +70,9 @@ def by_the_tool(save: str, files: list[str], shots: int = 0) -> dict[str, dict[s
     """In one rank: the figures of the saved checkpoint by evaluate.py. shots: of the files themselves."""
     config = EvaluateConfig(load=(save,), tasks=tuple(files), output="unused", shots=shots)
     solved = read_shots(shots, files, len(files))
-    candidate = tool.open_candidate(save, config, ParallelConfig(), read_tasks(files), solved)
+    candidate = open_candidate(save, config, ParallelConfig(), read_tasks(files), solved)
     mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
-    chunks = tool.load_model(candidate, ParallelConfig(), mesh)
+    chunks = load_model(candidate, ParallelConfig(), mesh)
     return {
         asked.task.name: evaluate_task(asked, chunks, mesh, batch_tokens=999, seed=1234)["metrics"]
         for asked, _ in candidate.work
