@@ -246,7 +246,7 @@ def test_flags_exist(page: str) -> None:
 @pytest.mark.parametrize("name", [*PAGES, "examples/quickstart.sh", *(str(path.relative_to(ROOT)) for path in PROGRAMS)])
 def test_commands_of_the_tools_parse(name: str) -> None:
     text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
-    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))( +--[^`\n|&]*)", text)
+    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))((?: +[A-Z]+\.yaml)? +--[^`\n|&]*)", text)
     for tool, script, rest in commands:
         tool = tool or SCRIPTS[script]
         if tool != "pretrain":

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class StudyCommand:
+class StudyConfig:
     """Run, resume or report a study: arms x seeds of training runs."""
 
     study: tyro.conf.Positional[str]
@@ -68,10 +68,10 @@ class StudyCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
-    return run_tool(StudyCommand, study, argv)
+    return run_tool(StudyConfig, study, argv)
 
 
-def study(command: StudyCommand) -> int:
+def study(command: StudyConfig) -> int:
     """Do what the flags ask for. Returns 0, 1 where jobs are not done, 128 + signal where it was told to leave. Raises UserError."""
     from megatron_salt.study.definition.directories import begin, other_runs, refuse_other_work
     from megatron_salt.study.definition.plan_jobs import plan_jobs
