@@ -70,7 +70,7 @@ class RunState:
     evaluation_due: bool = False
     """Whether the evaluation after this step is still to come. It may decide a crossover, so a resumed run begins with it."""
     due: tuple[PartDue, ...] = ()
-    """Parts of that evaluation. Empty: an earlier release saved, and did not say."""
+    """Parts of that evaluation under the flags of the start that made the step. Empty before the first step."""
     events: tuple[dict[str, Any], ...] = ()
     """What happened to the run and must be remembered, such as a change of data. JSON values; "event" names the kind."""
     salt: SaltState | None = None

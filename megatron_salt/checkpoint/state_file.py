@@ -95,6 +95,7 @@ class _Extra(Struct):
     nonfinite_in_a_row: Count | UnsetType = UNSET
     evaluation_due: bool | UnsetType = UNSET
     due: list[PartDue] | UnsetType = UNSET
+    """Not written where only held-out sets are due."""
     teacher_flops: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
 
 
@@ -146,7 +147,7 @@ def state_content(state: CheckpointState) -> bytes:
         "data": data,
         "events": run.events,
         "extra": extra
-        | ({"due": run.due} if run.due else {})
+        | ({"due": run.due} if "tasks" in run.due else {})
         | ({"teacher_flops": run.teacher_flops} if run.teacher_flops else {}),
         "salt": None if run.salt is None else asdict(run.salt),
         "architecture": state.architecture,
@@ -184,7 +185,7 @@ def parse_state(content: Any) -> CheckpointState:
             teacher_flops=_teacher_flops(state),
             nonfinite_in_a_row=state.extra.nonfinite_in_a_row or 0,
             evaluation_due=state.extra.evaluation_due is True,
-            due=tuple(state.extra.due or ()),
+            due=tuple(state.extra.due or (["held_out"] if state.extra.evaluation_due is True else [])),
             events=tuple(state.events),
             salt=_salt_state(state.salt),
         ),

@@ -123,8 +123,7 @@ def _due_at_start(run: Run, training: TrainingConfig, start: RunState) -> Evalua
     if not start.evaluation_due:
         return (), ()
     sets, tasks = _evaluations_due(run, training, start.step)
-    due = run.valid if "held_out" in start.due else sets, run.tasks if "tasks" in start.due else tasks
-    return due if any(due) or start.due else (run.valid, ())  # an earlier release did not say what was due
+    return run.valid if "held_out" in start.due else sets, run.tasks if "tasks" in start.due else tasks
 
 
 def _parts(due: Evaluations) -> tuple[PartDue, ...]:

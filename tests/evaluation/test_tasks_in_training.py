@@ -173,8 +173,8 @@ TASKS: Any = ("tasks",)
         (("tasks",), 4, (SETS, TASKS)),
         (("tasks",), 5, ((), TASKS)),
         (("held_out", "tasks"), 5, (SETS, TASKS)),
-        ((), 4, (SETS, ())),
-        ((), 5, (SETS, ())),  # of an earlier release
+        (("held_out",), 5, (SETS, ())),
+        ((), 0, (SETS, TASKS)),
     ],
 )
 def test_a_start_evaluates_what_was_due_under_the_flags_of_then_or_of_now(due: Any, step: int, evaluated_now: Any) -> None:
