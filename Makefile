@@ -52,8 +52,8 @@ DOCS_BIN := $(DOCS_VENV)/bin
 TOKENIZERS := gemma3 deepseek_v3 llama3_2 qwen2_5 qwen3 gpt4o gptoss claude
 
 # Tests with numeric bounds, and variables that make torch, oneDNN and MKL use the instructions of an older CPU.
-ISA_TESTS := $(addprefix tests/model/test_,matrix_products.py loss.py kd_loss.py token_scores.py gpt.py attention.py fp8_numerics.py) \
-	tests/salt/test_divergence.py tests/train/test_golden.py tests/train/test_fp8_training.py
+ISA_TESTS := $(addprefix tests/model/test_,matrix_products.py loss.py token_scores.py gpt.py attention.py fp8_numerics.py) \
+	tests/model/kd_loss tests/salt/test_divergence.py tests/train/test_golden.py tests/train/test_fp8_training.py
 ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
