@@ -17,6 +17,7 @@ import pytest
 
 from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
+from megatron_salt.study.command import StudyConfig
 from megatron_salt.tools.convert_checkpoint import ExportConfig, ImportConfig
 from megatron_salt.tools.prepare_task import PrepareTaskConfig
 from megatron_salt.train.plan import check
@@ -260,7 +261,10 @@ def test_commands_of_the_tools_parse(name: str) -> None:
     tasks = re.findall(r"tools/prepare_task\.py( [a-z_]+ --[^`\n|&]*)", text)
     for words in tasks:
         parse_flags(PrepareTaskConfig, shlex.split(words))
-    assert commands or conversions or tasks or name in PAGES
+    studies = re.findall(r"tools/study\.py( [\w./]+\.yaml[^`\n|&]*)", text)
+    for words in studies:
+        parse_flags(StudyConfig, shlex.split(words, comments=True))
+    assert commands or conversions or tasks or studies or name in PAGES
 
 
 def test_every_console_script_is_told() -> None:

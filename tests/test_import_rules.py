@@ -114,6 +114,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.planner.table",
     "megatron_salt.planner.trace",
     "megatron_salt.study.definition.arms",
+    "megatron_salt.study.definition.evaluations",
     "megatron_salt.study.definition.plan_jobs",
     "megatron_salt.study.definition.preparation",
     "megatron_salt.study.definition.study",
@@ -123,6 +124,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.study.analysis.pairs",
     "megatron_salt.study.analysis.statistics",
     "megatron_salt.study.definition.arms",
+    "megatron_salt.study.definition.evaluations",
     "megatron_salt.study.definition.plan_jobs",
     "megatron_salt.study.definition.preparation",
     "megatron_salt.study.definition.study",
@@ -147,8 +149,8 @@ PROGRAMS = ["megatron_salt/pretrain.py", *sorted(f"tools/{file.name}" for file i
 MAY_PATCH = {  # None: anything
     SEAM: None,
     "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
-    # In a child process alone, inside a block: torch cannot convert fake parameters.
-    "megatron_salt.planner.fake_world": {"nn.Module.to"},
+    # In a child process alone, inside a block: they read what fake tensors do not have.
+    "megatron_salt.planner.fake_world": {"nn.Module.to", "dist.all_gather_object"},
     # A queue that ends with this process, and that has no results of a save that a failed run left.
     "megatron_salt.checkpoint.async_writer": {"filesystem_async._results_queue"},
     # A switch that torch has for this, and that a process may set.

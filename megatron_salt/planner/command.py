@@ -20,10 +20,11 @@ from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError, did_you_mean
 from megatron_salt.files import refusing_file_errors
 from megatron_salt.planner.compose import compose
-from megatron_salt.planner.memory import GIB
-from megatron_salt.planner.planned_run import RunFlags
-from megatron_salt.planner.run_tracer import read_and_trace
+from megatron_salt.planner.memory import GIB, HostMemory
+from megatron_salt.planner.planned_run import PlannedRun, RunFlags
+from megatron_salt.planner.run_tracer import read_and_trace, trace_whole_steps
 from megatron_salt.planner.table import not_modelled, table, verdict, what_would_help
+from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 
 
@@ -49,6 +50,25 @@ class PlanConfig(RunConfig):
     teacher_config: str | None = None
     """YAML file whose model section is the teacher's, for a --teacher-load that has no checkpoint yet.
     Its vocabulary is the run's."""
+
+    trace: bool = False
+    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model."""
+
+
+def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
+    """The peaks of whole steps beside those that were composed. FP8 is left out of both: its bytes are formulas."""
+    plain = run.without_fp8()
+    memory = compose(plain, traces, HostMemory(staged=0, gathered=0))
+    peaks = trace_whole_steps(plain, tuple((rank.place, rank.stage1 is not None) for rank in memory.stages))
+    lines = []
+    for rank, (stage1, stage2) in zip(memory.stages, peaks, strict=True):
+        for name, composed, traced in (("stage 1", rank.stage1, stage1), ("stage 2", rank.stage2, stage2)):
+            if composed is not None and traced is not None:
+                lines.append(
+                    f"pp {rank.pipeline_stage} {name}: a whole step without FP8 takes {traced / GIB:.2f} GiB at its peak, "
+                    f"{composed.total / GIB:.2f} were composed"
+                )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,8 @@ def plan(asked: PlanConfig) -> int:
             f"host memory of a rank: {host.staged / GIB:.2f} GiB while a save is written in the background, "
             f"{host.gathered / GIB:.2f} GiB for a save that loads under any layout"
         )
+    for line in whole_step_lines(run, traces) if asked.trace else []:
+        print(line)
     print(not_modelled())
     fits, line = verdict(memory, gpu.memory_gib)
     for flag in [] if fits else what_would_help(run, memory):

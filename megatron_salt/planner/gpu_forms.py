@@ -16,10 +16,14 @@ from torch import Tensor
 
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
-from megatron_salt.model import layers, matrix_products
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.model import gpt, layers, matrix_products
 from megatron_salt.model.attention import CoreAttention
 from megatron_salt.model.kernels import passes
 from megatron_salt.model.precision import Precision
+from megatron_salt.salt import load_teacher
 
 
 class _Norm(torch.autograd.Function):
@@ -53,24 +57,39 @@ def _ring_attention(
     module: CoreAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
 ) -> Tensor:
     """Transformer Engine's attention: this rank's queries, keys and values stay, the result, and log-sum-exp of each query and head."""
-    assert attention_mask is None
     context = module._attend(query, key, value, None, 0.0)
     return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def _with_fused_activation(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, precision: Precision
+) -> TransformerConfig:
+    """`transformer_config` with the activation that goes with Transformer Engine's layers. It keeps its input alone."""
+    config = _transformer_config(model, parallel, dtype, precision)
+    activation = layers.activation_of(model, compiled=True)
+    config.activation_func, config.bias_activation_fusion = activation.function, activation.fused
+    return config
+
+
+_transformer_config = gpt.transformer_config
 
 
 @contextlib.contextmanager
 def gpu_forms(precision: Precision) -> Iterator[None]:
     """Inside the block the head, norms and attention allocate what they do on a GPU. precision: of the model that is traced."""
     kernels = SimpleNamespace(row_sums=_nothing, into_gradient=_nothing, count_above=_nothing)
+    forms: list[tuple[Any, str, Any]] = [
+        (matrix_products, "logits", _into_out),
+        (matrix_products, "hidden_gradient", _into_out),
+        (matrix_products, "add_weight_gradient", _nothing),
+        (passes, "kernels_for", lambda device: kernels),
+        (layers.RMSNorm, "forward", _norm),
+    ]
+    if precision.implementation == "transformer_engine":
+        forms += [(owner, "transformer_config", _with_fused_activation) for owner in (gpt, load_teacher)]
+    if not precision.torch_attention:
+        forms += [(CoreAttention, "forward", _ring_attention), (gpt.GPT, "attention_mask", lambda *_: None)]
     with contextlib.ExitStack() as stack:
-        for owner, name, form in (
-            (matrix_products, "logits", _into_out),
-            (matrix_products, "hidden_gradient", _into_out),
-            (matrix_products, "add_weight_gradient", _nothing),
-            (passes, "kernels_for", lambda device: kernels),
-            (layers.RMSNorm, "forward", _norm),
-        ):
+        for owner, name, form in forms:
             stack.enter_context(mock.patch.object(owner, name, form))
-        if not precision.torch_attention:
-            stack.enter_context(mock.patch.object(CoreAttention, "forward", _ring_attention))
         yield

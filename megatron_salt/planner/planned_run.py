@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_salt.config import ModelConfig, RunConfig
 from megatron_salt.model.loss_chunk import chunk_tokens
@@ -62,6 +62,14 @@ class PlannedRun:
     def itemsize(self) -> int:
         """Bytes of a parameter."""
         return 2 if self.config.training.bf16 else 4
+
+    def without_fp8(self) -> PlannedRun:
+        """The same run with products in bfloat16 or float32."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = replace(teacher, precision=replace(teacher.precision, fp8_format=None))
+        precision = replace(self.precision, fp8_format=None, fp8_params=False, fp4_format=None)
+        return replace(self, precision=precision, teacher=teacher)
 
     def ends(self) -> tuple[tuple[bool, bool], ...]:
         """(has the embedding, has the head) of the kinds of model chunks that are traced."""

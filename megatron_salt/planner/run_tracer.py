@@ -27,6 +27,13 @@ def read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
     return in_child(_read_and_trace, flags)
 
 
+def trace_whole_steps(run: PlannedRun, ranks: tuple[tuple[int, bool], ...]) -> list[tuple[int | None, int]]:
+    """The peak bytes of a step of stage 1 and of stage 2 on some ranks of the first block, on fake tensors.
+
+    ranks: (place, whether there is a stage 1). Without it the first of a pair is None."""
+    return in_child(_trace_whole_steps, (run, ranks))
+
+
 def in_child(function: Callable[[T], A], task: T) -> A:
     """`function(task)` in a process of its own, which sees no GPU and compiles nothing. Both are pickled."""
     with ProcessPoolExecutor(1, get_context("spawn"), prepare) as pool:
@@ -50,3 +57,16 @@ def _read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
 
     run = read_run(flags)
     return run, trace_all(run.trace_task()), host_memory(run)
+
+
+def _trace_whole_steps(task: tuple[PlannedRun, tuple[tuple[int, bool], ...]]) -> list[tuple[int | None, int]]:
+    from megatron_salt.planner.whole_step import WholeStep, trace_step  # torch and megatron-core
+
+    run, ranks = task
+    return [
+        (
+            trace_step(WholeStep(run=run, place=place, taught=True)) if taught else None,
+            trace_step(WholeStep(run=run, place=place, taught=False)),
+        )
+        for place, taught in ranks
+    ]

@@ -18,8 +18,8 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
-from megatron_salt.model.gpt import GPT, transformer_config
-from megatron_salt.model.layers import activation_of
+from megatron_salt.model import gpt
+from megatron_salt.model.gpt import GPT
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.precision import TORCH
 from megatron_salt.parallel.launch import seed_everything
@@ -108,16 +108,11 @@ def three_layers(
 ) -> GPT:  # fmt: skip
     """A chunk of a model with LAYERS layers, of the run's own modules."""
     small = replace(model, num_layers=LAYERS)
-    config = transformer_config(small, parallel, dtype_of(setting), TORCH)
-    if setting.precision.implementation == "transformer_engine":
-        activation = activation_of(model, compiled=True)
-        config.activation_func, config.bias_activation_fusion = activation.function, activation.fused
-    chunk = GPT(
-        config, small, vocabulary_size=vocabulary_size, seq_length=setting.seq_length, chunk_tokens=setting.chunk_tokens,
-        groups=mesh.groups, pre_process=first, post_process=last, vp_stage=None, has_head=has_head,
+    return GPT(
+        gpt.transformer_config(small, parallel, dtype_of(setting), TORCH), small, vocabulary_size=vocabulary_size,
+        seq_length=setting.seq_length, chunk_tokens=setting.chunk_tokens, groups=mesh.groups, pre_process=first, post_process=last,
+        vp_stage=None, has_head=has_head,
     )  # fmt: skip
-    chunk.precision = setting.precision  # it decides whether attention gets a mask
-    return chunk
 
 
 def dtype_of(setting: TraceSetting) -> torch.dtype:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(command: StudyConfig) -> int:
     """Do what the flags ask for. Returns 0, 1 where jobs are not done, 128 + signal where it was told to leave. Raises UserError."""
-    from megatron_salt.study.definition.directories import begin, other_runs, refuse_other_work
+    from megatron_salt.study.definition.directories import begin, other_runs, refuse_missing_inputs, refuse_other_work
     from megatron_salt.study.definition.plan_jobs import plan_jobs
     from megatron_salt.study.definition.study_file import read_study
     from megatron_salt.study.definition.teacher_facts import read_teacher_facts
@@ -88,6 +88,8 @@ def study(command: StudyConfig) -> int:
         _known(command.arms, [arm.name for arm in defined.arms], "--arms"), _known(command.seeds, defined.seeds, "--seeds")
     )
     refuse_other_work(whole)
+    if not command.only_report:
+        refuse_missing_inputs(defined, plan)
     for directory in other_runs(whole, defined.output):
         print(f"{directory} is no run of this study (any more); it stays as it is, and no figure counts it")
     if command.dry_run:

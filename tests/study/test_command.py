@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_salt import yaml_core
-from megatron_salt.study.analysis.ledger import Spent
+from megatron_salt.study.analysis.ledger import Preparation
 from megatron_salt.study.command import main
 from megatron_salt.study.definition.arms import training_flops
 from megatron_salt.study.definition.plan_jobs import plan_jobs
+from megatron_salt.study.definition.study import Study
 from megatron_salt.study.definition.study_file import parse_study, read_study
 from megatron_salt.study.definition.teacher_facts import planned_flops, read_teacher_facts
 from megatron_salt.study.preparations import read_preparations
@@ -104,6 +105,25 @@ def test_a_flag_that_a_run_refuses_stops_all_before_anything_is_written(here, ca
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"flags": {"data_path": ["data/absent"]}}, "--data-path data/absent: data/absent.idx does not exist"),
+        ({"teacher": {"load": "nowhere"}}, "teacher teacher: load: nowhere holds no checkpoint"),
+        (
+            {"teacher": {"load": "there"}, "arms": {"salt_ds": None}, "primary": None},
+            "no checkpoint of step 80 (scorer_step); it has 200",
+        ),
+    ],
+)
+def test_what_the_study_needs_and_does_not_make_must_be_there(here, capsys, changes, message):
+    Path("there/iter_0000200").mkdir(parents=True)
+    rewrite(**changes)
+    assert main(["STUDY.yaml"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_report_needs_no_run(here, capsys):
     assert main(["STUDY.yaml", "--only-report"]) == 0
     told = capsys.readouterr().out
@@ -112,47 +132,60 @@ def test_a_report_needs_no_run(here, capsys):
     assert not Path("out/runs").exists()
 
 
-@pytest.mark.long
-def test_a_study_from_its_file_to_its_page(here, capsys):
-    """All that only works together: a teacher, its scores, a selection, a stacked model, eight runs, a second start, the report."""
-    student = yaml_core.load(Path("student.yaml").read_text())
-    student["training"] |= {"train_iters": 6, "eval_interval": 3, "eval_iters": 2, "micro_batch_size": 4, "seq_length": 32}
-    student["optimizer"] |= {"lr_warmup_iters": 1}
-    student["data"]["valid_data_path"] = ["data/held"]
-    student["parallel"] = {"device": "cpu"}
-    Path("student.yaml").write_text(yaml_core.dump(student))
-    teacher = yaml_core.load(Path("teacher.yaml").read_text())
-    teacher["training"] |= {"train_iters": 6, "micro_batch_size": 4, "seq_length": 32}
-    teacher["parallel"] = {"device": "cpu"}
-    Path("teacher.yaml").write_text(yaml_core.dump(teacher))
+def small_runs(arms: dict[str, object]) -> None:
+    """Let the runs of STUDY.yaml be as short as they can be, and evaluate."""
+    for name in ("student.yaml", "teacher.yaml"):
+        config = yaml_core.load(Path(name).read_text())
+        config["training"] |= {"train_iters": 6, "eval_interval": 3, "eval_iters": 2, "micro_batch_size": 4, "seq_length": 32}
+        config["data"]["valid_data_path"] = ["data/held"]
+        config["parallel"] = {"device": "cpu"}
+        Path(name).write_text(yaml_core.dump(config))
     rewrite(
+        flags={"lr_warmup_iters": 1},
         seeds=[1],
         salt={"kd_steps": 2},
         selection={"fraction": 0.5, "scorer_step": 3, "score": "mean_dropped_10"},
-        arms={"baseline": None, "salt_ds": None, "grow": {"grow": {"num_layers": 2, "train_iters": 2}}},
-        primary={"arm": "salt_ds", "against": "baseline"},
+        arms=arms,
+        primary={"arm": next(arm for arm in arms if arm != "baseline"), "against": "baseline"},
     )
+
+
+def preparation_of(study: Study, arm: str) -> Preparation:
+    result = RunResult(
+        arm=arm, kind="salt", seed=1, settings={}, directory=Path(), state="finished", reason="", config=None, curve=None
+    )
+    return read_preparations(study, plan_jobs(study, None))(result)
+
+
+@pytest.mark.long
+def test_a_study_from_its_file_to_its_report(here, capsys):
+    small_runs({"baseline": None, "salt_ds": None})
     assert main(["STUDY.yaml", "--local", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "salt_ds, seed 1: finished  held-out loss" in told
-    assert Path("out/report/report.md").is_file()
+    assert "salt_ds, seed 1: finished  held-out loss" in capsys.readouterr().out
+    assert "salt_ds" in Path("out/report/report.md").read_text()
     logs = {path: path.stat().st_mtime_ns for path in Path("out").rglob("train.jsonl")}
-    assert len(logs) == 1 + 1 + 3  # teacher, what is stacked, runs
+    assert len(logs) == 3  # the teacher and both runs
     assert main(["STUDY.yaml", "--local", "2"]) == 0
     assert logs == {path: path.stat().st_mtime_ns for path in Path("out").rglob("train.jsonl")}  # nothing was done again
     study = read_study(Path("STUDY.yaml"))
-    plan = plan_jobs(study, None)
-    flops, prepared = planned_flops(study, plan), read_preparations(study, plan)
+    flops = planned_flops(study, plan_jobs(study, None))
+    taught = preparation_of(study, "salt_ds")
+    assert taught.teacher_training is not None
+    assert taught.teacher_training.flops == flops["teacher"]
+    assert taught.scoring.flops == pytest.approx(flops["score-teacher-3"], rel=0.01)  # the data are not whole windows
+    assert taught.scoring.seconds > 0
+    assert taught.runs_that_share == 3
+    assert preparation_of(study, "baseline").teacher_training is None
 
-    def preparation(arm: str):
-        result = RunResult(
-            arm=arm, kind="salt_ds", seed=1, settings={}, directory=Path(), state="finished", reason="", config=None, curve=None
-        )
-        return prepared(result)
 
-    assert preparation("salt_ds").teacher_training.flops == flops["teacher"]
-    assert preparation("salt_ds").scoring.flops == pytest.approx(flops["score-teacher-3"], rel=0.01)
-    assert preparation("salt_ds").scoring.seconds > 0
-    assert preparation("salt_ds").runs_that_share == 3
-    assert preparation("grow").grow_source.flops == flops["source-grow-seed_1"]
-    assert preparation("baseline").grow_source == Spent(0.0, 0.0)
+@pytest.mark.full
+def test_a_study_of_the_other_arms(here, capsys):
+    arms = dict.fromkeys(("baseline", "salt", "rkd", "ds_only", "random"))
+    small_runs(arms | {"grow": {"grow": {"num_layers": 2, "train_iters": 2}}})
+    assert main(["STUDY.yaml", "--local", "2"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{arm}, seed 1: finished  held-out loss" in told for arm in (*arms, "grow"))
+    study = read_study(Path("STUDY.yaml"))
+    flops = planned_flops(study, plan_jobs(study, None))
+    assert preparation_of(study, "grow").grow_source.flops == flops["source-grow-seed_1"]
+    assert preparation_of(study, "random").scoring.flops > 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from examples.laptop import corpus
-from megatron_salt.cli import run_tool
+from megatron_salt.cli import known_flags, run_tool
 from megatron_salt.config import RunConfig
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.model.flops import forward_flops_per_token, num_parameters
@@ -20,6 +23,7 @@ from megatron_salt.study.definition.plan_jobs import StudyPlan, TeacherFacts, pl
 from megatron_salt.study.definition.study import Study
 from megatron_salt.study.definition.study_file import read_study
 from megatron_salt.train.plan import check
+from tests.test_docs import tool_configs
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "examples/laptop"
@@ -218,3 +222,55 @@ def test_the_page_tells_the_work_of_each_piece(studies: dict[str, tuple[Study, S
     for name, runs, steps in rows:
         plan = studies[name][1]
         assert (len(plan.runs), sum(job.steps or 0 for job in plan.jobs)) == (int(runs), int(steps.replace(",", ""))), name
+
+
+# ---- scripts ------------------------------------------------------------------------------------------------------------
+
+FAKE = """#!/usr/bin/env bash
+echo "$@" >> called
+case "$1 $2" in
+    "tools/study.py "*)
+        run=runs/laptop/$(basename "$2" .yaml)
+        mkdir -p "$run/report" "$run/runs/baseline/seed_1" "$run/runs/failed/seed_1"
+        touch "$run/report/report.md" "$run/runs/baseline/seed_1/latest_checkpointed_iteration.txt"
+        echo log > "$run/runs/baseline/seed_1/train.jsonl"
+        exit "${STATUS:-0}" ;;
+    "tools/preprocess_data.py "*) mkdir -p runs/laptop/data; touch runs/laptop/data/python_text_document.idx ;;
+    "tools/evaluate.py "*) touch runs/laptop/3_main/report/whole_sets.json ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("status, stops", [(0, False), (1, False), (143, True)])
+def test_the_script_does_piece_after_piece_and_keeps_the_reports(tmp_path: Path, status: int, stops: bool) -> None:
+    shutil.copytree(LAPTOP, tmp_path / "examples/laptop", ignore=shutil.ignore_patterns("results"))
+    python = tmp_path / "python"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "PIECES": "1_learning_rate 3_main", "STATUS": str(status)}
+    script = tmp_path / "examples/laptop/run.sh"
+    ended = subprocess.run(["bash", script, "--seeds", "1"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == (status if stops else 0), ended.stderr
+    called = (tmp_path / "called").read_text().splitlines()
+    programs = [line.split()[0] for line in called]
+    prepared = ["examples/laptop/corpus.py", "tools/train_tokenizer.py", *["tools/preprocess_data.py"] * 5]
+    assert programs == prepared + (["tools/study.py"] if stops else ["tools/study.py", "tools/study.py", "tools/evaluate.py"])
+    assert called[7] == "tools/study.py examples/laptop/1_learning_rate.yaml --local 2 --seeds 1"
+    results = tmp_path / "examples/laptop/results"
+    kept = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
+    both = {f"{piece}/{name}" for piece in ("1_learning_rate", "3_main") for name in ("report.md", "logs.tar.gz")}
+    assert kept == (set() if stops else both | {"3_main/whole_sets.json"})
+    if not stops:
+        assert called[-1].startswith("tools/evaluate.py --load runs/laptop/3_main/runs/baseline/seed_1 --output ")
+        with tarfile.open(results / "3_main/logs.tar.gz") as logs:
+            assert logs.getnames() == ["./runs/baseline/seed_1/train.jsonl"]
+
+
+def test_the_scripts_commands_have_flags_that_exist() -> None:
+    for script in ("prepare.sh", "run.sh"):
+        text = (LAPTOP / script).read_text().replace("\\\n", " ")
+        commands = re.findall(r"tools/(\w+)\.py([^\n]*)", re.sub(r"^#.*", "", text, flags=re.M))
+        assert commands
+        for tool, rest in commands:
+            known = {name for config in tool_configs(tool) for name in known_flags(config)}
+            assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) <= known, (script, tool)

@@ -48,7 +48,7 @@ def test_a_crossing_is_the_first_better_evaluation_under_every_account() -> None
             Scale("seconds", "shared"): 18 / 20,
         }
     )  # fmt: skip
-    assert str(found) == "salt passes baseline's final valid/loss: 1 of 1 reached, at 80.0% of its steps"
+    assert str(found) == "salt passes baseline's final valid/loss in 1 of 1 seeds, at 80.0% of its steps"
     assert crossing_rows([found])[0][3:6] == [
         "1 of 1 reached, at 80.0%",
         "1 of 1 reached, at 83.3%",
@@ -78,6 +78,7 @@ def test_a_run_that_never_gets_there_is_not_reached_and_a_failed_one_neither() -
     assert found.told == ("seed 3: salt failed: the loss is not finite", "seed 4: salt is running", "seed 5: no run of salt")
     nobody = crossings(results[:5] + results[6:7], lambda _: PREPARATION, "salt", "baseline", LOSS)
     assert nobody.summary(STEPS) == "0 of 1 reached"
+    assert str(nobody).startswith("salt passes baseline's final valid/loss in 0 of 1 seeds (seed 1: no run of salt")
 
 
 def test_a_baseline_without_a_final_figure_gives_no_target() -> None:

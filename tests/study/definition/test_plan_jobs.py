@@ -128,6 +128,13 @@ def test_a_part_of_a_study_has_what_its_runs_need():
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"primary": {"arm": "salt", "against": "baseline", "figure": "valid/los"}},
+         r"primary.figure valid/los: the runs have no such figure \(did you mean valid/loss\?\); they have valid/loss, valid/perplexity"),
+        ({"figures": {"out_of_domain": ["valid/prose/bits_per_byte"]}}, "figures.out_of_domain valid/prose/bits_per_byte: the runs have"),
+        ({"figures": {"tasks": ["task/piqa/acc"]}}, "figures.tasks task/piqa/acc: .*; --eval-tasks names no task"),
+        ({"flags": {"eval_iters": 0}}, "primary.figure valid/loss: .*: --eval-iters is 0"),
+        ({"flags": {"valid_data_path": []}}, "primary.figure valid/loss: .*: neither --valid-data-path nor --valid-share"),
+        ({"flags": {"valid_data_path": {"prose": "data/held"}}}, "primary.figure valid/loss: .*; they have valid/prose/loss"),
         ({"salt": {}}, "arm salt, seed 1: --teacher-load .* needs --kd-steps"),
         ({"ranks": 3}, "arm baseline, seed 1: --global-batch-size 4 is not divisible"),
         ({"axes": {"lr": [-1.0]}}, "arm baseline, seed 1, --lr -1.0: --lr must be at least 0, got -1.0"),

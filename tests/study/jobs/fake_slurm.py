@@ -1,4 +1,7 @@
-"""sbatch, squeue and sacct that only remember, as programs on PATH. State: DIR/jobs.json, {number: [name, state, words of sbatch]}."""
+"""sbatch, squeue, scancel and sacct that only remember, as programs on PATH.
+
+State: DIR/jobs.json, {number: [name, state, words of sbatch]}.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,9 @@ elif program == "squeue":
     for number, (name, state, _) in jobs.items():
         if state in ("PENDING", "RUNNING", "COMPLETING"):
             print(number, name, state, sep="|")
+elif program == "scancel":
+    jobs[words[0]][1] = "CANCELLED"
+    path.write_text(json.dumps(jobs))
 else:
     number = next(word[7:] for word in words if word.startswith("--jobs="))
     print(jobs[number][1])
@@ -39,13 +45,13 @@ else:
 
 
 class FakeSlurm:
-    """The three programs, first on PATH."""
+    """The programs, first on PATH."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         directory.mkdir()
         self._path = directory / "jobs.json"
         self._path.write_text("{}")
-        for name in ("sbatch", "squeue", "sacct"):
+        for name in ("sbatch", "squeue", "scancel", "sacct"):
             (directory / name).write_text(_PROGRAM.format(python=sys.executable, path=str(self._path)))
             (directory / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")

@@ -131,6 +131,31 @@ def test_the_switch_shows_memory_and_step_times_before_and_after(report: Report)
     assert [row[0] for row in rows] == ["salt"] * 3 + ["salt_ds"] * 2 + ["random"] * 2
 
 
+def test_the_last_values_of_an_arm_have_its_spread(report: Report) -> None:
+    """5 exp(-40 / 30) + 1 = 2.318, + 0.05 x seed, less the gain."""
+    rows = {row[0]: list(row[1:]) for row in tables(report)["finals"].rows}
+    assert rows["baseline"][:2] == ["3", "2.4180 (2.3680 to 2.4680)"] and rows["salt_ds"][:2] == ["1", "2.0680"]
+    assert rows["salt_ds, seed 3 (not finite)"][:2] == ["1", "nan"]
+
+
+def test_a_run_with_settings_is_compared_with_the_run_that_has_them_too(runs: list[RunResult]) -> None:
+    faster = [replace(run, settings={"lr": "0.002"}) for run in runs if run.seed == 1 and run.arm in ("baseline", "salt")]
+    other = [replace(runs[3], settings={"kd_weight": "0.5"})]
+    made = report_of(FACTS, [*runs, *faster, *other], selection_section([]))
+    compared = {one.arm: one for one in made.comparisons if one.figure == "valid/docs/loss"}
+    assert list(compared) == ["salt", "salt_ds", "random", "salt lr=0.002", "salt kd_weight=0.5"]
+    assert compared["salt lr=0.002"].seeds == compared["salt kd_weight=0.5"].seeds == (1,)
+    assert [one.arm for one in made.comparisons if one.primary] == ["salt"]
+    assert "baseline lr=0.002" in {arm.name for arm, _ in made.curves}
+
+
+def test_what_cannot_be_matched_or_diverged_is_told_beside_the_tables(report: Report) -> None:
+    notes = {section.name: section.notes for section in report.sections}
+    diverged = "salt_ds, seed 3: its figures are not finite at its end; it ends here at its last finite one."
+    assert notes["equal"][0] == diverged and "Left out: random against baseline, seed 3: random is waiting." in notes["equal"]
+    assert "Left out: salt_ds against baseline, seed 2: salt_ds failed: out of memory | on <rank> 0." in notes["passing"]
+
+
 def test_a_figure_that_no_log_has_is_told(report: Report) -> None:
     words = next(section.words for section in report.sections if section.name == "curves")
     assert words == ("In no run's log: valid/absent/bits_per_byte.",)
@@ -182,10 +207,13 @@ def test_a_report_that_fails_leaves_the_earlier_one(runs: list[RunResult], tmp_p
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.md": "an earlier one"}
 
 
-def test_without_plotly_all_but_the_page_is_written(runs: list[RunResult], tmp_path: Path) -> None:
+def test_without_plotly_all_but_the_page_is_written_and_that_is_told(
+    runs: list[RunResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with mock.patch("importlib.util.find_spec", return_value=None):
         written = write_report(FACTS, [replace(runs[0], curve=None)], tmp_path)
     assert [path.name for path in written] == ["report.md", "runs.csv", "evaluations.csv"]
+    assert "report.html is not written" in capsys.readouterr().out
 
 
 def test_csv_has_a_row_for_each_run_and_each_evaluation(files: dict[str, Path], runs: list[RunResult]) -> None:
@@ -213,6 +241,7 @@ def test_markdown_takes_nothing_for_markup(files: dict[str, Path], report: Repor
     assert text.startswith("## Study laptop \\<b\\>\n") and "**Yes:** salt against baseline" in text
     row = next(line for line in text.splitlines() if "out of memory" in line and line.startswith("|"))
     assert "out of memory \\| on \\<rank\\> 0" in row and row.replace("\\|", "").count("|") == 10
+    assert text.count("<details>") == text.count("</details>") > 3 and "<details><summary>The study</summary>\n\n" in text
     assert "```yaml\narms:\n" in text and "ledger-flops" not in text
     for name in (one for one in files if one.endswith(".png")):
         assert f"]({name})" in text
