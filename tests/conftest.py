@@ -2,11 +2,13 @@
 
 `pytest` runs all cases except those marked `full`. `--full` (`make test-full`) runs those too. `--short` (`make test-short`)
 runs the last case of each test, without those marked `full` or `long`. `--slurm` runs only cases marked `slurm`, `--faults`
-only cases marked `faults`. Tests marked `gpu` are skipped without a GPU.
+only cases marked `faults`. Tests marked `gpu` are skipped without a GPU. Files with tests marked `long` come first, so that one core
+does not wait at the end for another's last file.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the machine's cores belong to the ranks, and sums keep their order
@@ -37,11 +39,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = list(last.values())
     kept = set(wanted)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = wanted
+    items[:] = long_files_first(wanted)
     if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files with a `long` test, then the others; in each of both the files with the most tests first. Tests of a file keep their order."""
+    count = collections.Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("long")}
+    return sorted(items, key=lambda item: (item.path not in slow, -count[item.path], item.path))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

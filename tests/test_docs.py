@@ -17,6 +17,7 @@ import pytest
 
 from megatron_salt.cli import CommandLine, known_flags, parse_command, parse_flags
 from megatron_salt.config.yaml_text import from_yaml
+from megatron_salt.study.command import StudyConfig
 from megatron_salt.tools.convert_checkpoint import ExportConfig, ImportConfig
 from megatron_salt.tools.prepare_task import PrepareTaskConfig
 from megatron_salt.train.plan import check
@@ -246,7 +247,7 @@ def test_flags_exist(page: str) -> None:
 @pytest.mark.parametrize("name", [*PAGES, "examples/quickstart.sh", *(str(path.relative_to(ROOT)) for path in PROGRAMS)])
 def test_commands_of_the_tools_parse(name: str) -> None:
     text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
-    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))( +--[^`\n|&]*)", text)
+    commands = re.findall(r"(?:tools/(\w+)\.py|(salt-[a-z-]+))((?: +[A-Z]+\.yaml)? +--[^`\n|&]*)", text)
     for tool, script, rest in commands:
         tool = tool or SCRIPTS[script]
         if tool != "pretrain":
@@ -260,7 +261,10 @@ def test_commands_of_the_tools_parse(name: str) -> None:
     tasks = re.findall(r"tools/prepare_task\.py( [a-z_]+ --[^`\n|&]*)", text)
     for words in tasks:
         parse_flags(PrepareTaskConfig, shlex.split(words))
-    assert commands or conversions or tasks or name in PAGES
+    studies = re.findall(r"tools/study\.py( [\w./]+\.yaml[^`\n|&]*)", text)
+    for words in studies:
+        parse_flags(StudyConfig, shlex.split(words, comments=True))
+    assert commands or conversions or tasks or studies or name in PAGES
 
 
 def test_every_console_script_is_told() -> None:

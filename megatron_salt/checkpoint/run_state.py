@@ -48,6 +48,9 @@ class SaltState:
         return 1 if evaluation_due and step == self.stage1_end else self.stage_after(step)
 
 
+PartDue = Literal["held_out", "tasks"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunState:
     """How far a run is: all that it needs, beside tensors, to go on. The default is a run before its first step."""
@@ -66,6 +69,8 @@ class RunState:
     """Steps that were skipped one after the other, up to this one, because gradients were not finite."""
     evaluation_due: bool = False
     """Whether the evaluation after this step is still to come. It may decide a crossover, so a resumed run begins with it."""
+    due: tuple[PartDue, ...] = ()
+    """Parts of that evaluation under the flags of the start that made the step. Empty before the first step."""
     events: tuple[dict[str, Any], ...] = ()
     """What happened to the run and must be remembered, such as a change of data. JSON values; "event" names the kind."""
     salt: SaltState | None = None

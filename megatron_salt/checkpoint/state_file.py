@@ -24,6 +24,7 @@ from megatron_salt.checkpoint.run_state import (
     CheckpointState,
     OptimizerForm,
     OptimizerState,
+    PartDue,
     ReferenceLosses,
     RunState,
     SaltState,
@@ -93,6 +94,8 @@ class _Data(Struct):
 class _Extra(Struct):
     nonfinite_in_a_row: Count | UnsetType = UNSET
     evaluation_due: bool | UnsetType = UNSET
+    due: list[PartDue] | UnsetType = UNSET
+    """Not written where only held-out sets are due."""
     teacher_flops: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
 
 
@@ -143,7 +146,9 @@ def state_content(state: CheckpointState) -> bytes:
         "consumed_samples": run.consumed_samples,
         "data": data,
         "events": run.events,
-        "extra": extra | ({"teacher_flops": run.teacher_flops} if run.teacher_flops else {}),
+        "extra": extra
+        | ({"due": run.due} if "tasks" in run.due else {})
+        | ({"teacher_flops": run.teacher_flops} if run.teacher_flops else {}),
         "salt": None if run.salt is None else asdict(run.salt),
         "architecture": state.architecture,
         "tokenizer": state.tokenizer,
@@ -180,6 +185,7 @@ def parse_state(content: Any) -> CheckpointState:
             teacher_flops=_teacher_flops(state),
             nonfinite_in_a_row=state.extra.nonfinite_in_a_row or 0,
             evaluation_due=state.extra.evaluation_due is True,
+            due=tuple(state.extra.due or (["held_out"] if state.extra.evaluation_due is True else [])),
             events=tuple(state.events),
             salt=_salt_state(state.salt),
         ),
@@ -302,7 +308,7 @@ def _after_evaluation(directory: Path, saved: RunState) -> RunState:
         raise DamagedCheckpoint(
             f"{path}: cannot be read ({error}); without the file a resumed run repeats the evaluation"
         ) from None
-    return replace(saved, salt=salt, evaluation_due=False)
+    return replace(saved, salt=salt, evaluation_due=False, due=())
 
 
 def _hash_of(decided: Any) -> str:

@@ -67,6 +67,12 @@ class TrainingConfig:
     eval_tasks_interval: int | None = None
     """Steps between evaluations on --eval-tasks; they come at the end and with --eval-at-start too. Default: --eval-interval."""
 
+    eval_tasks_shots: int = 0
+    """Solved examples before each context of --eval-tasks, separated by an empty line."""
+
+    eval_tasks_shot_file: tuple[str, ...] = ()
+    """With --eval-tasks-shots: a task file for each of --eval-tasks. Its first examples are taken, without the one that is asked."""
+
     skip_samples: tuple[str, ...] = ()
     """Skip these ranges A:B of consumed samples, such as 51200:56320 after a loss spike.
     The same flags always give the same order of samples."""
@@ -129,7 +135,16 @@ class TrainingConfig:
             "exit_interval",
             "max_nonfinite_steps",
         )
-        at_least(self, 0, "eval_iters", "manual_gc_interval", "profile_step_start", "exit_duration_in_mins", "seed")
+        at_least(
+            self,
+            0,
+            "eval_iters",
+            "eval_tasks_shots",
+            "manual_gc_interval",
+            "profile_step_start",
+            "exit_duration_in_mins",
+            "seed",
+        )
         representable(self)
         if self.train_iters is not None and self.train_samples is not None:
             raise UserError(
@@ -137,6 +152,10 @@ class TrainingConfig:
             )
         if self.eval_tasks_interval is not None and not self.eval_tasks:
             raise UserError(f"--eval-tasks-interval {self.eval_tasks_interval} needs --eval-tasks: the task files")
+        if self.eval_tasks_shots and not self.eval_tasks:
+            raise UserError(f"--eval-tasks-shots {self.eval_tasks_shots} needs --eval-tasks: the task files")
+        if self.eval_tasks_shot_file and not self.eval_tasks_shots:
+            raise UserError("--eval-tasks-shot-file needs --eval-tasks-shots: how many of its examples are shown")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise UserError(
                 f"--profile-step-end {self.profile_step_end} must be after --profile-step-start {self.profile_step_start}"

@@ -54,7 +54,7 @@ def prepare_task(
 ) -> PreparedTask:
     """The requests of a task. bos: first id of every text; None: no such id. longest: tokens that the model takes. shots: solved examples,
     of which `num_shots` come first. flag_name: the flag that named the file. Raises UserError, which names the line of the task file."""
-    by_example = without_shots(task) if shots is None or num_shots == 0 else with_shots(task, shots, num_shots)
+    by_example = without_shots(task) if shots is None or num_shots == 0 else with_shots(task, shots, num_shots, flag_name)
     pairs = [pair for pairs in by_example for pair in pairs]
     places = [f"{flag_name} {task.path}, line {one.line}" for one in task.examples for _ in one.pairs]
     facts = {

@@ -14,9 +14,10 @@ from torch import nn
 import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron_salt.checkpoint.sharded_state import settled, unwrapped
+from megatron_salt.config import TrainingConfig
 from megatron_salt.evaluation.evaluate_task import PreparedTask, evaluate_task, prepare_task
 from megatron_salt.evaluation.requests import first_id
-from megatron_salt.evaluation.task_file import read_tasks
+from megatron_salt.evaluation.task_file import read_shots, read_tasks
 from megatron_salt.model.gpt import GPT
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -24,12 +25,14 @@ from megatron_salt.tokenizer.tokenizer import Tokenizer
 BOOTSTRAP_SEED = 1234
 
 
-def read_eval_tasks(paths: Sequence[str], tokenizer: Tokenizer, seq_length: int) -> tuple[PreparedTask, ...]:
-    """The tasks of --eval-tasks in the run's ids, without shots. Every rank reads the same files. Raises UserError."""
-    bos = first_id(tokenizer, "auto")
+def read_eval_tasks(training: TrainingConfig, tokenizer: Tokenizer) -> tuple[PreparedTask, ...]:
+    """The tasks of --eval-tasks, with their shots, in the run's ids. Every rank reads the same files. Raises UserError."""
+    flag, bos, num_shots = "--eval-tasks", first_id(tokenizer, "auto"), training.eval_tasks_shots
+    tasks = read_tasks(training.eval_tasks, flag)
+    shots = read_shots(num_shots, training.eval_tasks_shot_file, len(tasks), flag)
     return tuple(
-        prepare_task(task, tokenizer, bos=bos, longest=seq_length, flag_name="--eval-tasks")
-        for task in read_tasks(paths, "--eval-tasks")
+        prepare_task(task, tokenizer, bos=bos, longest=training.seq_length, shots=solved, num_shots=num_shots, flag_name=flag)
+        for task, solved in zip(tasks, shots, strict=True)
     )
 
 

@@ -161,13 +161,31 @@ def example_of(record: dict[str, Any], form: Form, line: int) -> Example:
     return Example(line=line, pairs=pairs, answers=tuple(answers), gold=gold, description=texts["description"])
 
 
-def with_shots(task: Task, shots: Task, count: int) -> list[tuple[tuple[str, str], ...]]:
+def read_shots(count: int, paths: Sequence[str], num_tasks: int, flag_name: str = "--tasks") -> list[Task | None]:
+    """The file of solved examples of each task; None for all where `count`, the examples to show, is 0. Raises UserError."""
+    if count == 0:
+        return [None] * num_tasks
+    if len(paths) != num_tasks:
+        raise UserError(
+            f"{shot_flag('shots', flag_name)} {count} needs a {shot_flag('shot-file', flag_name)} for each of {num_tasks} {flag_name}, "
+            f"got {len(paths)}"
+        )
+    return [read_task(path, shot_flag("shot-file", flag_name)) for path in paths]
+
+
+def shot_flag(name: str, flag_name: str) -> str:
+    """The flag "shots" or "shot-file" of the tasks of a flag: --shots of --tasks, --eval-tasks-shots of --eval-tasks."""
+    return f"--{name}" if flag_name == "--tasks" else f"{flag_name}-{name}"
+
+
+def with_shots(task: Task, shots: Task, count: int, flag_name: str = "--tasks") -> list[tuple[tuple[str, str], ...]]:
     """The pairs of each example with solved examples before its context: the first `count` of `shots` that are not the example itself.
 
-    Raises UserError where `shots` has fewer, or is of another form.
+    flag_name: the flag that named the task. Raises UserError where `shots` has fewer, or is of another form.
     """
+    file = f"{shot_flag('shot-file', flag_name)} {shots.path}"
     if shots.form != task.form:
-        raise UserError(f"--shot-file {shots.path} has the form {shots.form!r}, --tasks {task.path} {task.form!r}")
+        raise UserError(f"{file} has the form {shots.form!r}, {flag_name} {task.path} {task.form!r}")
     kinds = [(shot.pairs, shot.gold) for shot in shots.examples]
     solved = [_solved(shot) for shot in shots.examples]
     result = []
@@ -178,7 +196,7 @@ def with_shots(task: Task, shots: Task, count: int) -> list[tuple[tuple[str, str
             chosen = [text for kind, text in zip(kinds, solved, strict=True) if kind != own]
         if len(chosen) < count:
             raise UserError(
-                f"--shots {count}: --shot-file {shots.path} has {len(chosen)} examples other than line {example.line} of {task.path}"
+                f"{shot_flag('shots', flag_name)} {count}: {file} has {len(chosen)} examples other than line {example.line} of {task.path}"
             )
         before = example.description + "".join(chosen[:count])
         result.append(tuple((before + context, continuation) for context, continuation in example.pairs))

@@ -243,8 +243,14 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
                 if len(arm.curves) == 1 and name in arm.curves[0].of_steps:
                     raw = drawable(arm.curves[0].of_steps[name])
                     axes.plot(arm.curves[0].axis(x), raw, color=COLOURS[number % len(COLOURS)], alpha=0.25, linewidth=0.8)
+        ends: dict[float, list[tuple[int, str]]] = {}
         for number, label, at in switches_of(arms, x):
-            axes.axvline(at, color=COLOURS[number % len(COLOURS)], linestyle="--", linewidth=1, label=label)
+            ends.setdefault(at, []).append((number, label))
+        for at, those in ends.items():  # lines of several arms would lie on each other
+            number, label = those[0]
+            colour = COLOURS[number % len(COLOURS)] if len(those) == 1 else "black"
+            label = label if len(those) == 1 else f"stage 1 of {len(those)} arms ends"
+            axes.axvline(at, color=colour, linestyle="--", linewidth=1, label=label)
         if unigram is not None and shows_losses(panel):
             axes.axhline(unigram, color="gray", linestyle=":", label="unigram entropy of held-out tokens")
         axes.set_xlabel(X_WORDS[x])

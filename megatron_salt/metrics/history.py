@@ -30,6 +30,16 @@ class Switch:
     gib_after: float | None
 
 
+@dataclass(frozen=True)
+class CacheUse:
+    """What a run did with --teacher-cache, all starts and ranks together. Seconds are those of threads beside the training."""
+
+    bytes_read: int
+    bytes_written: int
+    seconds_reading: float
+    seconds_writing: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """The curves of one run. Losses are nats a token; a step without a finite loss has nan."""
@@ -57,6 +67,8 @@ class Curve:
     """Held-out loss and accuracy of the teacher, on the set of `held_out`"""
     switch: Switch | None
     """None: no stage 1, or it lasts to the end"""
+    teacher_cache: CacheUse | None
+    """None: no start of the run had a --teacher-cache, or it has not come to the end of stage 1"""
     peak_gib: float
     """Peak memory of the rank that wrote the log"""
     unread_lines: int
@@ -122,6 +134,7 @@ def read_curve(name: str, path: Path) -> Curve:
     evaluations = [entry for entry in entries if entry["kind"] == "eval"]
     tasks = [entry for entry in entries if entry["kind"] == "task"]
     switches = [entry for entry in entries if entry["kind"] == "event" and entry.get("stage") == 2]
+    cached = [entry["teacher_cache"] for entry in entries if entry["kind"] == "event" and "teacher_cache" in entry]
     try:
         rows = [steps[step] for step in sorted(steps)]
         first_set = next((entry.get("name") for entry in evaluations if "loss" in entry), None)
@@ -138,6 +151,7 @@ def read_curve(name: str, path: Path) -> Curve:
             of_evaluations=_of_evaluations(evaluations) | _of_evaluations(tasks, "task/"),
             teacher=None if taught is None else (float(taught["teacher_loss"]), float(taught["teacher_accuracy"])),
             switch=_switch(switches[-1]) if switches else None,
+            teacher_cache=_cache_use(cached) if cached else None,
             peak_gib=max(float(row["memory_gib"]) for row in rows),
             unread_lines=unread,
         )
@@ -214,6 +228,15 @@ def _loss(row: dict[str, Any]) -> float:
 def _switch(entry: dict[str, Any]) -> Switch:
     before, after = entry.get("memory_gib_before"), entry.get("memory_gib_after")
     return Switch(entry["step"], None if before is None else float(before), None if after is None else float(after))
+
+
+def _cache_use(events: list[dict[str, Any]]) -> CacheUse:
+    return CacheUse(
+        sum(int(event["bytes_read"]) for event in events),
+        sum(int(event["bytes_written"]) for event in events),
+        sum(float(event["seconds_reading"]) for event in events),
+        sum(float(event["seconds_writing"]) for event in events),
+    )
 
 
 def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -19,18 +19,19 @@ h1{font-size:1.5em;line-height:1.25;margin:.2em 0 .6em}h2{font-size:1.2em;margin
 ul{padding-left:1.2em}
 td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #ccc;white-space:nowrap}thead th{vertical-align:bottom}
 td:first-child,th:first-child{text-align:left}tbody th{font-weight:normal}
-figure{margin:1em 0}figcaption{color:#444;font-size:.92em}.plot{height:26em}
+figure{margin:1em 0}figcaption{color:#444;font-size:.92em}.plot{height:420px}
 fieldset{border:1px solid #767676;border-radius:.3em;margin:1em 0;padding:.2em .8em}label{display:inline-block;padding:.35em 1em .35em 0}
 :focus-visible{outline:3px solid #0072b2;outline-offset:2px}pre{overflow-x:auto;background:#f4f4f4;padding:.8em}
-.first{display:grid;gap:0 2em;grid-template-columns:minmax(0,1fr)}.first td,.first tbody th{white-space:normal}.first .plot{height:22em}
+.first{display:grid;gap:0 2em;grid-template-columns:minmax(0,1fr)}.first td,.first tbody th{white-space:normal}.first .plot{height:355px}
 #answer{font-size:1.2em;line-height:1.35;border-left:.3em solid #0072b2;padding-left:.7em}
 .warning{border-left:.3em solid #d55e00;padding-left:.7em}
 h2 small{font-weight:normal;border:1px solid #767676;border-radius:.3em;padding:0 .4em}
 summary{cursor:pointer;padding:.3em 0}section{scroll-margin-top:1em}
 @media(min-width:64em){.first{grid-template-columns:minmax(0,1fr) minmax(0,1fr)}body{max-width:80em}}
-@media(max-width:40em){body{padding:.6em;font-size:15px}.plot{height:21em}td,th{padding:.25em .45em}}
+@media(max-width:40em){body{padding:.6em;font-size:15px}.plot,.first .plot{height:400px}td,th{padding:.25em .45em}}
 @media print{
 .scroll,pre{overflow:visible}fieldset,.modebar{display:none!important}figure,tr{break-inside:avoid}
+.first{display:block}td,th{white-space:normal;padding:.2em .4em}
 body{max-width:none;font-size:11px}}
 """
 
@@ -48,6 +49,11 @@ function choose(axis) {
   drawAll(axis);
 }
 choices.forEach(choice => choice.addEventListener("change", () => choose(choice.value)));
+function resizeAll(size) {
+  Object.keys(figures).forEach(name => Plotly.relayout(name, size));
+}
+addEventListener("beforeprint", () => resizeAll({autosize: false, width: 680}));
+addEventListener("afterprint", () => resizeAll({autosize: true, width: null}));
 choose((choices.find(choice => choice.checked) || {}).value);
 """
 

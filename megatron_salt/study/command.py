@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class StudyCommand:
+class StudyConfig:
     """Run, resume or report a study: arms x seeds of training runs."""
 
     study: tyro.conf.Positional[str]
@@ -68,12 +68,12 @@ class StudyCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv`, by default the process's own. Returns the exit status."""
-    return run_tool(StudyCommand, study, argv)
+    return run_tool(StudyConfig, study, argv)
 
 
-def study(command: StudyCommand) -> int:
+def study(command: StudyConfig) -> int:
     """Do what the flags ask for. Returns 0, 1 where jobs are not done, 128 + signal where it was told to leave. Raises UserError."""
-    from megatron_salt.study.definition.directories import begin, other_runs, refuse_other_work
+    from megatron_salt.study.definition.directories import begin, other_runs, refuse_missing_inputs, refuse_other_work
     from megatron_salt.study.definition.plan_jobs import plan_jobs
     from megatron_salt.study.definition.study_file import read_study
     from megatron_salt.study.definition.teacher_facts import read_teacher_facts
@@ -88,6 +88,8 @@ def study(command: StudyCommand) -> int:
         _known(command.arms, [arm.name for arm in defined.arms], "--arms"), _known(command.seeds, defined.seeds, "--seeds")
     )
     refuse_other_work(whole)
+    if not command.only_report:
+        refuse_missing_inputs(defined, plan)
     for directory in other_runs(whole, defined.output):
         print(f"{directory} is no run of this study (any more); it stays as it is, and no figure counts it")
     if command.dry_run:

@@ -20,7 +20,7 @@ from megatron_salt.study.jobs.estimate import estimate
 from megatron_salt.study.jobs.live_table import Display, View
 from megatron_salt.study.jobs.local import LocalJobs
 from megatron_salt.study.jobs.outcome import read_outcome
-from megatron_salt.study.jobs.progress import ProgressReader
+from megatron_salt.study.jobs.progress import Progress, ProgressReader
 from megatron_salt.study.jobs.slurm import SlurmJobs
 from megatron_salt.study.jobs.status import ENDED, RUNNING, Status, blocked, check_jobs, ready, status_after, status_at_start
 
@@ -38,7 +38,7 @@ class _Watched:
     def __init__(self, jobs: Sequence[Job], statuses: dict[str, Status], at_once: int, display: Display) -> None:
         self.jobs, self.statuses, self._at_once, self._display = jobs, statuses, at_once, display
         self._readers = {job.name: ProgressReader(job.directory / "train.jsonl") for job in jobs if job.steps}
-        self._idle = {job.name: ProgressReader(Path()).read() for job in jobs}
+        self._idle = {job.name: Progress() for job in jobs}
         self._shown = -SHOW_SECONDS
 
     def view(self) -> View:

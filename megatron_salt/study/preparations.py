@@ -12,11 +12,11 @@ from megatron_salt.metrics.history import Curve, read_curve
 from megatron_salt.salt.cost import scoring_flops
 from megatron_salt.selection.score_format import read_index
 from megatron_salt.small_files import read_small
-from megatron_salt.study.analysis.ledger import NOTHING, Preparation, PreparationOf, Spent
+from megatron_salt.study.analysis.ledger import NOTHING, UNKNOWN, Preparation, PreparationOf, Spent
 from megatron_salt.study.definition.plan_jobs import StudyPlan
 from megatron_salt.study.definition.preparation import checkpoints_of
-from megatron_salt.study.definition.study import Study
-from megatron_salt.study.definition.teacher_facts import model_of_teacher
+from megatron_salt.study.definition.study import Study, Teacher
+from megatron_salt.study.definition.teacher_facts import checkpoint_training_flops, model_of_teacher
 from megatron_salt.study.job import Job
 
 LOG = "train.jsonl"
@@ -28,7 +28,7 @@ def read_preparations(study: Study, plan: StudyPlan) -> PreparationOf:
     """The preparation of each run of the plan, as far as it is done now. What is not done yet costs nothing, or is not known."""
     jobs = {job.name: job for job in plan.jobs}
     models = {name: _model(study, name) for name in study.teachers}
-    trainings = {name: _training(checkpoints_of(study, teacher)) for name, teacher in study.teachers.items()}
+    trainings = {name: _of_teacher(study, teacher) for name, teacher in study.teachers.items()}
     found: dict[tuple[str, int], Preparation] = {}
     for run in plan.runs:
         preparation = Preparation(runs_that_share=study.teacher_shared_by)
@@ -39,8 +39,7 @@ def read_preparations(study: Study, plan: StudyPlan) -> PreparationOf:
                 scores = _scoring(jobs[need.needs[0]], preparation.teacher)
                 preparation = replace(preparation, selection=Spent(0.0, _seconds(need, _CHOSEN)), scoring=scores)
             elif need.kind == "grow":
-                source = _training(jobs[need.needs[0]].directory)
-                preparation = replace(preparation, grow_source=source or NOTHING)
+                preparation = replace(preparation, grow_source=_training(jobs[need.needs[0]].directory))
         found[run.label, run.seed] = preparation
     return lambda result: found[result.label, result.seed]
 
@@ -52,12 +51,26 @@ def _model(study: Study, teacher: str) -> ModelConfig | None:
         return None
 
 
-def _training(directory: Path) -> Spent | None:
-    """A training, from its log. None where there is no whole one, as for a teacher that came without."""
+def _of_teacher(study: Study, teacher: Teacher) -> Spent:
+    """Training of a teacher: from its log; without one, the FLOPs that STUDY.yaml or its checkpoint tells."""
+    directory = checkpoints_of(study, teacher)
+    found = _training(directory)
+    if teacher.training_flops is not None:
+        return replace(found, flops=teacher.training_flops)
+    if found.flops is not None or teacher.load is None:
+        return found
+    try:
+        return replace(found, flops=checkpoint_training_flops(directory))
+    except UserError:
+        return found
+
+
+def _training(directory: Path) -> Spent:
+    """A training, from its log; not known where there is no whole one, as for a teacher that came without."""
     curve = _curve(directory / LOG)
-    if curve is None or curve.flops is None or not curve.is_whole:
-        return None
-    return Spent(float(curve.flops[-1]), float(curve.seconds[-1]))
+    if curve is None or not curve.is_whole:
+        return UNKNOWN
+    return Spent(None if curve.flops is None else float(curve.flops[-1]), float(curve.seconds[-1]))
 
 
 def _curve(path: Path) -> Curve | None:

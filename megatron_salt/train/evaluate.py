@@ -172,7 +172,7 @@ def evaluate_run(
     except LeftEarly as left:
         log.event(progress.step, f"evaluation of {len(tasks)} tasks cut short: {left.reason}")
         return progress, left.reason
-    progress = replace(progress, evaluation_due=False)
+    progress = replace(progress, evaluation_due=False, due=())
     if ask_teacher:
         assert salt is not None
         salt = replace(salt, teacher_held_out=teacher_figures(figures))

@@ -73,7 +73,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         teacher=teacher,
         shared_ids=tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer),
         stage_samples=stage_samples,
-        tasks=read_eval_tasks(config.training.eval_tasks, tokenizer, config.training.seq_length),
+        tasks=read_eval_tasks(config.training, tokenizer),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.checkpoint.run_state import RunState
+from megatron_salt.checkpoint.run_state import PartDue, RunState
 from megatron_salt.config import CheckpointConfig, TrainingConfig
 from megatron_salt.data.batch import ReadAhead
 from megatron_salt.evaluation.evaluate_task import PreparedTask
@@ -41,10 +41,8 @@ def train(
     announce(run, progress, log)
     garbage.start()
     reason = None
-    due = _evaluations_due(run, training, progress.step)
-    if not any(due):
-        due = run.valid, ()  # it became due under other flags
-    if progress.evaluation_due and any(due):
+    due = _due_at_start(run, training, progress)
+    if any(due):
         with timer.phase("eval"):
             progress, reason = evaluate_run(run, *due, progress, log, exit_plan)
         if reason is None:
@@ -88,7 +86,7 @@ def train(
             log.event(step, *report)
         reason = exit_plan.reason_to_leave(step)
         due = _evaluations_due(run, training, step)
-        progress = replace(progress, evaluation_due=any(due))
+        progress = replace(progress, evaluation_due=any(due), due=_parts(due))
         with timer.phase("save"):
             run.checkpointer.poll()
         # Save before evaluating: should anything end the evaluation, a resumed run begins with it.
@@ -116,9 +114,24 @@ def train(
     return progress
 
 
-def _evaluations_due(
-    run: Run, training: TrainingConfig, step: int
-) -> tuple[tuple[ValidationSet, ...], tuple[PreparedTask, ...]]:
+Evaluations = tuple[tuple[ValidationSet, ...], tuple[PreparedTask, ...]]
+"""Held-out sets and tasks to evaluate."""
+
+
+def _due_at_start(run: Run, training: TrainingConfig, start: RunState) -> Evaluations:
+    """What a start evaluates before its first step: what was due when the checkpoint was saved, under the flags of then or of now. Pure."""
+    if not start.evaluation_due:
+        return (), ()
+    sets, tasks = _evaluations_due(run, training, start.step)
+    return run.valid if "held_out" in start.due else sets, run.tasks if "tasks" in start.due else tasks
+
+
+def _parts(due: Evaluations) -> tuple[PartDue, ...]:
+    sets, tasks = due
+    return (*(("held_out",) if sets else ()), *(("tasks",) if tasks else ()))
+
+
+def _evaluations_due(run: Run, training: TrainingConfig, step: int) -> Evaluations:
     """The held-out sets and the tasks that are evaluated after `step`, the last step and step 0 included. Pure."""
 
     def is_due(interval: int) -> bool:

@@ -48,7 +48,7 @@ PATHS = (
     "save", "load", "exit_file", "teacher_load", "teacher_cache", "stage1_selection", "tokenizer_model", "vocab_file",
     "merge_file",
 )  # fmt: skip
-LISTS_OF_PATHS = ("data_path", "valid_data_path", "eval_tasks")
+LISTS_OF_PATHS = ("data_path", "valid_data_path", "eval_tasks", "eval_tasks_shot_file")
 FOR_THE_LAUNCHER = ("outcome_file",)
 
 

@@ -29,7 +29,7 @@ from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.tokenizer.tokenizer import Tokenizer, tokenizer_from_files
-from megatron_salt.tools import evaluate as tool
+from megatron_salt.tools.evaluated.candidate import load_model, open_candidate
 from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
 from tests.convert.conftest import convert_in_rank
 from tests.support.ranks import run_ranks
@@ -106,9 +106,9 @@ def write_checkpoint(directory: str) -> None:
 def ours(load: str, files: list[str]) -> dict[str, dict[str, Any]]:
     """In one rank: what evaluate.py computes, in the form of lm_eval_process."""
     config = EvaluateConfig(load=(load,), tasks=tuple(files), output="unused")
-    candidate = tool.open_candidate(load, config, ParallelConfig(), read_tasks(files), [None] * len(files))
+    candidate = open_candidate(load, config, ParallelConfig(), read_tasks(files), [None] * len(files))
     mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
-    chunks = tool.load_model(candidate, ParallelConfig(), mesh)
+    chunks = load_model(candidate, ParallelConfig(), mesh)
     result = {}
     for prepared, _ in candidate.work:
         scored = log_likelihoods(chunks, mesh, prepared.requests, longest=CONTEXT, batch_tokens=200)

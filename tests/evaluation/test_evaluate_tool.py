@@ -1,142 +1,23 @@
-"""The tool evaluates checkpoints of any layout, goes on where it left, and refuses what it cannot use in one line."""
+"""The tool evaluates checkpoints of any layout, and goes on where it left."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_salt.checkpoint.checkpointer import Checkpointer
-from megatron_salt.checkpoint.compatibility import RunIdentity
-from megatron_salt.checkpoint.run_state import RunState
-from megatron_salt.cli import run_tool
-from megatron_salt.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig, TrainingConfig
-from megatron_salt.config.yaml_text import to_yaml
+from megatron_salt.config import ParallelConfig
 from megatron_salt.evaluation.metrics import METRICS
 from megatron_salt.model.gpt import build_model
-from megatron_salt.parallel.hardware import COMPILE_WORKERS
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.parallel.mesh import make_student_mesh
-from megatron_salt.tokenizer.tokenizer import build_tokenizer
-from megatron_salt.tools import evaluate as tool
-from megatron_salt.tools.flags.evaluate_config import EvaluateConfig
+from tests.evaluation.conftest import BYTES, CONTEXT, RUN, Files, main, metrics, read
 from tests.support.program import write_tokens
 from tests.support.ranks import run_ranks
-from tests.support.small import SMALL
-
-CONTEXT = 48
-BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
-RUN = RunConfig(
-    model=replace(SMALL, num_layers=2, hidden_size=32, ffn_hidden_size=64, init_method_std=0.2),
-    training=TrainingConfig(seq_length=CONTEXT),
-)
-WEATHER = [
-    {"context": f"Am Tag {number} war es", "choices": ["naß", "trocken wie Stroh", "日照"], "gold": number % 3}
-    for number in range(9)
-]
-PASSAGES = [{"passage": "Nobody had seen the grey cat before it sat down on the old mat"}, {"passage": "two words"}]
-BROKEN = [{"contexts": ["The jar fell, so the jar", "The jar fell, so the floor"], "continuation": " broke.", "gold": 0}]
-
-
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
-def write_checkpoint(directory: str, step: int, seed: int, context: int = CONTEXT) -> None:
-    """In one rank: write the checkpoint of a run with random weights."""
-    run = replace(RUN, training=TrainingConfig(seq_length=context))
-    mesh = make_student_mesh(student_layout(ParallelConfig(), 1))
-    seed_everything(seed, mesh)
-    chunks = build_model(run.model, ParallelConfig(), context, BYTES.vocabulary_size, torch.float32, context, mesh)
-    identity = RunIdentity(
-        yaml=to_yaml(run), architecture=asdict(run.model), tokenizer_fingerprint=BYTES.fingerprint, data_fingerprint="content:none",
-        seed=7,
-    )  # fmt: skip
-    checkpointer = Checkpointer(
-        CheckpointConfig(save=directory), identity, BYTES, mesh, chunks=chunks, optimizer=None, scheduler=None
-    )
-    checkpointer.save(RunState(step=step, consumed_samples=step), final=True)
-
-
-def main(words: list[str], stop_at: int | None = None) -> Ended:
-    """In every rank of the pool: run the tool. stop_at: the task, from 1, before which SIGTERM comes."""
-    out, err = io.StringIO(), io.StringIO()
-    count = iter(range(1, 100))
-
-    def stopped(*arguments: Any) -> Any:
-        if next(count) == stop_at:
-            raise tool.LeftEarly("received SIGTERM")
-        return evaluate_one(*arguments)
-
-    evaluate_one = tool.evaluate_one
-    in_the_pool = mock.patch("megatron_salt.parallel.launch.distributed", return_value=contextlib.nullcontext())
-    stopping = mock.patch.object(tool, "evaluate_one", stopped)
-    with in_the_pool, stopping, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = run_tool(EvaluateConfig, tool.evaluate, words)
-    return Ended(status, out.getvalue(), err.getvalue())
-
-
-@dataclass(frozen=True)
-class Files:
-    """Two runs and three tasks."""
-
-    loads: list[str]
-    tasks: list[str]
-
-    def words(self, output: Path, *more: object) -> list[str]:
-        return ["--load", *self.loads, "--tasks", *self.tasks, "--output", str(output), *map(str, more)]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = tmp_path_factory.mktemp("evaluate")
-    loads = [str(folder / name) for name in ("salt", "plain")]
-    for seed, load in enumerate(loads):
-        run_ranks(1, write_checkpoint, load, 10 + seed, seed)
-    tasks = []
-    for name, records in (("weather", WEATHER), ("passages", PASSAGES), ("broken", BROKEN)):
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-        tasks.append(str(path))
-    return Files(loads, tasks)
-
-
-@pytest.fixture(scope="module")
-def alone(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of one rank."""
-    output = tmp_path_factory.mktemp("alone") / "results.json"
-    [ended] = run_ranks(1, main, files.words(output))
-    assert ended.status == 0, ended
-    table = output.with_suffix(".md").read_text()
-    assert table in ended.out and f"written to {output}" in ended.out
-    assert "weather: 27 requests, " in ended.out
-    assert (
-        "passages: 1 of 2 requests are longer than the model's 48 tokens; their contexts lose 13 tokens from the left"
-        in ended.out
-    )
-    return output
-
-
-def read(output: Path) -> list[dict[str, Any]]:
-    return json.loads(output.read_text())["results"]
-
-
-def metrics(output: Path) -> list[float]:
-    return [figure["value"] for one in read(output) for figure in one["metrics"].values()]
 
 
 def test_there_is_a_result_for_each_checkpoint_and_task(files: Files, alone: Path) -> None:
@@ -256,14 +137,6 @@ def test_every_window_of_a_dataset_counts_once_in_every_layout(
     assert "| prose | bits_per_byte | " in output.with_suffix(".md").read_text()
 
 
-@pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The first run's weights with a context of 32."""
-    load = str(tmp_path_factory.mktemp("short") / "short")
-    run_ranks(1, write_checkpoint, load, 10, 0, 32)
-    return load
-
-
 def test_all_checkpoints_of_a_call_have_windows_of_one_length(files: Files, short: str, tmp_path: Path) -> None:
     """Of the same weights, so with the same figures; by default in windows of the shorter context."""
     prefix, output = write_tokens(tmp_path / "words", windows=19), tmp_path / "results.json"
@@ -282,90 +155,3 @@ def test_all_checkpoints_of_a_call_have_windows_of_one_length(files: Files, shor
     [asked] = run_ranks(1, main, [*words, "--seq-length", "16", "--overwrite"])
     assert asked.status == 0 and [one["windows"] for one in read(output)] == [19, 19]
     assert read(output)[0]["metrics"]["loss"] != long["loss"]
-
-
-def test_windows_longer_than_a_model_takes_name_the_checkpoint(
-    files: Files, short: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--load", files.loads[0], short, "--data", "a=x", "--seq-length", "48", "--output", str(tmp_path / "r.json")]
-    assert tool.main(words) == 2
-    assert f"--seq-length 48 is longer than the 32 tokens that the model of --load {short} takes" in capsys.readouterr().err
-
-
-def test_of_several_checkpoints_the_message_names_the_one_that_cannot(
-    files: Files, short: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = tmp_path / "long.jsonl"
-    task.write_text(json.dumps({"context": "a", "continuation": "b" * 40}))
-    more = ["--tasks", str(task), "--output", str(tmp_path / "r.json")]
-    assert tool.main(["--load", files.loads[0], short, *more]) == 2
-    err = capsys.readouterr().err
-    assert f"long.jsonl, line 1: the continuation has 40 tokens, the model takes 32 (with --load {short})\n" in err
-    assert tool.main(["--load", short, *more]) == 2
-    assert capsys.readouterr().err.endswith("the model takes 32\n")
-
-
-@pytest.mark.parametrize("spelled", ["", "/iter_0000010", "/../salt"])
-def test_one_checkpoint_under_two_names_is_refused(
-    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelled: str
-) -> None:
-    load = files.loads[0]
-    words = ["--load", load, load + spelled, "--tasks", files.tasks[0], "--output", str(tmp_path / "r.json")]
-    assert tool.main(words) == 2
-    err = capsys.readouterr().err
-    assert f"--load {load} and {load}{spelled} are the same checkpoint, iter_0000010; give it once" in err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name, more", [("", []), ("", ["--overwrite"]), ("r.json", [])])
-def test_an_output_that_is_a_directory_is_refused_as_such(
-    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: list[str]
-) -> None:
-    (tmp_path / "r.md").mkdir()
-    assert tool.main(files.words(tmp_path / name, *more)) == 2
-    err = capsys.readouterr().err
-    assert f"--output {tmp_path / (name and 'r.md')} is a directory" in err and "--overwrite" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["r.md"]
-
-
-@pytest.mark.parametrize(
-    "more, complaint",
-    [
-        (["--metrics", "f1"], "--metrics f1 is no metric"),
-        (["--shots", "2"], "--shots 2 needs a --shot-file for each of 3 --tasks, got 0"),
-        (["--shot-file", "x.jsonl"], "--shot-file needs --shots"),
-        (["--add-bos", "yes"], "--add-bos yes: the ByteLevelTokenizer declares no beginning-of-sequence token"),
-        (["--add-bos", "maybe"], "--add-bos maybe is not one of auto, no, yes"),
-        (["--data", "prose"], "--data prose is not of the form NAME=PREFIX"),
-        (["--data", "a=x", "a=y"], "--data a=y: a is the name of another set too"),
-        (["--data", "weather=x"], "--data weather=x: weather is the name of a task too"),
-        (["--data", "a=/nowhere/x"], "--data /nowhere/x"),
-        (["--seq-length", "8"], "--seq-length 8 needs --data"),
-        (["--data", "a=x", "--seq-length", "0"], "--seq-length must be at least 1, got 0"),
-        (["--batch-tokens", "0"], "--batch-tokens must be at least 1, got 0"),
-        (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size"),
-    ],
-)
-def test_flags_that_do_not_fit_are_refused_in_one_line(
-    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], complaint: str
-) -> None:
-    assert tool.main(files.words(tmp_path / "r.json", *more)) == 2
-    err = capsys.readouterr().err
-    assert complaint in err and err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_that_holds_no_results_is_not_replaced(files: Files, tmp_path: Path) -> None:
-    output = tmp_path / "r.json"
-    output.write_text('{"format": 9}')
-    [ended] = run_ranks(1, main, files.words(output))
-    assert ended.status == 2 and "r.json exists and cannot be added to: it holds no results of this format" in ended.err
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
-
-
-def test_the_tool_bounds_the_processes_that_compile_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(COMPILE_WORKERS, "")
-    monkeypatch.delenv(COMPILE_WORKERS)
-    words = ["--load", str(tmp_path), "--tasks", str(tmp_path / "absent.jsonl"), "--output", str(tmp_path / "results.json")]
-    assert tool.main(words) == 2
-    assert os.environ[COMPILE_WORKERS] == "4"

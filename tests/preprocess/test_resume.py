@@ -137,7 +137,7 @@ def test_a_journal_may_end_at_any_byte(tmp_path, eager):
         assert files_in(tmp_path / f"cut{end}") == files_in(tmp_path / "whole")
 
 
-def test_a_kill_while_it_is_published_does_no_harm(tmp_path, eager, monkeypatch):
+def test_a_kill_while_it_is_published_does_no_harm(tmp_path):
     inputs = corpus(tmp_path)
     assert run(inputs, tmp_path / "whole") == 0
     for moved in range(9):

@@ -121,6 +121,18 @@ def test_a_teacher_of_weight_0_in_fp8_changes_no_bit_of_the_student(tmp_path: Pa
     assert losses(tmp_path / "fp8") == losses(tmp_path / "plain")
 
 
+@pytest.mark.full
+def test_a_cache_of_an_fp8_teacher_gives_the_same_bits(tmp_path: Path, data: str, teacher: Path) -> None:
+    """One scale serves all samples of a forward pass, so they must come in the same company."""
+    flags, within = salt(data, teacher, **PP2), functools.partial(fp8_teachers, Recipe("tensorwise"))
+    for name in ("cold", "warm"):
+        train(2, **flags, save=tmp_path / name, teacher_cache=tmp_path / "cache", within=within)
+    assert numbers(tmp_path / "warm") == numbers(tmp_path / "cold")
+    assert [entry.get("teacher_cached") for entry in entries(tmp_path / "warm")] == [1.0] * KD_STEPS + [None] * (
+        STEPS - KD_STEPS
+    )
+
+
 def test_a_resumed_run_has_the_same_teacher_again(tmp_path: Path, data: str, teacher: Path) -> None:
     """The teacher is loaded and checked again; the result is the same bit for bit."""
     flags, within = salt(data, teacher, **PP2), functools.partial(fp8_teachers, Recipe())

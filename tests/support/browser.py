@@ -23,6 +23,8 @@ needs_browser = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
 """Width and height of a window, CSS pixels"""
+PATIENCE = 120_000
+"""Milliseconds that a busy machine may take for a step"""
 
 
 @contextmanager
@@ -32,8 +34,9 @@ def in_browser(path: Path, size: tuple[int, int] = DESKTOP) -> Iterator[Any]:
 
     told: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=PATIENCE)
         page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("request", lambda request: told.append(request.url) if request.url.startswith(("http", "ws")) else None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_salt.metrics.arms import first_better, more_is_better
 from megatron_salt.metrics.figure_text import figure_text
-from megatron_salt.study.analysis.ledger import ACCOUNT_WORDS, ACCOUNTS, Account, PreparationOf, before
+from megatron_salt.study.analysis.ledger import ACCOUNT_WORDS, ACCOUNTS, Account, PreparationOf, total_before
 from megatron_salt.study.analysis.pairs import Pair, pair_runs, value_at
 from megatron_salt.study.analysis.statistics import signed
 from megatron_salt.study.results import RunResult
@@ -49,11 +49,8 @@ def positions(run: RunResult, steps: np.ndarray, scale: Scale, preparation_of: P
         return None
     if scale.unit == "steps":
         return steps.astype(np.float64)
-    charged = before(run.kind, preparation_of(run), scale.account)
-    if charged is None:
-        return None
-    spent = [part.flops if scale.unit == "flops" else part.seconds for part in charged.values()]
-    return curve.when(scale.unit, steps) + math.fsum(spent)
+    charged = total_before(run.kind, preparation_of(run), scale.account, scale.unit)
+    return None if charged is None else curve.when(scale.unit, steps) + charged
 
 
 # --- crossings --------------------------------------------------------------------------------------------------------
@@ -102,8 +99,11 @@ class Crossings:
         return f"{len(shares)} of {len(self.seeds)} reached" + (f", at {at}" if at else "")
 
     def __str__(self) -> str:
+        """Such as "salt passes baseline's final valid/loss in 2 of 3 seeds, at 74.0%, 81.0% of its steps", and what is left out."""
         told = f" ({'; '.join(self.told)})" if self.told else ""
-        return f"{self.arm} passes {self.against}'s final {self.figure}: {self.summary(STEPS)} of its steps{told}"
+        at = ", ".join(f"{one.shares[STEPS]:.1%}" for one in self.reached)
+        when = f", at {at} of its steps" if at else ""
+        return f"{self.arm} passes {self.against}'s final {self.figure} in {len(self.reached)} of {len(self.seeds)} seeds{when}{told}"
 
 
 def crossings(results: Sequence[RunResult], preparation_of: PreparationOf, arm: str, against: str, figure: str) -> Crossings:

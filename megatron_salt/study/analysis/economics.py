@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.study.analysis.crossings import SCALES, Crossing, Crossings, Scale, positions
-from megatron_salt.study.analysis.ledger import USED, Preparation, PreparationOf, number, output_rows
+from megatron_salt.study.analysis.ledger import USED, Payer, Preparation, PreparationOf, Spent, number, output_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,6 @@ class BreakEven:
     runs_to_share: int | None
     """Least number of runs that must share the teacher, its scores and the selection before each has saved; None: not known, or no
     number is enough"""
-
-
-Payer = Literal["flops", "seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,26 +125,29 @@ def _token_share(crossing: Crossing, preparation: Preparation, saved: float) -> 
 
 def _runs_to_share(crossing: Crossing, preparation: Preparation, saved: float, unit: Payer) -> int | None:
     """The least M with (training + scores + selection) / M <= what the run saves beside them."""
-    training = preparation.teacher_training
-    if training is None:
+    training, scores = _of_unit(preparation.teacher_training, unit), _scores(crossing, preparation, unit)
+    if training is None or scores is None:
         return None
-    scores = _scores(crossing, preparation, unit)
-    beside = saved + scores
-    shared = (training.flops if unit == "flops" else training.seconds) + scores
+    beside, shared = saved + scores, training + scores
     return max(1, math.ceil(shared / beside)) if beside > 0 else None
 
 
-def _scores(crossing: Crossing, preparation: Preparation, unit: Payer) -> float:
-    """Cost of scores and selection of an arm that uses them."""
+def _scores(crossing: Crossing, preparation: Preparation, unit: Payer) -> float | None:
+    """Cost of scores and selection of an arm that uses them; None: not known."""
     if "scoring" not in USED[crossing.pair.arm.kind]:
         return 0.0
-    both = (preparation.scoring, preparation.selection)
-    return math.fsum(spent.flops if unit == "flops" else spent.seconds for spent in both)
+    scoring, selection = _of_unit(preparation.scoring, unit), _of_unit(preparation.selection, unit)
+    return None if scoring is None or selection is None else scoring + selection
+
+
+def _of_unit(spent: Spent, unit: Payer) -> float | None:
+    return spent.flops if unit == "flops" else spent.seconds
 
 
 def _scoring_share(crossing: Crossing, preparation_of: PreparationOf, unit: Payer) -> float | None:
     whole = _whole(crossing, preparation_of, unit)
-    return None if not whole else _scores(crossing, preparation_of(crossing.pair.arm), unit) / whole
+    scores = _scores(crossing, preparation_of(crossing.pair.arm), unit)
+    return None if not whole or scores is None else scores / whole
 
 
 def _span(shares: Sequence[float]) -> str:

@@ -2,7 +2,8 @@
 
 FLOPs of the run come from its own log (`student_flops`, `teacher_flops`), which counts matrix products as Megatron-LM does; the split into
 layers and output heads follows model/flops.py. Evaluations are in no account. Seconds are those of training steps on the run's own ranks;
-evaluations and saves are told beside them. What was done before the run (a `Preparation`) is added by the kind of its arm.
+evaluations and saves are told beside them. What was done before the run (a `Preparation`) is added by the kind of its arm. A run that
+reads a teacher's cache is charged with what it computed; what the cache spared it is told beside.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from megatron_salt.config import ModelConfig, RunConfig
-from megatron_salt.metrics.history import Curve
+from megatron_salt.metrics.history import CacheUse, Curve
 from megatron_salt.model.flops import head_flops, layer_flops
 from megatron_salt.study.results import Kind, RunResult, RunState
 
@@ -24,6 +25,9 @@ ACCOUNTS: tuple[Account, ...] = get_args(Account)
 ACCOUNT_WORDS: dict[Account, str] = {
     "existed": "teacher existed", "trained": "teacher trained for this run", "shared": "teacher shared by several runs",
 }  # fmt: skip
+
+Payer = Literal["flops", "seconds"]
+"""What things are paid with."""
 
 RunPhase = Literal["student layers", "student head", "teacher layers", "teacher head", "teacher"]
 """FLOPs that a run computes. "teacher": layers and head together, where the teacher's shape is not known."""
@@ -46,12 +50,13 @@ USED: dict[Kind, tuple[Before, ...]] = {
 
 @dataclass(frozen=True)
 class Spent:
-    """FLOPs and wall-clock seconds of one thing."""
+    """FLOPs and wall-clock seconds of one thing. None: not known."""
 
-    flops: float
-    seconds: float
+    flops: float | None
+    seconds: float | None
 
 
+UNKNOWN = Spent(None, None)
 NOTHING = Spent(0.0, 0.0)
 
 
@@ -61,8 +66,8 @@ class Preparation:
 
     teacher: ModelConfig | None = None
     """Shape of the teacher; None: no teacher, or unknown, and then layers and head of the teacher stay one phase"""
-    teacher_training: Spent | None = None
-    """None: the teacher existed, and what it took is not known"""
+    teacher_training: Spent = UNKNOWN
+    """Of a teacher that existed, one or both figures may not be known"""
     scoring: Spent = NOTHING
     """The teacher's forward pass over the windows that have scores"""
     selection: Spent = NOTHING
@@ -81,8 +86,8 @@ PreparationOf = Callable[[RunResult], Preparation]
 """The preparation of a run; the same for all runs of a study with one teacher and one selection."""
 
 
-def before(kind: Kind, preparation: Preparation, account: Account) -> dict[Before, Spent] | None:
-    """What a run of this kind is charged with, beside itself. None: it uses a teacher whose training is in this account and not known.
+def before(kind: Kind, preparation: Preparation, account: Account) -> dict[Before, Spent]:
+    """What a run of this kind is charged with, beside itself.
 
     existed: no training of the teacher. trained: all of it. shared: an equal part of it, of the scores and of the selection.
     A GROW run's source is its own under every account.
@@ -94,10 +99,18 @@ def before(kind: Kind, preparation: Preparation, account: Account) -> dict[Befor
                  "selection": preparation.selection, "grow source": preparation.grow_source}[part]  # fmt: skip
         if part == "teacher training" and account == "existed":
             spent = NOTHING
-        if spent is None:
-            return None
-        charged[part] = spent if part == "grow source" else Spent(spent.flops / share, spent.seconds / share)
+        if part != "grow source":
+            spent = Spent(*(None if value is None else value / share for value in (spent.flops, spent.seconds)))
+        charged[part] = spent
     return charged
+
+
+def total_before(kind: Kind, preparation: Preparation, account: Account, unit: Payer) -> float | None:
+    """Sum of what a run of this kind is charged with, beside itself; None where a part is not known."""
+    charged = before(kind, preparation, account).values()
+    values = [spent.flops if unit == "flops" else spent.seconds for spent in charged]
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,38 +128,35 @@ class RunCost:
     """Of training steps: {"data", "teacher", "forward-backward", "optimizer", "other"}. None: no log, or one of a part of the run"""
     beside: Mapping[str, float]
     """Seconds of evaluations ("eval", tasks included) and of saves ("save") in the log; in no account. The last save is not in the log."""
+    spared: float
+    """FLOPs of the teacher's layers that were not computed, because a cache had what they would give; in no account"""
+    cache: CacheUse | None
+    """None: the run had no --teacher-cache, or its log does not tell"""
     preparation: Preparation
 
-    def before(self, account: Account) -> dict[Before, Spent] | None:
-        """See `before`."""
-        return before(self.kind, self.preparation, account)
-
-    def total_flops(self, account: Account) -> float | None:
-        """FLOPs of the run and of what went before; None where one is not known."""
-        charged = self.before(account)
-        if self.flops is None or charged is None:
-            return None
-        return math.fsum([*self.flops.values(), *(spent.flops for spent in charged.values())])
-
-    def total_seconds(self, account: Account) -> float | None:
-        """Seconds of the run's training steps and of what went before; None where one is not known."""
-        charged = self.before(account)
-        if self.seconds is None or charged is None:
-            return None
-        return math.fsum([*self.seconds.values(), *(spent.seconds for spent in charged.values())])
+    def total(self, unit: Payer, account: Account) -> float | None:
+        """FLOPs, or seconds of training steps, of the run and of what went before; None where one is not known."""
+        own, charged = (
+            (self.flops if unit == "flops" else self.seconds),
+            total_before(self.kind, self.preparation, account, unit),
+        )
+        return None if own is None or charged is None else math.fsum([*own.values(), charged])
 
 
 def cost_of(result: RunResult, preparation: Preparation) -> RunCost:
     """The cost of a run, from its log and its own record of its flags."""
     curve = result.curve
+    flops = None if curve is None else _run_flops(curve, result.config, preparation.teacher)
     return RunCost(
         label=result.label,
         kind=result.kind,
         seed=result.seed,
         state=result.state,
-        flops=None if curve is None else _run_flops(curve, result.config, preparation.teacher),
+        flops=flops,
         seconds=_run_seconds(curve) if curve is not None and curve.is_whole else None,
         beside={} if curve is None else {"eval": _evaluation_seconds(curve), "save": curve.phases.get("save", 0.0)},
+        spared=0.0 if curve is None or flops is None else _spared(curve, result.config, preparation.teacher, flops),
+        cache=None if curve is None else curve.teacher_cache,
         preparation=preparation,
     )
 
@@ -171,7 +181,7 @@ def _run_flops(curve: Curve, config: RunConfig | None, teacher: ModelConfig | No
     rows = output_rows(curve, config)
     if teacher is None or rows is None:
         return found | {"teacher": of_teacher}
-    head = _taught_tokens(curve, teacher, length, rows) * head_flops(teacher, rows)
+    head = min(_taught_tokens(curve, teacher, length, rows) * head_flops(teacher, rows), of_teacher)
     return found | {"teacher layers": of_teacher - head, "teacher head": head}
 
 
@@ -194,6 +204,16 @@ def _taught_tokens(curve: Curve, teacher: ModelConfig, length: int, rows: int) -
     if not curve.is_whole:
         tokens[0] = flops[0] / (teacher.num_layers * layer_flops(teacher, length) + head_flops(teacher, rows))
     return float(tokens[grew].sum())
+
+
+def _spared(curve: Curve, config: RunConfig | None, teacher: ModelConfig | None, flops: Mapping[RunPhase, float]) -> float:
+    """See `RunCost.spared`; 0 for a run without a cache."""
+    if "train/teacher_cached" not in curve.of_steps or config is None or teacher is None or "teacher layers" not in flops:
+        return 0.0
+    length, rows = config.training.seq_length, output_rows(curve, config)
+    assert rows is not None
+    live = _taught_tokens(curve, teacher, length, rows) * teacher.num_layers * layer_flops(teacher, length)
+    return max(0.0, live - flops["teacher layers"])
 
 
 _TRAINING = ("data", "teacher", "forward-backward", "optimizer")
@@ -221,6 +241,9 @@ SECOND_HEADS = (
     "run", "seed", "state", *_TRAINING, "other", "teacher training", "scoring", "selection", "grow source",
     *(f"seconds, {words}" for words in ACCOUNT_WORDS.values()), "evaluations beside", "saves beside",
 )  # fmt: skip
+CACHE_HEADS = (
+    "run", "seed", "state", "FLOPs not computed", "MiB read", "seconds reading", "MiB written", "seconds writing",
+)  # fmt: skip
 ACCOUNT_HEADS = (
     "arm", "finished", *(f"{unit}, {words}" for words in ACCOUNT_WORDS.values() for unit in ("FLOPs", "seconds")),
 )  # fmt: skip
@@ -235,14 +258,11 @@ def flop_rows(costs: Sequence[RunCost]) -> list[list[str]]:
     """Rows of FLOP_HEADS. What went before stands whole, totals have the shares. A teacher of unknown shape: all in its layers."""
 
     def row(cost: RunCost) -> list[str]:
-        flops = cost.flops or {}
+        flops, done = cost.flops or {}, before(cost.kind, cost.preparation, "trained")
         cells = [flops.get("student layers"), flops.get("student head"), flops.get("teacher layers", flops.get("teacher")),
                  flops.get("teacher head")]  # fmt: skip
-        done = cost.before("trained") or cost.before("existed") or {}
-        cells += [done[part].flops if part in done else 0.0 for part in ("teacher training", "scoring", "grow source")]
-        if cost.before("trained") is None:
-            cells[4] = None
-        return [*_names(cost), *map(number, cells), *(number(cost.total_flops(account)) for account in ACCOUNTS)]
+        cells += [done.get(part, NOTHING).flops for part in ("teacher training", "scoring", "grow source")]
+        return [*_names(cost), *map(number, cells), *(number(cost.total("flops", account)) for account in ACCOUNTS)]
 
     return [row(cost) for cost in costs]
 
@@ -251,16 +271,25 @@ def second_rows(costs: Sequence[RunCost]) -> list[list[str]]:
     """Rows of SECOND_HEADS."""
 
     def row(cost: RunCost) -> list[str]:
-        seconds = cost.seconds or {}
-        cells = [seconds.get(phase) for phase in (*_TRAINING, "other")]
-        done = cost.before("trained") or cost.before("existed") or {}
-        cells += [done[part].seconds if part in done else 0.0 for part in BEFORE]
-        if cost.before("trained") is None:
-            cells[5] = None
-        totals = [cost.total_seconds(account) for account in ACCOUNTS]
+        seconds, done = cost.seconds or {}, before(cost.kind, cost.preparation, "trained")
+        cells = [seconds.get(phase) for phase in (*_TRAINING, "other")] + [done.get(part, NOTHING).seconds for part in BEFORE]
+        totals = [cost.total("seconds", account) for account in ACCOUNTS]
         return [*_names(cost), *map(number, [*cells, *totals, cost.beside.get("eval"), cost.beside.get("save")])]
 
     return [row(cost) for cost in costs]
+
+
+def cache_rows(costs: Sequence[RunCost]) -> list[list[str]]:
+    """Rows of CACHE_HEADS, of the runs with a teacher's cache alone. Seconds are those of threads beside the training."""
+    rows = []
+    for cost in costs:
+        use = cost.cache
+        if use is not None:
+            cells = [use.bytes_read / 2**20, use.seconds_reading, use.bytes_written / 2**20, use.seconds_writing]
+            rows.append([*_names(cost), number(cost.spared), *map(number, cells)])
+        elif cost.spared:
+            rows.append([*_names(cost), number(cost.spared), *"----"])
+    return rows
 
 
 def account_rows(costs: Sequence[RunCost]) -> list[list[str]]:
@@ -271,11 +300,7 @@ def account_rows(costs: Sequence[RunCost]) -> list[list[str]]:
     rows = []
     for label, runs in by_label.items():
         done = [run for run in runs if run.state == "finished"]
-        means = [
-            _mean([run.total_flops(account) if unit == "flops" else run.total_seconds(account) for run in done])
-            for account in ACCOUNTS
-            for unit in ("flops", "seconds")
-        ]
+        means = [_mean([run.total(unit, account) for run in done]) for account in ACCOUNTS for unit in get_args(Payer)]
         rows.append([label, f"{len(done)} of {len(runs)}", *map(number, means)])
     return rows
 

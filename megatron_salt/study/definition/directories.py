@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.checkpoint.save_directory import whole_checkpoints
+from megatron_salt.checkpoint.save_directory import candidates, whole_checkpoints
 from megatron_salt.config import RunConfig, flag
 from megatron_salt.config.run import sections
 from megatron_salt.config.yaml_text import from_yaml, to_yaml
+from megatron_salt.data.blend import parse_data_path, parse_valid_data_path
+from megatron_salt.data.indexed_dataset import refuse_missing
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
 from megatron_salt.small_files import read_small
 from megatron_salt.study.definition.plan_jobs import CONFIG, StudyPlan, goes_on
+from megatron_salt.study.definition.study import Study
 from megatron_salt.study.job import Job
 
 COMMAND = "command.txt"
@@ -37,6 +40,33 @@ def refuse_other_work(plan: StudyPlan) -> None:
                 _refuse_missing_steps(job.directory, plan.configs[job.name].checkpoint.save_at)
         elif job.outcome.exists():
             _refuse_other_command(job)
+
+
+def refuse_missing_inputs(study: Study, plan: StudyPlan) -> None:
+    """Raise UserError where data or a teacher that the study does not make is not there: runs would find out one by one."""
+    named = {
+        (word, flag_name)
+        for config in plan.configs.values()
+        for words, flag_name in (
+            (config.data.data_path, "--data-path"),
+            *((words, "--valid-data-path") for words in parse_valid_data_path(config.data.valid_data_path).values()),
+        )
+        for word in (parse_data_path(words, flag_name)[0] if words else ())
+    }
+    for prefix, flag_name in sorted(named):
+        refuse_missing(prefix, flag_name)
+    for teacher in study.teachers.values():
+        if teacher.load is None:
+            continue
+        load = Path(teacher.load)
+        if not candidates(load, flag_name=f"teacher {teacher.name}: load:"):
+            raise UserError(f"teacher {teacher.name}: load: {load} holds no checkpoint; a path is relative to {Path.cwd()}")
+        steps = {arm.selection.scorer_step for arm in study.arms if arm.selection and arm.teacher == teacher.name}
+        kept = whole_checkpoints(load)
+        for step in sorted(step for step in steps if step is not None and step not in kept):
+            raise UserError(
+                f"teacher {teacher.name}: {load} has no checkpoint of step {step} (scorer_step); it has {', '.join(map(str, kept))}"
+            )
 
 
 def begin(plan: StudyPlan, output: Path, text: bytes) -> tuple[Job, ...]:

@@ -15,6 +15,7 @@ from megatron_salt.config import RunConfig, flag
 from megatron_salt.config.run import field_types, sections
 from megatron_salt.errors import UserError
 from megatron_salt.study.definition.arms import Inputs, arm_flags, overlaid, takes
+from megatron_salt.study.definition.evaluations import refuse_unknown_figures
 from megatron_salt.study.definition.preparation import (
     as_text,
     checkpoints_of,
@@ -104,6 +105,7 @@ def plan_jobs(study: Study, facts: TeacherFacts | None) -> StudyPlan:
     facts: needed where an arm is of kind longer.
     """
     planner = _Planner(study, facts)
+    refuse_unknown_figures(study, planner.config_of(study.arms[0], study.seeds[0], {}))
     for seed in study.seeds:
         for arm in study.arms:
             for setting in _settings(study, arm, planner):

@@ -26,7 +26,7 @@ LINE_SECONDS = 60.0
 _STYLES = {"running": "cyan", "done": "green", "failed": "red", "not run": "red", "left": "yellow"}
 _ORDER = ("running", "failed", "not run", "left", "queued", "waiting", "done")
 """On a terminal that is too low for all jobs, the last ones are not shown"""
-_COLUMNS = ("job", "arm", "seed", "state", "step", "held-out loss", "s a step", "left")
+_COLUMNS = ("job", "seed", "state", "step", "held-out", "s a step", "left")
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,13 @@ class View:
     estimate: Estimate
 
     def row(self, job: Job) -> tuple[str, ...]:
-        """The cells of one job, see `_COLUMNS`."""
+        """The cells of one job, see `_COLUMNS`: a run is named by its arm and seed."""
         status, progress = self.statuses[job.name], self.progress[job.name]
         left = self.estimate.jobs.get(job.name)
         return (
-            job.name,
-            job.arm,
+            job.arm or job.name,
             "" if job.seed is None else str(job.seed),
-            status.state + (f": {status.reason}" if status.reason else ""),
+            status.state,
             f"{progress.step}/{job.steps}" if job.steps else "",
             "" if progress.held_out is None else f"{progress.held_out:.4f}",
             "" if progress.step_seconds is None else f"{progress.step_seconds:.3g}",
@@ -64,12 +63,18 @@ class View:
             parts.append(f"{about} {clock_time(self.estimate.study)} left")
         return ", ".join(parts)
 
+    @property
+    def reasons(self) -> list[str]:
+        """A line for each job that failed, left, or is not run."""
+        told = [(job.name, self.statuses[job.name]) for job in self.jobs if self.statuses[job.name].reason]
+        return [f"{name}: {status.state}: {status.reason}" for name, status in told]
+
     def table(self) -> Table:
         """All jobs: those at work first, then those that failed."""
         table = Table(box=box.SIMPLE, pad_edge=False)
         for name in _COLUMNS:
-            right = name in ("seed", "step", "held-out loss", "s a step", "left")
-            table.add_column(name, justify="right" if right else "left", no_wrap=name != "state")
+            right = name in ("seed", "step", "held-out", "s a step", "left")
+            table.add_column(name, justify="right" if right else "left", no_wrap=True)
         for job in sorted(self.jobs, key=lambda job: _ORDER.index(self.statuses[job.name].state)):
             table.add_row(*map(Text, self.row(job)), style=_STYLES.get(self.statuses[job.name].state, ""))
         return table
@@ -99,7 +104,7 @@ class Display:
     def show(self, view: View) -> None:
         """Draw the table anew, or print a line for each change and once a minute one for the rest."""
         if self._live is not None:
-            self._live.update(Group(Text(view.summary), view.table()), refresh=True)
+            self._live.update(Group(*map(Text, [view.summary, *view.reasons]), view.table()), refresh=True)
             return
         changed = [job for job in view.jobs if self._shown.get(job.name) != view.statuses[job.name]]
         first = not self._shown
@@ -116,10 +121,8 @@ class Display:
         self.show(view)
         if self._live is None:
             self._print(view.summary)
-            for job in view.jobs:
-                status = view.statuses[job.name]
-                if status.state != "done":
-                    self._print(f"{job.name}: {status.state}{': ' + status.reason if status.reason else ''}")
+            for line in view.reasons:
+                self._print(line)
         if note:
             self._print(note)
 

@@ -1,8 +1,8 @@
 """Jobs on Slurm: one Slurm job each, which waits by afterok for what it needs. What was submitted stands in STUDY/slurm.json.
 
 Each is a batch script around examples/launch.sh, which starts a job again until it is done: after a time limit, preemption or a lost
-node. A second start of the study submits what is neither done nor in the queue. Commands of Slurm: sbatch, squeue, and sacct where there is
-accounting.
+node. A second start of the study submits what is neither done nor in the queue. Of Slurm it calls sbatch, squeue, scancel, and sacct
+where there is accounting.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ class SlurmJobs:
         if queue is None:
             raise UserError("--slurm: squeue does not answer; nothing was submitted")
         found: dict[str, Status] = {}
+        anew: set[str] = set()
         for job in jobs:
             if statuses[job.name].state != "waiting":
                 continue
             state = queue.get((self._numbers.get(job.name, ""), job.name))
+            if state is not None and state not in _WORKS and anew.intersection(job.needs):
+                _ask("scancel", self._numbers[job.name])  # it waits for a Slurm job that failed
+                state = None
             if state is None:
+                anew.add(job.name)
                 after = [self._numbers[need] for need in job.needs if statuses[need].state != "done"]
                 self._submit(job, after)
             found[job.name] = RUNNING if state in _WORKS else QUEUED

@@ -72,14 +72,15 @@ def report_of(facts: StudyFacts, results: Sequence[RunResult], selections: Secti
     ]
     passed = [crossings(results, facts.preparation_of, arm, other, figure) for figure in figures for arm, other in pairs]
     own = next((one for one in passed if (one.arm, one.against, one.figure) == primary), None)
-    costs = costs_of(results, facts.preparation_of)
+    costs, arms = costs_of(results, facts.preparation_of), _arms(results, figures)
     return Report(
         title=f"Study {facts.name}",
         answer=_answer(facts, comparisons, own, parts.bad_runs(results, figures)),
         figures=figures,
-        curves=tuple(_arms(results, figures)),
+        curves=tuple(arms),
         comparisons=tuple(comparisons),
         sections=(
+            parts.ends([arm for arm, _ in arms], figures),
             parts.differences(comparisons),
             parts.curves([name for name in wanted if name not in figures]),
             parts.passing(passed),
@@ -104,16 +105,12 @@ def _figures(facts: StudyFacts) -> tuple[str, ...]:
 
 
 def _pairs(facts: StudyFacts, results: Sequence[RunResult]) -> list[tuple[str, str]]:
-    """(label, arm that it is compared with). That is the one of the question, else the first baseline; no pairs where it has no run.
-
-    An arm's own runs with other settings are compared with its run without, where it has one."""
+    """(label, arm that it is compared with) for all other arms. That is the one of the question, else the first baseline; empty where it
+    has no run. A run with settings is compared with one that has them too, where there is one: see `pair_runs`."""
     arms = [run.arm for run in results if run.kind == "baseline"] if facts.primary is None else [facts.primary.against]
     against = next((arm for arm in arms if any(run.arm == arm for run in results)), None)
-    if against is None:
-        return []
-    plain = any(run.label == against for run in results)
-    labels = dict.fromkeys(run.label for run in results if run.label != against and (run.arm != against or plain))
-    return [(label, against) for label in labels]
+    labels = dict.fromkeys(run.label for run in results if run.arm != against)
+    return [] if against is None else [(label, against) for label in labels]
 
 
 def _arms(results: Sequence[RunResult], figures: Sequence[str]) -> list[tuple[Arm, RunResult]]:

@@ -1,4 +1,7 @@
-"""A study's report as Markdown, to paste into a pull request: the answer, and all tables that the page does not fold."""
+"""A study's report as Markdown, to paste into a pull request: the answer, and all tables that the page does not fold.
+
+Details are folded in HTML's elements for that, which Markdown passes on.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from collections.abc import Sequence
 from megatron_salt.study.report.content import Report
 from megatron_salt.study.report.sections import Section
 from megatron_salt.study.report.tables import Table
+
+_OPEN = ("ends", "differences", "passing", "all-runs")
+"""Sections that are shown at once; the others open with a click."""
 
 
 def to_markdown(report: Report, pictures: Sequence[str]) -> str:
@@ -32,7 +38,11 @@ def _section(section: Section) -> list[str]:
     fence = "```"
     while fence in section.listing:
         fence += "`"
-    return [*parts, *([f"{fence}yaml\n{section.listing.rstrip()}\n{fence}"] if section.listing else [])]
+    parts += [f"{fence}yaml\n{section.listing.rstrip()}\n{fence}"] if section.listing else []
+    if section.name in _OPEN:
+        return parts
+    head, *rest = parts
+    return [f"<details><summary>{head.removeprefix('### ')}</summary>", *rest, "</details>"]
 
 
 def _table(table: Table) -> str:

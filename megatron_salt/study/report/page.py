@@ -5,17 +5,16 @@ It needs no network, see metrics/html_parts.py. Plotly is an optional dependency
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from megatron_salt.metrics.arms import Arm
 from megatron_salt.metrics.figures import COLOURS
-from megatron_salt.metrics.history import Axis
 from megatron_salt.metrics.html_parts import Plot, axis_switch, document, scripts, table
 from megatron_salt.metrics.page import Horizontal, curve_plot, empty_figure
-from megatron_salt.study.analysis.ledger import Account, PreparationOf, before
+from megatron_salt.study.analysis.crossings import Unit
+from megatron_salt.study.analysis.ledger import Account, PreparationOf, total_before
 from megatron_salt.study.analysis.statistics import Comparison
 from megatron_salt.study.report.content import Answer, Report
 from megatron_salt.study.report.pictures import arms_with, better_side, by_figure
@@ -23,7 +22,7 @@ from megatron_salt.study.report.sections import Section
 from megatron_salt.study.report.tables import Table
 from megatron_salt.study.results import RunResult
 
-_AXES: tuple[tuple[str, Axis, Account, str], ...] = (
+_AXES: tuple[tuple[str, Unit, Account, str], ...] = (
     ("steps", "steps", "existed", "steps"),
     ("flops", "flops", "existed", "FLOPs"),
     ("flops-trained", "flops", "trained", "FLOPs with the teacher's training"),
@@ -103,19 +102,16 @@ def _axes(curves: Sequence[tuple[Arm, RunResult]], preparation_of: PreparationOf
             continue
         if axis == "seconds" and not all(curve.is_whole for arm, _ in curves for curve in arm.curves):
             continue
-        starts = [0.0 if axis == "steps" else _start(run, axis, account, preparation_of) for _, run in curves]
+        starts = [_start(run, axis, account, preparation_of) for _, run in curves]
         known = tuple(start for start in starts if start is not None)
         if len(known) == len(starts) and not any(one.axis == axis and one.before == known for one in found.values()):
             found[name] = Horizontal(axis, words, known)
     return found
 
 
-def _start(run: RunResult, axis: Axis, account: Account, preparation_of: PreparationOf) -> float | None:
+def _start(run: RunResult, unit: Unit, account: Account, preparation_of: PreparationOf) -> float | None:
     """What was done before a run's first step; None: not known."""
-    charged = before(run.kind, preparation_of(run), account)
-    if charged is None:
-        return None
-    return math.fsum(spent.flops if axis == "flops" else spent.seconds for spent in charged.values())
+    return 0.0 if unit == "steps" else total_before(run.kind, preparation_of(run), account, unit)
 
 
 def _curves(report: Report, number: int, figure: str, axes: dict[str, Horizontal]) -> Plot | None:
@@ -157,11 +153,11 @@ def _differences(name: str, group: Sequence[Comparison]) -> Plot:
             spread = {"name": "mean and 95% interval of the primary question", "error_x": error, "showlegend": True}
         plot.add_scatter(x=[one.mean], y=[label], mode="markers", marker=bar, **spread)
     plot.add_vline(x=0, line_color="#1a1a1a", line_width=1, line_dash="dash")
-    plot.update_xaxes(title=f"{figure}: difference; {side} 0 is better", zeroline=False)
+    plot.update_xaxes(title=f"{escape(figure)}<br>difference; {side} 0 is better", zeroline=False)
     plot.update_yaxes(automargin=True, autorange="reversed", type="category")
     told = "; ".join(
         f"{one.arm} less {one.against}: {', '.join(f'{value:+.4f}' for value in one.differences)}" for one in group
     )
     return Plot(
-        name, {"all": plot}, f"{figure}, a dot for each seed; {side} 0 is better. {told}.", f"{6 + 2.5 * len(group):.3g}em"
+        name, {"all": plot}, f"{figure}, a dot for each seed; {side} 0 is better. {told}.", f"{100 + 40 * len(group)}px"
     )

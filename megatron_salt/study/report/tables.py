@@ -119,8 +119,8 @@ def run_records(results: Sequence[RunResult], costs: Sequence[RunCost]) -> list[
         record |= {f"seconds, {phase}": value for phase, value in {**(cost.seconds or {}), **cost.beside}.items()}
         for account in ACCOUNTS:
             record |= {
-                f"flops, teacher {account}": cost.total_flops(account),
-                f"seconds, teacher {account}": cost.total_seconds(account),
+                f"flops, teacher {account}": cost.total("flops", account),
+                f"seconds, teacher {account}": cost.total("seconds", account),
             }
         names = [] if curve is None else list(curve.of_evaluations)
         records.append(record | {f"last {name}": final_value(run, name) for name in names} | {"directory": str(run.directory)})

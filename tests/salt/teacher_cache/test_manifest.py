@@ -11,6 +11,7 @@ import pytest
 
 from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.errors import UserError
+from megatron_salt.model.precision import Precision
 from megatron_salt.salt.teacher_cache.manifest import (
     MANIFEST,
     CacheManifest,
@@ -22,6 +23,8 @@ from megatron_salt.salt.teacher_cache.manifest import (
     write_held_out,
 )
 from megatron_salt.salt.teacher_cache.missing import num_computed, rows_to_compute
+from megatron_salt.salt.teacher_cache.of_run import why_layers_are_needed
+from tests.salt.test_load_teacher import FITTING
 
 FACTS = CacheManifest(
     datasets=(DatasetFacts("words", "content:aaaa", 80),), seq_length=16, teacher="sha256:aaaa", hidden_size=16, dtype="float32",
@@ -89,6 +92,29 @@ def test_figures_on_held_out_data_are_found_by_what_they_are_of(tmp_path: Path) 
         path.write_text(damaged)
         with pytest.raises(UserError, match=rf"{path.name} .*delete it"):
             read_held_out(path, ("loss", "accuracy"))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(), None),
+        (dict(holds_all=False), "it does not hold all samples of stage 1"),
+        (dict(evaluates=True), "it has no figures of the teacher on this held-out data"),
+        (dict(precision=Precision(fp8_format="hybrid")), "the teacher's FP8 is checked"),
+        (dict(shared_ids=199), "what the teacher gives to ids that are not shared is checked"),
+        (dict(bos=1), "the teacher's loss with and without BOS is measured"),
+    ],
+)
+def test_the_teachers_layers_are_loaded_where_something_needs_them(change: dict[str, Any], reason: str | None) -> None:
+    asked: dict[str, Any] = dict(
+        holds_all=True,
+        precision=Precision(),
+        teacher=replace(FITTING, vocabulary_size=200),
+        shared_ids=200,
+        bos=None,
+        evaluates=False,
+    )
+    assert why_layers_are_needed(**(asked | change)) == reason
 
 
 # ---- what the teacher computes -----------------------------------------------------------------------------------------

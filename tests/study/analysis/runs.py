@@ -35,7 +35,8 @@ def run(
     of_student, of_teacher = at * float(STUDENT_STEP), taught * float(TEACHER_STEP)
     curve = Curve(
         name=kind, steps=at, losses=np.ones(len(at)), tokens=np.cumsum(np.full(len(at), TOKENS)), switch=None, peak_gib=0.0,
-        seconds=np.cumsum(np.full(len(at), seconds)), flops=of_student + of_teacher if flops else None, unread_lines=0, teacher=None,
+        seconds=np.cumsum(np.full(len(at), seconds)), flops=of_student + of_teacher if flops else None, unread_lines=0,
+        teacher=None, teacher_cache=None,
         phases={"data": 0.25 * len(at), "forward-backward": 1.0 * len(at), "save": 5.0},
         of_steps={"train/student_flops": of_student, "train/teacher_flops": of_teacher, "train/consumed_samples": at * float(BATCH)},
         of_evaluations={name: dict(values) for name, values in figures.items()},

@@ -25,7 +25,7 @@ from megatron_salt.study.analysis.crossings import (
     matched_rows,
     teacher_crossovers,
 )
-from megatron_salt.study.analysis.ledger import Preparation, Spent
+from megatron_salt.study.analysis.ledger import UNKNOWN, Preparation, Spent
 from tests.study.analysis.runs import LOSS, STUDENT_STEP, TEACHER, TEACHER_STEP, falling, run
 
 PREPARATION = Preparation(
@@ -48,7 +48,7 @@ def test_a_crossing_is_the_first_better_evaluation_under_every_account() -> None
             Scale("seconds", "shared"): 18 / 20,
         }
     )  # fmt: skip
-    assert str(found) == "salt passes baseline's final valid/loss: 1 of 1 reached, at 80.0% of its steps"
+    assert str(found) == "salt passes baseline's final valid/loss in 1 of 1 seeds, at 80.0% of its steps"
     assert crossing_rows([found])[0][3:6] == [
         "1 of 1 reached, at 80.0%",
         "1 of 1 reached, at 83.3%",
@@ -78,6 +78,7 @@ def test_a_run_that_never_gets_there_is_not_reached_and_a_failed_one_neither() -
     assert found.told == ("seed 3: salt failed: the loss is not finite", "seed 4: salt is running", "seed 5: no run of salt")
     nobody = crossings(results[:5] + results[6:7], lambda _: PREPARATION, "salt", "baseline", LOSS)
     assert nobody.summary(STEPS) == "0 of 1 reached"
+    assert str(nobody).startswith("salt passes baseline's final valid/loss in 0 of 1 seeds (seed 1: no run of salt")
 
 
 def test_a_baseline_without_a_final_figure_gives_no_target() -> None:
@@ -104,7 +105,7 @@ def test_of_accuracies_more_is_better() -> None:
 
 def test_shares_that_no_log_tells_are_not_known() -> None:
     salt = run("salt", 1, falling(9.0, 3.0), flops=False)
-    existed = replace(PREPARATION, teacher_training=None)
+    existed = replace(PREPARATION, teacher_training=UNKNOWN)
     (one,) = crossings([BASELINE, salt], lambda _: existed, "salt", "baseline", LOSS).seeds
     assert one.shares[STEPS] == 0.2 and one.shares[Scale("seconds", "existed")] == 0.2
     assert one.shares[Scale("flops", "existed")] is None and one.shares[Scale("seconds", "trained")] is None
@@ -152,7 +153,7 @@ def test_matched_tables_tell_signs_and_means() -> None:
     rows = matched_rows([found])
     assert rows == [["salt", "baseline", LOSS, "steps", "2", "1 of 2", "3.7500", "4.0000", "-0.2500"]]
     assert len(MATCHED_HEADS) == len(rows[0])
-    unknown = replace(PREPARATION, teacher_training=None)
+    unknown = replace(PREPARATION, teacher_training=UNKNOWN)
     none = matched(results[:1] + results[3:4], lambda _: unknown, "salt", "baseline", LOSS, Scale("flops", "trained"))
     assert none.told == ("seed 1: salt: FLOPs, teacher trained for this run are not known",)
     assert matched_rows([none])[0][4:] == ["0", "0 of 0", "-", "-", "-"]

@@ -13,12 +13,11 @@ from megatron_salt.study.analysis.economics import (
     BREAK_EVEN_HEADS,
     SAVING_HEADS,
     Economics,
-    Payer,
     break_even_rows,
     economics,
     saving_rows,
 )
-from megatron_salt.study.analysis.ledger import Preparation, Spent
+from megatron_salt.study.analysis.ledger import UNKNOWN, Payer, Preparation, Spent
 from megatron_salt.study.results import Kind, RunResult
 from tests.study.analysis.runs import LOSS, STUDENT_STEP, TEACHER, falling, run
 
@@ -74,7 +73,7 @@ def test_the_answer_in_a_sentence() -> None:
     slow = of(two("salt", 8, seconds=4.0), "salt", "seconds")
     assert str(slow).endswith("1 of 1 seeds pass baseline's final valid/loss: even so no teacher pays, however cheap")
     assert slow.seeds[0].runs_to_share is None
-    unknown = replace(PREPARATION, teacher_training=None)
+    unknown = replace(PREPARATION, teacher_training=UNKNOWN)
     assert str(of(two("salt", 6), "salt", preparation=unknown)).endswith("on 120.0% of the student's tokens")
     assert str(of(two("salt", 6), "salt")).endswith("of the student's tokens; it pays in a single run")
     untold = two("salt", 6)

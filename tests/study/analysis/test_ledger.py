@@ -5,17 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_salt.metrics.history import read_curve
+from megatron_salt.errors import UserError
+from megatron_salt.metrics.history import CacheUse, read_curve
 from megatron_salt.study.analysis.ledger import (
     ACCOUNT_HEADS,
     ACCOUNTS,
+    CACHE_HEADS,
     FLOP_HEADS,
     SECOND_HEADS,
+    UNKNOWN,
     Preparation,
     Spent,
     account_rows,
+    before,
+    cache_rows,
     cost_of,
     costs_of,
     flop_rows,
@@ -47,16 +53,15 @@ def test_three_accounts_differ_in_what_went_before_the_run() -> None:
     """Shared by 3: a third of the teacher's 60,000 FLOPs and 12 seconds, of the scores' 3,000 and 6, of the selection's 3 seconds."""
     of_run = 10 * STUDENT_STEP + 4 * TEACHER_STEP
     salt = cost_of(run("salt", 1, CURVE, teacher_steps=4), PREPARATION)
-    assert [salt.total_flops(account) for account in ACCOUNTS] == [of_run, of_run + 60_000, of_run + 20_000]
-    assert [salt.total_seconds(account) for account in ACCOUNTS] == [20, 32, 24]
+    assert [salt.total("flops", account) for account in ACCOUNTS] == [of_run, of_run + 60_000, of_run + 20_000]
+    assert [salt.total("seconds", account) for account in ACCOUNTS] == [20, 32, 24]
     salt_ds = cost_of(run("salt_ds", 1, CURVE, teacher_steps=4), PREPARATION)
-    assert [salt_ds.total_flops(account) for account in ACCOUNTS] == [of_run + 3_000, of_run + 63_000, of_run + 21_000]
-    assert [salt_ds.total_seconds(account) for account in ACCOUNTS] == [20 + 9, 20 + 21, 20 + 7]
+    assert [salt_ds.total("flops", account) for account in ACCOUNTS] == [of_run + 3_000, of_run + 63_000, of_run + 21_000]
+    assert [salt_ds.total("seconds", account) for account in ACCOUNTS] == [20 + 9, 20 + 21, 20 + 7]
     for account in ACCOUNTS:
-        charged = salt_ds.before(account)
-        assert charged is not None and salt_ds.flops is not None
-        parts = [*salt_ds.flops.values(), *(spent.flops for spent in charged.values())]
-        assert salt_ds.total_flops(account) == sum(parts)
+        assert salt_ds.flops is not None
+        parts = [*salt_ds.flops.values(), *(spent.flops or 0 for spent in before("salt_ds", PREPARATION, account).values())]
+        assert salt_ds.total("flops", account) == sum(parts)
 
 
 @pytest.mark.parametrize(
@@ -68,16 +73,18 @@ def test_three_accounts_differ_in_what_went_before_the_run() -> None:
 )  # fmt: skip
 def test_a_kind_of_arm_pays_for_what_it_uses(kind: Kind, existed: int, trained: int, shared: int) -> None:
     cost = cost_of(run(kind, 1, CURVE), PREPARATION)
-    assert [cost.total_flops(account) for account in ACCOUNTS] == [
+    assert [cost.total("flops", account) for account in ACCOUNTS] == [
         10 * STUDENT_STEP + paid for paid in (existed, trained, shared)
     ]
 
 
-def test_a_teacher_that_existed_has_one_account() -> None:
-    existed = replace(PREPARATION, teacher_training=None)
+def test_of_a_teacher_that_existed_its_training_may_not_be_known() -> None:
+    existed = replace(PREPARATION, teacher_training=Spent(60_000, None))
     salt, baseline = costs_of([run("salt", 1, CURVE, teacher_steps=4), run("baseline", 1, CURVE)], lambda _: existed)
-    assert [salt.total_flops(account) for account in ACCOUNTS] == [216_576, None, None]
-    assert [baseline.total_seconds(account) for account in ACCOUNTS] == [20, 20, 20]
+    assert [salt.total("flops", account) for account in ACCOUNTS] == [216_576, 276_576, 236_576]
+    assert [salt.total("seconds", account) for account in ACCOUNTS] == [20, None, None]
+    (salt,) = costs_of([run("salt", 1, CURVE, teacher_steps=4)], lambda _: replace(PREPARATION, teacher_training=UNKNOWN))
+    assert [baseline.total("seconds", account) for account in ACCOUNTS] == [20, 20, 20]
     assert flop_rows([salt])[0][FLOP_HEADS.index("teacher training") :] == ["-", "0", "0", "2.166e+05", "-", "-"]
 
 
@@ -91,19 +98,41 @@ def test_what_is_not_known_is_told_as_such() -> None:
     assert cost_of(replace(salt, config=None), PREPARATION).flops == {"student layers": 207_360, "teacher": 9_216}
     assert cost_of(run("salt", 1, CURVE, flops=False), PREPARATION).flops is None
     part = cost_of(run("salt", 1, CURVE, teacher_steps=4, first=3), PREPARATION)
-    assert part.flops == cost_of(salt, PREPARATION).flops and part.seconds is None and part.total_seconds("existed") is None
+    assert part.flops == cost_of(salt, PREPARATION).flops and part.seconds is None and part.total("seconds", "existed") is None
     none = cost_of(run("salt", 1, CURVE, logged=False, state="waiting"), PREPARATION)
-    assert none.flops is None and none.seconds is None and none.total_flops("trained") is None
+    assert none.flops is None and none.seconds is None and none.total("flops", "trained") is None
     assert set(flop_rows([none])[0][3:7]) == {"-"}
 
 
-def test_a_cached_teacher_costs_its_head_alone() -> None:
-    """Where the layers' output was read from a cache, `teacher_flops` has the head's 40 FLOPs a token."""
+def test_a_cached_teacher_costs_its_head_and_what_the_cache_lacked(tmp_path: Path) -> None:
+    """`teacher_flops` has the head's 40 FLOPs for all 72 tokens of stage 1, and the layers' 88 for a half of them."""
     whole = run("salt", 1, CURVE, teacher_steps=4)
-    assert whole.curve is not None and whole.curve.flops is not None
-    cached = whole.curve.of_steps | {"train/teacher_flops": whole.curve.of_steps["train/teacher_flops"] * 40 / 128}
-    cost = cost_of(replace(whole, curve=replace(whole.curve, of_steps=cached)), PREPARATION)
-    assert cost.flops is not None and cost.flops["teacher layers"] == 0 and cost.flops["teacher head"] == 40 * 72
+    assert whole.curve is not None
+    half = {"train/teacher_flops": whole.curve.of_steps["train/teacher_flops"] * (40 + 44) / 128}
+    cached = half | {"train/teacher_cached": np.full(10, 0.5)}
+    use = CacheUse(3 << 20, 1 << 20, 0.5, 0.25)
+    cost = cost_of(
+        replace(whole, curve=replace(whole.curve, of_steps=whole.curve.of_steps | cached, teacher_cache=use)), PREPARATION
+    )
+    assert cost.flops is not None and cost.flops["teacher layers"] == 44 * 72 and cost.flops["teacher head"] == 40 * 72
+    assert cost.spared == 44 * 72 and cost.total("flops", "existed") == 10 * STUDENT_STEP + 84 * 72
+    plain = cost_of(whole, PREPARATION)
+    assert plain.spared == 0 and plain.cache is None
+    assert cache_rows([plain, cost]) == [["salt", "1", "finished", "3168", "3", "0.5", "1", "0.25"]]
+    assert len(CACHE_HEADS) == 8
+
+
+def test_the_use_of_a_cache_is_summed_over_the_starts_of_a_run(tmp_path: Path) -> None:
+    facts = {"bytes_read": 7, "bytes_written": 2, "seconds_reading": 0.5, "seconds_writing": 0.125, "steps": 2}
+    with open_log(tmp_path) as log:
+        log.step(record(1))
+        log.event(1, "leaving", {"teacher_cache": facts})
+        log.event(1, "teacher cache", {"teacher_cache": facts | {"bytes_read": 1}})
+    assert read_curve("salt", tmp_path / "log.jsonl").teacher_cache == CacheUse(8, 4, 1.0, 0.25)
+    log_file = tmp_path / "log.jsonl"
+    log_file.write_text(log_file.read_text().replace("bytes_written", "bytes"))
+    with pytest.raises(UserError, match="an entry lacks or garbles 'bytes_written'"):
+        read_curve("salt", log_file)
 
 
 def test_rows_of_the_output_weight_follow_from_the_log() -> None:
@@ -143,5 +172,5 @@ def test_seconds_come_from_the_phases_in_the_log_and_evaluations_stand_beside(tm
         log.task(2, "piqa", {"metrics": {}, "examples": 1, "cut": 0, "seconds": 0.25})
     curve = read_curve("salt", tmp_path / "log.jsonl")
     cost = cost_of(replace(run("salt", 1, CURVE), curve=curve), PREPARATION)
-    assert cost.seconds == {"data": 0.375, "optimizer": 0.125, "other": 0.5} and cost.total_seconds("existed") == 1.0
+    assert cost.seconds == {"data": 0.375, "optimizer": 0.125, "other": 0.5} and cost.total("seconds", "existed") == 1.0
     assert cost.beside == {"eval": 1.75, "save": 1.5}

@@ -12,9 +12,9 @@ from megatron_salt.study.definition.study_file import parse_study
 
 STUDENT = """
 model: {num_layers: 4, hidden_size: 16, num_attention_heads: 2, position_embedding_type: rope}
-training: {seq_length: 8, micro_batch_size: 2, global_batch_size: 4, train_iters: 100}
+training: {seq_length: 8, micro_batch_size: 2, global_batch_size: 4, train_iters: 100, eval_iters: 2}
 optimizer: {lr: 0.001, lr_decay_style: cosine, lr_warmup_iters: 10}
-data: {data_path: [data/train]}
+data: {data_path: [data/train], valid_data_path: [data/held]}
 checkpoint: {save: elsewhere}
 """
 TEACHER = """

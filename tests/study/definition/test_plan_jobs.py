@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from megatron_salt.cli import parse_flags
 from megatron_salt.errors import UserError
 from megatron_salt.study.definition.plan_jobs import TeacherFacts, goes_on, plan_jobs
 from megatron_salt.study.definition.study import KINDS
+from megatron_salt.study.definition.study_file import parse_study
 from megatron_salt.tools.flags.score_config import ScoreConfig
 from megatron_salt.tools.flags.select_config import SelectConfig
 from tests.study.definition.studies import study, write_configs
 
+ROOT = Path(__file__).parents[3]
 FACTS = TeacherFacts(vocabulary_size=100, training_flops={"teacher": 1e9})
 GROW = {"grow": {"num_layers": 2, "train_iters": 20}}
 ALL = {kind: GROW if kind == "grow" else None for kind in KINDS}
@@ -125,6 +128,13 @@ def test_a_part_of_a_study_has_what_its_runs_need():
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"primary": {"arm": "salt", "against": "baseline", "figure": "valid/los"}},
+         r"primary.figure valid/los: the runs have no such figure \(did you mean valid/loss\?\); they have valid/loss, valid/perplexity"),
+        ({"figures": {"out_of_domain": ["valid/prose/bits_per_byte"]}}, "figures.out_of_domain valid/prose/bits_per_byte: the runs have"),
+        ({"figures": {"tasks": ["task/piqa/acc"]}}, "figures.tasks task/piqa/acc: .*; --eval-tasks names no task"),
+        ({"flags": {"eval_iters": 0}}, "primary.figure valid/loss: .*: --eval-iters is 0"),
+        ({"flags": {"valid_data_path": []}}, "primary.figure valid/loss: .*: neither --valid-data-path nor --valid-share"),
+        ({"flags": {"valid_data_path": {"prose": "data/held"}}}, "primary.figure valid/loss: .*; they have valid/prose/loss"),
         ({"salt": {}}, "arm salt, seed 1: --teacher-load .* needs --kd-steps"),
         ({"ranks": 3}, "arm baseline, seed 1: --global-batch-size 4 is not divisible"),
         ({"axes": {"lr": [-1.0]}}, "arm baseline, seed 1, --lr -1.0: --lr must be at least 0, got -1.0"),
@@ -138,3 +148,14 @@ def test_a_part_of_a_study_has_what_its_runs_need():
 def test_every_run_is_checked_before_any_starts(changes, message):
     with pytest.raises(UserError, match=message):
         plan_jobs(study(**changes), None)
+
+
+def test_the_study_of_the_documentation_is_one(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/study.md").read_text(), re.DOTALL)[1]
+    found = parse_study(text, "docs/study.md")
+    plan = plan_jobs(found, FACTS)
+    assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow"}
+    assert {run.label for run in plan.runs if run.settings} == {
+        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter") for w in (0.5, 0.8)
+    }

@@ -1,4 +1,7 @@
-"""sbatch, squeue and sacct that only remember, as programs on PATH. State: DIR/jobs.json, {number: [name, state, words of sbatch]}."""
+"""sbatch, squeue, scancel and sacct that only remember, as programs on PATH.
+
+State: DIR/jobs.json, {number: [name, state, words of sbatch]}.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_salt.files import write_whole
 
 _PROGRAM = """#!{python}
 import json, sys
@@ -22,13 +27,17 @@ if program == "sbatch":
         sys.exit("sbatch: error: invalid partition specified: none")
     number = str(len(jobs) + 100)
     jobs[number] = [next(word[11:] for word in words if word.startswith("--job-name=")), "PENDING", words]
-    path.write_text(json.dumps(jobs))
+    path.with_suffix(".new").write_text(json.dumps(jobs))
+    path.with_suffix(".new").rename(path)
     print(number + ";cluster")
 elif program == "squeue":
     assert words == ["--noheader", "--me", "--format=%i|%j|%T"], words
     for number, (name, state, _) in jobs.items():
         if state in ("PENDING", "RUNNING", "COMPLETING"):
             print(number, name, state, sep="|")
+elif program == "scancel":
+    jobs[words[0]][1] = "CANCELLED"
+    path.write_text(json.dumps(jobs))
 else:
     number = next(word[7:] for word in words if word.startswith("--jobs="))
     print(jobs[number][1])
@@ -36,13 +45,13 @@ else:
 
 
 class FakeSlurm:
-    """The three programs, first on PATH."""
+    """The programs, first on PATH."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         directory.mkdir()
         self._path = directory / "jobs.json"
         self._path.write_text("{}")
-        for name in ("sbatch", "squeue", "sacct"):
+        for name in ("sbatch", "squeue", "scancel", "sacct"):
             (directory / name).write_text(_PROGRAM.format(python=sys.executable, path=str(self._path)))
             (directory / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
@@ -61,7 +70,7 @@ class FakeSlurm:
         """Let a job have this state. Only PENDING, RUNNING and COMPLETING are in the queue."""
         jobs = json.loads(self._path.read_text())
         jobs[number][1] = state
-        self._path.write_text(json.dumps(jobs))
+        write_whole(self._path, json.dumps(jobs).encode())
 
     def silent(self, is_silent: bool) -> None:
         """Whether the controller does not answer."""

@@ -87,6 +87,16 @@ def test_a_second_start_submits_what_is_neither_done_nor_queued(tmp_path: Path, 
     assert slurm.names[4:] == ["salt"] and not any(word.startswith("--dependency") for word in slurm.jobs["104"][2])
 
 
+def test_what_waits_for_a_job_that_failed_waits_for_its_successor(tmp_path: Path, slurm: FakeSlurm) -> None:
+    jobs = chain(tmp_path)
+    statuses = {one.name: WAITING for one in jobs}
+    SlurmJobs(CPU, tmp_path).submit(jobs, statuses)
+    slurm.set("100", "FAILED")  # and Slurm has not yet cancelled 101, which needs it
+    SlurmJobs(CPU, tmp_path).submit(jobs, statuses)
+    assert slurm.names[3:] == ["teacher", "salt"] and slurm.jobs["101"][1] == "CANCELLED"
+    assert "--dependency=afterok:103" in slurm.jobs["104"][2]
+
+
 def test_a_job_that_is_gone_without_a_word_died_after_some_looks(tmp_path: Path, slurm: FakeSlurm) -> None:
     jobs = chain(tmp_path)
     queue = SlurmJobs(CPU, tmp_path, looks=2)
@@ -177,7 +187,16 @@ def test_a_signal_ends_the_look_and_not_the_jobs(tmp_path: Path, slurm: FakeSlur
 
 
 def in_background(work: Callable[[], None], action: Callable[[], int]) -> int:
-    thread = threading.Thread(target=work)
+    """`action`, while a thread does `work`. If that fails, the study is told to leave: a failure, not a wait."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    thread = threading.Thread(target=guarded)
     thread.start()
     try:
         return action()
