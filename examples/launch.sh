@@ -15,7 +15,7 @@
 # what happens next, never an exit status. The file has a new name at each start. More than MAX_RESTARTS starts in a row without a new
 # checkpoint end the job.
 #
-# For your site, by environment (docs/cluster.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8,
+# For your site, by environment (docs/cluster.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8, GPU,
 # DEVICE, MAX_RESTARTS, PAUSE, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
 #
 # shellcheck disable=SC2034 # precision, teacher_precision, device and data are for the scripts
@@ -59,7 +59,10 @@ train() { # train FLAGS...: the trainer, until it is done
     case " $* " in *" --load "* | *" --load="*) ;; *) set -- "$@" --load "$RUN_DIR" ;; esac
     command=("$PYTHON" -m megatron_salt.pretrain "${device[@]}" "$@" --save "$RUN_DIR" --exit-signal-handler)
     if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: check what can be checked without GPUs
-        exec "${wrap[@]}" "${command[@]}" --dry-run "${RANKS:-$(ranks_of_header)}"
+        local ranks=${RANKS:-$(ranks_of_header)}
+        [ -n "${GPU:-}" ] || exec "${wrap[@]}" "${command[@]}" --dry-run "$ranks"
+        "${wrap[@]}" "${command[@]}" --dry-run "$ranks" || exit
+        exec "${wrap[@]}" "$PYTHON" tools/plan.py "${command[@]:3}" --world-size "$ranks" --gpu "$GPU"
     fi
     listens=1
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) # ranks on a node, for the host memory of a save

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.cli import known_flags, parse
+from megatron_salt.cli import known_flags, parse, parse_over_file
 from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.hardware import Hardware
+from megatron_salt.planner.command import PlanConfig
 from megatron_salt.train.plan import check
 from megatron_salt.train.start import choose_precisions
 from tests.convert.real_model import LENGTH, WINDOWS
@@ -44,6 +45,19 @@ def run_of(script: Path, tmp_path: Path, *flags: str, **environment: str) -> tup
     module, program, *words, dry_run, ranks = ended.stdout.splitlines()
     assert (module, program, dry_run) == ("-m", "megatron_salt.pretrain", "--dry-run")
     return parse(words), int(ranks)
+
+
+def test_with_a_gpu_named_the_check_ends_with_the_planner(tmp_path: Path) -> None:
+    echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(echo), "GPU": "h100-80"}
+    ended = subprocess.run(
+        ["bash", str(EXAMPLES / "salt_2p8b.sh")], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    trainer, _, planner = ended.stdout.partition("--dry-run\n64\n")
+    program, *words = planner.splitlines()
+    assert program == "tools/plan.py" and words[-4:] == ["--world-size", "64", "--gpu", "h100-80"]
+    assert words[:-4] == trainer.splitlines()[2:]  # the flags of the run
+    assert parse_over_file(PlanConfig, words).salt.kd_steps == 36000
 
 
 @pytest.mark.parametrize("name, size", SIZES.items())

@@ -157,7 +157,7 @@ MAY_PATCH = {  # None: anything
     SEAM: None,
     "megatron_salt.parallel.adamw": {"sys.modules", "sys.modules['apex.optimizers']"},
     # In a child process alone, inside a block: they read what fake tensors do not have.
-    "megatron_salt.planner.fake_world": {"nn.Module.to", "dist.all_gather_object"},
+    "megatron_salt.planner.tracing.fake_world": {"nn.Module.to", "dist.all_gather_object"},
     # A queue that ends with this process, and that has no results of a save that a failed run left.
     "megatron_salt.checkpoint.async_writer": {"filesystem_async._results_queue"},
     # A switch that torch has for this, and that a process may set.

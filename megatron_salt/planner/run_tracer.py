@@ -53,14 +53,14 @@ def prepare() -> None:
 
 def _read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
     from megatron_salt.planner.read_run import host_memory, read_run  # torch and megatron-core, and the patches of the seam
-    from megatron_salt.planner.tracer import trace_all
+    from megatron_salt.planner.tracing.tracer import trace_all
 
     run = read_run(flags)
     return run, trace_all(run.trace_task()), host_memory(run)
 
 
 def _trace_whole_steps(task: tuple[PlannedRun, tuple[tuple[int, bool], ...]]) -> list[tuple[int | None, int]]:
-    from megatron_salt.planner.whole_step import WholeStep, trace_step  # torch and megatron-core
+    from megatron_salt.planner.tracing.whole_step import WholeStep, trace_step  # torch and megatron-core
 
     run, ranks = task
     return [

@@ -232,7 +232,7 @@ def claim(directory: Path, manifest: IndexManifest) -> None:
         raise UserError(f"--output {directory} cannot be written: {error.strerror} ({error.filename})") from error
     differences = read_index(directory, "--output").differences(manifest)
     if differences:
-        raise UserError(f"--output {directory} is an index of other scores: {'; '.join(differences)}")
+        raise UserError(f"--output {directory} is an index of other scores ({INDEX}): {'; '.join(differences)}")
 
 
 def shard_blocks(num_blocks: int, shard: tuple[int, int]) -> range:

@@ -62,8 +62,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2", dict(vocab_size=ROWS, n_embd=64, n_layer=4, n_head=8, n_positions=CONTEXT)),
     "teacher": ("Llama", dict(_GROUPED, vocab_size=IDS)),  # as many rows as ids
 }  # fmt: skip
-LEAVES_AS = {"phi3": "LlamaForCausalLM", "opt": "GPT2LMHeadModel"}
-"""Models that are exported under another architecture, which computes the same."""
+LEAVES_AS = {"mistral": "LlamaForCausalLM", "phi3": "LlamaForCausalLM", "opt": "GPT2LMHeadModel"}
+"""Models that are exported under another architecture, which computes the same. Mistral's tensors keep their names."""
 SHARDED = ("llama", "gpt-neox")
 """Models whose weights lie in several files."""
 

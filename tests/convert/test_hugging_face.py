@@ -49,7 +49,7 @@ def test_an_imported_model_goes_out_as_it_came_in(
     out = tmp_path / "out"
     ended = convert("export", imported(name), out, "--dtype", "float32", "--max-shard-gb", "0.001")
     assert ended.returncode == 0, ended.stderr
-    if name not in LEAVES_AS:
+    if name not in LEAVES_AS or name == "mistral":
         before, after = weights(foreign / name), weights(out)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)

@@ -12,7 +12,7 @@ from megatron_salt.train.plan import check
 from tests.support.small import SMALL, VOCABULARY
 from tests.support.teaching import TEACHER
 
-MODEL = replace(SMALL, num_layers=8, hidden_size=128, ffn_hidden_size=320)
+MODEL = replace(SMALL, num_layers=4, hidden_size=128, ffn_hidden_size=320)
 """Large enough that the states of random generators do not count."""
 FULL: dict[str, Any] = {"recompute_granularity": "full"}
 
@@ -26,7 +26,7 @@ def planned(
     model: ModelConfig = MODEL,
     **parallel: Any,
 ) -> PlannedRun:
-    """A run on CPUs of 16 samples a step. teacher: its tp and pp; None: there is none."""
+    """A run on CPUs of 8 samples a step. teacher: its tp and pp; None: there is none."""
     salt = SaltConfig()
     if teacher is not None:
         salt = SaltConfig(
@@ -34,7 +34,7 @@ def planned(
             teacher_pipeline_model_parallel_size=teacher[1], teacher_micro_batch_size=2 * merge,
         )  # fmt: skip
     training = TrainingConfig(
-        seq_length=64, micro_batch_size=2, global_batch_size=16, train_iters=10, bf16=bf16, loss_chunk_tokens=48
+        seq_length=64, micro_batch_size=2, global_batch_size=8, train_iters=10, bf16=bf16, loss_chunk_tokens=48
     )
     config = RunConfig(model=model, parallel=ParallelConfig(**parallel), salt=salt, training=training)
     layout, plan = check(config, world)

@@ -154,7 +154,7 @@ def test_shards_of_a_part_are_the_part(
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        (dict(score_top_k=(1, 10)), ["is an index of other scores: top k is (1, 10, 100) there and (1, 10) here"]),
+        (dict(score_top_k=(1, 10)), ["is an index of other scores (index.json): top k is (1, 10, 100) there and (1, 10) here"]),
         (dict(micro_batch_size=4), ["micro batch size is 2 there and 4 here"]),
         (dict(block_samples=8), ["block samples is 4 there and 8 here"]),
         (dict(seq_length=8), ["recorded its loss on 16 tokens at least, and --seq-length is 8"]),

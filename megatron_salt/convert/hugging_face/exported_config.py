@@ -93,7 +93,6 @@ def config_of_model(model: ModelConfig, vocabulary_size: int, context: int, dtyp
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "StableLmForCausalLM": "stablelm",

@@ -93,7 +93,7 @@ def _verdict(status: int, leaving: bool, trains: bool) -> tuple[Word, str]:
     if status == 0 and not trains:
         return "done", "finished"
     if leaving:
-        return "left", f"stopped before it wrote how it ended ({words})"
+        return "left", f"told to leave{' before it had anything to save' if trains else ''} ({words})"
     return ("died" if trains else _OF_STATUS.get(status, "died")), words
 
 

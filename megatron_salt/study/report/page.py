@@ -153,7 +153,7 @@ def _differences(name: str, group: Sequence[Comparison]) -> Plot:
             spread = {"name": "mean and 95% interval of the primary question", "error_x": error, "showlegend": True}
         plot.add_scatter(x=[one.mean], y=[label], mode="markers", marker=bar, **spread)
     plot.add_vline(x=0, line_color="#1a1a1a", line_width=1, line_dash="dash")
-    plot.update_xaxes(title=f"{figure}: difference; {side} 0 is better", zeroline=False)
+    plot.update_xaxes(title=f"{escape(figure)}<br>difference; {side} 0 is better", zeroline=False)
     plot.update_yaxes(automargin=True, autorange="reversed", type="category")
     told = "; ".join(
         f"{one.arm} less {one.against}: {', '.join(f'{value:+.4f}' for value in one.differences)}" for one in group

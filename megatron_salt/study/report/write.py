@@ -23,7 +23,7 @@ from megatron_salt.study.results import RunResult
 def write_report(facts: StudyFacts, results: Sequence[RunResult], output_dir: Path) -> list[Path]:
     """Write the report of a study, also of one that is half done, over an earlier one. Returns the files, the page first.
 
-    Without the package plotly there is no page. Raises UserError for results that are no study's, and OSError.
+    Without the package plotly there is no page, which is printed. Raises UserError for results that are no study's, and OSError.
     """
     report = report_of(facts, results, selection_section(results))
     texts = {
@@ -36,6 +36,10 @@ def write_report(facts: StudyFacts, results: Sequence[RunResult], output_dir: Pa
     texts["report.md"] = to_markdown(report, [*pictures, *differences])
     if importlib.util.find_spec("plotly") is not None:
         texts = {"report.html": to_html(report, facts.preparation_of)} | texts
+    else:
+        print(
+            "report.html is not written, and an older one is out of date: it needs the package plotly; try: pip install plotly"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     with sole_writer("the report of", output_dir / "report"), ExitStack() as files:
         temporary = {name: files.enter_context(whole_file(output_dir / name)) for name in (*texts, *pictures, *differences)}

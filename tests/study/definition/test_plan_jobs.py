@@ -100,6 +100,13 @@ def test_what_a_study_trains_before_its_runs():
     assert not source.checkpoint.finetune
 
 
+def test_a_length_in_samples_gives_the_model_that_is_stacked_its_own_steps():
+    plan = plan_jobs(study(arms={"grow": GROW}, primary=None, flags={"train_iters": None, "train_samples": 400}), None)
+    run, source = plan.configs["grow-seed_1"].training, plan.configs["source-grow-seed_1"].training
+    assert (run.train_iters, run.train_samples) == (None, 400)
+    assert (source.train_iters, source.train_samples) == (20, None)
+
+
 def test_a_teacher_that_exists_is_not_trained():
     plan = plan_jobs(study(teacher={"load": "elsewhere/teacher"}, arms={"salt": None, "salt_ds": None}, primary=None), None)
     assert [job.kind for job in plan.jobs] == ["score", "select", "run", "run", "run", "run"]

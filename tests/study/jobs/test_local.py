@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import psutil
 import pytest
 
 from megatron_salt.errors import UserError
+from megatron_salt.files import sole_writer
 from megatron_salt.study import execute
 from megatron_salt.study.execute import run_jobs
 from megatron_salt.study.job import Job
 from megatron_salt.study.jobs.local import environment_of, shares_of_gpus, visible_gpus
-from megatron_salt.study.jobs.outcome import read_outcome
+from megatron_salt.study.jobs.outcome import Outcome, last_error, read_outcome
 from tests.study.jobs.small_jobs import began, job, wait_for
 
 ROOT = Path(__file__).parents[3]
@@ -85,6 +88,49 @@ def test_a_run_that_is_not_finite_is_not_started_again(tmp_path: Path) -> None:
     status, shown = study([one], tmp_path)
     assert status == 1 and began(tmp_path) == ["nan"]
     assert "nan: failed: nonfinite: the loss is not finite" in shown
+
+
+def test_a_job_waits_for_an_earlier_start_that_still_saves(tmp_path: Path) -> None:
+    """Jobs of a study that was killed save and leave; a new study may begin before they are gone."""
+    held = threading.Event()
+
+    def earlier_start() -> None:
+        with sole_writer("job", tmp_path / "a/job"):
+            held.set()
+            time.sleep(1.0)
+            (tmp_path / "released").touch()
+
+    thread = threading.Thread(target=earlier_start)
+    thread.start()
+    held.wait()
+    assert study([job(tmp_path, "a", "assert (base / 'released').exists()")], tmp_path)[0] == 0
+    thread.join()
+
+
+@pytest.mark.parametrize("line, outcome", [
+    ("left 5 job -.0 before its last step, 9: SIGTERM received\n", Outcome("left", 5, "before its last step, 9: SIGTERM received")),
+    ("machine node7 job 4711.2 host node7 cannot be used", Outcome("machine", None, "host node7 cannot be used")),
+    ("done - finished    \n", Outcome("done", None, "finished")),
+    ("ended 5 job -.0 words", None), ("    \n", None), ("", None), ("done", None), (b"\xff\xfe", None),
+])  # fmt: skip
+def test_an_outcome_file_is_read_or_is_none(tmp_path: Path, line: str | bytes, outcome: Outcome | None) -> None:
+    (tmp_path / "outcome.txt").write_bytes(line if isinstance(line, bytes) else line.encode())
+    assert read_outcome(tmp_path / "outcome.txt") == outcome
+    assert read_outcome(tmp_path / "none.txt") is None
+
+
+@pytest.mark.parametrize("log, error", [
+    ("step 1\n[rank0]: Traceback:\n[rank0]: torch.OutOfMemoryError: 9 GiB\ntorch.elastic.errors.ChildFailedError: \n====\n",
+     "torch.OutOfMemoryError: 9 GiB"),
+    ("ValueError: one\nerror: --lr must be above 0\nleft\n", "--lr must be above 0"),
+    ("2026-01-01 00:00:00 | error: stopped: 3 restarts\n", "stopped: 3 restarts"),
+    ("loading\nSegmentation fault\n\n", "Segmentation fault"),
+    ("\n", None),
+])  # fmt: skip
+def test_the_error_of_a_log(tmp_path: Path, log: str, error: str | None) -> None:
+    (tmp_path / "log.txt").write_text("error: of an earlier start\n" + log)
+    assert last_error(tmp_path / "log.txt", len("error: of an earlier start\n")) == error
+    assert last_error(tmp_path / "none.txt") is None
 
 
 def test_jobs_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

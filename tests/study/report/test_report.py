@@ -207,10 +207,13 @@ def test_a_report_that_fails_leaves_the_earlier_one(runs: list[RunResult], tmp_p
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.md": "an earlier one"}
 
 
-def test_without_plotly_all_but_the_page_is_written(runs: list[RunResult], tmp_path: Path) -> None:
+def test_without_plotly_all_but_the_page_is_written_and_that_is_told(
+    runs: list[RunResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with mock.patch("importlib.util.find_spec", return_value=None):
         written = write_report(FACTS, [replace(runs[0], curve=None)], tmp_path)
     assert [path.name for path in written] == ["report.md", "runs.csv", "evaluations.csv"]
+    assert "report.html is not written" in capsys.readouterr().out
 
 
 def test_csv_has_a_row_for_each_run_and_each_evaluation(files: dict[str, Path], runs: list[RunResult]) -> None:

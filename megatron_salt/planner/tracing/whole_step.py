@@ -25,10 +25,10 @@ from megatron_salt.model.precision import TORCH
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Coordinates, Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, make_teacher_mesh, new_group_of
-from megatron_salt.planner.fake_world import fake_tensors, fake_world
-from megatron_salt.planner.gpu_forms import gpu_forms
-from megatron_salt.planner.meter import Meter
 from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
+from megatron_salt.planner.tracing.fake_world import fake_tensors, fake_world
+from megatron_salt.planner.tracing.gpu_forms import gpu_forms
+from megatron_salt.planner.tracing.meter import Meter
 from megatron_salt.salt.load_teacher import build_body
 from megatron_salt.salt.routing import teacher_layout
 from megatron_salt.salt.teacher import Teacher

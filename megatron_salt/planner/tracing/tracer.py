@@ -25,9 +25,6 @@ from megatron_salt.model.precision import TORCH
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import Mesh, make_student_mesh, make_teacher_mesh
-from megatron_salt.planner.fake_world import fake_tensors, fake_world
-from megatron_salt.planner.gpu_forms import gpu_forms
-from megatron_salt.planner.meter import Meter
 from megatron_salt.planner.trace import (
     NOTHING,
     ChunkTrace,
@@ -38,6 +35,9 @@ from megatron_salt.planner.trace import (
     TraceSetting,
     TraceTask,
 )
+from megatron_salt.planner.tracing.fake_world import fake_tensors, fake_world
+from megatron_salt.planner.tracing.gpu_forms import gpu_forms
+from megatron_salt.planner.tracing.meter import Meter
 from megatron_salt.train.build_model import wrap_in_ddp
 
 LAYERS, MIDDLE = 3, 1

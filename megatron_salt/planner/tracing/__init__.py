@@ -1,0 +1,1 @@
+"""What the child process does: the real model on tensors without memory."""
