@@ -24,13 +24,17 @@ from megatron_salt.planner.memory import GIB, HostMemory
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
 from megatron_salt.planner.run_tracer import read_and_trace, trace_whole_steps
 from megatron_salt.planner.table import not_modelled, table, verdict, what_would_help
+from megatron_salt.planner.time.machine import MachineFlags, machine_of
+from megatron_salt.planner.time.report import time_lines
+from megatron_salt.planner.time.roofline import run_time
+from megatron_salt.planner.time.whole_run import Preparation, baseline_line, whole_run, whole_run_lines
 from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 
 
 @dataclass(frozen=True)
 class PlanConfig(RunConfig):
-    """Predict the memory of a run. Precedence: defaults < --config file.yaml < flags."""
+    """Predict the memory, the time and the cost of a run. Precedence: defaults < --config file.yaml < flags."""
 
     config: str | None = None
     """YAML file of the run, as the trainer takes it."""
@@ -51,6 +55,30 @@ class PlanConfig(RunConfig):
     """YAML file whose model section is the teacher's, for a --teacher-load that has no checkpoint yet.
     Its vocabulary is the run's."""
 
+    mfu: float | None = None
+    """Part of the peak FLOP/s that layers and head reach together on a GPU, communication and bubbles left out: given or measured.
+    Default: 0.7 of the peak for matrix products and 0.9 of the memory's for everything else. Our choice."""
+
+    nvlink_gbs: float | None = None
+    """10^9 bytes/s from one GPU to another of its node, in one direction. Default: from data sheets."""
+
+    network_gbs: float | None = None
+    """10^9 bytes/s between nodes for each GPU, in one direction. Default: 50, a port of 400 Gbit/s for each GPU."""
+
+    gpus_per_node: int = 8
+    """GPUs that NVLink connects."""
+
+    teacher_tokens: float | None = None
+    """Tokens that the teacher was trained on, for its cost.
+    Default: those of --teacher-config's own training section; without that the cost is left out."""
+
+    scored_share: float = 1.0
+    """Windows that the teacher scores for --stage1-selection / samples of the run."""
+
+    reached_at: float = 0.7
+    """Share of the baseline's steps at which SALT is supposed to reach the baseline's final figure.
+    The paper reports 0.7; a plan cannot know it."""
+
     trace: bool = False
     """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model."""
 
@@ -69,6 +97,45 @@ def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
                     f"{composed.total / GIB:.2f} were composed"
                 )
     return lines
+
+
+def _times(asked: PlanConfig, gpu: _Gpu, run: PlannedRun) -> list[str]:
+    """Times, hours and economics; one line where the GPU's peaks are not known."""
+    machine = machine_of(_machine_flags(asked, gpu), run)
+    if machine is None:
+        return ["no times: the peaks of this GPU are not known; --device-peak-tflops and --device-peak-gb-per-s tell them"]
+    times = run_time(run, machine)
+    lines = time_lines(run, machine, times)
+    if run.teacher is None:
+        return [*lines, baseline_line(run, times)]
+    return [*lines, *whole_run_lines(whole_run(run, machine, times, _preparation(asked, run)), asked.reached_at)]
+
+
+def _machine_flags(asked: PlanConfig, gpu: _Gpu) -> MachineFlags:
+    return MachineFlags(
+        gpu=gpu.name,
+        mfu=asked.mfu,
+        nvlink_gbs=asked.nvlink_gbs,
+        network_gbs=asked.network_gbs,
+        gpus_per_node=asked.gpus_per_node,
+    )
+
+
+def _preparation(asked: PlanConfig, run: PlannedRun) -> Preparation:
+    """What the flags say of the work before the run."""
+    tokens = asked.teacher_tokens
+    if tokens is None and run.teacher is not None:
+        tokens = run.teacher.trained_tokens
+    return Preparation(teacher_tokens=tokens, scored_share=asked.scored_share, reached_at=asked.reached_at)
+
+
+def _refuse_shares(asked: PlanConfig) -> None:
+    """Raise UserError for shares that are none."""
+    for name, share in (("--scored-share", asked.scored_share), ("--reached-at", asked.reached_at)):
+        if not 0 < share <= 1:
+            raise UserError(f"{name} must be above 0 and at most 1, got {share}")
+    if asked.teacher_tokens is not None and not 0 < asked.teacher_tokens < 1e18:
+        raise UserError(f"--teacher-tokens must be above 0, got {asked.teacher_tokens}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +165,8 @@ def plan(asked: PlanConfig) -> int:
     if asked.vocabulary_size is not None and asked.vocabulary_size < 1:
         raise UserError(f"--vocabulary-size must be at least 1, got {asked.vocabulary_size}")
     gpu = _gpu(asked)
+    _refuse_shares(asked)
+    _machine_flags(asked, gpu)
     config = RunConfig(**{name: getattr(asked, name) for name in sections()})
     layout, counts = check(config, asked.world_size)
     if asked.teacher_config is not None and config.salt.teacher_load is None:
@@ -122,6 +191,8 @@ def plan(asked: PlanConfig) -> int:
     for line in whole_step_lines(run, traces) if asked.trace else []:
         print(line)
     print(not_modelled())
+    for line in _times(asked, gpu, run):
+        print(line)
     fits, line = verdict(memory, gpu.memory_gib)
     for flag in [] if fits else what_would_help(run, memory):
         print(f"would help: {flag}")

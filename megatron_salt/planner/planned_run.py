@@ -35,6 +35,8 @@ class PlannedTeacher:
     model: ModelConfig
     vocabulary_size: int
     precision: Precision
+    trained_tokens: int | None = None
+    """Tokens of its own training; None: not known"""
 
 
 @dataclass(frozen=True, kw_only=True)

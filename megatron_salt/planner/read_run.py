@@ -6,9 +6,10 @@ In the child process, because these modules import torch. Everything that a star
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_salt.checkpoint import save_directory
-from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.config import ModelConfig, RunConfig, TrainingConfig
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.errors import UserError
@@ -31,7 +32,7 @@ def read_run(flags: RunFlags) -> PlannedRun:
     config = flags.config
     vocabulary_size = flags.vocabulary_size or _tokenizer_size(config)
     teacher = _teacher(config, flags.teacher_config, vocabulary_size)
-    model = None if teacher is None else teacher[0]
+    model = None if teacher is None else teacher.model
     if flags.device == "cpu":
         masks = config.data.reset_attention_mask
         student, taught = (
@@ -43,7 +44,9 @@ def read_run(flags: RunFlags) -> PlannedRun:
         student, taught = precisions.student, precisions.teacher
     return PlannedRun(
         config=config, layout=flags.layout, plan=flags.plan, vocabulary_size=vocabulary_size, precision=student,
-        teacher=None if teacher is None else PlannedTeacher(model=teacher[0], vocabulary_size=teacher[1], precision=taught),
+        teacher=None if teacher is None else PlannedTeacher(
+            model=teacher.model, vocabulary_size=teacher.vocabulary_size, precision=taught, trained_tokens=teacher.tokens
+        ),
         device=flags.device, capability=flags.capability,
     )  # fmt: skip
 
@@ -59,8 +62,15 @@ def _tokenizer_size(config: RunConfig) -> int:
         raise UserError(f"{error}; or give --vocabulary-size, to plan before the data is there") from None
 
 
-def _teacher(config: RunConfig, path: str | None, vocabulary_size: int) -> tuple[ModelConfig, int] | None:
-    """(architecture, ids) of the teacher; None without one."""
+class _Teacher(NamedTuple):
+    model: ModelConfig
+    vocabulary_size: int
+    tokens: int | None
+    """Of its training"""
+
+
+def _teacher(config: RunConfig, path: str | None, vocabulary_size: int) -> _Teacher | None:
+    """The teacher of the flags; None without one."""
     salt, length = config.salt, config.training.seq_length
     if salt.teacher_load is None:
         return None
@@ -70,14 +80,22 @@ def _teacher(config: RunConfig, path: str | None, vocabulary_size: int) -> tuple
         except UserError as error:
             raise UserError(f"{error}; or give --teacher-config, to plan before the teacher is there") from None
         refuse_unfit(teacher, salt, length)
-        return teacher.model, teacher.vocabulary_size
+        return _Teacher(teacher.model, teacher.vocabulary_size, None)
     try:
         text = read_small(Path(path)).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--teacher-config {path} cannot be read: {error}") from None
-    model = from_yaml(text, path).model
-    check_shapes(model, teacher_parallel(salt), length)
-    return model, vocabulary_size
+    taught = from_yaml(text, path)
+    check_shapes(taught.model, teacher_parallel(salt), length)
+    return _Teacher(taught.model, vocabulary_size, _tokens(taught.training))
+
+
+def _tokens(training: TrainingConfig) -> int | None:
+    """Tokens of a training run; None where its flags leave them open."""
+    samples = training.train_samples
+    if samples is None and training.train_iters is not None and training.global_batch_size is not None:
+        samples = training.train_iters * training.global_batch_size
+    return None if samples is None else samples * training.seq_length
 
 
 def host_memory(run: PlannedRun) -> HostMemory:

@@ -21,15 +21,23 @@ class Pass:
     chunk: int
 
 
+def counted_microbatches(stages: int, chunks: int, num_microbatches: int) -> int:
+    """So many microbatches of a step that every number of passes in flight occurs."""
+    counted = min(num_microbatches, ENOUGH * stages * chunks)
+    return -(-counted // stages) * stages if chunks > 1 else counted
+
+
 def passes(stage: int, stages: int, chunks: int, num_microbatches: int) -> list[Pass]:
     """The passes of a step on pipeline rank `stage` of `stages`, with `chunks` model chunks on each rank.
 
-    Of a step with very many microbatches only so many are listed as make every number of passes in flight occur.
+    Of a step with very many microbatches only `counted_microbatches` are listed.
     """
-    counted = min(num_microbatches, ENOUGH * stages * chunks)
-    if chunks > 1:
-        counted = -(-counted // stages) * stages
-    total = counted * chunks
+    return all_passes(stage, stages, chunks, counted_microbatches(stages, chunks, num_microbatches))
+
+
+def all_passes(stage: int, stages: int, chunks: int, num_microbatches: int) -> list[Pass]:
+    """The passes of a whole step. With several chunks `num_microbatches` is a multiple of `stages`."""
+    total = num_microbatches * chunks
     if stages == 1:
         warm = 0
     elif chunks == 1:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_salt.cards import FLOPS_ALONE, Rates
-from megatron_salt.config import ModelConfig, ParallelConfig
+from megatron_salt.cards import FLOPS_ALONE, REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, peak_tflops, reached
+from megatron_salt.config import LoggingConfig, ModelConfig, ParallelConfig
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import core_attention_flops, forward_flops_per_token
 from megatron_salt.model.shapes import layers_per_stage
@@ -39,6 +39,30 @@ class ModelRates:
 
 BY_FLOPS = ModelRates(layers=FLOPS_ALONE, head=FLOPS_ALONE, teacher_layers=FLOPS_ALONE, teacher_head=FLOPS_ALONE, source="")
 """For a device of unknown rates."""
+
+
+def rates_of_gpu(name: str, flags: LoggingConfig, student: Products, teacher: Products, itemsize: int) -> ModelRates:
+    """Rates by the flags, which go first, and the table of GPUs; FLOPs alone, and why, where neither has a figure.
+
+    itemsize: bytes of a number of the head, which multiplies in the run's dtype also where layers use FP8.
+    """
+    card = card_named(name)
+    own: Products = "bf16" if itemsize == 2 else "fp32"
+    gb_per_s = flags.device_peak_gb_per_s or (None if card is None else card.gb_per_s)
+    tflops = {products: peak_tflops(name, products, flags.device_peak_tflops) for products in (own, student, teacher)}
+    missing = [
+        text
+        for text, known in (("--device-peak-tflops", all(tflops.values())), ("--device-peak-gb-per-s", gb_per_s))
+        if not known
+    ]
+    if missing or gb_per_s is None:
+        return replace(BY_FLOPS, source=f"the peaks of {name} are not known; {' and '.join(missing)} would tell them")
+    rates = {products: reached(peak, gb_per_s) for products, peak in tflops.items() if peak is not None}
+    figures = ", ".join(f"{peak:g} TFLOP/s in {products}" for products, peak in tflops.items())
+    return ModelRates(
+        layers=rates[student], head=rates[own], teacher_layers=rates[teacher], teacher_head=rates[own],
+        source=f"{name}: {REACHED_FLOPS:g} of {figures} and {REACHED_BYTES:g} of {gb_per_s:g} GB/s",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,7 +130,7 @@ def predict(
     fused_layers: whether Transformer Engine makes the layers.
     """
     replicas = parallel.replica_ranks // (teacher_tensor * teacher_pipeline)
-    busiest = _largest_share(num_microbatches, merge, replicas) * microbatch_tokens
+    busiest = largest_share(num_microbatches, merge, replicas) * microbatch_tokens
     forward = layer_seconds(teacher, seq_length, head.itemsize, fused_layers, rates.teacher_layers)
     body = busiest * teacher.num_layers * forward / (teacher_tensor * teacher_pipeline)
     tokens = microbatch_tokens / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
@@ -117,7 +141,7 @@ def predict(
     def times(parallel: ParallelConfig) -> StepTimes:
         counts = layers_per_stage(student, parallel)
         stages = [
-            tokens * _stage_seconds(student, parallel, layers, seq_length, head.itemsize, fused_layers, rates.layers)
+            tokens * stage_seconds(student, parallel, layers, seq_length, head.itemsize, fused_layers, rates.layers)
             for layers in counts
         ]
         stages[0] += moved
@@ -134,23 +158,30 @@ def predict(
     return Prediction(last, present, best, rates)
 
 
-def _largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
+def largest_share(num_microbatches: int, merge: int, replicas: int) -> int:
     """Microbatches of the busiest teacher replica. Forwards are dealt out as `ExchangePlan.forwards_of` (routing.py) does."""
     sizes = [min(merge, num_microbatches - first) for first in range(0, num_microbatches, merge)]
     return max(sum(sizes[replica::replicas]) for replica in range(replicas))
 
 
-def _stage_seconds(
+def stage_seconds(
     student: ModelConfig, parallel: ParallelConfig, layers: int, seq_length: int, itemsize: int, fused: bool, rates: Rates
 ) -> float:
     """Seconds per token of a stage's layers: forward, backward and recomputation."""
-    layer, again = layer_seconds(student, seq_length, itemsize, fused, rates), 0.0
+    layer = layer_seconds(student, seq_length, itemsize, fused, rates)
+    again = recomputed_layers(parallel, layers) * layer
     if parallel.recompute_granularity == "selective":
         again = layers * core_attention_flops(student, seq_length) / rates.flops
-    elif parallel.recompute_granularity == "full":
-        chunks, count = parallel.num_virtual_stages_per_pipeline_rank, parallel.recompute_num_layers or 0
-        again = layer * (min(layers, chunks * count) if parallel.recompute_method == "block" else layers)
     return layers * 3 * layer + again
+
+
+def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
+    """Of the layers of a stage, those whose forward pass is computed again as a whole."""
+    if parallel.recompute_granularity != "full":
+        return 0
+    if parallel.recompute_method == "block":
+        return min(layers, parallel.num_virtual_stages_per_pipeline_rank * (parallel.recompute_num_layers or 0))
+    return layers
 
 
 def _other_last_stages(student: ModelConfig, parallel: ParallelConfig) -> list[tuple[int, ParallelConfig]]:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_salt.cards import REACHED_BYTES, REACHED_FLOPS, Products, Rates, card_named, peak_tflops, reached
+from megatron_salt.cards import Products, Rates, reached
 from megatron_salt.config import LoggingConfig, flag
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
 from megatron_salt.parallel.device import current_device
-from megatron_salt.salt.cost import BY_FLOPS, ModelRates
+from megatron_salt.salt.cost import ModelRates, rates_of_gpu
 from megatron_salt.salt.head_cost import HeadShape, pass_bytes
 
 _SECONDS, _FEWEST, _MOST = 0.05, 2, 10
@@ -61,30 +61,6 @@ def _replaced(measured: ModelRates, flags: LoggingConfig) -> ModelRates:
     return ModelRates(
         layers=with_flag(measured.layers), head=with_flag(measured.head), teacher_layers=with_flag(measured.teacher_layers),
         teacher_head=with_flag(measured.teacher_head), source=f"{measured.source}, in part replaced by {flag(given[0])}",
-    )  # fmt: skip
-
-
-def rates_of_gpu(name: str, flags: LoggingConfig, student: Products, teacher: Products, itemsize: int) -> ModelRates:
-    """Rates by the flags, which go first, and the table of GPUs; FLOPs alone, and why, where neither has a figure. Pure.
-
-    itemsize: bytes of a number of the head, which multiplies in the run's dtype also where layers use FP8.
-    """
-    card = card_named(name)
-    own: Products = "bf16" if itemsize == 2 else "fp32"
-    gb_per_s = flags.device_peak_gb_per_s or (None if card is None else card.gb_per_s)
-    tflops = {products: peak_tflops(name, products, flags.device_peak_tflops) for products in (own, student, teacher)}
-    missing = [
-        text
-        for text, known in (("--device-peak-tflops", all(tflops.values())), ("--device-peak-gb-per-s", gb_per_s))
-        if not known
-    ]
-    if missing or gb_per_s is None:
-        return replace(BY_FLOPS, source=f"the peaks of {name} are not known; {' and '.join(missing)} would tell them")
-    rates = {products: reached(peak, gb_per_s) for products, peak in tflops.items() if peak is not None}
-    figures = ", ".join(f"{peak:g} TFLOP/s in {products}" for products, peak in tflops.items())
-    return ModelRates(
-        layers=rates[student], head=rates[own], teacher_layers=rates[teacher], teacher_head=rates[own],
-        source=f"{name}: {REACHED_FLOPS:g} of {figures} and {REACHED_BYTES:g} of {gb_per_s:g} GB/s",
     )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from megatron_salt.model.flops import core_attention_flops, flops_per_token, hea
 from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt import routing
-from megatron_salt.salt.cost import BY_FLOPS, ModelRates, Prediction, predict, scoring_flops, scoring_line
-from megatron_salt.salt.device_rates import LayerShape, find_rates, measure, rates_of_gpu
+from megatron_salt.salt.cost import BY_FLOPS, ModelRates, Prediction, predict, rates_of_gpu, scoring_flops, scoring_line
+from megatron_salt.salt.device_rates import LayerShape, find_rates, measure
 from megatron_salt.salt.head_cost import HeadShape, head_seconds, pass_bytes
 from megatron_salt.salt.layer_cost import embedding_bytes, layer_seconds, update_bytes
 from tests.support.selections import manifest_of

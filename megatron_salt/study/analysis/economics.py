@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_salt.model.flops import flops_per_token
+from megatron_salt.planner.time.payback import runs_to_share
 from megatron_salt.study.analysis.crossings import SCALES, Crossing, Crossings, Scale, positions
 from megatron_salt.study.analysis.ledger import USED, Payer, Preparation, PreparationOf, Spent, number, output_rows
 
@@ -128,8 +129,7 @@ def _runs_to_share(crossing: Crossing, preparation: Preparation, saved: float, u
     training, scores = _of_unit(preparation.teacher_training, unit), _scores(crossing, preparation, unit)
     if training is None or scores is None:
         return None
-    beside, shared = saved + scores, training + scores
-    return max(1, math.ceil(shared / beside)) if beside > 0 else None
+    return runs_to_share(saved + scores, training + scores)
 
 
 def _scores(crossing: Crossing, preparation: Preparation, unit: Payer) -> float | None:
