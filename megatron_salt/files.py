@@ -86,9 +86,11 @@ def whole_file(path: Path, durable: bool = False, temporary: Path | None = None)
         os.replace(temporary, path)
         if durable:
             sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write does not name its file, see `refusing_file_errors`
         raise
 
 

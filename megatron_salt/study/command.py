@@ -159,11 +159,11 @@ def report(defined: Study, plan: StudyPlan, definition: str) -> None:
         definition=definition,
         machine=this_machine(),
     )
-    written = write_report(facts, results, defined.output / REPORT)
     for result in results:
         final = None if result.curve is None else result.curve.final
         figure = "" if final is None else f"  held-out loss {final:.4f}"
         print(f"{result.label}, seed {result.seed}: {result.state}{figure}{f': {result.reason}' if result.reason else ''}")
+    written = write_report(facts, results, defined.output / REPORT)
     print("wrote", *written)
 
 
