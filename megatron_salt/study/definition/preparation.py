@@ -42,7 +42,7 @@ def score_job(study: Study, teacher: Teacher, arm: Arm, config: RunConfig, needs
     assert rule is not None
     name = scoring_name(teacher, rule)
     rules = [one.selection for one in study.arms if one.selection is not None and one.teacher == teacher.name]
-    wanted = {one.top_k for one in rules if scoring_name(teacher, one) == name} - {None}
+    wanted = {one.top_k for one in rules if scoring_name(teacher, one) == name and one.top_k is not None}
     directory = study.output / "scores" / name.removeprefix("score-")
     flags = {
         "teacher_load": str(load if rule.scorer_step is None else directory_of(load, rule.scorer_step)),

@@ -212,7 +212,7 @@ def _run_sections(path: str, flags: Mapping[str, Any] | None, where: str) -> Sec
     try:
         text = read_small(Path(path)).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: config {path} cannot be read: {error}") from error
+        raise UserError(f"{where}: config {path} cannot be read: {error}; a path is relative to {Path.cwd()}") from error
     sections = read_sections(text, path)
     for members in sections.values():
         for name, value in members.items():

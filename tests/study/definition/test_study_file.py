@@ -58,7 +58,7 @@ def test_an_arm_names_one_of_several_teachers():
     [
         ({"arm": {}}, r"STUDY.yaml: unknown key arm \(did you mean arms\?\)"),
         ({"config": None}, "config is required"),
-        ({"config": "absent.yaml"}, "config absent.yaml cannot be read"),
+        ({"config": "absent.yaml"}, "config absent.yaml cannot be read: .*; a path is relative to /"),
         ({"arms": {"salt_sd": None}}, r"arms.salt_sd: needs kind:, since salt_sd is none \(did you mean salt_ds\?\)"),
         ({"arms": {"a": {"kind": "slat"}}}, r"arms.a: there is no kind slat \(did you mean salt\?\); kinds are baseline, salt"),
         ({"arms": {"salt": {"flag": {}}}}, r"arms.salt: unknown key flag \(did you mean flags\?\)"),
