@@ -18,8 +18,8 @@ from pathlib import Path
 
 from megatron_salt.errors import HOST_FAULTS, UserError, file_error
 
-_OF_ANY_FILE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}) | HOST_FAULTS
-"""Errors that any file may have: permissions, a full disk, a disk or a server that fails. They are not bugs."""
+_OF_ANY_FILE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}) | HOST_FAULTS
+"""Errors that any file may have: permissions, a full disk, a name that is too long, a disk or a server that fails. They are not bugs."""
 
 
 @contextlib.contextmanager
@@ -86,9 +86,11 @@ def whole_file(path: Path, durable: bool = False, temporary: Path | None = None)
         os.replace(temporary, path)
         if durable:
             sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write does not name its file, see `refusing_file_errors`
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole_file, write_whole
+from megatron_salt.files import refuse_present, refusing_file_errors, sole_writer, whole_file, write_whole
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -56,6 +57,12 @@ def test_a_durable_file_is_on_the_disk_before_its_name_and_its_name_before_the_c
     with whole_file(tmp_path / "file", durable, temporary=tmp_path / "own") as temporary:
         temporary.write_bytes(b"new")
     assert calls == [call.replace("DIRECTORY", tmp_path.name) for call in expected]
+
+
+def test_a_write_that_fails_names_its_file_in_one_line(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match=f"{tmp_path}/file cannot be read or written: No space left")
+    with refused, refusing_file_errors(), whole_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:

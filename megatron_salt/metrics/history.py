@@ -1,6 +1,6 @@
 """Reads the JSONL of a run: its curves, and the end of stage 1. Pure.
 
-`RunLog` and `sinks.Jsonl` write the file. Where a resumed run wrote a step again, the later entry counts. A line that is not JSON is
+`RunLog` and `sinks.Jsonl` write the file. Where a resumed run wrote a step again, the later entry counts. A line that is no entry is
 counted and left out.
 """
 
@@ -72,7 +72,7 @@ class Curve:
     peak_gib: float
     """Peak memory of the rank that wrote the log"""
     unread_lines: int
-    """Lines that are not JSON: a crash cuts off at most the last one."""
+    """Lines that are no entry of a log: a crash cuts off at most the last one."""
 
     @property
     def held_out(self) -> dict[int, float]:
@@ -143,8 +143,8 @@ def read_curve(name: str, path: Path) -> Curve:
             name=name,
             steps=np.array([row["step"] for row in rows], np.int64),
             losses=np.array([_loss(row) for row in rows], np.float64),
-            tokens=np.cumsum(np.array([int(row["tokens"]) for row in rows], np.int64)),
-            seconds=np.cumsum([row["seconds"] for row in rows], dtype=np.float64),
+            tokens=np.cumsum(np.array([int(_amount(row, "tokens")) for row in rows], np.int64)),
+            seconds=np.cumsum([_amount(row, "seconds") for row in rows], dtype=np.float64),
             flops=_flops(rows),
             phases=_phases(rows),
             of_steps=_of_steps(rows),
@@ -204,10 +204,21 @@ def _number(entry: dict[str, Any], key: str) -> float:
 
 
 def _flops(rows: list[dict[str, Any]]) -> np.ndarray | None:
-    """FLOPs of student and teacher up to each step; None where a row does not tell them."""
+    """FLOPs of student and teacher up to each step; None where a row does not tell them. ValueError where one is no amount, or the samples
+    that they are for are not there."""
     if not all("student_flops" in row and row["teacher_flops"] is not None for row in rows):
         return None
-    return np.array([row["student_flops"] + row["teacher_flops"] for row in rows], np.float64)
+    for row in rows:
+        _amount(row, "consumed_samples")
+    return np.array([_amount(row, "student_flops") + _amount(row, "teacher_flops") for row in rows], np.float64)
+
+
+def _amount(row: dict[str, Any], key: str) -> float:
+    """A number of a step from 0 to 10^30; ValueError, with the step, for anything else."""
+    value = row[key]
+    if not _is_number(value) or not 0 <= value <= 1e30:
+        raise ValueError(f"{key!r} at step {row['step']}: {one_line(value, 40)}")
+    return float(value)
 
 
 def _phases(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -255,4 +266,6 @@ def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry:
             entries.append(entry)
+        else:
+            unread += 1
     return entries, unread

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(command: StudyConfig) -> int:
     """Do what the flags ask for. Returns 0, 1 where jobs are not done, 128 + signal where it was told to leave. Raises UserError."""
+    from megatron_salt.metrics.sinks import refuse_in_the_way
     from megatron_salt.study.definition.directories import begin, other_runs, refuse_missing_inputs, refuse_other_work
     from megatron_salt.study.definition.plan_jobs import plan_jobs
     from megatron_salt.study.definition.study_file import read_study
@@ -87,6 +88,7 @@ def study(command: StudyConfig) -> int:
     plan = whole.part(
         _known(command.arms, [arm.name for arm in defined.arms], "--arms"), _known(command.seeds, defined.seeds, "--seeds")
     )
+    refuse_in_the_way(defined.output / REPORT, f"output: {defined.output}")
     refuse_other_work(whole)
     if not command.only_report:
         refuse_missing_inputs(defined, plan)
@@ -157,11 +159,11 @@ def report(defined: Study, plan: StudyPlan, definition: str) -> None:
         definition=definition,
         machine=this_machine(),
     )
-    written = write_report(facts, results, defined.output / REPORT)
     for result in results:
         final = None if result.curve is None else result.curve.final
         figure = "" if final is None else f"  held-out loss {final:.4f}"
         print(f"{result.label}, seed {result.seed}: {result.state}{figure}{f': {result.reason}' if result.reason else ''}")
+    written = write_report(facts, results, defined.output / REPORT)
     print("wrote", *written)
 
 

@@ -108,8 +108,7 @@ def _run_here(watched: _Watched, running: LocalJobs, asked: Sequence[int]) -> No
                 for job in ready(jobs, statuses):
                     if not running.has_room:
                         break
-                    running.start(job)
-                    statuses[job.name] = RUNNING
+                    statuses[job.name] = _start(running, job)
             watched.show()
             if watched.is_over or (asked and all(status.state != "running" for status in statuses.values())):
                 return
@@ -117,6 +116,15 @@ def _run_here(watched: _Watched, running: LocalJobs, asked: Sequence[int]) -> No
     finally:
         running.kill()
         statuses |= {job.name: KILLED for job in jobs if statuses[job.name].state == "running"}
+
+
+def _start(running: LocalJobs, job: Job) -> Status:
+    """Start a job. One that cannot be started, as on a full disk, has failed; those that run go on."""
+    try:
+        running.start(job)
+    except OSError as error:
+        return Status("failed", f"it cannot be started: {error}")
+    return RUNNING
 
 
 def _run_on_slurm(watched: _Watched, queue: SlurmJobs, asked: Sequence[int]) -> None:

@@ -103,7 +103,20 @@ def _flaw(planned: PlannedRun, curve: Curve, is_done: bool) -> str | None:
         return f"{log} lacks {missing} of its {last} steps ({curve.unread_lines} lines cannot be read)"
     if is_done and last != planned.steps:
         return f"{log} is cut off: it ends at step {last}, and the run is done after {planned.steps}"
+    damaged = curve.unread_lines - _ends_in_a_line(log)
+    if is_done and damaged > 0:
+        return f"{log} has lines that cannot be read ({damaged}), so evaluations may be missing"
     return None
+
+
+def _ends_in_a_line(log: Path) -> bool:
+    """Whether the log ends within a line, as a crash leaves it; nothing of a finished run is lost with that."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:
+        return False
 
 
 def _foreign(planned: PlannedRun, config: RunConfig | None, curve: Curve | None) -> str | None:

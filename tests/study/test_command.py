@@ -98,6 +98,22 @@ def test_a_study_that_is_not_there_is_one_line(here, capsys):
     assert capsys.readouterr().err.startswith("error: ABSENT.yaml cannot be read")
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--only-report"]])
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("student.yaml", "error: output: student.yaml cannot be written"),
+        ("student.yaml/study", "error: output: student.yaml/study cannot be written"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_a_directory_is_one_line(here, capsys, output, message, flags):
+    rewrite(output=output)
+    assert main(["STUDY.yaml", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_a_flag_that_a_run_refuses_stops_all_before_anything_is_written(here, capsys):
     rewrite(arms={"baseline": None, "salt": None, "bad": {"kind": "salt", "flags": {"kd_weight": 1.5}}})
     assert main(["STUDY.yaml"]) == 2

@@ -116,7 +116,25 @@ def keep(chosen: Callable[[int], bool]) -> Callable[[Path], None]:
     return damage
 
 
+def change(step: int, kind: str, /, **values: object) -> Callable[[Path], None]:
+    """Give the entry of a step other values."""
+
+    def damage(home: Path) -> None:
+        entries = [json.loads(line) for line in lines(home)]
+        entries = [entry | (values if (entry["step"], entry["kind"]) == (step, kind) else {}) for entry in entries]
+        (home / "train.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    return damage
+
+
 @pytest.mark.parametrize("damage, reason", [
+    (lambda home: (home / "train.jsonl").write_text("{garbled\n" + "".join(lines(home)[1:])), "has lines that cannot be read (1)"),
+    (change(6, "eval", step="six"), "has lines that cannot be read (1)"),
+    (change(3, "step", seconds=None), "lacks or garbles 'seconds' at step 3"),
+    (change(3, "step", seconds=-1e9), "lacks or garbles 'seconds' at step 3"),
+    (change(6, "step", consumed_samples="many"), "lacks or garbles 'consumed_samples' at step 6"),
+    (change(6, "step", teacher_flops="many"), "lacks or garbles 'teacher_flops' at step 6"),
+    (change(6, "step", tokens=-800), "lacks or garbles 'tokens' at step 6"),
     (lambda home: (home / "train.jsonl").unlink(), "train.jsonl is missing"),
     (keep(lambda step: step <= 4), "is cut off: it ends at step 4, and the run is done after 6"),
     (keep(lambda step: step >= 3), "begins at step 3"),

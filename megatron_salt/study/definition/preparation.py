@@ -40,7 +40,9 @@ def score_job(study: Study, teacher: Teacher, arm: Arm, config: RunConfig, needs
     """The job that scores the windows of a run's training data. needs: the jobs that make the teacher."""
     rule, data, load = arm.selection, config.data, checkpoints_of(study, teacher)
     assert rule is not None
-    name, top = scoring_name(teacher, rule), rule.score.rpartition("_")[2]
+    name = scoring_name(teacher, rule)
+    rules = [one.selection for one in study.arms if one.selection is not None and one.teacher == teacher.name]
+    wanted = {one.top_k for one in rules if scoring_name(teacher, one) == name and one.top_k is not None}
     directory = study.output / "scores" / name.removeprefix("score-")
     flags = {
         "teacher_load": str(load if rule.scorer_step is None else directory_of(load, rule.scorer_step)),
@@ -48,7 +50,7 @@ def score_job(study: Study, teacher: Teacher, arm: Arm, config: RunConfig, needs
         "output": str(directory / "index"),
         "sample": rule.sample,
         "seq_length": config.training.seq_length,
-        "score_top_k": tuple(sorted({*_TOP_K, *([int(top)] if top.isdecimal() else [])})),
+        "score_top_k": tuple(sorted({*_TOP_K, *wanted})),
         "tensor_model_parallel_size": study.salt.get("teacher_tensor_model_parallel_size", 1),
         "pipeline_model_parallel_size": study.salt.get("teacher_pipeline_model_parallel_size", 1),
         "eod_mask_loss": data.eod_mask_loss,

@@ -6,6 +6,7 @@ Settings of runs are kept as {section: {field: value}} with the types of RunConf
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, get_args
 
 from megatron_salt.config.checks import above_zero, at_least
 from megatron_salt.errors import UserError, did_you_mean
+from megatron_salt.selection.score_format import columns
 from megatron_salt.study.job import SlurmOptions
 from megatron_salt.study.results import Kind
 
@@ -73,10 +75,22 @@ class SelectionRule:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "scorer_step")
+        known = [name for name, dtype in columns([self.top_k or 10], 1).items() if dtype.kind == "f"]
+        if self.score not in known:
+            hint = did_you_mean(self.score, known)
+            raise UserError(
+                f"there is no score {self.score}{hint}; scores are {', '.join(known)}, each also with another top K than these"
+            )
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be above 0 and at most 1, got {self.fraction}")
         if self.sample is not None and not 0 < self.sample < 1:
             raise UserError(f"sample must be above 0 and below 1, got {self.sample}; without it every window is scored")
+
+    @property
+    def top_k(self) -> int | None:
+        """K of a score of the tokens inside the teacher's top K; None: the score has none."""
+        ending = self.score.rpartition("_")[2]
+        return int(ending) if re.fullmatch("[1-9][0-9]{0,6}", ending) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +170,10 @@ class Study:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "ranks", "teacher_shared_by")
+        if str(self.output) == "." or any(unicodedata.category(character) == "Cc" for character in str(self.output)):
+            raise UserError(
+                f"output: {str(self.output)!r} is no name of a directory for a study; give another, such as runs/study"
+            )
         if not self.seeds:
             raise UserError("seeds: give at least one, such as [1, 2, 3]")
         repeated = sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1})

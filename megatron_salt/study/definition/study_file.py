@@ -111,6 +111,8 @@ def parse_study(text: str, source: str) -> Study:
     arms = tuple(_arm(name, tree, entries, teachers, source) for name, tree in _named(entries.arms, f"{source}: arms"))
     figures = _read(Figures, entries.figures or {}, f"{source}: figures")
     primary = None if entries.primary is None else _read(PrimaryQuestion, entries.primary, f"{source}: primary")
+    axes = _axes(entries.axes, source)
+    slurm = None if entries.slurm is None else _read(SlurmOptions, entries.slurm, f"{source}: slurm")
     try:
         return Study(
             output=Path(entries.output),
@@ -121,10 +123,10 @@ def parse_study(text: str, source: str) -> Study:
             teachers=teachers,
             teacher_shared_by=entries.teacher_shared_by,
             arms=arms,
-            axes=_axes(entries.axes, source),
+            axes=axes,
             primary=primary,
             figures=figures,
-            slurm=None if entries.slurm is None else _read(SlurmOptions, entries.slurm, f"{source}: slurm"),
+            slurm=slurm,
         )
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
@@ -158,7 +160,7 @@ def _teachers(entries: _Entries, source: str) -> dict[str, Teacher]:
 
 def _arm(name: str, tree: Any, entries: _Entries, teachers: Mapping[str, Teacher], source: str) -> Arm:
     where = f"{source}: arms.{name}"
-    entry = _read(_ArmEntry, tree or {}, where)
+    entry = _read(_ArmEntry, {} if tree is None else tree, where)
     kind = next((kind for kind in KINDS if kind == (entry.kind or name)), None)
     if kind is None:
         told = f"{where}: there is no kind {entry.kind}" if entry.kind else f"{where}: needs kind:, since {name} is none"
@@ -210,7 +212,7 @@ def _run_sections(path: str, flags: Mapping[str, Any] | None, where: str) -> Sec
     try:
         text = read_small(Path(path)).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: config {path} cannot be read: {error}") from error
+        raise UserError(f"{where}: config {path} cannot be read: {error}; a path is relative to {Path.cwd()}") from error
     sections = read_sections(text, path)
     for members in sections.values():
         for name, value in members.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -80,8 +81,16 @@ class View:
         return table
 
 
+def _unread() -> contextlib.suppress:
+    """Pass over output that cannot be written. rich raises SystemExit for a pipe that nobody reads."""
+    return contextlib.suppress(OSError, SystemExit)
+
+
 class Display:
-    """Shows views. `with Display() as display: display.show(view)`, as often as one likes."""
+    """Shows views. `with Display() as display: display.show(view)`, as often as one likes.
+
+    A terminal that is closed, a pipe that nobody reads and a full disk hide views; they are no error, because jobs are at work.
+    """
 
     def __init__(self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """out: default stdout; a terminal gets a table."""
@@ -94,15 +103,21 @@ class Display:
     def __enter__(self) -> Display:
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-            self._live.start()
+            with _unread():
+                self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with _unread():
+                self._live.stop()
 
     def show(self, view: View) -> None:
         """Draw the table anew, or print a line for each change and once a minute one for the rest."""
+        with _unread():
+            self._draw(view)
+
+    def _draw(self, view: View) -> None:
         if self._live is not None:
             self._live.update(Group(*map(Text, [view.summary, *view.reasons]), view.table()), refresh=True)
             return
@@ -127,8 +142,9 @@ class Display:
             self._print(note)
 
     def _print(self, line: str) -> None:
-        self._console.print(Text(f"{time.strftime('%T')} | {line}"))
-        self._console.file.flush()
+        with _unread():
+            self._console.print(Text(f"{time.strftime('%T')} | {line}"))
+            self._console.file.flush()
 
 
 def clock_time(seconds: float) -> str:

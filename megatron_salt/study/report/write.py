@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_salt.errors import file_error
 from megatron_salt.files import sole_writer, whole_file
-from megatron_salt.study.report.content import report_of
+from megatron_salt.study.report.content import Report, report_of
 from megatron_salt.study.report.facts import StudyFacts
 from megatron_salt.study.report.markdown import to_markdown
 from megatron_salt.study.report.page import to_html
@@ -23,7 +24,8 @@ from megatron_salt.study.results import RunResult
 def write_report(facts: StudyFacts, results: Sequence[RunResult], output_dir: Path) -> list[Path]:
     """Write the report of a study, also of one that is half done, over an earlier one. Returns the files, the page first.
 
-    Without the package plotly there is no page, which is printed. Raises UserError for results that are no study's, and OSError.
+    Without the package plotly there is no page, which is printed. Raises UserError for results that are no study's, and where files
+    cannot be written.
     """
     report = report_of(facts, results, selection_section(results))
     texts = {
@@ -40,6 +42,17 @@ def write_report(facts: StudyFacts, results: Sequence[RunResult], output_dir: Pa
         print(
             "report.html is not written, and an older one is out of date: it needs the package plotly; try: pip install plotly"
         )
+    try:
+        _write(report, texts, pictures, differences, output_dir)
+    except OSError as error:
+        raise file_error(f"the report in {output_dir} cannot be written: {error.strerror or error}", error) from error
+    return [output_dir / name for name in (*texts, *pictures, *differences)]
+
+
+def _write(
+    report: Report, texts: Mapping[str, str], pictures: Mapping[str, str], differences: Sequence[str], output_dir: Path
+) -> None:
+    """Write all files. Raises OSError."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with sole_writer("the report of", output_dir / "report"), ExitStack() as files:
         temporary = {name: files.enter_context(whole_file(output_dir / name)) for name in (*texts, *pictures, *differences)}
@@ -49,7 +62,6 @@ def write_report(facts: StudyFacts, results: Sequence[RunResult], output_dir: Pa
             draw_curves(report, figure, temporary[name])
         for name in differences:
             draw_differences(report.comparisons, temporary[name])
-    return [output_dir / name for name in temporary]
 
 
 def _csv(records: Sequence[Mapping[str, Cell]]) -> str:

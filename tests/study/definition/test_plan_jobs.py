@@ -90,6 +90,13 @@ def test_the_jobs_before_runs_are_commands_of_the_tools():
     )  # fmt: skip
 
 
+def test_arms_that_choose_by_several_scores_share_one_scoring():
+    arms = {name: {"kind": "salt_ds", "selection": {"score": name}} for name in ("mean_dropped_20", "share_30", "mean")}
+    plan = plan_jobs(study(arms=arms, primary=None), None)
+    (score,) = [job for job in plan.jobs if job.kind == "score"]
+    assert parse_flags(ScoreConfig, score.command[2:]).score_top_k == (1, 10, 20, 30, 50, 100)
+
+
 def test_what_a_study_trains_before_its_runs():
     plan = plan_jobs(study(arms=ALL), FACTS)
     teacher, source = plan.configs["teacher"], plan.configs["source-grow-seed_2"]

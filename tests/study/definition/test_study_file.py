@@ -58,7 +58,7 @@ def test_an_arm_names_one_of_several_teachers():
     [
         ({"arm": {}}, r"STUDY.yaml: unknown key arm \(did you mean arms\?\)"),
         ({"config": None}, "config is required"),
-        ({"config": "absent.yaml"}, "config absent.yaml cannot be read"),
+        ({"config": "absent.yaml"}, "config absent.yaml cannot be read: .*; a path is relative to /"),
         ({"arms": {"salt_sd": None}}, r"arms.salt_sd: needs kind:, since salt_sd is none \(did you mean salt_ds\?\)"),
         ({"arms": {"a": {"kind": "slat"}}}, r"arms.a: there is no kind slat \(did you mean salt\?\); kinds are baseline, salt"),
         ({"arms": {"salt": {"flag": {}}}}, r"arms.salt: unknown key flag \(did you mean flags\?\)"),
@@ -71,6 +71,14 @@ def test_an_arm_names_one_of_several_teachers():
         ({"arms": {"grow": None}}, "kind grow needs grow: with num_layers and train_iters"),
         ({"selection": None, "arms": {"salt_ds": None}}, "arms.salt_ds: kind salt_ds chooses windows: give selection"),
         ({"selection": {"fraction": 1.5}, "arms": {"salt_ds": None}}, "selection: fraction must be above 0 and at most 1, got 1.5"),
+        (
+            {"selection": {"fraction": 0.5, "score": "men_dropped_20"}, "arms": {"salt_ds": None}},
+            r"selection: there is no score men_dropped_20 \(did you mean mean_dropped_20\?\)",
+        ),
+        ({"selection": {"fraction": 0.5, "score": "mean_dropped_0"}, "arms": {"salt_ds": None}}, "there is no score mean_dropped_0"),
+        ({"arms": {"baseline": False}}, "arms.baseline: expected a mapping of kind, .* got False"),
+        ({"output": ""}, "output: '.' is no name of a directory"),
+        ({"output": "a\0b"}, "is no name of a directory"),
         ({"teacher": None}, "arms.salt: kind salt needs a teacher"),
         ({"teacher": {"load": "a", "config": "teacher.yaml"}}, "teacher: give either load .* or config"),
         ({"teachers": {}}, "teacher: is one teacher and teachers: are several"),
@@ -92,6 +100,13 @@ def test_an_arm_names_one_of_several_teachers():
 def test_mistakes_are_refused_by_name(changes, message):
     with pytest.raises(UserError, match="STUDY.yaml.*" + message.removeprefix("STUDY.yaml")):
         study(**changes)
+
+
+def test_a_message_names_the_file_once():
+    for changes in ({"axes": {"lr": 0.1}}, {"slurm": {"partitoin": "gpu"}}):
+        with pytest.raises(UserError) as refused:
+            study(**changes)
+        assert str(refused.value).count("STUDY.yaml") == 1
 
 
 def test_a_config_that_sets_what_the_study_sets_is_refused(tmp_path):

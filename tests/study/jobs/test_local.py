@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from megatron_salt.errors import UserError
 from megatron_salt.files import sole_writer
@@ -51,6 +53,37 @@ def test_a_job_waits_for_its_needs_and_nothing_is_done_twice(tmp_path: Path) -> 
     assert "4 of 4 jobs done" in shown
     assert study(jobs, tmp_path, local=2)[0] == 0
     assert len(began(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "the terminal is closed"), OSError(errno.ENOSPC, "full"), BrokenPipeError()]
+)
+def test_jobs_go_on_where_nobody_can_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, is_terminal: bool
+) -> None:
+    class Lost(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+        def isatty(self) -> bool:
+            return is_terminal
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(
+        Console, "on_broken_pipe", lambda console: sys.exit(1)
+    )  # as rich does, without touching this process's stdout
+    assert run_jobs([job(tmp_path, "a", "time.sleep(0.3)"), job(tmp_path, "b", needs=("a",))], tmp_path, 1, out=Lost()) == 0
+    assert began(tmp_path) == ["a", "b"]
+
+
+def test_a_job_that_cannot_be_started_does_not_end_those_that_run(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("a file in the way")
+    jobs = [job(tmp_path, "a", "time.sleep(0.5)"), job(tmp_path, "b"), job(tmp_path, "c", needs=("b",))]
+    status, shown = study(jobs, tmp_path, local=2)
+    assert status == 1 and began(tmp_path) == ["a"] and (outcome := read_outcome(jobs[0].outcome)) is not None
+    assert outcome.word == "done"
+    assert "b: failed: it cannot be started: " in shown and "c: not run: needs b" in shown
 
 
 def test_at_most_so_many_run_at_once(tmp_path: Path) -> None:

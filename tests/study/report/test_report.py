@@ -14,6 +14,7 @@ import pytest
 
 from megatron_salt.config import RunConfig
 from megatron_salt.config.run import sections
+from megatron_salt.errors import UserError
 from megatron_salt.selection.selection_file import write_selection
 from megatron_salt.study.definition.study import PrimaryQuestion
 from megatron_salt.study.report.content import Report, report_of
@@ -201,7 +202,7 @@ def test_a_report_that_fails_leaves_the_earlier_one(runs: list[RunResult], tmp_p
         mock.patch("megatron_salt.study.report.write.to_html", return_value="a page"),
         mock.patch("megatron_salt.study.report.write.draw_curves"),
         mock.patch("megatron_salt.study.report.write.draw_differences", side_effect=OSError("disk is full")),
-        pytest.raises(OSError, match="disk is full"),
+        pytest.raises(UserError, match=f"the report in {tmp_path} cannot be written: disk is full"),
     ):
         write_report(FACTS, runs, tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.md": "an earlier one"}
