@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from megatron_salt.small_files import one_line, read_json
 
 FORMAT = 1
 MANIFEST = "cache.json"
+_TEMPORARY = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{32}\.tmp(\.tmp)?")
+"""Names of a manifest that a run is writing, or that a killed run left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,10 @@ def read_manifest(directory: Path) -> CacheManifest | None:
     try:
         _, raw = read_record(path, (FORMAT,), "give --teacher-cache another directory")
     except FileNotFoundError:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        names = [one.name for one in directory.iterdir()] if directory.is_dir() else []
+        if path.exists():  # another run made it just now
+            return read_manifest(directory)
+        if directory.exists() and (not directory.is_dir() or not all(map(_TEMPORARY.fullmatch, names))):
             raise UserError(
                 f"--teacher-cache {directory} is no cache: it has no {MANIFEST} and is not empty; give a new directory"
             ) from None

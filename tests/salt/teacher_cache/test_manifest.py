@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from megatron_salt.data.manifest import DatasetFacts
 from megatron_salt.errors import UserError
 from megatron_salt.model.precision import Precision
+from megatron_salt.salt.teacher_cache import manifest as manifest_module
 from megatron_salt.salt.teacher_cache.manifest import (
     MANIFEST,
     CacheManifest,
@@ -43,6 +46,23 @@ def test_the_first_run_makes_the_cache_and_the_next_one_uses_it(tmp_path: Path) 
         "samples of a forward pass was 2 and is None here",
         "device was a CPU with 1 threads and is another here",
     ]
+
+
+def test_runs_that_start_at_once_make_one_cache(tmp_path: Path) -> None:
+    """One finds a directory that another one has just made, with a manifest that is not there yet: as a kill leaves it too."""
+    directory, write = tmp_path / "cache", manifest_module.write_record
+
+    def late(facts: Mapping[str, Any], path: Path, version: int) -> None:
+        write(facts, path, version)
+        with mock.patch.object(manifest_module, "write_record", write):
+            others.append(claim(directory, replace(FACTS, rounding={"device": "another"})))
+
+    others: list[CacheManifest] = []
+    with mock.patch.object(manifest_module, "write_record", late):
+        found = claim(directory, FACTS)
+    assert [found] == others and found.rounding == {"device": "another"}
+    (directory / MANIFEST).rename(directory / f"{MANIFEST}.{32 * 'a'}.tmp")  # killed
+    assert claim(directory, FACTS) == FACTS
 
 
 @pytest.mark.parametrize(
