@@ -66,6 +66,13 @@ class CacheManifest:
             if self.rounding.get(name) != other.rounding.get(name)
         ]
 
+    @property
+    def key(self) -> str:
+        """Hex digest of what the hidden states are, rounding included and paths not: every shard of the cache has it."""
+        datasets = [{name: value for name, value in asdict(one).items() if name != "prefix"} for one in self.datasets]
+        facts = asdict(self) | {"datasets": datasets}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def _facts(self) -> dict[str, Any]:
         facts = {name: value for name, value in asdict(self).items() if name not in ("datasets", "masking", "rounding")}
         return {name.replace("_", " "): value for name, value in (facts | self.masking).items()}

@@ -42,6 +42,8 @@ def test_the_first_run_makes_the_cache_and_the_next_one_uses_it(tmp_path: Path) 
     moved = replace(FACTS, datasets=(replace(FACTS.datasets[0], prefix="elsewhere"),), rounding={"device": "another"})
     assert claim(directory, FACTS) == claim(directory, moved) == refuse_other(directory, moved) == FACTS
     assert [path.name for path in directory.iterdir()] == [MANIFEST]
+    prefix_alone = replace(FACTS, datasets=moved.datasets)
+    assert len({one.key for one in (FACTS, prefix_alone, claim(directory, moved))}) == 1 < len({FACTS.key, moved.key})
     assert FACTS.rounding_differences(moved) == [
         "samples of a forward pass was 2 and is None here",
         "device was a CPU with 1 threads and is another here",
