@@ -44,8 +44,8 @@ class CacheManifest:
     hidden_size: int
     dtype: str
     """float32 or bfloat16."""
-    fp8: str
-    """--teacher-fp8-format and --teacher-fp8-recipe, or "none"."""
+    fp8: str | None
+    """Format and recipe of the teacher's FP8, or "none". None, in no file: the recipe is the default of a GPU that is not known yet."""
     masking: dict[str, Any]
     """What changes the teacher's input beside tokens: reset_position_ids, reset_attention_mask, and the eod id that they look for."""
     rounding: dict[str, Any]
@@ -54,6 +54,8 @@ class CacheManifest:
     def differences(self, other: CacheManifest) -> list[str]:
         """What makes the hidden states of two caches different, a text for each fact. Neither paths nor rounding count."""
         own, others = self._facts(), other._facts()
+        if None in (self.fp8, other.fp8):
+            own["fp8"] = others["fp8"] = None
         plain = [f"{name} is {own[name]} there and {others[name]} here" for name in own if own[name] != others[name]]
         return dataset_differences(self.datasets, other.datasets) + plain
 

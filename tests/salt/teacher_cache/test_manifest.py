@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_salt.config import SaltConfig
 from megatron_salt.data.manifest import DatasetFacts
+from megatron_salt.data.masking import Masking
 from megatron_salt.errors import UserError
 from megatron_salt.model.precision import Precision
 from megatron_salt.salt.teacher_cache import manifest as manifest_module
@@ -26,7 +30,7 @@ from megatron_salt.salt.teacher_cache.manifest import (
     write_held_out,
 )
 from megatron_salt.salt.teacher_cache.missing import num_computed, rows_to_compute
-from megatron_salt.salt.teacher_cache.of_run import why_layers_are_needed
+from megatron_salt.salt.teacher_cache.of_run import manifest_of, why_layers_are_needed
 from tests.salt.test_load_teacher import FITTING
 
 FACTS = CacheManifest(
@@ -88,6 +92,28 @@ def test_a_cache_of_something_else_is_refused_with_both_values(tmp_path: Path, c
         claim(tmp_path, replace(FACTS, **change))
     assert str(refused.value) == f"--teacher-cache {tmp_path} holds something else: {told}; give another directory"
     assert read_manifest(tmp_path) == FACTS
+
+
+def test_the_recipe_of_fp8_is_the_one_that_is_used_whether_or_not_a_flag_names_it(tmp_path: Path) -> None:
+    """A GPU decides the default; before it is known nothing is refused for it."""
+    train = SimpleNamespace(
+        masking=Masking(256, False, False, False),
+        dataset_facts=lambda: FACTS.datasets,
+        windows=[SimpleNamespace(seq_length=16)],
+    )
+
+    def fp8(recipe: str | None, **flags: Any) -> str | None:
+        salt = SaltConfig(teacher_load="teacher", kd_steps=1, **flags)
+        return manifest_of(salt, FITTING, train, torch.bfloat16, {}, recipe).fp8  # type: ignore[arg-type]
+
+    assert fp8("mxfp8") == "none"
+    assert fp8("mxfp8", teacher_fp8_format="hybrid") == "hybrid mxfp8"
+    assert fp8("mxfp8", teacher_fp8_format="hybrid", teacher_fp8_recipe="tensorwise") == "hybrid tensorwise"
+    assert fp8(None, teacher_fp8_format="hybrid") is None
+    claim(tmp_path, replace(FACTS, fp8="hybrid mxfp8"))
+    refuse_other(tmp_path, replace(FACTS, fp8=None))
+    with pytest.raises(UserError, match="fp8 is hybrid mxfp8 there and hybrid tensorwise here"):
+        refuse_other(tmp_path, replace(FACTS, fp8="hybrid tensorwise"))
 
 
 def test_what_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
