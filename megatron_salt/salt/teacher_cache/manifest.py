@@ -56,7 +56,11 @@ class CacheManifest:
         own, others = self._facts(), other._facts()
         if None in (self.fp8, other.fp8):
             own["fp8"] = others["fp8"] = None
-        plain = [f"{name} is {own[name]} there and {others[name]} here" for name in own if own[name] != others[name]]
+        plain = [
+            f"{name} is {own.get(name)} there and {others.get(name)} here"
+            for name in dict.fromkeys([*own, *others])
+            if own.get(name) != others.get(name)
+        ]
         return dataset_differences(self.datasets, other.datasets) + plain
 
     def rounding_differences(self, other: CacheManifest) -> list[str]:

@@ -81,6 +81,7 @@ def test_runs_that_start_at_once_make_one_cache(tmp_path: Path) -> None:
         (dict(fp8="hybrid mxfp8"), "fp8 is none there and hybrid mxfp8 here"),
         (dict(masking={"reset_position_ids": True, "reset_attention_mask": False, "eod": 256}),
          "reset position ids is False there and True here; eod is None there and 256 here"),
+        (dict(masking={**FACTS.masking, "of a later release": 1}), "of a later release is None there and 1 here"),
         (dict(datasets=(DatasetFacts("words", "content:bbbb", 80),)),
          "fingerprint of dataset 1, words, is content:aaaa there and content:bbbb here"),
         (dict(datasets=(*FACTS.datasets, DatasetFacts("more", "content:cccc", 3))), "dataset 2, more, is here alone"),
@@ -92,6 +93,9 @@ def test_a_cache_of_something_else_is_refused_with_both_values(tmp_path: Path, c
         claim(tmp_path, replace(FACTS, **change))
     assert str(refused.value) == f"--teacher-cache {tmp_path} holds something else: {told}; give another directory"
     assert read_manifest(tmp_path) == FACTS
+    claim(tmp_path / "other", replace(FACTS, **change))
+    with pytest.raises(UserError, match="holds something else: "):
+        claim(tmp_path / "other", FACTS)
 
 
 def test_the_recipe_of_fp8_is_the_one_that_is_used_whether_or_not_a_flag_names_it(tmp_path: Path) -> None:
