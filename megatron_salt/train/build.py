@@ -184,7 +184,8 @@ def open_teacher_cache(
     sets = {one.name: (one.batches.samples, one.num_batches * run.plan.global_batch_size) for one in run.valid}
     rounding = rounding_of(salt, samples, precision)
     return open_cache(
-        Path(config.salt.teacher_cache), lambda: manifest_of(salt, teacher, inputs.train, dtype_of(config.training), rounding),
+        Path(config.salt.teacher_cache),
+        lambda: manifest_of(salt, teacher, inputs.train, dtype_of(config.training), rounding, precision.fp8_recipe),
         run.student.mesh, forward_samples=samples, held_out=lambda: held_out_facts(sets, inputs.shared_ids), sets=tuple(sets),
     )  # fmt: skip
 

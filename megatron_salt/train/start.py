@@ -130,7 +130,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
         refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
         if config.salt.teacher_cache is not None:
-            manifest = manifest_of(config.salt, teacher, inputs.train, dtype_of(config.training), {})
+            manifest = manifest_of(config.salt, teacher, inputs.train, dtype_of(config.training), {}, None)
             refuse_other(Path(config.salt.teacher_cache), manifest)
         refuse_other_ids((inputs.train, *inputs.valid.values()), inputs.shared_ids, inputs.tokenizer.vocabulary_size)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)

@@ -194,7 +194,7 @@ def open_cache(
         )
 
     found, differences, names, path, figures = from_rank_0(on_rank_0)
-    shape, shards, problem = SampleShape(found.seq_length, found.hidden_size, found.dtype), [], None
+    shape, shards, problem = SampleShape(found.seq_length, found.hidden_size, found.dtype, found.key), [], None
     try:
         shards = [open_shard(directory / name, shape) for name in names]
     except UserError as error:

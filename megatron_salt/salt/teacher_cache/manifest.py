@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from megatron_salt.small_files import one_line, read_json
 
 FORMAT = 1
 MANIFEST = "cache.json"
+_TEMPORARY = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{32}\.tmp(\.tmp)?")
+"""Names of a manifest that a run is writing, or that a killed run left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,8 @@ class CacheManifest:
     hidden_size: int
     dtype: str
     """float32 or bfloat16."""
-    fp8: str
-    """--teacher-fp8-format and --teacher-fp8-recipe, or "none"."""
+    fp8: str | None
+    """Format and recipe of the teacher's FP8, or "none". None, in no file: the recipe is the default of a GPU that is not known yet."""
     masking: dict[str, Any]
     """What changes the teacher's input beside tokens: reset_position_ids, reset_attention_mask, and the eod id that they look for."""
     rounding: dict[str, Any]
@@ -51,7 +54,13 @@ class CacheManifest:
     def differences(self, other: CacheManifest) -> list[str]:
         """What makes the hidden states of two caches different, a text for each fact. Neither paths nor rounding count."""
         own, others = self._facts(), other._facts()
-        plain = [f"{name} is {own[name]} there and {others[name]} here" for name in own if own[name] != others[name]]
+        if None in (self.fp8, other.fp8):
+            own["fp8"] = others["fp8"] = None
+        plain = [
+            f"{name} is {own.get(name)} there and {others.get(name)} here"
+            for name in dict.fromkeys([*own, *others])
+            if own.get(name) != others.get(name)
+        ]
         return dataset_differences(self.datasets, other.datasets) + plain
 
     def rounding_differences(self, other: CacheManifest) -> list[str]:
@@ -62,6 +71,13 @@ class CacheManifest:
             for name in names
             if self.rounding.get(name) != other.rounding.get(name)
         ]
+
+    @property
+    def key(self) -> str:
+        """Hex digest of what the hidden states are, rounding included and paths not: every shard of the cache has it."""
+        datasets = [{name: value for name, value in asdict(one).items() if name != "prefix"} for one in self.datasets]
+        facts = asdict(self) | {"datasets": datasets}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _facts(self) -> dict[str, Any]:
         facts = {name: value for name, value in asdict(self).items() if name not in ("datasets", "masking", "rounding")}
@@ -74,7 +90,10 @@ def read_manifest(directory: Path) -> CacheManifest | None:
     try:
         _, raw = read_record(path, (FORMAT,), "give --teacher-cache another directory")
     except FileNotFoundError:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        names = [one.name for one in directory.iterdir()] if directory.is_dir() else []
+        if path.exists():  # another run made it just now
+            return read_manifest(directory)
+        if directory.exists() and (not directory.is_dir() or not all(map(_TEMPORARY.fullmatch, names))):
             raise UserError(
                 f"--teacher-cache {directory} is no cache: it has no {MANIFEST} and is not empty; give a new directory"
             ) from None

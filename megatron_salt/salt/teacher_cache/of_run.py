@@ -18,22 +18,29 @@ from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 
 
 def manifest_of(
-    salt: SaltConfig, teacher: TeacherCheckpoint, train: Samples, dtype: torch.dtype, rounding: Mapping[str, Any]
+    salt: SaltConfig,
+    teacher: TeacherCheckpoint,
+    train: Samples,
+    dtype: torch.dtype,
+    rounding: Mapping[str, Any],
+    recipe: str | None,
 ) -> CacheManifest:
     """The manifest of the cache that a run can use. Reads blocks of each dataset: call it on one rank. rounding: see `rounding_of`.
+    recipe: of the teacher's FP8 where no flag names it; None: the GPU that decides it is not known yet.
 
     --eod-mask-loss is no part of it, because it does not change what the teacher reads.
     """
     masking = train.masking
     looks = masking.reset_position_ids or masking.reset_attention_mask
-    formats = [salt.teacher_fp8_format, salt.teacher_fp8_recipe or "default recipe"] if salt.teacher_fp8_format else ["none"]
+    recipe = salt.teacher_fp8_recipe or recipe
+    fp8 = None if recipe is None else f"{salt.teacher_fp8_format} {recipe}"
     return CacheManifest(
         datasets=train.dataset_facts(),
         seq_length=train.windows[0].seq_length,
         teacher=teacher.fingerprint,
         hidden_size=teacher.model.hidden_size,
         dtype=str(dtype).removeprefix("torch."),
-        fp8=" ".join(map(str, formats)),
+        fp8="none" if salt.teacher_fp8_format is None else fp8,
         masking={
             "reset_position_ids": masking.reset_position_ids,
             "reset_attention_mask": masking.reset_attention_mask,

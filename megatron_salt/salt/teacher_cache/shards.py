@@ -1,7 +1,8 @@
 """The files with hidden states: how they are written, found and read. Pure; nothing here communicates.
 
 A shard is a file, little-endian throughout:
-- its kind and the shape of a sample (`_kind`), int64 n, and uint32: the checksum of all that is before the hidden states, without itself;
+- its kind, the shape of a sample (`_kind`), the cache that it belongs to (32 bytes, `CacheManifest.key`), int64 n, and uint32: the
+  checksum of all that is before the hidden states, without itself;
 - int64 [n]: global ids of its samples;
 - uint32 [n, segments]: checksums of each sample's segments, which are equal parts of the sequence;
 - [n, L, h]: hidden states, float32, or the bits of bfloat16.
@@ -39,6 +40,8 @@ class SampleShape:
     hidden_size: int
     dtype: str
     """float32 or bfloat16."""
+    cache: str = ""
+    """Hex digest of what the hidden states are, `CacheManifest.key`: files of another cache are refused."""
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -87,7 +90,7 @@ def write_shard(directory: Path, ids: np.ndarray, samples: np.ndarray, shape: Sa
     sums = np.array(
         [[segment_sum(part.data, sample, at) for at, part in enumerate(of)] for sample, of in zip(ids, parts, strict=True)]
     )
-    begin = _kind(shape) + struct.pack("<q", len(ids))
+    begin = _kind(shape) + _key(shape) + struct.pack("<q", len(ids))
     lists = np.ascontiguousarray(ids, "<i8").tobytes() + sums.astype("<u4").tobytes()
     with whole_file(path, durable=True) as temporary, open(temporary, "wb") as file:
         file.write(begin + struct.pack("<I", zlib.crc32(lists, zlib.crc32(begin))) + lists)
@@ -107,13 +110,13 @@ def shard_names(directory: Path) -> list[str]:
 
 def open_shard(path: Path, shape: SampleShape) -> Shard:
     """Read the lists of a shard. UserError, naming the file, where it is damaged or not of this shape."""
-    kind = _kind(shape)
+    kind, key = _kind(shape), _key(shape)
     with reading(path, "--teacher-cache: "), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        begin, rest = file.read(len(kind) + 8), file.read(4)
+        begin, rest = file.read(len(kind) + len(key) + 8), file.read(4)
         if len(rest) < 4 or not begin.startswith(kind):
             raise _damaged(path, f"it does not begin as a file of samples of {shape}")
-        (count,), (total,) = struct.unpack("<q", begin[len(kind) :]), struct.unpack("<I", rest)
+        (count,), (total,) = struct.unpack("<q", begin[len(kind) + len(key) :]), struct.unpack("<I", rest)
         each = 8 + 4 * shape.segments
         offset = len(begin) + 4 + count * each
         if size != offset + count * shape.num_bytes:
@@ -121,6 +124,11 @@ def open_shard(path: Path, shape: SampleShape) -> Shard:
         lists = file.read(count * each)
     if zlib.crc32(lists, zlib.crc32(begin)) != total:
         raise _damaged(path, "its lists are not what was written")
+    if not begin[len(kind) :].startswith(key):
+        raise UserError(
+            f"--teacher-cache: {path} belongs to another cache: its teacher or data are others, or it was computed in another way; "
+            "move the file away"
+        )
     sums = np.frombuffer(lists, "<u4", offset=8 * count).reshape(count, shape.segments)
     return Shard(path, np.frombuffer(lists, "<i8", count), sums, offset)
 
@@ -184,6 +192,10 @@ def _kind(shape: SampleShape) -> bytes:
     """How every shard of samples of this shape begins."""
     sizes = struct.pack("<III", shape.seq_length, shape.hidden_size, shape.segments)
     return b"teacher cache 1\n" + shape.dtype.encode().ljust(16) + sizes
+
+
+def _key(shape: SampleShape) -> bytes:
+    return bytes.fromhex(shape.cache).ljust(32, b"\0")
 
 
 def _damaged(path: Path, how: str) -> UserError:

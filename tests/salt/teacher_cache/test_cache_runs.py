@@ -14,6 +14,7 @@ import pytest
 
 from megatron_salt import pretrain
 from megatron_salt.model.flops import forward_flops_per_token, head_flops
+from megatron_salt.salt.teacher_cache.manifest import read_manifest
 from megatron_salt.salt.teacher_cache.shards import Index, SampleShape, open_shard, shard_names
 from megatron_salt.salt.teacher_checkpoint import read_teacher
 from tests.support.program import argv, entries, numbers, refused, tensors, train, write_tokens
@@ -110,7 +111,9 @@ def cache(tmp_path: Path, filled: Path) -> Path:
 
 
 def index_of(cache: Path) -> Index:
-    shape = SampleShape(16, 16, "float32")
+    manifest = read_manifest(cache)
+    assert manifest is not None
+    shape = SampleShape(16, 16, "float32", manifest.key)
     return Index([open_shard(cache / name, shape) for name in shard_names(cache)], shape)
 
 

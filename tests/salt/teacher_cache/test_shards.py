@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -82,6 +83,16 @@ def test_damage_at_any_byte_is_refused_by_name(tmp_path: Path, damage: Callable[
         assert str(refused.value).startswith(f"--teacher-cache: {path} is damaged: ") and "; delete the file" in str(
             refused.value
         )
+
+
+def test_a_file_of_another_cache_is_refused_by_name(tmp_path: Path) -> None:
+    """Samples have the same numbers and the same shape for every teacher."""
+    own, other = (replace(SHAPE, cache=32 * digits) for digits in ("ab", "cd"))
+    write_shard(tmp_path, IDS, hidden(IDS), own)
+    assert len(index_of(tmp_path, own)) == 3
+    foreign = write_shard(tmp_path, np.array([5]), hidden(np.array([5])), other)
+    with pytest.raises(UserError, match=f"^--teacher-cache: {foreign} belongs to another cache: .* move the file away$"):
+        index_of(tmp_path, own)
 
 
 def test_what_a_killed_writer_leaves_is_not_believed(tmp_path: Path) -> None:
