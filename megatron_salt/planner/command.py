@@ -19,6 +19,7 @@ from megatron_salt.config import RunConfig
 from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError, did_you_mean
 from megatron_salt.files import refusing_file_errors
+from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.compose import compose
 from megatron_salt.planner.memory import GIB, HostMemory
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
@@ -160,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(asked: PlanConfig) -> int:
     """Print the plan. Returns 0 where the run fits, else 1. Raises UserError."""
-    if asked.world_size is None or asked.world_size < 1:
+    if asked.world_size is None:
+        raise UserError("give --world-size, the ranks of the run, one a GPU")
+    if asked.world_size < 1:
         raise UserError(f"--world-size must be at least 1 rank, got {asked.world_size}")
     if asked.vocabulary_size is not None and asked.vocabulary_size < 1:
         raise UserError(f"--vocabulary-size must be at least 1, got {asked.vocabulary_size}")

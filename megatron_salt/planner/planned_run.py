@@ -12,6 +12,9 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.planner.trace import Device, StudentRequest, TeacherRequest, TraceSetting, TraceTask
 from megatron_salt.train.plan import RunPlan
 
+RELEASES = {"cuda": (13, 0), "transformer_engine": (2, 20)}
+"""CUDA and Transformer Engine that a planned GPU is taken to have: those of requirements-gpu.txt."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:

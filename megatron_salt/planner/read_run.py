@@ -17,14 +17,11 @@ from megatron_salt.model.precision import student_precision, teacher_precision
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.planner.memory import HostMemory
-from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher, RunFlags
+from megatron_salt.planner.planned_run import RELEASES, PlannedRun, PlannedTeacher, RunFlags
 from megatron_salt.planner.static import stage_tensors, student_bytes
 from megatron_salt.salt.teacher_checkpoint import read_teacher, refuse_unfit, teacher_parallel
 from megatron_salt.small_files import read_small
 from megatron_salt.train.start import choose_precisions, parameters_of_rank, reshardable_save_bytes
-
-RELEASES = {"cuda": (13, 0), "transformer_engine": (2, 20)}
-"""CUDA and Transformer Engine that a planned GPU is taken to have: those of requirements-gpu.txt."""
 
 
 def read_run(flags: RunFlags) -> PlannedRun:

@@ -1,9 +1,8 @@
-"""The planner's answer as text: a table of memory by kind, the verdict, and what would help. Pure."""
+"""The planner's answer as text: a table of memory by kind, and the verdict. Pure."""
 
 from __future__ import annotations
 
 from megatron_salt.planner.memory import ALLOWANCE_GIB, ALLOWANCE_SHARE, GIB, KINDS, Moment, PlannedMemory, usable_gib
-from megatron_salt.planner.planned_run import PlannedRun
 
 
 def table(memory: PlannedMemory) -> list[str]:
@@ -43,45 +42,3 @@ def not_modelled() -> str:
         f"not modelled: fragmentation and memory of the driver ({ALLOWANCE_SHARE:.0%} of the card), CUDA's context, buffers of NCCL and "
         f"workspaces of cuBLAS and cuDNN ({ALLOWANCE_GIB:g} GiB)"
     )
-
-
-def what_would_help(run: PlannedRun, memory: PlannedMemory) -> list[str]:
-    """Flags that take memory from the largest kinds at the highest peak, the largest first."""
-    rank = max(memory.stages, key=lambda rank: rank.most)
-    moment = rank.stage1 if rank.stage1 is not None and rank.stage1.total == rank.most else rank.stage2
-    largest = sorted(moment.bytes.items(), key=lambda item: -item[1])
-    advice = _advice(run)
-    return [
-        f"{kind}, {size / GIB:.1f} GiB: {advice[kind]}" for kind, size in largest[:4] if advice.get(kind) and size > GIB / 100
-    ]
-
-
-def _advice(run: PlannedRun) -> dict[str, str]:
-    """{kind: flags that make it smaller}, for kinds that flags can still change."""
-    parallel, plan, salt = run.config.parallel, run.plan, run.config.salt
-    taught = salt.teacher_tensor_model_parallel_size
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    split = f"--tensor-model-parallel-size {2 * tensor}" + ("" if parallel.sequence_parallel else " --sequence-parallel")
-    deeper = f"--pipeline-model-parallel-size {2 * pipeline}"
-    activations = [] if plan.micro_batch_size == 1 else [f"--micro-batch-size {plan.micro_batch_size // 2}"]
-    if parallel.recompute_granularity is None:
-        activations.append("--recompute-granularity selective")
-    if parallel.recompute_granularity != "full":
-        activations.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
-    if tensor > 1 and not parallel.sequence_parallel:
-        activations.append("--sequence-parallel")
-    advice = {
-        "activations": " or ".join([*activations, split]),
-        "parameters": f"{split} or {deeper}",
-        "gradients": f"{split} or {deeper}",
-        "optimizer": "more data-parallel ranks, or " + split
-        if parallel.use_distributed_optimizer
-        else "--use-distributed-optimizer",
-        "head": f"a smaller --loss-chunk-tokens, or {split}",
-        "teacher weights": f"--teacher-tensor-model-parallel-size {2 * taught}, or --teacher-fp8-format hybrid",
-        "teacher activations": "a smaller --teacher-micro-batch-size",
-        "exchange": "a smaller --global-batch-size, or more data-parallel ranks",
-    }
-    if run.layout.world_size // run.layout.data % (2 * taught * salt.teacher_pipeline_model_parallel_size):
-        advice["teacher weights"] = "" if run.teacher and run.teacher.precision.quantized else "--teacher-fp8-format hybrid"
-    return advice

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_salt.cli import parse
 from megatron_salt.errors import UserError
+from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.command import main
 from megatron_salt.planner.memory import GIB, HostMemory, Moment, PlannedMemory, RankMemory, usable_gib
-from megatron_salt.planner.table import table, verdict, what_would_help
+from megatron_salt.planner.table import table, verdict
 from megatron_salt.train.plan import check
-from tests.planner.runs import planned
+from tests.planner.runs import MODEL, planned
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STUDENT = ["--config", str(EXAMPLES / "model_2p8b.yaml"), "--vocabulary-size", "256000"]
@@ -53,16 +55,31 @@ def test_the_table_has_a_column_for_each_stage_and_names_the_moments():
 def test_flags_that_would_help_take_memory_from_the_largest_kinds():
     memory = PlannedMemory(stages=(rank(0, None, 60.0),), host=NO_HOST)
     first, second = what_would_help(planned(1), memory)
-    assert first.startswith("activations, 59.0 GiB: --micro-batch-size 1 or --recompute-granularity selective")
+    assert first.startswith("activations, 59.0 GiB: --micro-batch-size 1 or --recompute-granularity full")
     assert second.startswith("parameters, 1.0 GiB: --tensor-model-parallel-size 2")
     recomputing = planned(1, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     assert "recompute" not in what_would_help(recomputing, memory)[0]
 
 
+@pytest.mark.parametrize("run, gone, named", [
+    (planned(2, model=replace(MODEL, num_attention_heads=2), tensor_model_parallel_size=2), "--tensor-model-parallel-size", ""),
+    (planned(2, model=replace(MODEL, num_layers=6), pipeline_model_parallel_size=2),
+     "--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 3 on 3 ranks"),
+    (planned(1), "", "--tensor-model-parallel-size 2 --sequence-parallel on 2 ranks"),
+    (planned(1, (1, 1)), "--teacher-fp8-format", ""),
+])  # fmt: skip
+def test_flags_that_the_trainer_would_refuse_are_not_named(run, gone, named):
+    kinds = dict.fromkeys(["parameters", "gradients", "teacher weights", "activations"], GIB)
+    moment = Moment(at="student's forward pass", bytes=kinds)
+    memory = PlannedMemory(stages=(RankMemory(pipeline_stage=0, place=0, stage1=None, stage2=moment),), host=NO_HOST)
+    told = "\n".join(what_would_help(run, memory))
+    assert named in told and (not gone or gone not in told), told
+
+
 @pytest.mark.parametrize("words, message", [
     (["--gpu", "h100-81", "--world-size", "64"], "--gpu h100-81 is not known (did you mean h100-80?); known are a100-40, "),
     (["--world-size", "64"], "give --gpu, one of a100-40"),
-    (["--gpu", "h100-80"], "--world-size must be at least 1 rank, got None"),
+    (["--gpu", "h100-80"], "give --world-size, the ranks of the run"),
     (["--gpu-memory-gib", "0", "--world-size", "1"], "--gpu-memory-gib must be above 0, got 0"),
     (["--gpu", "h100-80", "--world-size", "8", "--teacher-config", "x.yaml"], "--teacher-config x.yaml needs --teacher-load"),
     (["--gpu", "h100-80", "--world-size", "8", "--hidden-sise", "1"], "unknown flag --hidden-sise (did you mean --hidden-size?)"),
