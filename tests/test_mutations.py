@@ -306,7 +306,7 @@ def law(good: Good, sidecar: str, examples: int, seconds: float = math.inf) -> s
 
 @pytest.mark.parametrize("sidecar", SIDECARS)
 def test_a_mutated_file_is_refused_in_one_line_or_makes_no_difference(good: Good, sidecar: str) -> None:
-    law(good, sidecar, 13)
+    law(good, sidecar, 8)
 
 
 @pytest.mark.faults

@@ -56,6 +56,7 @@ def test_a_function_runs_on_ranks_of_its_own_and_those_of_the_cpus_side_have_no_
     assert on_cpu(2, where_and_with_what, "here") == [("here", rank, 2, "gloo", (False, False)) for rank in (0, 1)]
 
 
+@pytest.mark.long
 def test_what_a_rank_raises_is_told() -> None:
     with pytest.raises(AssertionError, match="has had enough"):
         on_devices(1, fails)

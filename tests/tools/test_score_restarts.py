@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.scoring import NUM_SAMPLES, Ended, argv, main, refused, same, score, table
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_killed_job_goes_on_and_the_index_is_the_same(
     tmp_path: Path, score_flags: dict[str, Any], score_index: Path, world_size: int
 ) -> None:
