@@ -14,7 +14,7 @@
 # SALT: a 2.8B student with a 1.5B teacher. This is our reading of the setting of arXiv 2410.18779: vocabulary 256K, 1280 tokens, batches of
 # 2048, 208K steps. The teacher helps in the first 36K steps, with weight 0.667 and temperature 0.25. Then it leaves at once.
 #
-#     bash examples/salt_2p8b.sh          # on the login node: checks data, teacher, space and versions, without a GPU
+#     bash examples/salt_2p8b.sh          # on the login node: checks data, teacher, space, versions, memory of the GPUs
 #     sbatch examples/salt_2p8b.sh        # the run; the same command again continues it
 #     TEACHER=/shared/teacher sbatch --nodes=4 examples/salt_2p8b.sh --kd-steps 20000
 #

@@ -40,24 +40,36 @@ def model_run(name: str) -> RunConfig:
 def run_of(script: Path, tmp_path: Path, *flags: str, **environment: str) -> tuple[RunConfig, int]:
     """The run that a script starts, and the number of ranks in its header. Outside Slurm it starts `PYTHON ... --dry-run RANKS`."""
     echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
-    ended = subprocess.run(["bash", str(script), *flags], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(echo)} | environment,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    own = {"PATH": "/usr/bin:/bin", "PYTHON": str(echo), "GPU": ""}
+    ended = subprocess.run(
+        ["bash", str(script), *flags], cwd=ROOT, env=own | environment, capture_output=True, text=True, check=True
+    )
     module, program, *words, dry_run, ranks = ended.stdout.splitlines()
     assert (module, program, dry_run) == ("-m", "megatron_salt.pretrain", "--dry-run")
     return parse(words), int(ranks)
 
 
-def test_with_a_gpu_named_the_check_ends_with_the_planner(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given, gpu", [({}, "h100-80"), ({"FP8": "0"}, "a100-80"), ({"GPU": "h200-141"}, "h200-141")])
+def test_the_check_ends_with_the_planner(given: dict[str, str], gpu: str, tmp_path: Path) -> None:
     echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(echo), "GPU": "h100-80"}
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(echo)} | given
     ended = subprocess.run(
         ["bash", str(EXAMPLES / "salt_2p8b.sh")], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     trainer, _, planner = ended.stdout.partition("--dry-run\n64\n")
     program, *words = planner.splitlines()
-    assert program == "tools/plan.py" and words[-4:] == ["--world-size", "64", "--gpu", "h100-80"]
+    assert program == "tools/plan.py" and words[-4:] == ["--world-size", "64", "--gpu", gpu]
     assert words[:-4] == trainer.splitlines()[2:]  # the flags of the run
     assert parse_over_file(PlanConfig, words).salt.kd_steps == 36000
+
+
+def test_a_trial_on_cpus_is_not_planned_for_a_gpu(tmp_path: Path) -> None:
+    echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(echo), "FP8": "0", "DEVICE": "cpu"}
+    ended = subprocess.run(
+        ["bash", str(EXAMPLES / "salt_2p8b.sh")], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.endswith("--dry-run\n64\n")
 
 
 @pytest.mark.parametrize("name, size", SIZES.items())
@@ -129,7 +141,13 @@ exec "${@:2}"
 def test_a_sif_image_runs_the_command_in_apptainer_and_wrap_inside_it(tmp_path: Path) -> None:
     executable(tmp_path / "apptainer", APPTAINER)
     echo = executable(tmp_path / "echo", 'printf "%s\\n" "$@"')
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(echo), "CONTAINER": "image.sif", "WRAP": "env ANY=thing"}
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "PYTHON": str(echo),
+        "CONTAINER": "image.sif",
+        "WRAP": "env ANY=thing",
+        "GPU": "",
+    }
     ended = subprocess.run(
         ["bash", "examples/salt_2p8b.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )

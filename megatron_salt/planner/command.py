@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_salt.cards import CARDS, SHORT_NAMES
 from megatron_salt.cli import exit_status, parse_over_file
 from megatron_salt.config import RunConfig
 from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError, did_you_mean
-from megatron_salt.files import refusing_file_errors
+from megatron_salt.files import refuse_directory, refuse_present, refusing_file_errors
 from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.compose import compose
-from megatron_salt.planner.memory import GIB, HostMemory
+from megatron_salt.planner.memory import GIB, HostMemory, PlannedMemory, usable_gib
+from megatron_salt.planner.picture import SUFFIXES, draw
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
-from megatron_salt.planner.run_tracer import read_and_trace, trace_whole_steps
+from megatron_salt.planner.run_tracer import children, read_and_trace, read_candidates, trace, trace_whole_steps
+from megatron_salt.planner.search.report import search_lines
+from megatron_salt.planner.search.search import search
+from megatron_salt.planner.search.space import space
 from megatron_salt.planner.table import not_modelled, table, verdict, what_would_help
-from megatron_salt.planner.time.machine import MachineFlags, machine_of
+from megatron_salt.planner.time.machine import Machine, MachineFlags, machine_of
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time
 from megatron_salt.planner.time.whole_run import Preparation, baseline_line, whole_run, whole_run_lines
@@ -80,6 +85,19 @@ class PlanConfig(RunConfig):
     """Share of the baseline's steps at which SALT is supposed to reach the baseline's final figure.
     The paper reports 0.7; a plan cannot know it."""
 
+    search: bool = False
+    """Try other layouts of the run: tp, pp, vp, cp, micro-batch, recomputation and the teacher's layout.
+    Prints the ten fastest that fit, with their flags, and why the others do not fit."""
+
+    search_layouts: int = 500
+    """Layouts that --search traces, the fastest first; more where fewer than ten of them fit."""
+
+    picture: str | None = None
+    """File for a picture, .png or .svg: memory of each pipeline stage, and when each stage computes in a step."""
+
+    overwrite: bool = False
+    """Replace an existing picture."""
+
     trace: bool = False
     """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model."""
 
@@ -100,16 +118,68 @@ def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
     return lines
 
 
-def _times(asked: PlanConfig, gpu: _Gpu, run: PlannedRun) -> list[str]:
-    """Times, hours and economics; one line where the GPU's peaks are not known."""
+def _times(asked: PlanConfig, gpu: _Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
+    """Times, hours and economics; one line where the GPU's peaks are not known. Draws the picture that is asked for."""
     machine = machine_of(_machine_flags(asked, gpu), run)
-    if machine is None:
+    times = None if machine is None else run_time(run, machine)
+    if asked.picture is not None:
+        step = None if times is None else times.stage1 or times.stage2
+        draw(memory, gpu.memory_gib, usable_gib(gpu.memory_gib), step, run.plan.num_microbatches, Path(asked.picture))
+    if machine is None or times is None:
         return ["no times: the peaks of this GPU are not known; --device-peak-tflops and --device-peak-gb-per-s tell them"]
-    times = run_time(run, machine)
     lines = time_lines(run, machine, times)
     if run.teacher is None:
         return [*lines, baseline_line(run, times)]
     return [*lines, *whole_run_lines(whole_run(run, machine, times, _preparation(asked, run)), asked.reached_at)]
+
+
+def _refuse_picture(asked: PlanConfig) -> None:
+    """Raise UserError where the picture cannot be drawn under its name."""
+    if asked.picture is None:
+        return
+    output = Path(asked.picture)
+    if asked.search:
+        raise UserError(f"--picture {output} shows one layout, and --search tries many; give its flags without --search")
+    if output.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--picture {output} must end in {' or '.join(SUFFIXES)}")
+    refuse_directory("--picture", output)
+    refuse_present("--picture", output, [output], asked.overwrite)
+    if not output.parent.is_dir():
+        raise UserError(f"--picture {output}: there is no directory {output.parent}")
+
+
+def _search(asked: PlanConfig, gpu: _Gpu, flags: RunFlags) -> int:
+    """Print the fastest layouts that fit. Returns 0 where there is one, else 1. Raises UserError."""
+    tried = space(flags.config, flags.layout.world_size, asked.gpus_per_node)
+    asked_flags = [replace(flags, config=one.config, layout=one.layout, plan=one.plan) for one in tried.candidates]
+    if not asked_flags:
+        raise UserError(f"--search: no layout of {flags.layout.world_size} ranks is allowed: {tried.refused[0]}")
+    with children(2) as pool:
+        answers = pool.submit(read_candidates, asked_flags).result()
+        runs = [answer for answer in answers if isinstance(answer, PlannedRun)]
+        refused = [*tried.refused, *(answer for answer in answers if isinstance(answer, str))]
+        machine = machine_of(_machine_flags(asked, gpu), runs[0]) if runs else None
+        if runs and machine is None:
+            raise UserError(
+                "--search ranks by time: give --device-peak-tflops and --device-peak-gb-per-s, the peaks of this GPU"
+            )
+        print(f"--search: {len(runs)} layouts of {flags.layout.world_size} ranks on {gpu.name}")
+        if machine is not None:
+            print(f"times are estimates, memory is unmeasured, no GPU has confirmed either: {machine.stated}")
+        usable = usable_gib(gpu.memory_gib)
+        result = search(
+            runs, refused, machine_of=lambda run: _known(machine_of(_machine_flags(asked, gpu), run)), usable=usable,
+            most=asked.search_layouts, trace=lambda tasks: pool.map(trace, tasks),
+        )  # fmt: skip
+    for line in search_lines(result, flags.config, usable):
+        print(line)
+    return 0 if result.best else 1
+
+
+def _known(machine: Machine | None) -> Machine:
+    """The machine of a layout, where that of another layout of the run is known."""
+    assert machine is not None
+    return machine
 
 
 def _machine_flags(asked: PlanConfig, gpu: _Gpu) -> MachineFlags:
@@ -169,7 +239,10 @@ def plan(asked: PlanConfig) -> int:
         raise UserError(f"--vocabulary-size must be at least 1, got {asked.vocabulary_size}")
     gpu = _gpu(asked)
     _refuse_shares(asked)
+    if asked.search_layouts < 1:
+        raise UserError(f"--search-layouts must be at least 1, got {asked.search_layouts}")
     _machine_flags(asked, gpu)
+    _refuse_picture(asked)
     config = RunConfig(**{name: getattr(asked, name) for name in sections()})
     layout, counts = check(config, asked.world_size)
     if asked.teacher_config is not None and config.salt.teacher_load is None:
@@ -178,6 +251,8 @@ def plan(asked: PlanConfig) -> int:
         config=config, layout=layout, plan=counts, vocabulary_size=asked.vocabulary_size, teacher_config=asked.teacher_config,
         device="cuda", capability=gpu.capability,
     )  # fmt: skip
+    if asked.search:
+        return _search(asked, gpu, flags)
     run, traces, host = read_and_trace(flags)
     memory = compose(run, traces, host)
     sizes = ", ".join(f"{name} {size}" for name, size in layout.sizes.items())
@@ -194,7 +269,7 @@ def plan(asked: PlanConfig) -> int:
     for line in whole_step_lines(run, traces) if asked.trace else []:
         print(line)
     print(not_modelled())
-    for line in _times(asked, gpu, run):
+    for line in _times(asked, gpu, run, memory):
         print(line)
     fits, line = verdict(memory, gpu.memory_gib)
     for flag in [] if fits else what_would_help(run, memory):

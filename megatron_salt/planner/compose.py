@@ -34,6 +34,11 @@ def compose(run: PlannedRun, traces: Traces, host: HostMemory) -> PlannedMemory:
     return PlannedMemory(stages=tuple(ranks), host=host)
 
 
+def held_bytes(run: PlannedRun) -> int:
+    """Bytes that the fullest pipeline stage holds of the student through all of a step. No trace is needed."""
+    return max(held.total() for held in _held(run))
+
+
 def _stage_of(layout: Layout, place: int) -> int:
     """The student's pipeline stage at a place of a block."""
     return place // (layout.tensor * layout.context)

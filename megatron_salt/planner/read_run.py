@@ -5,6 +5,7 @@ In the child process, because these modules import torch. Everything that a star
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,15 +22,40 @@ from megatron_salt.planner.planned_run import RELEASES, PlannedRun, PlannedTeach
 from megatron_salt.planner.static import stage_tensors, student_bytes
 from megatron_salt.salt.teacher_checkpoint import read_teacher, refuse_unfit, teacher_parallel
 from megatron_salt.small_files import read_small
+from megatron_salt.train.build_teacher import refuse_large_exchange
 from megatron_salt.train.start import choose_precisions, parameters_of_rank, reshardable_save_bytes
 
 
 def read_run(flags: RunFlags) -> PlannedRun:
     """Read what the flags name. Raises UserError."""
+    return _planned(flags, *_read(flags))
+
+
+def read_runs(candidates: Sequence[RunFlags]) -> list[PlannedRun | str]:
+    """The same run in other layouts; where a start would refuse one, its message. Files are read once. Raises UserError."""
+    vocabulary_size, teacher = _read(candidates[0])
+    runs: list[PlannedRun | str] = []
+    for flags in candidates:
+        try:
+            runs.append(_planned(flags, vocabulary_size, teacher))
+        except UserError as error:
+            runs.append(str(error))
+    return runs
+
+
+def _read(flags: RunFlags) -> tuple[int, _Teacher | None]:
+    """(ids of the tokenizer, the teacher)."""
+    vocabulary_size = flags.vocabulary_size or _tokenizer_size(flags.config)
+    return vocabulary_size, _teacher(flags.config, flags.teacher_config, vocabulary_size)
+
+
+def _planned(flags: RunFlags, vocabulary_size: int, teacher: _Teacher | None) -> PlannedRun:
+    """The run in a layout. Raises UserError."""
     config = flags.config
-    vocabulary_size = flags.vocabulary_size or _tokenizer_size(config)
-    teacher = _teacher(config, flags.teacher_config, vocabulary_size)
     model = None if teacher is None else teacher.model
+    if model is not None:
+        check_shapes(model, teacher_parallel(config.salt), config.training.seq_length)
+        refuse_large_exchange(config.salt, config.training, flags.plan, flags.layout, model)
     if flags.device == "cpu":
         masks = config.data.reset_attention_mask
         student, taught = (
@@ -39,12 +65,14 @@ def read_run(flags: RunFlags) -> PlannedRun:
     else:
         precisions = choose_precisions(config, flags.plan, model, Hardware(flags.capability, **RELEASES))
         student, taught = precisions.student, precisions.teacher
+    planned = None
+    if teacher is not None:
+        planned = PlannedTeacher(
+            model=teacher.model, vocabulary_size=teacher.vocabulary_size, precision=taught, trained_tokens=teacher.tokens
+        )
     return PlannedRun(
         config=config, layout=flags.layout, plan=flags.plan, vocabulary_size=vocabulary_size, precision=student,
-        teacher=None if teacher is None else PlannedTeacher(
-            model=teacher.model, vocabulary_size=teacher.vocabulary_size, precision=taught, trained_tokens=teacher.tokens
-        ),
-        device=flags.device, capability=flags.capability,
+        teacher=planned, device=flags.device, capability=flags.capability,
     )  # fmt: skip
 
 
@@ -83,7 +111,6 @@ def _teacher(config: RunConfig, path: str | None, vocabulary_size: int) -> _Teac
     except (OSError, ValueError) as error:
         raise UserError(f"--teacher-config {path} cannot be read: {error}") from None
     taught = from_yaml(text, path)
-    check_shapes(taught.model, teacher_parallel(salt), length)
     return _Teacher(taught.model, vocabulary_size, _tokens(taught.training))
 
 

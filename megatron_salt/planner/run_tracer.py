@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from megatron_salt.child_processes import end_at_interrupt, end_with_parent, hol
 from megatron_salt.parallel.hardware import VISIBLE
 from megatron_salt.planner.memory import HostMemory
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
-from megatron_salt.planner.trace import Traces
+from megatron_salt.planner.trace import Traces, TraceTask
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -32,6 +33,27 @@ def trace_whole_steps(run: PlannedRun, ranks: tuple[tuple[int, bool], ...]) -> l
 
     ranks: (place, whether there is a stage 1). Without it the first of a pair is None."""
     return in_child(_trace_whole_steps, (run, ranks))
+
+
+@contextlib.contextmanager
+def children(count: int) -> Iterator[Executor]:
+    """Processes that trace side by side. They end with the block."""
+    with ProcessPoolExecutor(count, get_context("spawn"), prepare) as pool:
+        yield pool
+
+
+def read_candidates(candidates: Sequence[RunFlags]) -> list[PlannedRun | str]:
+    """In a child: see `read_run.read_runs`."""
+    from megatron_salt.planner.read_run import read_runs  # torch and megatron-core, and the patches of the seam
+
+    return read_runs(candidates)
+
+
+def trace(task: TraceTask) -> Traces:
+    """In a child: all traces of a task."""
+    from megatron_salt.planner.tracing.tracer import trace_all  # torch and megatron-core, and the patches of the seam
+
+    return trace_all(task)
 
 
 def in_child(function: Callable[[T], A], task: T) -> A:

@@ -106,3 +106,13 @@ class Traces:
 
     student: dict[StudentRequest, ChunkTrace]
     teacher: ChunkTrace | None
+
+
+def alone(parallel: ParallelConfig) -> ParallelConfig:
+    """The flags of one chunk by itself: no pipeline, and each layer computed once. Whole layers that are recomputed are composed."""
+    return ParallelConfig(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity="selective" if parallel.recompute_granularity == "selective" else None,
+    )

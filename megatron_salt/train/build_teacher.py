@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def refuse_large_exchange(
-    salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: TeacherCheckpoint
+    salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: ModelConfig
 ) -> float:
     """GiB that the exchange of the teacher's hidden states takes in a step, on the rank where it takes most. Pure.
 
     Raises UserError where that is above --teacher-exchange-max-gib.
     """
-    size, hidden = dtype_of(training).itemsize, teacher.model.hidden_size
+    size, hidden = dtype_of(training).itemsize, teacher.hidden_size
     taught = teacher_layout(layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
     positions = plan_exchange(layout, taught, plan.num_microbatches, plan.teacher_merge, training.seq_length).peak_positions
     exchange = positions * plan.micro_batch_size * hidden * size / GIB
@@ -98,7 +98,7 @@ def build_teacher(
     salt, mesh, training = config.salt, student.mesh, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint)
+    exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint.model)
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk = chunk_tokens(training, rows, current_device().type)

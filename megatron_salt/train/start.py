@@ -128,7 +128,7 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         refuse_done_elsewhere(checkpoint, opened, plan.total_steps)
     salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
-        refuse_large_exchange(config.salt, config.training, plan, layout, teacher)
+        refuse_large_exchange(config.salt, config.training, plan, layout, teacher.model)
         if config.salt.teacher_cache is not None:
             manifest = manifest_of(config.salt, teacher, inputs.train, dtype_of(config.training), {}, None)
             refuse_other(Path(config.salt.teacher_cache), manifest)

@@ -16,7 +16,7 @@ def time_lines(run: PlannedRun, machine: Machine, times: RunTime) -> list[str]:
     world = run.layout.world_size
     lines = [f"times are estimates, no GPU has confirmed them: {machine.stated}"]
     taught = times.stage1 is not None
-    for name, step in (("stage 1", times.stage1), ("stage 2" if taught else "a step", times.stage2)):
+    for name, step in (("a step of stage 1", times.stage1), ("a step of stage 2" if taught else "a step", times.stage2)):
         if step is not None:
             lines.append(_step_line(name, step, times, machine, world))
     lines += _columns(_stage_rows(times))
@@ -40,7 +40,7 @@ def _step_line(name: str, step: StepTime, times: RunTime, machine: Machine, worl
     shown = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts if seconds >= 0.0005)
     rate, mfu = times.tokens / step.total, times.model_flops / step.total / world / machine.peak_flops
     return (
-        f"{name}: about {step.total:.3f} s a step ({shown}); {rate:,.0f} tokens/s, {rate / world:,.0f} a GPU, MFU {mfu:.1%} of the "
+        f"{name}: about {step.total:.3f} s ({shown}); {rate:,.0f} tokens/s, {rate / world:,.0f} a GPU, MFU {mfu:.1%} of the "
         "student's FLOPs"
     )
 

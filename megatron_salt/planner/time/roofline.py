@@ -21,6 +21,7 @@ from megatron_salt.planner.time.traffic import (
     Phase,
     Transfer,
     boundary_bytes,
+    first_group,
     microbatch_tokens,
     microbatches,
     planned_teacher_layout,
@@ -118,7 +119,7 @@ def step_time(run: PlannedRun, machine: Machine, *, taught: bool) -> StepTime:
     chunks = [stage.chunks for stage in stages]
     interleaved = run.config.parallel.virtual_stages is not None
     count = microbatches(run, taught)
-    boundary = boundary_bytes(run, taught) / machine.link(run.layout.groups("pp")[0]) if interleaved else 0.0
+    boundary = boundary_bytes(run, taught) / machine.link(first_group(run.layout, "pp")) if interleaved else 0.0
     passes = passes_seconds(chunks, count, boundary)
     body, exchange = _teacher_seconds(run, machine) if taught else (0.0, 0.0)
     return StepTime(

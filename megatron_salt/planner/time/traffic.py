@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from megatron_salt.parallel.layout import Layout
@@ -24,6 +25,12 @@ Phase = Literal["forward", "backward", "gradients", "parameters", "teacher", "ex
 
 SUMS, SUMS_TAUGHT = 4, 12
 """Sums of a token's logits that the head gathers, without and with a teacher: those of `model/kernels/passes.py`."""
+
+
+@cache
+def first_group(layout: Layout, *varying: str) -> list[int]:
+    """The ranks of the first group of a kind; the others lie alike."""
+    return layout.groups(*varying)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ def tensor_transfers(run: PlannedRun, machine: Machine, stage: int, layers: int,
     """Those of a tensor-parallel group: two halves of each layer, the embedding and the head."""
     layout, parallel, model = run.layout, run.config.parallel, run.config.model
     tokens, count = microbatch_tokens(run, taught), microbatches(run, taught)
-    ranks, again = layout.groups("tp")[0], recomputed_layers(parallel, layers)
+    ranks, again = first_group(layout, "tp"), recomputed_layers(parallel, layers)
     hidden, gather, scatter = tokens * model.hidden_size * run.itemsize, "all-gather", "reduce-scatter"
 
     def one(collective: str, phase: Phase, message: float, times: int) -> Transfer:
@@ -113,7 +120,7 @@ def tensor_transfers(run: PlannedRun, machine: Machine, stage: int, layers: int,
 def context_transfers(run: PlannedRun, machine: Machine, layers: int, *, taught: bool) -> list[Transfer]:
     """Those of a context-parallel group: keys and values of the whole sequence, and their gradients."""
     layout, parallel, model = run.layout, run.config.parallel, run.config.model
-    count, ranks = microbatches(run, taught), layout.groups("cp")[0]
+    count, ranks = microbatches(run, taught), first_group(layout, "cp")
     width = 2 * model.head_width * model.query_groups // layout.tensor
     message = microbatch_tokens(run, taught) * layout.context * width * run.itemsize
     again = layers if parallel.recompute_granularity == "selective" else recomputed_layers(parallel, layers)
@@ -137,7 +144,7 @@ def context_transfers(run: PlannedRun, machine: Machine, layers: int, *, taught:
 def pipeline_transfers(run: PlannedRun, machine: Machine, stage: int, *, taught: bool) -> list[Transfer]:
     """Those between pipeline stages: hidden states of each chunk, and their gradients."""
     layout, chunks = run.layout, run.config.parallel.num_virtual_stages_per_pipeline_rank
-    ranks = layout.groups("pp")[0]
+    ranks = first_group(layout, "pp")
     count = microbatches(run, taught)
 
     def one(phase: Phase, times: int) -> Transfer:
@@ -166,7 +173,7 @@ def data_transfers(run: PlannedRun, machine: Machine, stage: int) -> list[Transf
     held = student_bytes(
         tensors[stage], config.parallel, layout, itemsize=run.itemsize, precision=run.precision, capability=run.capability
     )
-    ranks = layout.groups("dp", "cp")[0]
+    ranks = first_group(layout, "dp", "cp")
 
     def one(collective: str, phase: Phase, message: float) -> Transfer:
         return Transfer(
@@ -182,7 +189,7 @@ def data_transfers(run: PlannedRun, machine: Machine, stage: int) -> list[Transf
         found = [one("all-reduce", "gradients", held["gradients"])]
     tied = not config.model.untie_embeddings_and_output_weights
     if tied and layout.pipeline > 1 and stage in (0, layout.pipeline - 1):
-        ends = layout.groups("pp")[0]
+        ends = first_group(layout, "pp")
         found.append(
             Transfer(
                 group="embedding", collective="all-reduce", phase="gradients", ranks=2,
@@ -212,10 +219,10 @@ def teacher_transfers(run: PlannedRun, machine: Machine) -> list[Transfer]:
 
     halves = 2 * -(-model.num_layers // layout.pipeline) + 1  # and the embedding
     exchange = plan_exchange(run.layout, layout, plan.num_microbatches, plan.teacher_merge, run.config.training.seq_length)
-    block = run.layout.groups("tp", "cp", "pp")[0]
+    block = first_group(run.layout, "tp", "cp", "pp")
     found = [
-        one("teacher tp", "all-reduce", layout.groups("tp")[0], halves),
-        one("teacher pp", "send", layout.groups("pp")[0], 1),
+        one("teacher tp", "all-reduce", first_group(layout, "tp"), halves),
+        one("teacher pp", "send", first_group(layout, "pp"), 1),
         Transfer(
             group="exchange", collective="all-to-all", phase="exchange", ranks=len(block), times=1, link=machine.link(block),
             message=_most_exchanged([exchange.send_sizes(place) for place in range(exchange.num_places)])

@@ -34,6 +34,7 @@ from megatron_salt.planner.trace import (
     Traces,
     TraceSetting,
     TraceTask,
+    alone,
 )
 from megatron_salt.planner.tracing.fake_world import fake_tensors, fake_world
 from megatron_salt.planner.tracing.gpu_forms import gpu_forms
@@ -118,16 +119,6 @@ def three_layers(
 def dtype_of(setting: TraceSetting) -> torch.dtype:
     """The dtype of parameters and activations."""
     return torch.bfloat16 if setting.bf16 else torch.float32
-
-
-def alone(parallel: ParallelConfig) -> ParallelConfig:
-    """The flags of one chunk by itself: no pipeline, and each layer computed once. Whole layers that are recomputed are composed."""
-    return ParallelConfig(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute_granularity="selective" if parallel.recompute_granularity == "selective" else None,
-    )
 
 
 def trace_student(setting: TraceSetting, request: StudentRequest, mesh: Mesh) -> ChunkTrace:

@@ -1,0 +1,1 @@
+"""Other layouts of a planned run: the fastest that fit."""
