@@ -29,7 +29,7 @@ from megatron_salt.planner.run_tracer import children, read_and_trace, read_cand
 from megatron_salt.planner.search.report import search_lines
 from megatron_salt.planner.search.search import search
 from megatron_salt.planner.search.space import space
-from megatron_salt.planner.table import not_modelled, table, verdict, what_would_help
+from megatron_salt.planner.table import not_modelled, table, verdict
 from megatron_salt.planner.time.machine import Machine, MachineFlags, machine_of
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time
