@@ -19,12 +19,11 @@ from megatron_salt.config import RunConfig
 from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError, did_you_mean
 from megatron_salt.files import refusing_file_errors
-from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.compose import compose
 from megatron_salt.planner.memory import GIB, HostMemory
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
 from megatron_salt.planner.run_tracer import read_and_trace, trace_whole_steps
-from megatron_salt.planner.table import not_modelled, table, verdict
+from megatron_salt.planner.table import not_modelled, table, verdict, what_would_help
 from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 

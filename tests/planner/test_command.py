@@ -10,10 +10,9 @@ import pytest
 
 from megatron_salt.cli import parse
 from megatron_salt.errors import UserError
-from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.command import main
 from megatron_salt.planner.memory import GIB, HostMemory, Moment, PlannedMemory, RankMemory, usable_gib
-from megatron_salt.planner.table import table, verdict
+from megatron_salt.planner.table import table, verdict, what_would_help
 from megatron_salt.train.plan import check
 from tests.planner.runs import MODEL, planned
 
