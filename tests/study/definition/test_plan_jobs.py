@@ -164,11 +164,12 @@ def test_every_run_is_checked_before_any_starts(changes, message):
         plan_jobs(study(**changes), None)
 
 
-def test_the_study_of_the_documentation_is_one(monkeypatch):
+def test_the_studies_of_the_documentation_are_some(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/study.md").read_text(), re.DOTALL)[1]
-    found = parse_study(text, "docs/study.md")
-    plan = plan_jobs(found, FACTS)
+    first, whole = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/study.md").read_text(), re.DOTALL)
+    assert len(plan_jobs(parse_study(first, "docs/study.md"), FACTS).jobs) == 5
+    plan = plan_jobs(parse_study(whole, "docs/study.md"), FACTS)
+    assert len(plan.jobs) == 45
     assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow"}
     assert {run.label for run in plan.runs if run.settings} == {
         f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter") for w in (0.5, 0.8)
