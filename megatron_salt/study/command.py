@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -136,6 +136,8 @@ def show(defined: Study, plan: StudyPlan) -> None:
 
 def report(defined: Study, plan: StudyPlan, definition: str) -> None:
     """Write the report of all runs of a plan, whatever state they are in, and print their states. definition: text of STUDY.yaml."""
+    from megatron_salt.study.jobs.outcome import read_outcome
+    from megatron_salt.study.jobs.status import failed_needs
     from megatron_salt.study.preparations import read_preparations
     from megatron_salt.study.read_runs import PlannedRun, read_run
     from megatron_salt.study.report.facts import StudyFacts
@@ -150,6 +152,11 @@ def report(defined: Study, plan: StudyPlan, definition: str) -> None:
             )
         )
         for run in plan.runs
+    ]
+    causes = failed_needs(plan.jobs, {job.name: read_outcome(job.outcome) for job in plan.jobs})
+    results = [
+        replace(result, reason=causes[run.job]) if result.state == "waiting" and run.job in causes else result
+        for run, result in zip(plan.runs, results, strict=True)
     ]
     facts = StudyFacts(
         name=defined.output.name,

@@ -31,7 +31,7 @@ class RunResult:
     """--save of the run"""
     state: RunState
     reason: str
-    """Why a run failed, one line; empty for the others"""
+    """Why a run failed, or why one that waits cannot start, one line; empty for the others"""
     config: RunConfig | None
     """As the run itself wrote it; None before its first checkpoint"""
     curve: Curve | None

@@ -82,3 +82,18 @@ def blocked(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> dict[str, St
         if found[job.name].state == "waiting" and lost:
             found[job.name] = Status("not run", f"needs {', '.join(lost)}")
     return {name: status for name, status in found.items() if status != statuses[name]}
+
+
+def failed_needs(jobs: Sequence[Job], outcomes: Mapping[str, Outcome | None]) -> dict[str, str]:
+    """{name: "teacher failed, nonfinite: ..."} of jobs that cannot start, because a job that they need has failed in an earlier start."""
+    failed: dict[str, str] = {}
+    causes: dict[str, str] = {}
+    for job in jobs:  # needs stand before
+        outcome = outcomes[job.name]
+        status = WAITING if outcome is None else status_after(outcome)
+        cause = next((cause for need in job.needs if (cause := failed.get(need) or causes.get(need))), None)
+        if status.state == "failed":
+            failed[job.name] = f"{job.name} failed, {status.reason}"
+        elif status.state == "waiting" and cause is not None:
+            causes[job.name] = cause
+    return causes

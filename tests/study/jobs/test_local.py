@@ -24,6 +24,7 @@ from megatron_salt.study.execute import run_jobs
 from megatron_salt.study.job import Job
 from megatron_salt.study.jobs.local import environment_of, shares_of_gpus, visible_gpus
 from megatron_salt.study.jobs.outcome import Outcome, last_error, read_outcome
+from megatron_salt.study.jobs.status import failed_needs
 from tests.study.jobs.small_jobs import began, job, wait_for
 
 ROOT = Path(__file__).parents[3]
@@ -109,6 +110,9 @@ def test_a_failed_job_tells_why_and_stops_only_what_needs_it(tmp_path: Path) -> 
     assert "killed: failed: died: " in shown and "killed by SIGKILL" in shown
     assert "child: not run: needs bad" in shown and "grandchild: not run: needs child" in shown
     assert "child" not in began(tmp_path) and "other" in began(tmp_path)
+    # and a report tells the first cause, though nothing has been started for it
+    cause = "bad failed, died: ValueError: seven is not six (exit status 1)"
+    assert failed_needs(jobs, {one.name: read_outcome(one.outcome) for one in jobs}) == {"child": cause, "grandchild": cause}
     # the user mends it: what failed starts again, what is done does not
     mended = [job(tmp_path, "bad"), *jobs[3:]]
     assert study(mended, tmp_path)[0] == 0
