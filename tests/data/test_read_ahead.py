@@ -51,7 +51,7 @@ def watched(batches: Batches, before: Callable[[int], Any] = lambda consumed: No
 
 def same(one: list[Microbatch], other: list[Microbatch]) -> bool:
     return len(one) == len(other) and all(
-        np.array_equal(a, b) if isinstance(a, np.ndarray) else torch.equal(a, b)
+        a is b if a is None else np.array_equal(a, b) if isinstance(a, np.ndarray) else torch.equal(a, b)
         for mine, theirs in zip(one, other, strict=True)
         for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True)
     )

@@ -143,7 +143,7 @@ def test_jobs_may_claim_at_once_and_the_first_decides(tmp_path: Path) -> None:
 def test_an_index_of_other_scores_is_refused_by_what_differs(tmp_path: Path, facts: dict, told: str) -> None:
     other = dataclasses.replace(MANIFEST, **facts)
     claim(tmp_path / "a", MANIFEST)
-    with pytest.raises(UserError, match=f"--output .*other scores: {told}$"):
+    with pytest.raises(UserError, match=rf"--output .*other scores \(index\.json\): {told}$"):
         claim(tmp_path / "a", other)
     claim(tmp_path / "b", other)
     with pytest.raises(UserError, match=r"--scores .*a \(there\).*other scores than .*b \(here\)"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_salt import yaml_core
-from megatron_salt.study.analysis.ledger import Preparation
+from megatron_salt.study.analysis.ledger import UNKNOWN, Preparation
 from megatron_salt.study.command import main
 from megatron_salt.study.definition.arms import training_flops
 from megatron_salt.study.definition.plan_jobs import plan_jobs
@@ -191,7 +191,7 @@ def test_a_study_from_its_file_to_its_report(here, capsys):
     assert taught.scoring.flops == pytest.approx(flops["score-teacher-3"], rel=0.01)  # the data are not whole windows
     assert taught.scoring.seconds > 0
     assert taught.runs_that_share == 3
-    assert preparation_of(study, "baseline").teacher_training is None
+    assert preparation_of(study, "baseline").teacher_training == UNKNOWN
 
 
 @pytest.mark.full
