@@ -139,7 +139,7 @@ def report(defined: Study, plan: StudyPlan, definition: str) -> None:
     from megatron_salt.study.jobs.outcome import read_outcome
     from megatron_salt.study.jobs.status import failed_needs
     from megatron_salt.study.preparations import read_preparations
-    from megatron_salt.study.read_runs import PlannedRun, read_run
+    from megatron_salt.study.read_runs import ExpectedRun, read_run
     from megatron_salt.study.report.facts import StudyFacts
     from megatron_salt.study.report.machine import this_machine
     from megatron_salt.study.report.write import write_report
@@ -147,7 +147,7 @@ def report(defined: Study, plan: StudyPlan, definition: str) -> None:
     steps = {job.name: job.steps for job in plan.jobs}
     results = [
         read_run(
-            PlannedRun(
+            ExpectedRun(
                 arm=run.arm, kind=run.kind, seed=run.seed, settings=run.settings, directory=run.directory, steps=steps[run.job]
             )
         )

@@ -27,7 +27,7 @@ LOG = "train.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedRun:
+class ExpectedRun:
     """A run that the study has, and where it lies."""
 
     arm: str
@@ -40,7 +40,7 @@ class PlannedRun:
     """Optimizer steps that the study gives it"""
 
 
-def read_run(planned: PlannedRun) -> RunResult:
+def read_run(planned: ExpectedRun) -> RunResult:
     """The run as it is on disk now. Never raises for what lies there."""
     name = " ".join([planned.arm, *(f"{axis}={value}" for axis, value in planned.settings.items()), f"seed {planned.seed}"])
     config, problem_of_config = _config(planned.directory)
@@ -70,7 +70,7 @@ def not_finite_since(curve: Curve) -> int | None:
     return last if last is not None and not math.isfinite(curve.held_out[last]) else None
 
 
-def _state(planned: PlannedRun, outcome: Outcome | None, curve: Curve | None, problem: str | None) -> tuple[RunState, str]:
+def _state(planned: ExpectedRun, outcome: Outcome | None, curve: Curve | None, problem: str | None) -> tuple[RunState, str]:
     bad_step = None if curve is None else not_finite_since(curve)
     if outcome is not None and outcome.word not in ("done", "left"):
         if bad_step is not None:
@@ -93,7 +93,7 @@ def _state(planned: PlannedRun, outcome: Outcome | None, curve: Curve | None, pr
     return ("finished" if is_done else "waiting"), ""
 
 
-def _flaw(planned: PlannedRun, curve: Curve, is_done: bool) -> str | None:
+def _flaw(planned: ExpectedRun, curve: Curve, is_done: bool) -> str | None:
     """What is wrong with the log of a run of this study; None: nothing."""
     first, last, log = int(curve.steps[0]), int(curve.steps[-1]), planned.directory / LOG
     if first != 1:
@@ -119,7 +119,7 @@ def _ends_in_a_line(log: Path) -> bool:
         return False
 
 
-def _foreign(planned: PlannedRun, config: RunConfig | None, curve: Curve | None) -> str | None:
+def _foreign(planned: ExpectedRun, config: RunConfig | None, curve: Curve | None) -> str | None:
     """Why the directory holds another run than the study's; None: it does not."""
     if config is not None and config.training.seed != planned.seed:
         return f"{planned.directory} holds a run with --seed {config.training.seed}, and the study says {planned.seed}"

@@ -13,7 +13,7 @@ import pytest
 from megatron_salt.checkpoint.owner import myself, owned
 from megatron_salt.config import RunConfig, TrainingConfig
 from megatron_salt.config.yaml_text import to_yaml
-from megatron_salt.study.read_runs import PlannedRun, read_run
+from megatron_salt.study.read_runs import ExpectedRun, read_run
 from megatron_salt.study.results import RunResult
 from megatron_salt.train.launcher import Word, write_outcome
 from tests.metrics.logs import write_run
@@ -35,7 +35,7 @@ def run_directory(
 
 
 def read(directory: Path, seed: int = 1, steps: int = STEPS) -> RunResult:
-    return read_run(PlannedRun(arm="salt", kind="salt", seed=seed, settings={"w": "0.5"}, directory=directory, steps=steps))
+    return read_run(ExpectedRun(arm="salt", kind="salt", seed=seed, settings={"w": "0.5"}, directory=directory, steps=steps))
 
 
 def write_config(directory: Path, seed: int = 1, steps: int = STEPS) -> None:

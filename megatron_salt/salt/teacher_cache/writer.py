@@ -47,12 +47,10 @@ class CacheWriter:
         """Take the hidden states of one forward pass: [L, n, h], of samples int64 [n]. Waits neither for the device nor, as long as it
         keeps up, for the disk."""
         assert hidden.shape[::2] == (self._index.shape.seq_length, self._index.shape.hidden_size), hidden.shape
-        rows = [
-            row
-            for row, (sample, known) in enumerate(zip(sample_ids.tolist(), self._index.has(sample_ids).tolist(), strict=True))
-            if not known and sample not in self._kept and not self._kept.add(sample)  # type: ignore[func-returns-value]
-        ]
-        if self._failed or not rows:
+        if self._failed:
+            return
+        rows = self._new_rows(sample_ids)
+        if not rows:
             return
         copy, wait = begin_to_host(hidden.transpose(0, 1))
         while self._waiting and (
@@ -62,6 +60,16 @@ class CacheWriter:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer of the teacher's cache")
         self._waiting.append((copy.nbytes, self._thread.submit(self._add, sample_ids[rows], rows, copy, wait)))
+
+    def _new_rows(self, sample_ids: np.ndarray) -> list[int]:
+        """Rows of the samples that are neither in the cache nor kept before; from now on they count as kept."""
+        rows = []
+        for row, sample in enumerate(sample_ids.tolist()):
+            if sample not in self._kept:
+                self._kept.add(sample)
+                rows.append(row)
+        known = self._index.has(sample_ids[rows])
+        return [row for row, is_known in zip(rows, known.tolist(), strict=True) if not is_known]
 
     def finish(self) -> None:
         """Write what is left, and end the thread. More samples may follow; they start another one."""

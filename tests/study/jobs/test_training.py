@@ -15,7 +15,7 @@ from megatron_salt.study import execute
 from megatron_salt.study.execute import run_jobs
 from megatron_salt.study.job import Job
 from megatron_salt.study.jobs.outcome import read_outcome
-from megatron_salt.study.read_runs import PlannedRun, read_run
+from megatron_salt.study.read_runs import ExpectedRun, read_run
 from tests.study.jobs.small_jobs import wait_for
 from tests.support.program import argv, entries, numbers, train, write_tokens
 
@@ -53,7 +53,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, steps: int) 
     flags = argv(**settings, save=save, load=save, exit_signal_handler=True, exit_interval=4 if steps == 6 else None)
     job = Job(name="salt-seed_3", kind="run", command=("-m", "megatron_salt.pretrain", *flags), ranks=1, directory=save, needs=(),
               arm="salt", seed=3, steps=steps)  # fmt: skip
-    planned = PlannedRun(arm="salt", kind="salt", seed=3, settings={}, directory=save, steps=steps)
+    planned = ExpectedRun(arm="salt", kind="salt", seed=3, settings={}, directory=save, steps=steps)
 
     if steps == 6:
         out = io.StringIO()
