@@ -11,7 +11,7 @@ import pytest
 from megatron_salt.errors import UserError
 from megatron_salt.tools.report import ReportConfig, report
 from tests.metrics.logs import write_run
-from tests.support.browser import PHONE, in_browser, needs_browser
+from tests.support.browser import PHONE, in_browser, needs_browser, screenshot_of
 
 
 def falling(shift: float) -> dict[int, dict[str, float]]:
@@ -71,6 +71,8 @@ def test_a_browser_draws_the_page_and_its_figures_can_be_read(page: Path, tmp_pa
         assert title.text_content() == "tokens"
         assert shown.locator("#panel-1 .xtitle").text_content() == "tokens"
         assert shown.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
+    picture = screenshot_of(page, PHONE).read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
 def test_without_plotly_the_flag_is_refused_before_a_log_is_read(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ PATIENCE = 120_000
 
 @contextmanager
 def in_browser(path: Path, size: tuple[int, int] = DESKTOP) -> Iterator[Any]:
-    """A Playwright page that shows the file. At the end it must have made no request, and its console must have no warning or error."""
+    """A Playwright page that shows the file. At the end it must have made no request, and its console must have no warning or error.
+
+    A picture of the whole page is kept beside the file, also where a test fails: see `screenshot_of`."""
     from playwright.sync_api import sync_playwright
 
     told: list[str] = []
@@ -41,6 +43,14 @@ def in_browser(path: Path, size: tuple[int, int] = DESKTOP) -> Iterator[Any]:
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("request", lambda request: told.append(request.url) if request.url.startswith(("http", "ws")) else None)
         page.goto(path.as_uri())
-        yield page
-        browser.close()
+        try:
+            yield page
+        finally:
+            page.screenshot(path=screenshot_of(path, size), full_page=True)
+            browser.close()
     assert told == []
+
+
+def screenshot_of(path: Path, size: tuple[int, int] = DESKTOP) -> Path:
+    """The picture of a page that `in_browser` showed last in this size."""
+    return path.with_name(f"{path.stem}-{size[0]}.png")
