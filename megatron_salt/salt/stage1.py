@@ -46,8 +46,12 @@ class Stage1:
         return self.schedule.in_stage1(step, _salt_of(progress).stage1_end)
 
     def kd_weight(self, step: int, progress: RunState) -> float:
-        """The teacher's weight in the loss of a step."""
+        """The weight of the teacher's soft labels in the loss of a step."""
         return self.schedule.at(step, _salt_of(progress).stage1_end)
+
+    def let_weight(self, step: int) -> float:
+        """The weight of hidden-state guidance in the loss of a step."""
+        return self.schedule.let_weight_at(step)
 
     def flops_of_step(self, tokens: int, use: StepUse | None) -> float:
         """FLOPs of the teacher in a step of `tokens` input tokens, over all ranks: those that are computed. use: None without a cache."""
@@ -72,7 +76,7 @@ class Stage1:
 
 def schedule_of(salt: SaltConfig) -> Schedule | None:
     """The schedule that the flags ask for; None in a run without a stage 1."""
-    return None if salt.kd_steps is None else Schedule.of(salt)
+    return None if salt.stage1_steps is None else Schedule.of(salt)
 
 
 def decide_salt(

@@ -5,7 +5,7 @@ A: each replica of the teacher runs its share of the microbatches through the te
 (teacher_cache/) take no part in A and B.
 B: one all-to-all inside a block (the ranks of one student replica) brings the last hidden states to the student's last stage, cut as
 that stage needs them. A block of one rank has nothing to send.
-C: the student's own schedule runs on microbatches that carry a `SoftTarget`.
+C: the student's own schedule runs on microbatches that carry their `Targets`.
 Every rank goes through A, B and C in this order. On each rank a phase begins when the one before it has ended.
 """
 
@@ -28,6 +28,7 @@ from megatron_salt.data.batch import Microbatch, merge_microbatches
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
+from megatron_salt.model.guidance.target import UNTAUGHT, Targets
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
@@ -148,17 +149,15 @@ class Teacher:
         return self._held.block_group
 
     @torch.no_grad()
-    def annotate(
-        self, microbatches: Sequence[Microbatch], kd_weight: float, keep: Keep | None = None
-    ) -> list[SoftTarget | None]:
+    def annotate(self, microbatches: Sequence[Microbatch], kd_weight: float, keep: Keep | None = None) -> list[Targets]:
         """Phases A and B: the teacher's part of each microbatch of this student replica, all of one shape. Collective over all ranks. Ranks
-        of the student's last stage receive; the others get None for each microbatch. keep: see `hidden_states`."""
+        of the student's last stage receive; the others get empty targets. keep: see `hidden_states`."""
         present = presence(microbatches)
         if not present.any():
             hidden = self.hidden_states(microbatches, self._merge, keep)
         else:
             hidden = self._with_cached(microbatches, present, keep)
-        return [None if one is None else self._soft_target(one, kd_weight) for one in hidden]
+        return [UNTAUGHT if one is None else Targets(soft=self._soft_target(one, kd_weight)) for one in hidden]
 
     def _with_cached(self, microbatches: Sequence[Microbatch], present: np.ndarray, keep: Keep | None) -> list[Tensor | None]:
         """Hidden states as `hidden_states` returns them. The teacher computes those alone that no cache holds."""

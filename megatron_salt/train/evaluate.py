@@ -27,6 +27,7 @@ from megatron_salt.evaluation.evaluate_task import PreparedTask
 from megatron_salt.evaluation.in_training import evaluate_tasks
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.model.fp8_teacher import in_bfloat16
+from megatron_salt.model.guidance.target import UNTAUGHT
 from megatron_salt.model.loss import KD_METRICS, METRICS
 from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.device import current_device
@@ -88,7 +89,7 @@ def evaluate(
             consumed, after = (one * student.global_batch_size for one in (number, number + 1))
             microbatches = reader.fetch(held_out.batches, consumed, after if number + 1 < num_batches else None)
             num_bytes += sum(label_bytes(microbatch, held_out.byte_counts) for microbatch in microbatches)
-            targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
+            targets = [UNTAUGHT] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
             inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
             for metrics in run_pipeline(
                 student.chunks, forward_step, inputs, mesh, student.seq_length, size, forward_only=True

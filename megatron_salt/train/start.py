@@ -177,15 +177,15 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
     Raises UserError where a selection was made for other data, or is too small.
     """
     name = f"{inputs.train.fingerprint} in the order of --seed {config.training.seed}"
-    stage_samples, kd_steps = inputs.stage_samples, config.salt.kd_steps
+    stage_samples, stage1_steps = inputs.stage_samples, config.salt.stage1_steps
     if stage_samples is None:
         return name
-    assert kd_steps is not None
+    assert stage1_steps is not None
     datasets = list(inputs.train.dataset_facts())
     refuse_other_data(stage_samples.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
-    drawn = np.array([min(kd_steps, plan.total_steps) * plan.global_batch_size])
+    drawn = np.array([min(stage1_steps, plan.total_steps) * plan.global_batch_size])
     passed = int(passed_positions(drawn, parse_skip_samples(config.training.skip_samples))[0])
-    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
+    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=stage1_steps < plan.total_steps)
     return f"{name}, {stage_samples.fingerprint}"
 
 

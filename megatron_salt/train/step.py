@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.loss import SoftTarget
+from megatron_salt.model.guidance.target import UNTAUGHT, Targets
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.teacher import Keep, Teacher
@@ -49,13 +49,13 @@ class Student:
         return self.optimizer.param_groups[0]["lr"]
 
 
-ForwardInput = tuple[Microbatch, SoftTarget | None]
-"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's part (stage 1, last stage)."""
+ForwardInput = tuple[Microbatch, Targets]
+"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's parts."""
 
 
-def forward_input(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) -> ForwardInput:
+def forward_input(microbatch: Microbatch, mesh: Mesh, targets: Targets = UNTAUGHT) -> ForwardInput:
     """Bring this rank's share of a microbatch to its device."""
-    return microbatch.to_device(mesh.layout.context, mesh.at.cp), target
+    return microbatch.to_device(mesh.layout.context, mesh.at.cp), targets
 
 
 def unwrap(chunk: nn.Module) -> GPT:
@@ -67,12 +67,12 @@ def unwrap(chunk: nn.Module) -> GPT:
 
 def forward_step(chunk: nn.Module, taught: ForwardInput) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, the loss function that the last stage calls on them)."""
-    batch, target = taught
+    batch, targets = taught
     model = unwrap(chunk)
     hidden = chunk(*model.inputs(batch))
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, target)
+        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, targets.soft)
         return total, batch.loss_mask.sum().int(), metrics
 
     return hidden, loss
@@ -103,7 +103,7 @@ def train_step(
     """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks.
 
     keep: takes what the teacher computes, for a cache."""
-    targets: list[SoftTarget | None] = [None] * len(microbatches)
+    targets = [UNTAUGHT] * len(microbatches)
     if teacher is not None:
         with timer.phase("teacher"):
             targets = teacher.annotate(microbatches, kd_weight, keep)
