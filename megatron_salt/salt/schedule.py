@@ -25,6 +25,20 @@ Events = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepWeights:
+    """Weights of what the teacher teaches in a step."""
+
+    soft_labels: float | None = None
+    """w, the weight of its distribution. None: it gives no soft labels in this step, and its output layer is not computed."""
+    hidden: float | None = None
+    """lambda, the weight of hidden-state guidance. None: it guides no layer in this step."""
+
+
+PLAIN = StepWeights()
+"""Of a step without a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The flags of stage 1 that change the loss. Saved in every checkpoint of a run with a stage 1."""
 
@@ -94,6 +108,14 @@ class Schedule:
         if self.let_steps is None or step > self.let_steps:
             return 0.0
         return self.let_weight if self.let_decay == "step" else self.let_weight * (1 - (step - 1) / self.let_steps)
+
+    def weights_at(self, step: int, stage1_end: int) -> StepWeights:
+        """What the teacher teaches in a step, and with which weights. A weight of 0 inside its steps is a weight."""
+        guides = self.let_steps is not None and step <= self.let_steps
+        return StepWeights(
+            soft_labels=self.at(step, stage1_end) if step <= min(stage1_end, self.kd_steps) else None,
+            hidden=self.let_weight_at(step) if guides else None,
+        )
 
     def stage1_end_after(self, crossover_step: int) -> int:
         """The end of stage 1 where the student passes the teacher after `crossover_step`. The fade still takes place."""

@@ -51,7 +51,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, {held_out or 'none held out'}")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
-        for line in describe_vocabularies(inputs.teacher, inputs.tokenizer, inputs.shared_ids, inputs.train):
+        shared = inputs.shared_ids if config.salt.has_soft_labels else None
+        for line in describe_vocabularies(inputs.teacher, inputs.tokenizer, shared, inputs.train):
             print(line)
     if hardware.capability is None and config.parallel.device != "cpu":
         print("precision: not checked, there is no GPU here")

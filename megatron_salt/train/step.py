@@ -28,6 +28,7 @@ from megatron_salt.model.guidance.term import Guide
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.schedule import PLAIN, StepWeights
 from megatron_salt.salt.teacher import Keep, Teacher
 
 
@@ -104,16 +105,16 @@ def train_step(
     microbatches: Sequence[Microbatch],
     timer: PhaseTimer,
     teacher: Teacher | None = None,
-    kd_weight: float = 0.0,
+    weights: StepWeights = PLAIN,
     keep: Keep | None = None,
 ) -> StepOutcome:
     """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks.
 
-    keep: takes what the teacher computes, for a cache."""
+    weights: of what the teacher teaches in this step. keep: takes what the teacher computes, for a cache."""
     targets = [UNTAUGHT] * len(microbatches)
     if teacher is not None:
         with timer.phase("teacher"):
-            targets = teacher.annotate(microbatches, kd_weight, keep)
+            targets = teacher.annotate(microbatches, weights, keep)
     with timer.phase("forward-backward"):
         for chunk in student.chunks:
             chunk.zero_grad_buffer()

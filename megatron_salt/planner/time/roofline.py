@@ -227,5 +227,5 @@ def _balance(run: PlannedRun, machine: Machine) -> Prediction:
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, num_microbatches=plan.num_microbatches,
         microbatch_tokens=plan.micro_batch_size * config.training.seq_length, merge=plan.teacher_merge,
         seq_length=config.training.seq_length, head=head_shape(run, taught=True),
-        fused_layers=teacher.precision.implementation == "transformer_engine", rates=machine.rates,
+        fused_layers=teacher.precision.implementation == "transformer_engine", rates=machine.rates, soft_labels=salt.has_soft_labels,
     )  # fmt: skip

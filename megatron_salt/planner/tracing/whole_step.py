@@ -31,6 +31,7 @@ from megatron_salt.planner.tracing.gpu_forms import gpu_forms
 from megatron_salt.planner.tracing.meter import Meter
 from megatron_salt.salt.load_teacher import build_body
 from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.train.build_model import build_student, dtype_of
@@ -90,7 +91,7 @@ def peak_of_step(run: PlannedRun, taught: bool, fake: bool = False) -> int:
         for _ in range(2):
             gc.collect()
             meter.peak()
-            train_step(student, batches, PhaseTimer(), teacher, config.salt.kd_weight)
+            train_step(student, batches, PhaseTimer(), teacher, StepWeights(soft_labels=config.salt.kd_weight))
         return meter.peak()
 
 
