@@ -24,6 +24,8 @@ from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.guidance.target import UNTAUGHT, Targets
+from megatron_salt.model.guidance.term import Guide
+from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
 from megatron_salt.salt.schedule import PLAIN, StepWeights
@@ -50,13 +52,14 @@ class Student:
         return self.optimizer.param_groups[0]["lr"]
 
 
-ForwardInput = tuple[Microbatch, Targets]
-"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's parts."""
+ForwardInput = tuple[Microbatch, SoftTarget | None, Guide | None]
+"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's parts of it."""
 
 
 def forward_input(microbatch: Microbatch, mesh: Mesh, targets: Targets = UNTAUGHT) -> ForwardInput:
     """Bring this rank's share of a microbatch to its device."""
-    return microbatch.to_device(mesh.layout.context, mesh.at.cp), targets
+    share = microbatch.to_device(mesh.layout.context, mesh.at.cp)
+    return share, targets.soft, None if targets.hidden is None else Guide.of(targets.hidden, share.loss_mask)
 
 
 def unwrap(chunk: nn.Module) -> GPT:
@@ -68,12 +71,12 @@ def unwrap(chunk: nn.Module) -> GPT:
 
 def forward_step(chunk: nn.Module, taught: ForwardInput) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, the loss function that the last stage calls on them)."""
-    batch, targets = taught
+    batch, soft, guide = taught
     model = unwrap(chunk)
-    hidden = chunk(*model.inputs(batch))
+    hidden = chunk(*model.inputs(batch), guide)
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, targets.soft)
+        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, soft)
         return total, batch.loss_mask.sum().int(), metrics
 
     return hidden, loss
@@ -91,6 +94,10 @@ class StepOutcome:
 
     sums: Tensor | None
     """float32 [microbatches, metrics], sums over this replica's share, on its device; None except on the last stage."""
+
+    guide_sums: Tensor | None = None
+    """float32 [GUIDE_METRICS], sums over the hidden states that this rank holds after the guided layer, on its device; None where it holds
+    none, and without guidance."""
 
 
 def train_step(
@@ -124,10 +131,16 @@ def train_step(
             student.micro_batch_size,
             forward_only=False,
         )
+        guide_sums = [guide.sums for _, _, guide in batches if guide is not None]
         del batches, targets  # frees the teacher's hidden states before the optimizer needs memory
     with timer.phase("optimizer"):
         grad_norm = finish_step(student)
-    return StepOutcome(grad_norm, math.isfinite(grad_norm), torch.stack(sums) if sums else None)
+    return StepOutcome(
+        grad_norm,
+        math.isfinite(grad_norm),
+        torch.stack(sums) if sums else None,
+        torch.stack(guide_sums).sum(0) if guide_sums else None,
+    )
 
 
 def finish_step(student: Student) -> float:
