@@ -230,6 +230,11 @@ class SaltConfig:
                 f"--kd-steps {self.kd_steps} is the length of soft labels, and --guide hidden has none: use --let-steps alone, or "
                 "--guide both"
             )
+        if self.guide == "hidden" and self.teacher_fp8_format is not None:
+            raise UserError(
+                f"--teacher-fp8-format {self.teacher_fp8_format} is checked by the teacher's distribution, and --guide hidden loads no "
+                "output layer: leave it out, or use --guide both"
+            )
         if self.guide == "hidden" and self.kd_transition_steps:
             raise UserError(
                 f"--kd-transition-steps {self.kd_transition_steps} fades soft labels out, and --guide hidden has none: see --let-decay"

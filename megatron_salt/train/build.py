@@ -33,6 +33,7 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt.fp8_check import SAMPLES
 from megatron_salt.salt.guidance.layer_place import stages_of_run
+from megatron_salt.salt.guidance.what_is_taught import lesson_lines
 from megatron_salt.salt.output_weight import WINDOWS
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies, missing_bos
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
@@ -144,6 +145,8 @@ def in_its_stage(
         return replace(run, stage1=Stage1(None, schedule)), progress
     # The teacher is evaluated anew: the held-out data, or how much of it is used, may have changed.
     progress = replace(progress, salt=replace(state, teacher_held_out=None))
+    for line in lesson_lines(config, run.plan.total_steps):
+        log.info("%s", line)
     vocabulary_size, soft_labels = inputs.tokenizer.vocabulary_size, config.salt.has_soft_labels
     if log.isEnabledFor(logging.INFO):  # on one rank: it encodes text
         for line in describe_vocabularies(teacher, inputs.tokenizer, inputs.shared_ids if soft_labels else None, inputs.train):

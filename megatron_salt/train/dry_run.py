@@ -21,6 +21,7 @@ from megatron_salt.parallel.hardware import Hardware, refuse_connections
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.salt.guidance.what_is_taught import lesson_lines
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies
 from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
@@ -71,6 +72,9 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     if opened is not None:
         print(f"checkpoint: {opened.directory}, every byte as it was written")
     print(f"run: {start.plan.total_steps} steps, starting after step {start.progress.step}")
+    if inputs.teacher is not None:
+        for line in lesson_lines(config, start.plan.total_steps):
+            print(line)
     for line in start.messages:
         print(line)
     print("dry run: nothing found that would stop this run")
