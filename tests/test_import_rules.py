@@ -96,6 +96,8 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.evaluation.results",
     "megatron_salt.evaluation.task_file",
     "megatron_salt.salt.cost",
+    "megatron_salt.salt.guidance.layer_place",
+    "megatron_salt.salt.guidance.what_is_taught",
     "megatron_salt.salt.head_cost",
     "megatron_salt.salt.layer_cost",
     "megatron_salt.salt.routing",
