@@ -101,6 +101,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.salt.head_cost",
     "megatron_salt.salt.layer_cost",
     "megatron_salt.salt.routing",
+    "megatron_salt.salt.guidance.layer_place",
     "megatron_salt.salt.schedule",
     "megatron_salt.salt.teacher_cache.manifest",
     "megatron_salt.salt.teacher_cache.shards",
