@@ -115,6 +115,11 @@ REFUSED = [
     ),
     (
         SaltConfig,
+        dict(teacher_load="t", guide="hidden", let_steps=4, teacher_fp8_format="hybrid"),
+        "--teacher-fp8-format hybrid is checked by the teacher's distribution, and --guide hidden loads no output layer",
+    ),
+    (
+        SaltConfig,
         TEACHER | dict(guide="both", let_steps=4, kd_stop="crossover"),
         "--kd-stop crossover ends soft labels, and --guide both",
     ),
