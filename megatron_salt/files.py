@@ -119,6 +119,11 @@ def write_whole(path: Path, content: bytes, durable: bool = False) -> None:
         temporary.write_bytes(content)
 
 
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links. A link that leads to itself stays a path, where `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(path))
+
+
 def sync(path: Path) -> None:
     """Put a file's content, or the names in a directory, on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, refusing_file_errors, sole_writer, whole_file, whole_files, write_whole
+from megatron_salt.files import (
+    real_path,
+    refuse_present,
+    refusing_file_errors,
+    sole_writer,
+    whole_file,
+    whole_files,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -87,6 +95,13 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Pat
     (tmp_path / "file.tmp").symlink_to(other)
     write_whole(path, b"new")
     assert (other.read_text(), path.read_text(), path.is_symlink()) == ("of somebody else", "new", False)
+
+
+def test_the_real_path_has_no_links_and_one_that_leads_to_itself_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "name").symlink_to(tmp_path / "there")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    assert real_path(tmp_path / "name" / "file") == real_path(tmp_path) / "there" / "file"
+    assert real_path(tmp_path / "itself").name == "itself"
 
 
 def test_what_is_there_is_replaced_only_where_a_flag_says_so(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from megatron_salt.cli import run_tool
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_directory, refuse_present, sole_writer, whole_files
+from megatron_salt.files import real_path, refuse_directory, refuse_present, sole_writer, whole_files
 from megatron_salt.metrics.arms import Arm, arms_of, finals, passings
 from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.figures import Panel, chart, draw, in_columns, lines_of, table
@@ -97,7 +97,7 @@ def report(config: ReportConfig) -> int:
     for flag, path in files:
         refuse_directory(flag, path)
         refuse_present(flag, str(path), [path], config.overwrite)
-    if len({path.absolute() for _, path in files}) < len(files):
+    if len({real_path(path) for _, path in files}) < len(files):
         raise UserError(f"--output and --html both name {config.output}")
     if config.html is not None:
         require_package("plotly", "--html")
@@ -185,12 +185,12 @@ def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
     for word in words:
         name, equals, file = word.rpartition("=")
         path = Path(file)
-        runs.append((name if equals else path.resolve().parent.name, path))
+        runs.append((name if equals else real_path(path).parent.name, path))
         given.append(bool(equals))
     names = [name for name, _ in runs]
     if "" in names or any(names.count(name) > 1 for name, named in zip(names, given, strict=True) if not named):
         raise UserError(f"--run needs a name for each run, got {', '.join(map(repr, names))}; write NAME=FILE")
-    files = [path.resolve() for _, path in runs]
+    files = [real_path(path) for _, path in runs]
     for (_, path), resolved in zip(runs, files, strict=True):
         if files.count(resolved) > 1:
             raise UserError(f"--run names {path} twice; each run has a log of its own")

@@ -30,6 +30,7 @@ from megatron_salt.data.duplicate_inputs import refuse_training_data
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
+from megatron_salt.files import real_path
 from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.precision import TORCH, Precision, student_precision, teacher_precision
@@ -223,7 +224,7 @@ def refuse_small_sets(valid: Mapping[str, Samples], global_batch_size: int) -> N
 
 def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:
     """Raise UserError where --load has the run's last step and --save is another directory, which would stay empty."""
-    if checkpoint.save is not None and os.path.realpath(opened.directory.parent) != os.path.realpath(checkpoint.save):
+    if checkpoint.save is not None and real_path(opened.directory.parent) != real_path(checkpoint.save):
         raise UserError(
             f"nothing to train: {opened.directory} is after step {opened.state.run.step} and the run has {total}, so --save "
             f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out"
