@@ -18,7 +18,7 @@ from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import UserError
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
-from megatron_salt.tokenizer.id_bytes import bytes_of_ids, meanings_of_ids, same_meaning
+from megatron_salt.tokenizer.id_bytes import bytes_of_ids, different_ids
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN = 10
@@ -37,13 +37,9 @@ def shared_ids(teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> int:
         return min(tokenizer.vocabulary_size, teacher.vocabulary_size)
     theirs = tokenizer_of(teacher)
     count = min(tokenizer.vocabulary_size, theirs.vocabulary_size, teacher.vocabulary_size)
-    different = [
-        (i, there, here)
-        for i, (there, here) in enumerate(zip(meanings_of_ids(theirs)[:count], meanings_of_ids(tokenizer)[:count], strict=True))
-        if here is not None and (there is None or not same_meaning(there, here))
-    ]
+    different = different_ids(theirs, tokenizer, count)
     if different:
-        shown = "; ".join(f"{i} is {there or 'nothing'} there and {here} here" for i, there, here in different[:SHOWN])
+        shown = "; ".join(different[:SHOWN])
         raise UserError(
             f"--teacher-load {teacher.directory}: {len(different)} of {count} ids mean something else to the teacher than to the student's "
             f"tokenizer: {shown}{'; ...' if len(different) > SHOWN else ''}; make the data with the teacher's tokenizer"

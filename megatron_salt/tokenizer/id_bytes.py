@@ -58,6 +58,16 @@ def same_meaning(one: Meaning, other: Meaning) -> bool:
     return one.content == other.content and {one.kind, other.kind} != {"text", "control"}
 
 
+def different_ids(there: Tokenizer, here: Tokenizer, count: int) -> list[str]:
+    """Words on each id below `count` that `here` has, and that means something else, or nothing, to `there`."""
+    pairs = zip(meanings_of_ids(there)[:count], meanings_of_ids(here)[:count], strict=True)
+    return [
+        f"{i} is {theirs or 'nothing'} there and {ours} here"
+        for i, (theirs, ours) in enumerate(pairs)
+        if ours is not None and (theirs is None or not same_meaning(theirs, ours))
+    ]
+
+
 def meanings_of_ids(tokenizer: Tokenizer) -> list[Meaning | None]:
     """What each id in [0, vocabulary_size) stands for; None: the vocabulary has no token of this id."""
     meanings, roles = _READERS[tokenizer.kind](tokenizer)
