@@ -54,6 +54,7 @@ from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.salt import routing
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import dtype_of
 from megatron_salt.train.build_teacher import predict_cost
@@ -242,7 +243,7 @@ def be_a_rank(folder: Path, steps: int) -> None:
             return found.ratio, found.rates.source
 
         def stage1() -> None:
-            train_step(student, microbatches, PhaseTimer(), teacher, config.salt.kd_weight)
+            train_step(student, microbatches, PhaseTimer(), teacher, StepWeights(soft_labels=config.salt.kd_weight))
 
         def stage2() -> None:
             train_step(student, microbatches, PhaseTimer())

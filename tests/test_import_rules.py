@@ -106,6 +106,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.metrics.figure_text",
     "megatron_salt.metrics.history",
     "megatron_salt.planner.chunk_memory",
+    "megatron_salt.salt.guidance.layer_place",
     "megatron_salt.planner.compose",
     "megatron_salt.planner.gpu",
     "megatron_salt.planner.memory",

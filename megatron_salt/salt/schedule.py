@@ -1,6 +1,7 @@
-"""The teacher's weight at each step, the end of stage 1, and whether a resumed run may go on under these flags.
+"""The teacher's weights at each step, the end of stage 1, and whether a resumed run may go on under these flags.
 
-Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps.
+Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps. With
+hidden-state guidance it lasts to --let-steps too: the teacher teaches while either lasts.
 E beyond the run is allowed: the teacher teaches to the end (RKD in the paper). Pure: the same answer on every rank and after a resume.
 
 A run that was left in stage 1 goes on with the same teacher and schedule, or not at all. One that was left in stage 2 needs neither.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
@@ -24,31 +25,59 @@ Events = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepWeights:
+    """Weights of what the teacher teaches in a step."""
+
+    soft_labels: float | None = None
+    """w, the weight of its distribution. None: it gives no soft labels in this step, and its output layer is not computed."""
+    hidden: float | None = None
+    """lambda, the weight of hidden-state guidance. None: it guides no layer in this step."""
+
+
+PLAIN = StepWeights()
+"""Of a step without a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The flags of stage 1 that change the loss. Saved in every checkpoint of a run with a stage 1."""
 
     kd_steps: int
+    """0 where the teacher gives no soft labels."""
     kd_weight: float
     kd_teacher_temperature: float
     kd_transition: str
     kd_transition_steps: int
     kd_stop: str
     kd_stop_margin: float
+    guide: str = "soft-labels"
+    let_weight: float = 0.1
+    let_layer: int = 3
+    let_steps: int | None = None
+    let_decay: str = "linear"
 
     @classmethod
     def of(cls, salt: SaltConfig) -> Self:
         """The schedule of a run that has a stage 1."""
-        assert salt.kd_steps is not None, salt
-        return cls.from_facts(asdict(salt))
+        assert salt.stage1_steps is not None, salt
+        return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0})
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
         """The schedule that a checkpoint holds, as `facts` gave it."""
-        return cls(**{field.name: facts[field.name] for field in fields(cls)})
+        return cls(
+            **{field.name: facts[field.name] for field in fields(cls) if field.name in facts or field.default is MISSING}
+        )
 
     def facts(self) -> dict[str, Any]:
-        """Values by field name, as JSON takes them."""
-        return asdict(self)
+        """Values by field name, as JSON takes them. Without hidden-state guidance nothing of it, as before there was any."""
+        facts = asdict(self)
+        return facts if self.guide != "soft-labels" else {name: facts[name] for name in facts if name not in _GUIDANCE}
+
+    @property
+    def stage1_steps(self) -> int:
+        """Last step of stage 1, unless a crossover comes before."""
+        return max(self.kd_steps, self.let_steps or 0)
 
     def in_stage1(self, step: int, stage1_end: int) -> bool:
         """Whether a step belongs to stage 1, whatever the teacher's weight."""
@@ -56,14 +85,15 @@ class Schedule:
         return step <= stage1_end
 
     def at(self, step: int, stage1_end: int) -> float:
-        """The teacher's weight w in the loss of a step. With K transition steps the fade's j-th step has factor 1 - j / (K + 1)."""
+        """The weight w of soft labels in the loss of a step. With K transition steps the fade's j-th step has factor 1 - j / (K + 1)."""
         assert step >= 1, step
-        faded = step - (stage1_end - self.kd_transition_steps)  # j, the number of the step within the fade
+        end = min(stage1_end, self.kd_steps)
+        faded = step - (end - self.kd_transition_steps)  # j, the number of the step within the fade
         # 1) distil at full weight
         if faded <= 0:
             return self.kd_weight
         # 2) fade
-        if step <= stage1_end:
+        if step <= end:
             factor = 1 - faded / (self.kd_transition_steps + 1)
             if self.kd_transition == "linear":
                 return self.kd_weight * factor
@@ -72,9 +102,28 @@ class Schedule:
         # 3) train alone
         return 0.0
 
+    def let_weight_at(self, step: int) -> float:
+        """The weight lambda of hidden-state guidance in the loss of a step; 0 without guidance."""
+        assert step >= 1, step
+        if self.let_steps is None or step > self.let_steps:
+            return 0.0
+        return self.let_weight if self.let_decay == "step" else self.let_weight * (1 - (step - 1) / self.let_steps)
+
+    def weights_at(self, step: int, stage1_end: int) -> StepWeights:
+        """What the teacher teaches in a step, and with which weights. A weight of 0 inside its steps is a weight."""
+        guides = self.let_steps is not None and step <= self.let_steps
+        return StepWeights(
+            soft_labels=self.at(step, stage1_end) if step <= min(stage1_end, self.kd_steps) else None,
+            hidden=self.let_weight_at(step) if guides else None,
+        )
+
     def stage1_end_after(self, crossover_step: int) -> int:
         """The end of stage 1 where the student passes the teacher after `crossover_step`. The fade still takes place."""
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
+
+
+_GUIDANCE = {field.name: field.default for field in fields(Schedule) if field.default is not MISSING}
+"""Facts of a schedule without hidden-state guidance. Checkpoints of such runs do not hold them."""
 
 
 def salt_at_start(
@@ -93,7 +142,7 @@ def salt_at_start(
             return None, ()
         assert (teacher is None) == (directory is None)
         return SaltState(
-            stage1_end=schedule.kd_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
+            stage1_end=schedule.stage1_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
         ), ()
     saved, step = resumed.salt, resumed.step
     # 2) stage 2 and plain runs go on without a teacher
@@ -154,10 +203,9 @@ def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: b
     """The state of a run resumed inside stage 1, under the schedule of the flags. UserError where that is another one than the
     checkpoint's, unless `override`."""
     current = schedule.facts()
+    before, now = _GUIDANCE | saved.schedule, _GUIDANCE | current
     differences = [
-        f"{flag(name)} is {saved.schedule.get(name)} there and {value} here"
-        for name, value in current.items()
-        if saved.schedule.get(name) != value
+        f"{flag(name)} is {before.get(name)} there and {value} here" for name, value in now.items() if before.get(name) != value
     ]
     if not differences:
         return saved, ()
@@ -168,5 +216,5 @@ def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: b
         )
     change = {"event": "kd_schedule", "step": step, "from": saved.schedule, "to": current}
     crossover = saved.crossover if schedule.kd_stop == "crossover" else None
-    end = schedule.kd_steps if crossover is None else schedule.stage1_end_after(crossover)
+    end = schedule.stage1_steps if crossover is None else schedule.stage1_end_after(crossover)
     return replace(saved, schedule=current, crossover=crossover, stage1_end=max(end, step)), (change,)

@@ -58,13 +58,16 @@ def same_meaning(one: Meaning, other: Meaning) -> bool:
     return one.content == other.content and {one.kind, other.kind} != {"text", "control"}
 
 
-def different_ids(there: Tokenizer, here: Tokenizer, count: int) -> list[str]:
-    """Words on each id below `count` that `here` has, and that means something else, or nothing, to `there`."""
-    pairs = zip(meanings_of_ids(there)[:count], meanings_of_ids(here)[:count], strict=True)
+def different_meanings(theirs: Tokenizer, ours: Tokenizer, count: int) -> list[tuple[int, str, str]]:
+    """(id, what it is to `theirs`, what it is to `ours`) for each of the first `count` ids that mean something else, or nothing, there.
+
+    An id without a meaning here is alike. Pure.
+    """
+    meanings = zip(meanings_of_ids(theirs)[:count], meanings_of_ids(ours)[:count], strict=True)
     return [
-        f"{i} is {theirs or 'nothing'} there and {ours} here"
-        for i, (theirs, ours) in enumerate(pairs)
-        if ours is not None and (theirs is None or not same_meaning(theirs, ours))
+        (i, str(there or "nothing"), str(here))
+        for i, (there, here) in enumerate(meanings)
+        if here is not None and (there is None or not same_meaning(there, here))
     ]
 
 

@@ -40,7 +40,7 @@ class Inputs:
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
     shared_ids: int
-    """Ids that mean the same to teacher and student: those from 0 up to it. Without a teacher all of the tokenizer's."""
+    """Ids that mean the same to teacher and student: those from 0 up to it. Without soft labels all of the tokenizer's."""
     stage_samples: StageSamples | None
     """The samples of both stages; None without --stage1-selection."""
     tasks: tuple[PreparedTask, ...] = ()
@@ -71,7 +71,9 @@ def read_inputs(config: RunConfig) -> Inputs:
         train=train,
         valid=valid,
         teacher=teacher,
-        shared_ids=tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer),
+        shared_ids=(
+            shared_ids(teacher, tokenizer) if teacher is not None and config.salt.has_soft_labels else tokenizer.vocabulary_size
+        ),
         stage_samples=stage_samples,
         tasks=read_eval_tasks(config.training, tokenizer),
     )

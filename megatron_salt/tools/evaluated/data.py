@@ -11,7 +11,7 @@ from megatron_salt.config import DataConfig
 from megatron_salt.data.manifest import read_manifest, tokenizer_directory
 from megatron_salt.data.samples import Samples, open_samples
 from megatron_salt.errors import LeftEarly, UserError
-from megatron_salt.tokenizer.id_bytes import different_ids
+from megatron_salt.tokenizer.id_bytes import different_meanings
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def refuse_other_ids(name: str, prefix: str, tokenizer: Tokenizer) -> None:
     if maker.fingerprint != made.tokenizer_fingerprint:
         raise UserError(f"{told}, and {kept} holds {maker.fingerprint}")
     count = min(maker.vocabulary_size, tokenizer.vocabulary_size)  # higher ids are refused where they occur
-    different = different_ids(tokenizer, maker, count)
+    different = different_meanings(tokenizer, maker, count)
     if different:
-        shown = "; ".join(different[:SHOWN])
+        shown = "; ".join(f"{i} is {there} there and {here} here" for i, there, here in different[:SHOWN])
         raise UserError(
             f"{told}: {len(different)} of {count} ids mean something else to the checkpoint (there) than in the data (here): {shown}"
             + ("; ..." if len(different) > SHOWN else "")

@@ -19,6 +19,9 @@ STEP_FLOPS = 2 * 4 * 3 * (2 * (2 * (8 * 8 * 4 + 2 * 8 * 32) + 2 * 2 * 8 * 2) + 2
 INPUTS = Inputs(teacher_load="teacher", stage1_selection="s.npy", teacher_flops=3.9 * STEP_FLOPS, vocabulary_size=10)
 
 
+GUIDED = SALT | {"let_steps": 6, "let_layer": 1, "kd_stop_margin": 0.5, "teacher_max_dropped_mass": 0.5}
+
+
 def flags(kind: Kind, setting=None, base=BASE, **own):
     return arm_flags(Arm(name="a", kind=kind, flags=own), SALT, setting or {}, base, 1, INPUTS)
 
@@ -44,7 +47,30 @@ def test_flags_of_each_kind(kind, expected):
 
 
 def test_every_kind_is_listed():
-    assert set(KINDS) == {"baseline", "salt", "salt_ds", "rkd", "ds_only", "random", "longer", "grow"}
+    assert set(KINDS) == {"baseline", "salt", "salt_ds", "rkd", "ds_only", "random", "longer", "grow", "let", "salt_let"}
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("let", {"guide": "hidden", "teacher_load": "teacher", "let_steps": 6, "let_layer": 1}),
+        ("salt_let", {
+            "guide": "both", "teacher_load": "teacher", "let_steps": 6, "let_layer": 1, "kd_steps": 4, "kd_weight": 0.5,
+            "kd_transition": "linear", "kd_transition_steps": 2, "teacher_max_dropped_mass": 0.5,
+        }),
+        ("salt", {
+            "teacher_load": "teacher", "kd_steps": 4, "kd_weight": 0.5, "kd_transition": "linear", "kd_transition_steps": 2,
+            "kd_stop_margin": 0.5, "teacher_max_dropped_mass": 0.5,
+        }),
+        ("rkd", {"teacher_load": "teacher", "kd_steps": 10, "kd_weight": 0.5, "teacher_max_dropped_mass": 0.5}),
+        ("baseline", {}),
+    ],
+)  # fmt: skip
+def test_flags_of_guided_arms_and_what_the_others_leave_of_them(kind, expected):
+    """Of one `salt:` with flags of both methods."""
+    found = arm_flags(Arm(name="a", kind=kind, flags={}), GUIDED, {}, BASE, 1, INPUTS)
+    assert found == expected
+    assert build(overlaid(BASE, found)).salt.stage1_steps == {"let": 6, "salt_let": 6, "salt": 4, "rkd": 10}.get(kind)
 
 
 def test_an_arm_wins_over_salt_and_an_axis_over_the_arm():
@@ -54,7 +80,16 @@ def test_an_arm_wins_over_salt_and_an_axis_over_the_arm():
 
 
 @pytest.mark.parametrize(
-    "kind, flag", [("baseline", "kd_steps"), ("rkd", "kd_steps"), ("ds_only", "kd_weight"), ("salt", "stage2_data")]
+    "kind, flag",
+    [
+        ("baseline", "kd_steps"),
+        ("rkd", "kd_steps"),
+        ("ds_only", "kd_weight"),
+        ("salt", "stage2_data"),
+        ("salt", "let_steps"),
+        ("let", "kd_weight"),
+        ("salt_let", "guide"),
+    ],
 )
 def test_a_flag_that_a_kind_sets_or_has_no_use_for_is_refused(kind, flag):
     with pytest.raises(UserError, match=f"kind {kind} has no use for --{flag.replace('_', '-')}"):
