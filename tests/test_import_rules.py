@@ -111,6 +111,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.planner.chunk_memory",
     "megatron_salt.salt.guidance.layer_place",
     "megatron_salt.planner.compose",
+    "megatron_salt.planner.gpu",
     "megatron_salt.planner.memory",
     "megatron_salt.planner.planned_run",
     "megatron_salt.planner.schedule",

@@ -18,7 +18,7 @@ from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import UserError
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
-from megatron_salt.tokenizer.id_bytes import bytes_of_ids, meanings_of_ids, same_meaning
+from megatron_salt.tokenizer.id_bytes import bytes_of_ids, different_meanings
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN = 10
@@ -45,17 +45,6 @@ def shared_ids(teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> int:
             f"tokenizer: {shown}{'; ...' if len(different) > SHOWN else ''}; make the data with the teacher's tokenizer"
         )
     return count
-
-
-def different_meanings(theirs: Tokenizer, tokenizer: Tokenizer, count: int) -> list[tuple[int, str, str]]:
-    """(id, what it is to the teacher's tokenizer, what it is to the student's) for each of the first `count` ids that both do not share. An
-    id without a meaning to the student is shared. Pure."""
-    meanings = zip(meanings_of_ids(theirs)[:count], meanings_of_ids(tokenizer)[:count], strict=True)
-    return [
-        (i, str(there or "nothing"), str(here))
-        for i, (there, here) in enumerate(meanings)
-        if here is not None and (there is None or not same_meaning(there, here))
-    ]
 
 
 def tokenizer_of(teacher: TeacherCheckpoint) -> Tokenizer:

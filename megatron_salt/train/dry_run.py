@@ -31,8 +31,10 @@ from megatron_salt.train.start import choose_precisions, decide_start
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
-def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
-    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
+def dry_run(config: RunConfig, layout: Layout, plan: RunPlan, *, plans_memory: bool) -> None:
+    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see.
+
+    plans_memory: whether the planner follows."""
     hardware = find_hardware()
     refuse_connections(layout.tensor, layout.context, hardware.capability)
     print("versions:", ", ".join(versions()))
@@ -77,6 +79,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
             print(line)
     for line in start.messages:
         print(line)
+    if not plans_memory and config.parallel.device != "cpu":
+        print("memory of the GPUs: not planned; --gpu names one for that, such as --gpu h100-80")
     print("dry run: nothing found that would stop this run")
 
 
