@@ -1,4 +1,4 @@
-"""The teacher's weight at each step, the end of stage 1, and whether a resumed run may go on under these flags.
+"""The teacher's weight and temperature at each step, the end of stage 1, and whether a resumed run may go on under these flags.
 
 Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps.
 E beyond the run is allowed: the teacher teaches to the end (RKD in the paper). Pure: the same answer on every rank and after a resume.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig, flag
+from megatron_salt.config.teaching import parse_temperatures, parse_weights, value_at
 from megatron_salt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,28 @@ class Schedule:
     kd_transition_steps: int
     kd_stop: str
     kd_stop_margin: float
+    kd_gate: str = "none"
+    kd_weight_schedule: str = ""
+    """The entries of the flag, with spaces between them. Empty: not given."""
+    kd_temperature_schedule: str = ""
+    """Likewise."""
 
     @classmethod
     def of(cls, salt: SaltConfig) -> Self:
         """The schedule of a run that has a stage 1."""
         assert salt.kd_steps is not None, salt
-        return cls.from_facts(asdict(salt))
+        lists = {name: " ".join(getattr(salt, name)) for name in ("kd_weight_schedule", "kd_temperature_schedule")}
+        return cls.from_facts(asdict(salt) | lists)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
         """The schedule that a checkpoint holds, as `facts` gave it."""
-        return cls(**{field.name: facts[field.name] for field in fields(cls)})
+        values = {**_DEFAULTS, **facts}
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def facts(self) -> dict[str, Any]:
-        """Values by field name, as JSON takes them."""
-        return asdict(self)
+        """Values by field name, as JSON takes them. A field with a default is there only where its value is another."""
+        return {name: value for name, value in asdict(self).items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
 
     def in_stage1(self, step: int, stage1_end: int) -> bool:
         """Whether a step belongs to stage 1, whatever the teacher's weight."""
@@ -59,22 +67,47 @@ class Schedule:
         """The teacher's weight w in the loss of a step. With K transition steps the fade's j-th step has factor 1 - j / (K + 1)."""
         assert step >= 1, step
         faded = step - (stage1_end - self.kd_transition_steps)  # j, the number of the step within the fade
+        full = self.kd_weight
+        if self.kd_weight_schedule:
+            full = value_at(parse_weights(self.kd_weight_schedule.split()), step)
         # 1) distil at full weight
         if faded <= 0:
-            return self.kd_weight
+            return full
         # 2) fade
         if step <= stage1_end:
             factor = 1 - faded / (self.kd_transition_steps + 1)
             if self.kd_transition == "linear":
-                return self.kd_weight * factor
-            ratio = self.kd_weight / (1 - self.kd_weight) * factor
+                return full * factor
+            ratio = full / (1 - full) * factor
             return ratio / (1 + ratio)
         # 3) train alone
         return 0.0
 
+    def temperature_at(self, step: int) -> float:
+        """The temperature of the teacher's soft labels at a step."""
+        if not self.kd_temperature_schedule:
+            return self.kd_teacher_temperature
+        return value_at(parse_temperatures(self.kd_temperature_schedule.split()), step)
+
     def stage1_end_after(self, crossover_step: int) -> int:
         """The end of stage 1 where the student passes the teacher after `crossover_step`. The fade still takes place."""
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Schedule) if field.default is not MISSING}
+"""Of the fields that have one. Checkpoints of earlier releases lack these fields."""
+
+
+def lowest_temperature(salt: SaltConfig) -> float:
+    """The lowest temperature of any step. Differences between logits count most there."""
+    points = parse_temperatures(salt.kd_temperature_schedule)
+    return min(value for _, value in points) if points else salt.kd_teacher_temperature
+
+
+def is_tempered(salt: SaltConfig) -> bool:
+    """Whether the temperature of some step is not 1."""
+    points = parse_temperatures(salt.kd_temperature_schedule)
+    return any(value != 1 for _, value in points) if points else salt.kd_teacher_temperature != 1
 
 
 def salt_at_start(
@@ -154,10 +187,11 @@ def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: b
     """The state of a run resumed inside stage 1, under the schedule of the flags. UserError where that is another one than the
     checkpoint's, unless `override`."""
     current = schedule.facts()
+    there, here = _DEFAULTS | saved.schedule, _DEFAULTS | current
     differences = [
-        f"{flag(name)} is {saved.schedule.get(name)} there and {value} here"
-        for name, value in current.items()
-        if saved.schedule.get(name) != value
+        f"{flag(name)} is {_word(there.get(name))} there and {_word(value)} here"
+        for name, value in here.items()
+        if there.get(name) != value
     ]
     if not differences:
         return saved, ()
@@ -170,3 +204,8 @@ def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: b
     crossover = saved.crossover if schedule.kd_stop == "crossover" else None
     end = schedule.kd_steps if crossover is None else schedule.stage1_end_after(crossover)
     return replace(saved, schedule=current, crossover=crossover, stage1_end=max(end, step)), (change,)
+
+
+def _word(value: Any) -> Any:
+    """A value of a schedule, as a message says it."""
+    return "not given" if value == "" else value

@@ -49,6 +49,10 @@ class Stage1:
         """The teacher's weight in the loss of a step."""
         return self.schedule.at(step, _salt_of(progress).stage1_end)
 
+    def figures_of_step(self, step: int) -> dict[str, float]:
+        """What the log says of the schedule at a step, beside the weight."""
+        return {"kd_temperature": self.schedule.temperature_at(step)} if self.schedule.kd_temperature_schedule else {}
+
     def flops_of_step(self, tokens: int, use: StepUse | None) -> float:
         """FLOPs of the teacher in a step of `tokens` input tokens, over all ranks: those that are computed. use: None without a cache."""
         saved = 0.0 if use is None else self.teacher_body_flops * (1.0 - use.computed)

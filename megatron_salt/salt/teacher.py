@@ -24,11 +24,12 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.data.batch import Microbatch, merge_microbatches
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.loss import SoftTarget
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, SoftTarget
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
@@ -95,18 +96,16 @@ class Teacher:
         microbatches_per_forward: int,
         temperature: float,
         shared_ids: int | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """body: this rank's stage, without output head; None where a cache holds all that it would compute. weight: output weight
         [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere. block_group: the ranks of this rank's
-        student replica, in rank order. shared_ids: see `SoftTarget`."""
+        student replica, in rank order. shared_ids, gate: see `SoftTarget`. temperature: of all steps, or
+        the lowest of them."""
         body = None if body is None else body.eval().requires_grad_(False)
         self._parts: _Parts | None = _Parts(body, weight, mesh, block_group)
-        self._student, self._merge, self.temperature, self._shared_ids = (
-            student,
-            microbatches_per_forward,
-            temperature,
-            shared_ids,
-        )
+        self._student, self._merge, self.temperature = student, microbatches_per_forward, temperature
+        self._shared_ids, self._gate = shared_ids, gate
         self._place = dist.get_rank(block_group)
 
     @property
@@ -147,18 +146,24 @@ class Teacher:
         """The ranks of this rank's student replica, in rank order."""
         return self._held.block_group
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that come with the loss of its soft labels."""
+        return KD_METRICS if self._gate is None else GATED_METRICS
+
     @torch.no_grad()
     def annotate(
-        self, microbatches: Sequence[Microbatch], kd_weight: float, keep: Keep | None = None
+        self, microbatches: Sequence[Microbatch], kd_weight: float, keep: Keep | None = None, temperature: float | None = None
     ) -> list[SoftTarget | None]:
         """Phases A and B: the teacher's part of each microbatch of this student replica, all of one shape. Collective over all ranks. Ranks
-        of the student's last stage receive; the others get None for each microbatch. keep: see `hidden_states`."""
+        of the student's last stage receive; the others get None for each microbatch. keep: see `hidden_states`. temperature: of this step;
+        None: `self.temperature`."""
         present = presence(microbatches)
         if not present.any():
             hidden = self.hidden_states(microbatches, self._merge, keep)
         else:
             hidden = self._with_cached(microbatches, present, keep)
-        return [None if one is None else self._soft_target(one, kd_weight) for one in hidden]
+        return [None if one is None else self._soft_target(one, kd_weight, temperature or self.temperature) for one in hidden]
 
     def _with_cached(self, microbatches: Sequence[Microbatch], present: np.ndarray, keep: Keep | None) -> list[Tensor | None]:
         """Hidden states as `hidden_states` returns them. The teacher computes those alone that no cache holds."""
@@ -171,9 +176,9 @@ class Teacher:
             hidden.append(join(one.cached, number * size, rows, computed))
         return hidden
 
-    def _soft_target(self, hidden: Tensor, kd_weight: float) -> SoftTarget:
+    def _soft_target(self, hidden: Tensor, kd_weight: float, temperature: float) -> SoftTarget:
         assert self.weight is not None, "the teacher's output weight is on the student's last stage"
-        return SoftTarget(hidden, self.weight, self.temperature, kd_weight, self._shared_ids)
+        return SoftTarget(hidden, self.weight, temperature, kd_weight, self._shared_ids, self._gate)
 
     @torch.no_grad()
     def hidden_states(self, microbatches: Sequence[Microbatch], merge: int, keep: Keep | None = None) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_salt.checkpoint import integrity, save_directory
 from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.config import CheckpointConfig, RunConfig
+from megatron_salt.config.teaching import parse_gate, refuse_idle_gate
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
@@ -66,12 +67,15 @@ def read_inputs(config: RunConfig) -> Inputs:
     stage_samples = None
     if config.salt.stage1_selection is not None:
         stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
+    shared = tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer)
+    if teacher is not None:
+        refuse_idle_gate(parse_gate(config.salt.kd_gate), shared)
     return Inputs(
         tokenizer=tokenizer,
         train=train,
         valid=valid,
         teacher=teacher,
-        shared_ids=tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer),
+        shared_ids=shared,
         stage_samples=stage_samples,
         tasks=read_eval_tasks(config.training, tokenizer),
     )

@@ -26,8 +26,8 @@ from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, 
 from megatron_salt.train.state import Run, ValidationSet, announce, enter_stage2, finish_cache
 from megatron_salt.train.step import StepOutcome, train_step
 
-SHOWN = ("ce", "kl", "teacher_ce", "agreement")
-"""Metrics that stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
+SHOWN = ("ce", "kl", "teacher_ce", "agreement", "taught")
+"""Metrics that stage 1 adds to a log line where it has them, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
         teacher_flops = teacher_flops_of_step(run, use)
         outcome = train_step(
             run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight,
-            None if cache is None else cache.keep,
+            None if cache is None else cache.keep, None if stage1 is None else stage1.schedule.temperature_at(step),
         )  # fmt: skip
         nonfinite.note(step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, after))
         if step == total:
@@ -201,6 +201,7 @@ def _record(
         extra={}
         if run.stage1 is None
         else {"kd_weight": kd_weight}
+        | run.stage1.figures_of_step(progress.step)
         | {name: figures[name] for name in SHOWN if name in figures}
         | ({} if use is None else {"teacher_cached": use.cached}),
     )

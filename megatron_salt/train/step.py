@@ -99,14 +99,15 @@ def train_step(
     teacher: Teacher | None = None,
     kd_weight: float = 0.0,
     keep: Keep | None = None,
+    temperature: float | None = None,
 ) -> StepOutcome:
     """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks.
 
-    keep: takes what the teacher computes, for a cache."""
+    keep: takes what the teacher computes, for a cache. temperature: see `Teacher.annotate`."""
     targets: list[SoftTarget | None] = [None] * len(microbatches)
     if teacher is not None:
         with timer.phase("teacher"):
-            targets = teacher.annotate(microbatches, kd_weight, keep)
+            targets = teacher.annotate(microbatches, kd_weight, keep, temperature)
     with timer.phase("forward-backward"):
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
