@@ -41,6 +41,7 @@ USED: dict[Kind, tuple[Before, ...]] = {
     "salt": ("teacher training",),
     "rkd": ("teacher training",),
     "random": ("teacher training",),
+    "gated": ("teacher training",),
     "salt_ds": ("teacher training", "scoring", "selection"),
     "ds_only": ("teacher training", "scoring", "selection"),
     "grow": ("grow source",),

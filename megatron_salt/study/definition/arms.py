@@ -7,6 +7,7 @@
 | salt_ds  | the same, on the windows that an early teacher's scores choose | plain training |
 | rkd      | the teacher teaches to the last step (reverse KD) | |
 | ds_only  | salt_ds's windows with the plain loss: --kd-weight 0 and no teacher | plain training |
+| gated    | salt, where only tokens inside --kd-gate have soft labels | plain training |
 | random   | salt with as many random windows as salt_ds chooses; another choice for each seed | plain training |
 | longer   | none: the baseline, and the steps that the teacher's training FLOPs buy | |
 | grow     | none: the layers of a shallower trained model, stacked (G_stack, arXiv 2405.15319), trained on for the arm's steps | |
@@ -32,18 +33,20 @@ from megatron_salt.study.results import Kind
 from megatron_salt.train.plan import RunPlan, check
 
 _OF_SALT = frozenset(field.name for field in fields(SaltConfig)) - {"teacher_load", "stage1_selection"}
+_OF_GATE = frozenset({"kd_gate"})
 _OF_STAGE2 = frozenset({"stage2_data", "stage2_micro_batch_size"})
 _OF_SCHEDULE = frozenset({"kd_steps", "kd_transition", "kd_transition_steps", "kd_stop", "kd_stop_margin"})
 
 SALT_FLAGS: Mapping[Kind, frozenset[str]] = {
     "baseline": frozenset(),
-    "salt": _OF_SALT - {"stage2_data"},
-    "salt_ds": _OF_SALT,
-    "rkd": _OF_SALT - _OF_SCHEDULE - _OF_STAGE2,
+    "salt": _OF_SALT - {"stage2_data"} - _OF_GATE,
+    "salt_ds": _OF_SALT - _OF_GATE,
+    "rkd": _OF_SALT - _OF_SCHEDULE - _OF_STAGE2 - _OF_GATE,
     "ds_only": frozenset({"kd_steps"}) | _OF_STAGE2,
-    "random": _OF_SALT,
+    "random": _OF_SALT - _OF_GATE,
     "longer": frozenset(),
     "grow": frozenset(),
+    "gated": _OF_SALT - {"stage2_data"},
 }
 """Fields of SaltConfig that a user may set for each kind. `salt:` and axes pass over the others."""
 
@@ -91,7 +94,9 @@ def arm_flags(
     if unused:
         raise UserError(f"kind {arm.kind} has no use for {' '.join(map(flag, unused))}")
     own = {name: value for name, value in salt.items() if takes(arm, name)} | {**arm.flags, **setting}
-    if arm.kind == "salt":
+    if arm.kind == "gated" and own.get("kd_gate", "none") == "none":
+        raise UserError("kind gated needs --kd-gate: without one its runs are those of kind salt")
+    if arm.kind in ("salt", "gated"):
         return own | {"teacher_load": inputs.teacher_load}
     if arm.kind in ("salt_ds", "random"):
         return own | {"teacher_load": inputs.teacher_load, "stage1_selection": inputs.stage1_selection}
