@@ -65,6 +65,25 @@ class SaltConfig:
     Other teachers, data or sequence lengths are refused. All ranks must see the directory.
     Size: hidden size x 2 bytes a token in bfloat16, x 4 in float32."""
 
+    guide: Literal["soft-labels", "hidden", "both"] = "soft-labels"
+    """What the teacher teaches. soft-labels: its distribution over the next token (SALT, the kd flags).
+    hidden: its last hidden states, to an early layer of the student (LET, arXiv 2602.05393, the let flags).
+    Then no output layer of the teacher is needed. both: both."""
+
+    let_weight: float = 0.1
+    """Weight lambda of hidden-state guidance in the first step. It adds to the loss of a token
+    lambda x (1 - cosine of the student's residual stream after layer --let-layer and the teacher's last hidden state)."""
+
+    let_layer: int = 3
+    """Layer of the student, counted from 1, whose output is guided."""
+
+    let_steps: int | None = None
+    """Steps with hidden-state guidance (S_stop). The teacher is freed after them, with --guide both after --kd-steps if that is later."""
+
+    let_decay: Literal["linear", "step"] = "linear"
+    """How lambda ends. linear: it falls linearly, from --let-weight in the first step to 0 in the step after --let-steps.
+    step: it stays and ends at once."""
+
     kd_weight: float = 0.667
     """Weight w of the teacher in stage 1. The loss of a token is
     (1 - w) x cross entropy with the label + w x cross entropy with the teacher's distribution."""
@@ -136,15 +155,16 @@ class SaltConfig:
             "teacher_pipeline_model_parallel_size",
             "teacher_micro_batch_size",
             "kd_steps",
+            "let_layer",
+            "let_steps",
             "stage2_micro_batch_size",
         )
-        at_least(self, 0, "kd_transition_steps")
+        at_least(self, 0, "kd_transition_steps", "let_weight")
         within(self, 0.0, 1.0, "kd_weight", "teacher_max_dropped_mass")
         within(self, -1.0, 1.0, "kd_stop_margin")
         above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib", "teacher_fp8_max_kl")
         within(self, 0.001, 1000.0, "kd_teacher_temperature")
         representable(self)
-        self._check_gate_and_schedules()
         if self.teacher_fp8_recipe == "delayed":
             raise UserError(
                 "--teacher-fp8-recipe delayed cannot be used: Transformer Engine updates delayed scales only where gradients are "
@@ -154,6 +174,8 @@ class SaltConfig:
             raise UserError(f"--teacher-fp8-recipe {self.teacher_fp8_recipe} needs --teacher-fp8-format")
         if self.teacher_fp8_format is not None and self.teacher_load is None:
             raise UserError(f"--teacher-fp8-format {self.teacher_fp8_format} needs --teacher-load")
+        self._check_guide()
+        self._check_gate_and_schedules()
         if (
             self.teacher_load is None
             and self.kd_steps is not None
@@ -162,16 +184,16 @@ class SaltConfig:
             raise UserError(
                 f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)"
             )
-        if self.teacher_load is not None and self.kd_steps is None:
+        if self.teacher_load is not None and self.kd_steps is None and self.has_soft_labels:
             raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
         if self.teacher_cache is not None and self.teacher_load is None:
             raise UserError(
                 f"--teacher-cache {self.teacher_cache} needs --teacher-load: it keeps what a teacher computes, and the teacher's "
                 "output layer is not in it"
             )
-        if self.stage1_selection is not None and self.kd_steps is None:
+        if self.stage1_selection is not None and self.stage1_steps is None:
             raise UserError(f"--stage1-selection {self.stage1_selection} needs --kd-steps, the length of stage 1")
-        if self.kd_steps is None and self.stage2_micro_batch_size is not None:
+        if self.stage1_steps is None and self.stage2_micro_batch_size is not None:
             raise UserError(
                 f"--stage2-micro-batch-size {self.stage2_micro_batch_size} needs a stage 1: give --teacher-load and --kd-steps"
             )
@@ -191,10 +213,64 @@ class SaltConfig:
         if self.kd_transition == "ratio" and self.kd_weight == 1.0:
             raise UserError("--kd-transition ratio needs --kd-weight below 1: at 1.0 the ratio w / (1 - w) is infinite")
 
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether the teacher's distribution is part of the loss."""
+        return self.guide != "hidden"
+
+    @property
+    def guides_hidden(self) -> bool:
+        """Whether the teacher's last hidden states guide a layer of the student."""
+        return self.guide != "soft-labels"
+
+    @property
+    def stage1_steps(self) -> int | None:
+        """Steps of stage 1, in which the teacher teaches in any way. None: the run has no stage 1."""
+        steps = [count for count in (self.kd_steps, self.let_steps) if count is not None]
+        return max(steps, default=None)
+
+    def _check_guide(self) -> None:
+        """Raise UserError for let flags that do not fit the others."""
+        if not self.guides_hidden:
+            if self.let_steps is not None:
+                raise UserError(f"--let-steps {self.let_steps} needs --guide hidden or both, got --guide {self.guide}")
+            return
+        if self.teacher_load is None:
+            raise UserError(f"--guide {self.guide} needs a teacher: give --teacher-load")
+        if self.let_steps is None:
+            raise UserError(f"--guide {self.guide} needs --let-steps, the steps with hidden-state guidance")
+        if self.kd_stop == "crossover":
+            raise UserError(
+                f"--kd-stop crossover ends soft labels, and --guide {self.guide} needs the teacher for --let-steps {self.let_steps}: "
+                "use --kd-stop steps"
+            )
+        if self.guide == "hidden" and self.kd_steps is not None:
+            raise UserError(
+                f"--kd-steps {self.kd_steps} is the length of soft labels, and --guide hidden has none: use --let-steps alone, or "
+                "--guide both"
+            )
+        if self.guide == "hidden" and self.teacher_fp8_format is not None:
+            raise UserError(
+                f"--teacher-fp8-format {self.teacher_fp8_format} is checked by the teacher's distribution, and --guide hidden loads no "
+                "output layer: leave it out, or use --guide both"
+            )
+        if self.guide == "hidden" and self.kd_transition_steps:
+            raise UserError(
+                f"--kd-transition-steps {self.kd_transition_steps} fades soft labels out, and --guide hidden has none: see --let-decay"
+            )
+
     def _check_gate_and_schedules(self) -> None:
         parse_gate(self.kd_gate)
         weights = parse_weights(self.kd_weight_schedule)
         temperatures = parse_temperatures(self.kd_temperature_schedule)
+        given = {
+            f"--kd-gate {self.kd_gate}": self.kd_gate != "none",
+            f"--kd-weight-schedule {' '.join(self.kd_weight_schedule)}": bool(weights),
+            f"--kd-temperature-schedule {' '.join(self.kd_temperature_schedule)}": bool(temperatures),
+        }
+        for text, is_given in given.items():
+            if is_given and not self.has_soft_labels:
+                raise UserError(f"{text} is about soft labels, and --guide {self.guide} has none")
         if self.kd_gate != "none" and self.teacher_load is None:
             raise UserError(f"--kd-gate {self.kd_gate} asks what the teacher knows: it needs --teacher-load")
         for name, words, points in (

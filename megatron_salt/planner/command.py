@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_salt.cards import CARDS, SHORT_NAMES
 from megatron_salt.cli import exit_status, parse_over_file
 from megatron_salt.config import RunConfig
 from megatron_salt.config.run import sections
-from megatron_salt.errors import UserError, did_you_mean
+from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_directory, refuse_present, refusing_file_errors
 from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.compose import compose
+from megatron_salt.planner.gpu import Gpu, gpu_of
 from megatron_salt.planner.memory import GIB, HostMemory, PlannedMemory, usable_gib
 from megatron_salt.planner.picture import SUFFIXES, draw
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
@@ -118,7 +118,7 @@ def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
     return lines
 
 
-def _times(asked: PlanConfig, gpu: _Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
+def _times(asked: PlanConfig, gpu: Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
     """Times, hours and economics; one line where the GPU's peaks are not known. Draws the picture that is asked for."""
     machine = machine_of(_machine_flags(asked, gpu), run)
     times = None if machine is None else run_time(run, machine)
@@ -148,7 +148,7 @@ def _refuse_picture(asked: PlanConfig) -> None:
         raise UserError(f"--picture {output}: there is no directory {output.parent}")
 
 
-def _search(asked: PlanConfig, gpu: _Gpu, flags: RunFlags) -> int:
+def _search(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> int:
     """Print the fastest layouts that fit. Returns 0 where there is one, else 1. Raises UserError."""
     tried = space(flags.config, flags.layout.world_size, asked.gpus_per_node)
     asked_flags = [replace(flags, config=one.config, layout=one.layout, plan=one.plan) for one in tried.candidates]
@@ -182,7 +182,7 @@ def _known(machine: Machine | None) -> Machine:
     return machine
 
 
-def _machine_flags(asked: PlanConfig, gpu: _Gpu) -> MachineFlags:
+def _machine_flags(asked: PlanConfig, gpu: Gpu) -> MachineFlags:
     return MachineFlags(
         gpu=gpu.name,
         mfu=asked.mfu,
@@ -209,15 +209,6 @@ def _refuse_shares(asked: PlanConfig) -> None:
         raise UserError(f"--teacher-tokens must be above 0, got {asked.teacher_tokens}")
 
 
-@dataclass(frozen=True)
-class _Gpu:
-    """The GPU that a plan is for."""
-
-    name: str
-    memory_gib: float
-    capability: tuple[int, int]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan what `argv` asks for; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
@@ -237,7 +228,7 @@ def plan(asked: PlanConfig) -> int:
         raise UserError(f"--world-size must be at least 1 rank, got {asked.world_size}")
     if asked.vocabulary_size is not None and asked.vocabulary_size < 1:
         raise UserError(f"--vocabulary-size must be at least 1, got {asked.vocabulary_size}")
-    gpu = _gpu(asked)
+    gpu = gpu_of(asked.gpu, asked.gpu_memory_gib)
     _refuse_shares(asked)
     if asked.search_layouts < 1:
         raise UserError(f"--search-layouts must be at least 1, got {asked.search_layouts}")
@@ -253,6 +244,28 @@ def plan(asked: PlanConfig) -> int:
     )  # fmt: skip
     if asked.search:
         return _search(asked, gpu, flags)
+    fits, line = tell(asked, gpu, flags)
+    print(line)
+    return 0 if fits else 1
+
+
+def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
+    """Print the plan of a run on a GPU. Raises UserError where it would not fit. What --dry-run --gpu adds to its own checks."""
+    layout, counts = check(config, world_size)
+    flags = RunFlags(
+        config=config, layout=layout, plan=counts, vocabulary_size=None, teacher_config=None, device="cuda",
+        capability=gpu.capability,
+    )  # fmt: skip
+    asked = PlanConfig(**{name: getattr(config, name) for name in sections()}, world_size=world_size, gpu=gpu.name)
+    fits, line = tell(asked, gpu, flags)
+    if not fits:
+        raise UserError(f"the run {line}; flags that would help stand above")
+    print(line)
+
+
+def tell(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
+    """Print the plan but for its verdict. Returns (whether the run fits, the verdict). Raises UserError."""
+    layout = flags.layout
     run, traces, host = read_and_trace(flags)
     memory = compose(run, traces, host)
     sizes = ", ".join(f"{name} {size}" for name, size in layout.sizes.items())
@@ -274,27 +287,7 @@ def plan(asked: PlanConfig) -> int:
     fits, line = verdict(memory, gpu.memory_gib)
     for flag in [] if fits else what_would_help(run, memory):
         print(f"would help: {flag}")
-    print(line)
-    return 0 if fits else 1
-
-
-def _gpu(asked: PlanConfig) -> _Gpu:
-    """The GPU of the flags. Raises UserError."""
-    given = asked.gpu_memory_gib
-    if given is not None and not 0 < given < 1e6:
-        raise UserError(f"--gpu-memory-gib must be above 0, got {given}")
-    if asked.gpu is None:
-        if given is None:
-            raise UserError(f"give --gpu, one of {', '.join(SHORT_NAMES)}, or --gpu-memory-gib")
-        return _Gpu("a GPU without a name", given, CARDS[SHORT_NAMES["h100-80"]].capability)
-    name = SHORT_NAMES.get(asked.gpu.lower(), asked.gpu)
-    if name not in CARDS:
-        known = [*SHORT_NAMES, *CARDS]
-        raise UserError(
-            f"--gpu {asked.gpu} is not known{did_you_mean(asked.gpu, known)}; known are {', '.join(SHORT_NAMES)}, and names of "
-            "drivers such as NVIDIA L40; or give --gpu-memory-gib"
-        )
-    return _Gpu(name, given or CARDS[name].memory_gib, CARDS[name].capability)
+    return fits, line
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
 from megatron_salt.planner.schedule import passes
 from megatron_salt.planner.static import microbatch_bytes, stage_tensors, student_bytes, teacher_body_bytes
 from megatron_salt.planner.trace import ChunkTrace, Traces
+from megatron_salt.salt.guidance.layer_place import stages_of_run
 from megatron_salt.salt.routing import plan_exchange, teacher_layout
 
 
@@ -109,7 +110,8 @@ def _taught(run: PlannedRun, traces: Traces, held: list[Bytes]) -> dict[int, Mom
     if teacher is None or traces.teacher is None:
         return {}
     layout = teacher_layout(run.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    exchange = plan_exchange(run.layout, layout, run.plan.num_microbatches, run.plan.teacher_merge, training.seq_length)
+    stages = stages_of_run(run.config)
+    exchange = plan_exchange(run.layout, layout, run.plan.num_microbatches, run.plan.teacher_merge, training.seq_length, stages)
     position = run.plan.micro_batch_size * teacher.model.hidden_size * run.itemsize
     body = _teacher_weights(run, teacher)
     steps = [_steps(run, traces, held, stage, taught=True) for stage in range(run.layout.pipeline)]
@@ -118,7 +120,7 @@ def _taught(run: PlannedRun, traces: Traces, held: list[Bytes]) -> dict[int, Mom
         stage = _stage_of(run.layout, place)
         own = _teacher_stage(layout, run.layout, place)
         weights = body[own]
-        if stage == run.layout.pipeline - 1:
+        if stage == run.layout.pipeline - 1 and run.head_teacher is not None:
             weights += run.rows * teacher.model.hidden_size * run.itemsize
         always: Bytes = held[stage] + Counter({"teacher weights": weights})
         alone = exchange.num_places == 1

@@ -68,6 +68,11 @@ class PlannedRun:
         """Bytes of a parameter."""
         return 2 if self.config.training.bf16 else 4
 
+    @property
+    def head_teacher(self) -> PlannedTeacher | None:
+        """The teacher whose output layer the student's last stage computes in stage 1. None: no teacher, or one without soft labels."""
+        return self.teacher if self.config.salt.has_soft_labels else None
+
     def without_fp8(self) -> PlannedRun:
         """The same run with products in bfloat16 or float32."""
         teacher = self.teacher
@@ -83,7 +88,7 @@ class PlannedRun:
     def student_requests(self, taught: bool) -> dict[tuple[bool, bool], StudentRequest]:
         """What is traced of the student in stage 1 (taught) or stage 2, by `ends`."""
         samples = self.plan.micro_batch_size if taught else self.plan.stage2_micro_batch_size
-        teacher_hidden = self.teacher.model.hidden_size if taught and self.teacher is not None else None
+        teacher_hidden = self.head_teacher.model.hidden_size if taught and self.head_teacher is not None else None
         return {
             (first, last): StudentRequest(
                 first=first, last=last, samples=samples, teacher_hidden=teacher_hidden if last else None

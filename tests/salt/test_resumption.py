@@ -94,6 +94,9 @@ def test_inside_stage_1_another_teacher_or_none_is_refused_naming_both() -> None
         (dict(kd_weight_schedule=("1:0.5", "9:0.1"), kd_temperature_schedule=("1:1",)),
          ["--kd-weight-schedule is not given there and 1:0.5 9:0.1 here", "--kd-temperature-schedule is not given there and 1:1 here"]),
         (dict(kd_stop_margin=0.1), ["--kd-stop-margin is 0.0 there and 0.1 here"]),
+        (dict(kd_stop="steps", guide="both", let_steps=5),
+         ["--kd-stop is crossover there and steps here", "--guide is soft-labels there and both here",
+          "--let-steps is None there and 5 here"]),
     ],
 )  # fmt: skip
 def test_another_schedule_is_refused_flag_by_flag_unless_it_is_meant(change: dict[str, Any], sides: list[str]) -> None:

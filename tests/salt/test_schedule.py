@@ -92,6 +92,23 @@ def test_after_a_crossover_the_transition_still_takes_place_inside_kd_steps(tran
         ]
 
 
+def test_weights_of_guidance_by_hand():
+    linear = schedule(3, guide="both", let_steps=4, let_weight=0.1)
+    assert [linear.let_weight_at(step) for step in range(1, 7)] == pytest.approx([0.1, 0.075, 0.05, 0.025, 0, 0])
+    at_once = schedule(3, guide="both", let_steps=4, let_weight=0.1, let_decay="step")
+    assert [at_once.let_weight_at(step) for step in range(1, 7)] == [0.1] * 4 + [0.0] * 2
+    assert {schedule(3).let_weight_at(step) for step in (1, 3)} == {0.0}
+
+
+def test_stage_1_lasts_while_the_teacher_teaches_in_any_way():
+    """Soft labels fade to their own end."""
+    longer, shorter = (schedule(3, "linear", 1, guide="both", let_steps=steps) for steps in (5, 2))
+    assert (longer.stage1_steps, shorter.stage1_steps) == (5, 3)
+    assert weights(longer, 5) == [0.6, 0.6, 0.3, *[0.0] * 5] and weights(shorter, 3) == [0.6, 0.6, 0.3, *[0.0] * 3]
+    alone = Schedule.of(SaltConfig(teacher_load="t", guide="hidden", let_steps=5))
+    assert alone.stage1_steps == 5 and weights(alone, 5) == [0.0] * 8
+
+
 def test_the_teacher_stays_to_the_end_of_stage_1_whatever_its_weight():
     for weight in (0.0, 0.6, 1.0):
         plan = schedule(7, weight=weight)
@@ -109,6 +126,10 @@ def test_facts_survive_json_and_hold_what_shapes_the_mathematics():
     assert facts == dict(kd_steps=10, kd_weight=0.6, kd_teacher_temperature=0.5, kd_transition="ratio", kd_transition_steps=4,
                          kd_stop="crossover", kd_stop_margin=-0.01)  # fmt: skip
     assert schedule(10, teacher_micro_batch_size=4) == schedule(10)
+    guided = schedule(10, guide="both", let_steps=4)
+    assert Schedule.from_facts(json.loads(json.dumps(guided.facts()))) == guided
+    added = guided.facts().items() - schedule(10).facts().items()
+    assert dict(added) == dict(guide="both", let_weight=0.1, let_layer=3, let_steps=4, let_decay="linear")
 
 
 def test_a_gate_and_schedules_are_recorded_where_they_are_given():

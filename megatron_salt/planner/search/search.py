@@ -40,7 +40,7 @@ class TimedRun:
     def seconds(self) -> float:
         """Of the whole run."""
         steps = self.run.plan.total_steps
-        taught = 0 if self.stage1 is None else min(steps, self.run.config.salt.kd_steps or 0)
+        taught = 0 if self.stage1 is None else min(steps, self.run.config.salt.stage1_steps or 0)
         return taught * (self.stage1 or 0.0) + (steps - taught) * self.stage2
 
 

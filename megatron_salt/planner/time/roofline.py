@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_salt.config import ParallelConfig
 from megatron_salt.config.teaching import gate_kind
-from megatron_salt.model.flops import core_attention_flops, flops_per_token, forward_flops_per_token, head_flops, layer_flops
+from megatron_salt.model.flops import body_flops, core_attention_flops, flops_per_token, head_flops, layer_flops
 from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.planner.chunk_memory import chunks_of_stage
 from megatron_salt.planner.planned_run import PlannedRun
@@ -104,13 +104,16 @@ def run_time(run: PlannedRun, machine: Machine) -> RunTime:
     padded = run.config.model.padded_vocabulary_size(run.vocabulary_size)
     tokens = plan.global_batch_size * length
     taught = run.teacher
+    teacher_token = 0.0 if taught is None else body_flops(taught.model, length)
+    if run.head_teacher is not None:
+        teacher_token += head_flops(run.head_teacher.model, padded)
     return RunTime(
         stage1=None if taught is None else step_time(run, machine, taught=True),
         stage2=step_time(run, machine, taught=False),
         teacher_transfers=tuple(teacher_transfers(run, machine)),
         tokens=tokens,
         model_flops=tokens * flops_per_token(run.config.model, length, padded),
-        teacher_flops=0.0 if taught is None else tokens * forward_flops_per_token(taught.model, length, padded),
+        teacher_flops=tokens * teacher_token,
         balance=None if taught is None else _balance(run, machine),
     )
 
@@ -164,12 +167,13 @@ def _stage_time(run: PlannedRun, machine: Machine, stage: int, *, taught: bool) 
         moved = embedding_bytes(model, run.rows, run.itemsize) / rates.layers.bytes
         seconds[0] = ChunkSeconds(seconds[0].forward, seconds[0].backward + moved)
     if chunks[-1].last:  # the head computes loss and gradients in one pass
-        head = head_seconds(head_shape(run, taught), rates.head, rates.teacher_head if taught else None)
+        soft = run.head_teacher if taught else None
+        head = head_seconds(head_shape(run, taught), rates.head, None if soft is None else rates.teacher_head)
         seconds[-1] = ChunkSeconds(seconds[-1].forward + head, seconds[-1].backward)
         own = microbatch_tokens(run, taught)
         flops += 3 * own * head_flops(model, run.rows)
-        if taught and run.teacher is not None:
-            flops += own * head_flops(run.teacher.model, run.rows)
+        if soft is not None:
+            flops += own * head_flops(soft.model, run.rows)
     return StageTime(layers=layers, chunks=tuple(seconds), flops=count * flops, transfers=tuple(transfers))
 
 
@@ -230,5 +234,5 @@ def _balance(run: PlannedRun, machine: Machine) -> Prediction:
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, num_microbatches=plan.num_microbatches,
         microbatch_tokens=plan.micro_batch_size * config.training.seq_length, merge=plan.teacher_merge,
         seq_length=config.training.seq_length, head=head_shape(run, taught=True),
-        fused_layers=teacher.precision.implementation == "transformer_engine", rates=machine.rates,
+        fused_layers=teacher.precision.implementation == "transformer_engine", rates=machine.rates, soft_labels=salt.has_soft_labels,
     )  # fmt: skip

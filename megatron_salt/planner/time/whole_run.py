@@ -95,7 +95,7 @@ def whole_run(run: PlannedRun, machine: Machine, times: RunTime, preparation: Pr
     teacher_token = whole / machine.rates.teacher_layers.flops / HOUR
     taught = preparation.teacher_tokens
     return WholeRun(
-        steps=run.plan.total_steps, taught_steps=min(salt.kd_steps or 0, run.plan.total_steps), ranks=world,
+        steps=run.plan.total_steps, taught_steps=min(salt.stage1_steps or 0, run.plan.total_steps), ranks=world,
         stage1_step=times.stage1.total * world / HOUR, stage2_step=times.stage2.total * world / HOUR,
         scoring=tokens * forward / machine.rates.teacher_layers.flops / HOUR,
         scored_share=preparation.scored_share if salt.stage1_selection is not None else 0.0,

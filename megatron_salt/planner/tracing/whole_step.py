@@ -29,8 +29,10 @@ from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
 from megatron_salt.planner.tracing.fake_world import fake_tensors, fake_world
 from megatron_salt.planner.tracing.gpu_forms import gpu_forms
 from megatron_salt.planner.tracing.meter import Meter
+from megatron_salt.salt.guidance.layer_place import guided_layer
 from megatron_salt.salt.load_teacher import build_body
 from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.schedule import PLAIN, Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.train.build_model import build_student, dtype_of
@@ -86,11 +88,12 @@ def peak_of_step(run: PlannedRun, taught: bool, fake: bool = False) -> int:
         if groups is not None:
             assert run.teacher is not None
             teacher = _teacher(run, run.teacher, student, *groups)
+        weights = PLAIN if teacher is None else Schedule.of(config.salt).weights_at(1, 1)
         batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
         for _ in range(2):
             gc.collect()
             meter.peak()
-            train_step(student, batches, PhaseTimer(), teacher, config.salt.kd_weight)
+            train_step(student, batches, PhaseTimer(), teacher, weights)
         return meter.peak()
 
 
@@ -104,10 +107,12 @@ def _teacher(run: PlannedRun, planned: PlannedTeacher, student: Student, mesh: M
     with torch.no_grad():
         for parameter in body.parameters():
             parameter.zero_()
-    weight = torch.zeros((run.rows, planned.model.hidden_size), dtype=dtype) if student.mesh.is_last_stage else None
+    has_head = student.mesh.is_last_stage and run.head_teacher is not None
+    weight = torch.zeros((run.rows, planned.model.hidden_size), dtype=dtype) if has_head else None
     return Teacher(
         body, weight, mesh, student.mesh, block_group, microbatches_per_forward=run.plan.teacher_merge,
         temperature=run.config.salt.kd_teacher_temperature,
+        guided=guided_layer(run.config.salt, run.config.model, run.config.parallel),
     )  # fmt: skip
 
 
