@@ -6,8 +6,8 @@
 The program's own `build` makes student and teacher, from a teacher's checkpoint that the program wrote. The same run then takes steps of
 both stages in turns, on the same microbatches. Each stage counts by the fastest tenth of its steps, so that other work on the machine
 matters little, and by the CPU seconds of the busiest rank. Wall-clock time is shown beside them. The prediction is the one that start-up
-logs (salt/cost.py), measured rates included. With hidden-state guidance the median of the pairs counts, as CPU seconds too. The bytes of
-the exchange are compared with their plan.
+logs (salt/cost.py), measured rates included. With hidden-state guidance the median of the pairs of steps counts, in CPU seconds.
+The bytes of the exchange are compared with their plan.
 """
 
 from __future__ import annotations
