@@ -45,6 +45,7 @@ PURE = (  # numpy, the standard library and each other
     "megatron_salt.config.quantization",
     "megatron_salt.config.run",
     "megatron_salt.config.salt",
+    "megatron_salt.config.teaching",
     "megatron_salt.config.training",
     "megatron_salt.model.loss_chunk",
     "megatron_salt.checkpoint.integrity",

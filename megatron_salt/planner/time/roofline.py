@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_salt.config import ParallelConfig
+from megatron_salt.config.teaching import gate_kind
 from megatron_salt.model.flops import body_flops, core_attention_flops, flops_per_token, head_flops, layer_flops
 from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.planner.chunk_memory import chunks_of_stage
@@ -31,6 +32,7 @@ from megatron_salt.planner.time.traffic import (
 from megatron_salt.salt.cost import Prediction, largest_share, predict, recomputed_layers, stage_seconds
 from megatron_salt.salt.head_cost import HeadShape, head_seconds
 from megatron_salt.salt.layer_cost import UPDATE_BYTES, embedding_bytes, layer_seconds
+from megatron_salt.salt.schedule import is_tempered
 
 ZEROED_BYTES = 4
 """Of UPDATE_BYTES, those that every rank moves for each parameter, also where the optimizer is sharded: its gradient buffer is zeroed."""
@@ -138,7 +140,8 @@ def head_shape(run: PlannedRun, taught: bool) -> HeadShape:
     return HeadShape(
         rows=run.rows, hidden=model.hidden_size, teacher_hidden=0 if run.teacher is None else run.teacher.model.hidden_size,
         tokens=microbatch_tokens(run, taught), chunk_tokens=chunk_tokens(training, run.rows, run.device), itemsize=run.itemsize,
-        kernels=run.device == "cuda", tempered=run.config.salt.kd_teacher_temperature != 1,
+        kernels=run.device == "cuda", tempered=is_tempered(run.config.salt),
+        gate=gate_kind(run.config.salt.kd_gate),
     )  # fmt: skip
 
 
