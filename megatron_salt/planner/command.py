@@ -10,7 +10,8 @@ The figures come from a trace of the real model on tensors without memory; no GP
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,23 +100,29 @@ class PlanConfig(RunConfig):
     """Replace an existing picture."""
 
     trace: bool = False
-    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model."""
+    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model; each step is told
+    when it is done."""
 
 
-def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
-    """The peaks of whole steps beside those that were composed. FP8 is left out of both: its bytes are formulas."""
+def whole_step_lines(run: PlannedRun, traces: Traces) -> Iterator[str]:
+    """The peaks of whole steps beside those that were composed, each as soon as it is traced. FP8 is left out of both: its bytes are
+    formulas."""
     plain = run.without_fp8()
     memory = compose(plain, traces, HostMemory(staged=0, gathered=0))
-    peaks = trace_whole_steps(plain, tuple((rank.place, rank.stage1 is not None) for rank in memory.stages))
-    lines = []
-    for rank, (stage1, stage2) in zip(memory.stages, peaks, strict=True):
-        for name, composed, traced in (("stage 1", rank.stage1, stage1), ("stage 2", rank.stage2, stage2)):
-            if composed is not None and traced is not None:
-                lines.append(
-                    f"pp {rank.pipeline_stage} {name}: a whole step without FP8 takes {traced / GIB:.2f} GiB at its peak, "
-                    f"{composed.total / GIB:.2f} were composed"
-                )
-    return lines
+    steps = [
+        (rank, name, moment)
+        for rank in memory.stages
+        for name, moment in (("stage 1", rank.stage1), ("stage 2", rank.stage2))
+        if moment is not None
+    ]
+    started = time.monotonic()
+    yield f"tracing {len(steps)} whole steps"
+    peaks = trace_whole_steps(plain, [(rank.place, name == "stage 1") for rank, name, _ in steps])
+    for number, ((rank, name, moment), peak) in enumerate(zip(steps, peaks, strict=True), 1):
+        yield (
+            f"{number} of {len(steps)}, after {time.monotonic() - started:.0f} s: pp {rank.pipeline_stage} {name}: a whole step without "
+            f"FP8 takes {peak / GIB:.2f} GiB at its peak, {moment.total / GIB:.2f} were composed"
+        )
 
 
 def _times(asked: PlanConfig, gpu: Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
@@ -279,8 +286,8 @@ def tell(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
             f"host memory of a rank: {host.staged / GIB:.2f} GiB while a save is written in the background, "
             f"{host.gathered / GIB:.2f} GiB for a save that loads under any layout"
         )
-    for line in whole_step_lines(run, traces) if asked.trace else []:
-        print(line)
+    for line in whole_step_lines(run, traces) if asked.trace else ():
+        print(line, flush=True)
     print(not_modelled())
     for line in _times(asked, gpu, run, memory):
         print(line)

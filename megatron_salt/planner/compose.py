@@ -132,10 +132,14 @@ def _taught(run: PlannedRun, traces: Traces, held: list[Bytes]) -> dict[int, Mom
         moments[place] = max(
             (
                 Moment(at="teacher's forward pass", bytes=always + Counter({"teacher activations": working, "exchange": sent})),
-                Moment(at="exchange of hidden states", bytes=always + Counter({"exchange": at_exchange})),
+                Moment(
+                    at="exchange of hidden states",
+                    bytes=always + Counter({"teacher activations": traces.teacher.kept, "exchange": at_exchange}),
+                ),
                 Moment(
                     at=steps[stage].at,
-                    bytes=Counter(steps[stage].bytes) + Counter({"teacher weights": weights, "exchange": received}),
+                    bytes=Counter(steps[stage].bytes)
+                    + Counter({"teacher weights": weights, "teacher activations": traces.teacher.kept, "exchange": received}),
                 ),
             ),
             key=lambda moment: moment.total,
