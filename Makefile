@@ -27,15 +27,23 @@ CONSTRAINTS := $(wildcard constraints-py$(subst .,,$(VERSION)).txt)
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
+# Bytecode is kept, whatever this machine's habit is: tests start some hundred Python processes, and each would compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
 # One pytest process per core, up to 8; each runs whole files. Two cores gain too: the ranks of a test mostly wait for each other.
 # The order of the files is that of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-INSTALL = $(BIN)/python -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+INSTALL = $(BIN)/python -m pip install -qq --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# pip compiles on one core, and everything. This takes all cores, and leaves out what hardly anybody imports: half of the files.
+# Some package has a file for Python 2: that is no failure.
+SELDOM_IMPORTED = /tests?/|/transformers/models/|/lm_eval/tasks/|/plotly/(validators|graph_objs)/
+COMPILE = $(1)/bin/python -m compileall -qq -j 0 -x '$(SELDOM_IMPORTED)' $(1)/lib || true
+# Installing this folder writes into it. So environments that are made at once wait here for each other.
+EDITABLE = flock pyproject.toml $(1) --no-deps --no-build-isolation --editable .
 
 # Transformer Engine's extension fits one release of torch. So its tests have their own environment, with that release.
 TE_VENV := .venv-te
 TE_BIN := $(TE_VENV)/bin
-TE_INSTALL = $(TE_BIN)/python -m pip install -qq -c constraints-te.txt
+TE_INSTALL = $(TE_BIN)/python -m pip install -qq --no-compile -c constraints-te.txt
 # pip takes a built extension from its cache or from PIP_FIND_LINKS. Otherwise it compiles one, which needs no GPU, with the headers
 # of NVIDIA's wheels. A few headers are not in the wheels; they come from nvcc's folder.
 NVCC_HEADERS = $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=\(.*\)/\1\/include/p')
@@ -162,11 +170,13 @@ $(VENV)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS) | python
 	@$(BIN)/python -c 'import sys, pip; assert "%d.%d" % sys.version_info[:2] == "$(VERSION)"' 2>/dev/null || "$(INTERPRETER)" -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) from $< $(CONSTRAINTS) (some minutes the first time)"
 	@$(INSTALL) -r requirements.txt setuptools
-	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@$(call EDITABLE,$(INSTALL))
+	@$(call COMPILE,$(VENV))
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@$(INSTALL) -r requirements-dev.txt
+	@$(call COMPILE,$(VENV))
 	@touch $@
 
 $(DOCS_VENV)/.installed: requirements-docs.txt constraints-docs.txt | python
@@ -182,5 +192,6 @@ $(TE_VENV)/.installed: requirements.txt constraints-te.txt | python
 	@$(TE_INSTALL) -r requirements.txt setuptools wheel pybind11 ninja pytest pytest-xdist transformer_engine transformer_engine_cu13
 	@NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$(shell nproc) CPATH="$(NVCC_HEADERS)$${CPATH:+:$$CPATH}" \
 		$(TE_INSTALL) --no-build-isolation transformer_engine_torch
-	@$(TE_INSTALL) --no-deps --no-build-isolation --editable .
+	@$(call EDITABLE,$(TE_INSTALL))
+	@$(call COMPILE,$(TE_VENV))
 	@touch $@

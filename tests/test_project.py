@@ -104,21 +104,24 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def continuous_integration(tmp_path: Path, **environment: str) -> str:
+def continuous_integration(tmp_path: Path, fails: str = "nothing", **environment: str) -> str:
     """What `.ci/run` prints when `make` only says what it was called with, by a user who is not root and has a Python 3.12.
+
+    fails: the target that fails; then `.ci/run` must fail.
 
     make.log in `tmp_path` has every call, those whose output is not shown too."""
     copy = tmp_path / "home/repository/.ci/run"
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text((ROOT / ".ci/run").read_text())
     programs = tmp_path / "bin"
-    executable(programs / "make", f'echo "make $* [${{PIP_FIND_LINKS:-}}]" | tee -a {tmp_path}/make.log')
+    executable(programs / "make", f'echo "make $* [${{PIP_FIND_LINKS:-}}]" | tee -a {tmp_path}/make.log; [ $1 != {fails} ]')
     executable(programs / "id", "echo 1000")
     executable(programs / "python3.12", "exit 0")
     ended = subprocess.run(
         ["bash", str(copy)], env={"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)} | environment,
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
+    assert (ended.returncode == 0) == ("== all passed (" in ended.stdout) == (fails == "nothing"), ended
     return ended.stdout
 
 
@@ -133,7 +136,6 @@ def test_ci_takes_a_built_extension_where_there_is_one(tmp_path: Path, given: bo
     assert f"make test-te PYTHON=python3.12, with built extensions from: {sources} (" in said
     assert f"make test-te PYTHON=python3.12 [{sources}]" in said
     made = [line.partition(" [")[0] for line in (tmp_path / "make.log").read_text().splitlines()]
-    assert made[0] == "make setup-dev"
     ahead = ["make .venv-docs/.installed", "make setup-dev PYTHON=python3.12", "make .venv-te/.installed PYTHON=python3.12"]
     assert [line for line in made if line in ahead] == ahead and made.index(ahead[-1]) < made.index("make docs")
 
@@ -143,6 +145,13 @@ def test_ci_compiles_where_there_is_no_built_extension(tmp_path: Path) -> None:
     assert "from: nowhere, so it is compiled" in said and "make test-te PYTHON=python3.12 []" in said
     assert "make .venv-te" not in (tmp_path / "make.log").read_text()
     assert "left out: make test-slurm, which needs root" in said
+
+
+@pytest.mark.parametrize("target", ["test", "docs", "quickstart", "test-short"])
+def test_ci_fails_where_a_step_does_and_shows_what_it_said(tmp_path: Path, target: str) -> None:
+    """Two of them run beside others."""
+    said = continuous_integration(tmp_path, fails=target).splitlines()
+    assert said[-1].startswith(f"make {target} ") and any(line.startswith(f"== make {target}") for line in said)
 
 
 def test_contributing_names_paths_that_exist() -> None:

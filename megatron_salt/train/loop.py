@@ -19,6 +19,7 @@ from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
 from megatron_salt.metrics.run_log import RunLog, StepRecord
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
+from megatron_salt.salt.guidance.distance import mean_distance
 from megatron_salt.salt.schedule import PLAIN, StepWeights
 from megatron_salt.salt.teacher_cache.cache import StepUse
 from megatron_salt.train.evaluate import evaluate_run, named_means, reference_losses
@@ -181,8 +182,11 @@ def _record(
     run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, weights: StepWeights, teacher_flops: float,
     use: StepUse | None, seconds: float, timer: PhaseTimer,
 ) -> StepRecord:  # fmt: skip
-    """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage."""
+    """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage, with hidden-state guidance over all."""
     figures: dict[str, Tensor] = {}
+    guidance: dict[str, Tensor | float] = {}
+    if weights.hidden is not None:
+        guidance = {"let_weight": weights.hidden, "let_loss": mean_distance(outcome.guide_sums, run.student.mesh)}
     if outcome.sums is not None:
         sums = outcome.sums.sum(0)
         dist.all_reduce(sums, group=run.student.mesh.groups.dp_cp)
@@ -202,7 +206,7 @@ def _record(
         extra={}
         if run.stage1 is None
         else ({} if weights.soft_labels is None else {"kd_weight": weights.soft_labels})
-        | ({} if weights.hidden is None else {"let_weight": weights.hidden})
+        | guidance
         | {name: figures[name] for name in SHOWN if name in figures}
         | ({} if use is None else {"teacher_cached": use.cached}),
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from megatron_salt.config import (
     CheckpointConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -22,6 +21,7 @@ from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.layout import Layout, student_layout
+from megatron_salt.salt.guidance.layer_place import guided_layer
 from megatron_salt.salt.routing import check_sequence, teacher_layout
 
 MOST_SAMPLES = 2**62  # positions in an order are int64
@@ -66,7 +66,7 @@ def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
     check_masking(config.model, config.data)
     check_teacher(config.salt, config.training, layout)
     plan = plan_run(config.training, config.parallel, layout, config.salt)
-    check_guidance(config.salt, config.model, plan)
+    check_guidance(config, plan)
     schedule_lengths(config.optimizer, plan.total_samples, plan.global_batch_size)
     parse_skip_samples(config.training.skip_samples)
     _check_saves(config.checkpoint)
@@ -148,14 +148,11 @@ def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -
             )
 
 
-def check_guidance(salt: SaltConfig, model: ModelConfig, plan: RunPlan) -> None:
+def check_guidance(config: RunConfig, plan: RunPlan) -> None:
     """Raise UserError where hidden-state guidance names a layer or a step that the run does not have."""
-    if salt.let_steps is None:
-        return
-    if salt.let_layer > model.num_layers:
-        raise UserError(f"--let-layer {salt.let_layer} is not a layer of the model, which has --num-layers {model.num_layers}")
-    if salt.let_steps > plan.total_steps:
-        raise UserError(f"--let-steps {salt.let_steps} lies beyond the run's last step, {plan.total_steps}")
+    guided_layer(config.salt, config.model, config.parallel)
+    if config.salt.let_steps is not None and config.salt.let_steps > plan.total_steps:
+        raise UserError(f"--let-steps {config.salt.let_steps} lies beyond the run's last step, {plan.total_steps}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.phases import PhaseTimer
@@ -96,8 +97,8 @@ class StepOutcome:
     """float32 [microbatches, metrics], sums over this replica's share, on its device; None except on the last stage."""
 
     guide_sums: Tensor | None = None
-    """float32 [GUIDE_METRICS], sums over the hidden states that this rank holds after the guided layer, on its device; None where it holds
-    none, and without guidance."""
+    """float32 [GUIDE_METRICS], sums over this rank's tokens after the guided layer, on its device. None on other stages, without guidance,
+    and where another rank of the tensor-parallel group tells of the same tokens."""
 
 
 def train_step(
@@ -131,7 +132,8 @@ def train_step(
             student.micro_batch_size,
             forward_only=False,
         )
-        guide_sums = [guide.sums for _, _, guide in batches if guide is not None]
+        own_tokens = student.mesh.at.tp == 0 or get_model_config(student.chunks[0]).sequence_parallel
+        guide_sums = [guide.sums for _, _, guide in batches if guide is not None and own_tokens]
         del batches, targets  # frees the teacher's hidden states before the optimizer needs memory
     with timer.phase("optimizer"):
         grad_norm = finish_step(student)

@@ -56,10 +56,15 @@ def convert_in_rank(*words: object) -> Ended:
 
 def refusal(*words: object) -> str:
     """The one line of a conversion that is refused."""
-    ended = convert(*words)
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, ended.stderr
+    ended = convert_in_rank(*words)
+    assert ended.status == 2 and "Traceback" not in ended.err, ended
+    return one_error(ended.err)
+
+
+def one_error(err: str) -> str:
+    """The only line of stderr that begins with "error: "."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
     return lines[0]
 
 

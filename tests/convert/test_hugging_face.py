@@ -24,7 +24,7 @@ from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt.teacher_checkpoint import read_teacher
 from megatron_salt.train.evaluate import reference_losses
 from megatron_salt.train.step import Student
-from tests.convert.conftest import convert, refusal
+from tests.convert.conftest import convert, convert_in_rank, one_error, refusal
 from tests.convert.foreign_models import CONTEXT, IDS, LEAVES_AS, MODELS, ROWS
 from tests.support.program import train
 from tests.support.ranks import run_ranks
@@ -47,15 +47,13 @@ def test_an_imported_model_goes_out_as_it_came_in(
 ) -> None:
     """Every tensor, bit for bit; and `imported` has seen that transformers computes the same logits and losses."""
     out = tmp_path / "out"
-    ended = convert("export", imported(name), out, "--dtype", "float32", "--max-shard-gb", "0.001")
-    assert ended.returncode == 0, ended.stderr
+    ended = convert_in_rank("export", imported(name), out, "--dtype", "float32", "--max-shard-gb", "0.001")
+    assert ended.status == 0, ended.err
     if name not in LEAVES_AS or name == "mistral":
         before, after = weights(foreign / name), weights(out)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-    assert (
-        (out / "tokenizer/tokenizer.json").exists() == (name == "qwen2") == ("the rules of Qwen2's tokenizer" in ended.stdout)
-    )
+    assert (out / "tokenizer/tokenizer.json").exists() == (name == "qwen2") == ("the rules of Qwen2's tokenizer" in ended.out)
     told = json.loads((out / "config.json").read_text())
     assert told["vocab_size"] == (IDS if name == "teacher" else ROWS) and told["torch_dtype"] == "float32"
     assert told["architectures"] == [
@@ -72,7 +70,7 @@ def test_an_imported_model_goes_out_as_it_came_in(
 def test_bfloat16_is_rounded_once(foreign: Path, tmp_path: Path) -> None:
     ended = convert("import", foreign / "qwen2", "--to", tmp_path / "in", "--dtype", "bfloat16")
     assert ended.returncode == 0 and "computed by transformers and this program" in ended.stdout, ended.stderr
-    assert convert("export", tmp_path / "in", tmp_path / "out").returncode == 0
+    assert convert_in_rank("export", tmp_path / "in", tmp_path / "out").status == 0
     before, after = weights(foreign / "qwen2"), weights(tmp_path / "out")
     assert all(torch.equal(before[key].to(torch.bfloat16), after[key]) for key in before)
 
@@ -255,6 +253,9 @@ def test_an_output_that_exists_is_refused(foreign: Path, imported: Callable[[str
 
 
 def test_a_mistyped_command_is_refused(tmp_path: Path) -> None:
-    assert "'imprt' is no command (did you mean import?)" in refusal("imprt", tmp_path)
+    """The first as a process: what a user sees."""
+    ended = convert("imprt", tmp_path)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and ended.stdout == "", ended
+    assert "'imprt' is no command (did you mean import?)" in one_error(ended.stderr)
     assert "no command is given" in refusal()
     assert "unknown flag --form" in refusal("import", tmp_path, "--form", "hf")

@@ -11,6 +11,7 @@ import pytest
 from megatron_salt.cards import CARDS, Rates
 from megatron_salt.cli import parse
 from megatron_salt.errors import UserError
+from megatron_salt.model.flops import head_flops
 from megatron_salt.model.kernels.passes import NUM_SOFT_SUMS, NUM_SUMS
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
@@ -139,6 +140,25 @@ def test_bytes_of_the_teacher():
     # The first rank of each teacher replica sends, places 0 and 2, and place 3 receives all 32 microbatches.
     assert by_group["exchange"].sent == hidden * 32
     assert teacher_transfers(large(64), BY_FLOPS) == []
+
+
+@pytest.mark.parametrize("guide", ["hidden", "both"])
+def test_a_guided_run_counts_what_its_teacher_computes_and_sends(guide):
+    """Layer 3 is on the first of four stages, the head on the last. Of four teachers of one rank each computes 8 of 32 microbatches."""
+    plain = large(64, "--pipeline-model-parallel-size", "4")
+    config = plain.config
+    salt = replace(config.salt, guide=guide, let_steps=36000, kd_steps=36000 if guide == "both" else None)
+    run = replace(plain, config=replace(config, salt=salt))
+    hidden = run.plan.micro_batch_size * config.training.seq_length * run.teacher.model.hidden_size * 2
+    exchange = {one.group: one for one in teacher_transfers(run, BY_FLOPS)}["exchange"]
+    # Place 0 keeps the 8 microbatches that it computes and gets 24 others; for soft labels place 3 does, too.
+    assert exchange.message == 24 * hidden
+    times, before = run_time(run, BY_FLOPS), run_time(plain, BY_FLOPS)
+    head = times.tokens * head_flops(run.teacher.model, config.model.padded_vocabulary_size(256000))
+    assert before.teacher_flops - times.teacher_flops == pytest.approx(0.0 if guide == "both" else head)
+    saved = before.stage1.stages[-1].flops - times.stage1.stages[-1].flops
+    assert saved == pytest.approx(0.0 if guide == "both" else head / (64 / 4))
+    assert times.balance.soft_labels == (guide == "both") and (", its head" in times.balance.lines()[0]) == (guide == "both")
 
 
 def test_a_group_on_several_nodes_uses_the_network():

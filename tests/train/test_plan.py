@@ -160,12 +160,16 @@ def test_teachers_that_can_be():
 
 def test_guidance_of_a_layer_or_step_that_is_not_there_is_refused():
     run = plan(Layout(), ParallelConfig(), PLAIN, micro_batch_size=1, train_iters=5)
-    guided = SaltConfig(teacher_load="t", guide="hidden", let_steps=5, let_layer=2)
-    check_guidance(guided, ModelConfig(num_layers=2), run)
-    with pytest.raises(UserError, match="^--let-layer 2 is not a layer of the model, which has --num-layers 1$"):
-        check_guidance(guided, ModelConfig(num_layers=1), run)
+
+    def check_of(layer: int, steps: int) -> None:
+        salt = SaltConfig(teacher_load="t", guide="hidden", let_steps=steps, let_layer=layer)
+        check_guidance(RunConfig(salt=salt, model=ModelConfig(num_layers=2)), run)
+
+    check_of(2, 5)
+    with pytest.raises(UserError, match="^--let-layer 3 is not one of the student's layers, 1 to --num-layers 2$"):
+        check_of(3, 5)
     with pytest.raises(UserError, match="^--let-steps 6 lies beyond the run's last step, 5$"):
-        check_guidance(replace(guided, let_steps=6), ModelConfig(num_layers=2), run)
+        check_of(2, 6)
 
 
 def test_checkpoints_to_keep_lie_inside_the_run():

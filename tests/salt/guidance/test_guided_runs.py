@@ -133,6 +133,7 @@ def test_a_teacher_without_an_output_layer_is_not_evaluated_and_a_dry_run_tells_
     assert not {"kd_weight", "kl", "ce"} & set(entries(tmp_path / "run")[0])
 
 
+@pytest.mark.long
 def test_another_guidance_takes_an_override(tmp_path: Path, data: str, teacher: Path) -> None:
     train(**guided(data, teacher, **HIDDEN), save=tmp_path / "one", save_interval=1)
     change = guided(data, teacher, **HIDDEN | dict(let_steps=3, let_weight=0.25), load=tmp_path / "one" / "iter_0000001")
