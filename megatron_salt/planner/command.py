@@ -34,7 +34,7 @@ from megatron_salt.planner.table import not_modelled, table, verdict
 from megatron_salt.planner.time.machine import Machine, MachineFlags, machine_of
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time
-from megatron_salt.planner.time.whole_run import Preparation, baseline_line, whole_run, whole_run_lines
+from megatron_salt.planner.time.whole_run import Preparation, baseline_line, evaluation_lines, whole_run, whole_run_lines
 from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 
@@ -81,6 +81,10 @@ class PlanConfig(RunConfig):
 
     scored_share: float = 1.0
     """Windows that the teacher scores for --stage1-selection / samples of the run."""
+
+    cached_share: float = 0.0
+    """Share of the samples of stage 1 that --teacher-cache holds when the run begins; 1: a full cache.
+    Default: an empty one."""
 
     reached_at: float = 0.7
     """Share of the baseline's steps at which SALT is supposed to reach the baseline's final figure.
@@ -135,6 +139,7 @@ def _times(asked: PlanConfig, gpu: Gpu, run: PlannedRun, memory: PlannedMemory) 
     if machine is None or times is None:
         return ["no times: the peaks of this GPU are not known; --device-peak-tflops and --device-peak-gb-per-s tell them"]
     lines = time_lines(run, machine, times)
+    lines += evaluation_lines(run, times)
     if run.teacher is None:
         return [*lines, baseline_line(run, times)]
     return [*lines, *whole_run_lines(whole_run(run, machine, times, _preparation(asked, run)), asked.reached_at)]
@@ -212,6 +217,10 @@ def _refuse_shares(asked: PlanConfig) -> None:
     for name, share in (("--scored-share", asked.scored_share), ("--reached-at", asked.reached_at)):
         if not 0 < share <= 1:
             raise UserError(f"{name} must be above 0 and at most 1, got {share}")
+    if not 0 <= asked.cached_share <= 1:
+        raise UserError(f"--cached-share must lie in [0, 1], got {asked.cached_share}")
+    if asked.cached_share and asked.salt.teacher_cache is None:
+        raise UserError(f"--cached-share {asked.cached_share:g} needs --teacher-cache")
     if asked.teacher_tokens is not None and not 0 < asked.teacher_tokens < 1e18:
         raise UserError(f"--teacher-tokens must be above 0, got {asked.teacher_tokens}")
 
@@ -247,7 +256,7 @@ def plan(asked: PlanConfig) -> int:
         raise UserError(f"--teacher-config {asked.teacher_config} needs --teacher-load, and the run has no teacher")
     flags = RunFlags(
         config=config, layout=layout, plan=counts, vocabulary_size=asked.vocabulary_size, teacher_config=asked.teacher_config,
-        device="cuda", capability=gpu.capability,
+        device="cuda", capability=gpu.capability, cached_share=asked.cached_share,
     )  # fmt: skip
     if asked.search:
         return _search(asked, gpu, flags)

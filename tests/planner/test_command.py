@@ -85,6 +85,7 @@ def test_flags_that_the_trainer_would_refuse_are_not_named(run, gone, named):
     (["--gpu", "h100-80", "--world-size", "8", "--teacher-config", "x.yaml"], "--teacher-config x.yaml needs --teacher-load"),
     (["--gpu", "h100-80", "--world-size", "8", "--mfu", "2"], "--mfu must be above 0 and at most 1, got 2"),
     (["--gpu", "h100-80", "--world-size", "8", "--reached-at", "0"], "--reached-at must be above 0 and at most 1, got 0"),
+    (["--gpu", "h100-80", "--world-size", "8", "--cached-share", "1"], "--cached-share 1 needs --teacher-cache"),
     (["--gpu", "h100-80", "--world-size", "8", "--search-layouts", "0"], "--search-layouts must be at least 1, got 0"),
     (["--gpu", "h100-80", "--world-size", "8", "--picture", "x.pdf"], "--picture x.pdf must end in .png or .svg"),
     (["--gpu", "h100-80", "--world-size", "8", "--picture", "no/x.svg"], "--picture no/x.svg: there is no directory no"),
