@@ -21,7 +21,7 @@ from megatron_salt.parallel.hardware import Hardware
 from megatron_salt.train.plan import check
 from megatron_salt.train.start import choose_precisions
 from tests.convert.real_model import LENGTH, WINDOWS
-from tests.test_docs import tool_configs
+from tests.support.repository.pages import tool_configs
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

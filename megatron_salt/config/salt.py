@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_salt.config.checks import above_zero, at_least, representable, within
+from megatron_salt.config.checks import above_zero, at_least, flag, representable, within
+from megatron_salt.config.teaching import parse_gate, parse_temperatures, parse_weights
 from megatron_salt.errors import UserError
 
 
@@ -92,6 +93,23 @@ class SaltConfig:
     The student has no temperature, and there is no factor T^2.
     The paper gives 0.25 and does not say whether it divides or multiplies. Division was better in our runs."""
 
+    kd_weight_schedule: tuple[str, ...] = ()
+    """w by step, in place of --kd-weight: entries STEP:VALUE with ascending steps, such as 1:0.9 4000:0.3.
+    Between two entries w is on the line between them; before the first and after the last it stays.
+    The --kd-transition takes its end from there. Default: --kd-weight throughout."""
+
+    kd_temperature_schedule: tuple[str, ...] = ()
+    """T by step, in place of --kd-teacher-temperature, written like --kd-weight-schedule.
+    Default: --kd-teacher-temperature throughout."""
+
+    kd_gate: str = "none"
+    """Which tokens the teacher teaches: none (all), probability:P, rank:K or entropy:E.
+    By the teacher's own distribution at temperature 1, in float32, whatever the temperature of the soft labels is:
+    probability:P: tokens whose label has at least probability P.
+    rank:K: tokens whose label is among its K likeliest, as in the scores.
+    entropy:E: tokens where its entropy is at most E nats.
+    For all other tokens the loss is the plain cross entropy, with weight 1."""
+
     kd_steps: int | None = None
     """Steps of stage 1 (n_KD). After them training is plain, and the teacher is freed.
     With as many as the run has, or more, the teacher teaches to the end (reverse KD)."""
@@ -157,6 +175,7 @@ class SaltConfig:
         if self.teacher_fp8_format is not None and self.teacher_load is None:
             raise UserError(f"--teacher-fp8-format {self.teacher_fp8_format} needs --teacher-load")
         self._check_guide()
+        self._check_gate_and_schedules()
         if (
             self.teacher_load is None
             and self.kd_steps is not None
@@ -238,4 +257,31 @@ class SaltConfig:
         if self.guide == "hidden" and self.kd_transition_steps:
             raise UserError(
                 f"--kd-transition-steps {self.kd_transition_steps} fades soft labels out, and --guide hidden has none: see --let-decay"
+            )
+
+    def _check_gate_and_schedules(self) -> None:
+        parse_gate(self.kd_gate)
+        weights = parse_weights(self.kd_weight_schedule)
+        temperatures = parse_temperatures(self.kd_temperature_schedule)
+        given = {
+            f"--kd-gate {self.kd_gate}": self.kd_gate != "none",
+            f"--kd-weight-schedule {' '.join(self.kd_weight_schedule)}": bool(weights),
+            f"--kd-temperature-schedule {' '.join(self.kd_temperature_schedule)}": bool(temperatures),
+        }
+        for text, is_given in given.items():
+            if is_given and not self.has_soft_labels:
+                raise UserError(f"{text} is about soft labels, and --guide {self.guide} has none")
+        if self.kd_gate != "none" and self.teacher_load is None:
+            raise UserError(f"--kd-gate {self.kd_gate} asks what the teacher knows: it needs --teacher-load")
+        for name, words, points in (
+            ("kd_weight_schedule", self.kd_weight_schedule, weights),
+            ("kd_temperature_schedule", self.kd_temperature_schedule, temperatures),
+        ):
+            if points and self.teacher_load is None:
+                raise UserError(f"{flag(name)} {' '.join(words)} needs --teacher-load")
+            if points and self.kd_steps is not None and points[-1][0] > self.kd_steps:
+                raise UserError(f"{flag(name)} {words[-1]} lies beyond stage 1, which has --kd-steps {self.kd_steps}")
+        if self.kd_transition == "ratio" and any(weight == 1.0 for _, weight in weights):
+            raise UserError(
+                "--kd-transition ratio needs values below 1 in --kd-weight-schedule: at 1.0 the ratio w / (1 - w) is infinite"
             )

@@ -10,7 +10,8 @@ The figures come from a trace of the real model on tensors without memory; no GP
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from megatron_salt.planner.table import not_modelled, table, verdict
 from megatron_salt.planner.time.machine import Machine, MachineFlags, machine_of
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time
-from megatron_salt.planner.time.whole_run import Preparation, baseline_line, whole_run, whole_run_lines
+from megatron_salt.planner.time.whole_run import Preparation, baseline_line, evaluation_lines, whole_run, whole_run_lines
 from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 
@@ -81,6 +82,10 @@ class PlanConfig(RunConfig):
     scored_share: float = 1.0
     """Windows that the teacher scores for --stage1-selection / samples of the run."""
 
+    cached_share: float = 0.0
+    """Share of the samples of stage 1 that --teacher-cache holds when the run begins; 1: a full cache.
+    Default: an empty one."""
+
     reached_at: float = 0.7
     """Share of the baseline's steps at which SALT is supposed to reach the baseline's final figure.
     The paper reports 0.7; a plan cannot know it."""
@@ -99,23 +104,29 @@ class PlanConfig(RunConfig):
     """Replace an existing picture."""
 
     trace: bool = False
-    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model."""
+    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model; each step is told
+    when it is done."""
 
 
-def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
-    """The peaks of whole steps beside those that were composed. FP8 is left out of both: its bytes are formulas."""
+def whole_step_lines(run: PlannedRun, traces: Traces) -> Iterator[str]:
+    """The peaks of whole steps beside those that were composed, each as soon as it is traced. FP8 is left out of both: its bytes are
+    formulas."""
     plain = run.without_fp8()
     memory = compose(plain, traces, HostMemory(staged=0, gathered=0))
-    peaks = trace_whole_steps(plain, tuple((rank.place, rank.stage1 is not None) for rank in memory.stages))
-    lines = []
-    for rank, (stage1, stage2) in zip(memory.stages, peaks, strict=True):
-        for name, composed, traced in (("stage 1", rank.stage1, stage1), ("stage 2", rank.stage2, stage2)):
-            if composed is not None and traced is not None:
-                lines.append(
-                    f"pp {rank.pipeline_stage} {name}: a whole step without FP8 takes {traced / GIB:.2f} GiB at its peak, "
-                    f"{composed.total / GIB:.2f} were composed"
-                )
-    return lines
+    steps = [
+        (rank, name, moment)
+        for rank in memory.stages
+        for name, moment in (("stage 1", rank.stage1), ("stage 2", rank.stage2))
+        if moment is not None
+    ]
+    started = time.monotonic()
+    yield f"tracing {len(steps)} whole steps"
+    peaks = trace_whole_steps(plain, [(rank.place, name == "stage 1") for rank, name, _ in steps])
+    for number, ((rank, name, moment), peak) in enumerate(zip(steps, peaks, strict=True), 1):
+        yield (
+            f"{number} of {len(steps)}, after {time.monotonic() - started:.0f} s: pp {rank.pipeline_stage} {name}: a whole step without "
+            f"FP8 takes {peak / GIB:.2f} GiB at its peak, {moment.total / GIB:.2f} were composed"
+        )
 
 
 def _times(asked: PlanConfig, gpu: Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
@@ -128,6 +139,7 @@ def _times(asked: PlanConfig, gpu: Gpu, run: PlannedRun, memory: PlannedMemory) 
     if machine is None or times is None:
         return ["no times: the peaks of this GPU are not known; --device-peak-tflops and --device-peak-gb-per-s tell them"]
     lines = time_lines(run, machine, times)
+    lines += evaluation_lines(run, times)
     if run.teacher is None:
         return [*lines, baseline_line(run, times)]
     return [*lines, *whole_run_lines(whole_run(run, machine, times, _preparation(asked, run)), asked.reached_at)]
@@ -205,6 +217,10 @@ def _refuse_shares(asked: PlanConfig) -> None:
     for name, share in (("--scored-share", asked.scored_share), ("--reached-at", asked.reached_at)):
         if not 0 < share <= 1:
             raise UserError(f"{name} must be above 0 and at most 1, got {share}")
+    if not 0 <= asked.cached_share <= 1:
+        raise UserError(f"--cached-share must lie in [0, 1], got {asked.cached_share}")
+    if asked.cached_share and asked.salt.teacher_cache is None:
+        raise UserError(f"--cached-share {asked.cached_share:g} needs --teacher-cache")
     if asked.teacher_tokens is not None and not 0 < asked.teacher_tokens < 1e18:
         raise UserError(f"--teacher-tokens must be above 0, got {asked.teacher_tokens}")
 
@@ -240,7 +256,7 @@ def plan(asked: PlanConfig) -> int:
         raise UserError(f"--teacher-config {asked.teacher_config} needs --teacher-load, and the run has no teacher")
     flags = RunFlags(
         config=config, layout=layout, plan=counts, vocabulary_size=asked.vocabulary_size, teacher_config=asked.teacher_config,
-        device="cuda", capability=gpu.capability,
+        device="cuda", capability=gpu.capability, cached_share=asked.cached_share,
     )  # fmt: skip
     if asked.search:
         return _search(asked, gpu, flags)
@@ -279,8 +295,8 @@ def tell(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
             f"host memory of a rank: {host.staged / GIB:.2f} GiB while a save is written in the background, "
             f"{host.gathered / GIB:.2f} GiB for a save that loads under any layout"
         )
-    for line in whole_step_lines(run, traces) if asked.trace else []:
-        print(line)
+    for line in whole_step_lines(run, traces) if asked.trace else ():
+        print(line, flush=True)
     print(not_modelled())
     for line in _times(asked, gpu, run, memory):
         print(line)

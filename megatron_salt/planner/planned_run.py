@@ -29,6 +29,8 @@ class RunFlags:
     """YAML file with the teacher's architecture, for a teacher that has no checkpoint yet"""
     device: Device
     capability: Capability | None
+    cached_share: float = 0.0
+    """See `PlannedRun`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class PlannedRun:
     device: Device
     capability: Capability | None
     """Of the GPU; None on a CPU"""
+    cached_share: float = 0.0
+    """Share of the samples of stage 1 whose hidden states a cache holds when the run begins"""
+
+    @property
+    def loads_teacher_layers(self) -> bool:
+        """Whether a run with a teacher has its layers. A whole cache makes them needless, but FP8 is checked before the first step."""
+        return self.cached_share < 1 or (self.teacher is not None and self.teacher.precision.quantized)
 
     @property
     def rows(self) -> int:

@@ -72,7 +72,7 @@ def _planned(flags: RunFlags, vocabulary_size: int, teacher: _Teacher | None) ->
         )
     return PlannedRun(
         config=config, layout=flags.layout, plan=flags.plan, vocabulary_size=vocabulary_size, precision=student,
-        teacher=planned, device=flags.device, capability=flags.capability,
+        teacher=planned, device=flags.device, capability=flags.capability, cached_share=flags.cached_share,
     )  # fmt: skip
 
 

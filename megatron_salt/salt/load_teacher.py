@@ -26,6 +26,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron_salt.checkpoint import loading, rng, sharded_state
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint
 from megatron_salt.config import SaltConfig
+from megatron_salt.config.teaching import parse_gate
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
 from megatron_salt.errors import Look, UserError, stay
@@ -49,6 +50,7 @@ from megatron_salt.salt.output_weight import (
     refuse_dropped_mass,
 )
 from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.schedule import lowest_temperature
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, teacher_parallel
 
@@ -110,7 +112,7 @@ def admit(
     weight = load_output_weight(checkpoint, whole, dtype) if salt.has_soft_labels else None
     teacher = Teacher(
         body, weight, mesh, student, block_group, microbatches_per_forward=microbatches_per_forward,
-        temperature=salt.kd_teacher_temperature, shared_ids=head.shared_ids, guided=guided,
+        temperature=lowest_temperature(salt), shared_ids=head.shared_ids, gate=parse_gate(salt.kd_gate), guided=guided,
     )  # fmt: skip
     if not salt.has_soft_labels:
         if body is not None:

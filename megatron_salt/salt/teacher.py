@@ -25,12 +25,13 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.data.batch import Microbatch, merge_microbatches
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
 from megatron_salt.model.guidance.target import UNTAUGHT, HiddenTarget, Targets
-from megatron_salt.model.loss import SoftTarget
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, SoftTarget
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
@@ -99,20 +100,17 @@ class Teacher:
         microbatches_per_forward: int,
         temperature: float,
         shared_ids: int | None = None,
+        gate: Gate | None = None,
         guided: GuidedLayer | None = None,
     ) -> None:
         """body: this rank's stage, without output head; None where a cache holds all that it would compute. weight: output weight
         [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere, and without soft labels. block_group:
-        the ranks of this rank's student replica, in rank order. shared_ids: see `SoftTarget`. guided: the layer that the hidden states
-        guide; None without guidance."""
+        the ranks of this rank's student replica, in rank order. temperature: of steps that have no other; with a schedule the lowest.
+        shared_ids, gate: see `SoftTarget`. guided: the layer that the hidden states guide; None without guidance."""
         body = None if body is None else body.eval().requires_grad_(False)
         self._parts: _Parts | None = _Parts(body, weight, mesh, block_group)
-        self._student, self._merge, self.temperature, self._shared_ids = (
-            student,
-            microbatches_per_forward,
-            temperature,
-            shared_ids,
-        )
+        self._student, self._merge, self.temperature = student, microbatches_per_forward, temperature
+        self._shared_ids, self._gate = shared_ids, gate
         self._place = dist.get_rank(block_group)
         self.guided = guided
 
@@ -154,6 +152,11 @@ class Teacher:
         """The ranks of this rank's student replica, in rank order."""
         return self._held.block_group
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that come with the loss of its soft labels."""
+        return KD_METRICS if self._gate is None else GATED_METRICS
+
     @torch.no_grad()
     def annotate(self, microbatches: Sequence[Microbatch], weights: StepWeights, keep: Keep | None = None) -> list[Targets]:
         """Phases A and B: the teacher's parts of each microbatch of this student replica, all of one shape. Collective over all ranks.
@@ -189,7 +192,8 @@ class Teacher:
         soft, guide = None, None
         if weights.soft_labels is not None and self._student.is_last_stage:
             assert self.weight is not None, "the teacher's output weight is on the student's last stage"
-            soft = SoftTarget(hidden, self.weight, self.temperature, weights.soft_labels, self._shared_ids)
+            temperature = self.temperature if weights.temperature is None else weights.temperature
+            soft = SoftTarget(hidden, self.weight, temperature, weights.soft_labels, self._shared_ids, self._gate)
         if weights.hidden is not None and self.guided is not None and self.guided.place.stage == self._student.at.pp:
             guide = HiddenTarget(hidden, self.guided.layer, weights.hidden)
         return Targets(soft=soft, hidden=guide)

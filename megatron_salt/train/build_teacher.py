@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from megatron_salt.cards import Products
 from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.config.teaching import gate_kind
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
 from megatron_salt.model.kernels.passes import kernels_for
@@ -23,6 +24,7 @@ from megatron_salt.salt.guidance.layer_place import guided_layer, stages_of_run
 from megatron_salt.salt.head_cost import HeadShape
 from megatron_salt.salt.load_teacher import Admitted, admit, refuse_trainable
 from megatron_salt.salt.routing import layout_warnings, plan_exchange, teacher_layout
+from megatron_salt.salt.schedule import is_tempered
 from megatron_salt.salt.teacher import TeacherHead
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.train.build_model import dtype_of
@@ -67,7 +69,7 @@ def predict_cost(
         rows=rows, hidden=model.hidden_size, teacher_hidden=teacher.hidden_size,
         tokens=plan.micro_batch_size * training.seq_length // parallel.context_parallel_size, chunk_tokens=chunk,
         itemsize=dtype.itemsize, kernels=kernels_for(current_device()) is not None,
-        tempered=salt.kd_teacher_temperature != 1,
+        tempered=is_tempered(salt), gate=gate_kind(salt.kd_gate),
     )  # fmt: skip
     student = LayerShape(
         hidden=model.hidden_size, width=model.ffn_width * (1 + model.swiglu) // tensor,

@@ -28,7 +28,7 @@ from megatron_salt.evaluation.in_training import evaluate_tasks
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.model.fp8_teacher import in_bfloat16
 from megatron_salt.model.guidance.target import UNTAUGHT
-from megatron_salt.model.loss import KD_METRICS, METRICS
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, METRICS
 from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh
@@ -82,7 +82,7 @@ def evaluate(
     for chunk in student.chunks:
         chunk.eval()
     reason, num_bytes = None, 0
-    sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=current_device())
+    sums = torch.zeros(len(METRICS if teacher is None else teacher.metrics), dtype=torch.float64, device=current_device())
     with ReadAhead() as reader:
         for number in range(num_batches):
             if (reason := reason_to_stop()) is not None:
@@ -137,8 +137,8 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 def named_means(sums: Tensor) -> dict[str, Tensor]:
-    """`means`, still on the device. The length of the sums says whether they hold the teacher's metrics."""
-    names = METRICS if len(sums) == len(METRICS) else KD_METRICS
+    """`means`, still on the device. The length of the sums says whether they hold the teacher's metrics and its gate's."""
+    names = next(one for one in (METRICS, KD_METRICS, GATED_METRICS) if len(one) == len(sums))
     tokens = sums[0]
     means = {name: total / tokens.clamp(min=1) for name, total in zip(names[1:], sums[1:], strict=True)}
     return {"tokens": tokens, **means}

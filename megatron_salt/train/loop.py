@@ -28,8 +28,8 @@ from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, 
 from megatron_salt.train.state import Run, ValidationSet, announce, enter_stage2, finish_cache
 from megatron_salt.train.step import StepOutcome, train_step
 
-SHOWN = ("ce", "kl", "teacher_ce", "agreement")
-"""Metrics that stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
+SHOWN = ("ce", "kl", "teacher_ce", "agreement", "taught")
+"""Metrics that stage 1 adds to a log line where it has them, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
@@ -206,6 +206,7 @@ def _record(
         extra={}
         if run.stage1 is None
         else ({} if weights.soft_labels is None else {"kd_weight": weights.soft_labels})
+        | ({} if weights.temperature is None else {"kd_temperature": weights.temperature})
         | guidance
         | {name: figures[name] for name in SHOWN if name in figures}
         | ({} if use is None else {"teacher_cached": use.cached}),

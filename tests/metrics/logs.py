@@ -76,3 +76,32 @@ def write_run(
                     beside = {key: value for key, value in found[step].items() if key != "loss"}
                     log.evaluation(step, name, found[step]["loss"], tokens=1000, seconds=1.0, beside=beside)
     return directory / "log.jsonl"
+
+
+def write_log(path: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
+    """Write a run's log with 800 tokens and half a second for each step."""
+    path.mkdir()
+    with open_log(path, total_steps=len(losses)) as log:
+        log.event(0, "begins")
+        for step, loss in enumerate(losses, start=1):
+            log.step(record(step, loss))
+            if held_out and step in held_out:
+                log.evaluation(step, "valid", held_out[step], tokens=1000, seconds=1.0)
+    return path / "log.jsonl"
+
+
+def write_taught_log(path: Path, losses: list[float], kd_steps: int, held_out: dict[int, float]) -> Path:
+    """Write the log of a run with a teacher. Its mixed loss is 1 above the cross entropy with the data."""
+    path.mkdir()
+    teacher = {"teacher_loss": 3.5, "teacher_accuracy": 0.25}
+    with open_log(path, total_steps=len(losses)) as log:
+        for step, loss in enumerate(losses, start=1):
+            taught = step <= kd_steps
+            if step == kd_steps + 1:
+                log.event(kd_steps, "stage 2", {"stage": 2, "memory_gib_before": 2.5, "memory_gib_after": 2.25})
+            extra = {"kd_weight": 0.5, "ce": loss, "kl": 1.0, "teacher_ce": 3.5, "agreement": 0.5} if taught else {}
+            log.step(record(step, loss + taught, extra=extra))
+            if step in held_out:
+                beside = {"accuracy": 0.01 * step} | (teacher if taught else {})
+                log.evaluation(step, "valid", held_out[step], tokens=1000, seconds=1.0, beside=beside)
+    return path / "log.jsonl"

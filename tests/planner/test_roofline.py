@@ -20,6 +20,7 @@ from megatron_salt.planner.time.machine import NVLINK_GBS, Machine, MachineFlags
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time, step_time
 from megatron_salt.planner.time.traffic import student_transfers, teacher_transfers
+from megatron_salt.planner.time.whole_run import evaluation_lines
 from megatron_salt.salt.cost import ModelRates
 from megatron_salt.train.plan import check
 from tests.planner.runs import planned
@@ -159,6 +160,30 @@ def test_a_guided_run_counts_what_its_teacher_computes_and_sends(guide):
     saved = before.stage1.stages[-1].flops - times.stage1.stages[-1].flops
     assert saved == pytest.approx(0.0 if guide == "both" else head / (64 / 4))
     assert times.balance.soft_labels == (guide == "both") and (", its head" in times.balance.lines()[0]) == (guide == "both")
+
+
+def test_what_a_cache_holds_is_neither_computed_nor_sent():
+    run = large(64, "--pipeline-model-parallel-size", "4", "--teacher-tensor-model-parallel-size", "2")
+    cold, half, warm = (run_time(replace(run, cached_share=share), BY_FLOPS) for share in (0.0, 0.5, 1.0))
+    assert cold.stage1 is not None and half.stage1 is not None and warm.stage1 is not None
+    assert half.stage1.teacher == cold.stage1.teacher / 2 > 0
+    assert warm.stage1.teacher == warm.stage1.exchange == 0 and warm.stage1.passes == cold.stage1.passes
+    assert warm.teacher_transfers == () and warm.stage2 == cold.stage2
+    head = 2048 * 1280 * 2 * 2048 * 256000
+    assert warm.teacher_flops == pytest.approx(head)
+    assert half.teacher_flops == pytest.approx((cold.teacher_flops + head) / 2)
+
+
+def test_an_evaluation_is_the_forward_passes_of_a_step():
+    words = ("--eval-iters", "10", "--eval-interval", "5000", "--valid-share", "0", "--valid-data-path", "a=x", "b=y")
+    run = large(64, *words, teacher=False)
+    times = run_time(run, BY_FLOPS)
+    [stage] = times.stage2.stages
+    assert times.evaluation == pytest.approx(8 * sum(chunk.forward for chunk in stage.chunks))  # 8 microbatches, no pipeline
+    [told] = evaluation_lines(run, times)
+    hours = 43 * 2 * 10 * times.evaluation / 3600  # 208,000 / 5,000 is 41.6: step 0, 41 times, and after the last step
+    assert f"at most {hours:,.1f} h" in told and "43 times 10 batches of 2 held-out sets" in told
+    assert evaluation_lines(large(64, "--eval-iters", "0", teacher=False), times) == []
 
 
 def test_a_group_on_several_nodes_uses_the_network():

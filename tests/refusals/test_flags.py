@@ -83,6 +83,8 @@ LET = dict(teacher_load="/nowhere", guide="hidden", let_steps=4, let_layer=2)
         (1, dict(KD, kd_weight=1.5), ["--kd-weight must lie in [0.0, 1.0], got 1.5"]),
         (1, dict(KD, kd_weight=-0.5), ["--kd-weight must lie in [0.0, 1.0], got -0.5"]),
         (1, dict(KD, kd_teacher_temperature=0), ["--kd-teacher-temperature must be above 0", "got 0"]),
+        (1, dict(KD, kd_gate="rank:0"), ["--kd-gate rank:0", "from 1 on"]),
+        (1, dict(KD, kd_weight_schedule=["1:0.5", "4:0.2"]), ["--kd-weight-schedule 4:0.2", "--kd-steps 3"]),
         (1, dict(KD, kd_transition="linear", kd_transition_steps=4), ["--kd-transition-steps 4", "--kd-steps 3"]),
         (1, dict(LET, let_layer=3), ["--let-layer 3", "--num-layers 2"]),
         (1, dict(LET, let_steps=5), ["--let-steps 5", "last step, 4"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_salt.config import SaltConfig
-from megatron_salt.salt.schedule import Schedule
+from megatron_salt.salt.schedule import Schedule, is_tempered, lowest_temperature
 
 
 def schedule(steps: int = 10, transition: str = "step", fade: int = 0, weight: float = 0.6, **others: Any) -> Schedule:
@@ -130,3 +130,50 @@ def test_facts_survive_json_and_hold_what_shapes_the_mathematics():
     assert Schedule.from_facts(json.loads(json.dumps(guided.facts()))) == guided
     added = guided.facts().items() - schedule(10).facts().items()
     assert dict(added) == dict(guide="both", let_weight=0.1, let_layer=3, let_steps=4, let_decay="linear")
+
+
+def test_a_gate_and_schedules_are_recorded_where_they_are_given():
+    more = dict(kd_gate="rank:5", kd_weight_schedule=("1:0.9", "5:0.1"), kd_temperature_schedule=("2:1.0",))
+    plan = schedule(10, **more)
+    facts = json.loads(json.dumps(plan.facts()))
+    assert Schedule.from_facts(facts) == plan
+    assert facts.items() - schedule(10).facts().items() == {
+        ("kd_gate", "rank:5"), ("kd_weight_schedule", "1:0.9 5:0.1"), ("kd_temperature_schedule", "2:1.0"),
+    }  # fmt: skip
+
+
+def test_scheduled_values_by_hand():
+    plan = schedule(10, kd_weight_schedule=("2:0.8", "4:0.4", "5:0.6", "8:0.0"), kd_temperature_schedule=("1:0.25", "5:1.25"))
+    found = weights(plan, 10)
+    assert found == pytest.approx([0.8, 0.8, 0.6, 0.4, 0.6, 0.4, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-15)
+    assert [plan.temperature_at(step) for step in range(1, 8)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 1.25, 1.25])
+    points = {2: 0.8, 4: 0.4, 5: 0.6, 8: 0.0}
+    assert {step: plan.at(step, 10) for step in points} == points  # bit for bit at its own steps
+    beyond = schedule(10**9, kd_weight_schedule=("1:0.1", "1000000000:0.7"))
+    assert beyond.at(1, 10**9) == 0.1 and beyond.at(10**9, 10**9) == 0.7
+
+
+@pytest.mark.parametrize("transition, fade", FADES)
+def test_a_constant_schedule_is_the_one_value_bit_for_bit(transition, fade):
+    for points in (("1:0.6",), ("3:0.6", "4:0.6", "9:0.6")):
+        plan = schedule(
+            10, transition, fade, weight=0.1, kd_weight_schedule=points, kd_temperature_schedule=("2:0.25", "7:0.25")
+        )
+        assert weights(plan, 10) == weights(schedule(10, transition, fade), 10)
+        assert {plan.temperature_at(step) for step in range(1, 12)} == {0.25}
+
+
+def test_a_transition_fades_from_the_scheduled_weight():
+    """Oracle: the factors of the last two steps, by hand."""
+    points = ("1:0.8", "5:0.4")
+    linear, ratio = (schedule(5, transition, 2, kd_weight_schedule=points) for transition in ("linear", "ratio"))
+    assert weights(linear, 5) == pytest.approx([0.8, 0.7, 0.6, 0.5 * 2 / 3, 0.4 / 3, 0, 0, 0])
+    of_ratio = [0.5 / 0.5 * 2 / 3, 0.4 / 0.6 / 3]
+    assert weights(ratio, 5) == pytest.approx([0.8, 0.7, 0.6, *(r / (1 + r) for r in of_ratio), 0, 0, 0])
+
+
+def test_the_extremes_of_the_temperature():
+    flags = dict(teacher_load="t", kd_steps=9)
+    for points, lowest, tempered in [((), 0.25, True), (("1:2", "5:1"), 1.0, True), (("3:1", "5:1"), 1.0, False)]:
+        config = SaltConfig(**flags, kd_temperature_schedule=points)
+        assert (lowest_temperature(config), is_tempered(config)) == (lowest, tempered)

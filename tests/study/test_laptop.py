@@ -23,7 +23,7 @@ from megatron_salt.study.definition.plan_jobs import StudyPlan, TeacherFacts, pl
 from megatron_salt.study.definition.study import Study
 from megatron_salt.study.definition.study_file import read_study
 from megatron_salt.train.plan import check
-from tests.test_docs import tool_configs
+from tests.support.repository.pages import tool_configs
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "examples/laptop"

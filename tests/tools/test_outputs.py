@@ -20,8 +20,8 @@ from megatron_salt.tools.python_corpus import CorpusConfig, write_corpus
 from megatron_salt.tools.report import ReportConfig, report
 from megatron_salt.tools.select_data import SelectConfig, select_data
 from megatron_salt.tools.train_tokenizer import TrainTokenizerConfig, train_tokenizer
+from tests.metrics.logs import write_log
 from tests.support.selections import files_in, manifest_of, random_rows, write_index
-from tests.tools.test_report import write_log
 
 MANIFEST = manifest_of([45, 57])
 

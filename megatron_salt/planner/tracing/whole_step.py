@@ -56,9 +56,13 @@ def trace_step(step: WholeStep) -> int:
     """The peak bytes of a step on fake tensors. In a child process."""
     run = step.run
     forms = gpu_forms(run.precision) if run.device == "cuda" else contextlib.nullcontext()
-    keep_state = mock.patch.object(rng, "restore")  # states of random generators that are fake
+    keep_state = mock.patch.object(rng, "restore", _leave)  # states of random generators that are fake
     with fake_world(run.layout.world_size, rank_of_place(run.layout, step.place)), forms, keep_state:
         return peak_of_step(run, step.taught, fake=True)
+
+
+def _leave(*_: object) -> None:
+    """In place of `rng.restore`. It keeps no state alive, as a Mock would, which remembers its calls."""
 
 
 def rank_of_place(layout: Layout, place: int) -> int:
@@ -89,7 +93,12 @@ def peak_of_step(run: PlannedRun, taught: bool, fake: bool = False) -> int:
             assert run.teacher is not None
             teacher = _teacher(run, run.teacher, student, *groups)
         weights = PLAIN if teacher is None else Schedule.of(config.salt).weights_at(1, 1)
-        batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
+        if layout.context > 1:  # whole samples stay on the host, and a rank's own positions are copied
+            with meter.untracked():
+                batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
+            meter.known([one for batch in batches for one in vars(batch).values() if isinstance(one, torch.Tensor)])
+        else:
+            batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
         for _ in range(2):
             gc.collect()
             meter.peak()

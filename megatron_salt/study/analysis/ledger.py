@@ -43,6 +43,7 @@ USED: dict[Kind, tuple[Before, ...]] = {
     "let": ("teacher training",),
     "salt_let": ("teacher training",),
     "random": ("teacher training",),
+    "gated": ("teacher training",),
     "salt_ds": ("teacher training", "scoring", "selection"),
     "ds_only": ("teacher training", "scoring", "selection"),
     "grow": ("grow source",),

@@ -7,6 +7,7 @@
 | salt_ds  | the same, on the windows that an early teacher's scores choose | plain training |
 | rkd      | the teacher teaches to the last step (reverse KD) | |
 | ds_only  | salt_ds's windows with the plain loss: --kd-weight 0 and no teacher | plain training |
+| gated    | salt, where only tokens inside --kd-gate have soft labels | plain training |
 | random   | salt with as many random windows as salt_ds chooses; another choice for each seed | plain training |
 | longer   | none: the baseline, and the steps that the teacher's training FLOPs buy | |
 | let      | --let-steps steps in which the teacher's hidden states guide a layer (LET, arXiv 2602.05393): --guide hidden | plain training |
@@ -34,7 +35,8 @@ from megatron_salt.study.results import Kind
 from megatron_salt.train.plan import RunPlan, check
 
 _OF_LET = frozenset({"let_weight", "let_layer", "let_steps", "let_decay"})
-_EVERY = frozenset(field.name for field in fields(SaltConfig)) - {"teacher_load", "stage1_selection", "guide"}
+_OF_GATE = frozenset({"kd_gate"})
+_EVERY = frozenset(field.name for field in fields(SaltConfig)) - {"teacher_load", "stage1_selection", "guide"} - _OF_GATE
 _OF_SALT = _EVERY - _OF_LET
 _OF_STAGE2 = frozenset({"stage2_data", "stage2_micro_batch_size"})
 _OF_SCHEDULE = frozenset({"kd_steps", "kd_transition", "kd_transition_steps", "kd_stop", "kd_stop_margin"})
@@ -50,6 +52,7 @@ SALT_FLAGS: Mapping[Kind, frozenset[str]] = {
     "grow": frozenset(),
     "let": frozenset(name for name in _EVERY if not name.startswith("kd_") and "fp8" not in name)
     - {"stage2_data", "teacher_max_dropped_mass"},
+    "gated": (_OF_SALT | _OF_GATE) - {"stage2_data"},
     "salt_let": _EVERY - {"stage2_data", "kd_stop", "kd_stop_margin"},
 }
 """Fields of SaltConfig that a user may set for each kind. `salt:` and axes pass over the others."""
@@ -98,7 +101,9 @@ def arm_flags(
     if unused:
         raise UserError(f"kind {arm.kind} has no use for {' '.join(map(flag, unused))}")
     own = {name: value for name, value in salt.items() if takes(arm, name)} | {**arm.flags, **setting}
-    if arm.kind == "salt":
+    if arm.kind == "gated" and own.get("kd_gate", "none") == "none":
+        raise UserError("kind gated needs --kd-gate: without one its runs are those of kind salt")
+    if arm.kind in ("salt", "gated"):
         return own | {"teacher_load": inputs.teacher_load}
     if arm.kind in ("salt_ds", "random"):
         return own | {"teacher_load": inputs.teacher_load, "stage1_selection": inputs.stage1_selection}

@@ -21,7 +21,9 @@ from tests.study.definition.studies import study, write_configs
 ROOT = Path(__file__).parents[3]
 FACTS = TeacherFacts(vocabulary_size=100, training_flops={"teacher": 1e9})
 GROW = {"grow": {"num_layers": 2, "train_iters": 20}}
-ALL = {kind: GROW if kind == "grow" else None for kind in KINDS}
+LET = {"flags": {"let_steps": 4, "let_layer": 1}}
+NEEDED: dict[str, object] = {"grow": GROW, "let": LET, "salt_let": LET, "gated": {"flags": {"kd_gate": "rank:3"}}}
+ALL = {kind: NEEDED.get(kind) for kind in KINDS}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def test_jobs_come_after_what_they_need_and_shared_ones_once():
         assert done.issuperset(job.needs), job
         done.add(job.name)
     assert (
-        len(done) == len(plan.jobs) == 1 + 1 + 3 + 4 + 16
+        len(done) == len(plan.jobs) == 1 + 1 + 3 + 4 + 22
     )  # teacher; scores; top and two random choices; sources and stacks; runs
     needs = {job.name: job.needs for job in plan.jobs}
     assert needs["score-teacher-80"] == ("teacher",)
@@ -59,7 +61,7 @@ def test_runs_of_a_seed_differ_in_nothing_but_what_the_arm_is_about():
         assert config.data == plain.data
         assert config.model == plain.model
         assert config.checkpoint.save == str(run.directory) == f"out/runs/{run.arm}/seed_{run.seed}"
-        if run.arm in ("salt", "rkd"):
+        if run.arm in ("salt", "rkd", "let", "salt_let", "gated"):
             assert replace(config, salt=plain.salt, checkpoint=plain.checkpoint) == plain
         assert config.checkpoint.load == config.checkpoint.save  # goes on from its own checkpoint
 
@@ -185,8 +187,8 @@ def test_the_studies_of_the_documentation_are_some(monkeypatch):
     first, whole = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/study.md").read_text(), re.DOTALL)
     assert len(plan_jobs(parse_study(first, "docs/study.md"), FACTS).jobs) == 5
     plan = plan_jobs(parse_study(whole, "docs/study.md"), FACTS)
-    assert len(plan.jobs) == 45
-    assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow"}
+    assert len(plan.jobs) == 54
+    assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow", "gated"}
     assert {run.label for run in plan.runs if run.settings} == {
-        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter") for w in (0.5, 0.8)
+        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter", "gated") for w in (0.5, 0.8)
     }
