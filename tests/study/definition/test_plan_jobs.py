@@ -75,15 +75,19 @@ def test_a_grown_run_begins_with_the_stacked_weights_and_goes_on_from_its_own():
 
 def test_runs_that_draw_the_same_samples_for_a_cache_are_known():
     """Those of one seed, unless a selection or the batch size tells them apart; rkd has the longest stage 1."""
-    arms = dict.fromkeys(("baseline", "salt", "rkd", "salt_ds")) | {"flat": {"kind": "salt", "flags": {"kd_weight": 0.5}}}
+    arms = dict.fromkeys(("baseline", "salt", "rkd", "salt_ds")) | {
+        "flat": {"kind": "salt", "flags": {"kd_weight": 0.5}},
+        "let": LET,
+    }
     plan = plan_jobs(study(arms=arms, salt={"kd_steps": 30, "teacher_cache": "cache"}, axes={"global_batch_size": [8]}), None)
     cached = {job.name: job.cached for job in plan.jobs if job.cached is not None}
     assert {name: one.steps for name, one in cached.items() if name.endswith("seed_1")} == {
         "salt-seed_1": 30, "flat-seed_1": 30, "salt_ds-seed_1": 30, "rkd-seed_1": 100, "salt-global_batch_size=8-seed_1": 30,
+        "let-seed_1": 4, "let-global_batch_size=8-seed_1": 4,
         "flat-global_batch_size=8-seed_1": 30, "salt_ds-global_batch_size=8-seed_1": 30, "rkd-global_batch_size=8-seed_1": 100,
     }  # fmt: skip
     alike = [name for name, one in cached.items() if one.order == cached["salt-seed_1"].order]
-    assert alike == ["salt-seed_1", "rkd-seed_1", "flat-seed_1"]
+    assert alike == ["salt-seed_1", "rkd-seed_1", "flat-seed_1", "let-seed_1"]
     assert len({one.order for one in cached.values()}) == 2 * 2 * 2  # seeds, batch sizes, with and without a selection
     assert all(job.cached is None for job in plan_jobs(study(), None).jobs)
 
