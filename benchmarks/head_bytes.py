@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 import megatron_salt.parallel.cpu_seam
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels import INTERPRETED
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
@@ -47,8 +48,9 @@ VOCABULARIES = (1024, 4992)
 """Multiples of 64, so that no row is padded; the second is more than one block of a kernel."""
 HIDDEN = 8
 DTYPE = torch.bfloat16
-FORMS = {"kd, T 1": 1.0, "kd, T 0.25": 0.25, "plain": None, "scoring": None}
-"""The forms of the head: the loss with a teacher of this temperature, the loss alone, and the scores of tokens."""
+GATES = {"kd, T 0.25, rank": Gate("rank", 9), "kd, T 0.25, entropy": Gate("entropy", 3.0)}
+FORMS = {"kd, T 1": 1.0, "kd, T 0.25": 0.25, "plain": None, "scoring": None} | dict.fromkeys(GATES, 0.25)
+"""The forms of the head: the loss with a teacher of this temperature and perhaps a gate, the loss alone, and the scores of tokens."""
 
 PACKAGE = str(Path(megatron_salt.__file__).parent)
 
@@ -199,7 +201,7 @@ def run_form(form: str, tokens: int, vocabulary_size: int) -> Traffic:
     labels, mask = torch.randint(0, vocabulary_size, (tokens,), generator=generator), torch.ones(tokens)
     teacher = None
     if temperature is not None:
-        teacher = SoftTarget(draw(tokens, 1, HIDDEN), draw(vocabulary_size, HIDDEN), temperature, 0.667)
+        teacher = SoftTarget(draw(tokens, 1, HIDDEN), draw(vocabulary_size, HIDDEN), temperature, 0.667, gate=GATES.get(form))
     shard = VocabularyShard(group, vocabulary_size, vocabulary_size, False)
     with ByteCounter().counting() as traffic:
         if form == "scoring":

@@ -1,6 +1,7 @@
 """The output head's loss in our form and in its rivals' forms, for kd_loss.py and head_on_gpu.py.
 
-With a teacher: `kd` is ours; `full`, cross entropy of full logits against the mixed target q in plain PyTorch; `compiled`, the same under
+With a teacher: `kd` is ours; `kd_probability`, `kd_rank` and `kd_entropy`, ours with a gate that lets every token through, which costs what
+any bound does; `full`, cross entropy of full logits against the mixed target q in plain PyTorch; `compiled`, the same under
 torch.compile; `chunks`, the same in 8 chunks of tokens through autograd, like torchtune's chunked losses. Without a teacher: `alone` is
 ours; `plain`, F.linear and F.cross_entropy; `compiled_plain`, the same under torch.compile; `mcore`, megatron-core's ColumnParallelLinear
 and vocab_parallel_cross_entropy; `liger`, Liger-Kernel's fused linear cross entropy, whose sums over chunks are float32, as ours are.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
 
@@ -35,6 +37,8 @@ KD_WEIGHT = 0.667
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = ("kd", "alone")
 """With a teacher, and without."""
+GATES = {"kd_probability": Gate("probability", 1e-30), "kd_rank": Gate("rank", 2.0**31), "kd_entropy": Gate("entropy", 1e6)}
+"""Ours with a teacher and a gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +99,9 @@ Step = Callable[[], Tensor]
 def make_step(name: str, problem: Problem, chunk_tokens: int) -> Step:
     """One of the forms that the module's docstring names. Raises ImportError where a rival is not installed."""
     hidden, weight, labels, mask, teacher = vars(problem).values()
-    if name in OURS:
+    if name in OURS or name in GATES:
         shard = VocabularyShard(dist.group.WORLD, weight.size(0), weight.size(0), False)  # type: ignore[arg-type]
-        given = teacher if name == "kd" else None
+        given = None if name == "alone" else replace(teacher, gate=GATES.get(name))
         return lambda: fused_linear_cross_entropy(hidden, weight, labels, mask, shard, chunk_tokens, given)[0]
     if name in ("full", "compiled"):
         function = full_logits if name == "full" else torch.compile(full_logits, dynamic=False)

@@ -33,7 +33,7 @@ from megatron_salt.model.loss_chunk import CPU_MIB, gpu_tokens, tokens_within
 
 PATHS = {"torch": "0", "kernels": "1"}
 """The value of TRITON_INTERPRET with which a CPU counts each."""
-GOALS = {"kd, T 1": 16, "kd, T 0.25": 16, "plain": 8}
+GOALS = {"kd, T 1": 16, "kd, T 0.25": 16, "kd, T 0.25, rank": 20, "kd, T 0.25, entropy": 16, "plain": 8}
 """Bytes a logit of the kernels' passes, at most."""
 SUMS, PRODUCTS = "passes", "products"
 
@@ -147,7 +147,7 @@ def print_counts(counts: Mapping[str, Counts], operations: bool) -> None:
     print(f"bytes a logit, counted\n{'':14}" + "".join(f"{path + ', passes':>18}" for path in counts) + f"{'products':>12}")
     for form in counts["kernels"]:
         cells = "".join(f"{total(of_path, form, SUMS):18.2f}" for of_path in counts.values())
-        print(f"{form:14}{cells}{total(counts['kernels'], form, PRODUCTS):12.2f}")
+        print(f"{form:22}{cells}{total(counts['kernels'], form, PRODUCTS):12.2f}")
         for path, of_path in counts.items() if operations else ():
             print(f"    {path}: " + ", ".join(f"{name} {moved:.2f}" for name, moved in of_path[form][SUMS].items()))
 

@@ -2,6 +2,7 @@
 
     python benchmarks/kd_loss.py                  V = 32K, 1 thread: a few minutes
     python benchmarks/kd_loss.py --full           V = 32K, 128K and 256K, 1 thread and 2: about an hour; 256K takes 10 GiB
+    python benchmarks/kd_loss.py --forms kd_probability kd_rank kd_entropy    the gates of --kd-gate, over the same without a gate
     python benchmarks/kd_loss.py --device cuda    on a GPU, see head_on_gpu.py; has not yet run on one
 
 The rivals are described in head_rivals.py. All start from the same numbers and must reach the same loss and gradients.
@@ -38,6 +39,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 from benchmarks.head_on_gpu import GPU_RIVALS, GPU_SIZES, compare_on_gpu
 from benchmarks.head_rivals import (
     DTYPES,
+    GATES,
     OURS,
     TOLERANCE,
     Problem,
@@ -57,10 +59,10 @@ from megatron_salt.parallel.mesh import make_student_mesh
 
 CHUNK = 256
 CPU_SIZES = {"hidden_size": 512, "teacher_hidden_size": 384, "tokens": 1024}
-RIVALS = {"kd": ("full", "chunks"), "alone": ("plain", "mcore")}
-"""Of our form with a teacher and without one, on a CPU."""
+RIVALS = {"kd": ("full", "chunks"), "alone": ("plain", "mcore")} | dict.fromkeys(GATES, ("kd",))
+"""Of our form with a teacher, without one, and with a teacher and a gate, on a CPU."""
 
-GOAL_TIME = {"full": 0.95, "chunks": 1.0, "plain": 1.1, "mcore": 1.1}
+GOAL_TIME = {"full": 0.95, "chunks": 1.0, "plain": 1.1, "mcore": 1.1, "kd": 1.15}
 GOAL_MEMORY = {"full": 0.35, "chunks": 0.35}
 
 
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.add_argument("--vocabularies", nargs="+", type=whole, help="default: 32768")
     asked.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on a GPU bf16")
     asked.add_argument("--threads", nargs="+", type=whole, help="of a CPU; default: 1")
-    asked.add_argument("--forms", nargs="+", choices=OURS, default=list(OURS), help="ours with a teacher, and without")
+    asked.add_argument("--forms", nargs="+", choices=[*OURS, *GATES], default=list(OURS), help="of ours; default: kd alone")
     asked.add_argument("--rivals", nargs="+", choices=GPU_RIVALS["kd"] + GPU_RIVALS["alone"], help="on a GPU; default: all")
     asked.add_argument("--chunks", nargs="+", type=whole, help="of ours, on a GPU, in tokens; default: 2048 and a run's own")
     asked.add_argument("--hidden-size", type=whole, help="default: 512; on a GPU 2048")

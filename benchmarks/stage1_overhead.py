@@ -1,11 +1,13 @@
 """The cost of the teacher: time of a step of stage 1 divided by one of stage 2, as start-up says it and as measured, on CPU ranks.
 
     python benchmarks/stage1_overhead.py --steps 40     three models on one core, and one of them in two pipeline stages
+    python benchmarks/stage1_overhead.py --steps 7 --guide hidden     the same with hidden-state guidance instead of soft labels
 
 The program's own `build` makes student and teacher, from a teacher's checkpoint that the program wrote. The same run then takes steps of
 both stages in turns, on the same microbatches. Each stage counts by the fastest tenth of its steps, so that other work on the machine
 matters little, and by the CPU seconds of the busiest rank. Wall-clock time is shown beside them. The prediction is the one that start-up
-logs (salt/cost.py), measured rates included. The bytes of the exchange are compared with their plan.
+logs (salt/cost.py), measured rates included. With hidden-state guidance the median of the pairs of steps counts, in CPU seconds.
+The bytes of the exchange are compared with their plan.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import student_layout
 from megatron_salt.preprocess.indexed_writer import IndexedWriter
 from megatron_salt.salt import routing
+from megatron_salt.salt.guidance.layer_place import stages_of_run
 from megatron_salt.train.build import build
 from megatron_salt.train.build_model import dtype_of
 from megatron_salt.train.build_teacher import predict_cost
@@ -63,7 +66,7 @@ from megatron_salt.train.start import identify, name_data
 from megatron_salt.train.step import train_step
 
 SEQ_LENGTH, MICROBATCHES = 256, 4
-GOAL, EXCHANGE_GOAL = 0.10, 0.05
+GOAL, EXCHANGE_GOAL, LET_GOAL = 0.10, 0.05, 1.05
 EXCHANGE = "c10d::alltoall_base_"
 
 Step = Callable[[], None]
@@ -108,6 +111,9 @@ def main() -> None:
     asked.add_argument("--steps", type=whole, default=20, help="steps of each stage, for each run")
     asked.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     asked.add_argument("--bf16", action="store_true")
+    asked.add_argument(
+        "--guide", choices=("soft-labels", "hidden", "both"), default="soft-labels", help="what the teacher teaches"
+    )
     asked.add_argument("--one-rank", action="store_true", help="leave out the run in two pipeline stages")
     asked.add_argument("--rank-of", metavar="FOLDER", help=argparse.SUPPRESS)
     flags = asked.parse_args()
@@ -133,9 +139,14 @@ def report(name: str, shape: Shape, stages: int, run: RunConfig, told: Told) -> 
     print(f"{name:14}{told.predicted:>7.3f}x{told.by_flops:>9.3f}x{measured:>9.3f}x{measured / told.predicted:>8.3f}"
           f"{wall[0] / wall[1]:>7.3f}x{cpu[1]:>16.3f}{busy:>7.0%}", flush=True)  # fmt: skip
     print(f"  {told.rates}")
+    if run.salt.guides_hidden:
+        pairs = np.array(told.cpu)
+        median = float(np.median(pairs[:, 0] / pairs[:, 1])) / told.predicted
+        result(f"let_time_over_prediction_{run.salt.guide}_{name}", median, LET_GOAL, lower_is_better=True)
     planned, logits = exchange_bytes(run, stages, run_teacher(shape).hidden_size), exchange_bytes(run, stages, shape.vocabulary)
     assert told.sent_bytes == planned, f"a step exchanged {told.sent_bytes} bytes, its plan says {planned}"
-    result(f"stage1_off_prediction_{name}", abs(measured / told.predicted - 1), GOAL, lower_is_better=True)
+    if not run.salt.guides_hidden:
+        result(f"stage1_off_prediction_{name}", abs(measured / told.predicted - 1), GOAL, lower_is_better=True)
     if stages == 2:
         result("exchanged_over_logits", told.sent_bytes / logits, EXCHANGE_GOAL, lower_is_better=True)
 
@@ -149,7 +160,7 @@ def exchange_bytes(run: RunConfig, num_ranks: int, width: int) -> int:
     """Bytes that the plan of one step moves if a position has `width` values. In a block of several ranks, bytes that stay on their rank
     count too; a block of one moves none."""
     layout = student_layout(run.parallel, num_ranks)
-    plan = routing.plan_exchange(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH)
+    plan = routing.plan_exchange(layout, routing.teacher_layout(layout, 1, 1), MICROBATCHES, 1, SEQ_LENGTH, stages_of_run(run))
     positions = sum(sum(plan.send_sizes(place)) for place in range(plan.num_places)) if plan.num_places > 1 else 0
     return positions * width * dtype_of(run.training).itemsize
 
@@ -168,12 +179,16 @@ def run_teacher(shape: Shape) -> ModelConfig:
     return model_of(*shape.teacher)
 
 
-def student_run(folder: Path, shape: Shape, stages: int, bf16: bool) -> RunConfig:
+def student_run(folder: Path, shape: Shape, stages: int, flags: argparse.Namespace) -> RunConfig:
     """The run whose steps are timed."""
+    salt = SaltConfig(
+        teacher_load=str(folder / "teacher"), guide=flags.guide, kd_steps=None if flags.guide == "hidden" else 1,
+        let_steps=None if flags.guide == "soft-labels" else 1,
+    )  # fmt: skip
     return replace(
-        base_run(folder, model_of(*shape.student), bf16),
+        base_run(folder, model_of(*shape.student), flags.bf16),
         parallel=ParallelConfig(pipeline_model_parallel_size=stages, account_for_loss_in_pipeline_split=stages > 1),
-        salt=SaltConfig(teacher_load=str(folder / "teacher"), kd_steps=1),
+        salt=salt,
     )
 
 
@@ -209,7 +224,7 @@ def teach_for_one_step(folder: Path, shape: Shape, bf16: bool) -> None:
 
 def ask_ranks(folder: Path, shape: Shape, num_ranks: int, flags: argparse.Namespace) -> tuple[RunConfig, Told]:
     """Let ranks take steps of a run. Returns the run and what they measured."""
-    run = student_run(folder, shape, num_ranks, flags.bf16)
+    run = student_run(folder, shape, num_ranks, flags)
     (folder / "student.yaml").write_text(to_yaml(run))
     launch(num_ranks, str(Path(__file__).resolve()), "--rank-of", str(folder), "--steps", str(flags.steps))
     return run, Told(**json.loads((folder / "told.json").read_text()))
@@ -233,16 +248,17 @@ def be_a_rank(folder: Path, steps: int) -> None:
         layout = student_layout(config.parallel, dist.get_world_size())
         plan = plan_run(config.training, config.parallel, layout, config.salt)
         identity = identify(config, inputs, name_data(config, plan, inputs))
-        run, _ = build(config, plan, layout, inputs, identity, timeout=timeout)
+        run, progress = build(config, plan, layout, inputs, identity, timeout=timeout)
         assert run.stage1 is not None and inputs.teacher is not None
         teacher, student, microbatches = run.stage1.teacher, run.student, run.train.fetch(0)
+        weights = run.stage1.weights(1, progress)
 
         def said(config: RunConfig) -> tuple[float, str]:
             found = predict_cost(config, plan, inputs.teacher.model, inputs.tokenizer.vocabulary_size, TORCH)
             return found.ratio, found.rates.source
 
         def stage1() -> None:
-            train_step(student, microbatches, PhaseTimer(), teacher, config.salt.kd_weight)
+            train_step(student, microbatches, PhaseTimer(), teacher, weights)
 
         def stage2() -> None:
             train_step(student, microbatches, PhaseTimer())

@@ -47,6 +47,7 @@ from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.parallel.layout import student_layout
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.salt.teacher_cache.cache import TeacherCache
 from megatron_salt.salt.teacher_cache.shards import Index, SampleShape, open_shard, shard_names
 from megatron_salt.salt.teacher_cache.writer import CacheWriter
@@ -99,7 +100,7 @@ def take_steps(folder: Path, name: str, steps: int) -> None:
         plan = plan_run(config.training, config.parallel, layout, config.salt)
         run, _ = build(config, plan, layout, inputs, identify(config, inputs, name_data(config, plan, inputs)), timeout=timeout)
         assert run.stage1 is not None and run.stage1.teacher is not None and inputs.teacher is not None
-        teacher, student, weight = run.stage1.teacher, run.student, config.salt.kd_weight
+        teacher, student, weight = run.stage1.teacher, run.student, StepWeights(soft_labels=config.salt.kd_weight)
         shape = SampleShape(SEQ_LENGTH, inputs.teacher.model.hidden_size, str(dtype_of(config.training)).removeprefix("torch."))
 
         def plain() -> None:
@@ -120,7 +121,9 @@ def take_steps(folder: Path, name: str, steps: int) -> None:
         shutil.copytree(folder / "cache", folder / "kept")
         index = Index([open_shard(folder / "kept" / one, shape) for one in names], shape)
         cached_data = run.train.with_cached(
-            TeacherCache(folder / "kept", index, student.mesh, writes=False, forward_samples=1).add_cached
+            TeacherCache(
+                folder / "kept", index, student.mesh, stages=frozenset({0}), writes=False, forward_samples=1
+            ).add_cached
         )
 
         def cached() -> None:

@@ -46,7 +46,7 @@ if [ "${FP8:-1}" != 0 ]; then
     precision=(--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise)
     teacher_precision=(--teacher-fp8-format hybrid --teacher-fp8-recipe tensorwise)
 fi
-# The GPU that the login node's check plans for, by its name in tools/plan.py; GPU= leaves memory and time out.
+# The GPU that the login node's check plans for, by its name for --gpu; GPU= leaves memory and time out.
 GPU=${GPU-$([ "${FP8:-1}" != 0 ] && echo h100-80 || echo a100-80)}
 [ "${DEVICE:-cuda}" = cuda ] || GPU=''
 read -ra data <<<"${DATA:-data/pile_text_document}" # one prefix, or weights and prefixes
@@ -63,9 +63,7 @@ train() { # train FLAGS...: the trainer, until it is done
     command=("$PYTHON" -m megatron_salt.pretrain "${device[@]}" "$@" --save "$RUN_DIR" --exit-signal-handler)
     if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: check what can be checked without GPUs
         local ranks=${RANKS:-$(ranks_of_header)}
-        [ -n "$GPU" ] || exec "${wrap[@]}" "${command[@]}" --dry-run "$ranks"
-        "${wrap[@]}" "${command[@]}" --dry-run "$ranks" || exit
-        exec "${wrap[@]}" "$PYTHON" tools/plan.py "${command[@]:3}" --world-size "$ranks" --gpu "$GPU"
+        exec "${wrap[@]}" "${command[@]}" --dry-run "$ranks" ${GPU:+--gpu "$GPU"}
     fi
     listens=1
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) # ranks on a node, for the host memory of a save

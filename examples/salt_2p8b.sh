@@ -17,6 +17,7 @@
 #     bash examples/salt_2p8b.sh          # on the login node: checks data, teacher, space, versions, memory of the GPUs
 #     sbatch examples/salt_2p8b.sh        # the run; the same command again continues it
 #     TEACHER=/shared/teacher sbatch --nodes=4 examples/salt_2p8b.sh --kd-steps 20000
+#     RUN_DIR=runs/salt_let_2p8b sbatch examples/salt_2p8b.sh --guide both --let-steps 20000      # hidden-state guidance too (LET)
 #
 # Submit it from the repository's root. Options of sbatch stand before the script, flags of the trainer after it. Both win over this file.
 # It needs the data (preprocess.sh) and a teacher (teacher_1p5b.sh). pipeline.sh makes everything in its order.

@@ -50,9 +50,25 @@ class CommandLine(RunConfig):
     """Check the run as this many ranks would start it, and exit. One process, no GPU; no file stays written.
     Checked: flags, data, teacher, --save and its free space, the checkpoint in --load, versions."""
 
+    gpu: str | None = None
+    """With --dry-run: also plan memory and time on this GPU, such as h100-80, and refuse a run that would not fit.
+    It is unmeasured, see docs/planner.md."""
+
     def __post_init__(self) -> None:
         if self.dry_run is not None and self.dry_run < 1:
             raise UserError(f"--dry-run must be at least 1 rank, got {self.dry_run}")
+        if self.gpu is not None and self.dry_run is None:
+            raise UserError(f"--gpu {self.gpu} needs --dry-run: a start takes the GPUs that there are")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A check of a run that does not start."""
+
+    ranks: int
+    """Of the run"""
+    gpu: str | None
+    """GPU for which memory and time are planned, as --gpu names it; None: they are not"""
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -60,8 +76,8 @@ def parse(argv: Sequence[str]) -> RunConfig:
     return parse_command(argv)[0]
 
 
-def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
-    """The configuration that `argv` (without the program's name) asks for, and the ranks of --dry-run (None without it).
+def parse_command(argv: Sequence[str]) -> tuple[RunConfig, DryRun | None]:
+    """The configuration that `argv` (without the program's name) asks for, and what --dry-run asks for (None without it).
 
     Raises UserError for mistakes of the user. --help and --print-config print to stdout and raise SystemExit(0).
     """
@@ -70,7 +86,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig, int | None]:
     if command_line.print_config:
         print(to_yaml(run), end="")
         raise SystemExit(0)
-    return run, command_line.dry_run
+    ranks = command_line.dry_run
+    return run, None if ranks is None else DryRun(ranks, command_line.gpu)
 
 
 def parse_over_file(config_class: type[R], argv: Sequence[str]) -> R:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from megatron_salt.errors import HOST_FAULTS, UserError, file_error
@@ -94,10 +94,34 @@ def whole_file(path: Path, durable: bool = False, temporary: Path | None = None)
         raise
 
 
+@contextlib.contextmanager
+def whole_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """`whole_file` for several files: all get their names when the block ends, or none does.
+
+    Raises IsADirectoryError where a directory stands in the place of one, before and after the block. Only a kill between two renames
+    leaves some new and some old.
+    """
+    _refuse_directories(paths)
+    with contextlib.ExitStack() as files:
+        yield [files.enter_context(whole_file(path)) for path in paths]
+        _refuse_directories(paths)
+
+
+def _refuse_directories(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
 def write_whole(path: Path, content: bytes, durable: bool = False) -> None:
     """Write a file so that it appears whole or not at all: see `whole_file`. Raises OSError."""
     with whole_file(path, durable) as temporary:
         temporary.write_bytes(content)
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links. A link that leads to itself stays a path, where `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def sync(path: Path) -> None:

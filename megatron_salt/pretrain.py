@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_salt.cli import exit_status, parse_command
+from megatron_salt.cli import DryRun, exit_status, parse_command
 from megatron_salt.config import RunConfig
 from megatron_salt.errors import MachineError, UserError
 from megatron_salt.files import refusing_file_errors
@@ -22,6 +22,7 @@ from megatron_salt.parallel.failure import fail_together
 from megatron_salt.parallel.hardware import ask_for_determinism, order_launches, prepare_environment
 from megatron_salt.parallel.layout import Layout, world_size_from_environment
 from megatron_salt.parallel.library_warnings import hide_library_warnings
+from megatron_salt.planner.gpu import gpu_of
 from megatron_salt.train.exit import SignalWatch, refuse_exit_file
 from megatron_salt.train.launcher import write_outcome
 from megatron_salt.train.plan import check
@@ -34,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: fail_together(lambda: pretrain(*parse_command(sys.argv[1:] if argv is None else argv), started)))
 
 
-def pretrain(config: RunConfig, dry_run_ranks: int | None, started: float) -> None:
-    """Train as configured, or with `dry_run_ranks` only check whether that many ranks could.
+def pretrain(config: RunConfig, rehearsal: DryRun | None, started: float) -> None:
+    """Train as configured, or with `rehearsal` only check whether that many ranks could.
 
     started: time.monotonic() at the program's start, from which --exit-duration-in-mins counts.
     """
     try:
         with refusing_file_errors():
-            if dry_run_ranks is None:
+            if rehearsal is None:
                 carry_out(config, started)
             else:
-                rehearse(config, dry_run_ranks)
+                rehearse(config, rehearsal)
     except UserError as error:
         if error.outcome is not None:
             at = error.host if isinstance(error, MachineError) else None
@@ -68,15 +69,20 @@ def carry_out(config: RunConfig, started: float) -> None:
             watch.restore()
 
 
-def rehearse(config: RunConfig, world_size: int) -> None:
+def rehearse(config: RunConfig, asked: DryRun) -> None:
     """Check what one process can check. Raises UserError."""
-    layout, plan = check(config, world_size)
+    layout, plan = check(config, asked.ranks)
+    gpu = None if asked.gpu is None else gpu_of(asked.gpu)
     refuse_exit_file(config.training.exit_file)
     hide_library_warnings()
     prepare_libraries(config, layout)
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
-    dry_run(config, layout, plan)
+    dry_run(config, layout, plan, plans_memory=gpu is not None)
+    if gpu is not None:
+        from megatron_salt.planner.command import refuse_too_large
+
+        refuse_too_large(config, asked.ranks, gpu)
 
 
 def prepare_libraries(config: RunConfig, layout: Layout) -> None:

@@ -200,9 +200,9 @@ def test_commands_of_the_trainer_are_runs(page: str) -> None:
         launcher, _, flags = command.partition("--config")
         words = shlex.split(flags, comments=True)
         words[0] = str(ROOT / "examples" / models.get(words[0], Path(words[0]).name))
-        run, dry_ranks = parse_command(["--config", *words])
+        run, dry_run = parse_command(["--config", *words])
         sizes = [int(size) for size in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", launcher)]
-        check(run, world_size=dry_ranks or math.prod(sizes))
+        check(run, world_size=math.prod(sizes) if dry_run is None else dry_run.ranks)
 
 
 def test_the_command_of_four_nodes_makes_four_replicas() -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.cli import known_flags, parse, parse_over_file
+from megatron_salt.cli import DryRun, known_flags, parse, parse_command
 from megatron_salt.config import ParallelConfig, RunConfig
 from megatron_salt.config.yaml_text import from_yaml
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.shapes import check_shapes
 from megatron_salt.parallel.hardware import Hardware
-from megatron_salt.planner.command import PlanConfig
 from megatron_salt.train.plan import check
 from megatron_salt.train.start import choose_precisions
 from tests.convert.real_model import LENGTH, WINDOWS
@@ -56,11 +55,10 @@ def test_the_check_ends_with_the_planner(given: dict[str, str], gpu: str, tmp_pa
     ended = subprocess.run(
         ["bash", str(EXAMPLES / "salt_2p8b.sh")], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    trainer, _, planner = ended.stdout.partition("--dry-run\n64\n")
-    program, *words = planner.splitlines()
-    assert program == "tools/plan.py" and words[-4:] == ["--world-size", "64", "--gpu", gpu]
-    assert words[:-4] == trainer.splitlines()[2:]  # the flags of the run
-    assert parse_over_file(PlanConfig, words).salt.kd_steps == 36000
+    _, program, *words = ended.stdout.splitlines()
+    assert program == "megatron_salt.pretrain" and words[-4:] == ["--dry-run", "64", "--gpu", gpu]
+    run, dry_run = parse_command(words)
+    assert run.salt.kd_steps == 36000 and dry_run == DryRun(64, gpu)
 
 
 def test_a_trial_on_cpus_is_not_planned_for_a_gpu(tmp_path: Path) -> None:

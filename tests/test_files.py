@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, refusing_file_errors, sole_writer, whole_file, write_whole
+from megatron_salt.files import (
+    real_path,
+    refuse_present,
+    refusing_file_errors,
+    sole_writer,
+    whole_file,
+    whole_files,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -34,6 +42,22 @@ def test_after_an_error_the_old_file_stands_alone(tmp_path: Path, error: BaseExc
     with pytest.raises(FileNotFoundError), whole_file(path):
         pass  # nothing was written
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_several_files_are_new_together_or_not_at_all(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    with whole_files(paths) as temporary:
+        for file in temporary:
+            file.write_text("new")
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(IsADirectoryError, match="b"), whole_files(paths) as temporary:
+        for file in temporary:
+            file.write_text("newer")
+        (tmp_path / "b").unlink()
+        (tmp_path / "b").mkdir()  # while the block writes
+    with pytest.raises(IsADirectoryError), whole_files(paths):
+        pytest.fail("nothing is begun")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {"a": "old", "c": "new"}
 
 
 @pytest.mark.parametrize("durable, expected", [(False, ["rename own"]), (True, ["sync own", "rename own", "sync DIRECTORY"])])
@@ -71,6 +95,13 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Pat
     (tmp_path / "file.tmp").symlink_to(other)
     write_whole(path, b"new")
     assert (other.read_text(), path.read_text(), path.is_symlink()) == ("of somebody else", "new", False)
+
+
+def test_the_real_path_has_no_links_and_one_that_leads_to_itself_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "name").symlink_to(tmp_path / "there")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    assert real_path(tmp_path / "name" / "file") == real_path(tmp_path) / "there" / "file"
+    assert real_path(tmp_path / "itself").name == "itself"
 
 
 def test_what_is_there_is_replaced_only_where_a_flag_says_so(tmp_path: Path) -> None:

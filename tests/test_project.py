@@ -60,6 +60,12 @@ def test_every_console_script_is_a_function_without_arguments() -> None:
         assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_links_are_followed_by_the_one_function_that_a_loop_does_not_stop() -> None:
+    lines = {f"{path}:{line}" for path in (ROOT / "megatron_salt").rglob("*.py") for line in path.read_text().splitlines()}
+    assert [line for line in lines if ".resolve(" in line] == []
+    assert [line.split(":")[0].rsplit("/")[-1] for line in lines if "os.path.realpath(" in line] == ["files.py"]
+
+
 def test_the_workflow_runs_what_anybody_can_run() -> None:
     """It checks the repository out, installs both Pythons, and calls `.ci/run`."""
     jobs = read_yaml(".github/workflows/ci.yml")["jobs"]

@@ -41,7 +41,8 @@ NOT_REPORTED = {
     "salt": {  # another teacher or schedule likewise
         "teacher_load", "teacher_cache", "teacher_exchange_max_gib", "teacher_fp8_max_kl", "teacher_max_dropped_mass", "stage1_selection",
         "override_kd_schedule", "kd_weight", "kd_teacher_temperature", "kd_steps", "kd_transition", "kd_transition_steps",
-        "kd_stop", "kd_stop_margin",
+        "kd_stop", "kd_stop_margin", "guide", "let_weight", "let_layer", "let_steps", "let_decay",
+        "kd_gate", "kd_weight_schedule", "kd_temperature_schedule",
     },
 }  # fmt: skip
 

@@ -45,6 +45,7 @@ from megatron_salt.checkpoint.run_state import CheckpointState, OpenedCheckpoint
 from megatron_salt.checkpoint.save_directory import RUN_YAML, TOKENIZER
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import Look, SaveError, stay
+from megatron_salt.files import real_path
 from megatron_salt.parallel.collectives import begin_largest, from_rank_0
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.parallel.mesh import Mesh
@@ -303,7 +304,7 @@ class Checkpointer:
         loading.load_tensors(opened, config, self._identity.seed, vocabulary_size, self._mesh, self._chunks, self._optimizer)
         if not config.finetune and self._scheduler is not None and opened.state.scheduler is not None:
             compatibility.load_schedule(self._scheduler, self._optimizer, opened, self._identity.schedule_follows_run)
-        beside = self._save is not None and os.path.realpath(opened.directory.parent) == os.path.realpath(self._save)
+        beside = self._save is not None and real_path(opened.directory.parent) == real_path(self._save)
         if beside and not opened.directory.is_symlink():  # a link may point to another run's checkpoint
             self._newest = (opened.state.run.step, opened.directory)
         return state

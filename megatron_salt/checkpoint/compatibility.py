@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from megatron_salt.checkpoint.run_state import OpenedCheckpoint, OptimizerForm, 
 from megatron_salt.checkpoint.save_directory import RUN_YAML
 from megatron_salt.config import CheckpointConfig, ModelConfig, OptimizerConfig, flag
 from megatron_salt.errors import UserError
+from megatron_salt.files import real_path
 from megatron_salt.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def refuse_other_run(opened: OpenedCheckpoint, run: RunIdentity, finetune: bool,
 
 def refuse_empty(load: str, save: str | None) -> None:
     """Raise UserError for a --load that has no checkpoint and is not where the run itself will save its first. Pure."""
-    if save is None or os.path.realpath(load) != os.path.realpath(save):
+    if save is None or real_path(load) != real_path(save):
         raise UserError(
             f"--load {load} holds no checkpoint; a run starts without one only where --save is the same; "
             "leave --load out to start afresh"

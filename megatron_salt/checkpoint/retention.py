@@ -18,6 +18,7 @@ from megatron_salt.checkpoint import save_directory
 from megatron_salt.checkpoint.run_state import UNNAMED, Lineage, lineage_in
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
+from megatron_salt.files import real_path
 from megatron_salt.small_files import read_json
 
 # ---- lineages ----------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def begin(checkpoint: CheckpointConfig, origin: Origin | None) -> Lineage:
     assert checkpoint.save is not None
     save = Path(checkpoint.save)
     present = saved_under(save)
-    in_place = origin is not None and origin.directory.parent.resolve() == save.resolve()
+    in_place = origin is not None and real_path(origin.directory.parent) == real_path(save)
     if origin is None:
         own, reached = fresh(), 0
     else:

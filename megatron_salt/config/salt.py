@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_salt.config.checks import above_zero, at_least, representable, within
+from megatron_salt.config.checks import above_zero, at_least, flag, representable, within
+from megatron_salt.config.teaching import parse_gate, parse_temperatures, parse_weights
 from megatron_salt.errors import UserError
 
 
@@ -64,6 +65,25 @@ class SaltConfig:
     Other teachers, data or sequence lengths are refused. All ranks must see the directory.
     Size: hidden size x 2 bytes a token in bfloat16, x 4 in float32."""
 
+    guide: Literal["soft-labels", "hidden", "both"] = "soft-labels"
+    """What the teacher teaches. soft-labels: its distribution over the next token (SALT, the kd flags).
+    hidden: its last hidden states, to an early layer of the student (LET, arXiv 2602.05393, the let flags).
+    Then no output layer of the teacher is needed. both: both."""
+
+    let_weight: float = 0.1
+    """Weight lambda of hidden-state guidance in the first step. It adds to the loss of a token
+    lambda x (1 - cosine of the student's residual stream after layer --let-layer and the teacher's last hidden state)."""
+
+    let_layer: int = 3
+    """Layer of the student, counted from 1, whose output is guided."""
+
+    let_steps: int | None = None
+    """Steps with hidden-state guidance (S_stop). The teacher is freed after them, with --guide both after --kd-steps if that is later."""
+
+    let_decay: Literal["linear", "step"] = "linear"
+    """How lambda ends. linear: it falls linearly, from --let-weight in the first step to 0 in the step after --let-steps.
+    step: it stays and ends at once."""
+
     kd_weight: float = 0.667
     """Weight w of the teacher in stage 1. The loss of a token is
     (1 - w) x cross entropy with the label + w x cross entropy with the teacher's distribution."""
@@ -72,6 +92,23 @@ class SaltConfig:
     """The teacher's distribution is softmax(logits / T). Below 1 it is sharper.
     The student has no temperature, and there is no factor T^2.
     The paper gives 0.25 and does not say whether it divides or multiplies. Division was better in our runs."""
+
+    kd_weight_schedule: tuple[str, ...] = ()
+    """w by step, in place of --kd-weight: entries STEP:VALUE with ascending steps, such as 1:0.9 4000:0.3.
+    Between two entries w is on the line between them; before the first and after the last it stays.
+    The --kd-transition takes its end from there. Default: --kd-weight throughout."""
+
+    kd_temperature_schedule: tuple[str, ...] = ()
+    """T by step, in place of --kd-teacher-temperature, written like --kd-weight-schedule.
+    Default: --kd-teacher-temperature throughout."""
+
+    kd_gate: str = "none"
+    """Which tokens the teacher teaches: none (all), probability:P, rank:K or entropy:E.
+    By the teacher's own distribution at temperature 1, in float32, whatever the temperature of the soft labels is:
+    probability:P: tokens whose label has at least probability P.
+    rank:K: tokens whose label is among its K likeliest, as in the scores.
+    entropy:E: tokens where its entropy is at most E nats.
+    For all other tokens the loss is the plain cross entropy, with weight 1."""
 
     kd_steps: int | None = None
     """Steps of stage 1 (n_KD). After them training is plain, and the teacher is freed.
@@ -118,9 +155,11 @@ class SaltConfig:
             "teacher_pipeline_model_parallel_size",
             "teacher_micro_batch_size",
             "kd_steps",
+            "let_layer",
+            "let_steps",
             "stage2_micro_batch_size",
         )
-        at_least(self, 0, "kd_transition_steps")
+        at_least(self, 0, "kd_transition_steps", "let_weight")
         within(self, 0.0, 1.0, "kd_weight", "teacher_max_dropped_mass")
         within(self, -1.0, 1.0, "kd_stop_margin")
         above_zero(self, "kd_teacher_temperature", "teacher_exchange_max_gib", "teacher_fp8_max_kl")
@@ -135,6 +174,8 @@ class SaltConfig:
             raise UserError(f"--teacher-fp8-recipe {self.teacher_fp8_recipe} needs --teacher-fp8-format")
         if self.teacher_fp8_format is not None and self.teacher_load is None:
             raise UserError(f"--teacher-fp8-format {self.teacher_fp8_format} needs --teacher-load")
+        self._check_guide()
+        self._check_gate_and_schedules()
         if (
             self.teacher_load is None
             and self.kd_steps is not None
@@ -143,16 +184,16 @@ class SaltConfig:
             raise UserError(
                 f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)"
             )
-        if self.teacher_load is not None and self.kd_steps is None:
+        if self.teacher_load is not None and self.kd_steps is None and self.has_soft_labels:
             raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
         if self.teacher_cache is not None and self.teacher_load is None:
             raise UserError(
                 f"--teacher-cache {self.teacher_cache} needs --teacher-load: it keeps what a teacher computes, and the teacher's "
                 "output layer is not in it"
             )
-        if self.stage1_selection is not None and self.kd_steps is None:
+        if self.stage1_selection is not None and self.stage1_steps is None:
             raise UserError(f"--stage1-selection {self.stage1_selection} needs --kd-steps, the length of stage 1")
-        if self.kd_steps is None and self.stage2_micro_batch_size is not None:
+        if self.stage1_steps is None and self.stage2_micro_batch_size is not None:
             raise UserError(
                 f"--stage2-micro-batch-size {self.stage2_micro_batch_size} needs a stage 1: give --teacher-load and --kd-steps"
             )
@@ -171,3 +212,76 @@ class SaltConfig:
             )
         if self.kd_transition == "ratio" and self.kd_weight == 1.0:
             raise UserError("--kd-transition ratio needs --kd-weight below 1: at 1.0 the ratio w / (1 - w) is infinite")
+
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether the teacher's distribution is part of the loss."""
+        return self.guide != "hidden"
+
+    @property
+    def guides_hidden(self) -> bool:
+        """Whether the teacher's last hidden states guide a layer of the student."""
+        return self.guide != "soft-labels"
+
+    @property
+    def stage1_steps(self) -> int | None:
+        """Steps of stage 1, in which the teacher teaches in any way. None: the run has no stage 1."""
+        steps = [count for count in (self.kd_steps, self.let_steps) if count is not None]
+        return max(steps, default=None)
+
+    def _check_guide(self) -> None:
+        """Raise UserError for let flags that do not fit the others."""
+        if not self.guides_hidden:
+            if self.let_steps is not None:
+                raise UserError(f"--let-steps {self.let_steps} needs --guide hidden or both, got --guide {self.guide}")
+            return
+        if self.teacher_load is None:
+            raise UserError(f"--guide {self.guide} needs a teacher: give --teacher-load")
+        if self.let_steps is None:
+            raise UserError(f"--guide {self.guide} needs --let-steps, the steps with hidden-state guidance")
+        if self.kd_stop == "crossover":
+            raise UserError(
+                f"--kd-stop crossover ends soft labels, and --guide {self.guide} needs the teacher for --let-steps {self.let_steps}: "
+                "use --kd-stop steps"
+            )
+        if self.guide == "hidden" and self.kd_steps is not None:
+            raise UserError(
+                f"--kd-steps {self.kd_steps} is the length of soft labels, and --guide hidden has none: use --let-steps alone, or "
+                "--guide both"
+            )
+        if self.guide == "hidden" and self.teacher_fp8_format is not None:
+            raise UserError(
+                f"--teacher-fp8-format {self.teacher_fp8_format} is checked by the teacher's distribution, and --guide hidden loads no "
+                "output layer: leave it out, or use --guide both"
+            )
+        if self.guide == "hidden" and self.kd_transition_steps:
+            raise UserError(
+                f"--kd-transition-steps {self.kd_transition_steps} fades soft labels out, and --guide hidden has none: see --let-decay"
+            )
+
+    def _check_gate_and_schedules(self) -> None:
+        parse_gate(self.kd_gate)
+        weights = parse_weights(self.kd_weight_schedule)
+        temperatures = parse_temperatures(self.kd_temperature_schedule)
+        given = {
+            f"--kd-gate {self.kd_gate}": self.kd_gate != "none",
+            f"--kd-weight-schedule {' '.join(self.kd_weight_schedule)}": bool(weights),
+            f"--kd-temperature-schedule {' '.join(self.kd_temperature_schedule)}": bool(temperatures),
+        }
+        for text, is_given in given.items():
+            if is_given and not self.has_soft_labels:
+                raise UserError(f"{text} is about soft labels, and --guide {self.guide} has none")
+        if self.kd_gate != "none" and self.teacher_load is None:
+            raise UserError(f"--kd-gate {self.kd_gate} asks what the teacher knows: it needs --teacher-load")
+        for name, words, points in (
+            ("kd_weight_schedule", self.kd_weight_schedule, weights),
+            ("kd_temperature_schedule", self.kd_temperature_schedule, temperatures),
+        ):
+            if points and self.teacher_load is None:
+                raise UserError(f"{flag(name)} {' '.join(words)} needs --teacher-load")
+            if points and self.kd_steps is not None and points[-1][0] > self.kd_steps:
+                raise UserError(f"{flag(name)} {words[-1]} lies beyond stage 1, which has --kd-steps {self.kd_steps}")
+        if self.kd_transition == "ratio" and any(weight == 1.0 for _, weight in weights):
+            raise UserError(
+                "--kd-transition ratio needs values below 1 in --kd-weight-schedule: at 1.0 the ratio w / (1 - w) is infinite"
+            )

@@ -23,7 +23,7 @@ from megatron_salt.config import ModelConfig, RunConfig, TrainingConfig
 from megatron_salt.config.yaml_text import to_yaml
 from megatron_salt.convert.tensor_files import Piece, write_tensors
 from megatron_salt.errors import UserError
-from megatron_salt.files import sole_writer, sync
+from megatron_salt.files import real_path, sole_writer, sync
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mcore_compat import megatron_core_version
 from megatron_salt.tokenizer.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def refuse_existing(flag_name: str, out: Path) -> None:
 
 def refuse_inside(flag_name: str, out: Path, source: Path) -> None:
     """Raise UserError where `out` lies in the directory that it is made of."""
-    if out.resolve().is_relative_to(source.resolve()):
+    if real_path(out).is_relative_to(real_path(source)):
         raise UserError(f"{flag_name} {out} lies inside of {source}, which is read; give another directory")
 
 

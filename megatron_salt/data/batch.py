@@ -32,8 +32,8 @@ class CachedHidden:
     present: np.ndarray
     """bool [b]: which samples the cache holds"""
     hidden: Tensor | None
-    """[s/(cp*tp), b, h_t], this rank's share of the sequence, on the CPU; undefined where a sample is not present. None on ranks that are
-    not of the student's last stage"""
+    """[s/(cp*tp), b, h_t], this rank's share of the sequence, on the CPU; undefined where a sample is not present. None on ranks
+    that use no hidden states"""
 
 
 @dataclass(frozen=True, kw_only=True)

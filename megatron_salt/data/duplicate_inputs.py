@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_salt.data.manifest import Manifest, read_manifest, sampled_fingerprint, sampled_hash
 from megatron_salt.errors import UserError, file_error
+from megatron_salt.files import real_path
 
 WAY_OUT = "leave one out, or allow it with --allow-duplicate-inputs"
 
@@ -97,7 +98,7 @@ def _identity(path: str) -> Hashable:
     try:
         state = os.stat(path)
     except OSError:  # opening it will give the error
-        return os.path.realpath(path)
+        return real_path(path)
     return state.st_dev, state.st_ino
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.files import whole_file
 from megatron_salt.metrics.arms import Arm
 from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.history import Axis, Curve
@@ -223,7 +222,7 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
     """Draw a PNG with one plot for each panel: figures of steps as lines (thin: raw, of a single seed), those of evaluations as marks, the
     band of several seeds shaded, switches to stage 2 as vertical lines. unigram: drawn where a panel shows losses.
 
-    The file appears whole or not at all.
+    Raises OSError.
     """
     import matplotlib
 
@@ -259,8 +258,7 @@ def draw(arms: Sequence[Arm], panels: Sequence[Panel], x: Axis, unigram: float |
         for text in axes.legend().get_texts():
             text.set_parse_math(False)  # a name may have dollar signs
     try:
-        with whole_file(output) as tmp:
-            figure.savefig(tmp, format="png", dpi=120)
+        figure.savefig(output, format="png", dpi=120)
     finally:
         pyplot.close(figure)
 

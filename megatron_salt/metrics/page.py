@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from megatron_salt.files import whole_file
 from megatron_salt.metrics.arms import Arm, Passing, finals
 from megatron_salt.metrics.figures import (
     COLOURS,
@@ -42,7 +41,7 @@ MARKS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "tr
 def write_page(
     arms: Sequence[Arm], panels: Sequence[Panel], passed: Sequence[Passing], x: Axis, unigram: float | None, output: Path
 ) -> None:
-    """Write the page. It appears whole or not at all. UserError where an arm lacks a figure.
+    """Write the page. Raises OSError, and UserError where an arm lacks a figure.
 
     x: the axis that is shown first; the page can switch to the others."""
     figures = list(dict.fromkeys(figure for panel in panels for figure in panel))
@@ -63,8 +62,7 @@ def write_page(
         "" if unigram is None else f"<p>unigram entropy of held-out tokens: {unigram:.4f}</p>",
         scripts(plots),
     ]
-    with whole_file(output) as temporary:
-        temporary.write_text(document("Comparison of runs", parts), encoding="utf-8")
+    output.write_text(document("Comparison of runs", parts), encoding="utf-8")
 
 
 def axes_of(arms: Sequence[Arm]) -> list[Axis]:

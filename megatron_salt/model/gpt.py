@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.model.attention import attention_mask
+from megatron_salt.model.guidance.term import Guide
 from megatron_salt.model.head import OutputHead
 from megatron_salt.model.layers import ForwardContext, activation_of, block_spec, fp8_products
 from megatron_salt.model.loss import SoftTarget
@@ -196,10 +197,13 @@ class GPT(LanguageModule):
             return None
         return attention_mask(documents, length, self.cp_group, device)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, guide: Guide | None = None
+    ) -> Tensor:
         """Hidden states [s/cp, b, h], with sequence parallelism [s/cp/tp, b, h].
 
-        tokens, position_ids: int64 [b, s/cp]. attention_mask: what `attention_mask()` returns.
+        tokens, position_ids: int64 [b, s/cp]. attention_mask: what `attention_mask()` returns. guide: hidden-state guidance of the batch;
+        only a chunk that holds its layer uses it.
         """
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         rotary = None
@@ -207,7 +211,9 @@ class GPT(LanguageModule):
             length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config, None)
             rotary = self.rotary_pos_emb(length)
         with self.forward_context():
-            return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary)
+            return self.decoder(
+                hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary, attention_bias=guide
+            )
 
     def loss(
         self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, teacher: SoftTarget | None = None

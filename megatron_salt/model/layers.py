@@ -32,6 +32,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_salt.config import ModelConfig
 from megatron_salt.model.attention import CoreAttention
+from megatron_salt.model.guidance.term import Guide, guided
 from megatron_salt.model.precision import Precision
 from megatron_salt.parallel.mcore_compat import mlp_of_layer
 
@@ -74,10 +75,31 @@ def activation_of(model: ModelConfig, compiled: bool) -> Activation:
     return Activation(F.gelu if fused else gelu_tanh, fused)
 
 
-class ParallelResidualLayer(TransformerLayer):
+class Layer(TransformerLayer):
+    """megatron-core's layer, after which hidden-state guidance may stand.
+
+    A block hands `attention_bias` to each of its layers as it is, also where it recomputes several at a time. No model here has a bias, so
+    that argument carries the guidance of the microbatch.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *others: Any, attention_bias: Guide | None = None, **named: Any
+    ) -> tuple[Tensor, Any]:
+        """[s, b, h] to [s, b, h]. The other arguments are those of megatron-core's TransformerLayer."""
+        output, context = self.unguided(hidden_states, *others, **named)
+        if attention_bias is None or attention_bias.target.layer != self.layer_number:
+            return output, context
+        return guided(output, attention_bias, self.config.sequence_parallel, self.tp_group), context
+
+    def unguided(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Any]:
+        """The layer itself."""
+        return super().forward(hidden_states, *others, **named)
+
+
+class ParallelResidualLayer(Layer):
     """A layer whose attention and MLP both read its input: x + attention(norm(x)) + mlp(other_norm(x)), as in GPT-NeoX."""
 
-    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Any]:
+    def unguided(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Any]:
         """[s, b, h] to [s, b, h]. The arguments are those of megatron-core's TransformerLayer."""
         named.pop("dynamic_inference_decode_only", None)
         with_attention, context = self._forward_attention(hidden_states, *others, **named)
@@ -164,7 +186,7 @@ def block_spec(
     parts = transformer_engine_parts(precision.torch_attention) if engine else torch_parts(config)
     qk_norm = parts.norm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
-        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if model.parallel_residual else Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_before,
             self_attention=ModuleSpec(

@@ -1,10 +1,10 @@
 """Cross entropy computed from hidden states, against the data and a teacher. No logits outlive a chunk of tokens.
 
 With the teacher's distribution p = softmax(teacher logits / T) over the real ids, label y and weight w, the target is the mixture
-q = (1-w) onehot(y) + w p. `fused_linear_cross_entropy` equals `cross_entropy(hidden @ weight.T, q)`, summed over the mask, for
-weights that are sharded over the vocabulary. Without a teacher w = 0. The forward pass also computes the gradients, for a loss of
-scale 1, if they are needed; the backward pass multiplies them by the incoming gradient. So one pass over the logits gives the loss
-and the gradients, and nothing of the teacher is kept for the backward pass.
+q = (1-w) onehot(y) + w p; for a token outside the gate it is onehot(y). `fused_linear_cross_entropy` equals
+`cross_entropy(hidden @ weight.T, q)`, summed over the mask, for weights that are sharded over the vocabulary. Without a teacher w = 0.
+The forward pass also computes the gradients, for a loss of scale 1, if they are needed; the backward pass multiplies them by the
+incoming gradient. So one pass over the logits gives the loss and the gradients, and nothing of the teacher is kept for the backward pass.
 
 Rounding: the student's logits and their gradient are rounded to the model's dtype, as in megatron-core's output layer. The teacher's
 logits are float32 out of the product: the division by T would multiply an error of rounding. Everything between is float32. The
@@ -27,6 +27,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.tensor_parallel import layers
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.model import matrix_products
 from megatron_salt.model.kernels.passes import Blocks, into_gradient, new_logits, slices
 from megatron_salt.model.loss_chunk import even_chunk
@@ -39,6 +40,8 @@ KD_METRICS = (*METRICS, "ce", "kl", "teacher_ce", "teacher_accuracy", "agreement
 """The same sums with a teacher. loss: against the mixed target. ce: the student's cross entropy against the labels. kl: KL(teacher at its
 temperature || student). teacher_ce, teacher_accuracy: the teacher's own, at temperature 1. agreement: both choose the same id."""
 
+GATED_METRICS = (*KD_METRICS, "taught")
+"""The same sums with a gate. taught: tokens inside it."""
 
 NO_PROBABILITY = -1e20
 """A teacher's logit of an id that it does not share. exp() of it is 0 at any temperature, and 0 times it is 0: 0 times infinity is not."""
@@ -63,18 +66,26 @@ class SoftTarget:
     shared_ids: int | None = None
     """The teacher's distribution is over the ids below it. None: over all of the student's ids."""
 
+    gate: Gate | None = None
+    """Tokens outside it have w = 0. None: all tokens have w."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that come with the loss."""
+        return KD_METRICS if self.gate is None else GATED_METRICS
+
 
 def fused_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabularyShard, chunk_tokens: int,
     teacher: SoftTarget | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The masked sum of the loss, and `METRICS` (`KD_METRICS` with a teacher).
+    """The masked sum of the loss, and `METRICS` (`KD_METRICS` with a teacher, `GATED_METRICS` with its gate).
 
     Collective over the tensor-parallel group; all its ranks receive. hidden: [s, b, h], with sequence parallelism [s/tp, b, h].
     weight: [V/tp, h]. Both are float32 or both bfloat16. labels: int64 [s*b]. mask: float32 [s*b], not negative. Both are s-major.
     Returns a float32 scalar and float32 [metrics] without a gradient. A token of mask 0 may hold anything in all inputs, NaN and ids
-    outside the vocabulary included. A label outside the vocabulary where the mask is not 0 gives NaN. A teacher of weight 0 changes
-    no bit of the loss and its gradients.
+    outside the vocabulary included. A label outside the vocabulary where the mask is not 0 gives NaN. A teacher of weight 0, and one
+    whose gate lets no token through, changes no bit of the loss and its gradients.
 
     If the weight has `main_grad`, the backward pass adds the gradient there, with the protocol of megatron-core's
     tensor_parallel/layers.py; otherwise autograd gets it. The backward pass runs once. The teacher gets no gradient.
@@ -107,7 +118,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         buffer = new_logits(size, shard.real_rows, weight.dtype, weight.device)
         blocks = Blocks.of(buffer)
         teacher_logits = None if teacher is None else _TeacherLogits(teacher, mask, shard, size)
-        sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(len(METRICS if teacher is None else teacher.metrics), dtype=torch.float32, device=hidden.device)
         for chunk in slices(all_tokens.size(0), size):
             mask_n = mask[chunk]
             hidden_nh = torch.where(mask_n[:, None] > 0, all_tokens[chunk], 0)  # 0 * NaN would be NaN
@@ -118,7 +129,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 student = reduce(logits_nv, label_column, shard.group, blocks)
             else:
                 teacher_nv = teacher_logits.of(chunk)
-                student, comparison = compare(logits_nv, teacher_nv, teacher.temperature, label_column, shard.group, blocks)
+                student, comparison = compare(
+                    logits_nv, teacher_nv, teacher.temperature, label_column, shard.group, blocks, teacher.gate
+                )
                 soft = _Soft(teacher_nv, comparison, teacher.temperature, teacher.kd_weight)
             _add_metrics(sums, mask_n, student, soft)
             if want_hidden or want_weight:
@@ -198,14 +211,22 @@ class _Soft:
     weight: float
 
     def mix(self, label_term_n: Tensor, soft_term_n: Tensor) -> Tensor:
-        """(1-w) * the label's term + w * the teacher's: exactly the label's where w = 0."""
-        return (1 - self.weight) * label_term_n + self.weight * soft_term_n
+        """(1-w) * the label's term + w * the teacher's: exactly the label's where w = 0, and outside the gate."""
+        mixed = (1 - self.weight) * label_term_n + self.weight * soft_term_n
+        return self.gated(mixed, label_term_n)
+
+    def gated(self, inside_n: Tensor, outside_n: Tensor | float) -> Tensor:
+        """The first for tokens inside the gate, the second for the others."""
+        gate = self.comparison.inside
+        return inside_n if gate is None else torch.where(gate, inside_n, outside_n)
 
 
 def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | None) -> None:
-    """sums [metrics] += the chunk's `METRICS`, or `KD_METRICS`."""
+    """sums [metrics] += the chunk's `METRICS`, `KD_METRICS` or `GATED_METRICS`."""
 
-    def masked(*terms_n: Tensor) -> Tensor:  # two calls, so that a teacher changes no bit of the first
+    def masked(
+        *terms_n: Tensor,
+    ) -> Tensor:  # a call for each tuple, so that a teacher and a gate change no bit of the ones before
         return (torch.where(mask_n > 0, torch.stack(terms_n), 0) * mask_n).sum(-1)
 
     ce = -student.log_p
@@ -213,7 +234,9 @@ def _add_metrics(sums: Tensor, mask_n: Tensor, student: Softmax, soft: _Soft | N
     sums[: len(METRICS)] += masked(torch.ones_like(ce), loss, student.hit)
     if soft is not None:
         teacher, agreement = soft.comparison.teacher, soft.comparison.agreement
-        sums[len(METRICS) :] += masked(ce, soft.comparison.kl, -teacher.log_p, teacher.hit, agreement)
+        sums[len(METRICS) : len(KD_METRICS)] += masked(ce, soft.comparison.kl, -teacher.log_p, teacher.hit, agreement)
+        if soft.comparison.inside is not None:
+            sums[len(KD_METRICS) :] += masked(soft.comparison.inside.float())
 
 
 def _into_gradient(
@@ -227,7 +250,7 @@ def _into_gradient(
     teacher = soft.comparison.teacher
     log_p_label = (teacher.label / soft.temperature) - soft.comparison.sum_exp.log()
     at_label = mask_n * soft.mix(at_label, student.log_p.exp() - log_p_label.exp())
-    factor = mask_n * soft.weight / soft.comparison.sum_exp
+    factor = soft.gated(mask_n * soft.weight / soft.comparison.sum_exp, 0.0)
     return into_gradient(
         logits_nv, soft.logits_nv, label_column, at_label, shift, teacher.largest, factor, soft.temperature, blocks
     )

@@ -7,14 +7,15 @@ would take two of each. All ranks compute the same bits. The gathered sums are s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.model.kernels.passes import NUM_SUMS, Blocks, count_above, row_sums
+from megatron_salt.config.teaching import Gate
+from megatron_salt.model.kernels.passes import NUM_SOFT_SUMS, NUM_SUMS, Blocks, count_above, row_sums
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class VocabularyShard:
         return torch.where((local >= 0) & (local < self.real_rows), local, -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Softmax:
     """The distribution of a model over the whole vocabulary, at temperature 1; float32 [n] each."""
 
@@ -64,6 +65,9 @@ class Softmax:
 
     ties: Tensor
     """How many ids have the largest logit: at least 1."""
+
+    label_logit: Tensor
+    """The label's logit itself; -inf where no rank has it."""
 
     @property
     def log_p(self) -> Tensor:
@@ -87,7 +91,7 @@ class Judgement:
     """-sum_v p_v log p_v, nats."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A teacher's p = softmax(teacher logits / T) compared with a student's softmax at T = 1; float32 [n] each."""
 
@@ -107,6 +111,9 @@ class Comparison:
     """The chance that both models choose the same id, if each draws among the ids with its largest logit. 1: both have the same single
     id. 0: they share none."""
 
+    inside: Tensor | None
+    """bool [n]: whether the gate lets the token through; None without a gate."""
+
 
 def reduce(logits_nv: Tensor, label_column: Tensor, group: dist.ProcessGroup, blocks: Blocks) -> Softmax:
     """The softmax of logits [n, real ids of this rank], in any float dtype. Collective over the group; every rank receives."""
@@ -123,22 +130,46 @@ def judge(logits_nv: Tensor, label_column: Tensor, group: dist.ProcessGroup, blo
     gathered = _gather(row_sums(logits_nv, None, label_column, 1.0, True, blocks), group)
     parts, gaps = _Sums(*gathered[:NUM_SUMS]), gathered[NUM_SUMS]  # gaps: sum_v exp(logit_v - largest) (logit_v - largest)
     softmax = _combine(parts)
-    rank = count_above(logits_nv, parts.label.amax(0), blocks)
+    return Judgement(softmax, _label_rank(logits_nv, softmax, group, blocks), _entropy(parts, gaps))
+
+
+def compare(
+    logits_nv: Tensor, teacher_nv: Tensor, temperature: float, label_column: Tensor, group: dist.ProcessGroup, blocks: Blocks,
+    gate: Gate | None = None,
+) -> tuple[Softmax, Comparison]:  # fmt: skip
+    """The student's softmax, bit for bit that of `reduce`, and its comparison with the teacher. Collective over the group; all receive.
+
+    A gate by the rank needs one more collective and one more pass over the teacher's logits, as `judge` does."""
+    by_entropy = gate is not None and gate.kind == "entropy"
+    packed = _gather(row_sums(logits_nv, teacher_nv, label_column, temperature, by_entropy, blocks), group)
+    student, teacher, soft = _unpack(packed[: 2 * NUM_SUMS + NUM_SOFT_SUMS])
+    student_whole, comparison = _combine_both(student, teacher, soft, temperature)
+    if gate is None:
+        return student_whole, comparison
+    if gate.kind == "probability":
+        inside = comparison.teacher.log_p.exp() >= gate.bound
+    elif gate.kind == "rank":
+        inside = _label_rank(teacher_nv, comparison.teacher, group, blocks) < gate.bound
+    else:
+        inside = _entropy(teacher, packed[-1]) <= gate.bound
+    return student_whole, replace(comparison, inside=inside)
+
+
+def _label_rank(logits_nv: Tensor, softmax: Softmax, group: dist.ProcessGroup, blocks: Blocks) -> Tensor:
+    """How many ids have a larger logit than the label, float32 [n]. Collective over the group; every rank receives."""
+    rank = count_above(logits_nv, softmax.label_logit, blocks)
     if group.size() > 1:
         dist.all_reduce(rank, group=group)
+    return rank
+
+
+def _entropy(parts: _Sums, gaps: Tensor) -> Tensor:
+    """-sum_v p_v log p_v, nats [n], from the partial sums of all ranks. gaps [tp, n]: sum_v exp(logit_v - largest) (logit_v - largest)."""
     _, below = _below_group(parts)
     factor = below.exp()
     sum_exp = (factor * parts.sum_exp).sum(0)
     mean_gap = (factor * (gaps + parts.sum_exp * below)).sum(0) / sum_exp
-    return Judgement(softmax, rank, sum_exp.log() - mean_gap)
-
-
-def compare(
-    logits_nv: Tensor, teacher_nv: Tensor, temperature: float, label_column: Tensor, group: dist.ProcessGroup, blocks: Blocks
-) -> tuple[Softmax, Comparison]:
-    """The student's softmax, bit for bit that of `reduce`, and its comparison with the teacher. Collective over the group; all receive."""
-    packed = row_sums(logits_nv, teacher_nv, label_column, temperature, False, blocks)
-    return _combine_both(*_unpack(_gather(packed, group)), temperature)
+    return sum_exp.log() - mean_gap
 
 
 class _Sums(NamedTuple):
@@ -187,7 +218,8 @@ def _combine(parts: _Sums) -> Softmax:
     label = parts.label.amax(0)
     log_sum = (parts.sum_exp * below.exp()).sum(0).log()
     ties = torch.where((parts.sum_exp > 0) & (below == 0), parts.ties, 0).sum(0)
-    return Softmax(largest, torch.where(label > float("-inf"), log_sum, float("nan")), label - largest, ties)
+    log_sum = torch.where(label > float("-inf"), log_sum, float("nan"))
+    return Softmax(largest=largest, log_sum=log_sum, label=label - largest, ties=ties, label_logit=label)
 
 
 def _below_group(parts: _Sums) -> tuple[Tensor, Tensor]:
@@ -209,4 +241,6 @@ def _combine_both(student: _Sums, teacher: _Sums, soft: _SoftSums, temperature: 
     kl = gap / sum_exp + (student_whole.log_sum.exp() / sum_exp).log()  # the ratio is near 1 if the models agree
     both = torch.where((student_below == 0) & (teacher_below == 0), soft.both, 0).sum(0)
     agreement = both / (student_whole.ties * teacher_whole.ties)
-    return student_whole, Comparison(teacher_whole, sum_exp, logit / sum_exp, kl, agreement)
+    return student_whole, Comparison(
+        teacher=teacher_whole, sum_exp=sum_exp, mean_logit=logit / sum_exp, kl=kl, agreement=agreement, inside=None
+    )

@@ -10,18 +10,19 @@ The figures come from a trace of the real model on tensors without memory; no GP
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_salt.cards import CARDS, SHORT_NAMES
 from megatron_salt.cli import exit_status, parse_over_file
 from megatron_salt.config import RunConfig
 from megatron_salt.config.run import sections
-from megatron_salt.errors import UserError, did_you_mean
+from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_directory, refuse_present, refusing_file_errors
 from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.compose import compose
+from megatron_salt.planner.gpu import Gpu, gpu_of
 from megatron_salt.planner.memory import GIB, HostMemory, PlannedMemory, usable_gib
 from megatron_salt.planner.picture import SUFFIXES, draw
 from megatron_salt.planner.planned_run import PlannedRun, RunFlags
@@ -33,7 +34,7 @@ from megatron_salt.planner.table import not_modelled, table, verdict
 from megatron_salt.planner.time.machine import Machine, MachineFlags, machine_of
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time
-from megatron_salt.planner.time.whole_run import Preparation, baseline_line, whole_run, whole_run_lines
+from megatron_salt.planner.time.whole_run import Preparation, baseline_line, evaluation_lines, whole_run, whole_run_lines
 from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 
@@ -81,6 +82,10 @@ class PlanConfig(RunConfig):
     scored_share: float = 1.0
     """Windows that the teacher scores for --stage1-selection / samples of the run."""
 
+    cached_share: float = 0.0
+    """Share of the samples of stage 1 that --teacher-cache holds when the run begins; 1: a full cache.
+    Default: an empty one."""
+
     reached_at: float = 0.7
     """Share of the baseline's steps at which SALT is supposed to reach the baseline's final figure.
     The paper reports 0.7; a plan cannot know it."""
@@ -99,26 +104,32 @@ class PlanConfig(RunConfig):
     """Replace an existing picture."""
 
     trace: bool = False
-    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model."""
+    """Also trace a whole step of the fullest ranks, in bfloat16 or float32. It takes minutes for a large model; each step is told
+    when it is done."""
 
 
-def whole_step_lines(run: PlannedRun, traces: Traces) -> list[str]:
-    """The peaks of whole steps beside those that were composed. FP8 is left out of both: its bytes are formulas."""
+def whole_step_lines(run: PlannedRun, traces: Traces) -> Iterator[str]:
+    """The peaks of whole steps beside those that were composed, each as soon as it is traced. FP8 is left out of both: its bytes are
+    formulas."""
     plain = run.without_fp8()
     memory = compose(plain, traces, HostMemory(staged=0, gathered=0))
-    peaks = trace_whole_steps(plain, tuple((rank.place, rank.stage1 is not None) for rank in memory.stages))
-    lines = []
-    for rank, (stage1, stage2) in zip(memory.stages, peaks, strict=True):
-        for name, composed, traced in (("stage 1", rank.stage1, stage1), ("stage 2", rank.stage2, stage2)):
-            if composed is not None and traced is not None:
-                lines.append(
-                    f"pp {rank.pipeline_stage} {name}: a whole step without FP8 takes {traced / GIB:.2f} GiB at its peak, "
-                    f"{composed.total / GIB:.2f} were composed"
-                )
-    return lines
+    steps = [
+        (rank, name, moment)
+        for rank in memory.stages
+        for name, moment in (("stage 1", rank.stage1), ("stage 2", rank.stage2))
+        if moment is not None
+    ]
+    started = time.monotonic()
+    yield f"tracing {len(steps)} whole steps"
+    peaks = trace_whole_steps(plain, [(rank.place, name == "stage 1") for rank, name, _ in steps])
+    for number, ((rank, name, moment), peak) in enumerate(zip(steps, peaks, strict=True), 1):
+        yield (
+            f"{number} of {len(steps)}, after {time.monotonic() - started:.0f} s: pp {rank.pipeline_stage} {name}: a whole step without "
+            f"FP8 takes {peak / GIB:.2f} GiB at its peak, {moment.total / GIB:.2f} were composed"
+        )
 
 
-def _times(asked: PlanConfig, gpu: _Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
+def _times(asked: PlanConfig, gpu: Gpu, run: PlannedRun, memory: PlannedMemory) -> list[str]:
     """Times, hours and economics; one line where the GPU's peaks are not known. Draws the picture that is asked for."""
     machine = machine_of(_machine_flags(asked, gpu), run)
     times = None if machine is None else run_time(run, machine)
@@ -128,6 +139,7 @@ def _times(asked: PlanConfig, gpu: _Gpu, run: PlannedRun, memory: PlannedMemory)
     if machine is None or times is None:
         return ["no times: the peaks of this GPU are not known; --device-peak-tflops and --device-peak-gb-per-s tell them"]
     lines = time_lines(run, machine, times)
+    lines += evaluation_lines(run, times)
     if run.teacher is None:
         return [*lines, baseline_line(run, times)]
     return [*lines, *whole_run_lines(whole_run(run, machine, times, _preparation(asked, run)), asked.reached_at)]
@@ -148,7 +160,7 @@ def _refuse_picture(asked: PlanConfig) -> None:
         raise UserError(f"--picture {output}: there is no directory {output.parent}")
 
 
-def _search(asked: PlanConfig, gpu: _Gpu, flags: RunFlags) -> int:
+def _search(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> int:
     """Print the fastest layouts that fit. Returns 0 where there is one, else 1. Raises UserError."""
     tried = space(flags.config, flags.layout.world_size, asked.gpus_per_node)
     asked_flags = [replace(flags, config=one.config, layout=one.layout, plan=one.plan) for one in tried.candidates]
@@ -182,7 +194,7 @@ def _known(machine: Machine | None) -> Machine:
     return machine
 
 
-def _machine_flags(asked: PlanConfig, gpu: _Gpu) -> MachineFlags:
+def _machine_flags(asked: PlanConfig, gpu: Gpu) -> MachineFlags:
     return MachineFlags(
         gpu=gpu.name,
         mfu=asked.mfu,
@@ -205,17 +217,12 @@ def _refuse_shares(asked: PlanConfig) -> None:
     for name, share in (("--scored-share", asked.scored_share), ("--reached-at", asked.reached_at)):
         if not 0 < share <= 1:
             raise UserError(f"{name} must be above 0 and at most 1, got {share}")
+    if not 0 <= asked.cached_share <= 1:
+        raise UserError(f"--cached-share must lie in [0, 1], got {asked.cached_share}")
+    if asked.cached_share and asked.salt.teacher_cache is None:
+        raise UserError(f"--cached-share {asked.cached_share:g} needs --teacher-cache")
     if asked.teacher_tokens is not None and not 0 < asked.teacher_tokens < 1e18:
         raise UserError(f"--teacher-tokens must be above 0, got {asked.teacher_tokens}")
-
-
-@dataclass(frozen=True)
-class _Gpu:
-    """The GPU that a plan is for."""
-
-    name: str
-    memory_gib: float
-    capability: tuple[int, int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,7 +244,7 @@ def plan(asked: PlanConfig) -> int:
         raise UserError(f"--world-size must be at least 1 rank, got {asked.world_size}")
     if asked.vocabulary_size is not None and asked.vocabulary_size < 1:
         raise UserError(f"--vocabulary-size must be at least 1, got {asked.vocabulary_size}")
-    gpu = _gpu(asked)
+    gpu = gpu_of(asked.gpu, asked.gpu_memory_gib)
     _refuse_shares(asked)
     if asked.search_layouts < 1:
         raise UserError(f"--search-layouts must be at least 1, got {asked.search_layouts}")
@@ -249,10 +256,32 @@ def plan(asked: PlanConfig) -> int:
         raise UserError(f"--teacher-config {asked.teacher_config} needs --teacher-load, and the run has no teacher")
     flags = RunFlags(
         config=config, layout=layout, plan=counts, vocabulary_size=asked.vocabulary_size, teacher_config=asked.teacher_config,
-        device="cuda", capability=gpu.capability,
+        device="cuda", capability=gpu.capability, cached_share=asked.cached_share,
     )  # fmt: skip
     if asked.search:
         return _search(asked, gpu, flags)
+    fits, line = tell(asked, gpu, flags)
+    print(line)
+    return 0 if fits else 1
+
+
+def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
+    """Print the plan of a run on a GPU. Raises UserError where it would not fit. What --dry-run --gpu adds to its own checks."""
+    layout, counts = check(config, world_size)
+    flags = RunFlags(
+        config=config, layout=layout, plan=counts, vocabulary_size=None, teacher_config=None, device="cuda",
+        capability=gpu.capability,
+    )  # fmt: skip
+    asked = PlanConfig(**{name: getattr(config, name) for name in sections()}, world_size=world_size, gpu=gpu.name)
+    fits, line = tell(asked, gpu, flags)
+    if not fits:
+        raise UserError(f"the run {line}; flags that would help stand above")
+    print(line)
+
+
+def tell(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
+    """Print the plan but for its verdict. Returns (whether the run fits, the verdict). Raises UserError."""
+    layout = flags.layout
     run, traces, host = read_and_trace(flags)
     memory = compose(run, traces, host)
     sizes = ", ".join(f"{name} {size}" for name, size in layout.sizes.items())
@@ -266,35 +295,15 @@ def plan(asked: PlanConfig) -> int:
             f"host memory of a rank: {host.staged / GIB:.2f} GiB while a save is written in the background, "
             f"{host.gathered / GIB:.2f} GiB for a save that loads under any layout"
         )
-    for line in whole_step_lines(run, traces) if asked.trace else []:
-        print(line)
+    for line in whole_step_lines(run, traces) if asked.trace else ():
+        print(line, flush=True)
     print(not_modelled())
     for line in _times(asked, gpu, run, memory):
         print(line)
     fits, line = verdict(memory, gpu.memory_gib)
     for flag in [] if fits else what_would_help(run, memory):
         print(f"would help: {flag}")
-    print(line)
-    return 0 if fits else 1
-
-
-def _gpu(asked: PlanConfig) -> _Gpu:
-    """The GPU of the flags. Raises UserError."""
-    given = asked.gpu_memory_gib
-    if given is not None and not 0 < given < 1e6:
-        raise UserError(f"--gpu-memory-gib must be above 0, got {given}")
-    if asked.gpu is None:
-        if given is None:
-            raise UserError(f"give --gpu, one of {', '.join(SHORT_NAMES)}, or --gpu-memory-gib")
-        return _Gpu("a GPU without a name", given, CARDS[SHORT_NAMES["h100-80"]].capability)
-    name = SHORT_NAMES.get(asked.gpu.lower(), asked.gpu)
-    if name not in CARDS:
-        known = [*SHORT_NAMES, *CARDS]
-        raise UserError(
-            f"--gpu {asked.gpu} is not known{did_you_mean(asked.gpu, known)}; known are {', '.join(SHORT_NAMES)}, and names of "
-            "drivers such as NVIDIA L40; or give --gpu-memory-gib"
-        )
-    return _Gpu(name, given or CARDS[name].memory_gib, CARDS[name].capability)
+    return fits, line
 
 
 if __name__ == "__main__":

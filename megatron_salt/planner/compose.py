@@ -16,6 +16,7 @@ from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
 from megatron_salt.planner.schedule import passes
 from megatron_salt.planner.static import microbatch_bytes, stage_tensors, student_bytes, teacher_body_bytes
 from megatron_salt.planner.trace import ChunkTrace, Traces
+from megatron_salt.salt.guidance.layer_place import stages_of_run
 from megatron_salt.salt.routing import plan_exchange, teacher_layout
 
 
@@ -109,16 +110,18 @@ def _taught(run: PlannedRun, traces: Traces, held: list[Bytes]) -> dict[int, Mom
     if teacher is None or traces.teacher is None:
         return {}
     layout = teacher_layout(run.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    exchange = plan_exchange(run.layout, layout, run.plan.num_microbatches, run.plan.teacher_merge, training.seq_length)
+    stages = stages_of_run(run.config)
+    exchange = plan_exchange(run.layout, layout, run.plan.num_microbatches, run.plan.teacher_merge, training.seq_length, stages)
     position = run.plan.micro_batch_size * teacher.model.hidden_size * run.itemsize
     body = _teacher_weights(run, teacher)
     steps = [_steps(run, traces, held, stage, taught=True) for stage in range(run.layout.pipeline)]
+    kept = traces.teacher.kept if run.loads_teacher_layers else 0
     moments = {}
     for place in range(exchange.num_places):
         stage = _stage_of(run.layout, place)
         own = _teacher_stage(layout, run.layout, place)
-        weights = body[own]
-        if stage == run.layout.pipeline - 1:
+        weights = body[own] if run.loads_teacher_layers else 0
+        if stage == run.layout.pipeline - 1 and run.head_teacher is not None:
             weights += run.rows * teacher.model.hidden_size * run.itemsize
         always: Bytes = held[stage] + Counter({"teacher weights": weights})
         alone = exchange.num_places == 1
@@ -126,15 +129,23 @@ def _taught(run: PlannedRun, traces: Traces, held: list[Bytes]) -> dict[int, Mom
         received = sent if alone else sum(exchange.receive_sizes(place)) * position
         working = _teacher_activations(traces.teacher, own, layout.pipeline)
         at_exchange = sent if alone else max(2 * sent, sent + received)
-        # The student's step holds the microbatches of all kinds beside what the teacher sent.
+        # The student's step holds the microbatches of all kinds beside what the teacher sent, or the cache held.
+        of_student = Moment(
+            at=steps[stage].at,
+            bytes=Counter(steps[stage].bytes)
+            + Counter({"teacher weights": weights, "teacher activations": kept, "exchange": received}),
+        )
+        if not run.loads_teacher_layers:
+            moments[place] = of_student
+            continue
         moments[place] = max(
             (
                 Moment(at="teacher's forward pass", bytes=always + Counter({"teacher activations": working, "exchange": sent})),
-                Moment(at="exchange of hidden states", bytes=always + Counter({"exchange": at_exchange})),
                 Moment(
-                    at=steps[stage].at,
-                    bytes=Counter(steps[stage].bytes) + Counter({"teacher weights": weights, "exchange": received}),
+                    at="exchange of hidden states",
+                    bytes=always + Counter({"teacher activations": kept, "exchange": at_exchange}),
                 ),
+                of_student,
             ),
             key=lambda moment: moment.total,
         )

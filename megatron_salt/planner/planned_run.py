@@ -29,6 +29,8 @@ class RunFlags:
     """YAML file with the teacher's architecture, for a teacher that has no checkpoint yet"""
     device: Device
     capability: Capability | None
+    cached_share: float = 0.0
+    """See `PlannedRun`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class PlannedRun:
     device: Device
     capability: Capability | None
     """Of the GPU; None on a CPU"""
+    cached_share: float = 0.0
+    """Share of the samples of stage 1 whose hidden states a cache holds when the run begins"""
+
+    @property
+    def loads_teacher_layers(self) -> bool:
+        """Whether a run with a teacher has its layers. A whole cache makes them needless, but FP8 is checked before the first step."""
+        return self.cached_share < 1 or (self.teacher is not None and self.teacher.precision.quantized)
 
     @property
     def rows(self) -> int:
@@ -67,6 +76,11 @@ class PlannedRun:
     def itemsize(self) -> int:
         """Bytes of a parameter."""
         return 2 if self.config.training.bf16 else 4
+
+    @property
+    def head_teacher(self) -> PlannedTeacher | None:
+        """The teacher whose output layer the student's last stage computes in stage 1. None: no teacher, or one without soft labels."""
+        return self.teacher if self.config.salt.has_soft_labels else None
 
     def without_fp8(self) -> PlannedRun:
         """The same run with products in bfloat16 or float32."""
@@ -83,7 +97,7 @@ class PlannedRun:
     def student_requests(self, taught: bool) -> dict[tuple[bool, bool], StudentRequest]:
         """What is traced of the student in stage 1 (taught) or stage 2, by `ends`."""
         samples = self.plan.micro_batch_size if taught else self.plan.stage2_micro_batch_size
-        teacher_hidden = self.teacher.model.hidden_size if taught and self.teacher is not None else None
+        teacher_hidden = self.head_teacher.model.hidden_size if taught and self.head_teacher is not None else None
         return {
             (first, last): StudentRequest(
                 first=first, last=last, samples=samples, teacher_hidden=teacher_hidden if last else None

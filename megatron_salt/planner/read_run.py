@@ -55,7 +55,7 @@ def _planned(flags: RunFlags, vocabulary_size: int, teacher: _Teacher | None) ->
     model = None if teacher is None else teacher.model
     if model is not None:
         check_shapes(model, teacher_parallel(config.salt), config.training.seq_length)
-        refuse_large_exchange(config.salt, config.training, flags.plan, flags.layout, model)
+        refuse_large_exchange(config, flags.plan, flags.layout, model)
     if flags.device == "cpu":
         masks = config.data.reset_attention_mask
         student, taught = (
@@ -72,7 +72,7 @@ def _planned(flags: RunFlags, vocabulary_size: int, teacher: _Teacher | None) ->
         )
     return PlannedRun(
         config=config, layout=flags.layout, plan=flags.plan, vocabulary_size=vocabulary_size, precision=student,
-        teacher=planned, device=flags.device, capability=flags.capability,
+        teacher=planned, device=flags.device, capability=flags.capability, cached_share=flags.cached_share,
     )  # fmt: skip
 
 

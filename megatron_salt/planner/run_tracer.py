@@ -28,11 +28,12 @@ def read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
     return in_child(_read_and_trace, flags)
 
 
-def trace_whole_steps(run: PlannedRun, ranks: tuple[tuple[int, bool], ...]) -> list[tuple[int | None, int]]:
-    """The peak bytes of a step of stage 1 and of stage 2 on some ranks of the first block, on fake tensors.
+def trace_whole_steps(run: PlannedRun, steps: Sequence[tuple[int, bool]]) -> Iterator[int]:
+    """The peak bytes of steps on ranks of the first block, on fake tensors; each as soon as it is known.
 
-    ranks: (place, whether there is a stage 1). Without it the first of a pair is None."""
-    return in_child(_trace_whole_steps, (run, ranks))
+    steps: (place, whether it is a step of stage 1)."""
+    with children(1) as pool:
+        yield from pool.map(_trace_whole_step, [(run, place, taught) for place, taught in steps])
 
 
 @contextlib.contextmanager
@@ -81,14 +82,8 @@ def _read_and_trace(flags: RunFlags) -> tuple[PlannedRun, Traces, HostMemory]:
     return run, trace_all(run.trace_task()), host_memory(run)
 
 
-def _trace_whole_steps(task: tuple[PlannedRun, tuple[tuple[int, bool], ...]]) -> list[tuple[int | None, int]]:
+def _trace_whole_step(task: tuple[PlannedRun, int, bool]) -> int:
     from megatron_salt.planner.tracing.whole_step import WholeStep, trace_step  # torch and megatron-core
 
-    run, ranks = task
-    return [
-        (
-            trace_step(WholeStep(run=run, place=place, taught=True)) if taught else None,
-            trace_step(WholeStep(run=run, place=place, taught=False)),
-        )
-        for place, taught in ranks
-    ]
+    run, place, taught = task
+    return trace_step(WholeStep(run=run, place=place, taught=taught))

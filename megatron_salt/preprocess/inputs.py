@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from megatron_salt.data.duplicate_inputs import refuse_repeated_files
 from megatron_salt.errors import UserError
+from megatron_salt.files import real_path
 
 STDIN = "-"
 _UNREADABLE = (".bz2", ".xz", ".zip", ".lz4", ".7z")
@@ -69,7 +70,7 @@ def input_files(patterns: Sequence[str], allow_duplicates: bool, file_is_documen
         files.extend(path for path in matches if len(matches) == 1 or not os.path.isdir(path))
     for path in files:
         if not os.path.exists(path):
-            raise UserError(f"--input {path} is a link to {os.path.realpath(path)}, which does not exist")
+            raise UserError(f"--input {path} is a link to {real_path(path)}, which does not exist")
         if not os.access(path, os.R_OK):
             raise UserError(f"--input {path} cannot be read: {os.strerror(errno.EACCES)}")
         if os.path.isdir(path):

@@ -97,6 +97,8 @@ class Prediction:
     hint: Hint | None
     """None where the present number of layers is the best."""
     rates: ModelRates
+    soft_labels: bool = True
+    """Whether the teacher's head is computed."""
 
     @property
     def ratio(self) -> float:
@@ -107,9 +109,13 @@ class Prediction:
         """Lines for the log."""
         now, body = self.times, self.times.body / self.times.stage2
         basis = "by time" if self.rates.known else "by FLOPs alone"
-        lines = [(f"a step of stage 1 takes {self.ratio:.3f} x one of stage 2, {basis} ({self.rates.source}): "
-                 f"the teacher's body, on all ranks, adds {body:.3f}, "
-                 f"its head and the mixed loss, on the last stage, {self.ratio - 1 - body:.3f}")]  # fmt: skip
+        head = f", its head and the mixed loss, on the last stage, {self.ratio - 1 - body:.3f}" if self.soft_labels else ""
+        lines = [
+            (
+                f"a step of stage 1 takes {self.ratio:.3f} x one of stage 2, {basis} ({self.rates.source}): "
+                f"the teacher's body, on all ranks, adds {body:.3f}{head}"
+            )
+        ]
         if self.hint is not None:
             then = self.hint.times
             lines.append(
@@ -122,12 +128,14 @@ class Prediction:
 def predict(
     student: ModelConfig, parallel: ParallelConfig, teacher: ModelConfig, *, teacher_tensor: int, teacher_pipeline: int,
     num_microbatches: int, microbatch_tokens: int, merge: int, seq_length: int, head: HeadShape, fused_layers: bool, rates: ModelRates,
+    soft_labels: bool = True,
 ) -> Prediction:  # fmt: skip
     """Compare the two stages of a run. Raises UserError where the student's layers cannot be spread as the flags say.
 
     num_microbatches: of one replica in stage 1 (another size in stage 2 makes for the same work); microbatch_tokens: of one of them.
     merge: microbatches of one teacher forward. head: the head's work for one microbatch; the teacher's output weight has as many rows.
-    fused_layers: whether Transformer Engine makes the layers.
+    fused_layers: whether Transformer Engine makes the layers. soft_labels: whether the teacher's head is computed. A guided layer's term
+    multiplies no matrices and counts as nothing.
     """
     replicas = parallel.replica_ranks // (teacher_tensor * teacher_pipeline)
     busiest = largest_share(num_microbatches, merge, replicas) * microbatch_tokens
@@ -136,7 +144,7 @@ def predict(
     tokens = microbatch_tokens / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     moved = embedding_bytes(student, head.rows, head.itemsize) / rates.layers.bytes
     plain = head_seconds(head, rates.head, None)
-    taught = head_seconds(head, rates.head, rates.teacher_head)
+    taught = head_seconds(head, rates.head, rates.teacher_head) if soft_labels else plain
 
     def times(parallel: ParallelConfig) -> StepTimes:
         counts = layers_per_stage(student, parallel)
@@ -155,7 +163,7 @@ def predict(
     hints = [Hint(layers, times(other)) for layers, other in _other_last_stages(student, parallel)]
     better = [hint for hint in hints if hint.times.stage1 < present.stage1]
     best = min(better, key=lambda hint: (hint.times.stage1, hint.times.stage2, abs(hint.layers - last)), default=None)
-    return Prediction(last, present, best, rates)
+    return Prediction(last, present, best, rates, soft_labels)
 
 
 def largest_share(num_microbatches: int, merge: int, replicas: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_salt.cards import Rates
+from megatron_salt.config.teaching import GateKind
 
 FLOAT32 = 4
 """Bytes of a number of the teacher's logits, of all sums, and of the weight gradient."""
@@ -32,6 +33,8 @@ class HeadShape:
     """Whether the passes over the logits are fused kernels, not torch's operations."""
     tempered: bool
     """Whether the teacher's temperature is not 1."""
+    gate: GateKind | None = None
+    """By what --kd-gate chooses tokens; None: all are taught."""
 
 
 def pass_bytes(shape: HeadShape, taught: bool) -> int:
@@ -45,14 +48,20 @@ def pass_bytes(shape: HeadShape, taught: bool) -> int:
     four passes over its logits (2 x 4 + 16); both differences added, compared and summed (24); exp and its sum (12); its sum at T (4); two
     dot products (2 x 16) and a difference (12); and, if T is not 1, a division and another exp (16). It adds to `into_gradient` a
     difference (8), division and exp (16) and the weighted difference of both (12).
+
+    A gate by the rank compares the teacher's logits with the label's and counts them: 4, in torch's operations 4 + 4 + 4. One by the
+    entropy adds a dot product to torch's `row_sums` (16), and nothing to the kernel, which has both numbers at hand. The label's
+    probability is there in any case.
     """
     own = shape.itemsize
     if shape.kernels:
-        return 3 * own + (2 * FLOAT32 if taught else 0)
+        by_rank = FLOAT32 if shape.gate == "rank" else 0
+        return 3 * own + (2 * FLOAT32 + by_rank if taught else 0)
     plain = (2 * own + 28) + (own + 12) + (4 + own if own != FLOAT32 else 0)
     if not taught:
         return plain
-    return plain + (24 + 24 + 12 + 4 + 32 + 12) + (16 if shape.tempered else 0) + (8 + 16 + 12)
+    gate = {"rank": 12, "entropy": 16, "probability": 0, None: 0}[shape.gate]
+    return plain + (24 + 24 + 12 + 4 + 32 + 12) + (16 if shape.tempered else 0) + (8 + 16 + 12) + gate
 
 
 def head_seconds(shape: HeadShape, rates: Rates, teacher: Rates | None) -> float:

@@ -5,6 +5,7 @@ What files tell comes before ranks join: `teacher_checkpoint.py`, `shared_vocabu
 2. Run the teacher in the way of a training step, over all its own ids. It must reproduce the losses that its checkpoint recorded.
 3. Cut the output weight to the ids that both models have, where they differ (`output_weight.py`).
 4. In FP8 its predictions must stay near those in bfloat16 (`fp8_check.py`).
+A teacher that only guides a layer has no output weight here: its hidden states are looked at instead (`guidance/hidden_states_check.py`).
 Everything that does not fit is a UserError that names both sides.
 """
 
@@ -25,6 +26,7 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 from megatron_salt.checkpoint import loading, rng, sharded_state
 from megatron_salt.checkpoint.run_state import OpenedCheckpoint
 from megatron_salt.config import SaltConfig
+from megatron_salt.config.teaching import parse_gate
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.data.reference_batch import fixed_batch
 from megatron_salt.errors import Look, UserError, stay
@@ -36,6 +38,8 @@ from megatron_salt.parallel.collectives import first_problem
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, make_teacher_mesh, new_group_of, warm_up
 from megatron_salt.salt.fp8_check import Fidelity, refuse_unfaithful
+from megatron_salt.salt.guidance.hidden_states_check import refuse_empty_hidden_states
+from megatron_salt.salt.guidance.layer_place import GuidedLayer
 from megatron_salt.salt.output_weight import (
     BosLosses,
     DroppedMass,
@@ -46,6 +50,7 @@ from megatron_salt.salt.output_weight import (
     refuse_dropped_mass,
 )
 from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.schedule import lowest_temperature
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, teacher_parallel
 
@@ -82,6 +87,7 @@ def admit(
     windows: Sequence[Microbatch] = (),
     bos: int | None = None,
     with_body: bool = True,
+    guided: GuidedLayer | None = None,
     look: Look = stay,
 ) -> Admitted:
     """Build, load and verify the teacher. Collective over all ranks. Raises UserError.
@@ -89,8 +95,8 @@ def admit(
     text: samples by which a teacher in FP8 is compared with itself in bfloat16, the same on every rank. windows: samples on which the
     probability of ids that are not shared is measured, the same on every rank. bos: see `shared_vocabulary.missing_bos`; on the windows the
     loss is measured with and without it. with_body: False: the output weight alone, for a run whose cache holds all that the layers would
-    compute; nothing can be measured then, and the run that filled the cache did. look: called between the phases and between the
-    microbatches of each check. The student's random numbers stay as they are.
+    compute; nothing can be measured then, and the run that filled the cache did. guided: the layer that hidden states guide. look: called
+    between the phases and between the microbatches of each check. The student's random numbers stay as they are.
     """
     student = head.student
     layout = teacher_layout(student.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
@@ -103,10 +109,15 @@ def admit(
     body = load_body(checkpoint, salt, mesh, found, dtype, precision) if with_body else None
     look("loading the teacher")
     whole, dropped, bos_losses, fidelity = head_with_all_ids(head, checkpoint.vocabulary_size), None, None, None
+    weight = load_output_weight(checkpoint, whole, dtype) if salt.has_soft_labels else None
     teacher = Teacher(
-        body, load_output_weight(checkpoint, whole, dtype), mesh, student, block_group,
-        microbatches_per_forward=microbatches_per_forward, temperature=salt.kd_teacher_temperature, shared_ids=head.shared_ids,
+        body, weight, mesh, student, block_group, microbatches_per_forward=microbatches_per_forward,
+        temperature=lowest_temperature(salt), shared_ids=head.shared_ids, gate=parse_gate(salt.kd_gate), guided=guided,
     )  # fmt: skip
+    if not salt.has_soft_labels:
+        if body is not None:
+            refuse_empty_hidden_states(teacher, checkpoint, head.seq_length, look)
+        return Admitted(teacher, None, None)
     if body is not None:
         with in_bfloat16(body):
             verify(teacher, checkpoint, whole, dtype, look)

@@ -1,5 +1,8 @@
 """Which rank runs the teacher on which microbatch, and which positions of the hidden states each rank sends to which rank.
 
+Soft labels need them on the student's last stage, hidden-state guidance on the stage of the guided layer. A stage that needs them for both
+gets them once.
+
 The ranks of one student data-parallel replica are a block, in (pp, cp, tp) order, tp fastest. A rank's index in its block is its place.
 The block hosts R teacher replicas at coordinates (replica, pp, tp), tp fastest, over the same places. Nothing leaves a block.
 This is arithmetic on ints: every rank computes the same plan once, and `salt/teacher.py` carries it out.
@@ -132,11 +135,14 @@ class ExchangePlan:
 
 
 @cache
-def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge: int, seq_length: int) -> ExchangePlan:
+def plan_exchange(
+    student: Layout, teacher: Layout, num_microbatches: int, merge: int, seq_length: int, stages: frozenset[int] | None = None
+) -> ExchangePlan:
     """The plan of every block. Raises UserError, naming --seq-length, where the sequence cannot be cut.
 
     merge: microbatches of one teacher forward. Forward f takes microbatches [f * merge, (f + 1) * merge) and runs on replica f mod R.
-    Receiver: rank (tp j, cp c) of the student's last stage. It gets slice j, of tp equal slices, of the positions that cp rank c holds.
+    stages: pipeline stages of the student that need the hidden states; None: the last one, for soft labels.
+    Receiver: rank (tp j, cp c) of each of these stages. It gets slice j, of tp equal slices, of the positions that cp rank c holds.
     Sender: tp rank (j + c * tp) mod ttp of the teacher's last stage. All tp ranks there hold the full hidden states and take turns.
     """
     tp, cp, ttp, tpp = student.tensor, student.context, teacher.tensor, teacher.pipeline
@@ -146,9 +152,10 @@ def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge
         Piece(
             microbatch,
             source=(j + c * tp) % ttp + ttp * (tpp - 1 + tpp * (microbatch // merge % replicas)),
-            target=j + tp * (c + cp * (student.pipeline - 1)),
+            target=j + tp * (c + cp * stage),
             positions=tuple(received_positions(student, seq_length, c, j)),
         )
+        for stage in (frozenset({student.pipeline - 1}) if stages is None else stages)
         for microbatch in range(num_microbatches) for c in range(cp) for j in range(tp)
     ]  # fmt: skip
     return ExchangePlan(
@@ -162,7 +169,7 @@ def plan_exchange(student: Layout, teacher: Layout, num_microbatches: int, merge
 
 
 def received_positions(student: Layout, seq_length: int, cp_rank: int, tp_rank: int) -> list[slice]:
-    """Positions of a sequence whose hidden states a rank of the student's last stage takes, in its order."""
+    """Positions of a sequence whose hidden states a rank takes, in its order, on every stage that takes them."""
     return _cut(context_slice(seq_length, student.context, cp_rank), tp_rank, student.tensor)
 
 

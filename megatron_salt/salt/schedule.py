@@ -1,6 +1,7 @@
-"""The teacher's weight at each step, the end of stage 1, and whether a resumed run may go on under these flags.
+"""The teacher's weights and its temperature at each step, the end of stage 1, and whether a resumed run may go on under these flags.
 
-Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps.
+Steps count from 1. Stage 1 is steps 1 to E, its end: --kd-steps, or earlier after a crossover, a fact that the checkpoint keeps. With
+hidden-state guidance it lasts to --let-steps too: the teacher teaches while either lasts.
 E beyond the run is allowed: the teacher teaches to the end (RKD in the paper). Pure: the same answer on every rank and after a resume.
 
 A run that was left in stage 1 goes on with the same teacher and schedule, or not at all. One that was left in stage 2 needs neither.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig, flag
+from megatron_salt.config.teaching import parse_temperatures, parse_weights, value_at
 from megatron_salt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,31 +26,71 @@ Events = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepWeights:
+    """Weights of what the teacher teaches in a step."""
+
+    soft_labels: float | None = None
+    """w, the weight of its distribution. None: it gives no soft labels in this step, and its output layer is not computed."""
+    temperature: float | None = None
+    """T of its soft labels by --kd-temperature-schedule. None: --kd-teacher-temperature."""
+    hidden: float | None = None
+    """lambda, the weight of hidden-state guidance. None: it guides no layer in this step."""
+
+
+PLAIN = StepWeights()
+"""Of a step without a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The flags of stage 1 that change the loss. Saved in every checkpoint of a run with a stage 1."""
 
     kd_steps: int
+    """0 where the teacher gives no soft labels."""
     kd_weight: float
     kd_teacher_temperature: float
     kd_transition: str
     kd_transition_steps: int
     kd_stop: str
     kd_stop_margin: float
+    guide: str = "soft-labels"
+    let_weight: float = 0.1
+    let_layer: int = 3
+    let_steps: int | None = None
+    let_decay: str = "linear"
+    kd_gate: str = "none"
+    kd_weight_schedule: str = ""
+    """The entries of the flag, with spaces between them. Empty: not given."""
+    kd_temperature_schedule: str = ""
+    """Likewise."""
 
     @classmethod
     def of(cls, salt: SaltConfig) -> Self:
         """The schedule of a run that has a stage 1."""
-        assert salt.kd_steps is not None, salt
-        return cls.from_facts(asdict(salt))
+        assert salt.stage1_steps is not None, salt
+        lists = {name: " ".join(getattr(salt, name)) for name in ("kd_weight_schedule", "kd_temperature_schedule")}
+        return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0} | lists)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
         """The schedule that a checkpoint holds, as `facts` gave it."""
-        return cls(**{field.name: facts[field.name] for field in fields(cls)})
+        return cls(
+            **{field.name: facts[field.name] for field in fields(cls) if field.name in facts or field.default is MISSING}
+        )
 
     def facts(self) -> dict[str, Any]:
-        """Values by field name, as JSON takes them."""
-        return asdict(self)
+        """Values by field name, as JSON takes them. Without hidden-state guidance nothing of it, as before there was any; gate and lists
+        of steps likewise."""
+        guided = self.guide != "soft-labels"
+        return {
+            name: value for name, value in asdict(self).items()
+            if name not in _DEFAULTS or (guided if name in _GUIDANCE else value != _DEFAULTS[name])
+        }  # fmt: skip
+
+    @property
+    def stage1_steps(self) -> int:
+        """Last step of stage 1, unless a crossover comes before."""
+        return max(self.kd_steps, self.let_steps or 0)
 
     def in_stage1(self, step: int, stage1_end: int) -> bool:
         """Whether a step belongs to stage 1, whatever the teacher's weight."""
@@ -56,25 +98,69 @@ class Schedule:
         return step <= stage1_end
 
     def at(self, step: int, stage1_end: int) -> float:
-        """The teacher's weight w in the loss of a step. With K transition steps the fade's j-th step has factor 1 - j / (K + 1)."""
+        """The weight w of soft labels in the loss of a step. With K transition steps the fade's j-th step has factor 1 - j / (K + 1)."""
         assert step >= 1, step
-        faded = step - (stage1_end - self.kd_transition_steps)  # j, the number of the step within the fade
+        end = min(stage1_end, self.kd_steps)
+        faded = step - (end - self.kd_transition_steps)  # j, the number of the step within the fade
+        full = self.kd_weight
+        if self.kd_weight_schedule:
+            full = value_at(parse_weights(self.kd_weight_schedule.split()), step)
         # 1) distil at full weight
         if faded <= 0:
-            return self.kd_weight
+            return full
         # 2) fade
-        if step <= stage1_end:
+        if step <= end:
             factor = 1 - faded / (self.kd_transition_steps + 1)
             if self.kd_transition == "linear":
-                return self.kd_weight * factor
-            ratio = self.kd_weight / (1 - self.kd_weight) * factor
+                return full * factor
+            ratio = full / (1 - full) * factor
             return ratio / (1 + ratio)
         # 3) train alone
         return 0.0
 
+    def temperature_at(self, step: int) -> float:
+        """The temperature of the teacher's soft labels at a step."""
+        if not self.kd_temperature_schedule:
+            return self.kd_teacher_temperature
+        return value_at(parse_temperatures(self.kd_temperature_schedule.split()), step)
+
+    def let_weight_at(self, step: int) -> float:
+        """The weight lambda of hidden-state guidance in the loss of a step; 0 without guidance."""
+        assert step >= 1, step
+        if self.let_steps is None or step > self.let_steps:
+            return 0.0
+        return self.let_weight if self.let_decay == "step" else self.let_weight * (1 - (step - 1) / self.let_steps)
+
+    def weights_at(self, step: int, stage1_end: int) -> StepWeights:
+        """What the teacher teaches in a step, and with which weights. A weight of 0 inside its steps is a weight."""
+        guides = self.let_steps is not None and step <= self.let_steps
+        labels = step <= min(stage1_end, self.kd_steps)
+        return StepWeights(
+            soft_labels=self.at(step, stage1_end) if labels else None,
+            temperature=self.temperature_at(step) if labels and self.kd_temperature_schedule else None,
+            hidden=self.let_weight_at(step) if guides else None,
+        )
+
     def stage1_end_after(self, crossover_step: int) -> int:
         """The end of stage 1 where the student passes the teacher after `crossover_step`. The fade still takes place."""
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Schedule) if field.default is not MISSING}
+"""Facts of a schedule without hidden-state guidance, gate and lists of steps. Checkpoints of such runs do not hold them."""
+_GUIDANCE = {name for name in _DEFAULTS if name == "guide" or name.startswith("let_")}
+
+
+def lowest_temperature(salt: SaltConfig) -> float:
+    """The lowest temperature of any step. Differences between logits count most there."""
+    points = parse_temperatures(salt.kd_temperature_schedule)
+    return min(value for _, value in points) if points else salt.kd_teacher_temperature
+
+
+def is_tempered(salt: SaltConfig) -> bool:
+    """Whether the temperature of some step is not 1."""
+    points = parse_temperatures(salt.kd_temperature_schedule)
+    return any(value != 1 for _, value in points) if points else salt.kd_teacher_temperature != 1
 
 
 def salt_at_start(
@@ -93,7 +179,7 @@ def salt_at_start(
             return None, ()
         assert (teacher is None) == (directory is None)
         return SaltState(
-            stage1_end=schedule.kd_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
+            stage1_end=schedule.stage1_steps, schedule=schedule.facts(), teacher=teacher, teacher_directory=directory
         ), ()
     saved, step = resumed.salt, resumed.step
     # 2) stage 2 and plain runs go on without a teacher
@@ -154,10 +240,11 @@ def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: b
     """The state of a run resumed inside stage 1, under the schedule of the flags. UserError where that is another one than the
     checkpoint's, unless `override`."""
     current = schedule.facts()
+    before, now = _DEFAULTS | saved.schedule, _DEFAULTS | current
     differences = [
-        f"{flag(name)} is {saved.schedule.get(name)} there and {value} here"
-        for name, value in current.items()
-        if saved.schedule.get(name) != value
+        f"{flag(name)} is {_word(before.get(name))} there and {_word(value)} here"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
     if not differences:
         return saved, ()
@@ -168,5 +255,10 @@ def _under_schedule(saved: SaltState, step: int, schedule: Schedule, override: b
         )
     change = {"event": "kd_schedule", "step": step, "from": saved.schedule, "to": current}
     crossover = saved.crossover if schedule.kd_stop == "crossover" else None
-    end = schedule.kd_steps if crossover is None else schedule.stage1_end_after(crossover)
+    end = schedule.stage1_steps if crossover is None else schedule.stage1_end_after(crossover)
     return replace(saved, schedule=current, crossover=crossover, stage1_end=max(end, step)), (change,)
+
+
+def _word(value: Any) -> Any:
+    """A value of a schedule, as a message says it."""
+    return "not given" if value == "" else value

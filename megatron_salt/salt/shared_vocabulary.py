@@ -18,7 +18,7 @@ from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.samples import Samples
 from megatron_salt.errors import UserError
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
-from megatron_salt.tokenizer.id_bytes import bytes_of_ids, meanings_of_ids, same_meaning
+from megatron_salt.tokenizer.id_bytes import bytes_of_ids, different_meanings
 from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN = 10
@@ -37,13 +37,9 @@ def shared_ids(teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> int:
         return min(tokenizer.vocabulary_size, teacher.vocabulary_size)
     theirs = tokenizer_of(teacher)
     count = min(tokenizer.vocabulary_size, theirs.vocabulary_size, teacher.vocabulary_size)
-    different = [
-        (i, there, here)
-        for i, (there, here) in enumerate(zip(meanings_of_ids(theirs)[:count], meanings_of_ids(tokenizer)[:count], strict=True))
-        if here is not None and (there is None or not same_meaning(there, here))
-    ]
+    different = different_meanings(theirs, tokenizer, count)
     if different:
-        shown = "; ".join(f"{i} is {there or 'nothing'} there and {here} here" for i, there, here in different[:SHOWN])
+        shown = "; ".join(f"{i} is {there} there and {here} here" for i, there, here in different[:SHOWN])
         raise UserError(
             f"--teacher-load {teacher.directory}: {len(different)} of {count} ids mean something else to the teacher than to the student's "
             f"tokenizer: {shown}{'; ...' if len(different) > SHOWN else ''}; make the data with the teacher's tokenizer"
@@ -73,16 +69,58 @@ def refuse_other_ids(splits: Iterable[Samples], shared: int, vocabulary_size: in
     """
     if shared >= vocabulary_size:
         return
+    found = first_of_ids(splits, np.arange(vocabulary_size) >= shared)
+    if found is not None:
+        where, position, unknown = found
+        raise UserError(
+            f"{where}: token {position} is id {unknown}, which the teacher does not have: it shares {shared} of the {vocabulary_size} "
+            f"ids of the student's tokenizer, those below {shared}"
+        )
+
+
+def first_of_ids(splits: Iterable[Samples], wanted: np.ndarray) -> tuple[str, int, int] | None:
+    """(data set, its position, its id) of the first token whose id is wanted: bool [ids]. None: there is none. Reads all data."""
     windows = {each.file.prefix: each.file for samples in splits for each in samples.windows}
     for file in windows.values():
         for start in range(0, file.num_tokens, _TOKENS_READ):
             tokens = file.read(np.array([start]), min(_TOKENS_READ, file.num_tokens - start))[0]
-            if (tokens >= shared).any():
-                at = int((tokens >= shared).argmax())
-                raise UserError(
-                    f"{file.flag} {file.prefix}: token {start + at} is id {tokens[at]}, which the teacher does not have: it shares "
-                    f"{shared} of the {vocabulary_size} ids of the student's tokenizer, those below {shared}"
-                )
+            hit = wanted.take(tokens, mode="clip")
+            if hit.any():
+                at = int(hit.argmax())
+                return f"{file.flag} {file.prefix}", start + at, int(tokens[at])
+    return None
+
+
+# ---- a teacher without an output layer ---------------------------------------------------------------------------------
+
+
+def ids_unlike(teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> dict[int, str]:
+    """{id of the student's tokenizer that the teacher cannot read: why}. It means something else there, or is no row of the embedding. Rows
+    of the output layer do not matter. Raises UserError."""
+    rows, ids = teacher.vocabulary_size, tokenizer.vocabulary_size
+    unlike = dict.fromkeys(range(rows, ids), f"no row of its embedding, which has {rows}")
+    if teacher.tokenizer_fingerprint == tokenizer.fingerprint:
+        return unlike
+    theirs = tokenizer_of(teacher)
+    known = min(ids, rows, theirs.vocabulary_size)
+    different = different_meanings(theirs, tokenizer, known)
+    unlike |= dict.fromkeys(range(known, min(ids, rows)), f"no token of its tokenizer, which has {theirs.vocabulary_size}")
+    return unlike | {i: f"{there} to it and {here} to the student" for i, there, here in different}
+
+
+def refuse_unlike_ids(splits: Iterable[Samples], teacher: TeacherCheckpoint, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the data holds an id of `ids_unlike`. Reads all data, unless there is no such id."""
+    unlike = ids_unlike(teacher, tokenizer)
+    if not unlike:
+        return
+    found = first_of_ids(splits, np.isin(np.arange(tokenizer.vocabulary_size), list(unlike)))
+    if found is not None:
+        where, position, i = found
+        why = unlike.get(i, f"beyond the {tokenizer.vocabulary_size} ids of the student's tokenizer")
+        raise UserError(
+            f"{where}: token {position} is id {i}, which --teacher-load {teacher.directory} cannot read: {why}; {len(unlike)} ids are "
+            "unlike, and with --guide hidden the data must hold none of them"
+        )
 
 
 def missing_bos(
@@ -108,10 +146,20 @@ def missing_bos(
 # ---- what is told ------------------------------------------------------------------------------------------------------
 
 
-def describe_vocabularies(teacher: TeacherCheckpoint, tokenizer: Tokenizer, shared: int, samples: Samples) -> tuple[str, ...]:
-    """Lines for the user where the vocabularies are not the same; none where they are. Reads 1 MB of `samples` as text."""
+def describe_vocabularies(
+    teacher: TeacherCheckpoint, tokenizer: Tokenizer, shared: int | None, samples: Samples
+) -> tuple[str, ...]:
+    """Lines for the user where the vocabularies are not the same; none where they are. Reads 1 MB of `samples` as text. shared: see
+    `shared_ids`; None: the teacher gives no soft labels."""
     lines = []
-    if not teacher.vocabulary_size == tokenizer.vocabulary_size == shared:
+    if shared is None:
+        unlike = ids_unlike(teacher, tokenizer)
+        if unlike:
+            lines.append(
+                f"teacher: {len(unlike)} of the {tokenizer.vocabulary_size} ids of the student's tokenizer mean something else to it or "
+                "are no row of its embedding; data that holds one of them is refused"
+            )
+    elif not teacher.vocabulary_size == tokenizer.vocabulary_size == shared:
         lines.append(
             f"teacher: {shared} ids mean the same to it and to the student, whose tokenizer has {tokenizer.vocabulary_size}; its softmax "
             f"has {teacher.vocabulary_size}, and its distribution is renormalised over those that are shared"

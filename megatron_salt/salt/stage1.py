@@ -14,7 +14,7 @@ from megatron_salt.config import SaltConfig
 from megatron_salt.data.batch import Batches
 from megatron_salt.salt.fp8_check import Fidelity
 from megatron_salt.salt.output_weight import BosLosses, DroppedMass
-from megatron_salt.salt.schedule import Events, Schedule, salt_at_start
+from megatron_salt.salt.schedule import Events, Schedule, StepWeights, salt_at_start
 from megatron_salt.salt.stage_samples import StageSamples
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.salt.teacher_cache.cache import StepUse, TeacherCache
@@ -28,10 +28,10 @@ class Stage1:
     teacher: Teacher | None
     """None: stage 1 has a selection of the data and no teacher."""
     schedule: Schedule
-    teacher_flops: float = 0.0
-    """FLOPs of the teacher for an input token, output layer included; 0 without a teacher."""
     teacher_body_flops: float = 0.0
-    """Those of them that are no work of the output layer."""
+    """FLOPs of the teacher's layers for an input token; 0 without a teacher."""
+    teacher_head_flops: float = 0.0
+    """FLOPs of its output layer, in steps with soft labels."""
     fidelity: Fidelity | None = None
     """Distance of a teacher in FP8 from itself in bfloat16; None for any other teacher, and without one."""
     dropped: DroppedMass | None = None
@@ -45,14 +45,25 @@ class Stage1:
         """Whether a step belongs to stage 1."""
         return self.schedule.in_stage1(step, _salt_of(progress).stage1_end)
 
-    def kd_weight(self, step: int, progress: RunState) -> float:
-        """The teacher's weight in the loss of a step."""
-        return self.schedule.at(step, _salt_of(progress).stage1_end)
+    def weights(self, step: int, progress: RunState) -> StepWeights:
+        """What the teacher teaches in a step."""
+        return self.schedule.weights_at(step, _salt_of(progress).stage1_end)
 
-    def flops_of_step(self, tokens: int, use: StepUse | None) -> float:
+    @property
+    def measured_teacher(self) -> Teacher | None:
+        """The teacher, where its loss on held-out data can be measured. Without soft labels it has no output layer."""
+        return self.teacher if self.schedule.guide != "hidden" else None
+
+    def flops_of_step(self, tokens: int, weights: StepWeights, use: StepUse | None) -> float:
         """FLOPs of the teacher in a step of `tokens` input tokens, over all ranks: those that are computed. use: None without a cache."""
-        saved = 0.0 if use is None else self.teacher_body_flops * (1.0 - use.computed)
-        return tokens * (self.teacher_flops - saved)
+        body = self.teacher_body_flops * (1.0 if use is None else use.computed)
+        return tokens * (body + (0.0 if weights.soft_labels is None else self.teacher_head_flops))
+
+    def flops_of_run(self, num_steps: int, tokens: int) -> float:
+        """FLOPs of the teacher in a run of `num_steps` steps of `tokens` tokens without a cache, if no crossover comes."""
+        schedule = self.schedule
+        taught = min(schedule.stage1_steps, num_steps) * self.teacher_body_flops
+        return tokens * (taught + min(schedule.kd_steps, num_steps) * self.teacher_head_flops)
 
     def accuracy_to_pass(self, progress: RunState) -> float:
         """The student's held-out accuracy must be above this for a crossover: the teacher's plus --kd-stop-margin."""
@@ -72,7 +83,7 @@ class Stage1:
 
 def schedule_of(salt: SaltConfig) -> Schedule | None:
     """The schedule that the flags ask for; None in a run without a stage 1."""
-    return None if salt.kd_steps is None else Schedule.of(salt)
+    return None if salt.stage1_steps is None else Schedule.of(salt)
 
 
 def decide_salt(

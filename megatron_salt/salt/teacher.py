@@ -3,9 +3,10 @@
 One step of stage 1 has three phases. Hidden states travel between ranks, logits never do.
 A: each replica of the teacher runs its share of the microbatches through the teacher's own pipeline. Samples that a cache holds
 (teacher_cache/) take no part in A and B.
-B: one all-to-all inside a block (the ranks of one student replica) brings the last hidden states to the student's last stage, cut as
-that stage needs them. A block of one rank has nothing to send.
-C: the student's own schedule runs on microbatches that carry a `SoftTarget`.
+B: one all-to-all inside a block (the ranks of one student replica) brings the last hidden states to the stages that use them in this step:
+the student's last one for soft labels, that of the guided layer for guidance. Each rank gets its slice of the sequence. A block of one rank
+has nothing to send.
+C: the student's own schedule runs on microbatches that carry their `Targets`.
 Every rank goes through A, B and C in this order. On each rank a phase begins when the one before it has ended.
 """
 
@@ -24,16 +25,20 @@ import megatron_salt.parallel.cpu_seam  # noqa: F401  (before megatron)
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.data.batch import Microbatch, merge_microbatches
 from megatron_salt.model.attention import positions_of
 from megatron_salt.model.fp8_teacher import raw_tensors
 from megatron_salt.model.gpt import GPT
-from megatron_salt.model.loss import SoftTarget
+from megatron_salt.model.guidance.target import UNTAUGHT, HiddenTarget, Targets
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, SoftTarget
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh, teacher_groups
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.guidance.layer_place import GuidedLayer, stages_that_use
 from megatron_salt.salt.routing import ExchangePlan, Piece, plan_exchange
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.salt.teacher_cache.missing import join, missing_microbatches, presence, rows_to_compute
 
 Keep = Callable[[np.ndarray, Tensor], None]
@@ -95,19 +100,19 @@ class Teacher:
         microbatches_per_forward: int,
         temperature: float,
         shared_ids: int | None = None,
+        gate: Gate | None = None,
+        guided: GuidedLayer | None = None,
     ) -> None:
         """body: this rank's stage, without output head; None where a cache holds all that it would compute. weight: output weight
-        [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere. block_group: the ranks of this rank's
-        student replica, in rank order. shared_ids: see `SoftTarget`."""
+        [V/tp, h_t], the student's rows of it, on ranks of the student's last stage; None elsewhere, and without soft labels. block_group:
+        the ranks of this rank's student replica, in rank order. temperature: of steps that have no other; with a schedule the lowest.
+        shared_ids, gate: see `SoftTarget`. guided: the layer that the hidden states guide; None without guidance."""
         body = None if body is None else body.eval().requires_grad_(False)
         self._parts: _Parts | None = _Parts(body, weight, mesh, block_group)
-        self._student, self._merge, self.temperature, self._shared_ids = (
-            student,
-            microbatches_per_forward,
-            temperature,
-            shared_ids,
-        )
+        self._student, self._merge, self.temperature = student, microbatches_per_forward, temperature
+        self._shared_ids, self._gate = shared_ids, gate
         self._place = dist.get_rank(block_group)
+        self.guided = guided
 
     @property
     def _held(self) -> _Parts:
@@ -147,42 +152,62 @@ class Teacher:
         """The ranks of this rank's student replica, in rank order."""
         return self._held.block_group
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that come with the loss of its soft labels."""
+        return KD_METRICS if self._gate is None else GATED_METRICS
+
     @torch.no_grad()
-    def annotate(
-        self, microbatches: Sequence[Microbatch], kd_weight: float, keep: Keep | None = None
-    ) -> list[SoftTarget | None]:
-        """Phases A and B: the teacher's part of each microbatch of this student replica, all of one shape. Collective over all ranks. Ranks
-        of the student's last stage receive; the others get None for each microbatch. keep: see `hidden_states`."""
+    def annotate(self, microbatches: Sequence[Microbatch], weights: StepWeights, keep: Keep | None = None) -> list[Targets]:
+        """Phases A and B: the teacher's parts of each microbatch of this student replica, all of one shape. Collective over all ranks.
+
+        weights: of the step. Ranks of the stages that use hidden states in this step receive them; the others get empty targets. keep: see
+        `hidden_states`."""
+        stages = stages_that_use(weights, self._student.layout.pipeline, self.guided)
         present = presence(microbatches)
         if not present.any():
-            hidden = self.hidden_states(microbatches, self._merge, keep)
+            hidden = self.hidden_states(microbatches, self._merge, keep, stages)
         else:
-            hidden = self._with_cached(microbatches, present, keep)
-        return [None if one is None else self._soft_target(one, kd_weight) for one in hidden]
+            hidden = self._with_cached(microbatches, present, keep, stages)
+        return [UNTAUGHT if one is None else self._targets(one, weights) for one in hidden]
 
-    def _with_cached(self, microbatches: Sequence[Microbatch], present: np.ndarray, keep: Keep | None) -> list[Tensor | None]:
+    def _with_cached(
+        self, microbatches: Sequence[Microbatch], present: np.ndarray, keep: Keep | None, stages: frozenset[int]
+    ) -> list[Tensor | None]:
         """Hidden states as `hidden_states` returns them. The teacher computes those alone that no cache holds."""
         size = len(microbatches[0].sample_ids)
         rows = rows_to_compute(present, self._merge * size)
-        computed = self.hidden_states(missing_microbatches(microbatches, rows), self._merge, keep) if len(rows) else []
+        missing = missing_microbatches(microbatches, rows) if len(rows) else []
+        computed = self.hidden_states(missing, self._merge, keep, stages) if missing else []
+        if self._student.at.pp not in stages:
+            return [None] * len(microbatches)
         hidden = []
         for number, one in enumerate(microbatches):
             assert one.cached is not None, "all microbatches of a step have been looked up, or none"
             hidden.append(join(one.cached, number * size, rows, computed))
         return hidden
 
-    def _soft_target(self, hidden: Tensor, kd_weight: float) -> SoftTarget:
-        assert self.weight is not None, "the teacher's output weight is on the student's last stage"
-        return SoftTarget(hidden, self.weight, self.temperature, kd_weight, self._shared_ids)
+    def _targets(self, hidden: Tensor, weights: StepWeights) -> Targets:
+        """What this rank's chunks need of a microbatch. hidden: what this rank has received of it."""
+        soft, guide = None, None
+        if weights.soft_labels is not None and self._student.is_last_stage:
+            assert self.weight is not None, "the teacher's output weight is on the student's last stage"
+            temperature = self.temperature if weights.temperature is None else weights.temperature
+            soft = SoftTarget(hidden, self.weight, temperature, weights.soft_labels, self._shared_ids, self._gate)
+        if weights.hidden is not None and self.guided is not None and self.guided.place.stage == self._student.at.pp:
+            guide = HiddenTarget(hidden, self.guided.layer, weights.hidden)
+        return Targets(soft=soft, hidden=guide)
 
     @torch.no_grad()
-    def hidden_states(self, microbatches: Sequence[Microbatch], merge: int, keep: Keep | None = None) -> list[Tensor | None]:
-        """Last hidden states of each microbatch, this rank's share of the sequence [s/(cp*tp), b, h_t], on ranks of the student's last
-        stage; None elsewhere. One forward of the teacher takes `merge` microbatches. Collective over all ranks.
+    def hidden_states(
+        self, microbatches: Sequence[Microbatch], merge: int, keep: Keep | None = None, stages: frozenset[int] | None = None
+    ) -> list[Tensor | None]:
+        """Last hidden states of each microbatch, this rank's share of the sequence [s/(cp*tp), b, h_t], on ranks of these stages of the
+        student; None elsewhere. One forward of the teacher takes `merge` microbatches. Collective over all ranks.
 
-        keep: gets the hidden states of every forward once, on one rank of the teacher's last stage."""
+        stages: None: the last one. keep: gets the hidden states of every forward once, on one rank of the teacher's last stage."""
         samples, length = microbatches[0].tokens.shape
-        plan = plan_exchange(self._student.layout, self.mesh.layout, len(microbatches), merge, length)
+        plan = plan_exchange(self._student.layout, self.mesh.layout, len(microbatches), merge, length, stages)
         inputs = [
             _forward_input(microbatches, plan, forward, self._place, samples, keep if self._keeps(turn) else None)
             for turn, forward in enumerate(plan.forwards_of(self._replica))

@@ -109,7 +109,7 @@ def refuse_unfit(teacher: TeacherCheckpoint, salt: SaltConfig, seq_length: int) 
         if teacher.imported:
             raise UserError(f"{where} is an imported model whose context is {teacher.seq_length} tokens, {shorter}")
         raise UserError(f"{where} was trained on --seq-length {teacher.seq_length}, {shorter}")
-    if min(teacher.lengths) > seq_length:
+    if salt.has_soft_labels and min(teacher.lengths) > seq_length:
         raise UserError(
             f"{where} recorded its loss on {min(teacher.lengths)} tokens at least, and --seq-length is {seq_length}"
         )

@@ -41,9 +41,13 @@ class _Watched:
         self._idle = {job.name: Progress() for job in jobs}
         self._shown = -SHOW_SECONDS
 
+    def progress(self) -> dict[str, Progress]:
+        """How far each job is."""
+        return self._idle | {name: reader.read() for name, reader in self._readers.items()}
+
     def view(self) -> View:
         """What can be shown now."""
-        progress = self._idle | {name: reader.read() for name, reader in self._readers.items()}
+        progress = self.progress()
         return View(self.jobs, dict(self.statuses), progress, estimate(self.jobs, self.statuses, progress, self._at_once))
 
     def show(self) -> None:
@@ -105,7 +109,8 @@ def _run_here(watched: _Watched, running: LocalJobs, asked: Sequence[int]) -> No
                 break
             if not asked:
                 statuses |= blocked(jobs, statuses)
-                for job in ready(jobs, statuses):
+                steps = {name: one.step for name, one in watched.progress().items()} if running.has_room else {}
+                for job in ready(jobs, statuses, steps):
                     if not running.has_room:
                         break
                     statuses[job.name] = _start(running, job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,17 @@ from typing import Literal
 from megatron_salt.errors import UserError
 
 TRAINER = "megatron_salt.pretrain"
+FINETUNE = "--finetune"
+
+
+@dataclass(frozen=True)
+class CachedStage1:
+    """A stage 1 with --teacher-cache."""
+
+    order: tuple[str | int | None, ...]
+    """Cache, teacher, selection, seed and batch size: runs with the same ones draw the same samples in the same order"""
+    steps: int
+    """Its steps: the samples that the run reads from the cache, or adds to it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,8 @@ class Job:
     """Seed of a run, for the table"""
     steps: int = 0
     """Optimizer steps of a training; 0: it trains nothing"""
+    cached: CachedStage1 | None = None
+    """None: no --teacher-cache"""
 
     @property
     def trains(self) -> bool:
@@ -51,6 +65,11 @@ class Job:
     def outcome(self) -> Path:
         """One line that tells how its last start ended, see `jobs/outcome.py`. Absent while it works, and where it never began."""
         return self.directory / "outcome.txt"
+
+
+def goes_on(command: Sequence[str]) -> tuple[str, ...]:
+    """The command of a training that has a checkpoint of its own: without the flags of its first start, `--load DIR --finetune`."""
+    return tuple(command[: command.index("--load")] if FINETUNE in command else command)
 
 
 @dataclass(frozen=True, kw_only=True)

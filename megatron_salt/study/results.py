@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_salt.config import RunConfig
 from megatron_salt.metrics.history import Curve
 
-Kind = Literal["baseline", "salt", "salt_ds", "rkd", "ds_only", "random", "longer", "grow"]
+Kind = Literal["baseline", "salt", "salt_ds", "rkd", "ds_only", "random", "longer", "grow", "let", "salt_let", "gated"]
 """What an arm does. See `arms.py`."""
 
 RunState = Literal["waiting", "running", "finished", "failed"]

@@ -58,6 +58,19 @@ def same_meaning(one: Meaning, other: Meaning) -> bool:
     return one.content == other.content and {one.kind, other.kind} != {"text", "control"}
 
 
+def different_meanings(theirs: Tokenizer, ours: Tokenizer, count: int) -> list[tuple[int, str, str]]:
+    """(id, what it is to `theirs`, what it is to `ours`) for each of the first `count` ids that mean something else, or nothing, there.
+
+    An id without a meaning here is alike. Pure.
+    """
+    meanings = zip(meanings_of_ids(theirs)[:count], meanings_of_ids(ours)[:count], strict=True)
+    return [
+        (i, str(there or "nothing"), str(here))
+        for i, (there, here) in enumerate(meanings)
+        if here is not None and (there is None or not same_meaning(there, here))
+    ]
+
+
 def meanings_of_ids(tokenizer: Tokenizer) -> list[Meaning | None]:
     """What each id in [0, vocabulary_size) stands for; None: the vocabulary has no token of this id."""
     meanings, roles = _READERS[tokenizer.kind](tokenizer)

@@ -29,7 +29,7 @@ from megatron_salt.data.manifest import (
     write_manifest,
 )
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import real_path, refuse_present, sole_writer
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.preprocess.indexed_writer import IndexedReader, IndexedWriter, Written
 from megatron_salt.preprocess.sharding import parse_shard
@@ -74,7 +74,7 @@ def merge_datasets(config: MergeConfig) -> None:
             f"--output-prefix {output!r} names no dataset; give the common prefix of the files, such as data/web_text_document"
         )
     prefixes = find_prefixes(config.input)
-    if os.path.realpath(output) in map(os.path.realpath, prefixes):
+    if real_path(output) in map(real_path, prefixes):
         raise UserError(f"--output-prefix {output} is one of --input")
     refuse_present("--output-prefix", output, output_paths(output), config.overwrite)
     manifests = [read_manifest(prefix) for prefix in prefixes]

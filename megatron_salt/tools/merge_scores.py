@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer
+from megatron_salt.files import real_path, refuse_present, sole_writer
 from megatron_salt.selection.score_format import INDEX
 from megatron_salt.selection.score_reader import ScoreIndex, merge
 
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge_scores(config: MergeConfig) -> None:
     """Check the shards and write the merged index. Raises UserError."""
     output = Path(config.output)
-    if any(Path(directory).resolve() == output.resolve() for directory in config.scores):
+    if any(real_path(directory) == real_path(output) for directory in config.scores):
         raise UserError(
             f"--output {output} is one of --scores; take a new directory, and delete the old ones when you are content"
         )
-    inside = next((directory for directory in config.scores if output.resolve() in Path(directory).resolve().parents), None)
+    inside = next((directory for directory in config.scores if real_path(output) in real_path(directory).parents), None)
     if inside is not None:
         raise UserError(f"--output {output} holds --scores {inside}, which would be deleted with it; take another directory")
     refuse_present("--output", output, [output], config.overwrite)

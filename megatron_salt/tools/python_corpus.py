@@ -20,7 +20,7 @@ from pydoc_data.topics import topics
 
 from megatron_salt.cli import run_tool
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole_file
+from megatron_salt.files import real_path, refuse_present, sole_writer, whole_file
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 SMALLEST = 1_000_000
@@ -80,9 +80,9 @@ def modules(library: Path) -> Iterator[tuple[str, str]]:
     seen: set[Path] = set()
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
-        if path.resolve() in seen:
+        if real_path(path) in seen:
             continue  # a link to a module that was read
-        seen.add(path.resolve())
+        seen.add(real_path(path))
         if LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             try:
                 with tokenize.open(path) as source:  # uses the encoding that the module declares

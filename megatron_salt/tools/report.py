@@ -14,7 +14,8 @@ runs, and not the mixture that stage 1 minimises. A vertical line marks the swit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 from megatron_salt.cli import run_tool
 from megatron_salt.data.indexed_dataset import TokenFile
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_directory, refuse_present, sole_writer
+from megatron_salt.files import real_path, refuse_directory, refuse_present, sole_writer, whole_files
 from megatron_salt.metrics.arms import Arm, arms_of, finals, passings
 from megatron_salt.metrics.figure_text import figure_text
 from megatron_salt.metrics.figures import Panel, chart, draw, in_columns, lines_of, table
@@ -96,6 +97,8 @@ def report(config: ReportConfig) -> int:
     for flag, path in files:
         refuse_directory(flag, path)
         refuse_present(flag, str(path), [path], config.overwrite)
+    if len({real_path(path) for _, path in files}) < len(files):
+        raise UserError(f"--output and --html both name {config.output}")
     if config.html is not None:
         require_package("plotly", "--html")
     runs = named_runs(config.run)
@@ -116,11 +119,12 @@ def report(config: ReportConfig) -> int:
         print(f"\n{in_columns(('arm', 'seeds', *figures), finals(arms, figures))}")
     for one in passed:
         print(one)
-    for flag, path in files:
-        if flag == "--output":
-            write_new(flag, path, config.overwrite, lambda output: draw(arms, panels, config.x, unigram, output))
-        else:
-            write_new(flag, path, config.overwrite, lambda output: write_page(arms, panels, passed, config.x, unigram, output))
+    writers: dict[str, Callable[[Path], None]] = {
+        "--output": lambda output: draw(arms, panels, config.x, unigram, output),
+        "--html": lambda output: write_page(arms, panels, passed, config.x, unigram, output),
+    }
+    write_new([(flag, path, writers[flag]) for flag, path in files], config.overwrite)
+    for _, path in files:
         print(f"\nwrote {path}")
     good = True
     if config.below_unigram is not None:
@@ -151,14 +155,28 @@ def _all_have(arms: Sequence[Arm], figure: str) -> bool:
     return all(figure in curve.of_evaluations for arm in arms for curve in arm.curves)
 
 
-def write_new(flag: str, output: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
-    """Write a file while no other process writes it. Raises UserError."""
+def write_new(outputs: Sequence[tuple[str, Path, Callable[[Path], None]]], overwrite: bool) -> None:
+    """Write all files, or none, while no other process writes one of them. outputs: (flag, file, what writes it). Raises UserError."""
+    with ExitStack() as held:
+        for flag, path, _ in outputs:
+            with _telling(f"{flag} {path}"):
+                held.enter_context(sole_writer(flag, str(path)))
+            refuse_present(flag, str(path), [path], overwrite)
+        with (
+            _telling(" and ".join(f"{flag} {path}" for flag, path, _ in outputs)),
+            whole_files([path for _, path, _ in outputs]) as temporary,
+        ):
+            for (flag, path, write), file in zip(outputs, temporary, strict=True):
+                with _telling(f"{flag} {path}"):
+                    write(file)
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
     try:
-        with sole_writer(flag, str(output)):
-            refuse_present(flag, str(output), [output], overwrite)
-            write(output)
+        yield
     except OSError as error:
-        raise UserError(f"{flag} {output} cannot be written: {error.strerror}") from error
+        raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
 def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
@@ -167,12 +185,12 @@ def named_runs(words: Sequence[str]) -> list[tuple[str, Path]]:
     for word in words:
         name, equals, file = word.rpartition("=")
         path = Path(file)
-        runs.append((name if equals else path.resolve().parent.name, path))
+        runs.append((name if equals else real_path(path).parent.name, path))
         given.append(bool(equals))
     names = [name for name, _ in runs]
     if "" in names or any(names.count(name) > 1 for name, named in zip(names, given, strict=True) if not named):
         raise UserError(f"--run needs a name for each run, got {', '.join(map(repr, names))}; write NAME=FILE")
-    files = [path.resolve() for _, path in runs]
+    files = [real_path(path) for _, path in runs]
     for (_, path), resolved in zip(runs, files, strict=True):
         if files.count(resolved) > 1:
             raise UserError(f"--run names {path} twice; each run has a log of its own")

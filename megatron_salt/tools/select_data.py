@@ -24,7 +24,7 @@ from megatron_salt.cli import run_tool
 from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.manifest import tokenizer_directory
 from megatron_salt.errors import UserError
-from megatron_salt.files import refuse_present, sole_writer, whole_file
+from megatron_salt.files import real_path, refuse_present, sole_writer, whole_file
 from megatron_salt.selection.eligibility import duplicates, find_eligible
 from megatron_salt.selection.report import draw, refuse_ties, report, sample, write_text
 from megatron_salt.selection.rules import Choice, Rule, choose
@@ -125,9 +125,9 @@ def refuse_equal_datasets(index: ScoreIndex) -> None:
 
 def refuse_shared_names(exported: Path, outputs: Sequence[Path], scores: Sequence[str]) -> None:
     """Raise UserError if --export-documents would replace another output or a file of --scores."""
-    if exported.resolve() in [path.resolve() for path in outputs]:
+    if real_path(exported) in [real_path(path) for path in outputs]:
         raise UserError(f"--export-documents {exported} is a name that --output writes itself; take another")
-    if any(Path(directory).resolve() in exported.resolve().parents for directory in scores):
+    if any(real_path(directory) in real_path(exported).parents for directory in scores):
         raise UserError(f"--export-documents {exported} lies among --scores; take another directory")
 
 

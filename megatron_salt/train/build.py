@@ -25,13 +25,15 @@ from megatron_salt.data.blend import VALID
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import LeftEarly, Look, UserError, stay
-from megatron_salt.model.flops import body_flops, forward_flops_per_token
+from megatron_salt.model.flops import body_flops, forward_flops_per_token, head_flops
 from megatron_salt.model.precision import Precision
 from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.launch import seed_everything
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh
 from megatron_salt.salt.fp8_check import SAMPLES
+from megatron_salt.salt.guidance.layer_place import stages_of_run
+from megatron_salt.salt.guidance.what_is_taught import lesson_lines
 from megatron_salt.salt.output_weight import WINDOWS
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies, missing_bos
 from megatron_salt.salt.stage1 import Stage1, decide_salt, schedule_of, starts_in_stage2
@@ -143,16 +145,15 @@ def in_its_stage(
         return replace(run, stage1=Stage1(None, schedule)), progress
     # The teacher is evaluated anew: the held-out data, or how much of it is used, may have changed.
     progress = replace(progress, salt=replace(state, teacher_held_out=None))
-    vocabulary_size = inputs.tokenizer.vocabulary_size
+    for line in lesson_lines(config, run.plan.total_steps):
+        log.info("%s", line)
+    vocabulary_size, soft_labels = inputs.tokenizer.vocabulary_size, config.salt.has_soft_labels
     if log.isEnabledFor(logging.INFO):  # on one rank: it encodes text
-        for line in describe_vocabularies(teacher, inputs.tokenizer, inputs.shared_ids, inputs.train):
+        for line in describe_vocabularies(teacher, inputs.tokenizer, inputs.shared_ids if soft_labels else None, inputs.train):
             log.info("%s", line)
-    flops = forward_flops_per_token(
-        teacher.model, config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
-    )
     unseen = tuple(inputs.valid.values()) or (run.train.samples,)  # also with --eval-iters 0
     windows = [window for samples in unseen for window in first_microbatches(samples, -(-WINDOWS // len(unseen)))]
-    bos = missing_bos(teacher, inputs.tokenizer, (inputs.train, *inputs.valid.values()), windows)
+    bos = missing_bos(teacher, inputs.tokenizer, (inputs.train, *inputs.valid.values()), windows) if soft_labels else None
     cache = open_teacher_cache(run, config, inputs, teacher, precision)
     why: str | None = "there is no cache"
     if cache is not None:
@@ -160,15 +161,17 @@ def in_its_stage(
         progress = replace(progress, salt=replace(state, teacher_held_out=cache.held_out))
         left = (min(state.stage1_end, run.plan.total_steps) - progress.step) * run.plan.global_batch_size
         holds_all = cache.holds(run.train, progress.position, progress.position + left)
-        evaluates = bool(run.valid) and cache.held_out is None
-        why = why_layers_are_needed(holds_all, precision, teacher, inputs.shared_ids, bos, evaluates)
+        evaluates = bool(run.valid) and cache.held_out is None and soft_labels
+        own_ids = soft_labels and teacher.vocabulary_size > inputs.shared_ids
+        why = why_layers_are_needed(holds_all, precision, own_ids, bos, evaluates)
         log.info("teacher cache: the teacher's layers are %s", "not loaded" if why is None else f"loaded: {why}")
     admitted = build_teacher(
         config, run.plan, teacher, run.student, vocabulary_size, timeout=timeout, shared_ids=inputs.shared_ids, precision=precision,
         text=run.train.first(SAMPLES), windows=windows, bos=bos, with_body=why is not None, look=look,
     )  # fmt: skip
     stage1 = Stage1(
-        admitted.teacher, schedule, flops, teacher_body_flops=body_flops(teacher.model, config.training.seq_length),
+        admitted.teacher, schedule, teacher_body_flops=body_flops(teacher.model, config.training.seq_length),
+        teacher_head_flops=head_flops(teacher.model, config.model.padded_vocabulary_size(vocabulary_size)),
         fidelity=admitted.fidelity, dropped=admitted.dropped, bos_losses=admitted.bos_losses, cache=cache,
     )  # fmt: skip
     return replace(run, stage1=stage1), progress
@@ -181,12 +184,17 @@ def open_teacher_cache(
     if config.salt.teacher_cache is None:
         return None
     salt, samples = config.salt, run.plan.micro_batch_size * run.plan.teacher_merge
-    sets = {one.name: (one.batches.samples, one.num_batches * run.plan.global_batch_size) for one in run.valid}
+    sets = {
+        one.name: (one.batches.samples, one.num_batches * run.plan.global_batch_size)
+        for one in run.valid
+        if salt.has_soft_labels
+    }
     rounding = rounding_of(salt, samples, precision)
     return open_cache(
         Path(config.salt.teacher_cache),
         lambda: manifest_of(salt, teacher, inputs.train, dtype_of(config.training), rounding, precision.fp8_recipe),
-        run.student.mesh, forward_samples=samples, held_out=lambda: held_out_facts(sets, inputs.shared_ids), sets=tuple(sets),
+        run.student.mesh, stages=stages_of_run(config), forward_samples=samples,
+        held_out=lambda: held_out_facts(sets, inputs.shared_ids), sets=tuple(sets),
     )  # fmt: skip
 
 

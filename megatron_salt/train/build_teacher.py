@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from megatron_salt.cards import Products
-from megatron_salt.config import ModelConfig, RunConfig, SaltConfig, TrainingConfig
+from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.config.teaching import gate_kind
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.errors import Look, UserError
 from megatron_salt.model.kernels.passes import kernels_for
@@ -19,9 +20,11 @@ from megatron_salt.parallel.hardware import GIB
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.salt.cost import Prediction, predict
 from megatron_salt.salt.device_rates import LayerShape, find_rates
+from megatron_salt.salt.guidance.layer_place import guided_layer, stages_of_run
 from megatron_salt.salt.head_cost import HeadShape
 from megatron_salt.salt.load_teacher import Admitted, admit, refuse_trainable
 from megatron_salt.salt.routing import layout_warnings, plan_exchange, teacher_layout
+from megatron_salt.salt.schedule import is_tempered
 from megatron_salt.salt.teacher import TeacherHead
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.train.build_model import dtype_of
@@ -31,16 +34,17 @@ from megatron_salt.train.step import Student
 log = logging.getLogger(__name__)
 
 
-def refuse_large_exchange(
-    salt: SaltConfig, training: TrainingConfig, plan: RunPlan, layout: Layout, teacher: ModelConfig
-) -> float:
+def refuse_large_exchange(config: RunConfig, plan: RunPlan, layout: Layout, teacher: ModelConfig) -> float:
     """GiB that the exchange of the teacher's hidden states takes in a step, on the rank where it takes most. Pure.
 
-    Raises UserError where that is above --teacher-exchange-max-gib.
+    That is the first step, in which everything is taught. Raises UserError where that is above --teacher-exchange-max-gib.
     """
+    salt, training = config.salt, config.training
     size, hidden = dtype_of(training).itemsize, teacher.hidden_size
     taught = teacher_layout(layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    positions = plan_exchange(layout, taught, plan.num_microbatches, plan.teacher_merge, training.seq_length).peak_positions
+    stages = stages_of_run(config)
+    exchanged = plan_exchange(layout, taught, plan.num_microbatches, plan.teacher_merge, training.seq_length, stages)
+    positions = exchanged.peak_positions
     exchange = positions * plan.micro_batch_size * hidden * size / GIB
     if exchange > salt.teacher_exchange_max_gib:
         raise UserError(
@@ -65,7 +69,7 @@ def predict_cost(
         rows=rows, hidden=model.hidden_size, teacher_hidden=teacher.hidden_size,
         tokens=plan.micro_batch_size * training.seq_length // parallel.context_parallel_size, chunk_tokens=chunk,
         itemsize=dtype.itemsize, kernels=kernels_for(current_device()) is not None,
-        tempered=salt.kd_teacher_temperature != 1,
+        tempered=is_tempered(salt), gate=gate_kind(salt.kd_gate),
     )  # fmt: skip
     student = LayerShape(
         hidden=model.hidden_size, width=model.ffn_width * (1 + model.swiglu) // tensor,
@@ -80,7 +84,7 @@ def predict_cost(
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, num_microbatches=plan.num_microbatches,
         microbatch_tokens=plan.micro_batch_size * training.seq_length, merge=plan.teacher_merge, seq_length=training.seq_length,
         head=head, fused_layers=precision.implementation == "transformer_engine",
-        rates=find_rates(config.logging, student, taught, head),
+        rates=find_rates(config.logging, student, taught, head), soft_labels=salt.has_soft_labels,
     )  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def build_teacher(
     salt, mesh, training = config.salt, student.mesh, config.training
     dtype, rows = dtype_of(training), config.model.padded_vocabulary_size(vocabulary_size) // mesh.layout.tensor
     layout = teacher_layout(mesh.layout, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
-    exchange = refuse_large_exchange(salt, training, plan, mesh.layout, checkpoint.model)
+    exchange = refuse_large_exchange(config, plan, mesh.layout, checkpoint.model)
     for line in layout_warnings(mesh.layout, layout, plan.num_teacher_forwards):
         log.warning("%s", line)
     chunk = chunk_tokens(training, rows, current_device().type)
@@ -118,6 +122,7 @@ def build_teacher(
         windows=windows,
         bos=bos,
         with_body=with_body,
+        guided=guided_layer(salt, config.model, config.parallel),
         look=look,
     )
     groups = student.optimizer.param_groups

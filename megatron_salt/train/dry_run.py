@@ -21,6 +21,7 @@ from megatron_salt.parallel.hardware import Hardware, refuse_connections
 from megatron_salt.parallel.launch import find_hardware
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
+from megatron_salt.salt.guidance.what_is_taught import lesson_lines
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies
 from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
@@ -30,8 +31,10 @@ from megatron_salt.train.start import choose_precisions, decide_start
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
-def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
-    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see."""
+def dry_run(config: RunConfig, layout: Layout, plan: RunPlan, *, plans_memory: bool) -> None:
+    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see.
+
+    plans_memory: whether the planner follows."""
     hardware = find_hardware()
     refuse_connections(layout.tensor, layout.context, hardware.capability)
     print("versions:", ", ".join(versions()))
@@ -51,7 +54,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     print(f"data: {len(inputs.train)} samples, {held_out or 'none held out'}")
     if inputs.teacher is not None:
         print(f"teacher: {inputs.teacher.directory}, after {inputs.teacher.step} steps")
-        for line in describe_vocabularies(inputs.teacher, inputs.tokenizer, inputs.shared_ids, inputs.train):
+        shared = inputs.shared_ids if config.salt.has_soft_labels else None
+        for line in describe_vocabularies(inputs.teacher, inputs.tokenizer, shared, inputs.train):
             print(line)
     if hardware.capability is None and config.parallel.device != "cpu":
         print("precision: not checked, there is no GPU here")
@@ -70,8 +74,13 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan) -> None:
     if opened is not None:
         print(f"checkpoint: {opened.directory}, every byte as it was written")
     print(f"run: {start.plan.total_steps} steps, starting after step {start.progress.step}")
+    if inputs.teacher is not None:
+        for line in lesson_lines(config, start.plan.total_steps):
+            print(line)
     for line in start.messages:
         print(line)
+    if not plans_memory and config.parallel.device != "cpu":
+        print("memory of the GPUs: not planned; --gpu names one for that, such as --gpu h100-80")
     print("dry run: nothing found that would stop this run")
 
 

@@ -27,11 +27,13 @@ from megatron_salt.evaluation.evaluate_task import PreparedTask
 from megatron_salt.evaluation.in_training import evaluate_tasks
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.model.fp8_teacher import in_bfloat16
-from megatron_salt.model.loss import KD_METRICS, METRICS
+from megatron_salt.model.guidance.target import UNTAUGHT
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, METRICS
 from megatron_salt.parallel.collectives import from_rank_0
 from megatron_salt.parallel.device import current_device
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import run_pipeline
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.salt.stage1 import Stage1
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.train.exit import ExitPlan
@@ -80,7 +82,7 @@ def evaluate(
     for chunk in student.chunks:
         chunk.eval()
     reason, num_bytes = None, 0
-    sums = torch.zeros(len(METRICS if teacher is None else KD_METRICS), dtype=torch.float64, device=current_device())
+    sums = torch.zeros(len(METRICS if teacher is None else teacher.metrics), dtype=torch.float64, device=current_device())
     with ReadAhead() as reader:
         for number in range(num_batches):
             if (reason := reason_to_stop()) is not None:
@@ -88,7 +90,11 @@ def evaluate(
             consumed, after = (one * student.global_batch_size for one in (number, number + 1))
             microbatches = reader.fetch(held_out.batches, consumed, after if number + 1 < num_batches else None)
             num_bytes += sum(label_bytes(microbatch, held_out.byte_counts) for microbatch in microbatches)
-            targets = [None] * len(microbatches) if teacher is None else teacher.annotate(microbatches, kd_weight=0.0)
+            targets = (
+                [UNTAUGHT] * len(microbatches)
+                if teacher is None
+                else teacher.annotate(microbatches, StepWeights(soft_labels=0.0))
+            )
             inputs = [forward_input(microbatch, mesh, target) for microbatch, target in zip(microbatches, targets, strict=True)]
             for metrics in run_pipeline(
                 student.chunks, forward_step, inputs, mesh, student.seq_length, size, forward_only=True
@@ -131,8 +137,8 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 def named_means(sums: Tensor) -> dict[str, Tensor]:
-    """`means`, still on the device. The length of the sums says whether they hold the teacher's metrics."""
-    names = METRICS if len(sums) == len(METRICS) else KD_METRICS
+    """`means`, still on the device. The length of the sums says whether they hold the teacher's metrics and its gate's."""
+    names = next(one for one in (METRICS, KD_METRICS, GATED_METRICS) if len(one) == len(sums))
     tokens = sums[0]
     means = {name: total / tokens.clamp(min=1) for name, total in zip(names[1:], sums[1:], strict=True)}
     return {"tokens": tokens, **means}
@@ -152,7 +158,7 @@ def evaluate_run(
     The teacher is frozen, so it is evaluated once. Returns the progress, and the reason to leave where one cut the evaluation short:
     such an evaluation logs that alone, decides nothing, and stays due."""
     student, stage1, salt = run.student, run.stage1, progress.salt
-    teacher = None if stage1 is None else stage1.teacher
+    teacher = None if stage1 is None else stage1.measured_teacher
     ask_teacher = bool(valid) and teacher is not None and salt is not None and salt.teacher_held_out is None
     figures: dict[str, dict[str, float]] = {}
     for one in valid:

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_salt.checkpoint import integrity, save_directory
 from megatron_salt.checkpoint.state_file import read_state
 from megatron_salt.config import CheckpointConfig, RunConfig
+from megatron_salt.config.teaching import parse_gate, refuse_idle_gate
 from megatron_salt.data.run_tokenizer import tokenizer_of_run
 from megatron_salt.data.samples import Samples, open_training_data
 from megatron_salt.errors import UserError
@@ -40,7 +41,7 @@ class Inputs:
     teacher: TeacherCheckpoint | None
     """What the checkpoint in --teacher-load says of itself; None without the flag, and where the run resumes in stage 2."""
     shared_ids: int
-    """Ids that mean the same to teacher and student: those from 0 up to it. Without a teacher all of the tokenizer's."""
+    """Ids that mean the same to teacher and student: those from 0 up to it. Without soft labels all of the tokenizer's."""
     stage_samples: StageSamples | None
     """The samples of both stages; None without --stage1-selection."""
     tasks: tuple[PreparedTask, ...] = ()
@@ -66,12 +67,16 @@ def read_inputs(config: RunConfig) -> Inputs:
     stage_samples = None
     if config.salt.stage1_selection is not None:
         stage_samples = StageSamples(train, Selection.open(config.salt.stage1_selection), config.salt.stage2_data)
+    taught = teacher is not None and config.salt.has_soft_labels
+    shared = shared_ids(teacher, tokenizer) if teacher is not None and taught else tokenizer.vocabulary_size
+    if taught:
+        refuse_idle_gate(parse_gate(config.salt.kd_gate), shared)
     return Inputs(
         tokenizer=tokenizer,
         train=train,
         valid=valid,
         teacher=teacher,
-        shared_ids=tokenizer.vocabulary_size if teacher is None else shared_ids(teacher, tokenizer),
+        shared_ids=shared,
         stage_samples=stage_samples,
         tasks=read_eval_tasks(config.training, tokenizer),
     )

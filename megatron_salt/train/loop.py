@@ -19,6 +19,8 @@ from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.metrics.profiling import GarbageSchedule, Profiler
 from megatron_salt.metrics.run_log import RunLog, StepRecord
 from megatron_salt.metrics.stragglers import Heartbeat, StragglerReport
+from megatron_salt.salt.guidance.distance import mean_distance
+from megatron_salt.salt.schedule import PLAIN, StepWeights
 from megatron_salt.salt.teacher_cache.cache import StepUse
 from megatron_salt.train.evaluate import evaluate_run, named_means, reference_losses
 from megatron_salt.train.exit import ExitPlan
@@ -26,8 +28,8 @@ from megatron_salt.train.nonfinite import NonFiniteWatch, WayOut, find_way_out, 
 from megatron_salt.train.state import Run, ValidationSet, announce, enter_stage2, finish_cache
 from megatron_salt.train.step import StepOutcome, train_step
 
-SHOWN = ("ce", "kl", "teacher_ce", "agreement")
-"""Metrics that stage 1 adds to a log line, beside the teacher's weight: see model/loss.py."""
+SHOWN = ("ce", "kl", "teacher_ce", "agreement", "taught")
+"""Metrics that stage 1 adds to a log line where it has them, beside the teacher's weight: see model/loss.py."""
 
 
 def train(
@@ -58,12 +60,12 @@ def train(
             after = progress.position + run.plan.global_batch_size
             same_data_follows = step < total and (stage1 is None or stage1.contains(step + 1, progress))
             microbatches = reader.fetch(run.train, progress.position, after if same_data_follows else None)
-        kd_weight = 0.0 if stage1 is None else stage1.kd_weight(step, progress)
+        weights = PLAIN if stage1 is None else stage1.weights(step, progress)
         cache = None if stage1 is None else stage1.cache
         use = None if cache is None else cache.use_of_step(run.train, progress.position, run.plan.global_batch_size)
-        teacher_flops = teacher_flops_of_step(run, use)
+        teacher_flops = teacher_flops_of_step(run, weights, use)
         outcome = train_step(
-            run.student, microbatches, timer, None if stage1 is None else stage1.teacher, kd_weight,
+            run.student, microbatches, timer, None if stage1 is None else stage1.teacher, weights,
             None if cache is None else cache.keep,
         )  # fmt: skip
         nonfinite.note(step, outcome, microbatches, run.student.mesh, _way_out(run, checkpoint, after))
@@ -78,7 +80,7 @@ def train(
             nonfinite_in_a_row=nonfinite.in_a_row,
         )
         seconds = time.perf_counter() - started
-        record = _record(run, progress, outcome, learning_rate, kd_weight, teacher_flops, use, seconds, timer)
+        record = _record(run, progress, outcome, learning_rate, weights, teacher_flops, use, seconds, timer)
         log.step(record)
         garbage.after_step(step)
         heartbeat.beat(step)
@@ -166,10 +168,10 @@ def _save_if_due(
     return True
 
 
-def teacher_flops_of_step(run: Run, use: StepUse | None) -> float:
-    """FLOPs of the teacher in a step of this stage, over all ranks. use: of the teacher's cache; None without one. Pure."""
+def teacher_flops_of_step(run: Run, weights: StepWeights, use: StepUse | None) -> float:
+    """FLOPs of the teacher in a step with these weights, over all ranks. use: of the teacher's cache; None without one. Pure."""
     tokens = run.plan.global_batch_size * run.student.seq_length
-    return 0.0 if run.stage1 is None else run.stage1.flops_of_step(tokens, use)
+    return 0.0 if run.stage1 is None else run.stage1.flops_of_step(tokens, weights, use)
 
 
 def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
@@ -177,11 +179,14 @@ def _way_out(run: Run, checkpoint: CheckpointConfig, position: int) -> WayOut:
 
 
 def _record(
-    run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, kd_weight: float, teacher_flops: float,
+    run: Run, progress: RunState, outcome: StepOutcome, learning_rate: float, weights: StepWeights, teacher_flops: float,
     use: StepUse | None, seconds: float, timer: PhaseTimer,
 ) -> StepRecord:  # fmt: skip
-    """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage."""
+    """The log's record of a step. Collective over the dp and cp ranks of the last pipeline stage, with hidden-state guidance over all."""
     figures: dict[str, Tensor] = {}
+    guidance: dict[str, Tensor | float] = {}
+    if weights.hidden is not None:
+        guidance = {"let_weight": weights.hidden, "let_loss": mean_distance(outcome.guide_sums, run.student.mesh)}
     if outcome.sums is not None:
         sums = outcome.sums.sum(0)
         dist.all_reduce(sums, group=run.student.mesh.groups.dp_cp)
@@ -200,7 +205,9 @@ def _record(
         phases=timer.take(),
         extra={}
         if run.stage1 is None
-        else {"kd_weight": kd_weight}
+        else ({} if weights.soft_labels is None else {"kd_weight": weights.soft_labels})
+        | ({} if weights.temperature is None else {"kd_temperature": weights.temperature})
+        | guidance
         | {name: figures[name] for name in SHOWN if name in figures}
         | ({} if use is None else {"teacher_cached": use.cached}),
     )

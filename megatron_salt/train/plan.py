@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_salt.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig, flag
+from megatron_salt.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SaltConfig,
+    TrainingConfig,
+    flag,
+)
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
 from megatron_salt.model.shapes import check_masking, check_shapes
 from megatron_salt.parallel.layout import Layout, student_layout
+from megatron_salt.salt.guidance.layer_place import guided_layer
 from megatron_salt.salt.routing import check_sequence, teacher_layout
 
 MOST_SAMPLES = 2**62  # positions in an order are int64
@@ -57,6 +66,7 @@ def check(config: RunConfig, world_size: int) -> tuple[Layout, RunPlan]:
     check_masking(config.model, config.data)
     check_teacher(config.salt, config.training, layout)
     plan = plan_run(config.training, config.parallel, layout, config.salt)
+    check_guidance(config, plan)
     schedule_lengths(config.optimizer, plan.total_samples, plan.global_batch_size)
     parse_skip_samples(config.training.skip_samples)
     _check_saves(config.checkpoint)
@@ -125,10 +135,10 @@ def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -
     """Raise UserError where the teacher does not fit the student's layout, or where a crossover could never end stage 1."""
     if salt.teacher_load is None:
         return
-    assert salt.kd_steps is not None
     teacher_layout(student, salt.teacher_tensor_model_parallel_size, salt.teacher_pipeline_model_parallel_size)
     check_sequence(student, training.seq_length)
     if salt.kd_stop == "crossover":
+        assert salt.kd_steps is not None
         if not training.eval_iters:
             raise UserError("--kd-stop crossover compares held-out accuracies: it needs --eval-iters above 0, got 0")
         if training.eval_interval + salt.kd_transition_steps >= salt.kd_steps:
@@ -136,6 +146,13 @@ def check_teacher(salt: SaltConfig, training: TrainingConfig, student: Layout) -
                 f"--kd-stop crossover can end nothing: after the first evaluation, at --eval-interval {training.eval_interval}, and "
                 f"--kd-transition-steps {salt.kd_transition_steps} stage 1 is over by --kd-steps {salt.kd_steps} anyway"
             )
+
+
+def check_guidance(config: RunConfig, plan: RunPlan) -> None:
+    """Raise UserError where hidden-state guidance names a layer or a step that the run does not have."""
+    guided_layer(config.salt, config.model, config.parallel)
+    if config.salt.let_steps is not None and config.salt.let_steps > plan.total_steps:
+        raise UserError(f"--let-steps {config.salt.let_steps} lies beyond the run's last step, {plan.total_steps}")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from megatron_salt.config.data import NAMED_SETS
 from megatron_salt.data.batch import ReadAhead
 from megatron_salt.data.blend import parse_valid_data_path
 from megatron_salt.errors import LeftEarly, Look, SaveError, UserError
+from megatron_salt.files import real_path
 from megatron_salt.metrics.profiling import Profiler
 from megatron_salt.metrics.run_log import RunLog
 from megatron_salt.metrics.run_sinks import tensorboard_directory
@@ -173,7 +174,7 @@ def decide_together(
 
     opened = None
     if load is not None and (
-        checkpoint.save is None or Path(checkpoint.save).resolve() not in (load.resolve(), load.resolve().parent)
+        checkpoint.save is None or real_path(checkpoint.save) not in (real_path(load), real_path(load).parent)
     ):
         opened = open_checkpoint(load, checkpoint.load_fallback, look=look)
     try:

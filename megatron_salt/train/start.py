@@ -30,6 +30,7 @@ from megatron_salt.data.duplicate_inputs import refuse_training_data
 from megatron_salt.data.samples import Samples
 from megatron_salt.data.skip_samples import parse_skip_samples
 from megatron_salt.errors import UserError
+from megatron_salt.files import real_path
 from megatron_salt.metrics.run_sinks import refuse_unusable, require_packages
 from megatron_salt.model.flops import num_parameters
 from megatron_salt.model.precision import TORCH, Precision, student_precision, teacher_precision
@@ -43,7 +44,7 @@ from megatron_salt.model.precision_checks import (
 from megatron_salt.model.shapes import layers_per_stage
 from megatron_salt.parallel.hardware import GIB, Hardware
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.salt.shared_vocabulary import refuse_other_ids
+from megatron_salt.salt.shared_vocabulary import refuse_other_ids, refuse_unlike_ids
 from megatron_salt.salt.stage1 import decide_salt
 from megatron_salt.salt.teacher_cache.manifest import refuse_other
 from megatron_salt.salt.teacher_cache.of_run import manifest_of
@@ -128,11 +129,15 @@ def decide_start(config: RunConfig, layout: Layout, plan: RunPlan, inputs: Input
         refuse_done_elsewhere(checkpoint, opened, plan.total_steps)
     salt, _ = decide_salt(config.salt, progress if progress.step > 0 else None, teacher)
     if teacher is not None and salt is not None and salt.stage_after(progress.step) == 1:
-        refuse_large_exchange(config.salt, config.training, plan, layout, teacher.model)
+        refuse_large_exchange(config, plan, layout, teacher.model)
         if config.salt.teacher_cache is not None:
             manifest = manifest_of(config.salt, teacher, inputs.train, dtype_of(config.training), {}, None)
             refuse_other(Path(config.salt.teacher_cache), manifest)
-        refuse_other_ids((inputs.train, *inputs.valid.values()), inputs.shared_ids, inputs.tokenizer.vocabulary_size)
+        splits = (inputs.train, *inputs.valid.values())
+        if config.salt.has_soft_labels:
+            refuse_other_ids(splits, inputs.shared_ids, inputs.tokenizer.vocabulary_size)
+        else:
+            refuse_unlike_ids((inputs.train,), teacher, inputs.tokenizer)
     messages = tuple(tell(event) for event in progress.events if event["event"] == CHANGED and event["step"] == progress.step)
     messages += told_of_flags(config)
     padded = config.model.padded_vocabulary_size(inputs.tokenizer.vocabulary_size)
@@ -177,15 +182,15 @@ def name_data(config: RunConfig, plan: RunPlan, inputs: Inputs) -> str:
     Raises UserError where a selection was made for other data, or is too small.
     """
     name = f"{inputs.train.fingerprint} in the order of --seed {config.training.seed}"
-    stage_samples, kd_steps = inputs.stage_samples, config.salt.kd_steps
+    stage_samples, stage1_steps = inputs.stage_samples, config.salt.stage1_steps
     if stage_samples is None:
         return name
-    assert kd_steps is not None
+    assert stage1_steps is not None
     datasets = list(inputs.train.dataset_facts())
     refuse_other_data(stage_samples.selection, datasets, config.training.seq_length, inputs.tokenizer.fingerprint)
-    drawn = np.array([min(kd_steps, plan.total_steps) * plan.global_batch_size])
+    drawn = np.array([min(stage1_steps, plan.total_steps) * plan.global_batch_size])
     passed = int(passed_positions(drawn, parse_skip_samples(config.training.skip_samples))[0])
-    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=kd_steps < plan.total_steps)
+    stage_samples.refuse_unfit(plan.global_batch_size, passed, has_stage2=stage1_steps < plan.total_steps)
     return f"{name}, {stage_samples.fingerprint}"
 
 
@@ -223,7 +228,7 @@ def refuse_small_sets(valid: Mapping[str, Samples], global_batch_size: int) -> N
 
 def refuse_done_elsewhere(checkpoint: CheckpointConfig, opened: OpenedCheckpoint, total: int) -> None:
     """Raise UserError where --load has the run's last step and --save is another directory, which would stay empty."""
-    if checkpoint.save is not None and os.path.realpath(opened.directory.parent) != os.path.realpath(checkpoint.save):
+    if checkpoint.save is not None and real_path(opened.directory.parent) != real_path(checkpoint.save):
         raise UserError(
             f"nothing to train: {opened.directory} is after step {opened.state.run.step} and the run has {total}, so --save "
             f"{checkpoint.save} would get no checkpoint; ask for more steps, or leave --save out"

@@ -191,7 +191,7 @@ def log_cost_of_scores(
     if scored_by is None:
         return
     length, plan = scores.seq_length, run.plan
-    taught = min(stage1.schedule.kd_steps, plan.total_steps) * plan.global_batch_size
-    training = length * (plan.total_samples * flops + taught * stage1.teacher_flops)
+    taught = stage1.flops_of_run(plan.total_steps, length * plan.global_batch_size)
+    training = length * plan.total_samples * flops + taught
     scoring = scoring_flops(scores, scored_by)
     log.event(start.step, scoring_line(scoring, training), {"scoring_flops": scoring, "training_flops": training})

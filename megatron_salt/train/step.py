@@ -19,13 +19,17 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from megatron_salt.data.batch import Microbatch
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.gpt import GPT
+from megatron_salt.model.guidance.target import UNTAUGHT, Targets
+from megatron_salt.model.guidance.term import Guide
 from megatron_salt.model.loss import SoftTarget
 from megatron_salt.parallel.mesh import Mesh
 from megatron_salt.parallel.pipeline import LossFunction, run_pipeline
+from megatron_salt.salt.schedule import PLAIN, StepWeights
 from megatron_salt.salt.teacher import Keep, Teacher
 
 
@@ -49,13 +53,14 @@ class Student:
         return self.optimizer.param_groups[0]["lr"]
 
 
-ForwardInput = tuple[Microbatch, SoftTarget | None]
-"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's part (stage 1, last stage)."""
+ForwardInput = tuple[Microbatch, SoftTarget | None, Guide | None]
+"""What `forward_step` takes: this rank's share of a microbatch, on its device, and the teacher's parts of it."""
 
 
-def forward_input(microbatch: Microbatch, mesh: Mesh, target: SoftTarget | None = None) -> ForwardInput:
+def forward_input(microbatch: Microbatch, mesh: Mesh, targets: Targets = UNTAUGHT) -> ForwardInput:
     """Bring this rank's share of a microbatch to its device."""
-    return microbatch.to_device(mesh.layout.context, mesh.at.cp), target
+    share = microbatch.to_device(mesh.layout.context, mesh.at.cp)
+    return share, targets.soft, None if targets.hidden is None else Guide.of(targets.hidden, share.loss_mask)
 
 
 def unwrap(chunk: nn.Module) -> GPT:
@@ -67,12 +72,12 @@ def unwrap(chunk: nn.Module) -> GPT:
 
 def forward_step(chunk: nn.Module, taught: ForwardInput) -> tuple[Tensor, LossFunction]:
     """-> (hidden states, the loss function that the last stage calls on them)."""
-    batch, target = taught
+    batch, soft, guide = taught
     model = unwrap(chunk)
-    hidden = chunk(*model.inputs(batch))
+    hidden = chunk(*model.inputs(batch), guide)
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, target)
+        total, metrics = model.loss(hidden, batch.labels, batch.loss_mask, soft)
         return total, batch.loss_mask.sum().int(), metrics
 
     return hidden, loss
@@ -91,22 +96,26 @@ class StepOutcome:
     sums: Tensor | None
     """float32 [microbatches, metrics], sums over this replica's share, on its device; None except on the last stage."""
 
+    guide_sums: Tensor | None = None
+    """float32 [GUIDE_METRICS], sums over this rank's tokens after the guided layer, on its device. None on other stages, without guidance,
+    and where another rank of the tensor-parallel group tells of the same tokens."""
+
 
 def train_step(
     student: Student,
     microbatches: Sequence[Microbatch],
     timer: PhaseTimer,
     teacher: Teacher | None = None,
-    kd_weight: float = 0.0,
+    weights: StepWeights = PLAIN,
     keep: Keep | None = None,
 ) -> StepOutcome:
     """Carry out one step on this replica's microbatches, with a teacher (stage 1) or without. Collective over all ranks.
 
-    keep: takes what the teacher computes, for a cache."""
-    targets: list[SoftTarget | None] = [None] * len(microbatches)
+    weights: of what the teacher teaches in this step. keep: takes what the teacher computes, for a cache."""
+    targets = [UNTAUGHT] * len(microbatches)
     if teacher is not None:
         with timer.phase("teacher"):
-            targets = teacher.annotate(microbatches, kd_weight, keep)
+            targets = teacher.annotate(microbatches, weights, keep)
     with timer.phase("forward-backward"):
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
@@ -123,10 +132,17 @@ def train_step(
             student.micro_batch_size,
             forward_only=False,
         )
+        own_tokens = student.mesh.at.tp == 0 or get_model_config(student.chunks[0]).sequence_parallel
+        guide_sums = [guide.sums for _, _, guide in batches if guide is not None and own_tokens]
         del batches, targets  # frees the teacher's hidden states before the optimizer needs memory
     with timer.phase("optimizer"):
         grad_norm = finish_step(student)
-    return StepOutcome(grad_norm, math.isfinite(grad_norm), torch.stack(sums) if sums else None)
+    return StepOutcome(
+        grad_norm,
+        math.isfinite(grad_norm),
+        torch.stack(sums) if sums else None,
+        torch.stack(guide_sums).sum(0) if guide_sums else None,
+    )
 
 
 def finish_step(student: Student) -> float:

@@ -6,6 +6,7 @@ Not named test_*: Triton reads TRITON_INTERPRET as a kernel is defined, so these
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -60,6 +61,8 @@ def test_each_logit_is_read_twice_and_written_once(vocabularies: tuple[int, int]
     expected = {
         "kd, T 1": 3 * student + 2 * teacher,
         "kd, T 0.25": 3 * student + 2 * teacher,
+        "kd, T 0.25, rank": 3 * student + 3 * teacher,
+        "kd, T 0.25, entropy": 3 * student + 2 * teacher,
         "plain": 3 * student,
         "scoring": 8,
     }
@@ -69,6 +72,12 @@ def test_each_logit_is_read_twice_and_written_once(vocabularies: tuple[int, int]
         rows=1, hidden=1, teacher_hidden=1, tokens=1, chunk_tokens=1, itemsize=DTYPE.itemsize, kernels=True, tempered=True
     )  # fmt: skip
     assert expected["plain"] == pass_bytes(cost, taught=False) and expected["kd, T 1"] == pass_bytes(cost, taught=True)
+    by_rank = replace(cost, gate="rank")
+    assert (
+        expected["kd, T 0.25, rank"] == pass_bytes(by_rank, taught=True)
+        and pass_bytes(by_rank, taught=False) == expected["plain"]
+    )
+    assert expected["kd, T 0.25, entropy"] == pass_bytes(replace(cost, gate="entropy"), taught=True)
     assert all(moved[form] <= goal for form, goal in GOALS.items())
     assert set(counts["plain"]["passes"]) == {"row_sums_kernel", "into_gradient_kernel"}
 

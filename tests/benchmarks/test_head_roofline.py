@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_the_predicted_cost_of_stage_1_has_the_bytes_that_are_counted() -> None:
     predicted = {
         "kd, T 1": head_cost.pass_bytes(plain, taught=True),
         "kd, T 0.25": head_cost.pass_bytes(tempered, taught=True),
+        "kd, T 0.25, rank": head_cost.pass_bytes(replace(tempered, gate="rank"), taught=True),
+        "kd, T 0.25, entropy": head_cost.pass_bytes(replace(tempered, gate="entropy"), taught=True),
         "plain": head_cost.pass_bytes(plain, taught=False),
     }
     assert run_ranks(1, counted_by_torch) == [predicted]

@@ -7,10 +7,20 @@ import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
+from megatron_salt.config import DataConfig, TokenizerConfig
+from megatron_salt.data.manifest import tokenizer_directory
+from megatron_salt.errors import UserError
 from megatron_salt.parallel.hardware import COMPILE_WORKERS
+from megatron_salt.tokenizer.id_bytes import _byte_level_alphabet
+from megatron_salt.tokenizer.tokenizer import Tokenizer, build_tokenizer
 from megatron_salt.tools import evaluate as tool
+from megatron_salt.tools.evaluated.data import open_data
 from tests.evaluation.conftest import Files, main
+from tests.support.datasets import run as preprocess
+from tests.support.datasets import write_lines
 from tests.support.ranks import run_ranks
 
 
@@ -99,3 +109,30 @@ def test_the_tool_bounds_the_processes_that_compile_for_it(tmp_path: Path, monke
     words = ["--load", str(tmp_path), "--tasks", str(tmp_path / "absent.jsonl"), "--output", str(tmp_path / "results.json")]
     assert tool.main(words) == 2
     assert os.environ[COMPILE_WORKERS] == "4"
+
+
+def other_tokenizer(path: Path, shift: int = 0, end: str = "<|endoftext|>") -> Tokenizer:
+    """A tokenizer.json whose ids are those of the byte-level tokenizer, each byte moved by `shift`."""
+    library = Library(models.BPE(vocab={one: (byte + shift) % 256 for one, byte in _byte_level_alphabet().items()}, merges=[]))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>", "<other>"])
+    library.save(str(path))
+    return build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path), eod_token=end))
+
+
+def test_data_of_another_tokenizer_is_taken_where_its_ids_mean_the_same(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "d.jsonl", ["ça et là"] * 20)
+    assert preprocess(lines, tmp_path / "d", "--append-eod") == 0
+    prefix = f"{tmp_path}/d_text_document"
+    same, shifted = other_tokenizer(tmp_path / "same.json"), other_tokenizer(tmp_path / "shifted.json", shift=1)
+    assert len(open_data("d", prefix, same, DataConfig(), 16).samples) == 13
+    with pytest.raises(
+        UserError, match=r"--data d=.* was made with tokenizer .*: 256 of 257 ids mean something else to the checkpoint"
+    ):
+        open_data("d", prefix, shifted, DataConfig(), 16)
+    moved_end = other_tokenizer(tmp_path / "end.json", end="<other>")
+    with pytest.raises(UserError, match="its documents end in id 256, those of the checkpoint in 257"):
+        open_data("d", prefix, moved_end, DataConfig(), 16)
+    tokenizer_directory(prefix).rename(tmp_path / "away")
+    with pytest.raises(UserError, match=rf"cannot be seen without {prefix}"):
+        open_data("d", prefix, same, DataConfig(), 16)

@@ -19,6 +19,7 @@ from megatron_salt.parallel.hardware import release
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.mesh import make_student_mesh, make_teacher_mesh, new_group_of, teacher_groups, warm_up
 from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.train.step import train_step
 from tests.parallel.traffic import CountedStore, Traffic
 from tests.support.ranks import run_ranks
@@ -156,7 +157,7 @@ def warmed_and_used(lesson: Lesson) -> tuple[set[str], set[str], set[str]]:
         teacher = admit(lesson, student)
     lessons(student, teacher, lesson, 1)
     with Traffic() as step:
-        train_step(student, batch(student, lesson.case, 1), PhaseTimer(), teacher, 0.5)
+        train_step(student, batch(student, lesson.case, 1), PhaseTimer(), teacher, StepWeights(soft_labels=0.5))
     paired = {group for group, operation in step.calls if operation in ("send", "recv_")}
     return start.groups - ignored, step.groups, paired
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from megatron_salt.config import ModelConfig, ParallelConfig, RunConfig, SaltConfig, TrainingConfig
-from megatron_salt.model.precision import TORCH
+from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
 from megatron_salt.train.plan import check
 from tests.support.small import SMALL, VOCABULARY
@@ -63,3 +63,21 @@ RUNS = QUICK | {
     "attention recomputed": planned(1, recompute_granularity="selective"),
     "gpt2": planned(1, model=replace(MODEL, swiglu=False, normalization="LayerNorm", position_embedding_type="learned_absolute")),
 }  # fmt: skip
+
+
+def on_gpus(run: PlannedRun, implementation: Literal["torch", "transformer_engine"]) -> PlannedRun:
+    """A run with a teacher as it is planned for GPUs."""
+    assert run.teacher is not None
+    precision = Precision(implementation=implementation)
+    return replace(
+        run, device="cuda", capability=(9, 0), precision=precision, teacher=replace(run.teacher, precision=precision)
+    )
+
+
+SPLIT: dict[str, Any] = {
+    "tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2, "pipeline_model_parallel_size": 2,
+    "use_distributed_optimizer": True,
+}  # fmt: skip
+IMPLEMENTATIONS: tuple[Literal["torch", "transformer_engine"], ...] = ("torch", "transformer_engine")
+GPU_FORMS = {name: on_gpus(planned(8, (2, 1), **SPLIT), name) for name in IMPLEMENTATIONS}
+"""Runs of which a GPU allocates something else than a CPU."""

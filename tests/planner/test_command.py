@@ -11,9 +11,10 @@ import pytest
 from megatron_salt.cli import parse
 from megatron_salt.errors import UserError
 from megatron_salt.planner.advice import what_would_help
-from megatron_salt.planner.command import main
+from megatron_salt.planner.command import main, whole_step_lines
 from megatron_salt.planner.memory import GIB, HostMemory, Moment, PlannedMemory, RankMemory, usable_gib
 from megatron_salt.planner.table import table, verdict
+from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 from tests.planner.runs import MODEL, planned
 
@@ -84,6 +85,7 @@ def test_flags_that_the_trainer_would_refuse_are_not_named(run, gone, named):
     (["--gpu", "h100-80", "--world-size", "8", "--teacher-config", "x.yaml"], "--teacher-config x.yaml needs --teacher-load"),
     (["--gpu", "h100-80", "--world-size", "8", "--mfu", "2"], "--mfu must be above 0 and at most 1, got 2"),
     (["--gpu", "h100-80", "--world-size", "8", "--reached-at", "0"], "--reached-at must be above 0 and at most 1, got 0"),
+    (["--gpu", "h100-80", "--world-size", "8", "--cached-share", "1"], "--cached-share 1 needs --teacher-cache"),
     (["--gpu", "h100-80", "--world-size", "8", "--search-layouts", "0"], "--search-layouts must be at least 1, got 0"),
     (["--gpu", "h100-80", "--world-size", "8", "--picture", "x.pdf"], "--picture x.pdf must end in .png or .svg"),
     (["--gpu", "h100-80", "--world-size", "8", "--picture", "no/x.svg"], "--picture no/x.svg: there is no directory no"),
@@ -128,3 +130,22 @@ def test_a_run_that_does_not_fit_names_flags(capsys):
     assert main([*STUDENT, "--world-size", "64", "--gpu-memory-gib", "24"]) == 1
     out = capsys.readouterr().out
     assert "would help: activations" in out and out.splitlines()[-1].startswith("does not fit: ")
+
+
+def test_each_whole_step_is_told_as_soon_as_it_is_traced(monkeypatch):
+    memory = PlannedMemory(stages=(rank(0, 3.0, 2.0), rank(1, None, 1.0)), host=NO_HOST)
+    told: list[str] = []
+
+    def peaks(run, steps):
+        assert steps == [(0, True), (0, False), (1, False)]
+        for number in range(3):
+            assert len(told) == 1 + number  # a line for each that was traced before
+            yield GIB * (3 - number)
+
+    monkeypatch.setattr("megatron_salt.planner.command.compose", lambda *_: memory)
+    monkeypatch.setattr("megatron_salt.planner.command.trace_whole_steps", peaks)
+    lines = whole_step_lines(planned(1), Traces(student={}, teacher=None))
+    while (line := next(lines, None)) is not None:
+        told.append(line)
+    assert told[0] == "tracing 3 whole steps"
+    assert re.fullmatch(r"2 of 3, after \d+ s: pp 0 stage 2: .* takes 2.00 GiB at its peak, 2.00 were composed", told[2])

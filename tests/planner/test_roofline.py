@@ -11,6 +11,7 @@ import pytest
 from megatron_salt.cards import CARDS, Rates
 from megatron_salt.cli import parse
 from megatron_salt.errors import UserError
+from megatron_salt.model.flops import head_flops
 from megatron_salt.model.kernels.passes import NUM_SOFT_SUMS, NUM_SUMS
 from megatron_salt.model.precision import TORCH, Precision
 from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
@@ -19,6 +20,7 @@ from megatron_salt.planner.time.machine import NVLINK_GBS, Machine, MachineFlags
 from megatron_salt.planner.time.report import time_lines
 from megatron_salt.planner.time.roofline import run_time, step_time
 from megatron_salt.planner.time.traffic import student_transfers, teacher_transfers
+from megatron_salt.planner.time.whole_run import evaluation_lines
 from megatron_salt.salt.cost import ModelRates
 from megatron_salt.train.plan import check
 from tests.planner.runs import planned
@@ -139,6 +141,49 @@ def test_bytes_of_the_teacher():
     # The first rank of each teacher replica sends, places 0 and 2, and place 3 receives all 32 microbatches.
     assert by_group["exchange"].sent == hidden * 32
     assert teacher_transfers(large(64), BY_FLOPS) == []
+
+
+@pytest.mark.parametrize("guide", ["hidden", "both"])
+def test_a_guided_run_counts_what_its_teacher_computes_and_sends(guide):
+    """Layer 3 is on the first of four stages, the head on the last. Of four teachers of one rank each computes 8 of 32 microbatches."""
+    plain = large(64, "--pipeline-model-parallel-size", "4")
+    config = plain.config
+    salt = replace(config.salt, guide=guide, let_steps=36000, kd_steps=36000 if guide == "both" else None)
+    run = replace(plain, config=replace(config, salt=salt))
+    hidden = run.plan.micro_batch_size * config.training.seq_length * run.teacher.model.hidden_size * 2
+    exchange = {one.group: one for one in teacher_transfers(run, BY_FLOPS)}["exchange"]
+    # Place 0 keeps the 8 microbatches that it computes and gets 24 others; for soft labels place 3 does, too.
+    assert exchange.message == 24 * hidden
+    times, before = run_time(run, BY_FLOPS), run_time(plain, BY_FLOPS)
+    head = times.tokens * head_flops(run.teacher.model, config.model.padded_vocabulary_size(256000))
+    assert before.teacher_flops - times.teacher_flops == pytest.approx(0.0 if guide == "both" else head)
+    saved = before.stage1.stages[-1].flops - times.stage1.stages[-1].flops
+    assert saved == pytest.approx(0.0 if guide == "both" else head / (64 / 4))
+    assert times.balance.soft_labels == (guide == "both") and (", its head" in times.balance.lines()[0]) == (guide == "both")
+
+
+def test_what_a_cache_holds_is_neither_computed_nor_sent():
+    run = large(64, "--pipeline-model-parallel-size", "4", "--teacher-tensor-model-parallel-size", "2")
+    cold, half, warm = (run_time(replace(run, cached_share=share), BY_FLOPS) for share in (0.0, 0.5, 1.0))
+    assert cold.stage1 is not None and half.stage1 is not None and warm.stage1 is not None
+    assert half.stage1.teacher == cold.stage1.teacher / 2 > 0
+    assert warm.stage1.teacher == warm.stage1.exchange == 0 and warm.stage1.passes == cold.stage1.passes
+    assert warm.teacher_transfers == () and warm.stage2 == cold.stage2
+    head = 2048 * 1280 * 2 * 2048 * 256000
+    assert warm.teacher_flops == pytest.approx(head)
+    assert half.teacher_flops == pytest.approx((cold.teacher_flops + head) / 2)
+
+
+def test_an_evaluation_is_the_forward_passes_of_a_step():
+    words = ("--eval-iters", "10", "--eval-interval", "5000", "--valid-share", "0", "--valid-data-path", "a=x", "b=y")
+    run = large(64, *words, teacher=False)
+    times = run_time(run, BY_FLOPS)
+    [stage] = times.stage2.stages
+    assert times.evaluation == pytest.approx(8 * sum(chunk.forward for chunk in stage.chunks))  # 8 microbatches, no pipeline
+    [told] = evaluation_lines(run, times)
+    hours = 43 * 2 * 10 * times.evaluation / 3600  # 208,000 / 5,000 is 41.6: step 0, 41 times, and after the last step
+    assert f"at most {hours:,.1f} h" in told and "43 times 10 batches of 2 held-out sets" in told
+    assert evaluation_lines(large(64, "--eval-iters", "0", teacher=False), times) == []
 
 
 def test_a_group_on_several_nodes_uses_the_network():

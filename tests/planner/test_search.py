@@ -15,7 +15,7 @@ from megatron_salt.planner.memory import GIB
 from megatron_salt.planner.planned_run import PlannedRun
 from megatron_salt.planner.search.report import search_lines
 from megatron_salt.planner.search.search import BEST, NO_HOST, SearchResult, search
-from megatron_salt.planner.search.space import flags_of, space
+from megatron_salt.planner.search.space import _splits, flags_of, space
 from megatron_salt.planner.time.roofline import step_time
 from megatron_salt.planner.trace import NOTHING, ChunkTrace, Part, Traces, TraceTask
 from tests.planner.runs import planned
@@ -116,3 +116,30 @@ def test_the_flags_of_a_layout_give_the_layout(by_hand, tmp_path):
     for _, _, run in by_hand[:: len(by_hand) // 12]:
         words = " ".join(flags_of(run.config, recomputing)).split()
         assert parse(["--config", str(file), *words]) == run.config
+
+
+def test_the_last_stage_may_have_fewer_layers():
+    assert list(_splits(28, 1)) == [(1, None)]
+    assert list(_splits(28, 4)) == [(1, None), (1, 4)]
+    assert [last for _, last in _splits(28, 2) if last is not None] == [10, 11, 12, 13]
+    assert list(_splits(28, 3)) == [(1, 6), (1, 8)]  # 11 11 6 and 10 10 8
+
+
+def test_a_heavy_head_takes_layers_off_the_last_stage():
+    """Two stages of four layers: with 4,096 ids the head costs as much as three layers, with 257 less than one."""
+    even, fewer = (
+        next(
+            run for run in layouts()[0]
+            if (run.layout.pipeline, run.layout.tensor, run.config.parallel.decoder_last_pipeline_num_layers) == (2, 1, last)
+            and run.config.parallel.virtual_stages is None and run.config.parallel.recompute_granularity is None
+        )
+        for last in (None, 1)
+    )  # fmt: skip
+    for ids, best in ((4096, fewer), (257, even)):
+        runs = [replace(run, vocabulary_size=ids) for run in (even, fewer)]
+        result = search(
+            runs, (), machine_of=lambda _: BY_FLOPS, usable=1e9, most=2, trace=lambda tasks: [invented(task) for task in tasks]
+        )
+        [found] = result.best  # the other split of the layers is slower
+        assert found.timed.run.config == best.config and result.fit == 2
+    assert flags_of(fewer.config, even.config) == ["--decoder-last-pipeline-num-layers 1"]

@@ -10,7 +10,7 @@ import pytest
 from megatron_salt.planner.compose import compose
 from megatron_salt.planner.memory import HostMemory, PlannedMemory
 from megatron_salt.planner.run_tracer import in_child
-from tests.planner.runs import QUICK, RUNS
+from tests.planner.runs import GPU_FORMS, QUICK, RUNS
 from tests.support.ranks import run_ranks
 
 Peaks = dict[tuple[int, bool], int]
@@ -22,7 +22,7 @@ def compose_and_trace(name: str) -> tuple[PlannedMemory, Peaks]:
     from megatron_salt.planner.tracing.tracer import trace_all
     from megatron_salt.planner.tracing.whole_step import WholeStep, trace_step
 
-    run, whole = RUNS[name], {}
+    run, whole = (RUNS | GPU_FORMS)[name], {}
     composed = compose(run, trace_all(run.trace_task()), HostMemory(staged=0, gathered=0))
     for rank in composed.stages:
         for taught in (False, True)[: 1 + (run.teacher is not None)]:
@@ -47,6 +47,15 @@ def peaks_of(memory: PlannedMemory) -> Peaks:
 
 def test_the_composed_peak_is_that_of_a_whole_step(traced):
     _, composed, whole = traced
+    assert peaks_of(composed) == pytest.approx(whole, rel=0.03)
+
+
+@pytest.mark.full
+@pytest.mark.long
+@pytest.mark.parametrize("name", GPU_FORMS)
+def test_the_composed_peak_is_that_of_a_whole_step_in_the_forms_of_a_gpu(name):
+    composed, whole = in_child(compose_and_trace, name)
+    print({key: f"{peak / whole[key] - 1:+.4f}" for key, peak in peaks_of(composed).items()})
     assert peaks_of(composed) == pytest.approx(whole, rel=0.03)
 
 

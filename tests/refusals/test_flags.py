@@ -14,6 +14,7 @@ PP2 = dict(pipeline_model_parallel_size=2)
 VP2 = dict(PP2, num_virtual_stages_per_pipeline_rank=2)
 
 KD = dict(teacher_load="/nowhere", kd_steps=3)
+LET = dict(teacher_load="/nowhere", guide="hidden", let_steps=4, let_layer=2)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,13 @@ KD = dict(teacher_load="/nowhere", kd_steps=3)
         (1, dict(KD, kd_weight=1.5), ["--kd-weight must lie in [0.0, 1.0], got 1.5"]),
         (1, dict(KD, kd_weight=-0.5), ["--kd-weight must lie in [0.0, 1.0], got -0.5"]),
         (1, dict(KD, kd_teacher_temperature=0), ["--kd-teacher-temperature must be above 0", "got 0"]),
+        (1, dict(KD, kd_gate="rank:0"), ["--kd-gate rank:0", "from 1 on"]),
+        (1, dict(KD, kd_weight_schedule=["1:0.5", "4:0.2"]), ["--kd-weight-schedule 4:0.2", "--kd-steps 3"]),
         (1, dict(KD, kd_transition="linear", kd_transition_steps=4), ["--kd-transition-steps 4", "--kd-steps 3"]),
+        (1, dict(LET, let_layer=3), ["--let-layer 3", "--num-layers 2"]),
+        (1, dict(LET, let_steps=5), ["--let-steps 5", "last step, 4"]),
+        (1, dict(LET, guide="both"), ["--teacher-load /nowhere needs --kd-steps"]),
+        (1, dict(LET, guide="logits"), ["--guide", "logits"]),
         (1, dict(KD, kd_transition="cosine"), ["--kd-transition", "cosine"]),
         (2, dict(TP2, **KD, teacher_tensor_model_parallel_size=4), ["--teacher-tensor-model-parallel-size 4", "the 2 ranks"]),
         (2, dict(KD, teacher_pipeline_model_parallel_size=2), ["--teacher-pipeline-model-parallel-size 2", "the 1 ranks"]),

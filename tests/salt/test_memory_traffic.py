@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from megatron_salt.cards import FLOPS_ALONE, Rates
 from megatron_salt.config import ModelConfig, ParallelConfig
 from megatron_salt.model.flops import layer_flops, layer_parameters
-from megatron_salt.model.kernels.passes import Blocks, into_gradient, row_sums
+from megatron_salt.model.kernels.passes import Blocks, count_above, into_gradient, row_sums
 from megatron_salt.salt.head_cost import HeadShape, head_seconds, pass_bytes
 from megatron_salt.salt.layer_cost import UPDATE_BYTES, embedding_bytes, layer_bytes, layer_seconds, update_bytes
 from megatron_salt.train.step import finish_step, forward_input, forward_step, run_pipeline
@@ -59,6 +59,23 @@ class BytesMoved(TorchDispatchMode):
 
     def total(self, without: set[str]) -> int:
         return sum(count for name, count in self.of.items() if name not in without | MOVES_NOTHING)
+
+
+@pytest.mark.parametrize("gate", ["rank", "entropy", "probability"])
+def test_a_gate_moves_what_the_formula_says_and_nothing_without_a_teacher(gate):
+    tokens, rows = 32, 4096
+    logits, teacher = torch.randn(tokens, rows), torch.randn(tokens, rows)
+    labels, numbers, blocks = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), Blocks.of(logits)
+    with BytesMoved() as moved:
+        row_sums(logits, teacher, labels, 0.5, gate == "entropy", blocks)
+        if gate == "rank":
+            count_above(teacher, numbers, blocks)
+        into_gradient(logits, teacher, labels, numbers, numbers, numbers, numbers, 0.5, blocks)
+    shape = replace(SHAPE, itemsize=4, gate=gate)
+    assert moved.total(ONE_OF_A_ROW) / (tokens * rows) == pytest.approx(pass_bytes(shape, True), rel=0.005)
+    assert pass_bytes(shape, False) == pass_bytes(replace(shape, gate=None), False)
+    kernels = [pass_bytes(replace(SHAPE, kernels=True, gate=one), True) for one in (None, gate)]
+    assert kernels == [14, 18 if gate == "rank" else 14]
 
 
 @pytest.mark.parametrize("tempered", [True, False])

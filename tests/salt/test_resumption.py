@@ -90,7 +90,13 @@ def test_inside_stage_1_another_teacher_or_none_is_refused_naming_both() -> None
         (dict(kd_transition="step", kd_transition_steps=0),
          ["--kd-transition is linear there and step here", "--kd-transition-steps is 10 there and 0 here"]),
         (dict(kd_stop="steps"), ["--kd-stop is crossover there and steps here"]),
+        (dict(kd_gate="rank:5"), ["--kd-gate is none there and rank:5 here"]),
+        (dict(kd_weight_schedule=("1:0.5", "9:0.1"), kd_temperature_schedule=("1:1",)),
+         ["--kd-weight-schedule is not given there and 1:0.5 9:0.1 here", "--kd-temperature-schedule is not given there and 1:1 here"]),
         (dict(kd_stop_margin=0.1), ["--kd-stop-margin is 0.0 there and 0.1 here"]),
+        (dict(kd_stop="steps", guide="both", let_steps=5),
+         ["--kd-stop is crossover there and steps here", "--guide is soft-labels there and both here",
+          "--let-steps is None there and 5 here"]),
     ],
 )  # fmt: skip
 def test_another_schedule_is_refused_flag_by_flag_unless_it_is_meant(change: dict[str, Any], sides: list[str]) -> None:
@@ -103,6 +109,17 @@ def test_another_schedule_is_refused_flag_by_flag_unless_it_is_meant(change: dic
     assert salt == replace(SALT, schedule=here, stage1_end=here["kd_steps"])
     assert events == ({"event": "kd_schedule", "step": 30, "from": SALT.schedule, "to": here},)
     assert json.loads(json.dumps(events[0])) == events[0]
+
+
+def test_a_gate_and_schedules_go_on_and_may_be_given_up() -> None:
+    given: dict[str, Any] = dict(kd_gate="entropy:2", kd_weight_schedule=("1:0.5",))
+    saved = replace(SALT, schedule=Schedule.of(replace(FLAGS, **given)).facts())
+    assert taken(resumed(30, saved), **given) == (saved, ())
+    with pytest.raises(
+        UserError, match=r"--kd-gate is entropy:2 there and none here; --kd-weight-schedule is 1:0.5 there and not"
+    ):
+        taken(resumed(30, saved))
+    assert taken(resumed(30, saved), override=True)[0] == SALT
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_salt.config import SaltConfig
-from megatron_salt.salt.schedule import Schedule
+from megatron_salt.salt.schedule import Schedule, is_tempered, lowest_temperature
 
 
 def schedule(steps: int = 10, transition: str = "step", fade: int = 0, weight: float = 0.6, **others: Any) -> Schedule:
@@ -92,6 +92,23 @@ def test_after_a_crossover_the_transition_still_takes_place_inside_kd_steps(tran
         ]
 
 
+def test_weights_of_guidance_by_hand():
+    linear = schedule(3, guide="both", let_steps=4, let_weight=0.1)
+    assert [linear.let_weight_at(step) for step in range(1, 7)] == pytest.approx([0.1, 0.075, 0.05, 0.025, 0, 0])
+    at_once = schedule(3, guide="both", let_steps=4, let_weight=0.1, let_decay="step")
+    assert [at_once.let_weight_at(step) for step in range(1, 7)] == [0.1] * 4 + [0.0] * 2
+    assert {schedule(3).let_weight_at(step) for step in (1, 3)} == {0.0}
+
+
+def test_stage_1_lasts_while_the_teacher_teaches_in_any_way():
+    """Soft labels fade to their own end."""
+    longer, shorter = (schedule(3, "linear", 1, guide="both", let_steps=steps) for steps in (5, 2))
+    assert (longer.stage1_steps, shorter.stage1_steps) == (5, 3)
+    assert weights(longer, 5) == [0.6, 0.6, 0.3, *[0.0] * 5] and weights(shorter, 3) == [0.6, 0.6, 0.3, *[0.0] * 3]
+    alone = Schedule.of(SaltConfig(teacher_load="t", guide="hidden", let_steps=5))
+    assert alone.stage1_steps == 5 and weights(alone, 5) == [0.0] * 8
+
+
 def test_the_teacher_stays_to_the_end_of_stage_1_whatever_its_weight():
     for weight in (0.0, 0.6, 1.0):
         plan = schedule(7, weight=weight)
@@ -109,3 +126,54 @@ def test_facts_survive_json_and_hold_what_shapes_the_mathematics():
     assert facts == dict(kd_steps=10, kd_weight=0.6, kd_teacher_temperature=0.5, kd_transition="ratio", kd_transition_steps=4,
                          kd_stop="crossover", kd_stop_margin=-0.01)  # fmt: skip
     assert schedule(10, teacher_micro_batch_size=4) == schedule(10)
+    guided = schedule(10, guide="both", let_steps=4)
+    assert Schedule.from_facts(json.loads(json.dumps(guided.facts()))) == guided
+    added = guided.facts().items() - schedule(10).facts().items()
+    assert dict(added) == dict(guide="both", let_weight=0.1, let_layer=3, let_steps=4, let_decay="linear")
+
+
+def test_a_gate_and_schedules_are_recorded_where_they_are_given():
+    more = dict(kd_gate="rank:5", kd_weight_schedule=("1:0.9", "5:0.1"), kd_temperature_schedule=("2:1.0",))
+    plan = schedule(10, **more)
+    facts = json.loads(json.dumps(plan.facts()))
+    assert Schedule.from_facts(facts) == plan
+    assert facts.items() - schedule(10).facts().items() == {
+        ("kd_gate", "rank:5"), ("kd_weight_schedule", "1:0.9 5:0.1"), ("kd_temperature_schedule", "2:1.0"),
+    }  # fmt: skip
+
+
+def test_scheduled_values_by_hand():
+    plan = schedule(10, kd_weight_schedule=("2:0.8", "4:0.4", "5:0.6", "8:0.0"), kd_temperature_schedule=("1:0.25", "5:1.25"))
+    found = weights(plan, 10)
+    assert found == pytest.approx([0.8, 0.8, 0.6, 0.4, 0.6, 0.4, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-15)
+    assert [plan.temperature_at(step) for step in range(1, 8)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 1.25, 1.25])
+    points = {2: 0.8, 4: 0.4, 5: 0.6, 8: 0.0}
+    assert {step: plan.at(step, 10) for step in points} == points  # bit for bit at its own steps
+    beyond = schedule(10**9, kd_weight_schedule=("1:0.1", "1000000000:0.7"))
+    assert beyond.at(1, 10**9) == 0.1 and beyond.at(10**9, 10**9) == 0.7
+
+
+@pytest.mark.parametrize("transition, fade", FADES)
+def test_a_constant_schedule_is_the_one_value_bit_for_bit(transition, fade):
+    for points in (("1:0.6",), ("3:0.6", "4:0.6", "9:0.6")):
+        plan = schedule(
+            10, transition, fade, weight=0.1, kd_weight_schedule=points, kd_temperature_schedule=("2:0.25", "7:0.25")
+        )
+        assert weights(plan, 10) == weights(schedule(10, transition, fade), 10)
+        assert {plan.temperature_at(step) for step in range(1, 12)} == {0.25}
+
+
+def test_a_transition_fades_from_the_scheduled_weight():
+    """Oracle: the factors of the last two steps, by hand."""
+    points = ("1:0.8", "5:0.4")
+    linear, ratio = (schedule(5, transition, 2, kd_weight_schedule=points) for transition in ("linear", "ratio"))
+    assert weights(linear, 5) == pytest.approx([0.8, 0.7, 0.6, 0.5 * 2 / 3, 0.4 / 3, 0, 0, 0])
+    of_ratio = [0.5 / 0.5 * 2 / 3, 0.4 / 0.6 / 3]
+    assert weights(ratio, 5) == pytest.approx([0.8, 0.7, 0.6, *(r / (1 + r) for r in of_ratio), 0, 0, 0])
+
+
+def test_the_extremes_of_the_temperature():
+    flags = dict(teacher_load="t", kd_steps=9)
+    for points, lowest, tempered in [((), 0.25, True), (("1:2", "5:1"), 1.0, True), (("3:1", "5:1"), 1.0, False)]:
+        config = SaltConfig(**flags, kd_temperature_schedule=points)
+        assert (lowest_temperature(config), is_tempered(config)) == (lowest, tempered)

@@ -9,21 +9,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_salt.data.batch import Microbatch
+from megatron_salt.model.guidance.target import UNTAUGHT, Targets
 from megatron_salt.parallel.pipeline import run_pipeline
 from megatron_salt.train.step import Student, forward_input, forward_step, unwrap
 
 TIED_COPY = "copy of the embedding on the last stage"
 
 
-def whole_gradients(student: Student, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
+def whole_gradients(
+    student: Student, microbatches: Sequence[Microbatch], targets: Sequence[Targets] | None = None
+) -> dict[str, Tensor]:
     """Gradients of the mean loss a token, before clipping, float32. Parameters do not change. Collective over all ranks; all receive.
+
+    targets: what a teacher gives each microbatch on this rank; None: no teacher.
 
     With embeddings tied over stages, the last stage's copy is returned too, under TIED_COPY: its gradient is the shared one.
     """
     for chunk in student.chunks:
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
-    inputs = [forward_input(microbatch, student.mesh) for microbatch in microbatches]
+    targets = [UNTAUGHT] * len(microbatches) if targets is None else targets
+    inputs = [forward_input(one, student.mesh, target) for one, target in zip(microbatches, targets, strict=True)]
     run_pipeline(
         student.chunks, forward_step, inputs, student.mesh, student.seq_length, student.micro_batch_size, forward_only=False
     )

@@ -14,18 +14,25 @@ from megatron_salt.config import ModelConfig
 
 def logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Logits [b, s, padded_vocabulary_size]. tokens, positions: int64 [b, s]. mask: bool [b, s, s], True where a query (row) sees a key."""
+    hidden = norm(model, weights, "decoder.final_layernorm", streams(model, weights, tokens, positions, mask)[-1])
+    head = "output_layer.weight" if model.untie_embeddings_and_output_weights else "embedding.word_embeddings.weight"
+    return hidden @ weights[head].T
+
+
+def streams(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, mask: Tensor) -> list[Tensor]:
+    """The residual stream [b, s, h] before the first layer and after each layer. Arguments as in `logits`."""
     hidden = weights["embedding.word_embeddings.weight"][tokens]
     if model.position_embedding_type == "learned_absolute":
         hidden = hidden + weights["embedding.position_embeddings.weight"][positions]
+    found = [hidden]
     for layer in range(model.num_layers):
         own = {name.removeprefix(f"decoder.layers.{layer}."): value for name, value in weights.items()
                if name.startswith(f"decoder.layers.{layer}.")}  # fmt: skip
         with_attention = hidden + attention(model, own, norm(model, own, "input_layernorm", hidden), mask)
         before_mlp = hidden if model.parallel_residual else with_attention
         hidden = with_attention + mlp(model, own, norm(model, own, "pre_mlp_layernorm", before_mlp))
-    hidden = norm(model, weights, "decoder.final_layernorm", hidden)
-    head = "output_layer.weight" if model.untie_embeddings_and_output_weights else "embedding.word_embeddings.weight"
-    return hidden @ weights[head].T
+        found.append(hidden)
+    return found
 
 
 def linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:

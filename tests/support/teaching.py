@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from megatron_salt.config import CheckpointConfig, ModelConfig, SaltConfig, Toke
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.salt import load_teacher, teacher_checkpoint
+from megatron_salt.salt.guidance.layer_place import guided_layer
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.tokenizer.tokenizer import build_tokenizer
 from megatron_salt.train.evaluate import reference_losses
@@ -73,14 +76,27 @@ class Lesson:
     """Microbatches that the teacher takes at once."""
     kd_weight: float = 0.667
     temperature: float = 0.25
+    guide: Literal["soft-labels", "hidden", "both"] = "soft-labels"
+    let_weight: float = 0.1
+    let_layer: int = 1
 
     @property
     def salt(self) -> SaltConfig:
         """The lesson's flags."""
         return SaltConfig(
-            teacher_load=self.load, teacher_tensor_model_parallel_size=self.teacher[0], kd_steps=10, kd_weight=self.kd_weight,
-            teacher_pipeline_model_parallel_size=self.teacher[1], kd_teacher_temperature=self.temperature,
+            teacher_load=self.load, teacher_tensor_model_parallel_size=self.teacher[0], kd_weight=self.kd_weight,
+            teacher_pipeline_model_parallel_size=self.teacher[1], kd_teacher_temperature=self.temperature, guide=self.guide,
+            kd_steps=None if self.guide == "hidden" else 10, let_steps=None if self.guide == "soft-labels" else 10,
+            let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step",
         )  # fmt: skip
+
+    @property
+    def weights(self) -> StepWeights:
+        """Of each step."""
+        return StepWeights(
+            soft_labels=None if self.guide == "hidden" else self.kd_weight,
+            hidden=None if self.guide == "soft-labels" else self.let_weight,
+        )
 
 
 def head_of(student: Student, case: Case) -> TeacherHead:
@@ -101,6 +117,7 @@ def admit(lesson: Lesson, student: Student) -> Teacher:
         dtype=lesson.case.dtype,
         microbatches_per_forward=lesson.merge,
         timeout=timedelta(minutes=1),
+        guided=guided_layer(lesson.salt, lesson.case.model, lesson.case.parallel),
     ).teacher
 
 
@@ -123,7 +140,7 @@ def lessons(student: Student, teacher: Teacher | None, lesson: Lesson, steps: in
     """Steps of a student that exists, with a teacher or without."""
     all_sums, grad_norms = [], []
     for step in range(start, start + steps):
-        outcome = train_step(student, batch(student, lesson.case, step), PhaseTimer(), teacher, lesson.kd_weight)
+        outcome = train_step(student, batch(student, lesson.case, step), PhaseTimer(), teacher, lesson.weights)
         mine: list[list[float]] = [[]] * world()
         dist.all_gather_object(mine, [] if outcome.sums is None else outcome.sums.double().sum(0).tolist())
         shares = torch.tensor([sums for sums in mine if sums], dtype=torch.float64)

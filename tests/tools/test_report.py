@@ -263,6 +263,24 @@ def test_a_picture_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> 
         report(ReportConfig((str(log),), str(log / "loss.png")))
 
 
+def test_a_page_that_cannot_be_written_leaves_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    log, picture = write_log(tmp_path / "a", [3.0]), tmp_path / "loss.png"
+    for page, told in (
+        (log / "runs.html", "error: --html .* cannot be written"),
+        (picture, "error: --output and --html both name"),
+    ):
+        assert main(["--run", str(log), "--output", str(picture), "--html", str(page)]) == 2
+        assert re.match(told, capsys.readouterr().err)
+        assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_a_log_that_is_a_link_to_itself_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "log.jsonl")
+    assert main(["--run", str(tmp_path / "log.jsonl")]) == 2
+    assert str(tmp_path / "log.jsonl") in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["--output", "--html"])
 def test_a_directory_is_no_picture_and_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     log = write_log(tmp_path / "a", [3.0])

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_salt import pretrain
+from megatron_salt.cards import SHORT_NAMES
 from megatron_salt.checkpoint.owner import LOCK, myself, owned
 from megatron_salt.config import CheckpointConfig
 from megatron_salt.errors import UserError
+from megatron_salt.planner.command import PlanConfig
+from megatron_salt.planner.gpu import Gpu
+from megatron_salt.planner.planned_run import RunFlags
 from megatron_salt.train.start import check_room
-from tests.support.program import checkpoints, refused, run, train, write_tokens
+from tests.support.program import argv, checkpoints, refused, run, train, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +147,36 @@ def test_a_save_that_another_run_owns_is_refused_here_as_at_a_start(tmp_path: Pa
             assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
         train(data_path=data, train_iters=2, save=tmp_path / "run", take_over_save=True)
         assert not (tmp_path / "run" / LOCK).exists() and (tmp_path / "run" / "iter_0000002").is_dir()
+
+
+@pytest.mark.full
+def test_with_a_gpu_it_ends_with_the_planners_verdict(data: str, trained: Path) -> None:
+    out = rehearse(data_path=data, train_iters=5, teacher_load=trained, kd_steps=2, gpu="h100-80")
+    assert "not planned" not in out and "nothing found that would stop this run" in out
+    assert re.fullmatch(r"fits: 0\.0 of 80 GiB in stage 1, 0\.0 in stage 2 \(.*unmeasured\)", out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("fits, status", [(True, 0), (False, 2)])
+def test_the_planners_verdict_decides(
+    data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fits: bool, status: int
+) -> None:
+    asked: list[tuple[str, int, int | None]] = []
+
+    def planned(config: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
+        asked.append((gpu.name, flags.layout.world_size, config.training.train_iters))
+        return fits, "the verdict"
+
+    monkeypatch.setattr("megatron_salt.planner.command.tell", planned)
+    assert pretrain.main(argv(data_path=data, train_iters=5, dry_run=4, gpu="h100-80")) == status
+    out, err = capsys.readouterr()
+    assert asked == [(SHORT_NAMES["h100-80"], 4, 5)]
+    assert out.endswith("the verdict\n") if fits else err == "error: the run the verdict; flags that would help stand above\n"
+
+
+def test_without_a_gpu_it_says_how_memory_is_planned(data: str) -> None:
+    assert "--gpu names one for that" in rehearse(data_path=data, train_iters=5, device="auto")
+    assert "--gpu" not in rehearse(data_path=data, train_iters=5, device="cpu")
+    assert "--gpu h100-81 is not known (did you mean h100-80?)" in refused(
+        dry_run=4, data_path=data, train_iters=5, gpu="h100-81"
+    )
+    assert "--gpu h100-80 needs --dry-run" in refused(data_path=data, train_iters=5, gpu="h100-80")

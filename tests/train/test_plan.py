@@ -13,6 +13,7 @@ from megatron_salt import pretrain
 from megatron_salt.config import (
     CheckpointConfig,
     DataConfig,
+    ModelConfig,
     ParallelConfig,
     RunConfig,
     SaltConfig,
@@ -23,7 +24,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.train import dry_run
 from megatron_salt.train import run as run_module
-from megatron_salt.train.plan import RunPlan, check_teacher, plan_run, refuse_steps_beyond
+from megatron_salt.train.plan import RunPlan, check_guidance, check_teacher, plan_run, refuse_steps_beyond
 from tests.support.program import argv, the_error
 
 INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=4, num_virtual_stages_per_pipeline_rank=2)
@@ -155,6 +156,20 @@ def test_teachers_that_can_be():
     check_teacher(teaching(**sizes), TrainingConfig(), Layout(tensor=4, data=2, pipeline=2))
     check_teacher(teaching(**CROSSOVER), TrainingConfig(eval_iters=1, eval_interval=99), Layout())
     check_teacher(PLAIN, TrainingConfig(seq_length=36), Layout(tensor=4, context=2))
+
+
+def test_guidance_of_a_layer_or_step_that_is_not_there_is_refused():
+    run = plan(Layout(), ParallelConfig(), PLAIN, micro_batch_size=1, train_iters=5)
+
+    def check_of(layer: int, steps: int) -> None:
+        salt = SaltConfig(teacher_load="t", guide="hidden", let_steps=steps, let_layer=layer)
+        check_guidance(RunConfig(salt=salt, model=ModelConfig(num_layers=2)), run)
+
+    check_of(2, 5)
+    with pytest.raises(UserError, match="^--let-layer 3 is not one of the student's layers, 1 to --num-layers 2$"):
+        check_of(3, 5)
+    with pytest.raises(UserError, match="^--let-steps 6 lies beyond the run's last step, 5$"):
+        check_of(2, 6)
 
 
 def test_checkpoints_to_keep_lie_inside_the_run():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_salt.config import ParallelConfig
 from megatron_salt.metrics.phases import PhaseTimer
 from megatron_salt.parallel.mcore_compat import megatron_core_version
+from megatron_salt.salt.schedule import StepWeights
 from megatron_salt.train.step import train_step
 from tests.support import teaching
 from tests.support.ranks import run_ranks
@@ -53,7 +54,7 @@ def waits_of_a_step(parallel: ParallelConfig, dtype: torch.dtype, teacher: Path 
     train_student(student, case, 1)  # what is made once is there
     microbatches = batch(student, case, 1)
     with Waits(("get_grad_norm", "finalize_model_grads")) as waits:
-        train_step(student, microbatches, PhaseTimer(), taught, 0.5)
+        train_step(student, microbatches, PhaseTimer(), taught, StepWeights(soft_labels=0.5))
     return waits.found
 
 

@@ -30,12 +30,17 @@ def model_card(directory: Path, state: CheckpointState, config: Mapping[str, Any
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {directory.name}\n\n| | |\n|---|---|\n{table}\n"
 
 
+_SALT, _LET = "SALT, arXiv 2410.18779", "LET, arXiv 2602.05393"
+METHODS = {"soft-labels": _SALT, "hidden": _LET, "both": f"{_SALT}, with {_LET}"}
+"""By --guide."""
+
+
 def _salt_rows(state: CheckpointState) -> list[tuple[str, Any]]:
     salt = state.run.salt
     if salt is None:
         return [("method", "plain pretraining")]
     rows: list[tuple[str, Any]] = [
-        ("method", "SALT, arXiv 2410.18779"),
+        ("method", METHODS[salt.schedule.get("guide", "soft-labels")]),
         ("stage 1 ended after step", salt.stage1_end),
         ("teacher", salt.teacher or "none: stage 1 had a selection of the data"),
     ]

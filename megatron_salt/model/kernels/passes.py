@@ -79,18 +79,19 @@ class Blocks:
 def row_sums(
     student: Tensor, teacher: Tensor | None, label_column: Tensor, temperature: float, with_gap: bool, blocks: Blocks
 ) -> Tensor:
-    """Sums over each row: float32 [4, n]; with_gap [5, n]; with a teacher [12, n].
+    """Sums over each row: float32 [4, n]; with a teacher [12, n]; with_gap one more.
 
     label_column: int64 [n], the label's column, -1 where the label is on another rank. Rows of the result: the student's largest logit,
-    sum_v exp(logit_v - largest), label's logit (-inf on another rank), number of logits that equal the largest; with_gap then
-    sum_v exp(logit_v - largest) (logit_v - largest). With a teacher, which excludes with_gap, then the teacher's four, and with
-    e_v = exp((teacher logit_v - largest) / temperature): sum_v e_v; sum_v e_v (student logit_v - student's largest); sum_v e_v
-    ((teacher logit_v - largest) / temperature - (student logit_v - student's largest)); number of columns where both have their largest.
-    The last sum but one has differences as its terms: a difference of two sums would lose the small divergence of models that agree.
-    The student's four are the same, bit for bit, in every form. Without columns the sums are 0.
+    sum_v exp(logit_v - largest), label's logit (-inf on another rank), number of logits that equal the largest. With a teacher then the
+    teacher's four, and with e_v = exp((teacher logit_v - largest) / temperature): sum_v e_v; sum_v e_v (student logit_v - student's
+    largest); sum_v e_v ((teacher logit_v - largest) / temperature - (student logit_v - student's largest)); number of columns where both
+    have their largest. The last of these but one has differences as its terms: a difference of two sums would lose the small divergence
+    of models that agree.
+    with_gap: then sum_v exp(logit_v - largest) (logit_v - largest), of the teacher where there is one, else of the student.
+    Every other sum is the same, bit for bit, in every form that has it. Without columns the sums are 0.
     """
-    rows = NUM_SUMS + with_gap if teacher is None else 2 * NUM_SUMS + NUM_SOFT_SUMS
-    sums = torch.zeros((rows, student.size(0)), dtype=torch.float32, device=student.device)
+    rows = NUM_SUMS if teacher is None else 2 * NUM_SUMS + NUM_SOFT_SUMS
+    sums = torch.zeros((rows + with_gap, student.size(0)), dtype=torch.float32, device=student.device)
     if kernels := kernels_for(student.device):
         kernels.row_sums(student, teacher, label_column, temperature, with_gap, sums)
         return sums
@@ -117,11 +118,13 @@ def _block_with_teacher(
     """`row_sums` of one block with a teacher."""
     student_below = _below_largest(sums, student, blocks.buffer(0, part), blocks.buffer(2, part))
     teacher_below = _below_largest(sums[NUM_SUMS:], teacher, blocks.buffer(1, part), blocks.buffer(2, part))
-    soft_sums = sums[2 * NUM_SUMS :]
+    soft_sums, gap = sums[2 * NUM_SUMS : 2 * NUM_SUMS + NUM_SOFT_SUMS], sums[2 * NUM_SUMS + NUM_SOFT_SUMS :]
     exp = torch.add(student_below, teacher_below, out=blocks.buffer(2, part))
     soft_sums[3] = torch.eq(exp, 0, out=exp).sum(-1)  # neither is above 0
     exp = torch.exp(teacher_below, out=exp)
     sums[NUM_SUMS + 1] = exp.sum(-1)
+    if len(gap):
+        gap[0] = torch.linalg.vecdot(exp, teacher_below)
     if temperature != 1:
         exp = torch.exp(teacher_below.div_(temperature), out=exp)
     soft_sums[0] = exp.sum(-1)

@@ -45,7 +45,7 @@ def row_sums_kernel(
     if HAS_TEACHER:
         teacher += row.to(tl.int64) * teacher_stride
         teacher_largest, teacher_sum, teacher_ties = -float("inf"), 0.0, 0.0
-        soft_sum, logit, gap, both = 0.0, 0.0, 0.0, 0.0
+        soft_sum, logit, gap, both, teacher_gap = 0.0, 0.0, 0.0, 0.0, 0.0
     for first in range(0, num_columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         real = column < num_columns
@@ -56,7 +56,7 @@ def row_sums_kernel(
         below = value - new
         exp = tl.exp(below)
         is_largest = below == 0
-        if WITH_GAP:
+        if WITH_GAP and not HAS_TEACHER:
             own_gap = decay * (own_gap + sum_exp * step) + tl.sum(tl.where(real, exp * below, 0.0), 0)
         sum_exp = sum_exp * decay + tl.sum(exp, 0)
         ties = tl.where(step == 0, ties, 0.0) + tl.sum(is_largest.to(tl.float32), 0)
@@ -67,6 +67,9 @@ def row_sums_kernel(
             teacher_step = tl.where(teacher_sum > 0, teacher_largest - new, 0.0)
             teacher_below = value - new
             exp = tl.exp(teacher_below)
+            if WITH_GAP:
+                teacher_gap = tl.exp(teacher_step) * (teacher_gap + teacher_sum * teacher_step)
+                teacher_gap += tl.sum(tl.where(real, exp * teacher_below, 0.0), 0)
             teacher_sum = teacher_sum * tl.exp(teacher_step) + tl.sum(exp, 0)
             teacher_is_largest = teacher_below == 0
             same = tl.where(teacher_step == 0, 1.0, 0.0)
@@ -89,7 +92,7 @@ def row_sums_kernel(
     tl.store(sums + num_rows, sum_exp)
     tl.store(sums + 2 * num_rows, tl.load(student + label, mask=here, other=-float("inf")).to(tl.float32))
     tl.store(sums + 3 * num_rows, ties)
-    if WITH_GAP:
+    if WITH_GAP and not HAS_TEACHER:
         tl.store(sums + 4 * num_rows, own_gap)
     if HAS_TEACHER:
         tl.store(sums + 4 * num_rows, teacher_largest)
@@ -100,6 +103,8 @@ def row_sums_kernel(
         tl.store(sums + 9 * num_rows, logit)
         tl.store(sums + 10 * num_rows, gap)
         tl.store(sums + 11 * num_rows, both)
+        if WITH_GAP:
+            tl.store(sums + 12 * num_rows, teacher_gap)
 
 
 @triton.jit
@@ -140,9 +145,9 @@ def row_sums(
     """`passes.row_sums`, into `sums`.
 
     student [n, v], teacher [n, v] or None: float32 or bfloat16, columns contiguous. sums: float32 [4 + with_gap, n], with a teacher
-    [12, n], contiguous.
+    [12 + with_gap, n], contiguous.
     """
-    assert teacher is None or (not with_gap and teacher.shape == student.shape)
+    assert teacher is None or teacher.shape == student.shape
     rows, columns = student.shape
     if not columns:  # a rank of padding alone: sums of 0, and no label
         sums.zero_()

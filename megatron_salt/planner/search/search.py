@@ -40,7 +40,7 @@ class TimedRun:
     def seconds(self) -> float:
         """Of the whole run."""
         steps = self.run.plan.total_steps
-        taught = 0 if self.stage1 is None else min(steps, self.run.config.salt.kd_steps or 0)
+        taught = 0 if self.stage1 is None else min(steps, self.run.config.salt.stage1_steps or 0)
         return taught * (self.stage1 or 0.0) + (steps - taught) * self.stage2
 
 
@@ -57,7 +57,8 @@ class SearchResult:
     """What a search found."""
 
     best: tuple[Found, ...]
-    """At most BEST layouts that fit, the fastest first. Those that recompute more than they need are left out"""
+    """At most BEST layouts that fit, the fastest first. Of those that differ in recomputation and in layers of the last stage alone there
+    is the fastest"""
     fit: int
     """Layouts that fit"""
     too_large: tuple[tuple[str, int, float], ...]
@@ -139,7 +140,7 @@ def search(
                 memory = compose(timed.run, share.of(timed.run), NO_HOST)
                 if memory.most / GIB <= usable:
                     fit += 1
-                    layout = _without_recomputation(timed.run.config)
+                    layout = _without_variants(timed.run.config)
                     if layout not in shown:
                         shown.append(layout)
                         found.append(Found(timed=timed, memory=memory))
@@ -158,9 +159,12 @@ def _timed(run: PlannedRun, machine: Machine) -> TimedRun:
     return TimedRun(run=run, stage1=stage1, stage2=step_time(run, machine, taught=False).total)
 
 
-def _without_recomputation(config: RunConfig) -> RunConfig:
-    """A layout whose name several amounts of recomputation share."""
-    parallel = replace(config.parallel, recompute_granularity=None, recompute_method=None, recompute_num_layers=None)
+def _without_variants(config: RunConfig) -> RunConfig:
+    """A layout whose name several amounts of recomputation and of layers in the last stage share."""
+    parallel = replace(
+        config.parallel, recompute_granularity=None, recompute_method=None, recompute_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+    )  # fmt: skip
     return replace(config, parallel=parallel)
 
 

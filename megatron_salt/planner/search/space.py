@@ -13,6 +13,8 @@ from megatron_salt.train.plan import RunPlan, check
 
 MOST_STAGES, MOST_CHUNKS, MOST_SAMPLES = 16, 4, 16
 """Of a layout that is tried: pipeline stages, model chunks of a stage, samples of a microbatch."""
+MOST_MOVED = 4
+"""Layers that the last pipeline stage has fewer than the others at most: it also has the head."""
 FEWEST_TOKENS = 1024
 """Tokens of a sequence that a context-parallel rank keeps at least."""
 RECOMPUTED: tuple[tuple[Literal["full", "selective"] | None, Literal["uniform"] | None, int | None], ...] = (
@@ -74,10 +76,8 @@ def _parallels(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterat
     """The student's layouts. A tensor-parallel group stays inside a node."""
     layers = config.model.num_layers
     for tensor in _powers(min(gpus_per_node, world_size, config.model.num_attention_heads)):
-        for stages in [count for count in range(1, min(MOST_STAGES, world_size, layers) + 1) if layers % count == 0]:
-            for chunks in [
-                count for count in range(1, MOST_CHUNKS + 1) if layers // stages % count == 0 and (stages > 1 or count == 1)
-            ]:
+        for stages in range(1, min(MOST_STAGES, world_size, layers) + 1):
+            for chunks, last in _splits(layers, stages):
                 for context in _powers(max(1, config.training.seq_length // FEWEST_TOKENS)):
                     if world_size % (tensor * stages * context):
                         continue
@@ -86,10 +86,24 @@ def _parallels(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterat
                             config.parallel, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1,
                             pipeline_model_parallel_size=stages, num_virtual_stages_per_pipeline_rank=chunks,
                             context_parallel_size=context, decoder_first_pipeline_num_layers=None,
-                            decoder_last_pipeline_num_layers=None, account_for_embedding_in_pipeline_split=False,
+                            decoder_last_pipeline_num_layers=last, account_for_embedding_in_pipeline_split=False,
                             account_for_loss_in_pipeline_split=False, recompute_granularity=granularity,
                             recompute_method=method, recompute_num_layers=count,
                         )  # fmt: skip
+
+
+def _splits(layers: int, stages: int) -> Iterator[tuple[int, int | None]]:
+    """(model chunks of a stage, layers of the last stage) of the ways to split layers. None: as many as every other stage has.
+
+    With chunks all stages have the same number. Without, the last one may have up to MOST_MOVED fewer than its share.
+    """
+    if layers % stages == 0:
+        for chunks in range(1, (MOST_CHUNKS if stages > 1 else 1) + 1):
+            if layers // stages % chunks == 0:
+                yield chunks, None
+    for last in range(max(1, layers // stages - MOST_MOVED), -(-layers // stages)) if stages > 1 else ():
+        if (layers - last) % (stages - 1) == 0:
+            yield 1, last
 
 
 def _teachers(salt: SaltConfig, parallel: ParallelConfig, micro: int) -> Iterator[SaltConfig]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_salt.config import ParallelConfig
-from megatron_salt.model.flops import core_attention_flops, flops_per_token, forward_flops_per_token, head_flops, layer_flops
+from megatron_salt.config.teaching import gate_kind
+from megatron_salt.model.flops import body_flops, core_attention_flops, flops_per_token, head_flops, layer_flops
 from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.planner.chunk_memory import chunks_of_stage
 from megatron_salt.planner.planned_run import PlannedRun
@@ -31,6 +32,7 @@ from megatron_salt.planner.time.traffic import (
 from megatron_salt.salt.cost import Prediction, largest_share, predict, recomputed_layers, stage_seconds
 from megatron_salt.salt.head_cost import HeadShape, head_seconds
 from megatron_salt.salt.layer_cost import UPDATE_BYTES, embedding_bytes, layer_seconds
+from megatron_salt.salt.schedule import is_tempered
 
 ZEROED_BYTES = 4
 """Of UPDATE_BYTES, those that every rank moves for each parameter, also where the optimizer is sharded: its gradient buffer is zeroed."""
@@ -85,7 +87,10 @@ class RunTime:
     stage1: StepTime | None
     """None without a teacher"""
     stage2: StepTime
+    evaluation: float
+    """Seconds of the evaluation of one global batch. The head's gradients count, which an evaluation does not compute"""
     teacher_transfers: tuple[Transfer, ...]
+    """Of a step whose samples no cache holds"""
     tokens: int
     """Tokens of a step"""
     model_flops: float
@@ -102,13 +107,19 @@ def run_time(run: PlannedRun, machine: Machine) -> RunTime:
     padded = run.config.model.padded_vocabulary_size(run.vocabulary_size)
     tokens = plan.global_batch_size * length
     taught = run.teacher
+    teacher_token = 0.0 if taught is None else body_flops(taught.model, length) * (1.0 - run.cached_share)
+    if run.head_teacher is not None:
+        teacher_token += head_flops(run.head_teacher.model, padded)
+    stage2 = step_time(run, machine, taught=False)
+    forward = [[ChunkSeconds(chunk.forward, 0.0) for chunk in stage.chunks] for stage in stage2.stages]
     return RunTime(
         stage1=None if taught is None else step_time(run, machine, taught=True),
-        stage2=step_time(run, machine, taught=False),
-        teacher_transfers=tuple(teacher_transfers(run, machine)),
+        stage2=stage2,
+        evaluation=passes_seconds(forward, microbatches(run, False), stage2.delay),
+        teacher_transfers=tuple(teacher_transfers(run, machine)) if run.cached_share < 1 else (),
         tokens=tokens,
         model_flops=tokens * flops_per_token(run.config.model, length, padded),
-        teacher_flops=0.0 if taught is None else tokens * forward_flops_per_token(taught.model, length, padded),
+        teacher_flops=tokens * teacher_token,
         balance=None if taught is None else _balance(run, machine),
     )
 
@@ -135,7 +146,8 @@ def head_shape(run: PlannedRun, taught: bool) -> HeadShape:
     return HeadShape(
         rows=run.rows, hidden=model.hidden_size, teacher_hidden=0 if run.teacher is None else run.teacher.model.hidden_size,
         tokens=microbatch_tokens(run, taught), chunk_tokens=chunk_tokens(training, run.rows, run.device), itemsize=run.itemsize,
-        kernels=run.device == "cuda", tempered=run.config.salt.kd_teacher_temperature != 1,
+        kernels=run.device == "cuda", tempered=is_tempered(run.config.salt),
+        gate=gate_kind(run.config.salt.kd_gate),
     )  # fmt: skip
 
 
@@ -161,12 +173,13 @@ def _stage_time(run: PlannedRun, machine: Machine, stage: int, *, taught: bool) 
         moved = embedding_bytes(model, run.rows, run.itemsize) / rates.layers.bytes
         seconds[0] = ChunkSeconds(seconds[0].forward, seconds[0].backward + moved)
     if chunks[-1].last:  # the head computes loss and gradients in one pass
-        head = head_seconds(head_shape(run, taught), rates.head, rates.teacher_head if taught else None)
+        soft = run.head_teacher if taught else None
+        head = head_seconds(head_shape(run, taught), rates.head, None if soft is None else rates.teacher_head)
         seconds[-1] = ChunkSeconds(seconds[-1].forward + head, seconds[-1].backward)
         own = microbatch_tokens(run, taught)
         flops += 3 * own * head_flops(model, run.rows)
-        if taught and run.teacher is not None:
-            flops += own * head_flops(run.teacher.model, run.rows)
+        if soft is not None:
+            flops += own * head_flops(soft.model, run.rows)
     return StageTime(layers=layers, chunks=tuple(seconds), flops=count * flops, transfers=tuple(transfers))
 
 
@@ -186,7 +199,7 @@ def _exposed(stage: StageTime, parallel: ParallelConfig) -> float:
 
 
 def _teacher_seconds(run: PlannedRun, machine: Machine) -> tuple[float, float]:
-    """(the teacher's forward passes, the exchange). The pipeline of the teacher fills once."""
+    """(the teacher's forward passes, the exchange) for the samples that no cache holds. The pipeline of the teacher fills once."""
     teacher = run.teacher
     assert teacher is not None
     layout, plan, length = planned_teacher_layout(run), run.plan, run.config.training.seq_length
@@ -198,7 +211,8 @@ def _teacher_seconds(run: PlannedRun, machine: Machine) -> tuple[float, float]:
     filling = (layout.pipeline - 1) * min(plan.teacher_merge, share)
     transfers = teacher_transfers(run, machine)
     body = microbatch * (share + filling) + sum(one.seconds for one in transfers if one.phase == "teacher")
-    return body, sum(one.seconds for one in transfers if one.phase == "exchange")
+    computed = 1.0 - run.cached_share
+    return body * computed, sum(one.seconds for one in transfers if one.phase == "exchange") * computed
 
 
 def _update_seconds(run: PlannedRun, machine: Machine) -> float:
@@ -227,5 +241,5 @@ def _balance(run: PlannedRun, machine: Machine) -> Prediction:
         teacher_pipeline=salt.teacher_pipeline_model_parallel_size, num_microbatches=plan.num_microbatches,
         microbatch_tokens=plan.micro_batch_size * config.training.seq_length, merge=plan.teacher_merge,
         seq_length=config.training.seq_length, head=head_shape(run, taught=True),
-        fused_layers=teacher.precision.implementation == "transformer_engine", rates=machine.rates,
+        fused_layers=teacher.precision.implementation == "transformer_engine", rates=machine.rates, soft_labels=salt.has_soft_labels,
     )  # fmt: skip

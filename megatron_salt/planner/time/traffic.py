@@ -17,6 +17,7 @@ from megatron_salt.planner.planned_run import PlannedRun
 from megatron_salt.planner.static import GRADIENT_BYTES, stage_tensors, student_bytes
 from megatron_salt.planner.time.machine import Machine
 from megatron_salt.salt.cost import largest_share, recomputed_layers
+from megatron_salt.salt.guidance.layer_place import stages_of_run
 from megatron_salt.salt.routing import plan_exchange, teacher_layout
 
 Phase = Literal["forward", "backward", "gradients", "parameters", "teacher", "exchange"]
@@ -109,11 +110,12 @@ def tensor_transfers(run: PlannedRun, machine: Machine, stage: int, layers: int,
         ends = [one(scatter, "forward", hidden, 1), one(gather, "backward", hidden, 1)]
         body += ends if parallel.sequence_parallel else [one("all-reduce", "forward", hidden, 1)]
     if stage == layout.pipeline - 1:  # the loss computes its gradient in the forward pass
-        body.append(one(gather, "forward", 4 * tokens * (SUMS_TAUGHT if taught else SUMS) * layout.tensor, 1))
+        soft = run.head_teacher if taught else None
+        body.append(one(gather, "forward", 4 * tokens * (SUMS if soft is None else SUMS_TAUGHT) * layout.tensor, 1))
         body += [one(gather, "forward", hidden, 1)] if parallel.sequence_parallel else []
         body.append(one(scatter if parallel.sequence_parallel else "all-reduce", "forward", hidden, 1))
-        if taught and run.teacher is not None:
-            body.append(one(gather, "forward", tokens * run.teacher.model.hidden_size * run.itemsize, 1))
+        if soft is not None:
+            body.append(one(gather, "forward", tokens * soft.model.hidden_size * run.itemsize, 1))
     return body
 
 
@@ -218,7 +220,9 @@ def teacher_transfers(run: PlannedRun, machine: Machine) -> list[Transfer]:
         )  # fmt: skip
 
     halves = 2 * -(-model.num_layers // layout.pipeline) + 1  # and the embedding
-    exchange = plan_exchange(run.layout, layout, plan.num_microbatches, plan.teacher_merge, run.config.training.seq_length)
+    exchange = plan_exchange(
+        run.layout, layout, plan.num_microbatches, plan.teacher_merge, run.config.training.seq_length, stages_of_run(run.config)
+    )
     block = first_group(run.layout, "tp", "cp", "pp")
     found = [
         one("teacher tp", "all-reduce", first_group(layout, "tp"), halves),

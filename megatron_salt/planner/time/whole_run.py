@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_salt.data.blend import parse_valid_data_path
 from megatron_salt.model.flops import flops_per_token, forward_flops_per_token
 from megatron_salt.planner.planned_run import PlannedRun
 from megatron_salt.planner.time.machine import Machine
@@ -95,7 +96,7 @@ def whole_run(run: PlannedRun, machine: Machine, times: RunTime, preparation: Pr
     teacher_token = whole / machine.rates.teacher_layers.flops / HOUR
     taught = preparation.teacher_tokens
     return WholeRun(
-        steps=run.plan.total_steps, taught_steps=min(salt.kd_steps or 0, run.plan.total_steps), ranks=world,
+        steps=run.plan.total_steps, taught_steps=min(salt.stage1_steps or 0, run.plan.total_steps), ranks=world,
         stage1_step=times.stage1.total * world / HOUR, stage2_step=times.stage2.total * world / HOUR,
         scoring=tokens * forward / machine.rates.teacher_layers.flops / HOUR,
         scored_share=preparation.scored_share if salt.stage1_selection is not None else 0.0,
@@ -110,6 +111,22 @@ def baseline_line(run: PlannedRun, times: RunTime) -> str:
         f"{run.plan.total_steps} steps: about {hours:,.0f} h on {run.layout.world_size} GPUs, "
         f"{hours * run.layout.world_size:,.0f} GPU-hours"
     )
+
+
+def evaluation_lines(run: PlannedRun, times: RunTime) -> list[str]:
+    """The hours of evaluations on held-out sets; none for a run without."""
+    training, data, steps = run.config.training, run.config.data, run.plan.total_steps
+    sets = len(parse_valid_data_path(data.valid_data_path)) or (1 if data.valid_share else 0)
+    if not sets * training.eval_iters:
+        return []
+    count = 1 + -(-steps // training.eval_interval)  # before the first step, at the interval, after the last
+    hours = count * sets * training.eval_iters * times.evaluation / HOUR
+    share = hours * HOUR / (steps * times.stage2.total)
+    told = (
+        f"evaluations: at most {hours:,.1f} h, {hours * run.layout.world_size:,.0f} GPU-hours ({share:.1%} of the baseline): {count} times "
+        f"{training.eval_iters} batches of {sets} held-out set{'s' * (sets > 1)}; they are in no other figure"
+    )
+    return [told]
 
 
 def whole_run_lines(whole: WholeRun, reached_at: float) -> list[str]:

@@ -29,8 +29,10 @@ from megatron_salt.planner.planned_run import PlannedRun, PlannedTeacher
 from megatron_salt.planner.tracing.fake_world import fake_tensors, fake_world
 from megatron_salt.planner.tracing.gpu_forms import gpu_forms
 from megatron_salt.planner.tracing.meter import Meter
+from megatron_salt.salt.guidance.layer_place import guided_layer
 from megatron_salt.salt.load_teacher import build_body
 from megatron_salt.salt.routing import teacher_layout
+from megatron_salt.salt.schedule import PLAIN, Schedule
 from megatron_salt.salt.teacher import Teacher
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint
 from megatron_salt.train.build_model import build_student, dtype_of
@@ -54,9 +56,13 @@ def trace_step(step: WholeStep) -> int:
     """The peak bytes of a step on fake tensors. In a child process."""
     run = step.run
     forms = gpu_forms(run.precision) if run.device == "cuda" else contextlib.nullcontext()
-    keep_state = mock.patch.object(rng, "restore")  # states of random generators that are fake
+    keep_state = mock.patch.object(rng, "restore", _leave)  # states of random generators that are fake
     with fake_world(run.layout.world_size, rank_of_place(run.layout, step.place)), forms, keep_state:
         return peak_of_step(run, step.taught, fake=True)
+
+
+def _leave(*_: object) -> None:
+    """In place of `rng.restore`. It keeps no state alive, as a Mock would, which remembers its calls."""
 
 
 def rank_of_place(layout: Layout, place: int) -> int:
@@ -86,11 +92,17 @@ def peak_of_step(run: PlannedRun, taught: bool, fake: bool = False) -> int:
         if groups is not None:
             assert run.teacher is not None
             teacher = _teacher(run, run.teacher, student, *groups)
-        batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
+        weights = PLAIN if teacher is None else Schedule.of(config.salt).weights_at(1, 1)
+        if layout.context > 1:  # whole samples stay on the host, and a rank's own positions are copied
+            with meter.untracked():
+                batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
+            meter.known([one for batch in batches for one in vars(batch).values() if isinstance(one, torch.Tensor)])
+        else:
+            batches = [_microbatch(run, plan.micro_batch_size) for _ in range(plan.num_microbatches)]
         for _ in range(2):
             gc.collect()
             meter.peak()
-            train_step(student, batches, PhaseTimer(), teacher, config.salt.kd_weight)
+            train_step(student, batches, PhaseTimer(), teacher, weights)
         return meter.peak()
 
 
@@ -104,10 +116,12 @@ def _teacher(run: PlannedRun, planned: PlannedTeacher, student: Student, mesh: M
     with torch.no_grad():
         for parameter in body.parameters():
             parameter.zero_()
-    weight = torch.zeros((run.rows, planned.model.hidden_size), dtype=dtype) if student.mesh.is_last_stage else None
+    has_head = student.mesh.is_last_stage and run.head_teacher is not None
+    weight = torch.zeros((run.rows, planned.model.hidden_size), dtype=dtype) if has_head else None
     return Teacher(
         body, weight, mesh, student.mesh, block_group, microbatches_per_forward=run.plan.teacher_merge,
         temperature=run.config.salt.kd_teacher_temperature,
+        guided=guided_layer(run.config.salt, run.config.model, run.config.parallel),
     )  # fmt: skip
 
 

@@ -80,18 +80,19 @@ class TeacherCache:
         index: Index,
         student: Mesh,
         *,
+        stages: frozenset[int],
         writes: bool,
         forward_samples: int,
         held_out: dict[str, float] | None = None,
         held_out_file: Path | None = None,
     ) -> None:
-        """forward_samples: of one forward pass of the teacher. held_out: the teacher's figures on the run's held-out data. held_out_file:
-        where to write them; None: nowhere."""
+        """stages: pipeline stages of the student that use hidden states. forward_samples: of one forward pass of the teacher. held_out: the
+        teacher's figures on the run's held-out data. held_out_file: where to write them; None: nowhere."""
         self.directory, self.index, self._student, self._forward_samples = directory, index, student, forward_samples
         self.held_out, self._held_out_file = held_out, held_out_file
         self._writer = CacheWriter(directory, index) if writes else None
         shape, layout, at = index.shape, student.layout, student.at
-        self._slices = received_positions(layout, shape.seq_length, at.cp, at.tp) if student.is_last_stage else None
+        self._slices = received_positions(layout, shape.seq_length, at.cp, at.tp) if at.pp in stages else None
         self._steps, self._samples_cached, self._bytes_read, self._seconds_reading = 0, 0, 0, 0.0
 
     def add_cached(self, microbatches: list[Microbatch]) -> list[Microbatch]:
@@ -158,7 +159,7 @@ class TeacherCache:
         return CacheTotals(**(summed | {"steps": mine.steps, "samples_cached": mine.samples_cached}))
 
     def _read(self, ids: np.ndarray, present: np.ndarray) -> Tensor | None:
-        """[s/(cp*tp), b, h_t], undefined where a sample is not present; None on ranks that are not of the student's last stage."""
+        """[s/(cp*tp), b, h_t], undefined where a sample is not present; None on ranks that use no hidden states."""
         if self._slices is None:
             return None
         shape = self.index.shape
@@ -172,13 +173,13 @@ class TeacherCache:
 
 
 def open_cache(
-    directory: Path, manifest: Callable[[], CacheManifest], student: Mesh, *, forward_samples: int, held_out: Callable[[], dict[str, Any]],
-    sets: Sequence[str],
+    directory: Path, manifest: Callable[[], CacheManifest], student: Mesh, *, stages: frozenset[int], forward_samples: int,
+    held_out: Callable[[], dict[str, Any]], sets: Sequence[str],
 ) -> TeacherCache:  # fmt: skip
     """Open a cache, or make one. Collective over all ranks. Raises UserError on every rank: for a cache of something else, and for damage.
 
     manifest, held_out: called on rank 0; what the run is, and its held-out data. sets: names of the held-out sets; empty where the run does
-    not evaluate. forward_samples: of one forward pass of the teacher.
+    not evaluate. stages: of the student, those that use hidden states. forward_samples: of one forward pass of the teacher.
     """
 
     def on_rank_0() -> tuple[CacheManifest, list[str], list[str], Path | None, dict[str, float] | None]:
@@ -217,7 +218,7 @@ def open_cache(
             "; ".join(differences),
         )
     return TeacherCache(
-        directory, index, student, writes=not differences, forward_samples=forward_samples, held_out=figures,
+        directory, index, student, stages=stages, writes=not differences, forward_samples=forward_samples, held_out=figures,
         held_out_file=None if differences else path,
     )  # fmt: skip
 

@@ -42,8 +42,7 @@ def missing_microbatches(microbatches: Sequence[Microbatch], rows: np.ndarray) -
 
 
 def join(cached: CachedHidden, first: int, rows: np.ndarray, computed: Sequence[Tensor | None]) -> Tensor | None:
-    """The hidden states of one microbatch on this rank's device: [s/(cp*tp), b, h_t]; None on ranks that are not of the student's
-    last stage.
+    """The hidden states of one microbatch on this rank's device: [s/(cp*tp), b, h_t]; None on ranks that use none.
 
     first: number in the step of its first sample. computed: for each of `missing_microbatches`.
     """
@@ -56,6 +55,6 @@ def join(cached: CachedHidden, first: int, rows: np.ndarray, computed: Sequence[
     for column in np.flatnonzero(~cached.present).tolist():
         forward, at = divmod(int(np.searchsorted(rows, first + column)), size)
         source = computed[forward]
-        assert source is not None, "the teacher's hidden states come to the student's last stage"
+        assert source is not None, "the teacher's hidden states come to the ranks that use them"
         hidden[:, column].copy_(source[:, at])
     return hidden

@@ -75,18 +75,17 @@ def held_out_facts(sets: Mapping[str, tuple[Samples, int]], shared_ids: int) -> 
     }
 
 
-def why_layers_are_needed(
-    holds_all: bool, precision: Precision, teacher: TeacherCheckpoint, shared_ids: int, bos: int | None, evaluates: bool
-) -> str | None:
+def why_layers_are_needed(holds_all: bool, precision: Precision, own_ids: bool, bos: int | None, evaluates: bool) -> str | None:
     """Why the teacher's layers must be loaded beside a cache; None where the output weight alone will do. Pure.
 
-    holds_all: the cache has every sample that is left of stage 1. evaluates: the teacher will be evaluated on held-out data.
+    holds_all: the cache has every sample that is left of stage 1. own_ids: the teacher's distribution has ids that are not shared.
+    evaluates: the teacher will be evaluated on held-out data.
     """
     reasons: Sequence[tuple[bool, str]] = (
         (not holds_all, "it does not hold all samples of stage 1"),
         (evaluates, "it has no figures of the teacher on this held-out data"),
         (precision.fp8_format is not None, "the teacher's FP8 is checked"),
-        (teacher.vocabulary_size > shared_ids, "what the teacher gives to ids that are not shared is checked"),
+        (own_ids, "what the teacher gives to ids that are not shared is checked"),
         (bos is not None, "the teacher's loss with and without BOS is measured"),
     )
     return next((reason for holds, reason in reasons if holds), None)

@@ -40,7 +40,10 @@ USED: dict[Kind, tuple[Before, ...]] = {
     "longer": (),
     "salt": ("teacher training",),
     "rkd": ("teacher training",),
+    "let": ("teacher training",),
+    "salt_let": ("teacher training",),
     "random": ("teacher training",),
+    "gated": ("teacher training",),
     "salt_ds": ("teacher training", "scoring", "selection"),
     "ds_only": ("teacher training", "scoring", "selection"),
     "grow": ("grow source",),
@@ -181,7 +184,8 @@ def _run_flops(curve: Curve, config: RunConfig | None, teacher: ModelConfig | No
     rows = output_rows(curve, config)
     if teacher is None or rows is None:
         return found | {"teacher": of_teacher}
-    head = min(_taught_tokens(curve, teacher, length, rows) * head_flops(teacher, rows), of_teacher)
+    _, with_head = _taught_tokens(curve, config, teacher, rows)
+    head = min(with_head * head_flops(teacher, rows), of_teacher)
     return found | {"teacher layers": of_teacher - head, "teacher head": head}
 
 
@@ -195,15 +199,25 @@ def output_rows(curve: Curve, config: RunConfig) -> int | None:
     return round((float(curve.of_steps["train/student_flops"][-1]) / tokens - layers) / (3.0 * head_flops(config.model, 1)))
 
 
-def _taught_tokens(curve: Curve, teacher: ModelConfig, length: int, rows: int) -> float:
-    """Tokens that the teacher's head saw: those of the steps in which `teacher_flops` grew. In steps before the log began, the teacher's
-    layers saw as many."""
-    flops = curve.of_steps["train/teacher_flops"]
-    grew = np.diff(flops, prepend=0.0) > 0
-    tokens = np.diff(curve.tokens, prepend=0).astype(np.float64)
-    if not curve.is_whole:
-        tokens[0] = flops[0] / (teacher.num_layers * layer_flops(teacher, length) + head_flops(teacher, rows))
-    return float(tokens[grew].sum())
+def _taught_tokens(curve: Curve, config: RunConfig, teacher: ModelConfig, rows: int) -> tuple[float, float]:
+    """Tokens that the teacher's layers would see without a cache, and tokens that its head saw.
+
+    Without guidance both are those of the steps in which `teacher_flops` grew, and of steps before the log began by its FLOPs. With
+    guidance the log has the weight of what is taught in a step, and the flags tell the steps before it.
+    """
+    length = config.training.seq_length
+    flops, tokens = curve.of_steps["train/teacher_flops"], np.diff(curve.tokens, prepend=0).astype(np.float64)
+    if not config.salt.guides_hidden:
+        if not curve.is_whole:
+            tokens[0] = flops[0] / (teacher.num_layers * layer_flops(teacher, length) + head_flops(teacher, rows))
+        grew = float(tokens[np.diff(flops, prepend=0.0) > 0].sum())
+        return grew, grew
+    nothing = np.full(len(tokens), np.nan)
+    soft, hidden = (~np.isnan(curve.of_steps.get(f"train/{name}", nothing)) for name in ("kd_weight", "let_weight"))
+    before, salt = int(curve.steps[0]) - 1, config.salt
+    of_step = float(config.training.global_batch_size or 0) * length
+    unseen = [of_step * min(before, steps or 0) for steps in (salt.stage1_steps, salt.kd_steps)]
+    return float(tokens[soft | hidden].sum()) + unseen[0], float(tokens[soft].sum()) + unseen[1]
 
 
 def _spared(curve: Curve, config: RunConfig | None, teacher: ModelConfig | None, flops: Mapping[RunPhase, float]) -> float:
@@ -212,7 +226,8 @@ def _spared(curve: Curve, config: RunConfig | None, teacher: ModelConfig | None,
         return 0.0
     length, rows = config.training.seq_length, output_rows(curve, config)
     assert rows is not None
-    live = _taught_tokens(curve, teacher, length, rows) * teacher.num_layers * layer_flops(teacher, length)
+    with_layers, _ = _taught_tokens(curve, config, teacher, rows)
+    live = with_layers * teacher.num_layers * layer_flops(teacher, length)
     return max(0.0, live - flops["teacher layers"])
 
 

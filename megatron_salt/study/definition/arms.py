@@ -7,8 +7,11 @@
 | salt_ds  | the same, on the windows that an early teacher's scores choose | plain training |
 | rkd      | the teacher teaches to the last step (reverse KD) | |
 | ds_only  | salt_ds's windows with the plain loss: --kd-weight 0 and no teacher | plain training |
+| gated    | salt, where only tokens inside --kd-gate have soft labels | plain training |
 | random   | salt with as many random windows as salt_ds chooses; another choice for each seed | plain training |
 | longer   | none: the baseline, and the steps that the teacher's training FLOPs buy | |
+| let      | --let-steps steps in which the teacher's hidden states guide a layer (LET, arXiv 2602.05393): --guide hidden | plain training |
+| salt_let | both: salt for --kd-steps, let for --let-steps; the teacher stays while either lasts: --guide both | plain training |
 | grow     | none: the layers of a shallower trained model, stacked (G_stack, arXiv 2405.15319), trained on for the arm's steps | |
 
 Runs of one seed are paired. They have one --seed, and so the same order of the data; and the same initial weights, except for grow,
@@ -31,7 +34,10 @@ from megatron_salt.study.definition.study import Arm, Sections
 from megatron_salt.study.results import Kind
 from megatron_salt.train.plan import RunPlan, check
 
-_OF_SALT = frozenset(field.name for field in fields(SaltConfig)) - {"teacher_load", "stage1_selection"}
+_OF_LET = frozenset({"let_weight", "let_layer", "let_steps", "let_decay"})
+_OF_GATE = frozenset({"kd_gate"})
+_EVERY = frozenset(field.name for field in fields(SaltConfig)) - {"teacher_load", "stage1_selection", "guide"} - _OF_GATE
+_OF_SALT = _EVERY - _OF_LET
 _OF_STAGE2 = frozenset({"stage2_data", "stage2_micro_batch_size"})
 _OF_SCHEDULE = frozenset({"kd_steps", "kd_transition", "kd_transition_steps", "kd_stop", "kd_stop_margin"})
 
@@ -44,6 +50,10 @@ SALT_FLAGS: Mapping[Kind, frozenset[str]] = {
     "random": _OF_SALT,
     "longer": frozenset(),
     "grow": frozenset(),
+    "let": frozenset(name for name in _EVERY if not name.startswith("kd_") and "fp8" not in name)
+    - {"stage2_data", "teacher_max_dropped_mass"},
+    "gated": (_OF_SALT | _OF_GATE) - {"stage2_data"},
+    "salt_let": _EVERY - {"stage2_data", "kd_stop", "kd_stop_margin"},
 }
 """Fields of SaltConfig that a user may set for each kind. `salt:` and axes pass over the others."""
 
@@ -91,12 +101,16 @@ def arm_flags(
     if unused:
         raise UserError(f"kind {arm.kind} has no use for {' '.join(map(flag, unused))}")
     own = {name: value for name, value in salt.items() if takes(arm, name)} | {**arm.flags, **setting}
-    if arm.kind == "salt":
+    if arm.kind == "gated" and own.get("kd_gate", "none") == "none":
+        raise UserError("kind gated needs --kd-gate: without one its runs are those of kind salt")
+    if arm.kind in ("salt", "gated"):
         return own | {"teacher_load": inputs.teacher_load}
     if arm.kind in ("salt_ds", "random"):
         return own | {"teacher_load": inputs.teacher_load, "stage1_selection": inputs.stage1_selection}
     if arm.kind == "ds_only":
         return own | {"stage1_selection": inputs.stage1_selection, "kd_weight": 0.0}
+    if arm.kind in ("let", "salt_let"):
+        return own | {"teacher_load": inputs.teacher_load, "guide": "hidden" if arm.kind == "let" else "both"}
     if arm.kind == "rkd":
         plain = {name: value for name, value in own.items() if name not in _OF_SALT}
         _, plan = check(build(overlaid(base, plain)), ranks)

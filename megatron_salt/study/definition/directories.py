@@ -7,6 +7,7 @@ another configuration is refused by name, with both values. Arms, seeds and valu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from megatron_salt.data.indexed_dataset import refuse_missing
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
 from megatron_salt.small_files import read_small
-from megatron_salt.study.definition.plan_jobs import CONFIG, StudyPlan, goes_on
+from megatron_salt.study.definition.plan_jobs import CONFIG, StudyPlan
 from megatron_salt.study.definition.study import Study
-from megatron_salt.study.job import Job
+from megatron_salt.study.job import Job, goes_on
 
 COMMAND = "command.txt"
 STUDY = "study.yaml"
@@ -82,7 +83,10 @@ def begin(plan: StudyPlan, output: Path, text: bytes) -> tuple[Job, ...]:
             _write_changed(job.directory / CONFIG, to_yaml(plan.configs[job.name]).encode())
         else:
             _write_changed(job.directory / COMMAND, _line(job).encode())
-    return tuple(goes_on(job) if job.trains and whole_checkpoints(job.directory) else job for job in plan.jobs)
+    return tuple(
+        replace(job, command=goes_on(job.command)) if job.trains and whole_checkpoints(job.directory) else job
+        for job in plan.jobs
+    )
 
 
 def other_runs(plan: StudyPlan, output: Path) -> list[Path]:

@@ -7,7 +7,7 @@ there once. Runs come seed by seed, so that a study that is stopped half-way has
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,13 +29,12 @@ from megatron_salt.study.definition.preparation import (
     trainable,
 )
 from megatron_salt.study.definition.study import Arm, Study, Teacher
-from megatron_salt.study.job import TRAINER, Job
+from megatron_salt.study.job import FINETUNE, TRAINER, CachedStage1, Job
 from megatron_salt.study.results import Kind
-from megatron_salt.train.plan import check
+from megatron_salt.train.plan import RunPlan, check
 
 CONFIG = "config.yaml"
 """In the directory of a job of training: what it is started with"""
-FINETUNE = "--finetune"
 JobKind = Literal["teacher", "score", "select", "grow", "run"]
 
 
@@ -90,13 +89,6 @@ class TeacherFacts:
     """Ids of the data's tokenizer"""
     training_flops: Mapping[str, float]
     """{teacher: FLOPs of its training}"""
-
-
-def goes_on(job: Job) -> Job:
-    """The job as it is started where it has a checkpoint of its own: without the flags of its first start, `--load DIR --finetune`."""
-    if FINETUNE not in job.command:
-        return job
-    return replace(job, command=job.command[: job.command.index("--load")])
 
 
 def plan_jobs(study: Study, facts: TeacherFacts | None) -> StudyPlan:
@@ -213,7 +205,7 @@ class _Planner:
     ) -> None:
         """Add a job of training. begin: flags of a start without a checkpoint of its own."""
         assert config.checkpoint.save is not None
-        directory = Path(config.checkpoint.save)
+        directory, plan = Path(config.checkpoint.save), check(config, ranks)[1]
         self.configs[name] = config
         job = Job(
             name=name,
@@ -224,7 +216,8 @@ class _Planner:
             needs=tuple(needs),
             arm="" if run is None else run.label,
             seed=None if run is None else run.seed,
-            steps=check(config, ranks)[1].total_steps,
+            steps=plan.total_steps,
+            cached=_cached_stage1(config, plan),
         )
         self._add(job)
 
@@ -258,6 +251,14 @@ class _Planner:
                 f"job {job.name} would have two commands, {' '.join(known.command)} and {' '.join(job.command)}: runs that share "
                 "scores or a selection must have the same data, --seq-length and device"
             )
+
+
+def _cached_stage1(config: RunConfig, plan: RunPlan) -> CachedStage1 | None:
+    salt = config.salt
+    if salt.teacher_cache is None or salt.stage1_steps is None:
+        return None
+    order = (salt.teacher_cache, salt.teacher_load, salt.stage1_selection, config.training.seed, plan.global_batch_size)
+    return CachedStage1(order, min(salt.stage1_steps, plan.total_steps))
 
 
 def _refuse_shared_directories(jobs: Iterable[Job]) -> None:

@@ -22,7 +22,7 @@ Sections = Mapping[str, Mapping[str, Any]]
 """{section: {field: value}} of a run: what is set over the defaults of RunConfig."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-WITH_TEACHER: tuple[Kind, ...] = ("salt", "salt_ds", "rkd", "random")
+WITH_TEACHER: tuple[Kind, ...] = ("salt", "salt_ds", "rkd", "random", "let", "salt_let", "gated")
 """Kinds whose runs load a teacher."""
 WITH_SELECTION: tuple[Kind, ...] = ("salt_ds", "ds_only", "random")
 """Kinds whose stage 1 draws from chosen windows."""

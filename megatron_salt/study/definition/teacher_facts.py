@@ -10,7 +10,7 @@ from megatron_salt.config import ModelConfig, RunConfig
 from megatron_salt.data.blend import parse_data_path
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.errors import UserError
-from megatron_salt.model.flops import flops_per_token, forward_flops_per_token
+from megatron_salt.model.flops import body_flops, flops_per_token, forward_flops_per_token, head_flops
 from megatron_salt.study.definition.arms import build, training_flops
 from megatron_salt.study.definition.plan_jobs import StudyPlan, TeacherFacts
 from megatron_salt.study.definition.preparation import scoring_name
@@ -105,12 +105,15 @@ def planned_flops(study: Study, plan: StudyPlan) -> dict[str, float | None]:
 def run_flops(config: RunConfig, ranks: int, vocabulary_size: int, teacher: ModelConfig | None) -> float:
     """FLOPs of a run: of the student, and of the teacher's forward passes in stage 1. Raises UserError."""
     student = training_flops(config, ranks, vocabulary_size)
-    if teacher is None or config.salt.teacher_load is None or config.salt.kd_steps is None:
+    if teacher is None or config.salt.teacher_load is None:
         return student
     _, plan = check(config, ranks)
     length, rows = config.training.seq_length, config.model.padded_vocabulary_size(vocabulary_size)
-    tokens = min(config.salt.kd_steps, plan.total_steps) * plan.global_batch_size * length
-    return student + tokens * forward_flops_per_token(teacher, length, rows)
+    layers, head = (
+        min(steps or 0, plan.total_steps) * plan.global_batch_size * length
+        for steps in (config.salt.stage1_steps, config.salt.kd_steps)
+    )
+    return student + layers * body_flops(teacher, length) + head * head_flops(teacher, rows)
 
 
 def _tokens(config: RunConfig) -> int | None:

@@ -22,8 +22,10 @@ from types import FrameType
 
 import psutil
 
+from megatron_salt.checkpoint.save_directory import whole_checkpoints
 from megatron_salt.errors import UserError
 from megatron_salt.files import sole_writer
+from megatron_salt.study.job import goes_on
 from megatron_salt.study.jobs.outcome import last_error, read_outcome
 from megatron_salt.train.launcher import Word, write_outcome
 
@@ -55,7 +57,10 @@ def run_job(given: argparse.Namespace) -> int:
     own = ["--outcome-file", str(outcome)] if given.trains else []
     asked = _note_signals()
     log, begun = given.directory / "log.txt", _size(given.directory / "log.txt")
-    program = _Program(launcher(given.ranks) + given.command + own, given.ranks)
+    command = list(given.command)
+    if given.trains and whole_checkpoints(given.directory):  # also one that an earlier start wrote while this one waited
+        command = list(goes_on(command))
+    program = _Program(launcher(given.ranks) + command + own, given.ranks)
     leaving = _follow(program, asked, given.parent, given.leave_seconds)
     if read_outcome(outcome) is None:
         word, reason = _verdict(program.process.returncode, leaving, given.trains)

@@ -65,13 +65,38 @@ def status_at_start(outcome: Outcome | None) -> Status:
     return WAITING
 
 
-def ready(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Job]:
-    """The waiting jobs whose needs are done, in the study's order."""
+def ready(jobs: Sequence[Job], statuses: Mapping[str, Status], steps: Mapping[str, int]) -> list[Job]:
+    """The waiting jobs whose needs are done, and that need not wait for a --teacher-cache, in the study's order.
+
+    steps: {name: last step in its log} of trainings; 0 where there is none.
+    """
     return [
         job
         for job in jobs
-        if statuses[job.name].state == "waiting" and all(statuses[need].state == "done" for need in job.needs)
+        if statuses[job.name].state == "waiting"
+        and all(statuses[need].state == "done" for need in job.needs)
+        and not fills_first(job, jobs, statuses, steps)
     ]
+
+
+def fills_first(job: Job, jobs: Sequence[Job], statuses: Mapping[str, Status], steps: Mapping[str, int]) -> list[str]:
+    """Names of jobs that put into a --teacher-cache what a job will read from it, and have not done it yet.
+
+    Runs that draw the same samples would each compute them all if they began together. So for each length of stage 1 one of them goes
+    first, and the others wait until its stage 1 is over. Where it fails before that, the next one goes first. No two jobs wait for each
+    other: nobody waits for a longer stage 1 than its own.
+    """
+    if job.cached is None:
+        return []
+    group = [(one, one.cached.steps) for one in jobs if one.cached is not None and one.cached.order == job.cached.order]
+    filled = max(
+        (length for one, length in group if statuses[one.name].state == "done" or steps.get(one.name, 0) > length), default=0
+    )
+    first: dict[int, str] = {}
+    for one, length in group:
+        if filled < length <= job.cached.steps and statuses[one.name].state not in ENDED:
+            first.setdefault(length, one.name)
+    return [name for length, name in first.items() if name != job.name]
 
 
 def blocked(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> dict[str, Status]:

@@ -6,11 +6,10 @@ import csv
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_salt.errors import file_error
-from megatron_salt.files import sole_writer, whole_file
+from megatron_salt.files import sole_writer, whole_files
 from megatron_salt.study.report.content import Report, report_of
 from megatron_salt.study.report.facts import StudyFacts
 from megatron_salt.study.report.markdown import to_markdown
@@ -45,7 +44,8 @@ def write_report(facts: StudyFacts, results: Sequence[RunResult], output_dir: Pa
     try:
         _write(report, texts, pictures, differences, output_dir)
     except OSError as error:
-        raise file_error(f"the report in {output_dir} cannot be written: {error.strerror or error}", error) from error
+        name = "" if error.filename is None else f"{Path(error.filename).name}: "
+        raise file_error(f"the report in {output_dir} cannot be written: {name}{error.strerror or error}", error) from error
     return [output_dir / name for name in (*texts, *pictures, *differences)]
 
 
@@ -54,8 +54,9 @@ def _write(
 ) -> None:
     """Write all files. Raises OSError."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with sole_writer("the report of", output_dir / "report"), ExitStack() as files:
-        temporary = {name: files.enter_context(whole_file(output_dir / name)) for name in (*texts, *pictures, *differences)}
+    names = [*texts, *pictures, *differences]
+    with sole_writer("the report of", output_dir / "report"), whole_files([output_dir / name for name in names]) as files:
+        temporary = dict(zip(names, files, strict=True))
         for name, text in texts.items():
             temporary[name].write_text(text, encoding="utf-8")
         for name, figure in pictures.items():

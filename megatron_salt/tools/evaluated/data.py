@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_salt.config import DataConfig
-from megatron_salt.data.manifest import read_manifest
+from megatron_salt.data.manifest import read_manifest, tokenizer_directory
 from megatron_salt.data.samples import Samples, open_samples
 from megatron_salt.errors import LeftEarly, UserError
-from megatron_salt.tokenizer.tokenizer import Tokenizer
+from megatron_salt.tokenizer.id_bytes import different_meanings
+from megatron_salt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron_salt.model.gpt import GPT
     from megatron_salt.parallel.mesh import Mesh
+
+SHOWN = 10
+"""Ids that differ and are named in a message"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +74,37 @@ def open_data(name: str, prefix: str, tokenizer: Tokenizer, data: DataConfig, se
 
     Raises UserError."""
     samples = open_samples(prefix, "--data", data, seq_length, tokenizer.vocabulary_size, tokenizer.eod)
-    made = read_manifest(prefix)
-    if made is not None and made.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"--data {name}={prefix} was made with tokenizer {made.tokenizer_fingerprint}, the checkpoint's is {tokenizer.fingerprint}"
-        )
+    refuse_other_ids(name, prefix, tokenizer)
     masking = {flag: getattr(data, flag) for flag in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")}
     facts = {"data": name, "fingerprint": samples.fingerprint, "seq_length": seq_length, **masking}
     return NamedData(name=name, prefix=prefix, samples=samples, facts=facts)
+
+
+def refuse_other_ids(name: str, prefix: str, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the ids of a dataset mean something else to a checkpoint's tokenizer than to the one that made them.
+
+    Two tokenizers may have other fingerprints and the same ids, as that of a model that went out to another program and came back.
+    """
+    made = read_manifest(prefix)
+    if made is None or made.tokenizer_fingerprint == tokenizer.fingerprint:
+        return
+    told = f"--data {name}={prefix} was made with tokenizer {made.tokenizer_fingerprint}, the checkpoint's is {tokenizer.fingerprint}"
+    if made.append_eod and made.eod != tokenizer.eod:
+        raise UserError(f"{told}: its documents end in id {made.eod}, those of the checkpoint in {tokenizer.eod}")
+    kept = tokenizer_directory(prefix)
+    if not kept.is_dir():
+        raise UserError(f"{told}, and whether their ids mean the same cannot be seen without {kept}")
+    maker = load_tokenizer(kept)
+    if maker.fingerprint != made.tokenizer_fingerprint:
+        raise UserError(f"{told}, and {kept} holds {maker.fingerprint}")
+    count = min(maker.vocabulary_size, tokenizer.vocabulary_size)  # higher ids are refused where they occur
+    different = different_meanings(tokenizer, maker, count)
+    if different:
+        shown = "; ".join(f"{i} is {there} there and {here} here" for i, there, here in different[:SHOWN])
+        raise UserError(
+            f"{told}: {len(different)} of {count} ids mean something else to the checkpoint (there) than in the data (here): {shown}"
+            + ("; ..." if len(different) > SHOWN else "")
+        )
 
 
 def evaluate_data(

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
+from megatron_salt.config.teaching import Gate
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
 
 SEQUENCE, BATCH, HIDDEN, TEACHER_HIDDEN, ROWS = 12, 3, 16, 24, 64
@@ -28,6 +29,7 @@ class Case:
     kd_weight: float = 0.667
     shared_ids: int | None = None
     """Ids that the teacher has; None: all of the student's."""
+    gate: Gate | None = None
 
     @property
     def tolerance(self) -> float:
@@ -79,7 +81,9 @@ def oracle(inputs: Inputs, case: Case) -> Outputs:
     log_q, log_p = logits.log_softmax(-1), (teacher / case.temperature).log_softmax(-1)
     label = inputs.labels[:, None]
     ce, teacher_ce = -log_q.gather(1, label)[:, 0], -teacher.log_softmax(-1).gather(1, label)[:, 0]
-    target = (1 - case.kd_weight) * torch.zeros_like(log_p).scatter(1, label, 1.0) + case.kd_weight * log_p.exp()
+    inside = inside_gate(case.gate, teacher, inputs.labels)
+    w = torch.where(inside, case.kd_weight, 0.0)[:, None]
+    target = (1 - w) * torch.zeros_like(log_p).scatter(1, label, 1.0) + w * log_p.exp()
     terms = {
         "tokens": torch.ones_like(ce),
         "loss": -(target * log_q).sum(-1),
@@ -89,13 +93,27 @@ def oracle(inputs: Inputs, case: Case) -> Outputs:
         "teacher_ce": teacher_ce,
         "teacher_accuracy": teacher.argmax(-1) == inputs.labels,
         "agreement": teacher.argmax(-1) == logits.argmax(-1),
+        "taught": inside,
     }
-    metrics = torch.stack([(terms[name] * inputs.mask.double()).sum() for name in KD_METRICS])
+    names = KD_METRICS if case.gate is None else GATED_METRICS
+    metrics = torch.stack([(terms[name] * inputs.mask.double()).sum() for name in names])
     metrics[METRICS.index("loss")].backward()
     assert hidden.grad is not None and weight.grad is not None
     d_weight = torch.zeros(inputs.weight.shape, dtype=torch.float64)
     d_weight[: case.vocabulary_size] = weight.grad
     return Outputs(metrics[METRICS.index("loss")].detach(), metrics.detach(), hidden.grad, d_weight)
+
+
+def inside_gate(gate: Gate | None, teacher: Tensor, labels: Tensor) -> Tensor:
+    """bool [n]: the tokens that a gate lets through, by the teacher's logits [n, v] in float64, sorted and summed in the plain way."""
+    if gate is None:
+        return torch.ones(len(labels), dtype=torch.bool)
+    p, label = teacher.softmax(-1), labels[:, None]
+    if gate.kind == "probability":
+        return p.gather(1, label)[:, 0] >= gate.bound
+    if gate.kind == "rank":
+        return (teacher > teacher.gather(1, label)).sum(-1) < gate.bound
+    return torch.special.entr(p).sum(-1) <= gate.bound
 
 
 def call(case: Case, inputs: Inputs, hidden: Tensor, weight: Tensor, with_teacher: bool = True) -> tuple[Tensor, Tensor]:
@@ -108,6 +126,7 @@ def call(case: Case, inputs: Inputs, hidden: Tensor, weight: Tensor, with_teache
             case.temperature,
             case.kd_weight,
             case.shared_ids,
+            case.gate,
         )
         if with_teacher
         else None

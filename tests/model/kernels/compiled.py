@@ -31,6 +31,8 @@ def forms() -> list[tuple[object, str, str, dict[str, object]]]:
         (head.row_sums_kernel, student, "*fp32", {"HAS_TEACHER": teacher, "TEMPERED": tempered, "WITH_GAP": False})
         for student in ("*bf16", "*fp32") for teacher, tempered in ((True, True), (True, False), (False, False))
     ]  # fmt: skip
+    rows += [(head.row_sums_kernel, student, "*fp32", {"HAS_TEACHER": True, "TEMPERED": tempered, "WITH_GAP": True})
+             for student in ("*bf16", "*fp32") for tempered in (True, False)]  # fmt: skip
     rows.append((head.row_sums_kernel, "*fp32", "*fp32", {"HAS_TEACHER": False, "TEMPERED": False, "WITH_GAP": True}))
     rows += [(head.into_gradient_kernel, student, "*fp32", {"HAS_TEACHER": teacher})
              for student in ("*bf16", "*fp32") for teacher in (True, False)]  # fmt: skip

@@ -50,7 +50,7 @@ def columns_of_labels(columns: int) -> Tensor:
 
 
 def expected(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """float64 [13, ROWS]: the twelve sums with a teacher, and the student's gap."""
+    """float64 [14, ROWS]: the twelve sums with a teacher, the teacher's gap and the student's."""
 
     def of(values: Tensor) -> tuple[list[Tensor], Tensor]:
         below = values - values.amax(-1, keepdim=True)
@@ -62,7 +62,8 @@ def expected(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
     soft = (teacher_below / temperature).exp()
     both = ((below == 0) & (teacher_below == 0)).sum(-1).double()
     soft_sums = [soft.sum(-1), (soft * below).sum(-1), (soft * (teacher_below / temperature - below)).sum(-1), both]
-    return torch.stack([*student_sums, *teacher_sums, *soft_sums, (below.exp() * below).sum(-1)])
+    gaps = [(values.exp() * values).sum(-1) for values in (teacher_below, below)]
+    return torch.stack([*student_sums, *teacher_sums, *soft_sums, *gaps])
 
 
 def assert_near(sums: Tensor, oracle: Tensor) -> None:
@@ -80,11 +81,15 @@ def test_the_sums_are_those_of_float64(
     labels = columns_of_labels(columns)
     oracle = expected(student, teacher, labels, temperature)
     with_teacher, alone, with_gap = torch.empty(12, ROWS), torch.empty(4, ROWS), torch.empty(5, ROWS)
+    with_both = torch.empty(13, ROWS)
     head.row_sums(in_room(student), in_room(teacher), labels, temperature, False, with_teacher)
+    head.row_sums(in_room(student), in_room(teacher), labels, temperature, True, with_both)
     head.row_sums(in_room(student), None, labels, 1.0, False, alone)
     head.row_sums(in_room(student), None, labels, 1.0, True, with_gap)
     assert_near(with_teacher, oracle[:12])
-    assert_near(with_gap[4], oracle[12])
+    assert_near(with_both[12], oracle[12])
+    assert_near(with_gap[4], oracle[13])
+    assert torch.equal(with_both[:12], with_teacher)  # a gate by the entropy changes no bit of the others
     assert torch.equal(alone, with_teacher[:4])  # a teacher changes no bit of the student's
     assert torch.equal(alone, with_gap[:4])
 
@@ -99,12 +104,12 @@ def test_rows_without_padding_are_read_to_their_end_and_no_further() -> None:
 
 
 def test_a_rank_of_padding_alone_has_sums_of_zero_and_no_label() -> None:
-    sums, count = torch.full((12, ROWS), float("nan")), torch.full((ROWS,), float("nan"))
+    sums, count = torch.full((13, ROWS), float("nan")), torch.full((ROWS,), float("nan"))
     empty = torch.empty(ROWS, 0)
-    head.row_sums(empty, empty, torch.full((ROWS,), -1), 0.5, False, sums)
+    head.row_sums(empty, empty, torch.full((ROWS,), -1), 0.5, True, sums)
     head.count_above(empty, torch.zeros(ROWS), count)
     head.into_gradient(empty, None, torch.full((ROWS,), -1), count, count, None, None, 1.0)
-    assert set(sums[[2, 6]].flatten().tolist()) == {-torch.inf} and not sums[[0, 1, 3, 4, 5, 7, 8, 9, 10, 11]].any()
+    assert set(sums[[2, 6]].flatten().tolist()) == {-torch.inf} and not sums[[0, 1, 3, 4, 5, 7, 8, 9, 10, 11, 12]].any()
     assert not count.any()
 
 

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_salt.config.teaching import Gate
 from megatron_salt.model.kernels import INTERPRETED
 from megatron_salt.model.kernels.passes import Blocks, new_logits
-from megatron_salt.model.loss import KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
+from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, METRICS, SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard, judge
+from tests.model.kd_loss.cases import inside_gate
 from tests.support.ranks import run_ranks
 from tests.support.virtual_cuda.triton_interpreter import prepare_once_a_kernel
 
@@ -39,6 +41,8 @@ class Case:
     temperature: float = 1.0
     kd_weight: float | None = 0.5
     """None: no teacher."""
+    gate: Gate | None = None
+    shared_ids: int | None = None
 
     @property
     def bound(self) -> float:
@@ -53,6 +57,13 @@ CASES = {
     "one rank has padding alone, T 0.25, bfloat16": Case(640, 601, torch.bfloat16, temperature=0.25),
     "one rank has one id": Case(640, 641, temperature=0.25, kd_weight=1.0),
     "teacher alone, bfloat16": Case(640, 1003, torch.bfloat16, kd_weight=1.0),
+    "gate by the probability": Case(640, 1003, temperature=0.25, gate=Gate("probability", 3e-4)),
+    "gate by the rank": Case(2560, 5003, temperature=0.25, gate=Gate("rank", 2000)),
+    "gate by the rank, one rank has none of the shared ids": Case(
+        640, 1003, temperature=0.25, gate=Gate("rank", 250), shared_ids=600
+    ),
+    "gate by the entropy": Case(2560, 5003, temperature=0.25, gate=Gate("entropy", 7.8)),
+    "gate by the entropy, one rank has padding alone, bfloat16": Case(640, 601, torch.bfloat16, gate=Gate("entropy", 5.8)),
     "no teacher": Case(640, 1003, kd_weight=None),
     "no teacher, padding alone, bfloat16": Case(640, 601, torch.bfloat16, kd_weight=None),
 }
@@ -83,8 +94,8 @@ def make_inputs(case: Case) -> Inputs:
     hidden[0], teacher_hidden[0] = hidden[0].sign(), teacher_hidden[0].sign()  # exact sums, in whatever order a rank multiplies
     weight[tied], teacher_weight[tied] = hidden[0, 0] / 2, teacher_hidden[0, 0] / 2
     weight[case.vocabulary_size :] = teacher_weight[case.vocabulary_size :] = float("nan")
-    labels, mask = torch.randint(0, case.vocabulary_size, (TOKENS,), generator=generator), torch.ones(TOKENS)
-    labels[0], labels[1], mask[5] = tied[1], 0, 0.3
+    labels, mask = torch.randint(0, case.shared_ids or case.vocabulary_size, (TOKENS,), generator=generator), torch.ones(TOKENS)
+    labels[0], labels[1], mask[5] = tied[0] if case.shared_ids else tied[1], 0, 0.3
     mask[list(MASKED)] = 0.0
     hidden[3], teacher_hidden[7], labels[10] = float("nan"), float("nan"), NOWHERE
     floats = (tensor.to(case.dtype) for tensor in (hidden, weight, teacher_hidden, teacher_weight))
@@ -109,8 +120,11 @@ def oracle(case: Case, inputs: Inputs) -> Outputs:
     labels, mask = inputs.labels[counted, None], inputs.mask[counted].double()
     logits = hidden @ weight.t()
     teacher = inputs.teacher_hidden[counted, 0].double() @ inputs.teacher_weight[:size].double().t()
+    if case.shared_ids is not None:
+        teacher[:, case.shared_ids :] = -1e6
     log_q, log_p = logits.log_softmax(-1), (teacher / case.temperature).log_softmax(-1)
-    w = case.kd_weight or 0.0
+    inside = inside_gate(case.gate, teacher, inputs.labels[counted])
+    w = torch.where(inside, case.kd_weight or 0.0, 0.0)[:, None]
     target = (1 - w) * torch.zeros_like(log_p).scatter(1, labels, 1.0) + w * log_p.exp()
     chosen, teacher_chosen = (values == values.amax(-1, keepdim=True) for values in (logits.float(), teacher.float()))
     terms = {
@@ -122,8 +136,11 @@ def oracle(case: Case, inputs: Inputs) -> Outputs:
         "teacher_ce": -teacher.log_softmax(-1).gather(1, labels)[:, 0],
         "teacher_accuracy": teacher_chosen.gather(1, labels)[:, 0] / teacher_chosen.sum(-1),
         "agreement": (chosen & teacher_chosen).sum(-1) / (chosen.sum(-1) * teacher_chosen.sum(-1)),
+        "taught": inside,
     }
-    metrics = torch.stack([(terms[name] * mask).sum() for name in (METRICS if case.kd_weight is None else KD_METRICS)])
+    names = METRICS if case.kd_weight is None else KD_METRICS if case.gate is None else GATED_METRICS
+    assert case.gate is None or 0 < inside.sum() < counted.sum(), inside
+    metrics = torch.stack([(terms[name] * mask).sum() for name in names])
     metrics[METRICS.index("loss")].backward()
     d_hidden = torch.zeros(TOKENS, 1, HIDDEN, dtype=torch.float64)
     d_weight = torch.zeros(2 * case.rows, HIDDEN, dtype=torch.float64)
@@ -139,7 +156,7 @@ def on_a_rank(case: Case, inputs: Inputs) -> Outputs:
     teacher = None
     if case.kd_weight is not None:
         parts = (tensor.chunk(2)[rank].clone() for tensor in (inputs.teacher_hidden, inputs.teacher_weight))
-        teacher = SoftTarget(*parts, case.temperature, case.kd_weight)
+        teacher = SoftTarget(*parts, case.temperature, case.kd_weight, case.shared_ids, case.gate)
     shard = VocabularyShard(group, case.rows, case.vocabulary_size, False)
     loss, metrics = fused_linear_cross_entropy(hidden, weight, inputs.labels, inputs.mask, shard, CHUNK, teacher)
     loss.backward()
@@ -173,6 +190,14 @@ def test_on_two_ranks_a_teacher_of_weight_0_changes_no_bit(dtype: torch.dtype) -
     alone = of_two_ranks(Case(640, 1003, dtype, kd_weight=None))
     taught = of_two_ranks(Case(640, 1003, dtype, temperature=0.25, kd_weight=0.0))
     assert torch.equal(alone.metrics, taught.metrics[: len(METRICS)])
+    assert torch.equal(alone.d_hidden, taught.d_hidden) and torch.equal(alone.d_weight, taught.d_weight)
+
+
+@pytest.mark.parametrize("gate", [Gate("probability", 2.0), Gate("rank", 0), Gate("entropy", -1.0)], ids=lambda gate: gate.kind)
+def test_on_two_ranks_a_gate_that_lets_no_token_through_changes_no_bit(gate: Gate) -> None:
+    alone = of_two_ranks(Case(640, 1003, torch.bfloat16, kd_weight=None))
+    taught = of_two_ranks(Case(640, 1003, torch.bfloat16, temperature=0.25, gate=gate))
+    assert torch.equal(alone.metrics, taught.metrics[: len(METRICS)]) and not taught.metrics[-1]
     assert torch.equal(alone.d_hidden, taught.d_hidden) and torch.equal(alone.d_weight, taught.d_weight)
 
 

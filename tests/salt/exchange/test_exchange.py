@@ -52,8 +52,12 @@ class Live(TorchDispatchMode):
         return result
 
 
-def exchanged(lesson: Lesson, world_size: int) -> tuple[int, int, list[Tensor | None], list[Tensor]]:
-    """(peak memory of the exchange here, what the plan says of the fullest rank, hidden states, the pieces that were computed here)."""
+def exchanged(
+    lesson: Lesson, world_size: int, stages: frozenset[int] | None = None
+) -> tuple[int, int, list[Tensor | None], list[Tensor]]:
+    """(peak memory of the exchange here, what the plan says of the fullest rank, hidden states, the pieces that were computed here).
+
+    stages: of the student, those that need hidden states; None: the last one."""
     student = build_student(lesson.case, world_size)
     teacher = admit(lesson, student)
     exchange, seen = Teacher._exchange, []
@@ -67,7 +71,7 @@ def exchanged(lesson: Lesson, world_size: int) -> tuple[int, int, list[Tensor | 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teacher, "_exchange", tracked)
-        hidden = teacher.hidden_states(batch(student, lesson.case, 0), lesson.merge)
+        hidden = teacher.hidden_states(batch(student, lesson.case, 0), lesson.merge, stages=stages)
     [(peak, planned, pieces)] = seen
     return peak, planned, hidden, pieces
 
@@ -79,18 +83,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-@pytest.mark.parametrize("sizes, teacher_sizes, merge", [
-    (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), (2, 1), 1),
-    (dict(pipeline_model_parallel_size=4), (1, 2), 2),
-    (dict(context_parallel_size=2), (1, 1), 2),
-    ({}, (1, 1), 2),
+@pytest.mark.parametrize("sizes, teacher_sizes, merge, stages", [
+    (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), (2, 1), 1, None),
+    (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), (1, 2), 1, frozenset({0, 1})),
+    (dict(pipeline_model_parallel_size=4), (1, 2), 2, None),
+    (dict(context_parallel_size=2), (1, 1), 2, None),
+    ({}, (1, 1), 2, None),
 ])  # fmt: skip
 def test_the_memory_that_start_up_tells_is_what_the_fullest_rank_takes(
-    teacher: str, sizes: dict[str, int], teacher_sizes: tuple[int, int], merge: int
+    teacher: str, sizes: dict[str, int], teacher_sizes: tuple[int, int], merge: int, stages: frozenset[int] | None
 ) -> None:
     """Oracle: every storage that is alive during the exchange, the outputs of the teacher's forwards among them."""
     lesson = Lesson(Case(ParallelConfig(**sizes)), teacher, teacher_sizes, merge)
-    ranks = run_ranks(4, exchanged, lesson, 4)
+    ranks = run_ranks(4, exchanged, lesson, 4, stages)
     assert max(peak for peak, *_ in ranks) == ranks[0][1] > 0
 
 

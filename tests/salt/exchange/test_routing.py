@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,21 @@ def test_a_rank_receives_its_share_of_what_its_context_rank_holds():
             assert all(positions(piece) == expected and len(expected) == plan.piece_length for piece in pieces)
 
 
+def test_a_guided_stage_takes_what_the_last_stage_would_and_a_stage_that_is_both_takes_it_once():
+    """The oracle: the plan for the last stage alone, with its targets moved by whole stages of tp x cp places."""
+    for student, teacher in LAYOUTS[::5]:
+        last, places, length = student.pipeline - 1, student.tensor * student.context, length_for(student)
+        alone = routing.plan_exchange(student, teacher, 3, 2, length)
+        some_stages = {frozenset({stage, *more}) for stage in range(student.pipeline) for more in ((), (last,))}
+        for some in some_stages:
+            plan = routing.plan_exchange(student, teacher, 3, 2, length, some)
+            moved = [replace(piece, target=piece.target - (last - stage) * places) for stage in some for piece in alone.pieces]
+            assert list(plan.pieces) == sorted(moved, key=lambda piece: (piece.source, piece.target, piece.microbatch))
+            sends = np.array([plan.send_sizes(place) for place in range(plan.num_places)])
+            assert (sends == np.array([plan.receive_sizes(place) for place in range(plan.num_places)]).T).all()
+            assert sends.sum() == 3 * len(some) * length
+
+
 def test_who_sends_has_it():
     """The last stage of the replica that ran a microbatch sends its pieces."""
     for student, teacher, plan in plans(7, merge=2):
@@ -163,6 +179,21 @@ def test_a_slice_may_straddle_the_two_chunks_of_a_context_rank():
     assert [piece.positions for piece in plan.pieces] == [
         (slice(0, 2),), (slice(2, 3), slice(9, 10)), (slice(10, 12),), (slice(3, 5),), (slice(5, 6), slice(6, 7)), (slice(7, 9),),
     ]  # fmt: skip
+
+
+def test_a_guided_plan_by_hand():
+    """tp 2, pp 3: places 0 and 1 are the first stage, 2 and 3 the second, 4 and 5 the last. Teacher 1 x 1: the first replica on place 0."""
+    student = Layout(tensor=2, pipeline=3)
+    teacher = routing.teacher_layout(student, 1, 1)
+    first, second = (slice(0, 4),), (slice(4, 8),)
+    for stages, expected in [
+        ({1}, [(0, 2, first), (0, 3, second)]),
+        ({1, 2}, [(0, 2, first), (0, 3, second), (0, 4, first), (0, 5, second)]),
+        ({2}, [(0, 4, first), (0, 5, second)]),
+        (None, [(0, 4, first), (0, 5, second)]),
+    ]:
+        plan = routing.plan_exchange(student, teacher, 1, 1, 8, None if stages is None else frozenset(stages))
+        assert [(piece.source, piece.target, piece.positions) for piece in plan.pieces] == expected
 
 
 @pytest.mark.parametrize("student, tensor, pipeline", [

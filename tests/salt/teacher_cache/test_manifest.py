@@ -153,7 +153,7 @@ def test_figures_on_held_out_data_are_found_by_what_they_are_of(tmp_path: Path) 
         (dict(holds_all=False), "it does not hold all samples of stage 1"),
         (dict(evaluates=True), "it has no figures of the teacher on this held-out data"),
         (dict(precision=Precision(fp8_format="hybrid")), "the teacher's FP8 is checked"),
-        (dict(shared_ids=199), "what the teacher gives to ids that are not shared is checked"),
+        (dict(own_ids=True), "what the teacher gives to ids that are not shared is checked"),
         (dict(bos=1), "the teacher's loss with and without BOS is measured"),
     ],
 )
@@ -161,8 +161,7 @@ def test_the_teachers_layers_are_loaded_where_something_needs_them(change: dict[
     asked: dict[str, Any] = dict(
         holds_all=True,
         precision=Precision(),
-        teacher=replace(FITTING, vocabulary_size=200),
-        shared_ids=200,
+        own_ids=False,
         bos=None,
         evaluates=False,
     )

@@ -194,6 +194,38 @@ def test_ids_that_mean_something_else_are_refused(home: Path, tmp_path: Path, ca
     assert message.count(" there and ") == 10 and "make the data with the teacher's tokenizer" in message
 
 
+# ---- a teacher without an output layer ---------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_only_guides_must_know_the_ids_of_the_data_and_no_others(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two bytes are exchanged in the student's tokenizer, which also has three ids more than the teacher's. A --dry-run reads all data."""
+    content = json.loads((home / "more.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = (next(piece for piece, i in vocabulary.items() if i == byte) for byte in (88, 89))
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (tmp_path / "exchanged.json").write_text(json.dumps(content))
+    flags = lesson(
+        home, teacher_load=home / "plain", kd_steps=None, guide="hidden", let_steps=4, let_layer=1, teacher_max_dropped_mass=None,
+        **hugging_face(tmp_path / "exchanged.json"),
+    )  # fmt: skip
+    assert pretrain.main(argv(dry_run=1, **flags)) == 0
+    told = capsys.readouterr().out
+    assert (
+        "teacher: 5 of the 260 ids of the student's tokenizer mean something else to it or are no row of its embedding" in told
+    )
+    assert "renormalised" not in told
+    for unlike, why in ((88, "'X' to it and 'Y' to the student"), (259, "no row of its embedding, which has 257")):
+        tokens = np.full(NUM_WINDOWS * 16 + 1, 97)
+        tokens[200] = unlike
+        data = write_tokens(tmp_path / f"data {unlike}", tokens)
+        assert pretrain.main(argv(dry_run=1, **(flags | dict(data_path=data)))) == 2
+        message = capsys.readouterr().err
+        assert f"--data-path {data}: token 200 is id {unlike}, which --teacher-load" in message
+        assert f"cannot read: {why}; 5 ids are unlike, and with --guide hidden the data must hold none of them" in message
+
+
 def test_the_rate_counts_tokens_that_lie_elsewhere(tmp_path: Path) -> None:
     """Both have the pieces; one of them never joins "ab"."""
     one = tokenizer_json(tmp_path / "one.json", [], [("a", "b"), ("c", "d")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_salt.config import SaltConfig
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.history import CacheUse, read_curve
 from megatron_salt.study.analysis.ledger import (
@@ -120,6 +121,35 @@ def test_a_cached_teacher_costs_its_head_and_what_the_cache_lacked(tmp_path: Pat
     assert plain.spared == 0 and plain.cache is None
     assert cache_rows([plain, cost]) == [["salt", "1", "finished", "3168", "3", "0.5", "1", "0.25"]]
     assert len(CACHE_HEADS) == 8
+
+
+def test_a_guided_run_pays_for_the_teachers_head_only_while_it_gives_soft_labels() -> None:
+    """Four steps with the teacher, 18 tokens each: layers of 88 FLOPs in all of them, head of 40 in the first two. The log is whole, or it
+    begins at step 4, or a cache had the hidden states."""
+    whole = run("salt_let", 1, CURVE, teacher_steps=4)
+    assert whole.curve is not None and whole.config is not None
+    salt = SaltConfig(teacher_load="t", guide="both", kd_steps=2, let_steps=4)
+    config, nan = replace(whole.config, salt=salt), np.nan
+    of_steps = whole.curve.of_steps | {
+        "train/teacher_flops": np.array([128, 256, 344, 432, *[432] * 6]) * 18.0,
+        "train/kd_weight": np.array([0.5, 0.5, *[nan] * 8]), "train/let_weight": np.array([0.1] * 4 + [nan] * 6),
+    }  # fmt: skip
+    cost = cost_of(replace(whole, config=config, curve=replace(whole.curve, of_steps=of_steps)), PREPARATION)
+    assert cost.flops is not None and cost.spared == 0
+    assert cost.flops["teacher layers"] == 4 * 88 * 18 and cost.flops["teacher head"] == 2 * 40 * 18
+
+    part = run("salt_let", 1, CURVE, teacher_steps=4, first=4)
+    assert part.curve is not None
+    of_part = part.curve.of_steps | {name: values[3:] for name, values in of_steps.items() if name not in part.curve.of_steps}
+    of_part["train/teacher_flops"] = of_steps["train/teacher_flops"][3:]
+    assert cost_of(replace(part, config=config, curve=replace(part.curve, of_steps=of_part)), PREPARATION).flops == cost.flops
+
+    cached = of_steps | {
+        "train/teacher_flops": np.array([40, 80, *[80] * 8]) * 18.0, "train/teacher_cached": np.array([1.0] * 4 + [nan] * 6),
+    }  # fmt: skip
+    free = cost_of(replace(whole, config=config, curve=replace(whole.curve, of_steps=cached)), PREPARATION)
+    assert free.flops is not None and free.flops["teacher layers"] == 0 and free.flops["teacher head"] == 2 * 40 * 18
+    assert free.spared == 4 * 88 * 18
 
 
 def test_the_use_of_a_cache_is_summed_over_the_starts_of_a_run(tmp_path: Path) -> None:

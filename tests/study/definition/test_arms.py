@@ -14,13 +14,18 @@ BASE = {
     "training": {"seq_length": 4, "micro_batch_size": 1, "global_batch_size": 2, "train_iters": 10},
 }
 SALT = {"kd_steps": 4, "kd_weight": 0.5, "stage2_data": "unseen", "kd_transition": "linear", "kd_transition_steps": 2}
+GATE = {"kd_gate": "rank:3"}
+"""`salt:` of the study has it too."""
 STEP_FLOPS = 2 * 4 * 3 * (2 * (2 * (8 * 8 * 4 + 2 * 8 * 32) + 2 * 2 * 8 * 2) + 2 * 8 * 12)
 """Of BASE: 2 samples x 4 tokens x (forward + backward) x (2 layers x (projections, an MLP of width 4 h, attention) + head of 12 rows)"""
 INPUTS = Inputs(teacher_load="teacher", stage1_selection="s.npy", teacher_flops=3.9 * STEP_FLOPS, vocabulary_size=10)
 
 
+GUIDED = SALT | {"let_steps": 6, "let_layer": 1, "kd_stop_margin": 0.5, "teacher_max_dropped_mass": 0.5}
+
+
 def flags(kind: Kind, setting=None, base=BASE, **own):
-    return arm_flags(Arm(name="a", kind=kind, flags=own), SALT, setting or {}, base, 1, INPUTS)
+    return arm_flags(Arm(name="a", kind=kind, flags=own), SALT | GATE, setting or {}, base, 1, INPUTS)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,8 @@ def flags(kind: Kind, setting=None, base=BASE, **own):
     [
         ("baseline", {}),
         ("salt", {"teacher_load": "teacher", "kd_steps": 4, "kd_weight": 0.5, "kd_transition": "linear", "kd_transition_steps": 2}),
+        ("gated", {"teacher_load": "teacher", "kd_steps": 4, "kd_weight": 0.5, "kd_transition": "linear", "kd_transition_steps": 2,
+                   "kd_gate": "rank:3"}),
         ("salt_ds", {"teacher_load": "teacher", "stage1_selection": "s.npy", **SALT}),
         ("random", {"teacher_load": "teacher", "stage1_selection": "s.npy", **SALT}),
         ("ds_only", {"stage1_selection": "s.npy", "kd_steps": 4, "kd_weight": 0.0, "stage2_data": "unseen"}),
@@ -40,11 +47,46 @@ def test_flags_of_each_kind(kind, expected):
     found = flags(kind)
     assert found == expected
     config = build(overlaid(BASE, found))  # they are flags of one run
-    assert (config.salt.teacher_load is not None) == (kind in ("salt", "salt_ds", "random", "rkd"))
+    assert (config.salt.teacher_load is not None) == (kind in ("salt", "salt_ds", "random", "rkd", "gated"))
 
 
 def test_every_kind_is_listed():
-    assert set(KINDS) == {"baseline", "salt", "salt_ds", "rkd", "ds_only", "random", "longer", "grow"}
+    assert set(KINDS) == {
+        "baseline",
+        "salt",
+        "salt_ds",
+        "rkd",
+        "ds_only",
+        "random",
+        "longer",
+        "grow",
+        "let",
+        "salt_let",
+        "gated",
+    }
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("let", {"guide": "hidden", "teacher_load": "teacher", "let_steps": 6, "let_layer": 1}),
+        ("salt_let", {
+            "guide": "both", "teacher_load": "teacher", "let_steps": 6, "let_layer": 1, "kd_steps": 4, "kd_weight": 0.5,
+            "kd_transition": "linear", "kd_transition_steps": 2, "teacher_max_dropped_mass": 0.5,
+        }),
+        ("salt", {
+            "teacher_load": "teacher", "kd_steps": 4, "kd_weight": 0.5, "kd_transition": "linear", "kd_transition_steps": 2,
+            "kd_stop_margin": 0.5, "teacher_max_dropped_mass": 0.5,
+        }),
+        ("rkd", {"teacher_load": "teacher", "kd_steps": 10, "kd_weight": 0.5, "teacher_max_dropped_mass": 0.5}),
+        ("baseline", {}),
+    ],
+)  # fmt: skip
+def test_flags_of_guided_arms_and_what_the_others_leave_of_them(kind, expected):
+    """Of one `salt:` with flags of both methods."""
+    found = arm_flags(Arm(name="a", kind=kind, flags={}), GUIDED, {}, BASE, 1, INPUTS)
+    assert found == expected
+    assert build(overlaid(BASE, found)).salt.stage1_steps == {"let": 6, "salt_let": 6, "salt": 4, "rkd": 10}.get(kind)
 
 
 def test_an_arm_wins_over_salt_and_an_axis_over_the_arm():
@@ -54,11 +96,28 @@ def test_an_arm_wins_over_salt_and_an_axis_over_the_arm():
 
 
 @pytest.mark.parametrize(
-    "kind, flag", [("baseline", "kd_steps"), ("rkd", "kd_steps"), ("ds_only", "kd_weight"), ("salt", "stage2_data")]
+    "kind, flag",
+    [
+        ("baseline", "kd_steps"),
+        ("rkd", "kd_steps"),
+        ("ds_only", "kd_weight"),
+        ("salt", "stage2_data"),
+        ("salt", "kd_gate"),
+        ("salt_let", "kd_gate"),
+        ("salt", "let_steps"),
+        ("let", "kd_weight"),
+        ("salt_let", "guide"),
+    ],
 )
 def test_a_flag_that_a_kind_sets_or_has_no_use_for_is_refused(kind, flag):
     with pytest.raises(UserError, match=f"kind {kind} has no use for --{flag.replace('_', '-')}"):
         flags(kind, **{flag: 1})
+
+
+def test_an_arm_of_kind_gated_has_a_gate():
+    assert flags("gated", {"kd_gate": "entropy:2"}, kd_gate="probability:0.1")["kd_gate"] == "entropy:2"
+    with pytest.raises(UserError, match="kind gated needs --kd-gate: without one its runs are those of kind salt"):
+        flags("gated", kd_gate="none")
 
 
 def test_longer_buys_whole_steps_with_the_flops_of_the_teachers_training():

@@ -10,9 +10,10 @@ import pytest
 
 from megatron_salt.cli import parse_flags
 from megatron_salt.errors import UserError
-from megatron_salt.study.definition.plan_jobs import TeacherFacts, goes_on, plan_jobs
+from megatron_salt.study.definition.plan_jobs import TeacherFacts, plan_jobs
 from megatron_salt.study.definition.study import KINDS
 from megatron_salt.study.definition.study_file import parse_study
+from megatron_salt.study.job import goes_on
 from megatron_salt.tools.flags.score_config import ScoreConfig
 from megatron_salt.tools.flags.select_config import SelectConfig
 from tests.study.definition.studies import study, write_configs
@@ -20,7 +21,9 @@ from tests.study.definition.studies import study, write_configs
 ROOT = Path(__file__).parents[3]
 FACTS = TeacherFacts(vocabulary_size=100, training_flops={"teacher": 1e9})
 GROW = {"grow": {"num_layers": 2, "train_iters": 20}}
-ALL = {kind: GROW if kind == "grow" else None for kind in KINDS}
+LET = {"flags": {"let_steps": 4, "let_layer": 1}}
+NEEDED: dict[str, object] = {"grow": GROW, "let": LET, "salt_let": LET, "gated": {"flags": {"kd_gate": "rank:3"}}}
+ALL = {kind: NEEDED.get(kind) for kind in KINDS}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,7 @@ def test_jobs_come_after_what_they_need_and_shared_ones_once():
         assert done.issuperset(job.needs), job
         done.add(job.name)
     assert (
-        len(done) == len(plan.jobs) == 1 + 1 + 3 + 4 + 16
+        len(done) == len(plan.jobs) == 1 + 1 + 3 + 4 + 22
     )  # teacher; scores; top and two random choices; sources and stacks; runs
     needs = {job.name: job.needs for job in plan.jobs}
     assert needs["score-teacher-80"] == ("teacher",)
@@ -58,7 +61,7 @@ def test_runs_of_a_seed_differ_in_nothing_but_what_the_arm_is_about():
         assert config.data == plain.data
         assert config.model == plain.model
         assert config.checkpoint.save == str(run.directory) == f"out/runs/{run.arm}/seed_{run.seed}"
-        if run.arm in ("salt", "rkd"):
+        if run.arm in ("salt", "rkd", "let", "salt_let", "gated"):
             assert replace(config, salt=plain.salt, checkpoint=plain.checkpoint) == plain
         assert config.checkpoint.load == config.checkpoint.save  # goes on from its own checkpoint
 
@@ -67,7 +70,26 @@ def test_a_grown_run_begins_with_the_stacked_weights_and_goes_on_from_its_own():
     job = next(job for job in plan_jobs(study(arms=ALL), FACTS).jobs if job.name == "grow-seed_1")
     ordinary = ("-m", "megatron_salt.pretrain", "--config", "out/runs/grow/seed_1/config.yaml")
     assert job.command == (*ordinary, "--load", "out/grow/grow/seed_1/stacked/checkpoint", "--finetune")
-    assert goes_on(job).command == goes_on(goes_on(job)).command == ordinary
+    assert goes_on(job.command) == goes_on(goes_on(job.command)) == ordinary
+
+
+def test_runs_that_draw_the_same_samples_for_a_cache_are_known():
+    """Those of one seed, unless a selection or the batch size tells them apart; rkd has the longest stage 1."""
+    arms = dict.fromkeys(("baseline", "salt", "rkd", "salt_ds")) | {
+        "flat": {"kind": "salt", "flags": {"kd_weight": 0.5}},
+        "let": LET,
+    }
+    plan = plan_jobs(study(arms=arms, salt={"kd_steps": 30, "teacher_cache": "cache"}, axes={"global_batch_size": [8]}), None)
+    cached = {job.name: job.cached for job in plan.jobs if job.cached is not None}
+    assert {name: one.steps for name, one in cached.items() if name.endswith("seed_1")} == {
+        "salt-seed_1": 30, "flat-seed_1": 30, "salt_ds-seed_1": 30, "rkd-seed_1": 100, "salt-global_batch_size=8-seed_1": 30,
+        "let-seed_1": 4, "let-global_batch_size=8-seed_1": 4,
+        "flat-global_batch_size=8-seed_1": 30, "salt_ds-global_batch_size=8-seed_1": 30, "rkd-global_batch_size=8-seed_1": 100,
+    }  # fmt: skip
+    alike = [name for name, one in cached.items() if one.order == cached["salt-seed_1"].order]
+    assert alike == ["salt-seed_1", "rkd-seed_1", "flat-seed_1", "let-seed_1"]
+    assert len({one.order for one in cached.values()}) == 2 * 2 * 2  # seeds, batch sizes, with and without a selection
+    assert all(job.cached is None for job in plan_jobs(study(), None).jobs)
 
 
 def test_the_jobs_before_runs_are_commands_of_the_tools():
@@ -169,8 +191,8 @@ def test_the_studies_of_the_documentation_are_some(monkeypatch):
     first, whole = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/study.md").read_text(), re.DOTALL)
     assert len(plan_jobs(parse_study(first, "docs/study.md"), FACTS).jobs) == 5
     plan = plan_jobs(parse_study(whole, "docs/study.md"), FACTS)
-    assert len(plan.jobs) == 45
-    assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow"}
+    assert len(plan.jobs) == 54
+    assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow", "gated"}
     assert {run.label for run in plan.runs if run.settings} == {
-        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter") for w in (0.5, 0.8)
+        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter", "gated") for w in (0.5, 0.8)
     }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,10 +23,10 @@ from megatron_salt.errors import UserError
 from megatron_salt.files import sole_writer
 from megatron_salt.study import execute
 from megatron_salt.study.execute import run_jobs
-from megatron_salt.study.job import Job
+from megatron_salt.study.job import TRAINER, CachedStage1, Job
 from megatron_salt.study.jobs.local import environment_of, shares_of_gpus, visible_gpus
 from megatron_salt.study.jobs.outcome import Outcome, last_error, read_outcome
-from megatron_salt.study.jobs.status import failed_needs
+from megatron_salt.study.jobs.status import Status, failed_needs, ready
 from tests.study.jobs.small_jobs import began, job, wait_for
 
 ROOT = Path(__file__).parents[3]
@@ -142,6 +144,74 @@ def test_a_job_waits_for_an_earlier_start_that_still_saves(tmp_path: Path) -> No
     held.wait()
     assert study([job(tmp_path, "a", "assert (base / 'released').exists()")], tmp_path)[0] == 0
     thread.join()
+
+
+def test_a_run_whose_earlier_start_saves_while_it_waits_goes_on_from_that(tmp_path: Path) -> None:
+    """As after a kill of a study whose run had begun from a stacked model, before its first checkpoint."""
+    begins = ("--load", "stacked", "--finetune")
+    tells = "(base / name / 'flags').write_text(' '.join(sys.argv[1:]))"
+    held = threading.Event()
+
+    def earlier_start() -> None:
+        with sole_writer("job", tmp_path / "late/job"):
+            held.set()
+            time.sleep(1.0)
+            (tmp_path / "late/iter_0000005").mkdir()
+
+    jobs = [job(tmp_path, name, tells) for name in ("late", "new")]
+    jobs = [replace(one, command=(*one.command, TRAINER, *begins)) for one in jobs]
+    thread = threading.Thread(target=earlier_start)
+    thread.start()
+    held.wait()
+    study(jobs, tmp_path, local=2)
+    thread.join()
+    flags = {one.name: (one.directory / "flags").read_text() for one in jobs}
+    assert flags["new"].startswith(f"{TRAINER} --load stacked --finetune --outcome-file")
+    assert flags["late"].startswith(f"{TRAINER} --outcome-file")
+
+
+SALT, RKD = CachedStage1(("cache", 1), 30), CachedStage1(("cache", 1), 100)
+
+
+def caching(base: Path, name: str, program: str = "", cached: CachedStage1 = SALT) -> Job:
+    return replace(job(base, name, program, steps=100, arm=name), cached=cached)
+
+
+def test_runs_with_the_same_samples_wait_until_one_has_filled_the_cache(tmp_path: Path) -> None:
+    """a fills 30 steps and works on; b then reads them, and c, which has 100, computes the rest. Other seeds and plain runs do not wait."""
+    count = "len((base / 'began').read_text().split())"
+    until = f"end = time.monotonic() + 60\nwhile {count} < %d:\n    assert time.monotonic() < end; time.sleep(0.02)\n"
+    entry = '{"kind": "step", "step": %d, "seconds": 1}'
+    step = f"print('{entry}', file=open(base / name / 'train.jsonl', 'a'), flush=True)\n"
+    fills = until % 3 + step % 30 + f"time.sleep(0.5)\nassert {count} == 3\n" + step % 31 + until % 5
+    jobs = [
+        caching(tmp_path, "c", cached=RKD),
+        caching(tmp_path, "a", fills),
+        caching(tmp_path, "b"),
+        caching(tmp_path, "other", cached=replace(SALT, order=("cache", 2))),
+        job(tmp_path, "plain", steps=100, arm="plain"),
+    ]
+    status, shown = study(jobs, tmp_path, local=5)
+    assert status == 0, shown
+    assert sorted(began(tmp_path)[:3]) == ["a", "other", "plain"] and sorted(began(tmp_path)[3:]) == ["b", "c"]
+
+
+def test_the_next_run_fills_the_cache_where_the_first_one_cannot(tmp_path: Path) -> None:
+    jobs = [caching(tmp_path, "a", "sys.exit(1)"), caching(tmp_path, "b", "time.sleep(0.3)"), caching(tmp_path, "c")]
+    assert study(jobs, tmp_path, local=3)[0] == 1
+    assert began(tmp_path) == ["a", "b", "c"]
+
+
+def test_no_run_waits_for_one_that_waits_for_it(tmp_path: Path) -> None:
+    """Whatever the lengths of stage 1 and the states: among the waiting jobs there is always one that may start."""
+    draw = random.Random(5)
+    for _ in range(300):
+        lengths = [draw.choice((10, 20, 30)) for _ in range(6)]
+        jobs = [caching(tmp_path, str(place), cached=replace(SALT, steps=length)) for place, length in enumerate(lengths)]
+        statuses = {one.name: Status(draw.choice(("waiting", "waiting", "done", "failed", "left"))) for one in jobs}
+        steps = {one.name: draw.choice((0, 15, 40)) for one in jobs}
+        left = [one.name for one in jobs if statuses[one.name].state == "waiting"]
+        assert bool(ready(jobs, statuses, steps)) == bool(left)
 
 
 @pytest.mark.parametrize("line, outcome", [

@@ -208,6 +208,15 @@ def test_a_report_that_fails_leaves_the_earlier_one(runs: list[RunResult], tmp_p
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.md": "an earlier one"}
 
 
+def test_a_directory_in_the_way_of_one_file_leaves_all_as_they_were(runs: list[RunResult], tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("an earlier one")
+    (tmp_path / "runs.csv").mkdir()
+    with pytest.raises(UserError, match=rf"the report in {tmp_path} cannot be written: runs\.csv: Is a directory"):
+        write_report(FACTS, [replace(runs[0], curve=None)], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "runs.csv"}
+    assert (tmp_path / "report.md").read_text() == "an earlier one"
+
+
 def test_without_plotly_all_but_the_page_is_written_and_that_is_told(
     runs: list[RunResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
