@@ -100,6 +100,9 @@ REFUSED = [
     (SaltConfig, dict(kd_steps=5), "--kd-steps 5 needs a teacher: give --teacher-load"),
     (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps"),
     (SaltConfig, TEACHER | dict(let_steps=4), "--let-steps 4 needs --guide hidden or both, got --guide soft-labels"),
+    (SaltConfig, TEACHER | dict(let_weight=0.3), "--let-weight 0.3 needs --guide hidden or both, got --guide soft-labels"),
+    (SaltConfig, dict(let_layer=2), "--let-layer 2 needs --guide hidden or both"),
+    (SaltConfig, TEACHER | dict(let_decay="step"), "--let-decay step needs --guide hidden or both"),
     (SaltConfig, TEACHER | dict(guide="both"), "--guide both needs --let-steps"),
     (SaltConfig, dict(guide="hidden", let_steps=4), "--guide hidden needs a teacher: give --teacher-load"),
     (
