@@ -210,7 +210,7 @@ class SaltConfig:
                 f"--kd-transition {self.kd_transition} does not go with --kd-transition-steps {self.kd_transition_steps}: "
                 "step takes none, linear and ratio take at least 1"
             )
-        if self.kd_transition == "ratio" and self.kd_weight == 1.0:
+        if self.kd_transition == "ratio" and self.kd_weight == 1.0 and not self.kd_weight_schedule:
             raise UserError("--kd-transition ratio needs --kd-weight below 1: at 1.0 the ratio w / (1 - w) is infinite")
 
     @property

@@ -185,6 +185,19 @@ REFUSED = [
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("0:0.5",)), "--kd-weight-schedule 0:0.5: each entry is STEP:VALUE"),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:1.5",)), "--kd-weight-schedule 1:1.5: the value must lie in [0, 1]"),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:x",)), "--kd-weight-schedule 1:x: the value must lie in [0, 1]"),
+    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1: 0.5",)), "--kd-weight-schedule 1: 0.5: the value must lie in [0, 1]"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_weight_schedule=("9" * 5000 + ":0.5",)),
+        ":0.5: each entry is STEP:VALUE, with steps from 1",
+    ),
+    (SaltConfig, TEACHER | dict(kd_gate="rank:" + "9" * 5000), "9: the bound of a rank is a whole number from 1 on"),
+    (SaltConfig, TEACHER | dict(kd_gate="entropy:1\n"), ": the bound of an entropy is above 0 and finite"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_gate="probability:1e-60"),
+        "--kd-gate probability:1e-60: float32 cannot tell the bound from 0; take at least 1e-30",
+    ),
     (
         SaltConfig,
         TEACHER | dict(kd_temperature_schedule=("2:0",)),
