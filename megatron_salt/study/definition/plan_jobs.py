@@ -255,10 +255,10 @@ class _Planner:
 
 def _cached_stage1(config: RunConfig, plan: RunPlan) -> CachedStage1 | None:
     salt = config.salt
-    if salt.teacher_cache is None or salt.kd_steps is None:
+    if salt.teacher_cache is None or salt.stage1_steps is None:
         return None
     order = (salt.teacher_cache, salt.teacher_load, salt.stage1_selection, config.training.seed, plan.global_batch_size)
-    return CachedStage1(order, min(salt.kd_steps, plan.total_steps))
+    return CachedStage1(order, min(salt.stage1_steps, plan.total_steps))
 
 
 def _refuse_shared_directories(jobs: Iterable[Job]) -> None:
