@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_salt.config.checks import above_zero, at_least, flag, representable, within
@@ -232,8 +232,10 @@ class SaltConfig:
     def _check_guide(self) -> None:
         """Raise UserError for let flags that do not fit the others."""
         if not self.guides_hidden:
-            if self.let_steps is not None:
-                raise UserError(f"--let-steps {self.let_steps} needs --guide hidden or both, got --guide {self.guide}")
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name.startswith("let_") and value != field.default:
+                    raise UserError(f"{flag(field.name)} {value} needs --guide hidden or both, got --guide {self.guide}")
             return
         if self.teacher_load is None:
             raise UserError(f"--guide {self.guide} needs a teacher: give --teacher-load")

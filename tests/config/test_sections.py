@@ -100,6 +100,14 @@ REFUSED = [
     (SaltConfig, dict(kd_steps=5), "--kd-steps 5 needs a teacher: give --teacher-load"),
     (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps"),
     (SaltConfig, TEACHER | dict(let_steps=4), "--let-steps 4 needs --guide hidden or both, got --guide soft-labels"),
+    (SaltConfig, TEACHER | dict(let_weight=0.2), "--let-weight 0.2 needs --guide hidden or both, got --guide soft-labels"),
+    (SaltConfig, TEACHER | dict(let_layer=2), "--let-layer 2 needs --guide hidden or both"),
+    (SaltConfig, TEACHER | dict(let_decay="step"), "--let-decay step needs --guide hidden or both"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_weight_schedule=("1:0.9,4:0.3",)),
+        "--kd-weight-schedule 1:0.9,4:0.3: each entry is STEP:VALUE, with spaces between entries, and '0.9,4:0.3' is no number",
+    ),
     (SaltConfig, TEACHER | dict(guide="both"), "--guide both needs --let-steps"),
     (SaltConfig, dict(guide="hidden", let_steps=4), "--guide hidden needs a teacher: give --teacher-load"),
     (
@@ -181,7 +189,11 @@ REFUSED = [
     ),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("0:0.5",)), "--kd-weight-schedule 0:0.5: each entry is STEP:VALUE"),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:1.5",)), "--kd-weight-schedule 1:1.5: the value must lie in [0, 1]"),
-    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:x",)), "--kd-weight-schedule 1:x: the value must lie in [0, 1]"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_weight_schedule=("1:x",)),
+        "--kd-weight-schedule 1:x: each entry is STEP:VALUE, with spaces between entries, and 'x' is no number",
+    ),
     (
         SaltConfig,
         TEACHER | dict(kd_temperature_schedule=("2:0",)),

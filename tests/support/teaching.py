@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -86,9 +86,15 @@ class Lesson:
         return SaltConfig(
             teacher_load=self.load, teacher_tensor_model_parallel_size=self.teacher[0], kd_weight=self.kd_weight,
             teacher_pipeline_model_parallel_size=self.teacher[1], kd_teacher_temperature=self.temperature, guide=self.guide,
-            kd_steps=None if self.guide == "hidden" else 10, let_steps=None if self.guide == "soft-labels" else 10,
-            let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step",
+            kd_steps=None if self.guide == "hidden" else 10, **self.let,
         )  # fmt: skip
+
+    @property
+    def let(self) -> dict[str, Any]:
+        """The flags of hidden-state guidance; none without it."""
+        if self.guide == "soft-labels":
+            return {}
+        return dict(let_steps=10, let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step")
 
     @property
     def weights(self) -> StepWeights:
