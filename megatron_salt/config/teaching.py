@@ -99,6 +99,10 @@ def _parse_points(name: str, words: Sequence[str], low: float, high: float) -> P
         step, _, value = word.partition(":")
         if not _WHOLE.fullmatch(step) or not 1 <= int(step) <= 2**62:
             raise UserError(f"{flag(name)} {word}: each entry is STEP:VALUE, with steps from 1 on")
+        if math.isnan(_number(value)):
+            raise UserError(
+                f"{flag(name)} {word}: each entry is STEP:VALUE, with spaces between entries, and {value!r} is no number"
+            )
         if not low <= _number(value) <= high:
             raise UserError(f"{flag(name)} {word}: the value must lie in [{low:g}, {high:g}]")
         points.append((int(step), float(value)))

@@ -184,8 +184,13 @@ REFUSED = [
     ),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("0:0.5",)), "--kd-weight-schedule 0:0.5: each entry is STEP:VALUE"),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:1.5",)), "--kd-weight-schedule 1:1.5: the value must lie in [0, 1]"),
-    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:x",)), "--kd-weight-schedule 1:x: the value must lie in [0, 1]"),
-    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1: 0.5",)), "--kd-weight-schedule 1: 0.5: the value must lie in [0, 1]"),
+    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:x",)), "with spaces between entries, and 'x' is no number"),
+    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1: 0.5",)), "with spaces between entries, and ' 0.5' is no number"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_weight_schedule=("1:0.9,4:0.3",)),
+        "--kd-weight-schedule 1:0.9,4:0.3: each entry is STEP:VALUE",
+    ),
     (
         SaltConfig,
         TEACHER | dict(kd_weight_schedule=("9" * 5000 + ":0.5",)),

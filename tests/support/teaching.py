@@ -83,14 +83,18 @@ class Lesson:
     @property
     def salt(self) -> SaltConfig:
         """The lesson's flags."""
-        guidance: dict[str, Any] = {}
-        if self.guide != "soft-labels":
-            guidance = dict(let_steps=10, let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step")
         return SaltConfig(
             teacher_load=self.load, teacher_tensor_model_parallel_size=self.teacher[0], kd_weight=self.kd_weight,
             teacher_pipeline_model_parallel_size=self.teacher[1], kd_teacher_temperature=self.temperature, guide=self.guide,
-            kd_steps=None if self.guide == "hidden" else 10, **guidance,
+            kd_steps=None if self.guide == "hidden" else 10, **self.let,
         )  # fmt: skip
+
+    @property
+    def let(self) -> dict[str, Any]:
+        """The flags of hidden-state guidance; none without it."""
+        if self.guide == "soft-labels":
+            return {}
+        return dict(let_steps=10, let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step")
 
     @property
     def weights(self) -> StepWeights:

@@ -13,25 +13,24 @@ def lesson_lines(config: RunConfig, total_steps: int) -> tuple[str, ...]:
         return ()
     at_most = " at most" if salt.kd_stop == "crossover" else ""
     if salt.kd_steps is not None:
-        weight, temperature = (
-            f"{value:g}" if not schedule else " ".join(schedule)
-            for value, schedule in (
-                (salt.kd_weight, salt.kd_weight_schedule),
-                (salt.kd_teacher_temperature, salt.kd_temperature_schedule),
-            )
-        )
-        gate = "" if salt.kd_gate == "none" else f", for tokens inside --kd-gate {salt.kd_gate}"
         lines.append(
-            f"stage 1: soft labels in steps 1 to {min(salt.kd_steps, total_steps)}{at_most}, with weight {weight} and "
-            f"temperature {temperature}{gate}"
+            f"stage 1: soft labels in steps 1 to {min(salt.kd_steps, total_steps)}{at_most}, "
+            f"with weight {_value(salt.kd_weight, salt.kd_weight_schedule)} and "
+            f"temperature {_value(salt.kd_teacher_temperature, salt.kd_temperature_schedule)}"
+            + ("" if salt.kd_gate == "none" else f", for tokens inside the gate {salt.kd_gate}")
         )
     guided = guided_layer(salt, config.model, config.parallel)
     if guided is not None and salt.let_steps is not None:
         chunk = "" if config.parallel.virtual_stages is None else f", chunk {guided.place.chunk}"
-        fall = f" at first, {salt.let_decay}" if salt.let_decay == "linear" else ""
+        fall = ", which falls linearly to 0" if salt.let_decay == "linear" else ""
         lines.append(
-            f"stage 1: the teacher's last hidden states in steps 1 to {min(salt.let_steps, total_steps)}, to layer {guided.layer} on "
-            f"pipeline stage {guided.place.stage}{chunk}, with weight {salt.let_weight:g}{fall}"
+            f"stage 1: the teacher's last hidden states guide layer {guided.layer}, on pipeline stage {guided.place.stage}{chunk}, in "
+            f"steps 1 to {min(salt.let_steps, total_steps)}, with weight {salt.let_weight:g}{fall}"
         )
     end = f"is freed after step {salt.stage1_steps}{at_most}" if salt.stage1_steps < total_steps else "teaches to the last step"
     return (*lines, f"stage 1: the teacher {end}")
+
+
+def _value(constant: float, schedule: tuple[str, ...]) -> str:
+    """The value that does not change, or the entries of the schedule in its place."""
+    return " ".join(schedule) if schedule else f"{constant:g}"

@@ -131,7 +131,10 @@ def test_a_teacher_without_an_output_layer_is_not_evaluated_and_a_dry_run_tells_
     flags = guided(data, teacher, **HIDDEN, valid_share=0.3, eval_iters=1, eval_interval=2, save=tmp_path / "run")
     assert pretrain.main(argv(**flags, dry_run=1)) == 0
     told = capsys.readouterr().out
-    line = "stage 1: the teacher's last hidden states in steps 1 to 2, to layer 1 on pipeline stage 0, with weight 0.5 at first, linear"
+    line = (
+        "stage 1: the teacher's last hidden states guide layer 1, on pipeline stage 0, in steps 1 to 2, with weight 0.5, which falls "
+        "linearly to 0"
+    )
     assert f"{line}\nstage 1: the teacher is freed after step 2\n" in told
     ended = train(**flags)
     assert (

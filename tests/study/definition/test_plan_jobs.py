@@ -97,6 +97,14 @@ def test_runs_that_draw_the_same_samples_for_a_cache_are_known():
     assert all(job.cached is None for job in plan_jobs(study(), None).jobs)
 
 
+def test_guided_runs_share_a_cache_for_as_long_as_the_teacher_teaches():
+    arms = {"baseline": None, "salt": None, "let": LET, "salt_let": {"flags": {"let_steps": 40, "let_layer": 1}}}
+    plan = plan_jobs(study(arms=arms, salt={"kd_steps": 30, "teacher_cache": "cache"}), None)
+    cached = {job.name: job.cached for job in plan.jobs if job.cached is not None and job.name.endswith("seed_1")}
+    assert {name: one.steps for name, one in cached.items()} == {"salt-seed_1": 30, "let-seed_1": 4, "salt_let-seed_1": 40}
+    assert len({one.order for one in cached.values()}) == 1
+
+
 def test_the_jobs_before_runs_are_commands_of_the_tools():
     jobs = {job.name: job for job in plan_jobs(study(arms=ALL, ranks=2), FACTS).jobs}
     score = jobs["score-teacher-80"]
