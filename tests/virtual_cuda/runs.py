@@ -40,6 +40,7 @@ CASES = {
     "cp2": Case(2, dict(context_parallel_size=2)),
     "vp2": Case(2, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, num_layers=4)),
     "recompute": Case(1, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)),
+    "guided": Case(1, dict(guide="both", let_steps=5, let_layer=1)),
     "1 rank": Case(1, SHARDED | dict(bf16=True)),
     "pp2": Case(2, dict(pipeline_model_parallel_size=2, teacher_pipeline_model_parallel_size=2)),
     "tp2 sp": Case(
@@ -47,7 +48,7 @@ CASES = {
     ),
 }
 """The last is the one of `make test-short`."""
-FULL = ("dp2", "cp2", "vp2", "recompute")
+FULL = ("dp2", "cp2", "vp2", "recompute", "guided")
 """Cases of `make test-full` alone."""
 
 
