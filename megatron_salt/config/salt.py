@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_salt.config.checks import above_zero, at_least, flag, representable, within
@@ -210,7 +210,7 @@ class SaltConfig:
                 f"--kd-transition {self.kd_transition} does not go with --kd-transition-steps {self.kd_transition_steps}: "
                 "step takes none, linear and ratio take at least 1"
             )
-        if self.kd_transition == "ratio" and self.kd_weight == 1.0:
+        if self.kd_transition == "ratio" and self.kd_weight == 1.0 and not self.kd_weight_schedule:
             raise UserError("--kd-transition ratio needs --kd-weight below 1: at 1.0 the ratio w / (1 - w) is infinite")
 
     @property
@@ -232,8 +232,10 @@ class SaltConfig:
     def _check_guide(self) -> None:
         """Raise UserError for let flags that do not fit the others."""
         if not self.guides_hidden:
-            if self.let_steps is not None:
-                raise UserError(f"--let-steps {self.let_steps} needs --guide hidden or both, got --guide {self.guide}")
+            for leaf in fields(self):
+                value = getattr(self, leaf.name)
+                if leaf.name.startswith("let_") and value != leaf.default:
+                    raise UserError(f"{flag(leaf.name)} {value} needs --guide hidden or both, got --guide {self.guide}")
             return
         if self.teacher_load is None:
             raise UserError(f"--guide {self.guide} needs a teacher: give --teacher-load")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -16,6 +17,8 @@ from megatron_salt.errors import UserError
 
 GateKind = Literal["probability", "rank", "entropy"]
 GATE_FORMS = "none, probability:P, rank:K or entropy:E"
+LEAST_BOUND = 1e-30
+"""Of a probability and of an entropy, which are float32. A smaller bound could be 0 there, and let tokens of probability 0 through."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,15 @@ def parse_gate(text: str) -> Gate | None:
     if kind not in get_args(GateKind):
         raise UserError(f"--kd-gate must be {GATE_FORMS}, got {text!r}")
     if kind == "rank":
-        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 2**31:
+        if not _WHOLE.fullmatch(number) or not 1 <= int(number) <= 2**31:
             raise UserError(f"--kd-gate {text}: the bound of a rank is a whole number from 1 on")
     elif kind == "probability":
         if not 0 < _number(number) < 1:
             raise UserError(f"--kd-gate {text}: the bound of a probability lies between 0 and 1, both excluded")
-    elif not 1e-30 <= _number(number) < math.inf:
-        raise UserError(f"--kd-gate {text}: the bound of an entropy is above 0 and finite, in nats")
+        if _number(number) < LEAST_BOUND:
+            raise UserError(f"--kd-gate {text}: float32 cannot tell the bound from 0; take at least {LEAST_BOUND:g}")
+    elif not LEAST_BOUND <= _number(number) < math.inf:
+        raise UserError(f"--kd-gate {text}: the bound of an entropy is above 0 and finite, in nats; at least {LEAST_BOUND:g}")
     return Gate(cast(GateKind, kind), float(number))
 
 
@@ -92,7 +97,7 @@ def _parse_points(name: str, words: Sequence[str], low: float, high: float) -> P
     points = []
     for word in words:
         step, _, value = word.partition(":")
-        if not step.isascii() or not step.isdigit() or not 1 <= int(step) <= 2**62:
+        if not _WHOLE.fullmatch(step) or not 1 <= int(step) <= 2**62:
             raise UserError(f"{flag(name)} {word}: each entry is STEP:VALUE, with steps from 1 on")
         if not low <= _number(value) <= high:
             raise UserError(f"{flag(name)} {word}: the value must lie in [{low:g}, {high:g}]")
@@ -103,9 +108,13 @@ def _parse_points(name: str, words: Sequence[str], low: float, high: float) -> P
     return tuple(points)
 
 
+_WHOLE = re.compile(r"[0-9]{1,20}")
+_DECIMAL = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+
 def _number(text: str) -> float:
-    """NaN where the text is no number."""
+    """NaN where the text is no number. Spaces are none of it: a checkpoint keeps the entries of a schedule with spaces between them."""
     try:
-        return float(text)
+        return float(text) if _DECIMAL.fullmatch(text) else math.nan
     except ValueError:
         return math.nan

@@ -27,8 +27,9 @@ from megatron_salt.convert.checkpoint_writer import (
 )
 from megatron_salt.convert.import_checkpoint import recorded_losses, refuse_no_space
 from megatron_salt.convert.megatron.arguments import ARCHITECTURE
-from megatron_salt.convert.parts import EMBEDDING, Part, parts_of, refuse_missing
+from megatron_salt.convert.parts import EMBEDDING, parts_of, refuse_missing
 from megatron_salt.convert.tensor_files import Piece, TensorFiles
+from megatron_salt.convert.tensor_part import Part
 from megatron_salt.errors import UserError
 from megatron_salt.metrics.progress_bar import ProgressBar
 from megatron_salt.tokenizer.tokenizer import load_tokenizer

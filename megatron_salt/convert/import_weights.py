@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_salt.convert.foreign_model import ForeignModel
-from megatron_salt.convert.parts import EMBEDDING, Join, Part, Shape, parts_of
+from megatron_salt.convert.parts import EMBEDDING, parts_of
 from megatron_salt.convert.tensor_files import Piece
+from megatron_salt.convert.tensor_part import Join, Part, Shape
 from megatron_salt.errors import UserError
 
 PIECE_BYTES = 64 << 20

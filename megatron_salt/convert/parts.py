@@ -1,43 +1,29 @@
 """How the tensors of a model in transformers, or in megatron-core's GPTModel, become ours, and back, bit for bit.
 
-Ours are megatron-core's. The rows of a qkv weight lie by query group: its query heads, its key head, its value head. The rows of a gated
-MLP's first weight are the gate, then the value that it multiplies. Tensors of all layers have one key in a checkpoint, with an axis of
-layers in front.
+Ours are megatron-core's (`tensor_part.py`). Tensors of all layers have one key in a checkpoint, with an axis of layers in front.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_salt.config import ModelConfig
+from megatron_salt.convert.tensor_part import (
+    Part,
+    Shape,
+    copied,
+    grouped,
+    join_qkv,
+    one_under_the_other,
+    split_qkv,
+    stacked,
+    transposed,
+    vocabulary_weight,
+)
 from megatron_salt.errors import UserError
-
-Shape = tuple[int, ...]
-Join = Callable[[Sequence[Tensor]], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One tensor of one layer, or one outside of the layers: in our checkpoint, and as tensors of the other program."""
-
-    key: str
-    """Its key in a checkpoint."""
-    layer: int | None
-    """None: it belongs to no layer."""
-    shape: Shape
-    """Ours, without the axis of layers."""
-    sources: tuple[tuple[str, Shape], ...]
-    """(name, shape) of each tensor of the other program."""
-    join: Join | None
-    """Theirs to ours. None: the rows of ours are those of theirs, source after source, then zeros; so a few are converted at a time."""
-    split: Callable[[Tensor], Sequence[Tensor]]
-    """Ours to theirs."""
 
 
 def parts_of(architecture: str, model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
@@ -71,100 +57,6 @@ def refuse_missing(
             raise UserError(f"{directory}: {part.key} is {there}, and its state.json makes it {list(wanted)}")
 
 
-# ---- shapes of ours, and the ways to join --------------------------------------------------------------------------------
-
-
-def _copied(key: str, layer: int | None, name: str, shape: Shape) -> Part:
-    return Part(
-        key=key,
-        layer=layer,
-        shape=shape,
-        sources=((name, shape),),
-        join=None,
-        split=lambda whole: [whole],
-    )
-
-
-def _vocabulary(key: str, name: str, model: ModelConfig, vocabulary_size: int) -> Part:
-    """A weight with a row for each id: ours has rows of zeros at its end, so that tensor-parallel ranks get equal shares."""
-    rows, width = model.padded_vocabulary_size(vocabulary_size), model.hidden_size
-    return Part(
-        key=key,
-        layer=None,
-        shape=(rows, width),
-        sources=((name, (vocabulary_size, width)),),
-        join=None,
-        split=lambda whole: [whole[:vocabulary_size]],
-    )
-
-
-def _transposed(key: str, layer: int, name: str, shape: Shape) -> Part:
-    """GPT-2's linear layers hold the transposed weight."""
-    return Part(
-        key=key,
-        layer=layer,
-        shape=shape,
-        sources=((name, shape[::-1]),),
-        join=lambda tensors: tensors[0].t().contiguous(),
-        split=lambda whole: [whole.t().contiguous()],
-    )
-
-
-def join_qkv(groups: int, tensors: Sequence[Tensor]) -> Tensor:
-    """[q rows + 2 kv rows, ...] by query group, of query [H d, ...], key and value [G d, ...]."""
-    by_group = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in tensors]
-    return torch.cat(by_group, dim=1).flatten(0, 1)
-
-
-def split_qkv(groups: int, heads: int, whole: Tensor) -> list[Tensor]:
-    """The inverse of `join_qkv`: query, key and value."""
-    by_group = whole.reshape(groups, -1, *whole.shape[1:])
-    width = by_group.size(1) // (heads // groups + 2)
-    sizes = [width * (heads // groups), width, width]
-    return [tensor.flatten(0, 1).contiguous() for tensor in by_group.split(sizes, dim=1)]
-
-
-def _grouped(key: str, layer: int, names: Sequence[str], model: ModelConfig, columns: Shape) -> Part:
-    """Queries, keys and values of a layer: weights (columns: (hidden size,)) or biases (columns: ())."""
-    heads, groups, width = model.num_attention_heads, model.query_groups, model.head_width
-    rows = (heads * width, groups * width, groups * width)
-    return Part(
-        key=key,
-        layer=layer,
-        shape=(sum(rows), *columns),
-        sources=tuple((name, (size, *columns)) for name, size in zip(names, rows, strict=True)),
-        join=partial(join_qkv, groups),
-        split=partial(split_qkv, groups, heads),
-    )
-
-
-def _one_under_the_other(key: str, layer: int, name: str, model: ModelConfig, columns: Shape) -> Part:
-    """Queries of all heads, then keys, then values, in one tensor of theirs."""
-    heads, groups, width = model.num_attention_heads, model.query_groups, model.head_width
-    rows = [heads * width, groups * width, groups * width]
-    return Part(
-        key=key,
-        layer=layer,
-        shape=(sum(rows), *columns),
-        sources=((name, (sum(rows), *columns)),),
-        join=lambda tensors: join_qkv(groups, tensors[0].split(rows)),
-        split=lambda whole: [torch.cat(split_qkv(groups, heads, whole))],
-    )
-
-
-def _stacked(key: str, layer: int, names: Sequence[str], shape: Shape) -> Part:
-    """Tensors of equal shape, one under the other."""
-    each = (shape[0] // len(names), *shape[1:])
-    return Part(
-        key=key,
-        layer=layer,
-        shape=shape,
-        sources=tuple((name, each) for name in names),
-        join=None,
-        split=lambda whole: whole.chunk(len(names)),
-    )
-
-
 # ---- families ----------------------------------------------------------------------------------------------------------
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -179,31 +71,31 @@ def _llama(architecture: str, model: ModelConfig, vocabulary_size: int) -> Itera
     hidden, heads = model.hidden_size, model.num_attention_heads * model.head_width
     of_norm = ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
     of_linear = ("weight",) if model.disable_bias_linear else ("weight", "bias")
-    yield _vocabulary(EMBEDDING, "model.embed_tokens.weight", model, vocabulary_size)
+    yield vocabulary_weight(EMBEDDING, "model.embed_tokens.weight", model, vocabulary_size)
     for layer in range(model.num_layers):
         attention = f"model.layers.{layer}.self_attn."
         for key, norm in ((_QKV, "input_layernorm"), (_FC1, "post_attention_layernorm")):
             for kind in of_norm:
-                yield _copied(f"{key}.layer_norm_{kind}", layer, f"model.layers.{layer}.{norm}.{kind}", (hidden,))
+                yield copied(f"{key}.layer_norm_{kind}", layer, f"model.layers.{layer}.{norm}.{kind}", (hidden,))
         for kind in ("weight", "bias") if model.add_qkv_bias else of_linear:
             columns = (hidden,) if kind == "weight" else ()
             if architecture == "Phi3ForCausalLM":
-                yield _one_under_the_other(f"{_QKV}.{kind}", layer, f"{attention}qkv_proj.{kind}", model, columns)
+                yield one_under_the_other(f"{_QKV}.{kind}", layer, f"{attention}qkv_proj.{kind}", model, columns)
             else:
-                yield _grouped(f"{_QKV}.{kind}", layer, [f"{attention}{name}_proj.{kind}" for name in "qkv"], model, columns)
+                yield grouped(f"{_QKV}.{kind}", layer, [f"{attention}{name}_proj.{kind}" for name in "qkv"], model, columns)
         if model.qk_layernorm:
             for name in "qk":
                 key = f"decoder.layers.self_attention.{name}_layernorm.weight"
-                yield _copied(key, layer, f"{attention}{name}_norm.weight", (model.head_width,))
+                yield copied(key, layer, f"{attention}{name}_norm.weight", (model.head_width,))
         for kind in of_linear:
-            yield _copied(
+            yield copied(
                 f"{_PROJECTION}.{kind}", layer, f"{attention}o_proj.{kind}", (hidden, heads)[: 2 if kind == "weight" else 1]
             )
             yield from _llama_mlp(architecture, model, layer, kind)
     for kind in of_norm:
-        yield _copied(f"{_FINAL}.{kind}", None, f"model.norm.{kind}", (hidden,))
+        yield copied(f"{_FINAL}.{kind}", None, f"model.norm.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
-        yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+        yield vocabulary_weight(OUTPUT, "lm_head.weight", model, vocabulary_size)
 
 
 def _llama_mlp(architecture: str, model: ModelConfig, layer: int, kind: str) -> Iterator[Part]:
@@ -212,46 +104,46 @@ def _llama_mlp(architecture: str, model: ModelConfig, layer: int, kind: str) -> 
     axes = 2 if kind == "weight" else 1
     second = "c_proj" if architecture == "Starcoder2ForCausalLM" else "down_proj"
     if architecture == "Starcoder2ForCausalLM":
-        yield _copied(f"{_FC1}.{kind}", layer, f"{mlp}c_fc.{kind}", (ffn, hidden)[:axes])
+        yield copied(f"{_FC1}.{kind}", layer, f"{mlp}c_fc.{kind}", (ffn, hidden)[:axes])
     elif architecture == "Phi3ForCausalLM":
-        yield _copied(f"{_FC1}.{kind}", layer, f"{mlp}gate_up_proj.{kind}", (2 * ffn, hidden)[:axes])
+        yield copied(f"{_FC1}.{kind}", layer, f"{mlp}gate_up_proj.{kind}", (2 * ffn, hidden)[:axes])
     else:
         gated = [f"{mlp}{name}_proj.{kind}" for name in ("gate", "up")]
-        yield _stacked(f"{_FC1}.{kind}", layer, gated, (2 * ffn, hidden)[:axes])
-    yield _copied(f"{_FC2}.{kind}", layer, f"{mlp}{second}.{kind}", (hidden, ffn)[:axes])
+        yield stacked(f"{_FC1}.{kind}", layer, gated, (2 * ffn, hidden)[:axes])
+    yield copied(f"{_FC2}.{kind}", layer, f"{mlp}{second}.{kind}", (hidden, ffn)[:axes])
 
 
 def _gpt_neox(model: ModelConfig, vocabulary_size: int) -> Iterator[Part]:
     """GPT-NeoX and Pythia. Its qkv weight lies by head, as ours does where every head has its own key and value."""
     hidden, ffn = model.hidden_size, model.ffn_width
-    yield _vocabulary(EMBEDDING, "gpt_neox.embed_in.weight", model, vocabulary_size)
+    yield vocabulary_weight(EMBEDDING, "gpt_neox.embed_in.weight", model, vocabulary_size)
     for layer in range(model.num_layers):
         prefix = f"gpt_neox.layers.{layer}."
         attention, mlp = f"{prefix}attention.", f"{prefix}mlp."
         for kind, shape in (("weight", (hidden,)), ("bias", ())):
-            yield _copied(f"{_QKV}.layer_norm_{kind}", layer, f"{prefix}input_layernorm.{kind}", (hidden,))
-            yield _copied(f"{_QKV}.{kind}", layer, f"{attention}query_key_value.{kind}", (3 * hidden, *shape))
-            yield _copied(f"{_PROJECTION}.{kind}", layer, f"{attention}dense.{kind}", (hidden, *shape))
-            yield _copied(f"{_FC1}.layer_norm_{kind}", layer, f"{prefix}post_attention_layernorm.{kind}", (hidden,))
-            yield _copied(f"{_FC1}.{kind}", layer, f"{mlp}dense_h_to_4h.{kind}", (ffn, *shape))
-            yield _copied(f"{_FC2}.{kind}", layer, f"{mlp}dense_4h_to_h.{kind}", (hidden, *((ffn,) if shape else ())))
+            yield copied(f"{_QKV}.layer_norm_{kind}", layer, f"{prefix}input_layernorm.{kind}", (hidden,))
+            yield copied(f"{_QKV}.{kind}", layer, f"{attention}query_key_value.{kind}", (3 * hidden, *shape))
+            yield copied(f"{_PROJECTION}.{kind}", layer, f"{attention}dense.{kind}", (hidden, *shape))
+            yield copied(f"{_FC1}.layer_norm_{kind}", layer, f"{prefix}post_attention_layernorm.{kind}", (hidden,))
+            yield copied(f"{_FC1}.{kind}", layer, f"{mlp}dense_h_to_4h.{kind}", (ffn, *shape))
+            yield copied(f"{_FC2}.{kind}", layer, f"{mlp}dense_4h_to_h.{kind}", (hidden, *((ffn,) if shape else ())))
     for kind in ("weight", "bias"):
-        yield _copied(f"{_FINAL}.{kind}", None, f"gpt_neox.final_layer_norm.{kind}", (hidden,))
+        yield copied(f"{_FINAL}.{kind}", None, f"gpt_neox.final_layer_norm.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
-        yield _vocabulary(OUTPUT, "embed_out.weight", model, vocabulary_size)
+        yield vocabulary_weight(OUTPUT, "embed_out.weight", model, vocabulary_size)
 
 
 def _gpt2(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
     """GPT-2: queries of all heads, then keys, then values; weights transposed."""
     hidden, ffn = model.hidden_size, model.ffn_width
-    yield _vocabulary(EMBEDDING, "transformer.wte.weight", model, vocabulary_size)
-    yield _copied(_POSITIONS, None, "transformer.wpe.weight", (model.max_position_embeddings or context, hidden))
+    yield vocabulary_weight(EMBEDDING, "transformer.wte.weight", model, vocabulary_size)
+    yield copied(_POSITIONS, None, "transformer.wpe.weight", (model.max_position_embeddings or context, hidden))
     heads = model.num_attention_heads
     for layer in range(model.num_layers):
         prefix = f"transformer.h.{layer}."
         for key, norm in ((_QKV, "ln_1"), (_FC1, "ln_2")):
             for kind in ("weight", "bias"):
-                yield _copied(f"{key}.layer_norm_{kind}", layer, f"{prefix}{norm}.{kind}", (hidden,))
+                yield copied(f"{key}.layer_norm_{kind}", layer, f"{prefix}{norm}.{kind}", (hidden,))
         yield Part(
             key=f"{_QKV}.weight",
             layer=layer,
@@ -273,18 +165,18 @@ def _gpt2(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Pa
             (_FC1, f"{prefix}mlp.c_fc", (ffn, hidden)),
             (_FC2, f"{prefix}mlp.c_proj", (hidden, ffn)),
         ):
-            yield _transposed(f"{key}.weight", layer, f"{name}.weight", shape)
-            yield _copied(f"{key}.bias", layer, f"{name}.bias", shape[:1])
+            yield transposed(f"{key}.weight", layer, f"{name}.weight", shape)
+            yield copied(f"{key}.bias", layer, f"{name}.bias", shape[:1])
     for kind in ("weight", "bias"):
-        yield _copied(f"{_FINAL}.{kind}", None, f"transformer.ln_f.{kind}", (hidden,))
+        yield copied(f"{_FINAL}.{kind}", None, f"transformer.ln_f.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
-        yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+        yield vocabulary_weight(OUTPUT, "lm_head.weight", model, vocabulary_size)
 
 
 def _opt(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
     """OPT. Its table of positions begins with two rows that no position of a text has."""
     hidden, ffn, rows = model.hidden_size, model.ffn_width, model.max_position_embeddings or context
-    yield _vocabulary(EMBEDDING, "model.decoder.embed_tokens.weight", model, vocabulary_size)
+    yield vocabulary_weight(EMBEDDING, "model.decoder.embed_tokens.weight", model, vocabulary_size)
     yield Part(
         key=_POSITIONS,
         layer=None,
@@ -296,19 +188,19 @@ def _opt(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Par
     for layer in range(model.num_layers):
         prefix = f"model.decoder.layers.{layer}."
         for kind in ("weight", "bias"):
-            yield _copied(f"{_QKV}.layer_norm_{kind}", layer, f"{prefix}self_attn_layer_norm.{kind}", (hidden,))
-            yield _copied(f"{_FC1}.layer_norm_{kind}", layer, f"{prefix}final_layer_norm.{kind}", (hidden,))
+            yield copied(f"{_QKV}.layer_norm_{kind}", layer, f"{prefix}self_attn_layer_norm.{kind}", (hidden,))
+            yield copied(f"{_FC1}.layer_norm_{kind}", layer, f"{prefix}final_layer_norm.{kind}", (hidden,))
         for kind in ("weight",) if model.disable_bias_linear else ("weight", "bias"):
             axes = 2 if kind == "weight" else 1
             projections = [f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv"]
-            yield _grouped(f"{_QKV}.{kind}", layer, projections, model, (hidden,)[: axes - 1])
-            yield _copied(f"{_PROJECTION}.{kind}", layer, f"{prefix}self_attn.out_proj.{kind}", (hidden, hidden)[:axes])
-            yield _copied(f"{_FC1}.{kind}", layer, f"{prefix}fc1.{kind}", (ffn, hidden)[:axes])
-            yield _copied(f"{_FC2}.{kind}", layer, f"{prefix}fc2.{kind}", (hidden, ffn)[:axes])
+            yield grouped(f"{_QKV}.{kind}", layer, projections, model, (hidden,)[: axes - 1])
+            yield copied(f"{_PROJECTION}.{kind}", layer, f"{prefix}self_attn.out_proj.{kind}", (hidden, hidden)[:axes])
+            yield copied(f"{_FC1}.{kind}", layer, f"{prefix}fc1.{kind}", (ffn, hidden)[:axes])
+            yield copied(f"{_FC2}.{kind}", layer, f"{prefix}fc2.{kind}", (hidden, ffn)[:axes])
     for kind in ("weight", "bias"):
-        yield _copied(f"{_FINAL}.{kind}", None, f"model.decoder.final_layer_norm.{kind}", (hidden,))
+        yield copied(f"{_FINAL}.{kind}", None, f"model.decoder.final_layer_norm.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
-        yield _vocabulary(OUTPUT, "lm_head.weight", model, vocabulary_size)
+        yield vocabulary_weight(OUTPUT, "lm_head.weight", model, vocabulary_size)
 
 
 def _gpt_model(model: ModelConfig, vocabulary_size: int, context: int) -> Iterator[Part]:
@@ -328,13 +220,13 @@ def _gpt_model(model: ModelConfig, vocabulary_size: int, context: int) -> Iterat
         shapes |= {f"{_QKV}.layer_norm_{kind}": (hidden,), f"{_FC1}.layer_norm_{kind}": (hidden,)}
         if model.qk_layernorm:
             shapes |= {f"decoder.layers.self_attention.{name}_layernorm.{kind}": (model.head_width,) for name in "qk"}
-    yield _vocabulary(EMBEDDING, EMBEDDING, model, vocabulary_size)
+    yield vocabulary_weight(EMBEDDING, EMBEDDING, model, vocabulary_size)
     if model.position_embedding_type == "learned_absolute":
-        yield _copied(_POSITIONS, None, _POSITIONS, (model.max_position_embeddings or context, hidden))
+        yield copied(_POSITIONS, None, _POSITIONS, (model.max_position_embeddings or context, hidden))
     for layer in range(model.num_layers):
         for key, shape in shapes.items():
-            yield _copied(key, layer, key.replace("decoder.layers.", f"decoder.layers.{layer}."), shape)
+            yield copied(key, layer, key.replace("decoder.layers.", f"decoder.layers.{layer}."), shape)
     for kind in of_norm:
-        yield _copied(f"{_FINAL}.{kind}", None, f"{_FINAL}.{kind}", (hidden,))
+        yield copied(f"{_FINAL}.{kind}", None, f"{_FINAL}.{kind}", (hidden,))
     if model.untie_embeddings_and_output_weights:
-        yield _vocabulary(OUTPUT, OUTPUT, model, vocabulary_size)
+        yield vocabulary_weight(OUTPUT, OUTPUT, model, vocabulary_size)

@@ -20,8 +20,10 @@ from benchmarks.head_roofline import GOALS, print_results
 from megatron_salt.model.kernels import INTERPRETED, passes, triton_passes
 from megatron_salt.parallel.launch import distributed
 from megatron_salt.salt.head_cost import HeadShape, pass_bytes
+from tests.support.virtual_cuda.triton_interpreter import prepare_once_a_kernel
 
 assert INTERPRETED, "run by tests/benchmarks/test_head_roofline.py, with TRITON_INTERPRET=1"
+prepare_once_a_kernel()
 
 
 @pytest.fixture(autouse=True, scope="module")

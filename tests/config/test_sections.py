@@ -100,6 +100,9 @@ REFUSED = [
     (SaltConfig, dict(kd_steps=5), "--kd-steps 5 needs a teacher: give --teacher-load"),
     (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps"),
     (SaltConfig, TEACHER | dict(let_steps=4), "--let-steps 4 needs --guide hidden or both, got --guide soft-labels"),
+    (SaltConfig, TEACHER | dict(let_weight=0.3), "--let-weight 0.3 needs --guide hidden or both, got --guide soft-labels"),
+    (SaltConfig, dict(let_layer=2), "--let-layer 2 needs --guide hidden or both"),
+    (SaltConfig, TEACHER | dict(let_decay="step"), "--let-decay step needs --guide hidden or both"),
     (SaltConfig, TEACHER | dict(guide="both"), "--guide both needs --let-steps"),
     (SaltConfig, dict(guide="hidden", let_steps=4), "--guide hidden needs a teacher: give --teacher-load"),
     (
@@ -182,6 +185,19 @@ REFUSED = [
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("0:0.5",)), "--kd-weight-schedule 0:0.5: each entry is STEP:VALUE"),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:1.5",)), "--kd-weight-schedule 1:1.5: the value must lie in [0, 1]"),
     (SaltConfig, TEACHER | dict(kd_weight_schedule=("1:x",)), "--kd-weight-schedule 1:x: the value must lie in [0, 1]"),
+    (SaltConfig, TEACHER | dict(kd_weight_schedule=("1: 0.5",)), "--kd-weight-schedule 1: 0.5: the value must lie in [0, 1]"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_weight_schedule=("9" * 5000 + ":0.5",)),
+        ":0.5: each entry is STEP:VALUE, with steps from 1",
+    ),
+    (SaltConfig, TEACHER | dict(kd_gate="rank:" + "9" * 5000), "9: the bound of a rank is a whole number from 1 on"),
+    (SaltConfig, TEACHER | dict(kd_gate="entropy:1\n"), ": the bound of an entropy is above 0 and finite"),
+    (
+        SaltConfig,
+        TEACHER | dict(kd_gate="probability:1e-60"),
+        "--kd-gate probability:1e-60: float32 cannot tell the bound from 0; take at least 1e-30",
+    ),
     (
         SaltConfig,
         TEACHER | dict(kd_temperature_schedule=("2:0",)),

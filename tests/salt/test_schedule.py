@@ -177,3 +177,9 @@ def test_the_extremes_of_the_temperature():
     for points, lowest, tempered in [((), 0.25, True), (("1:2", "5:1"), 1.0, True), (("3:1", "5:1"), 1.0, False)]:
         config = SaltConfig(**flags, kd_temperature_schedule=points)
         assert (lowest_temperature(config), is_tempered(config)) == (lowest, tempered)
+
+
+def test_a_ratio_fades_from_the_schedule_whatever_the_weight_in_its_place():
+    plan = Schedule.of(SaltConfig(teacher_load="t", kd_steps=4, kd_transition="ratio", kd_transition_steps=1, kd_weight=1.0,
+                                  kd_weight_schedule=("1:0.5",)))  # fmt: skip
+    assert [plan.at(step, 4) for step in range(1, 6)] == pytest.approx([0.5, 0.5, 0.5, 1 / 3, 0.0])

@@ -26,7 +26,8 @@ from typing import Any
 
 from tests.support.rank_worker import STATEFUL, Call, Outcome, environment, serve, stack_file
 
-PRELOAD = ("torch", "numpy", "pytest", "megatron_salt.parallel.cpu_seam")
+PRELOAD = ("torch", "numpy", "pytest", "megatron_salt.parallel.cpu_seam", "torch._dynamo", "megatron_salt.train.run")
+"""Modules that the fork server imports: the last two in place of each new process, whose first run imports them."""
 GRACE = 2.0  # seconds that the other ranks have to finish after one has failed
 CLEAN_UP = 30.0  # seconds for taking a finished call down
 MANY_THREADS = 64  # a worker with more still has groups of earlier calls, three threads each, and is replaced

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -83,11 +83,13 @@ class Lesson:
     @property
     def salt(self) -> SaltConfig:
         """The lesson's flags."""
+        guidance: dict[str, Any] = {}
+        if self.guide != "soft-labels":
+            guidance = dict(let_steps=10, let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step")
         return SaltConfig(
             teacher_load=self.load, teacher_tensor_model_parallel_size=self.teacher[0], kd_weight=self.kd_weight,
             teacher_pipeline_model_parallel_size=self.teacher[1], kd_teacher_temperature=self.temperature, guide=self.guide,
-            kd_steps=None if self.guide == "hidden" else 10, let_steps=None if self.guide == "soft-labels" else 10,
-            let_weight=self.let_weight, let_layer=self.let_layer, let_decay="step",
+            kd_steps=None if self.guide == "hidden" else 10, **guidance,
         )  # fmt: skip
 
     @property

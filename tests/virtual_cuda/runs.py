@@ -18,9 +18,10 @@ from tests.support import program
 from tests.support.virtual_cuda.ranks import Recorded, run_virtual
 
 FLAGS: dict[str, Any] = dict(
-    loss_chunk_tokens=None, transformer_impl="torch", train_iters=8, kd_steps=5, kd_teacher_temperature=0.25, eval_iters=1,
-    eval_interval=5, valid_share=0.2, log_interval=2, exit_signal_handler=True,
+    micro_batch_size=1, global_batch_size=4, loss_chunk_tokens=None, transformer_impl="torch", train_iters=8, kd_steps=5,
+    kd_teacher_temperature=0.25, eval_iters=1, eval_interval=5, valid_share=0.2, log_interval=2, exit_signal_handler=True,
 )  # fmt: skip
+"""A microbatch is one sample: Triton's interpreter takes the rows of the output head one by one."""
 FIRST: dict[str, Any] = dict(save_interval=2, async_save=True, exit_interval=3)
 SECOND: dict[str, Any] = dict(save_interval=5)
 SHARDED = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)

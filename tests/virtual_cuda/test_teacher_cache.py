@@ -10,7 +10,7 @@ import pytest
 from megatron_salt.salt.teacher import Teacher
 from tests.support import program
 from tests.support.virtual_cuda.ranks import Recorded, run_virtual
-from tests.virtual_cuda.runs import data, teacher
+from tests.virtual_cuda.runs import teacher
 
 ANNOTATE = f"teacher.{Teacher.annotate.__qualname__}"
 
@@ -35,8 +35,9 @@ def test_a_cache_mixes_no_devices_and_makes_the_host_wait_nowhere(
 ) -> None:
     """A run that writes, one with another order that reads a part, and one that reads all."""
     flags = flags | dict(
-        data_path=data(), teacher_load=teacher(), kd_steps=3, train_iters=3, log_interval=3, transformer_impl="torch",
-        loss_chunk_tokens=None, valid_share=0.5, teacher_cache=tmp_path / "cache",
+        data_path=program.write_tokens(tmp_path / "words", windows=60), teacher_load=teacher(), kd_steps=3, train_iters=3,
+        log_interval=3, transformer_impl="torch", loss_chunk_tokens=None, valid_share=0.5, micro_batch_size=1, global_batch_size=4,
+        teacher_cache=tmp_path / "cache",
     )  # fmt: skip
     losses = {}
     for name, seed in (("cold", 1234), ("part", 4321), ("warm", 1234)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_salt.convert.gguf.bounded_reader import open_bounded
-from megatron_salt.convert.parts import Shape
+from megatron_salt.convert.tensor_part import Shape
 from megatron_salt.errors import UserError
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

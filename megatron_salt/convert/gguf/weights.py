@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.gguf.architectures import ROPE_FACTORS
 from megatron_salt.convert.gguf.gguf_file import GgufFile, gguf_library
-from megatron_salt.convert.parts import Shape, parts_of
+from megatron_salt.convert.parts import parts_of
+from megatron_salt.convert.tensor_part import Shape
 from megatron_salt.errors import UserError
 
 Restore = Callable[[Tensor], Tensor]

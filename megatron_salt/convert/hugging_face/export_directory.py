@@ -24,8 +24,9 @@ from megatron_salt.convert.hugging_face.safetensors_folder import CONFIG, INDEX,
 from megatron_salt.convert.hugging_face.safetensors_writer import safetensors_file
 from megatron_salt.convert.hugging_face.tokenizer_files import bos_of_export, read_as_another, tokenizer_files
 from megatron_salt.convert.import_weights import converted
-from megatron_salt.convert.parts import Part, Shape, parts_of, refuse_missing
+from megatron_salt.convert.parts import parts_of, refuse_missing
 from megatron_salt.convert.tensor_files import TensorFiles
+from megatron_salt.convert.tensor_part import Part, Shape
 from megatron_salt.errors import UserError
 from megatron_salt.files import write_whole
 from megatron_salt.metrics.progress_bar import ProgressBar

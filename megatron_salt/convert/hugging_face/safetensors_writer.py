@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_salt.convert.parts import Shape
+from megatron_salt.convert.tensor_part import Shape
 
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_salt.convert.parts import EMBEDDING, OUTPUT, Shape
+from megatron_salt.convert.parts import EMBEDDING, OUTPUT
 from megatron_salt.convert.tensor_files import TensorFiles
+from megatron_salt.convert.tensor_part import Shape
 from megatron_salt.errors import UserError
 
 _NOT_THE_MODEL = re.compile(r"^(optimizer|chained_|rng|rerun_|opt_param_scheduler|common_state|fp8\.)|_extra_state")

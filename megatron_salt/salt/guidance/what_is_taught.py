@@ -13,9 +13,17 @@ def lesson_lines(config: RunConfig, total_steps: int) -> tuple[str, ...]:
         return ()
     at_most = " at most" if salt.kd_stop == "crossover" else ""
     if salt.kd_steps is not None:
+        weight, temperature = (
+            f"{value:g}" if not schedule else " ".join(schedule)
+            for value, schedule in (
+                (salt.kd_weight, salt.kd_weight_schedule),
+                (salt.kd_teacher_temperature, salt.kd_temperature_schedule),
+            )
+        )
+        gate = "" if salt.kd_gate == "none" else f", for tokens inside --kd-gate {salt.kd_gate}"
         lines.append(
-            f"stage 1: soft labels in steps 1 to {min(salt.kd_steps, total_steps)}{at_most}, with weight {salt.kd_weight:g} and "
-            f"temperature {salt.kd_teacher_temperature:g}"
+            f"stage 1: soft labels in steps 1 to {min(salt.kd_steps, total_steps)}{at_most}, with weight {weight} and "
+            f"temperature {temperature}{gate}"
         )
     guided = guided_layer(salt, config.model, config.parallel)
     if guided is not None and salt.let_steps is not None:

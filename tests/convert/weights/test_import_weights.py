@@ -18,8 +18,9 @@ from megatron_salt.convert import import_weights
 from megatron_salt.convert.foreign_model import ForeignModel
 from megatron_salt.convert.hugging_face.export_directory import _write_weights
 from megatron_salt.convert.import_weights import all_finite, pieces_of
-from megatron_salt.convert.parts import Part, parts_of
+from megatron_salt.convert.parts import parts_of
 from megatron_salt.convert.tensor_files import Piece, TensorFiles, write_tensors
+from megatron_salt.convert.tensor_part import Part
 from megatron_salt.errors import UserError
 from tests.convert.test_families import GPT2, LLAMA, NEOX
 

@@ -16,6 +16,7 @@ from benchmarks.head_on_gpu import GPU_RIVALS, why_not
 from benchmarks.head_rivals import Problem as RivalProblem
 from benchmarks.head_rivals import Setting as RivalSetting
 from benchmarks.head_rivals import clear, make_problem, make_step
+from megatron_salt.config.teaching import Gate, GateKind
 from megatron_salt.model.loss import KD_METRICS, SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard
 from megatron_salt.parallel.device import current_device
@@ -120,12 +121,44 @@ def in_float64(problem: Problem, teacher: SoftTarget | None) -> Result:
         soft_logits = teacher.hidden[valid, 0].double() @ teacher.weight[: weight.size(0)].double().t()
         p = (soft_logits / teacher.temperature).softmax(-1)
         kl = float((torch.special.xlogy(p, p) - p * logits.log_softmax(-1)).sum(-1).mean())
-        target = (1 - teacher.kd_weight) * labels + teacher.kd_weight * p
+        w = torch.where(inside(problem, teacher), teacher.kd_weight, 0.0)[:, None]
+        target = (1 - w) * labels + w * p
     loss = float((logits.logsumexp(-1) - (target * logits).sum(-1)).sum())
     gradient = logits.softmax(-1) - target
     d_hidden = torch.zeros(problem.hidden.size(0), hidden.size(1), dtype=torch.float64, device=hidden.device)
     d_hidden[valid] = gradient @ weight
     return Result(loss, d_hidden, gradient.t() @ hidden, kl)
+
+
+def figures(problem: Problem, teacher: SoftTarget) -> dict[GateKind, Tensor]:
+    """What a gate asks of the teacher, by kind: float64 [valid tokens] each, from full logits."""
+    valid, size = problem.mask > 0, problem.shape.vocabulary_size
+    logits, label = teacher.hidden[valid, 0].double() @ teacher.weight[:size].double().t(), problem.labels[valid, None]
+    p = logits.softmax(-1)
+    return {
+        "probability": p.gather(1, label)[:, 0],
+        "rank": (logits > logits.gather(1, label)).sum(-1).double(),
+        "entropy": torch.special.entr(p).sum(-1),
+    }
+
+
+def inside(problem: Problem, teacher: SoftTarget) -> Tensor:
+    """bool [valid tokens]: those that the teacher's gate lets through; all without one."""
+    if teacher.gate is None:
+        return torch.ones_like(problem.mask[problem.mask > 0], dtype=torch.bool)
+    values = figures(problem, teacher)[teacher.gate.kind]
+    return values >= teacher.gate.bound if teacher.gate.kind == "probability" else values < teacher.gate.bound
+
+
+def gates(problem: Problem) -> list[Gate]:
+    """A gate of each kind. Its bound is in the widest gap between the middle half of the figures, so that rounding decides nothing."""
+    found = []
+    for kind, values in figures(problem, problem.teacher).items():
+        quarter = values.numel() // 4
+        middle = values.sort().values[quarter : values.numel() - quarter]
+        widest = int(middle.diff().argmax())
+        found.append(Gate(kind, float(middle[widest : widest + 2].mean())))
+    return found
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -134,7 +167,8 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def exact(setting: Setting, report: Report) -> None:
-    """Loss and gradients against float64; with weight 0 the bits of a plain loss; a teacher equal to the student has divergence 0."""
+    """Loss and gradients against float64, also with each gate; with weight 0 the bits of a plain loss; a teacher equal to the student has
+    divergence 0."""
     rows = []
     with one_rank():
         for shape in TINY_EXACT if setting.tiny else EXACT:
@@ -145,6 +179,10 @@ def exact(setting: Setting, report: Report) -> None:
                     teacher = None if temperature is None else problem.teacher
                     rows.append(_errors(report, f"V {shape.vocabulary_size} {dtype} T {temperature or '-'}", dtype,
                                         fused(problem, teacher, chunk), in_float64(problem, teacher)))  # fmt: skip
+                for gate in gates(problem):
+                    gated = replace(problem.teacher, gate=gate)
+                    rows.append(_errors(report, f"V {shape.vocabulary_size} {dtype} gate {gate.kind}", dtype,
+                                        fused(problem, gated, chunk), in_float64(problem, gated)))  # fmt: skip
                 _bits(report, make(shape, dtype, 0.25), chunk, f"V {shape.vocabulary_size} {dtype}")
             same = make(shape, "fp32", 1.0)
             kl = fused(same, SoftTarget(same.hidden, same.weight, 1.0, KD_WEIGHT), chunk).kl

@@ -37,7 +37,7 @@ def test_value_and_gradient(monkeypatch, width, teacher_width, dtype, tolerance,
     found = add_gradient(grad, hidden, teacher, mask, 0.7, sums)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), grad.double() + exact.grad, rtol=tolerance, atol=tolerance)
-    assert sums.tolist() == pytest.approx([8, float(distances.sum())], rel=1e-5)
+    assert sums.tolist() == pytest.approx([8, distances.sum().item()], rel=1e-5)
 
 
 def test_masked_tokens_may_hold_anything_and_keep_their_gradient_bit_for_bit():

@@ -16,6 +16,7 @@ from megatron_salt.model.kernels import triton_passes as head
 from megatron_salt.model.kernels.passes import Blocks, new_logits
 from megatron_salt.model.loss import SoftTarget, fused_linear_cross_entropy
 from megatron_salt.model.vocab_parallel import VocabularyShard, compare, judge
+from tests.support.virtual_cuda.triton_interpreter import prepare_once_a_kernel
 
 ROWS = 6
 COLUMNS = [1, 63, 4096, 5003]
@@ -24,6 +25,7 @@ TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
 """Of the student's logits and of the teacher's."""
 
 assert INTERPRETED, "run by tests/model/kernels/test_interpreted.py, with TRITON_INTERPRET=1"
+prepare_once_a_kernel()
 
 
 def in_room(values: Tensor) -> Tensor:

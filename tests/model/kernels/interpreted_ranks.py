@@ -19,6 +19,7 @@ from megatron_salt.model.loss import GATED_METRICS, KD_METRICS, METRICS, SoftTar
 from megatron_salt.model.vocab_parallel import VocabularyShard, judge
 from tests.model.kd_loss.cases import inside_gate
 from tests.support.ranks import run_ranks
+from tests.support.virtual_cuda.triton_interpreter import prepare_once_a_kernel
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, CHUNK = 12, 16, 24, 5
 MASKED = {3: "hidden states", 7: "the teacher's", 10: "label"}
@@ -27,6 +28,7 @@ NOWHERE = 10**6
 """An id outside of every vocabulary."""
 
 assert INTERPRETED, "run by tests/model/kernels/test_interpreted.py, with TRITON_INTERPRET=1"
+prepare_once_a_kernel()
 
 
 @dataclass(frozen=True)

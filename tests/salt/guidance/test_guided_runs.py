@@ -55,6 +55,11 @@ def weights(save: Path) -> list[tuple[float | None, float | None]]:
     return [(entry.get("kd_weight"), entry.get("let_weight")) for entry in entries(save)]
 
 
+def distances(save: Path) -> list[float | None]:
+    """Mean 1 - cosine of every step."""
+    return [entry.get("let_loss") for entry in entries(save)]
+
+
 def teacher_flops(save: Path) -> list[float]:
     """FLOPs of the teacher in every step."""
     totals = [teacher for _, teacher in total_flops(save)]
@@ -77,6 +82,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     model, one = read_teacher(str(teacher)).model, tmp_path / "one"
     ended = train(world_size, **flags, save=one, save_interval=1)
     assert weights(one) == [(0.667, 0.5), (0.667, 0.375), (None, 0.25), (None, 0.125), (None, None)]
+    told = distances(one)
+    assert all(far is not None and 0 < far < 2 for far in told[:LET_STEPS]) and told[LET_STEPS:] == [None]
+    assert told[0] is not None and told[LET_STEPS - 1] is not None and told[LET_STEPS - 1] < told[0]
     tokens, body, head = GLOBAL_BATCH * SEQ_LENGTH, body_flops(model, SEQ_LENGTH), head_flops(model, ROWS)
     expected = [tokens * (body + head)] * KD_STEPS + [tokens * body] * (LET_STEPS - KD_STEPS) + [0.0]
     assert teacher_flops(one) == expected
@@ -90,9 +98,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
             flags = {name: value for name, value in plain(flags).items() if name not in BOTH}
         two = tmp_path / f"from {step}"
         train(world_size, **flags, load=one / f"iter_{step:07d}", save=two)
-        assert (numbers(two), weights(two), total_flops(two)) == (
+        assert (numbers(two), weights(two), distances(two), total_flops(two)) == (
             numbers(one)[step:],
             weights(one)[step:],
+            distances(one)[step:],
             total_flops(one)[step:],
         )
         assert tensors(two, STEPS) == tensors(one, STEPS)

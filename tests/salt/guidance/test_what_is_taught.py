@@ -17,6 +17,9 @@ SOFT = "stage 1: soft labels in steps 1 to 3, with weight 0.667 and temperature 
     (dict(teacher_load="t", kd_steps=3), (SOFT, "stage 1: the teacher is freed after step 3")),
     (dict(teacher_load="t", kd_steps=3, kd_stop="crossover"),
      (SOFT.replace("3,", "3 at most,"), "stage 1: the teacher is freed after step 3 at most")),
+    (dict(teacher_load="t", kd_steps=3, kd_gate="rank:5", kd_weight_schedule=("1:0.9", "3:0.3"), kd_temperature_schedule=("1:1",)),
+     (SOFT.replace("0.667", "1:0.9 3:0.3").replace("0.25", "1:1, for tokens inside --kd-gate rank:5"),
+      "stage 1: the teacher is freed after step 3")),
     (dict(teacher_load="t", guide="hidden", let_steps=8, let_layer=2),
      (("stage 1: the teacher's last hidden states in steps 1 to 8, to layer 2 on pipeline stage 1, chunk 0, with weight 0.1 at first, "
       "linear"),

@@ -89,6 +89,11 @@ def test_runs_that_draw_the_same_samples_for_a_cache_are_known():
     alike = [name for name, one in cached.items() if one.order == cached["salt-seed_1"].order]
     assert alike == ["salt-seed_1", "rkd-seed_1", "flat-seed_1", "let-seed_1"]
     assert len({one.order for one in cached.values()}) == 2 * 2 * 2  # seeds, batch sizes, with and without a selection
+    arms = dict.fromkeys(("baseline", "salt", "let", "salt_let"))
+    plan = plan_jobs(study(arms=arms, salt={"kd_steps": 30, "let_steps": 40, "let_layer": 1, "teacher_cache": "cache"}), None)
+    guided = {job.name: job.cached for job in plan.jobs if job.cached is not None and job.seed == 1}
+    assert {name: one.steps for name, one in guided.items()} == {"salt-seed_1": 30, "let-seed_1": 40, "salt_let-seed_1": 40}
+    assert len({one.order for one in guided.values()}) == 1
     assert all(job.cached is None for job in plan_jobs(study(), None).jobs)
 
 

@@ -21,8 +21,12 @@ def sources(*folders: str) -> dict[str, str]:
 
 def imports(source: str) -> list[str]:
     """All imports of a module, in the order of lines. `from a import b` counts as a.b."""
+    return _imports(ast.parse(source))
+
+
+def _imports(tree: ast.Module) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -75,13 +79,13 @@ def _root(expression: ast.expr) -> str:
     return expression.id if isinstance(expression, ast.Name) else ""
 
 
-def at_run_time(source: str) -> str:
-    """The source without what stands under `if TYPE_CHECKING:`."""
+def at_run_time(source: str) -> ast.Module:
+    """A module without what stands under `if TYPE_CHECKING:`."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = [ast.Pass()]
-    return ast.unparse(tree)
+    return tree
 
 
 def import_graph(modules: dict[str, str]) -> dict[str, set[str]]:
@@ -93,7 +97,7 @@ def import_graph(modules: dict[str, str]) -> dict[str, set[str]]:
         return name or None
 
     return {
-        name: {target for target in map(module_of, imports(at_run_time(source))) if target not in (None, name)}
+        name: {target for target in map(module_of, _imports(at_run_time(source))) if target not in (None, name)}
         for name, source in modules.items()
     }
 

@@ -13,6 +13,7 @@ import torch
 from tests.support.virtual_cuda import products, runtime, tensors
 from tests.support.virtual_cuda.mode import WatchMode
 from tests.support.virtual_cuda.recorder import Recorder
+from tests.support.virtual_cuda.triton_interpreter import prepare_once_a_kernel
 
 _installed: list[Recorder] = []
 
@@ -33,6 +34,7 @@ def install() -> Recorder:
         assert module not in sys.modules, f"virtual CUDA must be installed before {module} is imported"
     assert not torch.cuda.is_available(), "this machine has a GPU: virtual CUDA is for machines without one"
     os.environ["TRITON_INTERPRET"] = "1"
+    prepare_once_a_kernel()
     recorder = Recorder()
     _installed.append(recorder)
     runtime.map_cuda(recorder)
