@@ -164,9 +164,10 @@ def test_a_guided_run_counts_what_its_teacher_computes_and_sends(guide):
 
 def test_what_a_cache_holds_is_neither_computed_nor_sent():
     run = large(64, "--pipeline-model-parallel-size", "4", "--teacher-tensor-model-parallel-size", "2")
-    cold, half, warm = (run_time(replace(run, cached_share=share), BY_FLOPS) for share in (0.0, 0.5, 1.0))
+    linked = replace(BY_FLOPS, in_node=1e9, between_nodes=1e9)
+    cold, half, warm = (run_time(replace(run, cached_share=share), linked) for share in (0.0, 0.5, 1.0))
     assert cold.stage1 is not None and half.stage1 is not None and warm.stage1 is not None
-    assert half.stage1.teacher == cold.stage1.teacher / 2 > 0
+    assert half.stage1.teacher == cold.stage1.teacher / 2 > 0 and half.stage1.exchange == cold.stage1.exchange / 2 > 0
     assert warm.stage1.teacher == warm.stage1.exchange == 0 and warm.stage1.passes == cold.stage1.passes
     assert warm.teacher_transfers == () and warm.stage2 == cold.stage2
     head = 2048 * 1280 * 2 * 2048 * 256000
