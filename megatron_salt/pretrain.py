@@ -73,16 +73,20 @@ def rehearse(config: RunConfig, asked: DryRun) -> None:
     """Check what one process can check. Raises UserError."""
     layout, plan = check(config, asked.ranks)
     gpu = None if asked.gpu is None else gpu_of(asked.gpu)
+    if gpu is not None and config.parallel.device == "cpu":
+        raise UserError(
+            f"--gpu {asked.gpu} plans the memory of a GPU, and with --device cpu the run has none: leave one of them out"
+        )
     refuse_exit_file(config.training.exit_file)
     hide_library_warnings()
     prepare_libraries(config, layout)
     from megatron_salt.train.dry_run import dry_run  # torch and megatron-core
 
-    dry_run(config, layout, plan, plans_memory=gpu is not None)
+    in_stage2 = dry_run(config, layout, plan, plans_memory=gpu is not None)
     if gpu is not None:
         from megatron_salt.planner.command import refuse_too_large
 
-        refuse_too_large(config, asked.ranks, gpu)
+        refuse_too_large(config, asked.ranks, gpu, in_stage2=in_stage2)
 
 
 def prepare_libraries(config: RunConfig, layout: Layout) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_salt.cli import exit_status, parse_over_file
-from megatron_salt.config import RunConfig
+from megatron_salt.config import RunConfig, SaltConfig
 from megatron_salt.config.run import sections
 from megatron_salt.errors import UserError
 from megatron_salt.files import refuse_directory, refuse_present, refusing_file_errors
@@ -265,9 +265,18 @@ def plan(asked: PlanConfig) -> int:
     return 0 if fits else 1
 
 
-def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
-    """Print the plan of a run on a GPU. Raises UserError where it would not fit. What --dry-run --gpu adds to its own checks."""
+def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu, *, in_stage2: bool) -> None:
+    """Print the plan of a run on a GPU. Raises UserError where it would not fit. What --dry-run --gpu adds to its own checks.
+
+    in_stage2: the run goes on in stage 2, so its teacher need not fit, nor be there."""
     layout, counts = check(config, world_size)
+    if in_stage2:
+        counts = counts.in_stage2()
+        training = replace(
+            config.training, micro_batch_size=counts.micro_batch_size, global_batch_size=counts.global_batch_size
+        )
+        config = replace(config, salt=SaltConfig(), training=training)
+        layout, counts = check(config, world_size)
     flags = RunFlags(
         config=config, layout=layout, plan=counts, vocabulary_size=None, teacher_config=None, device="cuda",
         capability=gpu.capability,

@@ -23,6 +23,7 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.machine import naming_faults
 from megatron_salt.salt.guidance.what_is_taught import lesson_lines
 from megatron_salt.salt.shared_vocabulary import describe_vocabularies
+from megatron_salt.salt.stage1 import resumes_in_stage2
 from megatron_salt.train.build_model import memory_of_head
 from megatron_salt.train.inputs import read_inputs
 from megatron_salt.train.plan import RunPlan
@@ -31,10 +32,10 @@ from megatron_salt.train.start import choose_precisions, decide_start
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
-def dry_run(config: RunConfig, layout: Layout, plan: RunPlan, *, plans_memory: bool) -> None:
-    """Print a report of the run to come. Raises UserError for what a start would refuse, as far as one process can see.
+def dry_run(config: RunConfig, layout: Layout, plan: RunPlan, *, plans_memory: bool) -> bool:
+    """Print a report of the run to come. Returns whether it goes on in stage 2, without its teacher.
 
-    plans_memory: whether the planner follows."""
+    Raises UserError for what a start would refuse, as far as one process can see. plans_memory: whether the planner follows."""
     hardware = find_hardware()
     refuse_connections(layout.tensor, layout.context, hardware.capability)
     print("versions:", ", ".join(versions()))
@@ -82,6 +83,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan, *, plans_memory: b
     if not plans_memory and config.parallel.device != "cpu":
         print("memory of the GPUs: not planned; --gpu names one for that, such as --gpu h100-80")
     print("dry run: nothing found that would stop this run")
+    resumes = opened is not None and not config.checkpoint.finetune
+    return resumes and resumes_in_stage2(start.progress, config.training.eval_iters > 0)
 
 
 def of_set(name: str) -> str:

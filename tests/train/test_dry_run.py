@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from megatron_salt import pretrain
 from megatron_salt.cards import SHORT_NAMES
 from megatron_salt.checkpoint.owner import LOCK, myself, owned
-from megatron_salt.config import CheckpointConfig
+from megatron_salt.config import CheckpointConfig, RunConfig
 from megatron_salt.errors import UserError
 from megatron_salt.planner.command import PlanConfig
 from megatron_salt.planner.gpu import Gpu
@@ -173,6 +174,25 @@ def test_the_planners_verdict_decides(
     assert out.endswith("the verdict\n") if fits else err == "error: the run the verdict; flags that would help stand above\n"
 
 
+def test_a_run_in_stage_2_is_planned_without_its_teacher(
+    tmp_path: Path, data: str, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at a start, the teacher may be gone by then."""
+    gone = Path(shutil.copytree(trained, tmp_path / "teacher"))
+    flags = dict(data_path=data, train_iters=3, teacher_load=gone, kd_steps=1, stage2_micro_batch_size=4, save=tmp_path / "run")
+    train(**flags, exit_interval=2)
+    shutil.rmtree(gone)
+    planned: list[RunConfig] = []
+
+    def tell(config: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
+        planned.append(flags.config)
+        return True, "the verdict"
+
+    monkeypatch.setattr("megatron_salt.planner.command.tell", tell)
+    assert pretrain.main(argv(**flags, load=tmp_path / "run", dry_run=2, gpu="h100-80")) == 0
+    assert [(one.salt.teacher_load, one.training.micro_batch_size) for one in planned] == [(None, 4)]
+
+
 def test_without_a_gpu_it_says_how_memory_is_planned(data: str) -> None:
     assert "--gpu names one for that" in rehearse(data_path=data, train_iters=5, device="auto")
     assert "--gpu" not in rehearse(data_path=data, train_iters=5, device="cpu")
@@ -180,3 +200,6 @@ def test_without_a_gpu_it_says_how_memory_is_planned(data: str) -> None:
         dry_run=4, data_path=data, train_iters=5, gpu="h100-81"
     )
     assert "--gpu h100-80 needs --dry-run" in refused(data_path=data, train_iters=5, gpu="h100-80")
+    assert "with --device cpu the run has none" in refused(
+        dry_run=4, data_path=data, train_iters=5, gpu="h100-80", device="cpu"
+    )
