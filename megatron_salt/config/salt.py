@@ -185,7 +185,8 @@ class SaltConfig:
                 f"--kd-steps {self.kd_steps} needs a teacher: give --teacher-load (or --stage1-selection with --kd-weight 0)"
             )
         if self.teacher_load is not None and self.kd_steps is None and self.has_soft_labels:
-            raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, the length of stage 1")
+            meaning = "the length of stage 1" if self.guide == "soft-labels" else "the steps with soft labels"
+            raise UserError(f"--teacher-load {self.teacher_load} needs --kd-steps, {meaning}")
         if self.teacher_cache is not None and self.teacher_load is None:
             raise UserError(
                 f"--teacher-cache {self.teacher_cache} needs --teacher-load: it keeps what a teacher computes, and the teacher's "

@@ -306,7 +306,7 @@ def tell(asked: PlanConfig, gpu: Gpu, flags: RunFlags) -> tuple[bool, str]:
         )
     for line in whole_step_lines(run, traces) if asked.trace else ():
         print(line, flush=True)
-    print(not_modelled())
+    print(not_modelled(asked.salt.guides_hidden))
     for line in _times(asked, gpu, run, memory):
         print(line)
     fits, line = verdict(memory, gpu.memory_gib)

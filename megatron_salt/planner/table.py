@@ -36,9 +36,10 @@ def verdict(memory: PlannedMemory, card_gib: float) -> tuple[bool, str]:
     return fits, f"{'fits' if fits else 'does not fit'}: {used} ({allowed}; unmeasured)"
 
 
-def not_modelled() -> str:
-    """What the figures leave out."""
+def not_modelled(guides_hidden: bool) -> str:
+    """What the figures leave out. guides_hidden: whether the run has hidden-state guidance."""
     return (
         f"not modelled: fragmentation and memory of the driver ({ALLOWANCE_SHARE:.0%} of the card), CUDA's context, buffers of NCCL and "
         f"workspaces of cuBLAS and cuDNN ({ALLOWANCE_GIB:g} GiB)"
+        + (", the term of the guided layer (nothing is set aside for it)" if guides_hidden else "")
     )

@@ -82,7 +82,8 @@ def dry_run(config: RunConfig, layout: Layout, plan: RunPlan, *, plans_memory: b
         print(line)
     if not plans_memory and config.parallel.device != "cpu":
         print("memory of the GPUs: not planned; --gpu names one for that, such as --gpu h100-80")
-    print("dry run: nothing found that would stop this run")
+    follows = "; next, its memory and time on the GPU" if plans_memory else ""
+    print(f"dry run: nothing found that would stop this run{follows}")
     resumes = opened is not None and not config.checkpoint.finetune
     return resumes and resumes_in_stage2(start.progress, config.training.eval_iters > 0)
 

@@ -98,7 +98,7 @@ REFUSED = [
     (CheckpointConfig, dict(save_at=(5, 7)), "--save-at 5 7 needs --save"),
     (CheckpointConfig, dict(save="x", save_at=(0, 5)), "--save-at must be at least 1, got 0 5"),
     (SaltConfig, dict(kd_steps=5), "--kd-steps 5 needs a teacher: give --teacher-load"),
-    (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps"),
+    (SaltConfig, dict(teacher_load="t"), "--teacher-load t needs --kd-steps, the length of stage 1"),
     (SaltConfig, TEACHER | dict(let_steps=4), "--let-steps 4 needs --guide hidden or both, got --guide soft-labels"),
     (SaltConfig, TEACHER | dict(let_weight=0.3), "--let-weight 0.3 needs --guide hidden or both, got --guide soft-labels"),
     (SaltConfig, dict(let_layer=2), "--let-layer 2 needs --guide hidden or both"),
@@ -110,7 +110,11 @@ REFUSED = [
         TEACHER | dict(guide="hidden", let_steps=4),
         "--kd-steps 5 is the length of soft labels, and --guide hidden has none",
     ),
-    (SaltConfig, dict(teacher_load="t", guide="both", let_steps=4), "--teacher-load t needs --kd-steps"),
+    (
+        SaltConfig,
+        dict(teacher_load="t", guide="both", let_steps=4),
+        "--teacher-load t needs --kd-steps, the steps with soft labels",
+    ),
     (
         SaltConfig,
         dict(teacher_load="t", guide="hidden", let_steps=4, kd_transition="linear", kd_transition_steps=2),

@@ -13,7 +13,7 @@ from megatron_salt.errors import UserError
 from megatron_salt.planner.advice import what_would_help
 from megatron_salt.planner.command import main, whole_step_lines
 from megatron_salt.planner.memory import GIB, HostMemory, Moment, PlannedMemory, RankMemory, usable_gib
-from megatron_salt.planner.table import table, verdict
+from megatron_salt.planner.table import not_modelled, table, verdict
 from megatron_salt.planner.trace import Traces
 from megatron_salt.train.plan import check
 from tests.planner.runs import MODEL, planned
@@ -51,6 +51,10 @@ def test_the_table_has_a_column_for_each_stage_and_names_the_moments():
     rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in lines}
     assert rows["activations"] == ["59.00", "49.00", "54.00"] and rows["at the peak"] == ["60.00", "50.00", "55.00"]
     assert "pp 0 stage 1: the peak is in the student's backward pass" in lines and "head" not in rows
+
+
+def test_the_term_of_a_guided_layer_is_told_as_not_modelled():
+    assert "guided layer" in not_modelled(True) and "guided layer" not in not_modelled(False)
 
 
 def test_flags_that_would_help_take_memory_from_the_largest_kinds():

@@ -29,7 +29,7 @@ def test_break_even_is_where_both_have_cost_the_same(preparation, step):
 def test_the_lines_say_what_the_teacher_may_cost():
     lines = whole_run_lines(RUN, reached_at=0.7)
     assert lines[0] == "baseline, 1000 steps: about 100 h on 10 GPUs, 1,000 GPU-hours"
-    assert lines[1] == "SALT, 1000 steps: about 110 h on 10 GPUs, 1,100 GPU-hours (+10.0%; 200 steps of stage 1)"
+    assert lines[1] == "this run, 1000 steps: about 110 h on 10 GPUs, 1,100 GPU-hours (+10.0%; 200 steps of stage 1)"
     assert "of a share of 0.25: 20, which saves 60 (6.0% of the baseline)" in lines[2]
     assert lines[3].endswith("by step 880 of 1000 (88.0%)") and lines[4].endswith("by step 730 of 1000 (73.0%)")
     # 1000 - 800 saved, 20 of them for the scores

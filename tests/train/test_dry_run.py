@@ -171,6 +171,7 @@ def test_the_planners_verdict_decides(
     assert pretrain.main(argv(data_path=data, train_iters=5, dry_run=4, gpu="h100-80")) == status
     out, err = capsys.readouterr()
     assert asked == [(SHORT_NAMES["h100-80"], 4, 5)]
+    assert "nothing found that would stop this run; next, its memory and time on the GPU\n" in out
     assert out.endswith("the verdict\n") if fits else err == "error: the run the verdict; flags that would help stand above\n"
 
 

@@ -135,7 +135,7 @@ def whole_run_lines(whole: WholeRun, reached_at: float) -> list[str]:
         f"{name}, {whole.steps} steps: about {hours / whole.ranks:,.0f} h on {whole.ranks} GPUs, {hours:,.0f} GPU-hours{more}"
         for name, hours, more in (
             ("baseline", whole.baseline, ""),
-            ("SALT", whole.salt, f" ({whole.salt / whole.baseline - 1:+.1%}; {whole.taught_steps} steps of stage 1)"),
+            ("this run", whole.salt, f" ({whole.salt / whole.baseline - 1:+.1%}; {whole.taught_steps} steps of stage 1)"),
         )
     ]
     if whole.scored_share:
@@ -160,7 +160,7 @@ def _break_even(whole: WholeRun, of: str, preparation: float) -> str:
     if step is None:
         return f"break-even with {of}: none, its preparation costs more than the baseline"
     return (
-        f"break-even with {of}: SALT must reach the baseline's final figure by step {step:,.0f} of {whole.steps} "
+        f"break-even with {of}: this run must reach the baseline's final figure by step {step:,.0f} of {whole.steps} "
         f"({step / whole.steps:.1%})"
     )
 
