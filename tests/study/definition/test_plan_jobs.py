@@ -204,8 +204,18 @@ def test_the_studies_of_the_documentation_are_some(monkeypatch):
     first, whole = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/study.md").read_text(), re.DOTALL)
     assert len(plan_jobs(parse_study(first, "docs/study.md"), FACTS).jobs) == 5
     plan = plan_jobs(parse_study(whole, "docs/study.md"), FACTS)
-    assert len(plan.jobs) == 54
-    assert {run.arm for run in plan.runs} == {"baseline", "salt", "salt_ds", "longer", "flatter", "grow", "gated"}
+    assert len(plan.jobs) == 66
+    assert {run.arm for run in plan.runs} == {
+        "baseline",
+        "salt",
+        "salt_ds",
+        "longer",
+        "flatter",
+        "grow",
+        "gated",
+        "let",
+        "salt_let",
+    }
     assert {run.label for run in plan.runs if run.settings} == {
-        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter", "gated") for w in (0.5, 0.8)
+        f"{arm} kd_weight={w}" for arm in ("salt", "salt_ds", "flatter", "gated", "salt_let") for w in (0.5, 0.8)
     }
