@@ -85,6 +85,17 @@ def parse_temperatures(words: Sequence[str]) -> Points:
     return _parse_points("kd_temperature_schedule", words, 0.001, 1000.0)
 
 
+def gate_text(text: str) -> str:
+    """--kd-gate in the one spelling that a checkpoint keeps: rank:05 is rank:5. Raises UserError."""
+    gate = parse_gate(text)
+    return "none" if gate is None else f"{gate.kind}:{_decimal(gate.bound)}"
+
+
+def schedule_text(points: Points) -> str:
+    """A schedule in the one spelling that a checkpoint keeps, its entries with spaces between them: 1:.50 is 1:0.5."""
+    return " ".join(f"{step}:{_decimal(value)}" for step, value in points)
+
+
 def value_at(points: Points, step: int) -> float:
     """The value of a schedule at a step: on the line between the points around it; beyond the first and the last that point's own."""
     for (first, start), (last, end) in itertools.pairwise(points):
@@ -114,6 +125,11 @@ def _parse_points(name: str, words: Sequence[str], low: float, high: float) -> P
 
 _WHOLE = re.compile(r"[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+
+def _decimal(value: float) -> str:
+    """The shortest text that gives this number again, without a point where it is whole."""
+    return str(value + 0.0).removesuffix(".0")  # + 0.0: no minus before a 0
 
 
 def _number(text: str) -> float:

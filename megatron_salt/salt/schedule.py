@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig, flag
-from megatron_salt.config.teaching import parse_temperatures, parse_weights, value_at
+from megatron_salt.config.teaching import gate_text, parse_temperatures, parse_weights, schedule_text, value_at
 from megatron_salt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,12 @@ class Schedule:
     def of(cls, salt: SaltConfig) -> Self:
         """The schedule of a run that has a stage 1."""
         assert salt.stage1_steps is not None, salt
-        lists = {name: " ".join(getattr(salt, name)) for name in ("kd_weight_schedule", "kd_temperature_schedule")}
-        return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0} | lists)
+        texts = {
+            "kd_gate": gate_text(salt.kd_gate),
+            "kd_weight_schedule": schedule_text(parse_weights(salt.kd_weight_schedule)),
+            "kd_temperature_schedule": schedule_text(parse_temperatures(salt.kd_temperature_schedule)),
+        }
+        return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0} | texts)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig
+from megatron_salt.config.teaching import Gate, parse_gate
 from megatron_salt.errors import UserError
 from megatron_salt.salt.schedule import Schedule, salt_at_start
 
@@ -109,6 +110,20 @@ def test_another_schedule_is_refused_flag_by_flag_unless_it_is_meant(change: dic
     assert salt == replace(SALT, schedule=here, stage1_end=here["kd_steps"])
     assert events == ({"event": "kd_schedule", "step": 30, "from": SALT.schedule, "to": here},)
     assert json.loads(json.dumps(events[0])) == events[0]
+
+
+def test_another_spelling_of_the_same_gate_and_schedules_is_no_other_schedule() -> None:
+    spelled: tuple[dict[str, Any], ...] = (
+        dict(kd_gate="rank:5", kd_weight_schedule=("1:0", "9:0.05"), kd_temperature_schedule=("1:1", "2:0.001")),
+        dict(kd_gate="rank:05", kd_weight_schedule=("01:-0.0", "9:.050"), kd_temperature_schedule=("1:1.0", "2:1E-3")),
+    )
+    one, other = (Schedule.of(replace(FLAGS, **given)) for given in spelled)
+    assert one == other and (one.kd_gate, one.kd_weight_schedule) == ("rank:5", "1:0 9:0.05")
+    saved = replace(SALT, schedule=one.facts())
+    assert taken(resumed(30, saved), **spelled[1]) == (saved, ())
+    for bound in (0.1, 1e-30, 1e22, 2.0, 1 / 3):
+        gate = Schedule.of(replace(FLAGS, kd_gate=f"entropy:{bound}")).kd_gate
+        assert parse_gate(gate) == Gate("entropy", bound)
 
 
 def test_a_gate_and_schedules_go_on_and_may_be_given_up() -> None:

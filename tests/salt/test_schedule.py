@@ -138,7 +138,7 @@ def test_a_gate_and_schedules_are_recorded_where_they_are_given():
     facts = json.loads(json.dumps(plan.facts()))
     assert Schedule.from_facts(facts) == plan
     assert facts.items() - schedule(10).facts().items() == {
-        ("kd_gate", "rank:5"), ("kd_weight_schedule", "1:0.9 5:0.1"), ("kd_temperature_schedule", "2:1.0"),
+        ("kd_gate", "rank:5"), ("kd_weight_schedule", "1:0.9 5:0.1"), ("kd_temperature_schedule", "2:1"),
     }  # fmt: skip
 
 

@@ -41,6 +41,8 @@ _OF_SALT = _EVERY - _OF_LET
 _OF_STAGE2 = frozenset({"stage2_data", "stage2_micro_batch_size"})
 _OF_SCHEDULE = frozenset({"kd_steps", "kd_transition", "kd_transition_steps", "kd_stop", "kd_stop_margin"})
 
+_REPLACED_BY = {"kd_weight": "kd_weight_schedule", "kd_teacher_temperature": "kd_temperature_schedule"}
+
 SALT_FLAGS: Mapping[Kind, frozenset[str]] = {
     "baseline": frozenset(),
     "salt": _OF_SALT - {"stage2_data"},
@@ -103,6 +105,9 @@ def arm_flags(
     own = {name: value for name, value in salt.items() if takes(arm, name)} | {**arm.flags, **setting}
     if arm.kind == "gated" and own.get("kd_gate", "none") == "none":
         raise UserError("kind gated needs --kd-gate: without one its runs are those of kind salt")
+    for name, schedule in _REPLACED_BY.items():
+        if name in setting and own.get(schedule):
+            raise UserError(f"its runs would all be the same: {flag(schedule)} {' '.join(own[schedule])} stands in its place")
     if arm.kind in ("salt", "gated"):
         return own | {"teacher_load": inputs.teacher_load}
     if arm.kind in ("salt_ds", "random"):

@@ -120,6 +120,17 @@ def test_an_arm_of_kind_gated_has_a_gate():
         flags("gated", kd_gate="none")
 
 
+@pytest.mark.parametrize("kind", ["salt", "gated", "salt_ds", "rkd"])
+@pytest.mark.parametrize("name, value, schedule", [
+    ("kd_weight", 0.1, "kd_weight_schedule"), ("kd_teacher_temperature", 2.0, "kd_temperature_schedule"),
+])  # fmt: skip
+def test_an_axis_of_a_value_that_a_schedule_replaces_is_refused(kind, name, value, schedule):
+    own = {schedule: ("1:0.9", "3:0.3")}
+    with pytest.raises(UserError, match="all be the same: --kd-[a-z]+-schedule 1:0.9 3:0.3 stands in its place"):
+        flags(kind, {name: value}, **own)
+    assert flags(kind, {schedule: ("1:0.5",)}, **own)[schedule] == ("1:0.5",)
+
+
 def test_longer_buys_whole_steps_with_the_flops_of_the_teachers_training():
     config = build(BASE)
     assert training_flops(config, 1, vocabulary_size=10) == 10 * STEP_FLOPS  # of the vocabulary, padded to 12 rows
