@@ -18,6 +18,7 @@
 #     sbatch examples/salt_2p8b.sh        # the run; the same command again continues it
 #     TEACHER=/shared/teacher sbatch --nodes=4 examples/salt_2p8b.sh --kd-steps 20000
 #     RUN_DIR=runs/salt_let_2p8b sbatch examples/salt_2p8b.sh --guide both --let-steps 20000      # hidden-state guidance too (LET)
+#     RUN_DIR=runs/let_2p8b sbatch examples/salt_2p8b.sh --guide hidden --let-steps 20000         # LET alone, with a bfloat16 teacher
 #
 # Submit it from the repository's root. Options of sbatch stand before the script, flags of the trainer after it. Both win over this file.
 # It needs the data (preprocess.sh) and a teacher (teacher_1p5b.sh). pipeline.sh makes everything in its order.
@@ -30,8 +31,10 @@
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/salt_2p8b}
 source examples/launch.sh
+soft_labels=(--kd-steps "${KD_STEPS:-36000}" --kd-weight "${KD_WEIGHT:-0.667}" --kd-teacher-temperature "${KD_TEMPERATURE:-0.25}")
+case " $* " in *" --guide hidden "* | *" --guide=hidden "*) soft_labels=() teacher_precision=() ;; esac # it takes neither
 
 train --config examples/model_2p8b.yaml "${precision[@]}" --data-path "${data[@]}" \
     --teacher-load "${TEACHER:-runs/teacher_1p5b}" "${teacher_precision[@]}" --teacher-micro-batch-size 8 \
-    --kd-steps "${KD_STEPS:-36000}" --kd-weight "${KD_WEIGHT:-0.667}" --kd-teacher-temperature "${KD_TEMPERATURE:-0.25}" \
+    "${soft_labels[@]}" \
     --straggler-report-interval 100 "$@"

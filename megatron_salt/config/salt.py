@@ -68,7 +68,7 @@ class SaltConfig:
     guide: Literal["soft-labels", "hidden", "both"] = "soft-labels"
     """What the teacher teaches. soft-labels: its distribution over the next token (SALT, the kd flags).
     hidden: its last hidden states, to an early layer of the student (LET, arXiv 2602.05393, the let flags).
-    Then no output layer of the teacher is needed. both: both."""
+    Then no output layer of the teacher is needed. both: soft labels and hidden states."""
 
     let_weight: float = 0.1
     """Weight lambda of hidden-state guidance in the first step. It adds to the loss of a token
@@ -78,7 +78,8 @@ class SaltConfig:
     """Layer of the student, counted from 1, whose output is guided."""
 
     let_steps: int | None = None
-    """Steps with hidden-state guidance (S_stop). The teacher is freed after them, with --guide both after --kd-steps if that is later."""
+    """Steps with hidden-state guidance (S_stop), which --guide hidden and both need; at most the run's steps.
+    The teacher is freed after them, with --guide both after --kd-steps if that is later."""
 
     let_decay: Literal["linear", "step"] = "linear"
     """How lambda ends. linear: it falls linearly, from --let-weight in the first step to 0 in the step after --let-steps.
@@ -94,25 +95,27 @@ class SaltConfig:
     The paper gives 0.25 and does not say whether it divides or multiplies. Division was better in our runs."""
 
     kd_weight_schedule: tuple[str, ...] = ()
-    """w by step, in place of --kd-weight: entries STEP:VALUE with ascending steps, such as 1:0.9 4000:0.3.
-    Between two entries w is on the line between them; before the first and after the last it stays.
-    The --kd-transition takes its end from there. Default: --kd-weight throughout."""
+    """w by step, in place of --kd-weight: entries STEP:VALUE with ascending steps up to --kd-steps, such as 1:0.9 4000:0.3.
+    Between two entries w changes linearly; before the first and after the last it stays.
+    A --kd-transition fades the schedule's own w. Default: --kd-weight throughout."""
 
     kd_temperature_schedule: tuple[str, ...] = ()
     """T by step, in place of --kd-teacher-temperature, written like --kd-weight-schedule.
     Default: --kd-teacher-temperature throughout."""
 
     kd_gate: str = "none"
-    """Which tokens the teacher teaches: none (all), probability:P, rank:K or entropy:E.
-    By the teacher's own distribution at temperature 1, in float32, whatever the temperature of the soft labels is:
-    probability:P: tokens whose label has at least probability P.
-    rank:K: tokens whose label is among its K likeliest, as in the scores.
-    entropy:E: tokens where its entropy is at most E nats.
+    """Which tokens have soft labels. none: all of them; there is no gate.
+    The other kinds look at the teacher's distribution at temperature 1, in float32, whatever --kd-teacher-temperature is.
+    probability:P: tokens whose label has at least probability P there.
+    rank:K: tokens whose label is among the K likeliest ids, as in the scores.
+    entropy:E: tokens for which the distribution's entropy is at most E nats.
     For all other tokens the loss is the plain cross entropy, with weight 1."""
 
     kd_steps: int | None = None
     """Steps of stage 1 (n_KD). After them training is plain, and the teacher is freed.
-    With as many as the run has, or more, the teacher teaches to the end (reverse KD)."""
+    With as many as the run has, or more, the teacher teaches to the end (reverse KD).
+    With --guide both these are the steps with soft labels, and stage 1 lasts to --let-steps if that is later.
+    --guide hidden takes --let-steps in place of it."""
 
     kd_transition: Literal["step", "linear", "ratio"] = "step"
     """How w ends. step: at once. linear: w falls linearly over the last --kd-transition-steps of stage 1.
