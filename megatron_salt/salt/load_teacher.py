@@ -50,7 +50,7 @@ from megatron_salt.salt.output_weight import (
     refuse_dropped_mass,
 )
 from megatron_salt.salt.routing import teacher_layout
-from megatron_salt.salt.schedule import lowest_temperature
+from megatron_salt.salt.schedule import checked_temperatures, lowest_temperature
 from megatron_salt.salt.teacher import Teacher, TeacherHead
 from megatron_salt.salt.teacher_checkpoint import TeacherCheckpoint, teacher_parallel
 
@@ -122,8 +122,8 @@ def admit(
         with in_bfloat16(body):
             verify(teacher, checkpoint, whole, dtype, look)
             if checkpoint.vocabulary_size > head.shared_ids:
-                limit = salt.teacher_max_dropped_mass
-                dropped = refuse_dropped_mass(teacher, limit, windows, whole, head.shared_ids, look)
+                limit, temperatures = salt.teacher_max_dropped_mass, checked_temperatures(salt)
+                dropped = refuse_dropped_mass(teacher, limit, windows, whole, head.shared_ids, temperatures, look)
             if bos is not None:
                 bos_losses = losses_with_bos(teacher, bos, windows, whole, look)
     if whole is not head and teacher.weight is not None:

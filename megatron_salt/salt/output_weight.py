@@ -84,7 +84,7 @@ class DroppedMass:
     """Probability that the teacher gives to ids which the student does not share with it, on samples of the run."""
 
     mean: float
-    """Mean over tokens: the larger of that at --kd-teacher-temperature and at 1."""
+    """Mean over tokens: the largest of those at --kd-teacher-temperature, or the ends of its schedule, and at 1."""
     windows: int
     """Samples on which it was measured."""
     shared_ids: int
@@ -101,14 +101,18 @@ class DroppedMass:
 
 
 def refuse_dropped_mass(
-    teacher: Teacher, max_mass: float, windows: Sequence[Microbatch], head: TeacherHead, shared_ids: int, look: Look = stay
-) -> DroppedMass:
+    teacher: Teacher, max_mass: float, windows: Sequence[Microbatch], head: TeacherHead, shared_ids: int,
+    temperatures: Sequence[float], look: Look = stay,
+) -> DroppedMass:  # fmt: skip
     """The mean probability that the teacher gives to ids from `shared_ids` on. Raises UserError, on every rank, where it is above max_mass
     or NaN. Collective over all ranks; all get the same result. The teacher must still have its whole output weight, which `head` cuts.
 
-    windows: one sample a microbatch, the same on every rank; the replicas of a block share them. look: called before each forward.
+    windows: one sample a microbatch, the same on every rank; the replicas of a block share them. temperatures: the largest of the means
+    counts. look: called before each forward.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=current_device())  # tokens; dropped at the run's temperature, and at 1
+    sums = torch.zeros(
+        1 + len(temperatures), dtype=torch.float64, device=current_device()
+    )  # tokens; dropped at each temperature
     positions = head.own_positions()
     for start in range(0, len(windows), teacher.replicas):
         look("measuring what the teacher gives to ids that the student lacks")
@@ -117,8 +121,8 @@ def refuse_dropped_mass(
             if hidden is not None and teacher.weight is not None:
                 mask = window.loss_mask[0, positions].to(current_device())
                 passed = (hidden, teacher.weight, mask, head.shard, shared_ids, head.chunk_tokens)
-                dropped, at_1 = (dropped_mass(*passed, temperature) for temperature in (teacher.temperature, 1.0))
-                sums += torch.stack([mask.sum(dtype=torch.float64), dropped, at_1])
+                dropped = [dropped_mass(*passed, temperature) for temperature in temperatures]
+                sums += torch.stack([mask.sum(dtype=torch.float64), *dropped])
     dist.all_reduce(sums, group=teacher.block_group)  # every tp rank of the last stage has the same: the ratio does not change
     mean = sums[1:].max() / sums[0].clamp(min=1)  # NaN stays NaN
     value = float(mean)

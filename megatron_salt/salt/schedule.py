@@ -161,6 +161,13 @@ def lowest_temperature(salt: SaltConfig) -> float:
     return min(value for _, value in points) if points else salt.kd_teacher_temperature
 
 
+def checked_temperatures(salt: SaltConfig) -> tuple[float, ...]:
+    """Temperatures at which the teacher's distribution is checked before step 1: the lowest and the highest of any step, and 1."""
+    points = parse_temperatures(salt.kd_temperature_schedule)
+    highest = max((value for _, value in points), default=salt.kd_teacher_temperature)
+    return tuple(dict.fromkeys((lowest_temperature(salt), highest, 1.0)))
+
+
 def is_tempered(salt: SaltConfig) -> bool:
     """Whether the temperature of some step is not 1."""
     points = parse_temperatures(salt.kd_temperature_schedule)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_salt.config import SaltConfig
-from megatron_salt.salt.schedule import Schedule, is_tempered, lowest_temperature
+from megatron_salt.salt.schedule import Schedule, checked_temperatures, is_tempered, lowest_temperature
 
 
 def schedule(steps: int = 10, transition: str = "step", fade: int = 0, weight: float = 0.6, **others: Any) -> Schedule:
@@ -183,3 +183,12 @@ def test_a_ratio_fades_from_the_schedule_whatever_the_weight_in_its_place():
     plan = Schedule.of(SaltConfig(teacher_load="t", kd_steps=4, kd_transition="ratio", kd_transition_steps=1, kd_weight=1.0,
                                   kd_weight_schedule=("1:0.5",)))  # fmt: skip
     assert [plan.at(step, 4) for step in range(1, 6)] == pytest.approx([0.5, 0.5, 0.5, 1 / 3, 0.0])
+
+
+@pytest.mark.parametrize("flags, temperatures", [
+    (dict(), (0.25, 1.0)),
+    (dict(kd_teacher_temperature=1.0), (1.0,)),
+    (dict(kd_temperature_schedule=("1:0.5", "2:4", "3:2")), (0.5, 4.0, 1.0)),
+])  # fmt: skip
+def test_checks_look_at_the_ends_of_a_schedule_of_temperatures_and_at_1(flags, temperatures):
+    assert checked_temperatures(SaltConfig(teacher_load="t", kd_steps=4, **flags)) == temperatures

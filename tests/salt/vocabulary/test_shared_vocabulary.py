@@ -125,6 +125,8 @@ def test_more_than_the_limit_is_refused(home: Path, tmp_path: Path) -> None:
         r"the teacher gives 0\.0\d+ of its probability to ids that the student does not share .*ids from 257 to 259", message
     )
     assert "--teacher-max-dropped-mass 0.001" in message
+    hot = dict(kd_temperature_schedule=["1:0.25", "2:1000"], teacher_max_dropped_mass=0.0108)  # at 1 and below it is 0.0101
+    assert "the teacher gives 0.0115 of its probability" in refused(save=tmp_path / "hot", **lesson(home, **hot))
 
 
 def test_a_dry_run_tells_the_same(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
