@@ -18,7 +18,7 @@
 # For your site, by environment (docs/cluster.md has the table): PYTHON, CONTAINER, CONTAINER_MOUNTS, WRAP, RUN_DIR, DATA, FP8, GPU,
 # DEVICE, MAX_RESTARTS, PAUSE, HANG_MINUTES, LEAVE_SECONDS, and whatever torch and NCCL read.
 #
-# shellcheck disable=SC2034 # precision, teacher_precision, device and data are for the scripts
+# shellcheck disable=SC2034 # precision, teacher_precision, soft_labels, device and data are for the scripts
 set -uo pipefail
 
 source examples/container.sh
@@ -46,6 +46,9 @@ if [ "${FP8:-1}" != 0 ]; then
     precision=(--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise)
     teacher_precision=(--teacher-fp8-format hybrid --teacher-fp8-recipe tensorwise)
 fi
+# The soft labels of stage 1. Hidden-state guidance alone has none, and its teacher no FP8.
+soft_labels=(--kd-steps "${KD_STEPS:-36000}" --kd-weight "${KD_WEIGHT:-0.667}" --kd-teacher-temperature "${KD_TEMPERATURE:-0.25}")
+case " $* " in *" --guide hidden "* | *" --guide=hidden "*) soft_labels=() teacher_precision=() ;; esac
 # The GPU that the login node's check plans for, by its name for --gpu; GPU= leaves memory and time out.
 GPU=${GPU-$([ "${FP8:-1}" != 0 ] && echo h100-80 || echo a100-80)}
 [ "${DEVICE:-cuda}" = cuda ] || GPU=''

@@ -31,10 +31,7 @@
 cd "${REPO:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}" && [ -f examples/launch.sh ] || { echo "submit from the repository's root, or set REPO"; exit 2; }
 RUN_DIR=${RUN_DIR:-runs/salt_2p8b}
 source examples/launch.sh
-soft_labels=(--kd-steps "${KD_STEPS:-36000}" --kd-weight "${KD_WEIGHT:-0.667}" --kd-teacher-temperature "${KD_TEMPERATURE:-0.25}")
-case " $* " in *" --guide hidden "* | *" --guide=hidden "*) soft_labels=() teacher_precision=() ;; esac # it takes neither
 
 train --config examples/model_2p8b.yaml "${precision[@]}" --data-path "${data[@]}" \
     --teacher-load "${TEACHER:-runs/teacher_1p5b}" "${teacher_precision[@]}" --teacher-micro-batch-size 8 \
-    "${soft_labels[@]}" \
-    --straggler-report-interval 100 "$@"
+    "${soft_labels[@]}" --straggler-report-interval 100 "$@"

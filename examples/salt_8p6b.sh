@@ -19,5 +19,4 @@ source examples/launch.sh
 
 train --config examples/model_8p6b.yaml "${precision[@]}" --data-path "${data[@]}" \
     --teacher-load "${TEACHER:-runs/baseline_2p8b}" "${teacher_precision[@]}" --teacher-micro-batch-size 4 \
-    --kd-steps "${KD_STEPS:-36000}" --kd-weight "${KD_WEIGHT:-0.667}" --kd-teacher-temperature "${KD_TEMPERATURE:-0.25}" \
-    --straggler-report-interval 100 "$@"
+    "${soft_labels[@]}" --straggler-report-interval 100 "$@"

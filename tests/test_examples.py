@@ -61,11 +61,11 @@ def test_the_check_ends_with_the_planner(given: dict[str, str], gpu: str, tmp_pa
     assert run.salt.kd_steps == 36000 and dry_run == DryRun(64, gpu)
 
 
-@pytest.mark.parametrize("guide", [("--guide", "hidden"), ("--guide=hidden",)])
-def test_the_salt_script_trains_by_let_alone(guide: tuple[str, ...], tmp_path: Path) -> None:
-    salt = run_of(EXAMPLES / "salt_2p8b.sh", tmp_path, *guide, "--let-steps", "20000")[0].salt
+@pytest.mark.parametrize("script, guide", [("salt_2p8b", ("--guide", "hidden")), ("salt_8p6b", ("--guide=hidden",))])
+def test_a_salt_script_trains_by_let_alone(script: str, guide: tuple[str, ...], tmp_path: Path) -> None:
+    salt = run_of(EXAMPLES / f"{script}.sh", tmp_path, *guide, "--let-steps", "20000")[0].salt
     assert (salt.guide, salt.let_steps, salt.kd_steps, salt.teacher_fp8_format) == ("hidden", 20000, None, None)
-    both = run_of(EXAMPLES / "salt_2p8b.sh", tmp_path, "--guide", "both", "--let-steps", "20000")[0].salt
+    both = run_of(EXAMPLES / f"{script}.sh", tmp_path, "--guide", "both", "--let-steps", "20000")[0].salt
     assert (both.let_steps, both.kd_steps, both.teacher_fp8_format) == (20000, 36000, "hybrid")
 
 
