@@ -9,6 +9,9 @@ from megatron_salt.config.checks import above_zero, at_least, flag, representabl
 from megatron_salt.config.teaching import parse_gate, parse_temperatures, parse_weights
 from megatron_salt.errors import UserError
 
+_OF_SOFT_LABELS = frozenset({"kd_weight", "kd_teacher_temperature", "kd_stop_margin", "teacher_max_dropped_mass"})
+"""Fields with a default that say nothing to a teacher without soft labels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaltConfig:
@@ -255,6 +258,10 @@ class SaltConfig:
                 f"--kd-steps {self.kd_steps} is the length of soft labels, and --guide hidden has none: use --let-steps alone, or "
                 "--guide both"
             )
+        for leaf in fields(self):
+            value = getattr(self, leaf.name)
+            if self.guide == "hidden" and leaf.name in _OF_SOFT_LABELS and value != leaf.default:
+                raise UserError(f"{flag(leaf.name)} {value} is about soft labels, and --guide hidden has none: leave it out")
         if self.guide == "hidden" and self.teacher_fp8_format is not None:
             raise UserError(
                 f"--teacher-fp8-format {self.teacher_fp8_format} is checked by the teacher's distribution, and --guide hidden loads no "

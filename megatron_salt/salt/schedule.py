@@ -73,7 +73,8 @@ class Schedule:
             "kd_weight_schedule": schedule_text(parse_weights(salt.kd_weight_schedule)),
             "kd_temperature_schedule": schedule_text(parse_temperatures(salt.kd_temperature_schedule)),
         }
-        return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0} | texts)
+        unused = {name: SaltConfig.__dataclass_fields__[name].default for name, text in _REPLACED_BY.items() if texts[text]}
+        return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0} | texts | unused)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
@@ -150,6 +151,7 @@ class Schedule:
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
 
 
+_REPLACED_BY = {"kd_weight": "kd_weight_schedule", "kd_teacher_temperature": "kd_temperature_schedule"}
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Schedule) if field.default is not MISSING}
 """Facts of a schedule without hidden-state guidance, gate and lists of steps. Checkpoints of such runs do not hold them."""
 _GUIDANCE = {name for name in _DEFAULTS if name == "guide" or name.startswith("let_")}

@@ -122,6 +122,11 @@ REFUSED = [
     ),
     (
         SaltConfig,
+        dict(teacher_load="t", guide="hidden", let_steps=4, kd_weight=0.5),
+        "--kd-weight 0.5 is about soft labels, and --guide hidden has none",
+    ),
+    (
+        SaltConfig,
         dict(teacher_load="t", guide="hidden", let_steps=4, teacher_fp8_format="hybrid"),
         "--teacher-fp8-format hybrid is checked by the teacher's distribution, and --guide hidden loads no output layer",
     ),

@@ -137,9 +137,15 @@ def test_a_gate_and_schedules_are_recorded_where_they_are_given():
     plan = schedule(10, **more)
     facts = json.loads(json.dumps(plan.facts()))
     assert Schedule.from_facts(facts) == plan
-    assert facts.items() - schedule(10).facts().items() == {
+    assert facts.items() - schedule(10, weight=SaltConfig.kd_weight).facts().items() == {
         ("kd_gate", "rank:5"), ("kd_weight_schedule", "1:0.9 5:0.1"), ("kd_temperature_schedule", "2:1"),
     }  # fmt: skip
+
+
+def test_a_value_that_a_schedule_replaces_makes_no_other_schedule():
+    lists = dict(kd_weight_schedule=("1:0.8",), kd_temperature_schedule=("1:0.5",))
+    assert schedule(10, weight=0.1, kd_teacher_temperature=2.0, **lists) == schedule(10, **lists)
+    assert schedule(10, weight=0.1) != schedule(10)
 
 
 def test_scheduled_values_by_hand():
