@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.config import ModelConfig, RunConfig, SaltConfig
 from megatron_salt.model.loss_chunk import chunk_tokens
 from megatron_salt.model.precision import Precision
 from megatron_salt.parallel.hardware import Capability
@@ -82,6 +83,21 @@ class PlannedRun:
         """The teacher whose output layer the student's last stage computes in stage 1. None: no teacher, or one without soft labels."""
         return self.teacher if self.config.salt.has_soft_labels else None
 
+    def stage1_parts(self) -> tuple[tuple[int, PlannedRun], ...]:
+        """(steps, the run with a teacher that teaches what is taught in them) of stage 1, in their order. None without a teacher.
+
+        There are two where soft labels and hidden-state guidance do not end together.
+        """
+        salt, total = self.config.salt, self.plan.total_steps
+        if self.teacher is None or salt.stage1_steps is None:
+            return ()
+        last = min(salt.stage1_steps, total)
+        first = min(salt.kd_steps or last, salt.let_steps or last, last)
+        if first == last:
+            return ((last, self),)
+        longer = _taught_alone(salt, "soft-labels" if salt.kd_steps == salt.stage1_steps else "hidden")
+        return ((first, self), (last - first, replace(self, config=replace(self.config, salt=longer))))
+
     def without_fp8(self) -> PlannedRun:
         """The same run with products in bfloat16 or float32."""
         teacher = self.teacher
@@ -122,3 +138,13 @@ class PlannedRun:
                 tensor=salt.teacher_tensor_model_parallel_size, samples=self.plan.micro_batch_size * self.plan.teacher_merge,
             )  # fmt: skip
         return TraceTask(setting=setting, device=self.device, student=tuple(dict.fromkeys(asked)), teacher=teacher)
+
+
+def _taught_alone(salt: SaltConfig, guide: Literal["soft-labels", "hidden"]) -> SaltConfig:
+    """The flags of a run that teaches one of two things. Its teacher keeps its precision, which `PlannedTeacher` has."""
+    others = ("let_",) if guide == "soft-labels" else ("kd_", "teacher_fp8_", "teacher_max_dropped_mass")
+    return replace(
+        salt,
+        guide=guide,
+        **{leaf.name: leaf.default for leaf in fields(salt) if leaf.name.startswith(others)},  # type: ignore[arg-type]
+    )

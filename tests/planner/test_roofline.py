@@ -162,6 +162,26 @@ def test_a_guided_run_counts_what_its_teacher_computes_and_sends(guide):
     assert times.balance.soft_labels == (guide == "both") and (", its head" in times.balance.lines()[0]) == (guide == "both")
 
 
+@pytest.mark.parametrize("kd_steps, let_steps", [(36000, 20000), (20000, 36000), (20000, 20000), (20000, 10**9)])
+def test_a_part_of_stage_1_takes_the_time_of_what_is_taught_in_it(kd_steps, let_steps):
+    plain = large(64, "--pipeline-model-parallel-size", "4")
+    both, labels, hidden = (
+        replace(plain, config=replace(plain.config, salt=replace(plain.config.salt, **flags)))
+        for flags in (
+            dict(guide="both", kd_steps=kd_steps, let_steps=let_steps),
+            dict(kd_steps=kd_steps),
+            dict(guide="hidden", kd_steps=None, let_steps=let_steps),
+        )
+    )
+    ends = [min(steps, plain.plan.total_steps) for steps in (kd_steps, let_steps)]
+    first, *rest = both.stage1_parts()
+    assert first == (min(ends), both) and [steps for steps, _ in rest] == [max(ends) - min(ends)] * (kd_steps != let_steps)
+    for _, part in rest:
+        alone = labels if kd_steps > let_steps else hidden
+        assert step_time(part, BY_FLOPS, taught=True) == step_time(alone, BY_FLOPS, taught=True)
+    assert labels.stage1_parts() == ((ends[0], labels),) and hidden.stage1_parts() == ((ends[1], hidden),)
+
+
 def test_what_a_cache_holds_is_neither_computed_nor_sent():
     run = large(64, "--pipeline-model-parallel-size", "4", "--teacher-tensor-model-parallel-size", "2")
     linked = replace(BY_FLOPS, in_node=1e9, between_nodes=1e9)

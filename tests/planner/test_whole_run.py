@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_salt.planner.time.payback import runs_to_share
 from megatron_salt.planner.time.whole_run import WholeRun, whole_run_lines
 
 RUN = WholeRun(
-    steps=1000, taught_steps=200, ranks=10, stage1_step=1.5, stage2_step=1.0, scoring=80.0, scored_share=0.25, teacher=150.0,
+    steps=1000, ranks=10, stage1=((200, 1.5),), stage2_step=1.0, scoring=80.0, scored_share=0.25, teacher=150.0,
     teacher_token=1e-9, tokens=10**12,
 )  # fmt: skip
 """A baseline of 1000 GPU-hours. SALT takes 1100, and its scores 20 of 80."""
@@ -24,6 +26,14 @@ def test_break_even_is_where_both_have_cost_the_same(preparation, step):
     assert RUN.break_even_step(preparation) == step
     if step is not None:
         assert RUN.until(step) + preparation == pytest.approx(RUN.baseline)
+
+
+def test_a_stage_1_may_have_two_parts():
+    both = replace(RUN, stage1=((100, 1.8), (200, 1.2)))
+    assert both.salt == 180 + 240 + 700 and both.until(50) == 90 and both.until(150) == 240 and both.until(400) == 520
+    for step in (50, 100, 150, 300, 400):
+        assert both.break_even_step(both.baseline - both.until(step)) == pytest.approx(step)
+    assert "300 steps of stage 1" in whole_run_lines(both, reached_at=0.7)[1]
 
 
 def test_the_lines_say_what_the_teacher_may_cost():

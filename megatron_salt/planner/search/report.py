@@ -30,8 +30,8 @@ def search_lines(result: SearchResult, given: RunConfig, usable: float) -> list[
 def _figures(found: Found) -> str:
     timed, run = found.timed, found.timed.run
     times = f"{timed.stage2:.3f} s a step"
-    if timed.stage1 is not None:
-        times = f"{timed.stage1:.3f} s a step of stage 1, {timed.stage2:.3f} of stage 2"
+    if timed.stage1:
+        times = f"{' then '.join(f'{seconds:.3f}' for _, seconds in timed.stage1)} s a step of stage 1, {timed.stage2:.3f} of stage 2"
     sizes = ", ".join(f"{name} {size}" for name, size in run.layout.sizes.items())
     return (
         f"about {timed.seconds / 3600:,.0f} h ({times}), {found.memory.most / GIB:.1f} GiB: {sizes}, "

@@ -32,16 +32,15 @@ class TimedRun:
     """A layout and its estimated times."""
 
     run: PlannedRun
-    stage1: float | None
-    """Seconds of a step with a teacher; None without one"""
+    stage1: tuple[tuple[int, float], ...]
+    """(steps, seconds of a step) of the parts of stage 1, see `PlannedRun.stage1_parts`; none without a teacher"""
     stage2: float
 
     @property
     def seconds(self) -> float:
         """Of the whole run."""
-        steps = self.run.plan.total_steps
-        taught = 0 if self.stage1 is None else min(steps, self.run.config.salt.stage1_steps or 0)
-        return taught * (self.stage1 or 0.0) + (steps - taught) * self.stage2
+        taught = sum(steps for steps, _ in self.stage1)
+        return sum(steps * seconds for steps, seconds in self.stage1) + (self.run.plan.total_steps - taught) * self.stage2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,7 @@ def search(
 
 
 def _timed(run: PlannedRun, machine: Machine) -> TimedRun:
-    stage1 = None if run.teacher is None else step_time(run, machine, taught=True).total
+    stage1 = tuple((steps, step_time(part, machine, taught=True).total) for steps, part in run.stage1_parts())
     return TimedRun(run=run, stage1=stage1, stage2=step_time(run, machine, taught=False).total)
 
 

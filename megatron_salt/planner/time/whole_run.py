@@ -6,6 +6,7 @@ it scores for a selection, and the share of its steps at which SALT reaches the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_salt.data.blend import parse_valid_data_path
@@ -13,7 +14,7 @@ from megatron_salt.model.flops import flops_per_token, forward_flops_per_token
 from megatron_salt.planner.planned_run import PlannedRun
 from megatron_salt.planner.time.machine import Machine
 from megatron_salt.planner.time.payback import runs_to_share
-from megatron_salt.planner.time.roofline import RunTime
+from megatron_salt.planner.time.roofline import RunTime, step_time
 
 HOUR = 3600.0
 
@@ -35,10 +36,9 @@ class WholeRun:
     """Hours of GPUs of a run and of its baseline."""
 
     steps: int
-    taught_steps: int
     ranks: int
-    stage1_step: float
-    """GPU-hours of a step of stage 1"""
+    stage1: tuple[tuple[int, float], ...]
+    """(steps, GPU-hours of a step) of the parts of stage 1 in their order, see `PlannedRun.stage1_parts`"""
     stage2_step: float
     """GPU-hours of a step of stage 2, or of the baseline"""
     scoring: float
@@ -69,8 +69,11 @@ class WholeRun:
 
     def until(self, step: float) -> float:
         """GPU-hours of the run with its teacher up to a step."""
-        taught = min(step, self.taught_steps)
-        return taught * self.stage1_step + (step - taught) * self.stage2_step
+        spent, left = 0.0, step
+        for count, cost in self._parts:
+            spent += min(left, count) * cost
+            left -= min(left, count)
+        return spent
 
     def break_even_step(self, preparation: float) -> float | None:
         """The step by which the run must reach the baseline's final figure to have cost no more, with GPU-hours of preparation; None
@@ -78,8 +81,16 @@ class WholeRun:
         left = self.baseline - preparation
         if left < 0:
             return None
-        whole = self.taught_steps * self.stage1_step
-        return left / self.stage1_step if left < whole else self.taught_steps + (left - whole) / self.stage2_step
+        step = 0.0
+        for count, cost in self._parts:
+            if left < count * cost:
+                return step + left / cost
+            step, left = step + count, left - count * cost
+        raise AssertionError(step)
+
+    @property
+    def _parts(self) -> tuple[tuple[float, float], ...]:
+        return (*self.stage1, (math.inf, self.stage2_step))
 
     def saved(self, reached_at: float) -> float:
         """GPU-hours that a run saves, scores and teacher left out, where it reaches the figure at this share of the steps."""
@@ -88,7 +99,7 @@ class WholeRun:
 
 def whole_run(run: PlannedRun, machine: Machine, times: RunTime, preparation: Preparation) -> WholeRun:
     """The run's hours. Its steps are those of the flags. Scores and the teacher's training take FLOPs alone, at the rates of the layers."""
-    assert times.stage1 is not None and run.teacher is not None
+    assert run.teacher is not None
     world, salt, length = run.layout.world_size, run.config.salt, run.config.training.seq_length
     tokens = run.plan.total_samples * length
     model, padded = run.teacher.model, run.config.model.padded_vocabulary_size(run.vocabulary_size)
@@ -96,8 +107,8 @@ def whole_run(run: PlannedRun, machine: Machine, times: RunTime, preparation: Pr
     teacher_token = whole / machine.rates.teacher_layers.flops / HOUR
     taught = preparation.teacher_tokens
     return WholeRun(
-        steps=run.plan.total_steps, taught_steps=min(salt.stage1_steps or 0, run.plan.total_steps), ranks=world,
-        stage1_step=times.stage1.total * world / HOUR, stage2_step=times.stage2.total * world / HOUR,
+        steps=run.plan.total_steps, ranks=world, stage2_step=times.stage2.total * world / HOUR,
+        stage1=tuple((steps, step_time(part, machine, taught=True).total * world / HOUR) for steps, part in run.stage1_parts()),
         scoring=tokens * forward / machine.rates.teacher_layers.flops / HOUR,
         scored_share=preparation.scored_share if salt.stage1_selection is not None else 0.0,
         teacher=None if taught is None else taught * teacher_token, teacher_token=teacher_token, tokens=tokens,
@@ -131,11 +142,12 @@ def evaluation_lines(run: PlannedRun, times: RunTime) -> list[str]:
 
 def whole_run_lines(whole: WholeRun, reached_at: float) -> list[str]:
     """Hours, and the economics of the teacher."""
+    taught = sum(count for count, _ in whole.stage1)
     lines = [
         f"{name}, {whole.steps} steps: about {hours / whole.ranks:,.0f} h on {whole.ranks} GPUs, {hours:,.0f} GPU-hours{more}"
         for name, hours, more in (
             ("baseline", whole.baseline, ""),
-            ("this run", whole.salt, f" ({whole.salt / whole.baseline - 1:+.1%}; {whole.taught_steps} steps of stage 1)"),
+            ("this run", whole.salt, f" ({whole.salt / whole.baseline - 1:+.1%}; {taught} steps of stage 1)"),
         )
     ]
     if whole.scored_share:
