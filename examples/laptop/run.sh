@@ -9,7 +9,7 @@ shopt -s nullglob
 cd "$(dirname "$0")/../.."
 
 PYTHON="${PYTHON:-python3}"
-PIECES="${PIECES:-1_learning_rate 2_choices 2_scores 3_main 4_more_tokens 5_teacher_sizes}"
+PIECES="${PIECES:-1_learning_rate 2_choices 2_scores 3_main 4_more_tokens 5_teacher_sizes 6_beyond_choices 6_beyond_salt}"
 DATA=runs/laptop/data
 RESULTS=examples/laptop/results
 export CUDA_VISIBLE_DEVICES=                   # CPU, whatever this machine has

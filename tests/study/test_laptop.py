@@ -28,7 +28,7 @@ from tests.support.repository.pages import tool_configs
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "examples/laptop"
 PIECES = sorted(path.stem for path in LAPTOP.glob("[0-9]_*.yaml"))
-CHOOSE = ("1_learning_rate", "2_choices", "2_scores")
+CHOOSE = ("1_learning_rate", "2_choices", "2_scores", "6_beyond_choices")
 VOCABULARY = 4096
 SETS = ("train", "validation", "test", "prose", "python")
 
@@ -189,7 +189,7 @@ def test_the_test_set_chooses_nothing(studies: dict[str, tuple[Study, StudyPlan]
             words = {re.sub(r".*/(\w+)_text_document", r"\1", word) for word in held_out}
             expected = {"validation"} if name in CHOOSE or job.startswith("teacher") else {"test", "prose", "python"}
             assert words == expected, (name, job)
-        assert (study.primary is None) == (name in (*CHOOSE, "5_teacher_sizes"))
+        assert (study.primary is None) == (name in (*CHOOSE, "5_teacher_sizes", "6_beyond_salt"))
 
 
 def test_every_run_is_compared_at_each_twentieth_of_its_steps(studies: dict[str, tuple[Study, StudyPlan]]) -> None:
@@ -210,6 +210,8 @@ def test_the_pieces_ask_what_they_should(studies: dict[str, tuple[Study, StudyPl
     assert {run.kind for run in main.runs} == kinds
     assert {run.seed for run in main.runs if run.arm == "salt_70"} == {1, 2, 3}
     assert {run.config.training.train_iters for run in main.runs if run.arm.endswith("_70")} == {280}
+    beyond = studies["6_beyond_salt"][1].runs
+    assert {run.kind for run in beyond} == {"baseline", "salt", "let", "salt_let", "gated"} and len(beyond) == 3 * (1 + 2 * 4)
     tokens = {run.config.training.train_iters for run in studies["4_more_tokens"][1].runs}
     assert tokens == {800, 1600}
 
