@@ -71,6 +71,9 @@ def refuse_idle_gate(gate: Gate | None, shared_ids: int) -> None:
         )
 
 
+REPLACED_BY = {"kd_weight": "kd_weight_schedule", "kd_teacher_temperature": "kd_temperature_schedule"}
+"""{field with one value: field with the schedule that takes its place}"""
+
 Points = tuple[tuple[int, float], ...]
 """(step, value), ascending steps."""
 

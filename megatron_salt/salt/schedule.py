@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from megatron_salt.checkpoint.run_state import RunState, SaltState
 from megatron_salt.config import SaltConfig, flag
-from megatron_salt.config.teaching import gate_text, parse_temperatures, parse_weights, schedule_text, value_at
+from megatron_salt.config.teaching import REPLACED_BY, gate_text, parse_temperatures, parse_weights, schedule_text, value_at
 from megatron_salt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Schedule:
             "kd_weight_schedule": schedule_text(parse_weights(salt.kd_weight_schedule)),
             "kd_temperature_schedule": schedule_text(parse_temperatures(salt.kd_temperature_schedule)),
         }
-        unused = {name: SaltConfig.__dataclass_fields__[name].default for name, text in _REPLACED_BY.items() if texts[text]}
+        unused = {name: SaltConfig.__dataclass_fields__[name].default for name, text in REPLACED_BY.items() if texts[text]}
         return cls.from_facts(asdict(salt) | {"kd_steps": salt.kd_steps or 0} | texts | unused)
 
     @classmethod
@@ -151,7 +151,6 @@ class Schedule:
         return min(self.kd_steps, crossover_step + self.kd_transition_steps)
 
 
-_REPLACED_BY = {"kd_weight": "kd_weight_schedule", "kd_teacher_temperature": "kd_temperature_schedule"}
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Schedule) if field.default is not MISSING}
 """Facts of a schedule without hidden-state guidance, gate and lists of steps. Checkpoints of such runs do not hold them."""
 _GUIDANCE = {name for name in _DEFAULTS if name == "guide" or name.startswith("let_")}

@@ -28,6 +28,7 @@ from typing import Any
 
 from megatron_salt.config import ModelConfig, RunConfig, SaltConfig, flag
 from megatron_salt.config.run import field_types, sections
+from megatron_salt.config.teaching import REPLACED_BY
 from megatron_salt.errors import UserError
 from megatron_salt.model.flops import flops_per_token
 from megatron_salt.study.definition.study import Arm, Sections
@@ -40,8 +41,6 @@ _EVERY = frozenset(field.name for field in fields(SaltConfig)) - {"teacher_load"
 _OF_SALT = _EVERY - _OF_LET
 _OF_STAGE2 = frozenset({"stage2_data", "stage2_micro_batch_size"})
 _OF_SCHEDULE = frozenset({"kd_steps", "kd_transition", "kd_transition_steps", "kd_stop", "kd_stop_margin"})
-
-_REPLACED_BY = {"kd_weight": "kd_weight_schedule", "kd_teacher_temperature": "kd_temperature_schedule"}
 
 SALT_FLAGS: Mapping[Kind, frozenset[str]] = {
     "baseline": frozenset(),
@@ -105,7 +104,7 @@ def arm_flags(
     own = {name: value for name, value in salt.items() if takes(arm, name)} | {**arm.flags, **setting}
     if arm.kind == "gated" and own.get("kd_gate", "none") == "none":
         raise UserError("kind gated needs --kd-gate: without one its runs are those of kind salt")
-    for name, schedule in _REPLACED_BY.items():
+    for name, schedule in REPLACED_BY.items():
         if name in setting and own.get(schedule):
             raise UserError(f"its runs would all be the same: {flag(schedule)} {' '.join(own[schedule])} stands in its place")
     if arm.kind in ("salt", "gated"):
